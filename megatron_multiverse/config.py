@@ -1,0 +1,267 @@
+"""Configuration: frozen dataclasses that check themselves. Imports no torch.
+
+`TrainConfig` nests the others. It is read from YAML with dotted overrides, either by jsonargparse (the scripts) or
+by `TrainConfig.from_yaml`. Unknown keys are errors, and every error names the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_multiverse.config_io import check, dataclass_from_mapping, read_yaml
+
+DType = Literal["float32", "bf16", "float64"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a decoder-only transformer, in megatron-core's names. Presets: `model/families.py`."""
+
+    num_layers: int
+    """Number of transformer layers."""
+    hidden_size: int
+    """Width of the residual stream."""
+    ffn_hidden_size: int
+    """Width of the gated MLP (SwiGLU)."""
+    num_attention_heads: int
+    """Number of query heads."""
+    num_query_groups: int
+    """Number of key/value heads; must divide num_attention_heads."""
+    kv_channels: int
+    """Width of one head; must be even (rotary embedding turns pairs)."""
+    vocab_size: int
+    """Rows of the embedding, tags and padding included."""
+    max_sequence_length: int
+    """Longest sequence in tokens; seq_length must not exceed it."""
+    rotary_base: float = 1e6
+    """Base of the rotary frequencies (rope_theta)."""
+    layernorm_epsilon: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    add_qkv_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    qk_layernorm: bool = False
+    """RMSNorm on each query and key head (Qwen3)."""
+    share_embeddings_and_output_weights: bool = True
+    """Tied input and output embeddings."""
+    attention_backend: str = "auto"
+    """Attention implementation, see `model/backends.py`; "auto" picks one and logs why."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+                     "kv_channels", "vocab_size", "max_sequence_length"):  # fmt: skip
+            value = getattr(self, name)
+            check(value >= 1, f"model.{name} must be at least 1, got {value}")
+        check(
+            self.num_attention_heads % self.num_query_groups == 0,
+            f"model.num_attention_heads ({self.num_attention_heads}) must be divisible by "
+            f"model.num_query_groups ({self.num_query_groups})",
+        )
+        check(self.kv_channels % 2 == 0, f"model.kv_channels must be even for rotary, got {self.kv_channels}")
+        check(self.rotary_base > 0, f"model.rotary_base must be positive, got {self.rotary_base}")
+        check(self.layernorm_epsilon > 0, f"model.layernorm_epsilon must be > 0, got {self.layernorm_epsilon}")
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable parameters of the model this config describes."""
+        qkv = (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
+        attention = self.hidden_size * qkv + self.num_attention_heads * self.kv_channels * self.hidden_size
+        attention += qkv * self.add_qkv_bias + 2 * self.kv_channels * self.qk_layernorm
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the config as a JSON object."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> ModelConfig:
+        """Read what `to_json` wrote; unknown or missing keys raise ConfigError."""
+        return dataclass_from_mapping(cls, json.loads(Path(path).read_text(encoding="utf-8")), where=str(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-5
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up from zero."""
+    lr_decay_style: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Schedule after the warm-up; wsd holds lr and decays over the last lr_wsd_decay_iters steps."""
+    lr_wsd_decay_iters: int = 0
+    """Length of the wsd decay in steps; 0 means a tenth of train_iters."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices (never on norms and biases)."""
+    adam_beta1: float = 0.9
+    """AdamW beta1."""
+    adam_beta2: float = 0.95
+    """AdamW beta2."""
+    adam_eps: float = 1e-8
+    """AdamW epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off (the norm is still logged)."""
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        check(0 <= self.min_lr <= self.lr, f"optim.min_lr ({self.min_lr}) must lie in [0, optim.lr={self.lr}]")
+        for name in ("lr_warmup_iters", "lr_wsd_decay_iters", "weight_decay", "clip_grad"):
+            check(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            check(0 <= getattr(self, name) < 1, f"optim.{name} must lie in [0, 1), got {getattr(self, name)}")
+        styles = ("cosine", "wsd", "constant")
+        check(self.lr_decay_style in styles, f"optim.lr_decay_style is {self.lr_decay_style!r}, allowed: {styles}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read and how it is cut into batches."""
+
+    data_prefixes: tuple[str, ...]
+    """.bin/.idx prefixes written by tools/preprocess_data.py."""
+    valid_prefixes: tuple[str, ...] = ()
+    """Prefixes of the validation set; empty switches validation off."""
+    tokenizer_type: str = "HuggingFaceTokenizer"
+    """HuggingFaceTokenizer or SentencePieceTokenizer."""
+    tokenizer_model: str = ""
+    """Folder, name or model file of the tokenizer that wrote the data (its tag ids are needed)."""
+    seq_length: int = 2048
+    """Tokens per packed row."""
+    micro_batch_size: int = 1
+    """Rows per forward pass."""
+    global_batch_size: int = 1
+    """Rows per optimizer step over all ranks; a multiple of micro_batch_size."""
+    train_forced_tokens: bool = False
+    """Also train the tokens the engine forces (path labels and the like); see DESIGN in docs."""
+    overlong: Literal["drop", "refuse"] = "refuse"
+    """Samples longer than seq_length: refuse raises with the sample number, drop skips and counts them."""
+    num_workers: int = 2
+    """Loader processes; 0 loads in the training process."""
+
+    def __post_init__(self) -> None:
+        check(len(self.data_prefixes) > 0, "data.data_prefixes is empty: name at least one .bin/.idx prefix")
+        for name in ("seq_length", "micro_batch_size", "global_batch_size"):
+            check(getattr(self, name) >= 1, f"data.{name} must be at least 1, got {getattr(self, name)}")
+        check(self.num_workers >= 0, f"data.num_workers must not be negative, got {self.num_workers}")
+        check(self.overlong in ("drop", "refuse"), f"data.overlong is {self.overlong!r}, allowed: drop, refuse")
+        check(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"data.global_batch_size ({self.global_batch_size}) must be divisible by "
+            f"data.micro_batch_size ({self.micro_batch_size}) x data parallel size (1)",
+        )
+
+    @property
+    def num_microbatches(self) -> int:
+        """Forward passes per optimizer step on one data-parallel rank."""
+        return self.global_batch_size // self.micro_batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where and how often the training state is saved."""
+
+    save: str
+    """Run folder: checkpoints (iter_0000010, ...), metrics.jsonl and config.json go here."""
+    save_interval: int = 1000
+    """Steps between checkpoints; 0 saves only at the end and on a signal."""
+    keep_last: int = 2
+    """Number of newest checkpoints that stay on disk; 0 keeps all."""
+    resume: bool = True
+    """Continue from the newest checkpoint in `save` when there is one; false refuses a folder that has one."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.save), "checkpoint.save is empty: name the run folder")
+        check(self.save_interval >= 0, f"checkpoint.save_interval must not be negative, got {self.save_interval}")
+        check(self.keep_last >= 0, f"checkpoint.keep_last must not be negative, got {self.keep_last}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is reported."""
+
+    log_interval: int = 10
+    """Steps between log lines (the only steps that wait for the device)."""
+    peak_tflops: float | None = None
+    """Peak of the device in TFLOP/s for MFU; unset looks the device up by name, unknown devices show n/a."""
+
+    def __post_init__(self) -> None:
+        check(self.log_interval >= 1, f"log.log_interval must be at least 1, got {self.log_interval}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything one training run needs."""
+
+    data: DataConfig
+    """Data and batch sizes."""
+    checkpoint: CheckpointConfig
+    """Saving and resuming."""
+    model: ModelConfig | None = None
+    """Shape of a fresh model; leave unset with init_from."""
+    init_from: str | None = None
+    """Folder written by save_model: start from its weights and its config."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Logging."""
+    train_iters: int = 1000
+    """Optimizer steps of the whole run, resumed parts included."""
+    seed: int = 1234
+    """Seed of weights, data order and every random generator."""
+    dtype: DType = "float32"
+    """float32 (TF32 on CUDA), bf16 (float32 weights, bf16 matrix products by autocast), float64 (tests)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA when there is a GPU."""
+    eval_interval: int = 0
+    """Steps between validations; 0 validates at the end only, if there is a validation set."""
+    eval_iters: int = 10
+    """Microbatches per validation, always the same ones."""
+
+    def __post_init__(self) -> None:
+        check(
+            (self.model is None) != (self.init_from is None),
+            "give exactly one of `model` (fresh weights) and `init_from` (a saved model folder)",
+        )
+        check(self.train_iters >= 1, f"train_iters must be at least 1, got {self.train_iters}")
+        check(self.eval_interval >= 0, f"eval_interval must not be negative, got {self.eval_interval}")
+        check(self.eval_iters >= 1, f"eval_iters must be at least 1, got {self.eval_iters}")
+        dtypes, devices = ("float32", "bf16", "float64"), ("auto", "cpu", "cuda")
+        check(self.dtype in dtypes, f"dtype is {self.dtype!r}, allowed: {', '.join(dtypes)}")
+        check(self.device in devices, f"device is {self.device!r}, allowed: {', '.join(devices)}")
+        check(
+            self.optim.lr_warmup_iters < self.train_iters,
+            f"optim.lr_warmup_iters ({self.optim.lr_warmup_iters}) must be below train_iters ({self.train_iters})",
+        )
+        if self.model is not None:
+            check_sequence_length(self.data, self.model)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Build from nested mappings; unknown, missing and mistyped keys raise ConfigError with their path."""
+        return dataclass_from_mapping(cls, values, where="config")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+        """Read a YAML file; `overrides` maps dotted names to values, e.g. {"optim.lr": 1e-3}."""
+        return cls.from_dict(read_yaml(path, overrides or {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values that `from_dict` reads back."""
+        return dataclasses.asdict(self)
+
+
+def check_sequence_length(data: DataConfig, model: ModelConfig) -> None:
+    """Raise ConfigError if the packed rows are longer than the model allows."""
+    check(
+        data.seq_length <= model.max_sequence_length,
+        f"data.seq_length ({data.seq_length}) must not exceed model.max_sequence_length "
+        f"({model.max_sequence_length})",
+    )

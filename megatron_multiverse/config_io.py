@@ -1,0 +1,97 @@
+"""Reading configuration dataclasses from nested mappings and YAML, strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_multiverse.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ConfigError(message) unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def dataclass_from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
+    """Build a (nested) dataclass; every key must be a field and every value must fit its type.
+
+    Args:
+        cls: a dataclass type.
+        values: nested mapping of field names.
+        where: dotted path of `values`, for messages.
+
+    Raises:
+        ConfigError: unknown, missing or mistyped key.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a mapping for {cls.__name__}, got {type(values).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(fields)}"
+            raise ConfigError(f"{where}.{key}: unknown key; {hint}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ConfigError(f"{where}.{name}: required and missing")
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """Return `value` as the annotated type, converting only what YAML cannot write itself."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(next(a for a in args if a is not type(None)), value, where)
+    if origin is typing.Literal:
+        check(value in args, f"{where}: got {value!r}, allowed: {', '.join(map(str, args))}")
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else dataclass_from_mapping(hint, value, where=where)
+    if origin is tuple:
+        check(isinstance(value, (list, tuple)), f"{where}: expected a list, got {value!r}")
+        return tuple(_coerce(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 1e-5 (no dot) as text
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"{where}: expected a number, got {value!r}") from None
+    check(type(value) is hint, f"{where}: expected {hint.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def read_yaml(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a YAML mapping and set dotted names in it.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, or an override runs through a plain value.
+    """
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"config file {file} does not exist")
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected a mapping at the top, got {type(values).__name__}")
+    for dotted, value in overrides.items():
+        *parents, last = dotted.split(".")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {dotted!r}: {parent!r} in {file} is a plain value, not a section")
+        node[last] = value
+    return values

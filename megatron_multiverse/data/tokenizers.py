@@ -1,0 +1,287 @@
+"""Tokenizers under Megatron's names, with the twelve structure tags as one token each.
+
+Both kinds decode exactly what they encoded, tags included. (The decoders that come with the libraries drop special
+tokens or the blanks around them.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_multiverse.data.sentencepiece_model import add_user_defined_symbols, keep_blanks
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.structure import TAGS, StructureVocab
+
+TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
+_PROBE = "\n".join(TAGS)
+
+
+class MultiverseTokenizer(ABC):
+    """What the rest of the package knows of a tokenizer.
+
+    Attributes:
+        id_to_text: for each id the exact text it decodes to ("\ufffd" for a part of a character).
+        structure_vocab: ids of tags, newline and label pieces.
+        eod: id that ends a document, or None if the tokenizer has none.
+        chat_template: jinja template that wraps a user turn, or None.
+    """
+
+    eod: int | None = None
+    chat_template: str | None = None
+    id_to_text: list[str]
+    structure_vocab: StructureVocab
+
+    @abstractmethod
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text; no begin or end token is added."""
+
+    @abstractmethod
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Exact text of the ids, tags included."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer with its tags; `build_tokenizer` reads the folder back."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash that changes whenever the same text could give other ids."""
+
+    @property
+    @abstractmethod
+    def pad(self) -> int:
+        """Id that fills up a batch; never trained on."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of one text; no begin or end token is added."""
+        return self.tokenize_batch([text])[0]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, tags included, padding of the embedding table not."""
+        return len(self.id_to_text)
+
+    def padded_vocab_size(self, make_vocab_size_divisible_by: int = 128, tensor_parallel_size: int = 1) -> int:
+        """Rows of the embedding table: vocab_size rounded up as Megatron does (flag --make-vocab-size-divisible-by)."""
+        multiple = make_vocab_size_divisible_by * tensor_parallel_size
+        return -(-self.vocab_size // multiple) * multiple
+
+    def render_chat(self, user_text: str) -> str:
+        """The text of a one-turn conversation up to where the assistant starts, by the chat template.
+
+        Raises:
+            ConfigError: the tokenizer has no chat template.
+        """
+        if self.chat_template is None:
+            raise ConfigError("the tokenizer has no chat template; use --chat-template never")
+        # The template language has helpers (strftime_now, raise_exception) that transformers defines.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered, _ = render_jinja_template(
+            conversations=[[{"role": "user", "content": user_text}]],
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            **self._template_names(),
+        )
+        return str(rendered[0])
+
+    def _template_names(self) -> dict[str, str]:
+        return {}
+
+    def _finish(self, id_to_text: list[str]) -> None:
+        """Store the table and prove on the tags that encoding cuts and decoding joins exactly."""
+        self.id_to_text = id_to_text
+        self.structure_vocab = StructureVocab.from_pieces(id_to_text, eos_id=self.eod)
+        vocab = self.structure_vocab
+        expected = [token for tag in vocab.tag_ids for token in (tag, vocab.newline_id)][:-1]
+        found = self.tokenize(_PROBE)
+        if found != expected:
+            pieces = [self.id_to_text[token] for token in found]
+            raise ConfigError(
+                f"the tokenizer does not cut tags and newlines into tokens of their own: {_PROBE[:40]!r}... became "
+                f"{pieces[:12]}; it needs '\\n' as one token and no normalization that changes it"
+            )
+        if self.detokenize(found) != _PROBE:
+            raise ConfigError(
+                f"the tokenizer changes text around tags: {_PROBE[:40]!r}... decodes to "
+                f"{self.detokenize(found)[:60]!r}; use a byte-level BPE or a sentencepiece model"
+            )
+
+
+class HuggingFaceTokenizer(MultiverseTokenizer):
+    """A fast Hugging Face tokenizer: a folder with tokenizer.json, or a hub name.
+
+    A local tokenizer.json is read by the `tokenizers` library alone; `transformers` (seconds to import) is needed
+    only for hub names, for folders without that file and for chat templates.
+    """
+
+    def __init__(self, tokenizer_model: str | Path) -> None:
+        from tokenizers import AddedToken
+
+        self._backend, self._config = _load_hf_backend(Path(tokenizer_model))
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        known = {token.content: token for token in self._backend.get_added_tokens_decoder().values()}
+        for tag in TAGS:
+            if tag in known and (known[tag].lstrip or known[tag].rstrip):
+                raise ConfigError(f"{tokenizer_model}: the token {tag} swallows blanks beside it (lstrip/rstrip)")
+        missing = [tag for tag in TAGS if tag not in known]
+        self._backend.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in missing])
+        self.eod = self._special_id("eos_token")
+        self.chat_template = self._config.get("chat_template")
+        # The tag in front keeps decoders from treating the piece as the start of a text and dropping its blank.
+        anchor = TAGS[0]
+        anchor_id = self._backend.token_to_id(anchor)
+        count = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        pairs = [[anchor_id, token] for token in range(count)]
+        decoded = self._backend.decode_batch(pairs, skip_special_tokens=False)
+        self._finish([text.removeprefix(anchor) for text in decoded])
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return str(self._backend.decode([int(token) for token in ids], skip_special_tokens=False))
+
+    def save(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(Path(folder) / "tokenizer.json"))
+        text = json.dumps(self._config, indent=2, ensure_ascii=False, sort_keys=True)
+        (Path(folder) / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def fingerprint(self) -> str:
+        parts = [self._backend.to_str(), self.chat_template or ""]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    @property
+    def pad(self) -> int:
+        pad = self._special_id("pad_token")
+        if pad is None:
+            pad = self.eod
+        if pad is None:
+            raise ConfigError("the tokenizer names neither pad_token nor eos_token in tokenizer_config.json")
+        return pad
+
+    def _special_id(self, name: str) -> int | None:
+        text = _content(self._config.get(name))
+        return None if text is None else self._backend.token_to_id(text)
+
+    def _template_names(self) -> dict[str, str]:
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        return {name: _content(self._config.get(name)) or "" for name in names}
+
+
+class SentencePieceTokenizer(MultiverseTokenizer):
+    """A sentencepiece model file; tags (and the newline, if it has no piece) are added as user defined symbols.
+
+    The blank that sentencepiece puts before every text is switched off: text is tokenized exactly as given.
+    """
+
+    def __init__(self, tokenizer_model: str | Path) -> None:
+        import sentencepiece
+
+        path = Path(tokenizer_model)
+        if path.is_dir():
+            path = path / "tokenizer.model"
+        if not path.is_file():
+            raise ConfigError(f"no sentencepiece model at {path}; --tokenizer-model takes its file or folder")
+        proto = keep_blanks(path.read_bytes())
+        model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        missing = [tag for tag in TAGS if _is_unknown(model, tag)]
+        for tag in set(TAGS) - set(missing):
+            if model.IsControl(model.PieceToId(tag)):
+                raise ConfigError(f"{path}: {tag} is a control symbol, which text cannot contain; train it as user defined")
+        if model.unk_id() in model.encode("\n"):
+            missing.append("\n")
+        self._proto = add_user_defined_symbols(proto, missing)
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=self._proto)
+        self.eod = self._model.eos_id() if self._model.eos_id() >= 0 else None
+        self._finish([self._text_of(token) for token in range(self._model.GetPieceSize())])
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = self._model.encode(list(texts), out_type=int, num_threads=1)
+        return ids
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return str(self._model.decode([int(token) for token in ids]))
+
+    def save(self, folder: str | Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "tokenizer.model").write_bytes(self._proto)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._proto).hexdigest()
+
+    @property
+    def pad(self) -> int:
+        if self._model.pad_id() >= 0:
+            return int(self._model.pad_id())
+        return int(self.eod if self.eod is not None else self._model.unk_id())
+
+    def _text_of(self, token: int) -> str:
+        piece = str(self._model.IdToPiece(token))
+        if self._model.IsByte(token):
+            return bytes([int(piece[3:5], 16)]).decode("ascii", errors="replace")
+        if self._model.IsControl(token) or self._model.IsUnknown(token):
+            return piece
+        return piece.replace("\u2581", " ")
+
+
+def build_tokenizer(tokenizer_type: str, tokenizer_model: str | Path) -> MultiverseTokenizer:
+    """Load a tokenizer by Megatron's flags.
+
+    Args:
+        tokenizer_type: "HuggingFaceTokenizer" or "SentencePieceTokenizer".
+        tokenizer_model: folder, file or (Hugging Face) hub name.
+
+    Raises:
+        ConfigError: unknown type, unreadable model, or one that cannot keep tags and newlines as tokens.
+    """
+    if tokenizer_type == "HuggingFaceTokenizer":
+        return HuggingFaceTokenizer(tokenizer_model)
+    if tokenizer_type == "SentencePieceTokenizer":
+        return SentencePieceTokenizer(tokenizer_model)
+    raise ConfigError(f"tokenizer_type ({tokenizer_type}) must be one of {', '.join(TOKENIZER_TYPES)}")
+
+
+def _load_hf_backend(model: Path) -> tuple[Any, dict[str, Any]]:
+    """The Rust tokenizer and what tokenizer_config.json says of special tokens and template."""
+    from tokenizers import Tokenizer
+
+    file = model / "tokenizer.json" if model.is_dir() else model
+    if file.is_file() and file.suffix == ".json":
+        config_file, template_file = file.with_name("tokenizer_config.json"), file.with_name("chat_template.jinja")
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        if template_file.is_file():
+            config["chat_template"] = template_file.read_text(encoding="utf-8")
+        return Tokenizer.from_file(str(file)), config
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(model), use_fast=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no Hugging Face tokenizer at {model}: give a folder with tokenizer.json or a hub name ({error})"
+        ) from error
+    if not getattr(loaded, "is_fast", False):
+        raise ConfigError(f"{model} has no fast tokenizer; convert it to a tokenizer.json first")
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    config = {name: getattr(loaded, name) for name in names if getattr(loaded, name, None) is not None}
+    config["chat_template"] = loaded.chat_template
+    # A copy: adding our tags must not change the object that transformers may share.
+    return Tokenizer.from_str(loaded.backend_tokenizer.to_str()), config
+
+
+def _content(token: Any) -> str | None:
+    """tokenizer_config.json writes a special token as a string or as {"content": ...}."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _is_unknown(model: Any, piece: str) -> bool:
+    return bool(model.PieceToId(piece) == model.unk_id())

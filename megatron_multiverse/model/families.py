@@ -1,0 +1,68 @@
+"""Model families as presets of ModelConfig. A new family is a new function here plus its weight names in conversion.
+
+What distinguishes the families, as far as megatron-core is concerned:
+
+| family    | qkv bias | q/k norm | embeddings                  | rotary base |
+|-----------|----------|----------|-----------------------------|-------------|
+| Qwen2/2.5 | yes      | no       | tied up to 3B, untied above | 1e6         |
+| Qwen3     | no       | yes      | tied up to 4B, untied above | 1e6         |
+| Llama 3   | no       | no       | tied for 1B/3B, untied above| 5e5         |
+
+Each preset gives the family's switches; the shape is the caller's. `PRESETS` holds shapes that users ask for by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.errors import ConfigError
+
+
+def _family(shape: dict[str, Any], **switches: Any) -> ModelConfig:
+    shape.setdefault("num_query_groups", shape["num_attention_heads"])
+    shape.setdefault("kv_channels", shape["hidden_size"] // shape["num_attention_heads"])
+    return ModelConfig(**{**switches, **shape})
+
+
+def qwen2(**shape: Any) -> ModelConfig:
+    """Qwen2 and Qwen2.5: bias on query, key and value."""
+    return _family(shape, add_qkv_bias=True, qk_layernorm=False, rotary_base=1e6, layernorm_epsilon=1e-6)
+
+
+def qwen3(**shape: Any) -> ModelConfig:
+    """Qwen3: RMSNorm on query and key heads, no bias."""
+    return _family(shape, add_qkv_bias=False, qk_layernorm=True, rotary_base=1e6, layernorm_epsilon=1e-6)
+
+
+def llama3(**shape: Any) -> ModelConfig:
+    """Llama 3 (without the long-context frequency scaling of 3.1 and later)."""
+    return _family(shape, add_qkv_bias=False, qk_layernorm=False, rotary_base=5e5, layernorm_epsilon=1e-5)
+
+
+FAMILIES: dict[str, Callable[..., ModelConfig]] = {"qwen2": qwen2, "qwen3": qwen3, "llama3": llama3}
+
+
+def _qwen25_32b() -> ModelConfig:
+    return qwen2(
+        num_layers=64, hidden_size=5120, ffn_hidden_size=27648, num_attention_heads=40, num_query_groups=8,
+        vocab_size=152064, max_sequence_length=32768, share_embeddings_and_output_weights=False,
+    )  # fmt: skip
+
+
+def _tiny() -> ModelConfig:
+    return qwen3(
+        num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2,
+        kv_channels=16, vocab_size=512, max_sequence_length=1024,
+    )  # fmt: skip
+
+
+PRESETS: dict[str, Callable[[], ModelConfig]] = {"qwen2.5-32b": _qwen25_32b, "tiny": _tiny}
+
+
+def preset(name: str) -> ModelConfig:
+    """Config of a named model. Raises ConfigError for an unknown name."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown model preset {name!r}, allowed: {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]()

@@ -1,0 +1,33 @@
+"""Tags, grammar, positions and visibility: the one definition that everything else takes its truth from."""
+
+from megatron_multiverse.structure.layout import Layout, layout, pack_layouts, padding_layout, visible_matrix
+from megatron_multiverse.structure.machine import Event, Outline, StructureMachine
+from megatron_multiverse.structure.parser import parse
+from megatron_multiverse.structure.statistics import Statistics, statistics
+from megatron_multiverse.structure.tags import TAGS, StructureVocab, Tag
+from megatron_multiverse.structure.text import Block, Parts, parse_text, render
+from megatron_multiverse.structure.tree import BlockSpan, Document, PathSpan
+
+__all__ = [
+    "TAGS",
+    "Block",
+    "BlockSpan",
+    "Document",
+    "Event",
+    "Layout",
+    "Outline",
+    "Parts",
+    "PathSpan",
+    "Statistics",
+    "StructureMachine",
+    "StructureVocab",
+    "Tag",
+    "layout",
+    "pack_layouts",
+    "padding_layout",
+    "parse",
+    "parse_text",
+    "render",
+    "statistics",
+    "visible_matrix",
+]

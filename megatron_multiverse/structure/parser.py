@@ -1,0 +1,67 @@
+"""From token ids to the spans of blocks and paths, strictly or tolerantly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_multiverse.errors import StructureError
+from megatron_multiverse.structure.machine import StructureMachine
+from megatron_multiverse.structure.tags import StructureVocab
+from megatron_multiverse.structure.tree import Document
+
+
+def parse(
+    ids: Sequence[int] | npt.NDArray[np.integer],
+    vocab: StructureVocab,
+    *,
+    prompt_length: int = 0,
+    strict: bool = True,
+    sample: str | None = None,
+) -> Document:
+    """Find blocks and paths in one sample.
+
+    Args:
+        ids: token ids of prompt and response, shape [N].
+        vocab: the ids in which structure is written.
+        prompt_length: the first `prompt_length` tokens are the prompt: tags in it are inert.
+        strict: raise at the first broken rule; otherwise broken structure is read as plain text and counted in
+            `Document.malformed`.
+        sample: name of the sample for the error.
+
+    Returns:
+        The spans, as indices into `ids`.
+
+    Raises:
+        StructureError: `strict` and the response breaks the grammar.
+    """
+    array = np.asarray(ids)
+    machine = StructureMachine(vocab)
+    machine.num_tokens = prompt_length
+    tag_indices = np.flatnonzero(np.isin(array[prompt_length:], vocab.tag_ids)) + prompt_length
+    position = prompt_length
+    for next_tag in [*tag_indices.tolist(), len(array)]:
+        while position < next_tag and machine.watching:
+            machine.push(int(array[position]))
+            position += 1
+        if position < next_tag:
+            machine.skip(next_tag - position, int(array[next_tag - 1]))
+            position = next_tag
+        if position < len(array):
+            machine.push(int(array[position]))
+            position += 1
+        if strict and machine.problem is not None:
+            break
+    if machine.problem is None or not strict:
+        machine.finish()
+    if strict and (problem := machine.problem) is not None:
+        raise StructureError(
+            problem.code,
+            token_index=problem.token_index,
+            found=problem.found,
+            expected=problem.expected,
+            sample=sample,
+        )
+    return Document(len(array), prompt_length, machine.blocks, machine.malformed)

@@ -1,0 +1,61 @@
+"""How parallel a sample is, and whether it pays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_multiverse.structure.layout import layout
+from megatron_multiverse.structure.tree import BlockSpan, Document, PathSpan
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts over the response of one sample; all lengths in tokens."""
+
+    num_tokens: int
+    """Tokens of the response."""
+    blocks: int
+    paths: int
+    depth: int
+    """Deepest nesting of blocks; 0 without a block."""
+    in_path_share: float
+    """Share of the response that stands inside paths."""
+    critical_tokens: int
+    """Length of the longest chain of tokens that must follow one another."""
+    num_parallel: float
+    """num_tokens / critical_tokens. Counts tags, outlines and conclusions as output."""
+    net_gain: float
+    """Response without tags, goals and conclusions / critical_tokens: below 1 the structure costs more than it
+    saves against writing the same text sequentially."""
+
+
+def statistics(document: Document) -> Statistics:
+    """Measure the response of one sample."""
+    num_tokens = document.num_tokens - document.prompt_length
+    where = layout(document)
+    end_position = int(where.position_ids[-1]) + 1 if document.num_tokens else 0
+    critical_tokens = end_position - document.prompt_length
+    blocks = list(document.walk())
+    in_paths = sum(block.region_end - block.goal_end for block in document.blocks)
+    plain = num_tokens - sum(_structure_tokens(block) for _, block in blocks)
+    return Statistics(
+        num_tokens=num_tokens,
+        blocks=len(blocks),
+        paths=sum(len(block.paths) for _, block in blocks),
+        depth=max((depth for depth, _ in blocks), default=0),
+        in_path_share=in_paths / max(num_tokens, 1),
+        critical_tokens=critical_tokens,
+        num_parallel=num_tokens / max(critical_tokens, 1),
+        net_gain=plain / max(critical_tokens, 1),
+    )
+
+
+def _structure_tokens(block: BlockSpan) -> int:
+    """Tokens of one block, inner blocks aside, that its plain sequential text would not have."""
+    goal = block.goal_end - block.start
+    conclusion = block.end - block.region_end
+    return goal + conclusion + sum(_path_tags(path) for path in block.paths)
+
+
+def _path_tags(path: PathSpan) -> int:
+    return min(4, path.end - path.start)  # gap newline, <Path>, newline before the label, </Path>

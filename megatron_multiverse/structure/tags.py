@@ -1,0 +1,115 @@
+"""The twelve control tags of Multiverse and what the grammar needs to know of a vocabulary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from megatron_multiverse.errors import ConfigError
+
+TAGS: tuple[str, ...] = (
+    "<Think>",
+    "</Think>",
+    "<Parallel>",
+    "</Parallel>",
+    "<Goal>",
+    "</Goal>",
+    "<Outline>",
+    "</Outline>",
+    "<Path>",
+    "</Path>",
+    "<Conclusion>",
+    "</Conclusion>",
+)
+"""Literal tags in the order in which the official tokenizer adds them (arXiv 2506.09991, code release)."""
+
+_LABEL_PIECE = re.compile(r"[0-9.]+:?|:")
+
+
+class Tag(IntEnum):
+    """Index of a tag in `TAGS`."""
+
+    THINK = 0
+    END_THINK = 1
+    PARALLEL = 2
+    END_PARALLEL = 3
+    GOAL = 4
+    END_GOAL = 5
+    OUTLINE = 6
+    END_OUTLINE = 7
+    PATH = 8
+    END_PATH = 9
+    CONCLUSION = 10
+    END_CONCLUSION = 11
+
+    @property
+    def text(self) -> str:
+        return TAGS[self]
+
+
+@dataclass(frozen=True)
+class StructureVocab:
+    """The token ids in which structure is written; everything else is free text to the grammar.
+
+    Args:
+        tag_ids: one token id per tag, in the order of `TAGS`.
+        newline_id: the token whose text is exactly one newline: it fills every structural gap.
+        label_pieces: token id -> text for tokens that can be part of a label such as ``2.1:``.
+        eos_id: the end-of-document token, if there is one.
+    """
+
+    tag_ids: tuple[int, ...]
+    newline_id: int
+    label_pieces: Mapping[int, str]
+    eos_id: int | None = None
+    tag_of: Mapping[int, Tag] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.tag_ids) != len(TAGS) or len(set(self.tag_ids)) != len(TAGS):
+            raise ConfigError(
+                f"tag_ids ({self.tag_ids}) must be {len(TAGS)} different token ids, one per tag in the order "
+                f"{' '.join(TAGS)}; add the tags to the tokenizer as special tokens first"
+            )
+        object.__setattr__(self, "tag_of", {token: Tag(k) for k, token in enumerate(self.tag_ids)})
+
+    @classmethod
+    def from_pieces(
+        cls, id_to_text: Mapping[int, str] | Sequence[str], *, eos_id: int | None = None
+    ) -> StructureVocab:
+        """Find tags, newline and label pieces in a vocabulary.
+
+        Args:
+            id_to_text: for every token id the exact text it decodes to.
+            eos_id: id of the end-of-document token.
+
+        Raises:
+            ConfigError: a tag or the newline is not a token of its own.
+        """
+        items: Iterable[tuple[int, str]] = (
+            id_to_text.items() if isinstance(id_to_text, Mapping) else enumerate(id_to_text)
+        )
+        wanted: dict[str, int] = {}
+        label_pieces: dict[int, str] = {}
+        for token, text in items:
+            if text == "\n" or text in TAGS:
+                wanted.setdefault(text, token)
+            elif _LABEL_PIECE.fullmatch(text):
+                label_pieces[token] = text
+        missing = [repr(text) for text in (*TAGS, "\n") if text not in wanted]
+        if missing:
+            raise ConfigError(
+                f"the vocabulary has no single token for {', '.join(missing)}; each tag and the newline must be "
+                "one token: add them as special tokens (build_tokenizer does it for known tokenizers)"
+            )
+        tag_ids = tuple(wanted[text] for text in TAGS)
+        return cls(tag_ids=tag_ids, newline_id=wanted["\n"], label_pieces=label_pieces, eos_id=eos_id)
+
+    def path_prefix(self, label_ids: Sequence[int]) -> list[int]:
+        """Ids the engine forces at the start of a path: gap newline, ``<Path>``, newline, label."""
+        return [self.newline_id, self.tag_ids[Tag.PATH], self.newline_id, *label_ids]
+
+    def conclusion_prefix(self) -> list[int]:
+        """Ids the engine forces after the last path: newline, ``<Conclusion>``."""
+        return [self.newline_id, self.tag_ids[Tag.CONCLUSION]]
