@@ -197,7 +197,7 @@ class SentencePieceTokenizer(MultiverseTokenizer):
         for tag in set(TAGS) - set(missing):
             if model.IsControl(model.PieceToId(tag)):
                 raise ConfigError(f"{path}: {tag} is a control symbol, which text cannot contain; train it as user defined")
-        if model.unk_id() in model.encode("\n"):
+        if model.decode(model.encode("\n")) != "\n":  # unknown, or normalized to a blank
             missing.append("\n")
         self._proto = add_user_defined_symbols(proto, missing)
         self._model = sentencepiece.SentencePieceProcessor(model_proto=self._proto)
