@@ -1,0 +1,120 @@
+"""Core attention: megatron-core hands us q, k, v after the rotary embedding; the layout decides what is seen.
+
+What a forward pass may attend to travels through megatron-core in the `packed_seq_params` argument. `AttentionParams`
+is the interface, `LayoutParams` the one of training (everything at once, no cache); decoding has its own.
+Shapes: s tokens, b batch, h query heads, g key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.kernels.multiverse_attention import visibility
+from megatron_multiverse.model.backends import select_backend
+
+
+@dataclass
+class AttentionParams(PackedSeqParams):
+    """What one forward pass attends to. Subclasses implement `attend`."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float
+    ) -> Tensor:
+        """Attention of one layer.
+
+        Args:
+            query: [s, b, h, d], rotated.
+            key: [s, b, g, d], rotated.
+            value: [s, b, g, d].
+            layer_number: from 1, over all pipeline stages.
+            softmax_scale: factor on the scores.
+
+        Returns:
+            [s, b, h * d].
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class LayoutParams(AttentionParams):
+    """Attention over the tokens of this very forward pass, seen according to their labels r.
+
+    The mask [b, 1, s, s] is built at the first layer, shared by all layers, and freed with this object: make one per
+    microbatch and do not keep it.
+    """
+
+    r: Tensor | None = None
+    """int labels [b, s] (structure.Layout.r)."""
+    index: Tensor | None = None
+    """int [b, s], place of each token in its sequence; None means 0..s-1."""
+    backend: str = "auto"
+    """Name in model/backends.py."""
+    _visible: Tensor | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def causal(cls, input_ids: Tensor, backend: str = "auto") -> LayoutParams:
+        """Plain causal attention over input_ids [b, s]."""
+        index = torch.arange(input_ids.shape[1], dtype=torch.int32, device=input_ids.device)
+        return cls(r=index.expand(input_ids.shape[0], -1), backend=backend)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float
+    ) -> Tensor:
+        """See AttentionParams.attend."""
+        if self._visible is None:
+            if self.r is None or self.r.shape != (query.shape[1], query.shape[0]):
+                given = None if self.r is None else tuple(self.r.shape)
+                raise ConfigError(
+                    f"LayoutParams.r must be [b, s] = {(query.shape[1], query.shape[0])}, got {given}"
+                )
+            self._visible = visibility(self.r, self.index)
+        attention = select_backend(self.backend, query.device.type)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = attention(q, k, v, self._visible, softmax_scale)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class CoreAttention(MegatronModule):
+    """`core_attention` of megatron-core's self-attention: asks the AttentionParams of the forward pass."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """See AttentionParams.attend; attention_mask must be None, the params say what is seen."""
+        if not isinstance(packed_seq_params, AttentionParams) or attention_mask is not None:
+            raise ConfigError(
+                "call the model with attention_mask=None and packed_seq_params=LayoutParams(r=...) "
+                f"(LayoutParams.causal for plain text); got packed_seq_params={type(packed_seq_params).__name__}, "
+                f"attention_mask={'None' if attention_mask is None else 'a tensor'}"
+            )
+        return packed_seq_params.attend(
+            query, key, value, layer_number=self.layer_number, softmax_scale=self.softmax_scale
+        )

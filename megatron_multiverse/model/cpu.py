@@ -1,0 +1,43 @@
+"""Lets megatron-core run where there is no CUDA. Does nothing on a machine with CUDA.
+
+megatron-core calls torch.cuda in places that have nothing to do with a GPU. `device_neutral_cuda` replaces those calls
+for the length of a `with` block and puts the originals back. What is replaced, and who needs it:
+
+| call                       | replacement   | needed by                                              |
+|----------------------------|---------------|--------------------------------------------------------|
+| torch.cuda.current_device  | the CPU       | dist_checkpointing (state_dict_saver), RoPE of mcore   |
+| torch.cuda.synchronize     | nothing       | dist_checkpointing (filesystem_async), pipeline p2p    |
+
+One process needs no more than that. The pipeline schedules and the distributed optimizer on gloo ranks need in
+addition `device="cuda"` arguments to mean the CPU (a TorchFunctionMode, entered per thread): it belongs into `_patches`
+below as a further stage when they are used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+def _patches() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """(owner, attribute, replacement) for every call that is made device-neutral."""
+    return [
+        (torch.cuda, "current_device", lambda: torch.device("cpu")),
+        (torch.cuda, "synchronize", lambda *args, **kwargs: None),
+    ]
+
+
+@contextlib.contextmanager
+def device_neutral_cuda() -> Iterator[None]:
+    """Make megatron-core's torch.cuda calls harmless inside the block, on machines without CUDA only."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with contextlib.ExitStack() as undo:
+        for owner, name, replacement in _patches():
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
+        yield

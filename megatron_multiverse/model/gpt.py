@@ -1,0 +1,102 @@
+"""Building the model. The only module that constructs megatron-core's GPTModel (upstream announces its end)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.model.mcore import ensure_parallel_state  # first: imports megatron-core quietly
+
+# isort: split
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_multiverse.model.attention import CoreAttention
+from megatron_multiverse.model.norm import RMSNorm
+from megatron_multiverse.model.rotary import PositionIdRotary, install_rotary
+
+
+def transformer_config(config: ModelConfig, dtype: torch.dtype, initialize: bool = True) -> TransformerConfig:
+    """megatron-core's config for ours: RMSNorm, SwiGLU, no dropout, nothing fused that would bypass our parts."""
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        layernorm_epsilon=config.layernorm_epsilon,
+        add_qkv_bias=config.add_qkv_bias,
+        qk_layernorm=config.qk_layernorm,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=True,  # the same weights from the same seed on every device
+        perform_initialization=initialize,
+    )
+
+
+def layer_spec(config: ModelConfig) -> ModuleSpec:
+    """megatron-core's local layer with our core attention and norms."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = CoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
+    return spec
+
+
+def build_gpt_model(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    initialize: bool = True,
+) -> GPTModel:
+    """Build a model with fresh weights.
+
+    Call it as `model(input_ids, position_ids, None, packed_seq_params=LayoutParams(r=r))` -> logits [b, s, vocab];
+    with `labels=...` it returns the loss of each token [b, s] instead.
+
+    Args:
+        config: shape of the model.
+        dtype: dtype of the weights; float64 works throughout, except the loss, which megatron-core takes in float32.
+        device: where the weights go.
+        seed: seed of the initial weights; torch's global generator is left as it was.
+        initialize: False skips the random initialisation (weights are about to be loaded).
+
+    Returns:
+        The model in training mode, on `device`.
+    """
+    ensure_parallel_state()
+    mcore_config = transformer_config(config, dtype, initialize)
+    layers = [layer_spec(config)] * get_num_layers_to_build(mcore_config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GPTModel(
+            mcore_config,
+            TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
+            vocab_size=config.vocab_size,
+            max_sequence_length=config.max_sequence_length,
+            position_embedding_type="rope",
+            rotary_base=config.rotary_base,
+            share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+        )
+    angles = torch.float64 if dtype == torch.float64 else torch.float32
+    install_rotary(model, PositionIdRotary(config.kv_channels, config.rotary_base, angles))
+    return model.to(device)

@@ -1,0 +1,50 @@
+"""The one door to megatron-core: imports it quietly and makes sure that process groups exist.
+
+megatron-core warns at import about the optional packages it did not find (TransformerEngine, NVIDIA apex). We choose
+our parts ourselves and report missing extras where they matter, so these warnings are silenced, and only these.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+
+from megatron_multiverse.errors import ConfigError
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings(
+        "ignore", message=".*(Apex|transformer.engine|Transformer Engine).*not", append=True
+    )
+    warnings.filterwarnings("ignore", category=FutureWarning, module="megatron")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="megatron")
+    import megatron.core  # noqa: F401
+    import megatron.core.dist_checkpointing  # noqa: F401
+    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
+    from megatron.core import parallel_state
+
+
+def ensure_parallel_state() -> None:
+    """Give megatron-core the process groups it wants: one rank, in this process, unless they already exist.
+
+    A program of several ranks calls `torch.distributed.init_process_group` and
+    `parallel_state.initialize_model_parallel` itself before it builds a model.
+
+    Raises:
+        ConfigError: launched as one of several ranks without an initialised process group.
+    """
+    if not torch.distributed.is_initialized():
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size > 1:
+            raise ConfigError(
+                f"WORLD_SIZE is {world_size}, but no process group exists: call "
+                "torch.distributed.init_process_group and parallel_state.initialize_model_parallel first"
+            )
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()

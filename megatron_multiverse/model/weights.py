@@ -1,0 +1,87 @@
+"""A model as a folder: config.json and model.safetensors under megatron-core's names. No training state."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.model.gpt import GPTModel, build_gpt_model
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def weight_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a model by name; megatron-core's `_extra_state` entries (no tensors) are left out."""
+    return {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+
+
+def save_model(
+    model: nn.Module, config: ModelConfig, folder: str | Path, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write the weights and the config.
+
+    Args:
+        model: the model.
+        config: its config.
+        folder: created if missing; files of an earlier save in it are replaced.
+        dtype: dtype on disk, e.g. torch.bfloat16 to halve the file; None keeps the model's.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in weight_state(model).items()}
+    partial = path / (WEIGHTS_FILE + ".partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    config.to_json(path / CONFIG_FILE)
+    os.replace(partial, path / WEIGHTS_FILE)
+
+
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[GPTModel, ModelConfig]:
+    """Read what `save_model` wrote.
+
+    Returns:
+        The model, its weights converted to `dtype`, and its config.
+
+    Raises:
+        CheckpointError: files are missing, or the weights do not fit the config.
+    """
+    path = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (path / name).is_file():
+            raise CheckpointError(
+                f"{path} has no {name}: a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+            )
+    config = ModelConfig.from_json(path / CONFIG_FILE)
+    model = build_gpt_model(config, dtype=dtype, initialize=False)
+    load_weights(model, load_file(path / WEIGHTS_FILE), source=str(path))
+    return model.to(device), config
+
+
+def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], *, source: str) -> None:
+    """Copy `tensors` into the model, all names and shapes must fit.
+
+    Raises:
+        CheckpointError: naming the first misfits and `source`.
+    """
+    wanted = weight_state(model)
+    problems = [f"missing {name}" for name in wanted.keys() - tensors.keys()]
+    problems += [f"unexpected {name}" for name in tensors.keys() - wanted.keys()]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, the config asks for {list(wanted[name].shape)}"
+        for name in wanted.keys() & tensors.keys()
+        if tensors[name].shape != wanted[name].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:5])
+        raise CheckpointError(f"{source}: weights do not fit the config ({len(problems)} problems): {shown}")
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[name])
