@@ -1,7 +1,7 @@
 """Configuration: frozen dataclasses that check themselves. Imports no torch.
 
-`TrainConfig` nests the others. It is read from YAML with dotted overrides, either by jsonargparse (the scripts) or
-by `TrainConfig.from_yaml`. Unknown keys are errors, and every error names the value and what is allowed.
+`TrainConfig` nests the others. It is read from YAML with dotted overrides, by jsonargparse (the scripts)
+or by `TrainConfig.from_yaml`. Unknown keys are errors; every error names the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class ModelConfig:
     """Attention implementation, see `model/backends.py`; "auto" picks one and logs why."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-                     "kv_channels", "vocab_size", "max_sequence_length"):  # fmt: skip
-            value = getattr(self, name)
-            check(value >= 1, f"model.{name} must be at least 1, got {value}")
+        for field_ in dataclasses.fields(self):
+            value = getattr(self, field_.name)
+            if type(value) is int:
+                check(value >= 1, f"model.{field_.name} must be at least 1, got {value}")
         check(
             self.num_attention_heads % self.num_query_groups == 0,
             f"model.num_attention_heads ({self.num_attention_heads}) must be divisible by "
@@ -188,7 +188,7 @@ class CheckpointConfig:
     keep_last: int = 2
     """Number of newest checkpoints that stay on disk; 0 keeps all."""
     resume: bool = True
-    """Continue from the newest checkpoint in `save` when there is one; false refuses a folder that has one."""
+    """Continue from the newest checkpoint in `save`, if any; false refuses a folder that has one."""
 
     def __post_init__(self) -> None:
         check(bool(self.save), "checkpoint.save is empty: name the run folder")
@@ -254,14 +254,15 @@ class TrainConfig:
         check(self.device in devices, f"device is {self.device!r}, allowed: {', '.join(devices)}")
         check(
             self.optim.lr_warmup_iters < self.train_iters,
-            f"optim.lr_warmup_iters ({self.optim.lr_warmup_iters}) must be below train_iters ({self.train_iters})",
+            f"optim.lr_warmup_iters ({self.optim.lr_warmup_iters}) must be below train_iters "
+            f"({self.train_iters})",
         )
         if self.model is not None:
             check_sequence_length(self.data, self.model)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Build from nested mappings; unknown, missing and mistyped keys raise ConfigError with their path."""
+        """Build from nested mappings; unknown, missing and mistyped keys raise ConfigError."""
         return dataclass_from_mapping(cls, values, where="config")
 
     @classmethod

@@ -11,8 +11,8 @@ def dense_attention(
 ) -> Tensor:
     """Same contract as `multiverse_attention_reference`, by SDPA.
 
-    On CUDA the key/value heads are repeated: SDPA's memory-efficient kernel takes arbitrary masks but no grouped
-    heads, and the fallback would keep every score matrix for the backward pass.
+    On CUDA the key/value heads are repeated: SDPA's memory-efficient kernel takes arbitrary masks but no
+    grouped heads, and the fallback would keep every score matrix for the backward pass.
     """
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.is_cuda:

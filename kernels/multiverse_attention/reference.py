@@ -1,4 +1,7 @@
-"""The definition, written for reading. Shapes: b batch, h query heads, g key/value heads, s tokens, d head width."""
+"""The definition, written for reading.
+
+Shapes: b batch, h query heads, g key/value heads, s tokens, d head width.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ def visibility(r: Tensor, index: Tensor | None = None) -> Tensor:
 
     Args:
         r: int labels [b, s], one per token; see README.md.
-        index: int [b, s], place of each token in its sequence; default 0..s-1. Needed when tokens are permuted.
+        index: int [b, s], place of each token in its sequence; default 0..s-1 (needed when permuted).
 
     Returns:
         bool [b, 1, s, s], True at (query i, key j) iff `index[j] <= index[i]` and `r[j] <= r[i]`.

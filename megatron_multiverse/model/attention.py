@@ -1,7 +1,8 @@
 """Core attention: megatron-core hands us q, k, v after the rotary embedding; the layout decides what is seen.
 
-What a forward pass may attend to travels through megatron-core in the `packed_seq_params` argument. `AttentionParams`
-is the interface, `LayoutParams` the one of training (everything at once, no cache); decoding has its own.
+What a forward pass may attend to travels through megatron-core in the `packed_seq_params` argument.
+`AttentionParams` is the interface, `LayoutParams` the one of training (everything at once, no cache);
+decoding has its own.
 Shapes: s tokens, b batch, h query heads, g key/value heads, d head width.
 """
 
@@ -22,7 +23,7 @@ from megatron_multiverse.model.backends import select_backend
 
 
 @dataclass
-class AttentionParams(PackedSeqParams):
+class AttentionParams(PackedSeqParams):  # type: ignore[misc]
     """What one forward pass attends to. Subclasses implement `attend`."""
 
     def attend(
@@ -47,8 +48,8 @@ class AttentionParams(PackedSeqParams):
 class LayoutParams(AttentionParams):
     """Attention over the tokens of this very forward pass, seen according to their labels r.
 
-    The mask [b, 1, s, s] is built at the first layer, shared by all layers, and freed with this object: make one per
-    microbatch and do not keep it.
+    The mask [b, 1, s, s] is built at the first layer, shared by all layers, and freed with this object: make
+    one per microbatch and do not keep it.
     """
 
     r: Tensor | None = None
@@ -82,7 +83,7 @@ class LayoutParams(AttentionParams):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-class CoreAttention(MegatronModule):
+class CoreAttention(MegatronModule):  # type: ignore[misc]
     """`core_attention` of megatron-core's self-attention: asks the AttentionParams of the forward pass."""
 
     def __init__(
@@ -112,7 +113,7 @@ class CoreAttention(MegatronModule):
         if not isinstance(packed_seq_params, AttentionParams) or attention_mask is not None:
             raise ConfigError(
                 "call the model with attention_mask=None and packed_seq_params=LayoutParams(r=...) "
-                f"(LayoutParams.causal for plain text); got packed_seq_params={type(packed_seq_params).__name__}, "
+                f"(LayoutParams.causal for plain text); got {type(packed_seq_params).__name__} and "
                 f"attention_mask={'None' if attention_mask is None else 'a tensor'}"
             )
         return packed_seq_params.attend(

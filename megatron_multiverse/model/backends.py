@@ -1,7 +1,7 @@
 """The one place that chooses the attention backend. The choice and its reason are logged once per process.
 
 A backend is a function (q [b,h,s,d], k, v [b,g,s,d], visible bool [b,1,s,s], softmax_scale) -> [b,h,s,d].
-To add one: write it in kernels/multiverse_attention, register it in `BACKENDS`, teach `_auto` when to pick it.
+To add one: write it in kernels/multiverse_attention, register it in `BACKENDS`, let `_auto` pick it.
 """
 
 from __future__ import annotations

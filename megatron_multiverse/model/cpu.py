@@ -1,16 +1,16 @@
 """Lets megatron-core run where there is no CUDA. Does nothing on a machine with CUDA.
 
-megatron-core calls torch.cuda in places that have nothing to do with a GPU. `device_neutral_cuda` replaces those calls
-for the length of a `with` block and puts the originals back. What is replaced, and who needs it:
+megatron-core calls torch.cuda in places that have nothing to do with a GPU. `device_neutral_cuda` replaces
+those calls for the length of a `with` block and puts the originals back. What is replaced, who needs it:
 
 | call                       | replacement   | needed by                                              |
 |----------------------------|---------------|--------------------------------------------------------|
 | torch.cuda.current_device  | the CPU       | dist_checkpointing (state_dict_saver), RoPE of mcore   |
 | torch.cuda.synchronize     | nothing       | dist_checkpointing (filesystem_async), pipeline p2p    |
 
-One process needs no more than that. The pipeline schedules and the distributed optimizer on gloo ranks need in
-addition `device="cuda"` arguments to mean the CPU (a TorchFunctionMode, entered per thread): it belongs into `_patches`
-below as a further stage when they are used.
+One process needs no more than that. The pipeline schedules and the distributed optimizer on gloo ranks
+need in addition `device="cuda"` arguments to mean the CPU (a TorchFunctionMode, entered per thread): it
+belongs beside `_patches` as a further stage when they are used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Model families as presets of ModelConfig. A new family is a new function here plus its weight names in conversion.
+"""Model families as presets of ModelConfig.
+
+A new family is a new function here and its weight names in conversion.
 
 What distinguishes the families, as far as megatron-core is concerned:
 
@@ -8,7 +10,7 @@ What distinguishes the families, as far as megatron-core is concerned:
 | Qwen3     | no       | yes      | tied up to 4B, untied above | 1e6         |
 | Llama 3   | no       | no       | tied for 1B/3B, untied above| 5e5         |
 
-Each preset gives the family's switches; the shape is the caller's. `PRESETS` holds shapes that users ask for by name.
+Each function gives the family's switches; the shape is the caller's. `PRESETS` holds shapes by name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Building the model. The only module that constructs megatron-core's GPTModel (upstream announces its end)."""
+"""Building the model: the only module that constructs megatron-core's GPTModel (its end is announced)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_multiverse.model.rotary import PositionIdRotary, install_rotary
 
 
 def transformer_config(config: ModelConfig, dtype: torch.dtype, initialize: bool = True) -> TransformerConfig:
-    """megatron-core's config for ours: RMSNorm, SwiGLU, no dropout, nothing fused that would bypass our parts."""
+    """megatron-core's config for ours: RMSNorm, SwiGLU, no dropout, no fusion that bypasses our parts."""
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -44,6 +44,7 @@ def transformer_config(config: ModelConfig, dtype: torch.dtype, initialize: bool
         pipeline_dtype=dtype,
         use_cpu_initialization=True,  # the same weights from the same seed on every device
         perform_initialization=initialize,
+        cuda_graph_scope=[],  # the default string warns
     )
 
 
@@ -70,12 +71,12 @@ def build_gpt_model(
 ) -> GPTModel:
     """Build a model with fresh weights.
 
-    Call it as `model(input_ids, position_ids, None, packed_seq_params=LayoutParams(r=r))` -> logits [b, s, vocab];
-    with `labels=...` it returns the loss of each token [b, s] instead.
+    Call it as `model(input_ids, position_ids, None, packed_seq_params=LayoutParams(r=r))` -> logits
+    [b, s, vocab]; with `labels=...` it returns the loss of each token [b, s] instead.
 
     Args:
         config: shape of the model.
-        dtype: dtype of the weights; float64 works throughout, except the loss, which megatron-core takes in float32.
+        dtype: dtype of the weights; with float64 all but the loss (megatron-core: float32) is float64.
         device: where the weights go.
         seed: seed of the initial weights; torch's global generator is left as it was.
         initialize: False skips the random initialisation (weights are about to be loaded).

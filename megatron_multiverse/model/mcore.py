@@ -1,7 +1,7 @@
 """The one door to megatron-core: imports it quietly and makes sure that process groups exist.
 
-megatron-core warns at import about the optional packages it did not find (TransformerEngine, NVIDIA apex). We choose
-our parts ourselves and report missing extras where they matter, so these warnings are silenced, and only these.
+megatron-core warns at import about the optional packages it did not find (TransformerEngine, NVIDIA apex).
+We choose our parts ourselves and report missing extras where they matter, so these warnings are silenced.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ import os
 import warnings
 
 import torch
+from torch._C._distributed_c10d import HashStore
 
 from megatron_multiverse.errors import ConfigError
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    warnings.filterwarnings(
-        "ignore", message=".*(Apex|transformer.engine|Transformer Engine).*not", append=True
-    )
-    warnings.filterwarnings("ignore", category=FutureWarning, module="megatron")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="megatron")
-    import megatron.core  # noqa: F401
-    import megatron.core.dist_checkpointing  # noqa: F401
+    warnings.filterwarnings("ignore", message="Apex is not installed")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    import megatron.core
+    import megatron.core.dist_checkpointing
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
     from megatron.core import parallel_state
 
@@ -43,8 +42,6 @@ def ensure_parallel_state() -> None:
                 "torch.distributed.init_process_group and parallel_state.initialize_model_parallel first"
             )
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(
-            backend, store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
+        torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()

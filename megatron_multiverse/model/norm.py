@@ -12,7 +12,8 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale, computed in float32 or better.
 
-    megatron-core's own torch norm refuses sequence parallelism; marking the weight lets its gradient be summed there.
+    megatron-core's own torch norm refuses sequence parallelism; the mark on the weight lets its gradient be
+    summed there.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:

@@ -1,7 +1,7 @@
 """Rotary embedding by explicit position ids, in the place of megatron-core's `rotary_pos_emb`.
 
 megatron-core builds its rotary table from the sequence length alone. In a Multiverse sample positions are not
-0..s-1, so this module replaces the table by one made from `position_ids`, which a forward pre-hook hands over.
+0..s-1, so this module makes the table from `position_ids`, which a forward pre-hook hands over.
 The table is an argument of every layer, so recomputation and pipeline stages see the right one.
 """
 
@@ -48,7 +48,8 @@ class PositionIdRotary(nn.Module):
         ids, self._position_ids = self._position_ids, None
         if self._inv_freq is None or self._inv_freq.device != ids.device:
             self._inv_freq = inverse_frequencies(self.dim, self.base, ids.device, self.dtype)
-        return rope_angles(ids, self._inv_freq)
+        angles: Tensor = rope_angles(ids, self._inv_freq)
+        return angles
 
 
 def install_rotary(model: nn.Module, rotary: PositionIdRotary) -> None:

@@ -1,20 +1,21 @@
 """New vocabulary rows: room for the tags, and a start for them better than noise.
 
-A new tag row is the mean of the rows of the text pieces of the tag without its angle brackets ("/Path", "Goal", ...),
-in the input embedding and, if untied, in the output layer.
+A new tag row is the mean of the rows of the text pieces of the tag without its angle brackets ("/Path",
+"Goal", ...), in the input embedding and, if untied, in the output layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.model.gpt import GPTModel, build_gpt_model
+from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import weight_state
 
 
@@ -28,7 +29,7 @@ def tag_pieces(tags: Sequence[str], tokenize: Callable[[str], list[int]]) -> lis
     return [tokenize(tag.removeprefix("<").removesuffix(">")) for tag in tags]
 
 
-def vocab_matrices(model: GPTModel) -> list[Tensor]:
+def vocab_matrices(model: Any) -> list[Tensor]:
     """The matrices with one row per token: input embedding, and output layer if untied."""
     matrices = [model.embedding.word_embeddings.weight]
     if not model.share_embeddings_and_output_weights:
@@ -37,7 +38,7 @@ def vocab_matrices(model: GPTModel) -> list[Tensor]:
 
 
 @torch.no_grad()
-def initialize_rows(model: GPTModel, pieces: Mapping[int, Sequence[int]]) -> None:
+def initialize_rows(model: nn.Module, pieces: Mapping[int, Sequence[int]]) -> None:
     """Set row `id` to the mean of the rows `pieces[id]`, in every vocabulary matrix.
 
     Raises:
@@ -57,8 +58,8 @@ def initialize_rows(model: GPTModel, pieces: Mapping[int, Sequence[int]]) -> Non
 
 
 @torch.no_grad()
-def grow_vocab(model: GPTModel, config: ModelConfig, vocab_size: int) -> tuple[GPTModel, ModelConfig]:
-    """A copy of the model with `vocab_size` rows; the added rows are the mean of all old rows until they are set.
+def grow_vocab(model: nn.Module, config: ModelConfig, vocab_size: int) -> tuple[nn.Module, ModelConfig]:
+    """A copy of the model with `vocab_size` rows; added rows are the mean of all old rows until they are set.
 
     Raises:
         ConfigError: vocab_size is smaller than the model's.

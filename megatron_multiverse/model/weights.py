@@ -11,7 +11,7 @@ from torch import nn
 
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import CheckpointError
-from megatron_multiverse.model.gpt import GPTModel, build_gpt_model
+from megatron_multiverse.model.gpt import build_gpt_model
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -44,7 +44,7 @@ def save_model(
 
 def load_model(
     folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> tuple[GPTModel, ModelConfig]:
+) -> tuple[nn.Module, ModelConfig]:
     """Read what `save_model` wrote.
 
     Returns:

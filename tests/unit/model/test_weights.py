@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.errors import CheckpointError, ConfigError
+from megatron_multiverse.model.families import preset, qwen2
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.model.vocab import (
+    grow_vocab,
+    initialize_rows,
+    pad_vocab_size,
+    tag_pieces,
+    vocab_matrices,
+)
+from megatron_multiverse.model.weights import load_model, save_model, weight_state
+
+
+def tiny(tied: bool = True, vocab_size: int = 40) -> ModelConfig:
+    return qwen2(
+        num_layers=1, hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, vocab_size=vocab_size,
+        max_sequence_length=32, share_embeddings_and_output_weights=tied,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_loads_bit_equal(tmp_path: Path, tied: bool) -> None:
+    model = build_gpt_model(tiny(tied), seed=3)
+    save_model(model, tiny(tied), tmp_path / "model")
+    loaded, config = load_model(tmp_path / "model")
+    assert config == tiny(tied)
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    for name, tensor in weight_state(model).items():
+        assert torch.equal(tensor, weight_state(loaded)[name]), name
+
+
+def test_dtype_on_disk_and_in_memory_are_free(tmp_path: Path) -> None:
+    model = build_gpt_model(tiny())
+    save_model(model, tiny(), tmp_path / "half", dtype=torch.bfloat16)
+    save_model(model, tiny(), tmp_path / "full")
+    sizes = [(tmp_path / f / "model.safetensors").stat().st_size for f in ("half", "full")]
+    assert sizes[0] < 0.6 * sizes[1]
+    loaded, _ = load_model(tmp_path / "half", dtype=torch.float64)
+    for name, tensor in weight_state(model).items():
+        assert torch.equal(weight_state(loaded)[name], tensor.bfloat16().double()), name
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    save_model(build_gpt_model(tiny()), tiny(), tmp_path)
+    tiny(vocab_size=41).to_json(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"word_embeddings.weight is \[40, 16\].*asks for \[41, 16\]"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tag_rows_are_the_mean_of_their_pieces(tied: bool) -> None:
+    model, config = build_gpt_model(tiny(tied)), tiny(tied)
+    before = [m.detach().clone() for m in vocab_matrices(model)]
+    assert len(before) == (1 if tied else 2)
+    grown, grown_config = grow_vocab(model, config, pad_vocab_size(42, 8))
+    assert grown_config.vocab_size == 48
+    pieces = tag_pieces(["<Goal>", "</Path>"], lambda text: [len(text), 7])
+    assert pieces == [[4, 7], [5, 7]]
+    initialize_rows(grown, {40: pieces[0], 41: pieces[1]})
+    for old, new in zip(before, vocab_matrices(grown), strict=True):
+        assert torch.equal(new[:40], old)
+        torch.testing.assert_close(new[40], (old[4] + old[7]) / 2)
+        torch.testing.assert_close(new[41], (old[5] + old[7]) / 2)
+        torch.testing.assert_close(new[47], old.mean(0))
+    logits = grown(torch.tensor([[40]]), torch.tensor([[0]]), None, packed_seq_params=causal(1))
+    assert logits.shape == (1, 1, 48)
+
+
+def causal(length: int):
+    from megatron_multiverse.model.attention import LayoutParams
+
+    return LayoutParams.causal(torch.zeros(1, length))
+
+
+def test_impossible_rows_are_refused() -> None:
+    model = build_gpt_model(tiny())
+    with pytest.raises(ConfigError, match="row 40 cannot be made"):
+        initialize_rows(model, {40: [1]})
+    with pytest.raises(ConfigError, match="itself a new row"):
+        initialize_rows(model, {38: [1], 39: [38]})
+    with pytest.raises(ConfigError, match="must not be below"):
+        grow_vocab(model, tiny(), 39)
+
+
+def test_presets_have_the_published_sizes() -> None:
+    assert preset("qwen2.5-32b").num_parameters == pytest.approx(32.76e9, rel=0.002)
+    with pytest.raises(ConfigError, match="unknown model preset 'gpt5'"):
+        preset("gpt5")
