@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -12,8 +14,9 @@ T = TypeVar("T")
 def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
     """Options of the running script: an instance of the dataclass `cls`.
 
-    Flags may be written with hyphens, as Megatron does (``--num-rows``), or underscores. Wrong flags and
-    values end the script with a message.
+    Flags may be written as Megatron does: with hyphens (``--num-rows``) or underscores, switches without a value
+    (``--append-eod``), lists as several words (``--json-keys prompt response``). Wrong flags and values end the
+    script with a message.
 
     Args:
         cls: a dataclass whose fields are the flags.
@@ -22,8 +25,8 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
     from jsonargparse import auto_cli, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    given = sys.argv[1:] if args is None else args
-    result: Any = auto_cli(cls, args=[_underscored(argument) for argument in given], as_positional=False)
+    given = [_underscored(argument) for argument in (sys.argv[1:] if args is None else args)]
+    result: Any = auto_cli(cls, args=_with_values(cls, given), as_positional=False)
     return result  # type: ignore[no-any-return]
 
 
@@ -32,3 +35,25 @@ def _underscored(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _with_values(cls: type[Any], args: list[str]) -> list[str]:
+    """Give bare switches their value and gather the words behind a list flag into one YAML list."""
+    kinds = {f"--{field.name}": str(field.type) for field in dataclasses.fields(cls)}
+    result: list[str] = []
+    position = 0
+    while position < len(args):
+        flag = args[position]
+        end = position + 1
+        while end < len(args) and not args[end].startswith("--"):
+            end += 1
+        words = args[position + 1 : end]
+        kind = kinds.get(flag, "")
+        if kind.endswith("bool") and not words:
+            result.append(f"{flag}=true")
+        elif kind.startswith("list[") and words and not words[0].startswith("["):
+            result.append(f"{flag}={json.dumps(words)}")
+        else:
+            result += [flag, *words]
+        position = end
+    return result

@@ -1,0 +1,103 @@
+"""Writes Megatron's .bin/.idx in parts: workers write shards, the parent joins them in a stream.
+
+The bytes are those of megatron-core's IndexedDatasetBuilder fed the same ids (a test compares them). That builder
+holds every length of the data set in Python lists and needs torch; here a worker needs numpy only, and the parent
+keeps one shard's lengths at a time.
+
+Layout of .idx (megatron.core.datasets.indexed_dataset): magic, version 1, dtype code, number of sequences, number of
+document borders, int32 lengths, int64 byte offsets, int64 document borders.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_multiverse.errors import DataError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+_UINT16_LIMIT = 65500  # megatron-core's DType.optimal_dtype
+SEQUENCES_PER_DOCUMENT = 2
+"""Prompt and response."""
+
+
+def optimal_dtype(vocab_size: int) -> np.dtype[np.integer]:
+    """uint16 for vocabularies below 65,500, else int32: megatron-core's rule, which its readers know."""
+    return np.dtype(np.uint16) if vocab_size < _UINT16_LIMIT else np.dtype(np.int32)
+
+
+class ShardWriter:
+    """Appends documents to PATH.bin and, on `close`, their lengths to PATH.npy.
+
+    Args:
+        path: path without suffix.
+        dtype: dtype of the ids.
+        vocab_size: ids must lie in [0, vocab_size).
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[np.integer], vocab_size: int) -> None:
+        self._path = path
+        self._dtype = dtype
+        self._vocab_size = vocab_size
+        self._bin = open(path.with_suffix(".bin"), "wb")
+        self._lengths: list[int] = []
+
+    def add(self, prompt: npt.NDArray[np.int64], response: npt.NDArray[np.int64]) -> None:
+        """Append one document of two sequences."""
+        for ids in (prompt, response):
+            if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
+                raise DataError(
+                    f"token ids {int(ids.min())}..{int(ids.max())} leave the vocabulary of {self._vocab_size}; the "
+                    "tokenizer reports a wrong vocab_size"
+                )
+            self._bin.write(ids.astype(self._dtype).tobytes())
+            self._lengths.append(ids.size)
+
+    def close(self) -> None:
+        self._bin.close()
+        np.save(self._path.with_suffix(".npy"), np.array(self._lengths, dtype=np.int32))
+
+
+def join_shards(shards: Sequence[Path], output_prefix: str, dtype: np.dtype[np.integer]) -> None:
+    """Write OUTPUT_PREFIX.bin and .idx from finished shards, in order; both appear by rename, whole.
+
+    Args:
+        shards: paths without suffix, as given to `ShardWriter`.
+        output_prefix: path of the output without suffix.
+        dtype: dtype the shards were written with.
+    """
+    bin_part, idx_part = Path(f"{output_prefix}.bin.part"), Path(f"{output_prefix}.idx.part")
+    with open(bin_part, "wb") as out:
+        for shard in shards:
+            with open(shard.with_suffix(".bin"), "rb") as part:
+                shutil.copyfileobj(part, out, 16 << 20)
+    count = sum(len(lengths) for lengths in _lengths(shards))
+    documents = count // SEQUENCES_PER_DOCUMENT
+    with open(idx_part, "wb") as out:
+        out.write(_MAGIC + struct.pack("<QBQQ", 1, _DTYPE_CODES[dtype], count, documents + 1))
+        for lengths in _lengths(shards):
+            out.write(lengths.astype("<i4").tobytes())
+        offset = 0
+        for lengths in _lengths(shards):
+            ends = offset + np.cumsum(lengths.astype(np.int64)) * dtype.itemsize
+            starts = np.concatenate(([offset], ends[:-1])) if len(ends) else ends
+            out.write(starts.astype("<i8").tobytes())
+            offset = int(ends[-1]) if len(ends) else offset
+        step = 1 << 20
+        for first in range(0, documents + 1, step):
+            borders = np.arange(first, min(first + step, documents + 1), dtype="<i8") * SEQUENCES_PER_DOCUMENT
+            out.write(borders.tobytes())
+    os.replace(bin_part, f"{output_prefix}.bin")
+    os.replace(idx_part, f"{output_prefix}.idx")
+
+
+def _lengths(shards: Sequence[Path]) -> Iterator[npt.NDArray[np.int32]]:
+    for shard in shards:
+        yield np.load(shard.with_suffix(".npy"))

@@ -1,0 +1,144 @@
+"""One shard, from rows to PATH.bin/.npy/.json: read, build texts, tokenize in batches, validate, write.
+
+Runs in worker processes. PATH.json is written last and by rename: it marks the shard as finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_multiverse.data.indexed_writer import ShardWriter, optimal_dtype
+from megatron_multiverse.data.prompts import Columns, PromptStyle, RowError, build_sample
+from megatron_multiverse.data.readers import RawRow, Shard, read_rows
+from megatron_multiverse.data.report import Totals
+from megatron_multiverse.data.tokenizers import MultiverseTokenizer
+from megatron_multiverse.errors import StructureError
+from megatron_multiverse.structure import parse, statistics
+
+_BATCH_BYTES = 1 << 20
+_BATCH_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What turns a row into a document."""
+
+    columns: Columns
+    style: PromptStyle
+    default_prompt: str
+    append_eod: bool
+
+
+class Progress:
+    """Counters shared by workers and parent: bytes of input read, documents written."""
+
+    def __init__(self, context: Any) -> None:
+        self._read = context.Value("q", 0)
+        self._written = context.Value("q", 0)
+
+    def add(self, read: int, written: int) -> None:
+        with self._read.get_lock():
+            self._read.value += read
+        with self._written.get_lock():
+            self._written.value += written
+
+    @property
+    def values(self) -> tuple[int, int]:
+        return self._read.value, self._written.value
+
+
+def process_shard(shard: Shard, path: Path, recipe: Recipe, tokenizer: MultiverseTokenizer, progress: Progress) -> None:
+    """Write one shard and its report.
+
+    Args:
+        shard: what to read.
+        path: output path without suffix.
+        recipe: how rows become documents.
+        tokenizer: shared by all shards.
+        progress: told about each batch.
+    """
+    worker = _ShardJob(path, recipe, tokenizer)
+    for batch in _batches(read_rows(shard, recipe.columns.names, recipe.default_prompt)):
+        before = worker.totals.documents
+        worker.add(batch)
+        progress.add(sum(row.num_bytes for row in batch), worker.totals.documents - before)
+    worker.close()
+
+
+def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+    batch: list[RawRow] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += row.num_bytes
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_ROWS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _ShardJob:
+    def __init__(self, path: Path, recipe: Recipe, tokenizer: MultiverseTokenizer) -> None:
+        self.path = path
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self.render_chat = tokenizer.render_chat if tokenizer.chat_template is not None else None
+        self.eod = [tokenizer.eod] if recipe.append_eod else []
+        self.writer = ShardWriter(path, optimal_dtype(tokenizer.vocab_size), tokenizer.vocab_size)
+        self.totals = Totals()
+        self.rejected: list[dict[str, Any]] = []
+        self.last_row = 0
+
+    def add(self, batch: list[RawRow]) -> None:
+        kept: list[tuple[RawRow, str, str]] = []
+        for row in batch:
+            self.last_row = row.row
+            if row.is_blank:
+                continue
+            self.totals.rows += 1
+            try:
+                if row.error is not None:
+                    raise row.error
+                kept.append((row, *build_sample(row.fields, self.recipe.columns, self.recipe.style, self.render_chat)))
+            except RowError as error:
+                self._reject(row, error.code, str(error), char_index=error.char_index)
+        encoded = self.tokenizer.tokenize_batch([text for _, prompt, response in kept for text in (prompt, response)])
+        for k, (row, prompt, response) in enumerate(kept):
+            self._document(row, prompt, response, encoded[2 * k], encoded[2 * k + 1])
+        if kept:  # one text per batch: a tokenizer that changes texts changes most of them
+            self.totals.checked_texts += 1
+            self.totals.changed_texts += self.tokenizer.detokenize(encoded[1]) != kept[0][2]
+
+    def _document(self, row: RawRow, prompt: str, response: str, prompt_ids: list[int], ids: list[int]) -> None:
+        array = np.array(ids, dtype=np.int64)
+        try:
+            document = parse(array, self.tokenizer.structure_vocab)
+        except StructureError as error:
+            before = self.tokenizer.detokenize(ids[: error.token_index])
+            message = f"found {error.found}, expected {error.expected}"
+            self._reject(row, error.code, message, token_index=error.token_index, char_index=len(before))
+            return
+        prompt_array = np.array(prompt_ids, dtype=np.int64)
+        self.writer.add(prompt_array, np.array(ids + self.eod, dtype=np.int64) if self.eod else array)
+        self.totals.text_bytes += len(prompt.encode()) + len(response.encode())
+        self.totals.add_document(len(prompt_ids), len(ids), statistics(document))
+
+    def _reject(self, row: RawRow, code: str, message: str, **position: int | None) -> None:
+        self.totals.rejected[code] += 1
+        entry = {"row": row.row, "sample": row.name, "reason": code, "message": message}
+        self.rejected.append(entry | {name: value for name, value in position.items() if value is not None})
+
+    def close(self) -> None:
+        self.writer.close()
+        report = {"last_row": self.last_row, "totals": self.totals.as_dict(), "rejected": self.rejected}
+        part = self.path.with_suffix(".json.part")
+        part.write_text(json.dumps(report), encoding="utf-8")
+        os.replace(part, self.path.with_suffix(".json"))
