@@ -130,8 +130,11 @@ def layout(document: Document) -> Layout:
     builder = _Builder()
     n = document.num_tokens
     builder.text(0, n, document.blocks, 0, 0)
-    segments = [row for row, behind in zip(builder.segments, [*builder.segments[1:], (n, 0, 0)], strict=True)
-                if row[0] < behind[0]]
+    segments = [
+        row
+        for row, behind in zip(builder.segments, [*builder.segments[1:], (n, 0, 0)], strict=True)
+        if row[0] < behind[0]
+    ]
     return Layout(
         num_tokens=n,
         segments=np.array(segments, dtype=np.int64).reshape(-1, 3),

@@ -7,7 +7,8 @@ plain text, and `problem` keeps the first one, from which the strict parser make
 What it accepts (arXiv 2506.09991, section 3; Multiverse-1K spells it with one newline in each gap)::
 
     text      := (token | block)*
-    block     := <Parallel> \\n <Goal> (\\n outline)+ \\n </Goal> (\\n path)+ \\n <Conclusion> token* </Conclusion> \\n </Parallel>
+    block     := <Parallel> \\n goal (\\n path)+ \\n <Conclusion> token* </Conclusion> \\n </Parallel>
+    goal      := <Goal> (\\n outline)+ \\n </Goal>
     outline   := <Outline> \\n label token* </Outline>
     path      := <Path> \\n label text </Path>
 
@@ -95,9 +96,7 @@ class StructureMachine:
         max_paths: a goal with more outlines than this is plain text (`None`: no limit).
     """
 
-    def __init__(
-        self, vocab: StructureVocab, *, max_depth: int | None = None, max_paths: int | None = None
-    ) -> None:
+    def __init__(self, vocab: StructureVocab, *, max_depth: int | None = None, max_paths: int | None = None) -> None:
         self.vocab = vocab
         self.max_depth = max_depth
         self.max_paths = max_paths
@@ -201,7 +200,11 @@ class StructureMachine:
             if token_id == self.vocab.newline_id and frame.gap == 0:
                 frame.gap = 1
             elif frame.gap != -1:
-                self._note("gap", "text" if token_id != self.vocab.newline_id else "a second newline", _gap_words(frame))
+                self._note(
+                    "gap",
+                    "text" if token_id != self.vocab.newline_id else "a second newline",
+                    _gap_words(frame),
+                )
                 frame.gap = -1
             if frame.gap == -1 and frame.phase is _Phase.AFTER:
                 self._close(self.num_tokens)
@@ -339,7 +342,11 @@ class StructureMachine:
         if tag is Tag.PATH:
             self._check_gap(frame, tag)
             if len(span.paths) == len(frame.outlines):
-                self._note("path_count", f"path {len(span.paths) + 1}", f"{len(frame.outlines)} paths, one per outline")
+                self._note(
+                    "path_count",
+                    f"path {len(span.paths) + 1}",
+                    f"{len(frame.outlines)} paths, one per outline",
+                )
             start = span.region_end if span.paths else span.goal_end
             span.paths.append(PathSpan(start, -1, self.num_tokens + 1))
             frame.phase = _Phase.PATH

@@ -75,9 +75,7 @@ class StructureVocab:
         object.__setattr__(self, "tag_of", {token: Tag(k) for k, token in enumerate(self.tag_ids)})
 
     @classmethod
-    def from_pieces(
-        cls, id_to_text: Mapping[int, str] | Sequence[str], *, eos_id: int | None = None
-    ) -> StructureVocab:
+    def from_pieces(cls, id_to_text: Mapping[int, str] | Sequence[str], *, eos_id: int | None = None) -> StructureVocab:
         """Find tags, newline and label pieces in a vocabulary.
 
         Args:

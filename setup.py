@@ -1,0 +1,66 @@
+"""Package metadata. Tool settings stand in pyproject.toml, exact versions in requirements/."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+# kernels/ lies at the top, where kernel people look for it, and is imported as megatron_multiverse.kernels.
+KERNELS = ["megatron_multiverse.kernels"] + [
+    f"megatron_multiverse.kernels.{name}" for name in find_packages(str(HERE / "kernels"))
+]
+
+TRAIN = ["jsonargparse[signatures]>=4.40", "PyYAML>=6.0", "matplotlib>=3.9"]
+EVAL = ["matplotlib>=3.9", "rich>=13.0"]
+
+setup(
+    name="megatron-multiverse",
+    version="0.1.0",
+    description="Natively parallel generation (Multiverse, arXiv 2506.09991) on the Megatron stack",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["megatron_multiverse", "megatron_multiverse.*"]), *KERNELS],
+    package_dir={"megatron_multiverse.kernels": "kernels"},
+    package_data={"megatron_multiverse": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy>=2.0",
+        "psutil>=5.9",  # megatron-core's checkpoint writer needs it and does not say so
+        "safetensors>=0.4",
+        "sentencepiece>=0.2",
+        "transformers>=4.50",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": ["triton>=3.6", "transformer-engine[pytorch]>=2.20", "flash-attn-4>=4.0.0b36"],
+        "train": [*TRAIN, "datasets>=3.0", "deepspeed>=0.19"],
+        "serve": [
+            "jsonargparse[signatures]>=4.40",
+            "fastapi>=0.115",
+            "uvicorn>=0.30",
+            "prometheus-client>=0.20",
+        ],
+        "curate": ["jsonargparse[signatures]>=4.40", "anthropic>=0.40", "rapidfuzz>=3.9"],
+        "eval": EVAL,
+        # What `make test` and `make quickstart` install: no CUDA, no compiler.
+        "dev": [
+            *TRAIN,
+            *EVAL,
+            "datasets>=3.0",
+            "hypothesis>=6.100",
+            "import-linter>=2.0",
+            "mypy>=1.10",
+            "pytest>=8.0",
+            "pytest-cov>=5.0",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.6",
+            "triton>=3.6",
+            "types-PyYAML",
+        ],
+    },
+)

@@ -1,0 +1,21 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Small tensors: one thread is fastest. Set before torch is imported anywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def samples_folder() -> Path:
+    """Folder of real Multiverse-1K trajectories (*.xml), named by MULTIVERSE_SAMPLES."""
+    default = Path(__file__).parents[1].parent / "shared" / "data" / "multiverse-1k-samples"
+    folder = Path(os.environ.get("MULTIVERSE_SAMPLES", default))
+    if not any(folder.glob("*.xml")):
+        pytest.skip(f"no Multiverse-1K trajectories in {folder}; set MULTIVERSE_SAMPLES to a folder of *.xml")
+    return folder
