@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .dense import dense_attention
+from .dense import dense_attention, dense_mask
 from .reference import multiverse_attention_reference, visibility
 
-__all__ = ["dense_attention", "multiverse_attention_reference", "visibility"]
+__all__ = ["dense_attention", "dense_mask", "multiverse_attention_reference", "visibility"]

@@ -18,7 +18,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.multiverse_attention import visibility
 from megatron_multiverse.model.backends import select_backend
 
 
@@ -26,9 +25,7 @@ from megatron_multiverse.model.backends import select_backend
 class AttentionParams(PackedSeqParams):  # type: ignore[misc]
     """What one forward pass attends to. Subclasses implement `attend`."""
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float) -> Tensor:
         """Attention of one layer.
 
         Args:
@@ -48,8 +45,8 @@ class AttentionParams(PackedSeqParams):  # type: ignore[misc]
 class LayoutParams(AttentionParams):
     """Attention over the tokens of this very forward pass, seen according to their labels r.
 
-    The mask [b, 1, s, s] is built at the first layer, shared by all layers, and freed with this object: make
-    one per microbatch and do not keep it.
+    The backend's plan (for the dense one: the mask [b, 1, s, s]) is made at the first layer, shared by all
+    layers and freed with this object: make one per microbatch and do not keep it.
     """
 
     r: Tensor | None = None
@@ -58,7 +55,7 @@ class LayoutParams(AttentionParams):
     """int [b, s], place of each token in its sequence; None means 0..s-1."""
     backend: str = "auto"
     """Name in model/backends.py."""
-    _visible: Tensor | None = field(default=None, init=False, repr=False)
+    _plan: Any = field(default=None, init=False, repr=False)
 
     @classmethod
     def causal(cls, input_ids: Tensor, backend: str = "auto") -> LayoutParams:
@@ -66,20 +63,17 @@ class LayoutParams(AttentionParams):
         index = torch.arange(input_ids.shape[1], dtype=torch.int32, device=input_ids.device)
         return cls(r=index.expand(input_ids.shape[0], -1), backend=backend)
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float) -> Tensor:
         """See AttentionParams.attend."""
-        if self._visible is None:
-            if self.r is None or self.r.shape != (query.shape[1], query.shape[0]):
+        backend = select_backend(self.backend, query.device.type)
+        if self._plan is None:
+            want = (query.shape[1], query.shape[0])
+            if self.r is None or self.r.shape != want:
                 given = None if self.r is None else tuple(self.r.shape)
-                raise ConfigError(
-                    f"LayoutParams.r must be [b, s] = {(query.shape[1], query.shape[0])}, got {given}"
-                )
-            self._visible = visibility(self.r, self.index)
-        attention = select_backend(self.backend, query.device.type)
+                raise ConfigError(f"LayoutParams.r must be [b, s] = {want}, got {given}")
+            self._plan = backend.prepare(self.r, self.index, query.dtype)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = attention(q, k, v, self._visible, softmax_scale)
+        out = backend.attend(q, k, v, self._plan, softmax_scale)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 

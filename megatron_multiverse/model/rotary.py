@@ -39,9 +39,7 @@ class PositionIdRotary(nn.Module):
         """Take the ids [b, s] of the coming forward pass."""
         self._position_ids = position_ids
 
-    def forward(
-        self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
-    ) -> Tensor:
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
         """Angles [s, b, 1, dim] for the ids of this forward pass."""
         if self._position_ids is None:
             raise ConfigError("position_ids are missing: pass position_ids [b, s] to the model's forward")

@@ -22,9 +22,7 @@ def weight_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
 
 
-def save_model(
-    model: nn.Module, config: ModelConfig, folder: str | Path, *, dtype: torch.dtype | None = None
-) -> None:
+def save_model(model: nn.Module, config: ModelConfig, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the weights and the config.
 
     Args:
@@ -56,9 +54,7 @@ def load_model(
     path = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
-            raise CheckpointError(
-                f"{path} has no {name}: a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE}"
-            )
+            raise CheckpointError(f"{path} has no {name}: a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     config = ModelConfig.from_json(path / CONFIG_FILE)
     model = build_gpt_model(config, dtype=dtype, initialize=False)
     load_weights(model, load_file(path / WEIGHTS_FILE), source=str(path))

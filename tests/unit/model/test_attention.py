@@ -81,9 +81,9 @@ def test_mask_is_built_once_for_all_layers_and_freed_with_the_params() -> None:
     params = LayoutParams(r=torch.arange(6, dtype=torch.int32)[None])
     q = torch.randn(6, 1, 2, 4)
     first = params.attend(q, q, q, layer_number=1, softmax_scale=0.5)
-    mask = params._visible
+    mask = params._plan
     params.attend(q, q, q, layer_number=2, softmax_scale=0.5)
-    assert params._visible is mask
+    assert params._plan is mask and mask.dtype == torch.bool
     assert first.shape == (6, 1, 8)
 
 
