@@ -21,7 +21,7 @@ $(STAMP): setup.py $(CONSTRAINTS)
 	touch $(STAMP)
 
 quickstart: $(STAMP)
-	OMP_NUM_THREADS=2 $(BIN)/python -m examples.quickstart.run
+	OMP_NUM_THREADS=2 $(BIN)/python examples/quickstart/run.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests

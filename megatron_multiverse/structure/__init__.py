@@ -1,7 +1,8 @@
 """Tags, grammar, positions and visibility: the one definition that everything else takes its truth from."""
 
+from megatron_multiverse.structure.frames import Event, Outline
 from megatron_multiverse.structure.layout import Layout, layout, pack_layouts, padding_layout, visible_matrix
-from megatron_multiverse.structure.machine import Event, Outline, StructureMachine
+from megatron_multiverse.structure.machine import StructureMachine
 from megatron_multiverse.structure.parser import parse
 from megatron_multiverse.structure.statistics import Statistics, statistics
 from megatron_multiverse.structure.tags import TAGS, StructureVocab, Tag

@@ -19,72 +19,19 @@ of the enclosing text; a conclusion that meets one is closed; any other misplace
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
-from enum import Enum, auto
 
+from megatron_multiverse.structure.frames import (
+    CLOSERS,
+    GAP_PHASES,
+    Event,
+    Frame,
+    LabelReader,
+    Outline,
+    Phase,
+    Problem,
+)
 from megatron_multiverse.structure.tags import StructureVocab, Tag
 from megatron_multiverse.structure.tree import BlockSpan, PathSpan
-
-
-class Event(Enum):
-    """What a pushed token did."""
-
-    TEXT = auto()
-    """Plain text."""
-    TAG = auto()
-    """A tag in its place."""
-    FORK = auto()
-    """`</Goal>` closed a valid goal: the paths of `machine.outlines` can run."""
-    PATH_END = auto()
-    """`</Path>` closed a path."""
-    BLOCK_END = auto()
-    """`</Parallel>` closed a block."""
-    MALFORMED = auto()
-    """A tag out of place, or a goal that cannot be forked; it stays in the stream as plain text."""
-
-
-@dataclass(frozen=True)
-class Outline:
-    """One announced path: its label as text and as the ids to be forced at the start of the path."""
-
-    label: str
-    label_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The first broken rule: its code, where, what was found, what the grammar expected."""
-
-    code: str
-    token_index: int
-    found: str
-    expected: str
-
-
-class _Phase(Enum):
-    HEAD = "<Goal> after a newline"
-    GOAL = "<Outline> or </Goal>, each after one newline"
-    OUTLINE = "</Outline>"
-    PATHS = "<Path> or <Conclusion>, each after one newline"
-    PATH = "text, <Parallel> or </Path>"
-    CONCLUSION = "</Conclusion>"
-    AFTER = "</Parallel> after one newline"
-
-
-_GAP_PHASES = frozenset({_Phase.HEAD, _Phase.GOAL, _Phase.PATHS, _Phase.AFTER})
-
-
-@dataclass
-class _Frame:
-    """An open block."""
-
-    span: BlockSpan
-    prefix: str
-    """What labels of this block start with: ``""`` or ``"2."``."""
-    phase: _Phase = _Phase.HEAD
-    outlines: list[Outline] = field(default_factory=list)
-    gap: int = 0
-    """Newlines since the last tag; -1 once anything else was seen in the gap."""
 
 
 class StructureMachine:
@@ -106,22 +53,18 @@ class StructureMachine:
         self.blocks: list[BlockSpan] = []
         self.ended = False
         """A child machine saw its `</Path>`."""
-        self._stack: list[_Frame] = []
+        self._stack: list[Frame] = []
         self._think = 0  # 0 never opened, 1 open, 2 closed
         self._base_depth = 0
         self._in_path = False
         self._base_label = ""
-        self._label_ids: list[int] | None = None  # being read; None when no label is due
-        self._label_text = ""
-        self._label_newline = False
+        self._label: LabelReader | None = None  # while a label is due
         self._last: int | None = None
-
-    # -- what callers ask --------------------------------------------------------------------------------------
 
     @property
     def depth(self) -> int:
         """Number of paths around the current token."""
-        return self._base_depth + sum(frame.phase is _Phase.PATH for frame in self._stack)
+        return self._base_depth + sum(frame.phase is Phase.PATH for frame in self._stack)
 
     @property
     def outlines(self) -> list[Outline]:
@@ -131,7 +74,7 @@ class StructureMachine:
     @property
     def watching(self) -> bool:
         """Whether the next plain token matters (inside a gap or a label); else it can be skipped."""
-        return self._label_ids is not None or (bool(self._stack) and self._stack[-1].phase in _GAP_PHASES)
+        return self._label is not None or (bool(self._stack) and self._stack[-1].phase in GAP_PHASES)
 
     def skip(self, count: int, last_id: int) -> None:
         """Take `count` plain tokens at once, the last of them `last_id`. Only while not `watching`."""
@@ -145,8 +88,6 @@ class StructureMachine:
         self.num_tokens += 1
         self._last = token_id
         return event
-
-    # -- fork and join (inference) -----------------------------------------------------------------------------
 
     def fork(self, k: int) -> StructureMachine:
         """A machine for path `k` of the block that just forked; push the path's tokens, gap newline first."""
@@ -166,7 +107,7 @@ class StructureMachine:
         """Ids that close, innermost first, everything this stream has open (each tag on a line of its own)."""
         tags: list[Tag] = []
         for frame in reversed(self._stack):
-            tags += _CLOSERS[frame.phase]
+            tags += CLOSERS[frame.phase]
         if self._in_path and not self.ended:
             tags.append(Tag.END_PATH)
         if self._think == 1:
@@ -185,84 +126,63 @@ class StructureMachine:
             if not frame.span.paths:
                 self._drop()
                 continue
-            if frame.phase is _Phase.PATH:
+            if frame.phase is Phase.PATH:
                 frame.span.paths[-1].end = self.num_tokens
             self._close(self.num_tokens)
         if self._think == 1:
             self._note("unclosed", "the end of the text", "</Think>")
 
-    # -- plain tokens ------------------------------------------------------------------------------------------
-
     def _plain(self, token_id: int) -> Event:
-        if self._label_ids is not None:
-            self._read_label(token_id)
-        elif self._stack and (frame := self._stack[-1]).phase in _GAP_PHASES:
-            if token_id == self.vocab.newline_id and frame.gap == 0:
-                frame.gap = 1
-            elif frame.gap != -1:
-                self._note(
-                    "gap",
-                    "text" if token_id != self.vocab.newline_id else "a second newline",
-                    _gap_words(frame),
-                )
-                frame.gap = -1
-            if frame.gap == -1 and frame.phase is _Phase.AFTER:
-                self._close(self.num_tokens)
+        if self._label is not None:
+            if self._label.push(token_id):
+                self._end_label(self._label)
+        elif self._stack and self._stack[-1].phase in GAP_PHASES:
+            self._read_gap(self._stack[-1], token_id)
         return Event.TEXT
 
-    def _start_label(self) -> None:
-        self._label_ids, self._label_text, self._label_newline = [], "", False
-
-    def _read_label(self, token_id: int) -> None:
-        assert self._label_ids is not None
-        if not self._label_newline:
-            if token_id == self.vocab.newline_id:
-                self._label_newline = True
-            else:
-                self._end_label("text instead of a newline")
+    def _read_gap(self, frame: Frame, token_id: int) -> None:
+        if token_id == self.vocab.newline_id and frame.gap == 0:
+            frame.gap = 1
             return
-        piece = self.vocab.label_pieces.get(token_id)
-        if piece is None:
-            self._end_label("text instead of a label")
-            return
-        self._label_ids.append(token_id)
-        self._label_text += piece
-        if piece.endswith(":"):
-            self._end_label(None)
+        if frame.gap != -1:
+            found = "a second newline" if token_id == self.vocab.newline_id else "text"
+            self._note("gap", found, frame.gap_rule)
+            frame.gap = -1
+        if frame.phase is Phase.AFTER:
+            self._close(self.num_tokens)
 
-    def _end_label(self, fault: str | None) -> None:
-        """The label is complete (`fault` None) or missing; check it against the order of the block."""
+    def _end_label(self, label: LabelReader) -> None:
+        """The label is complete or missing; check it against the order of the block."""
+        self._label = None
         frame = self._stack[-1] if self._stack else None
-        label, ids = self._label_text, tuple(self._label_ids or ())
-        self._label_ids = None
-        if fault is not None:
-            self._note("label", fault, f"a newline and a label such as {self._expected_label(frame)}")
+        expected = self._expected_label(frame)
+        if label.fault is not None:
+            self._note("label", label.fault, f"a newline and a label such as {expected}")
             return
-        if label != self._expected_label(frame):
-            self._note("label_order", f"label {label}", f"label {self._expected_label(frame)}")
-        if frame is not None and frame.phase is _Phase.OUTLINE:
-            frame.outlines[-1] = Outline(label, ids)
+        if label.text != expected:
+            self._note("label_order", f"label {label.text}", f"label {expected}")
+        if frame is not None and frame.phase is Phase.OUTLINE:
+            frame.outlines[-1] = Outline(label.text, tuple(label.ids))
         elif frame is not None:
-            frame.span.paths[-1].label = label
+            frame.span.paths[-1].label = label.text
             frame.span.paths[-1].forced_end = self.num_tokens + 1
 
-    def _expected_label(self, frame: _Frame | None) -> str:
+    def _expected_label(self, frame: Frame | None) -> str:
         if frame is None:
             return self._base_label
-        if frame.phase is _Phase.OUTLINE:
+        if frame.phase is Phase.OUTLINE:
             return f"{frame.prefix}{len(frame.outlines)}:"
         k = len(frame.span.paths)
         return frame.outlines[k - 1].label if k <= len(frame.outlines) else f"{frame.prefix}{k}:"
 
-    # -- tags --------------------------------------------------------------------------------------------------
-
     def _tag(self, tag: Tag) -> Event:
-        if self._label_ids is not None:
-            self._end_label(f"{tag.text} instead of a label")
+        if self._label is not None:
+            self._label.fault = f"{tag.text} instead of a label"
+            self._end_label(self._label)
         if not self._stack:
             return self._tag_in_text(tag)
         phase = self._stack[-1].phase
-        if phase is _Phase.PATH:
+        if phase is Phase.PATH:
             return self._tag_in_text(tag)
         return _HANDLERS[phase](self, self._stack[-1], tag)
 
@@ -272,50 +192,50 @@ class StructureMachine:
             return self._open_block(frame)
         if frame is None and self._in_path and not self.ended:
             if tag is Tag.PATH and self.num_tokens <= 1:
-                self._start_label()
+                self._label = LabelReader(self.vocab)
                 return Event.TAG
             if tag is Tag.END_PATH:
                 self.ended = True
                 return Event.PATH_END
         if frame is not None and tag is Tag.END_PATH:
             frame.span.paths[-1].end = self.num_tokens + 1
-            frame.phase, frame.gap = _Phase.PATHS, 0
+            frame.phase, frame.gap = Phase.PATHS, 0
             return Event.PATH_END
         if tag in (Tag.THINK, Tag.END_THINK) and frame is None and not self._in_path:
             due = Tag.THINK if self._think == 0 else Tag.END_THINK
             if tag is due and self._think < 2:
                 self._think += 1
                 return Event.TAG
-        return self._stray(tag, _Phase.PATH.value if frame is not None or self._in_path else "text or <Parallel>")
+        return self._stray(tag, Phase.PATH.value if frame is not None or self._in_path else "text or <Parallel>")
 
-    def _open_block(self, frame: _Frame | None) -> Event:
+    def _open_block(self, frame: Frame | None) -> Event:
         if self.max_depth is not None and self.depth >= self.max_depth:
             return self._stray(Tag.PARALLEL, f"at most {self.max_depth} nested blocks", code="too_deep")
         label = frame.span.paths[-1].label if frame is not None else self._base_label
         prefix = label[:-1] + "." if label else ""
-        self._stack.append(_Frame(BlockSpan(start=self.num_tokens), prefix))
+        self._stack.append(Frame(BlockSpan(start=self.num_tokens), prefix))
         return Event.TAG
 
-    def _tag_in_head(self, frame: _Frame, tag: Tag) -> Event:
+    def _tag_in_head(self, frame: Frame, tag: Tag) -> Event:
         if tag is Tag.GOAL:
             self._check_gap(frame, tag)
-            frame.phase, frame.gap = _Phase.GOAL, 0
+            frame.phase, frame.gap = Phase.GOAL, 0
             return Event.TAG
         return self._give_up(frame, tag)
 
-    def _tag_in_goal(self, frame: _Frame, tag: Tag) -> Event:
+    def _tag_in_goal(self, frame: Frame, tag: Tag) -> Event:
         if tag is Tag.OUTLINE:
             self._check_gap(frame, tag)
-            frame.phase = _Phase.OUTLINE
+            frame.phase = Phase.OUTLINE
             frame.outlines.append(Outline("", ()))
-            self._start_label()
+            self._label = LabelReader(self.vocab)
             return Event.TAG
         if tag is Tag.END_GOAL:
             self._check_gap(frame, tag)
             return self._fork_point(frame)
         return self._give_up(frame, tag)
 
-    def _fork_point(self, frame: _Frame) -> Event:
+    def _fork_point(self, frame: Frame) -> Event:
         count = len(frame.outlines)
         if count == 0:
             code, expected = "no_outline", "at least one <Outline> before </Goal>"
@@ -324,20 +244,20 @@ class StructureMachine:
         elif self.max_paths is not None and count > self.max_paths:
             code, expected = "too_many_paths", f"at most {self.max_paths} outlines"
         else:
-            frame.phase, frame.gap = _Phase.PATHS, 0
+            frame.phase, frame.gap = Phase.PATHS, 0
             frame.span.goal_end = self.num_tokens + 1
             return Event.FORK
         self._note(code, f"</Goal> after {count} outlines", expected)
         self._drop()
         return Event.MALFORMED
 
-    def _tag_in_outline(self, frame: _Frame, tag: Tag) -> Event:
+    def _tag_in_outline(self, frame: Frame, tag: Tag) -> Event:
         if tag is Tag.END_OUTLINE:
-            frame.phase, frame.gap = _Phase.GOAL, 0
+            frame.phase, frame.gap = Phase.GOAL, 0
             return Event.TAG
         return self._give_up(frame, tag)
 
-    def _tag_between_paths(self, frame: _Frame, tag: Tag) -> Event:
+    def _tag_between_paths(self, frame: Frame, tag: Tag) -> Event:
         span = frame.span
         if tag is Tag.PATH:
             self._check_gap(frame, tag)
@@ -349,8 +269,8 @@ class StructureMachine:
                 )
             start = span.region_end if span.paths else span.goal_end
             span.paths.append(PathSpan(start, -1, self.num_tokens + 1))
-            frame.phase = _Phase.PATH
-            self._start_label()
+            frame.phase = Phase.PATH
+            self._label = LabelReader(self.vocab)
             return Event.TAG
         if not span.paths:
             return self._give_up(frame, tag)
@@ -358,7 +278,7 @@ class StructureMachine:
             self._check_gap(frame, tag)
             if len(span.paths) < len(frame.outlines):
                 self._note("path_count", f"<Conclusion> after path {len(span.paths)}", f"{len(frame.outlines)} paths")
-            frame.phase = _Phase.CONCLUSION
+            frame.phase = Phase.CONCLUSION
             span.forced_end = self.num_tokens + 1
             return Event.TAG
         if tag is Tag.END_PARALLEL:
@@ -367,32 +287,30 @@ class StructureMachine:
             return Event.BLOCK_END
         return self._stray(tag, frame.phase.value)
 
-    def _tag_in_conclusion(self, frame: _Frame, tag: Tag) -> Event:
+    def _tag_in_conclusion(self, frame: Frame, tag: Tag) -> Event:
         if tag is Tag.END_CONCLUSION:
-            frame.phase, frame.gap = _Phase.AFTER, 0
+            frame.phase, frame.gap = Phase.AFTER, 0
             return Event.TAG
         return self._close_early(frame, tag)
 
-    def _tag_after_conclusion(self, frame: _Frame, tag: Tag) -> Event:
+    def _tag_after_conclusion(self, frame: Frame, tag: Tag) -> Event:
         if tag is Tag.END_PARALLEL:
             self._check_gap(frame, tag)
             self._close(self.num_tokens + 1)
             return Event.BLOCK_END
         return self._close_early(frame, tag)
 
-    # -- what handlers share -----------------------------------------------------------------------------------
-
-    def _check_gap(self, frame: _Frame, tag: Tag) -> None:
+    def _check_gap(self, frame: Frame, tag: Tag) -> None:
         if frame.gap == 0:
             self._note("gap", f"{tag.text} right behind a tag", f"one newline before {tag.text}")
 
-    def _give_up(self, frame: _Frame, tag: Tag) -> Event:
+    def _give_up(self, frame: Frame, tag: Tag) -> Event:
         """The open header cannot take `tag`: the header becomes plain text and `tag` is read again."""
         self._note("broken_header", tag.text, frame.phase.value)
         self._drop()
         return self._tag(tag)
 
-    def _close_early(self, frame: _Frame, tag: Tag) -> Event:
+    def _close_early(self, frame: Frame, tag: Tag) -> Event:
         """The open conclusion cannot take `tag`: the block ends before it and `tag` is read again."""
         self._note("unclosed_conclusion", tag.text, frame.phase.value)
         if tag is Tag.END_PARALLEL:
@@ -412,7 +330,7 @@ class StructureMachine:
 
     def _drop(self) -> None:
         self._stack.pop()
-        self._label_ids = None
+        self._label = None
 
     def _close(self, end: int) -> None:
         """Take the innermost block from the stack into the path, or the text, that holds it."""
@@ -421,25 +339,11 @@ class StructureMachine:
         (self._stack[-1].span.paths[-1].blocks if self._stack else self.blocks).append(span)
 
 
-def _gap_words(frame: _Frame) -> str:
-    return f"{frame.phase.value}, with exactly one newline in the gap"
-
-
-_BLOCK_TAIL = [Tag.CONCLUSION, Tag.END_CONCLUSION, Tag.END_PARALLEL]
-_CLOSERS: dict[_Phase, list[Tag]] = {
-    _Phase.HEAD: [Tag.END_PARALLEL],
-    _Phase.GOAL: [Tag.END_GOAL, Tag.END_PARALLEL],
-    _Phase.OUTLINE: [Tag.END_OUTLINE, Tag.END_GOAL, Tag.END_PARALLEL],
-    _Phase.PATHS: _BLOCK_TAIL,
-    _Phase.PATH: [Tag.END_PATH, *_BLOCK_TAIL],
-    _Phase.CONCLUSION: [Tag.END_CONCLUSION, Tag.END_PARALLEL],
-    _Phase.AFTER: [Tag.END_PARALLEL],
-}
 _HANDLERS = {
-    _Phase.HEAD: StructureMachine._tag_in_head,
-    _Phase.GOAL: StructureMachine._tag_in_goal,
-    _Phase.OUTLINE: StructureMachine._tag_in_outline,
-    _Phase.PATHS: StructureMachine._tag_between_paths,
-    _Phase.CONCLUSION: StructureMachine._tag_in_conclusion,
-    _Phase.AFTER: StructureMachine._tag_after_conclusion,
+    Phase.HEAD: StructureMachine._tag_in_head,
+    Phase.GOAL: StructureMachine._tag_in_goal,
+    Phase.OUTLINE: StructureMachine._tag_in_outline,
+    Phase.PATHS: StructureMachine._tag_between_paths,
+    Phase.CONCLUSION: StructureMachine._tag_in_conclusion,
+    Phase.AFTER: StructureMachine._tag_after_conclusion,
 }

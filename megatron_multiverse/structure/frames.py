@@ -1,0 +1,113 @@
+"""What the grammar keeps of an open block, and the words it uses for what it reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from megatron_multiverse.structure.tags import StructureVocab, Tag
+from megatron_multiverse.structure.tree import BlockSpan
+
+
+class Event(Enum):
+    """What a pushed token did."""
+
+    TEXT = auto()
+    """Plain text."""
+    TAG = auto()
+    """A tag in its place."""
+    FORK = auto()
+    """`</Goal>` closed a valid goal: the paths of `machine.outlines` can run."""
+    PATH_END = auto()
+    """`</Path>` closed a path."""
+    BLOCK_END = auto()
+    """`</Parallel>` closed a block."""
+    MALFORMED = auto()
+    """A tag out of place, or a goal that cannot be forked; it stays in the stream as plain text."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """One announced path: its label as text and as the ids to be forced at the start of the path."""
+
+    label: str
+    label_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The first broken rule: its code, where, what was found, what the grammar expected."""
+
+    code: str
+    token_index: int
+    found: str
+    expected: str
+
+
+class Phase(Enum):
+    HEAD = "<Goal> after a newline"
+    GOAL = "<Outline> or </Goal>, each after one newline"
+    OUTLINE = "</Outline>"
+    PATHS = "<Path> or <Conclusion>, each after one newline"
+    PATH = "text, <Parallel> or </Path>"
+    CONCLUSION = "</Conclusion>"
+    AFTER = "</Parallel> after one newline"
+
+
+GAP_PHASES = frozenset({Phase.HEAD, Phase.GOAL, Phase.PATHS, Phase.AFTER})
+
+
+@dataclass
+class Frame:
+    """An open block."""
+
+    span: BlockSpan
+    prefix: str
+    """What labels of this block start with: ``""`` or ``"2."``."""
+    phase: Phase = Phase.HEAD
+    outlines: list[Outline] = field(default_factory=list)
+    gap: int = 0
+    """Newlines since the last tag; -1 once anything else was seen in the gap."""
+
+    @property
+    def gap_rule(self) -> str:
+        """What the grammar expects in the current gap."""
+        return f"{self.phase.value}, with exactly one newline in the gap"
+
+
+class LabelReader:
+    """Reads the newline and the label, e.g. ``2.1:``, behind `<Outline>` or `<Path>`."""
+
+    def __init__(self, vocab: StructureVocab) -> None:
+        self.vocab = vocab
+        self.text = ""
+        self.ids: list[int] = []
+        self.fault: str | None = None
+        """What stands where the label should, once that is known."""
+        self._newline_read = False
+
+    def push(self, token_id: int) -> bool:
+        """Read one plain token; True when the label is complete or `fault` says why there is none."""
+        if not self._newline_read:
+            self._newline_read = token_id == self.vocab.newline_id
+            self.fault = None if self._newline_read else "text instead of a newline"
+            return not self._newline_read
+        piece = self.vocab.label_pieces.get(token_id)
+        if piece is None:
+            self.fault = "text instead of a label"
+            return True
+        self.ids.append(token_id)
+        self.text += piece
+        return piece.endswith(":")
+
+
+_BLOCK_TAIL = [Tag.CONCLUSION, Tag.END_CONCLUSION, Tag.END_PARALLEL]
+CLOSERS: dict[Phase, list[Tag]] = {
+    Phase.HEAD: [Tag.END_PARALLEL],
+    Phase.GOAL: [Tag.END_GOAL, Tag.END_PARALLEL],
+    Phase.OUTLINE: [Tag.END_OUTLINE, Tag.END_GOAL, Tag.END_PARALLEL],
+    Phase.PATHS: _BLOCK_TAIL,
+    Phase.PATH: [Tag.END_PATH, *_BLOCK_TAIL],
+    Phase.CONCLUSION: [Tag.END_CONCLUSION, Tag.END_PARALLEL],
+    Phase.AFTER: [Tag.END_PARALLEL],
+}
