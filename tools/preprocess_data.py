@@ -2,7 +2,7 @@
 
 Example:
     python tools/preprocess_data.py --input rows.jsonl --output-prefix data/train \\
-        --tokenizer-type HuggingFaceTokenizer --tokenizer-model Qwen/Qwen2.5-7B-Instruct --append-eod --workers 16
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model Qwen/Qwen2.5-7B-Instruct --append-eod
 """
 
 from __future__ import annotations

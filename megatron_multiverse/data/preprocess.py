@@ -49,7 +49,8 @@ class PreprocessConfig:
     """
 
     input: str
-    """JSON Lines or Parquet file, folder of such files, folder saved by `datasets`, folder of trajectories (*.xml, *.txt; prompt of NAME.xml in NAME.prompt.txt), or Hugging Face hub name."""
+    """JSON Lines or Parquet file, folder of such files, folder saved by `datasets`, folder of trajectories (*.xml,
+    *.txt; the prompt of NAME.xml in NAME.prompt.txt), or Hugging Face hub name."""
     output_prefix: str
     """Path of the output without suffix: PREFIX.bin, PREFIX.idx, PREFIX_manifest.json, PREFIX_rejected.jsonl."""
     tokenizer_type: str = "HuggingFaceTokenizer"
@@ -61,11 +62,13 @@ class PreprocessConfig:
     append_eod: bool = False
     """Put the end-of-document token behind each response."""
     json_keys: list[str] | None = None
-    """One key (response), two (prompt response) or three (question trajectory answer). Without it the columns of Multiverse-1K, of s1K-1.1, or prompt and response are found by name."""
+    """One key (response), two (prompt response) or three (question trajectory answer). Without it the columns of
+    Multiverse-1K, of s1K-1.1, or prompt and response are found by name."""
     prompt: str = ""
     """Prompt of trajectory files that have no sidecar NAME.prompt.txt; empty means no prompt."""
     prompt_suffix: PromptSuffix = "auto"
-    """Sentence behind the prompt that asks for parallel or sequential thinking. auto: by the trajectory, for question columns only."""
+    """Sentence behind the prompt that asks for parallel or sequential thinking. auto: by the trajectory, for
+    question columns only."""
     chat_template: ChatTemplate = "auto"
     """Wrap the prompt in the tokenizer's chat template. auto: for question columns only."""
     split: str = "train"
@@ -178,9 +181,7 @@ def _work(shard: Shard, path: Path) -> None:
     process_shard(shard, path, **_worker_state)
 
 
-def _run_workers(
-    plan: _Plan, todo: list[int], recipe: Recipe, tokenizer: MultiverseTokenizer, workers: int
-) -> None:
+def _run_workers(plan: _Plan, todo: list[int], recipe: Recipe, tokenizer: MultiverseTokenizer, workers: int) -> None:
     if not todo:
         return
     context = multiprocessing.get_context("fork")

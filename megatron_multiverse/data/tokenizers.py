@@ -66,9 +66,9 @@ class MultiverseTokenizer(ABC):
         """Number of ids, tags included, padding of the embedding table not."""
         return len(self.id_to_text)
 
-    def padded_vocab_size(self, make_vocab_size_divisible_by: int = 128, tensor_parallel_size: int = 1) -> int:
-        """Rows of the embedding table: vocab_size rounded up as Megatron does (flag --make-vocab-size-divisible-by)."""
-        multiple = make_vocab_size_divisible_by * tensor_parallel_size
+    def padded_vocab_size(self, make_vocab_size_divisible_by: int = 128, tp_size: int = 1) -> int:
+        """Rows of the embedding table: vocab_size rounded up, as Megatron's flag of that name does."""
+        multiple = make_vocab_size_divisible_by * tp_size
         return -(-self.vocab_size // multiple) * multiple
 
     def render_chat(self, user_text: str) -> str:
@@ -196,7 +196,9 @@ class SentencePieceTokenizer(MultiverseTokenizer):
         missing = [tag for tag in TAGS if _is_unknown(model, tag)]
         for tag in set(TAGS) - set(missing):
             if model.IsControl(model.PieceToId(tag)):
-                raise ConfigError(f"{path}: {tag} is a control symbol, which text cannot contain; train it as user defined")
+                raise ConfigError(
+                    f"{path}: {tag} is a control symbol, which text cannot contain; train it as user defined"
+                )
         if model.decode(model.encode("\n")) != "\n":  # unknown, or normalized to a blank
             missing.append("\n")
         self._proto = add_user_defined_symbols(proto, missing)
@@ -256,7 +258,8 @@ def _load_hf_backend(model: Path) -> tuple[Any, dict[str, Any]]:
 
     file = model / "tokenizer.json" if model.is_dir() else model
     if file.is_file() and file.suffix == ".json":
-        config_file, template_file = file.with_name("tokenizer_config.json"), file.with_name("chat_template.jinja")
+        config_file = file.with_name("tokenizer_config.json")
+        template_file = file.with_name("chat_template.jinja")
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
         if template_file.is_file():
             config["chat_template"] = template_file.read_text(encoding="utf-8")

@@ -1,0 +1,210 @@
+"""Training batches of packed documents, shuffled per epoch, resumable to the batch.
+
+The order of packs depends on seed and epoch alone. A global batch is `micro_batch_size x data_parallel_size`
+neighbouring packs, of which each rank takes its part; the state counts packs, so a run may resume on another number
+of ranks and sees the same packs in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_multiverse.data.packing import Overlong, Packing, pack
+from megatron_multiverse.data.sft_dataset import SFTDataset, pack_arrays
+from megatron_multiverse.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, torch.Tensor]
+Tail = Literal["drop", "cycle"]
+
+
+class SFTLoader:
+    """Endless (or `epochs` long) stream of microbatches of one data-parallel rank.
+
+    Iterating goes on where the state stands: after `load_state_dict`, and also when a second iterator is made.
+
+    Each batch holds, with b = micro_batch_size and s = seq_length: ``input_ids``, ``labels``, ``position_ids``
+    int64 [b, s], ``loss_mask`` float32 [b, s], ``r`` int32 [b, s]; see `pack_arrays`.
+
+    Args:
+        dataset: the documents.
+        seq_length: tokens per sequence.
+        micro_batch_size: sequences per batch.
+        pad: id of the padding token.
+        seed: seed of all shuffles.
+        data_parallel_rank: which part of each global batch this loader yields.
+        data_parallel_size: number of such parts.
+        num_workers: processes that parse and pack ahead; 0 does it in this one.
+        epochs: passes over the data; None never ends.
+        tail: packs at the end of an epoch that do not fill a global batch: leave them out, or fill it up with the
+            first packs of the epoch.
+        overlong: documents longer than `seq_length`: "refuse" raises, "drop" leaves them out and logs how many.
+        train_forced_tokens: also train on what the engine forces.
+
+    Raises:
+        DataError: overlong documents, or none at all.
+        ConfigError: an epoch holds less than one global batch and `tail` is "drop".
+    """
+
+    def __init__(
+        self,
+        dataset: SFTDataset,
+        *,
+        seq_length: int,
+        micro_batch_size: int,
+        pad: int,
+        seed: int = 1234,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+        num_workers: int = 0,
+        epochs: int | None = None,
+        tail: Tail = "drop",
+        overlong: Overlong = "refuse",
+        train_forced_tokens: bool = False,
+    ) -> None:
+        if not 0 <= data_parallel_rank < data_parallel_size:
+            raise ConfigError(f"data_parallel_rank ({data_parallel_rank}) must be in [0, {data_parallel_size})")
+        self.dataset = dataset
+        self.seq_length = seq_length
+        self.micro_batch_size = micro_batch_size
+        self.seed = seed
+        self.rank = data_parallel_rank
+        self.packs_per_step = micro_batch_size * data_parallel_size
+        self.num_workers = num_workers
+        self.epochs = epochs
+        self.tail = tail
+        self.overlong = overlong
+        self._packer = _PackDataset(dataset, seq_length, pad, train_forced_tokens)
+        self._epoch = 0
+        self._consumed = 0  # packs of this epoch, over all ranks
+        self._packings: dict[int, Packing] = {}  # of the epochs last asked for
+        self._packing = self._pack(0)
+        if self._packing.dropped:
+            logger.warning(
+                "%d of %d documents are longer than seq_length (%d) and are dropped",
+                self._packing.dropped, len(dataset), seq_length,
+            )  # fmt: skip
+        if len(self._packing.packs) < self.packs_per_step and tail == "drop":
+            raise ConfigError(
+                f"an epoch has {len(self._packing.packs)} packs, fewer than micro_batch_size x data_parallel_size "
+                f"({self.packs_per_step}); make the batch or seq_length smaller, or set tail to cycle"
+            )
+
+    @property
+    def epoch(self) -> int:
+        """Number of the pass the next batch belongs to, from 0."""
+        return self._epoch
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of the current epoch on each rank; packing makes epochs differ slightly."""
+        packs = len(self._packing.packs)
+        return packs // self.packs_per_step if self.tail == "drop" else -(-packs // self.packs_per_step)
+
+    @property
+    def fill(self) -> float:
+        """Share of token places of the current epoch that is not padding."""
+        return self._packing.fill
+
+    def __iter__(self) -> Iterator[Batch]:
+        schedule = _Schedule(self, self._epoch, self._consumed)
+        # The schedule runs ahead of the workers' results, so the state is taken from a second walk over it.
+        states = schedule.walk()
+        # A generator of its own: otherwise a new iterator would draw from the global one and shift dropout.
+        loader: Any = DataLoader(
+            self._packer,
+            batch_size=None,
+            sampler=schedule,
+            num_workers=self.num_workers,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        for batch in loader:
+            _, self._epoch, self._consumed, self._packing = next(states)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, behind the last batch that was yielded; the same on all ranks."""
+        return {
+            "epoch": self._epoch,
+            "consumed_packs": self._consumed,
+            "seed": self.seed,
+            "seq_length": self.seq_length,
+            "documents": self.dataset.fingerprint(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the batch at which `state` was taken.
+
+        Raises:
+            CheckpointError: the state belongs to other data, another seed or another sequence length.
+        """
+        mine = self.state_dict()
+        differing = [name for name in ("seed", "seq_length", "documents") if state[name] != mine[name]]
+        if differing:
+            what = ", ".join(f"{name}: saved {state[name]}, now {mine[name]}" for name in differing)
+            raise CheckpointError(f"the data position cannot be resumed ({what}); use the data and settings of the run")
+        self._epoch, self._consumed = state["epoch"], state["consumed_packs"]
+        self._packing = self._pack(self._epoch)
+
+    def _pack(self, epoch: int) -> Packing:
+        if epoch not in self._packings:
+            lengths, length = self.dataset.lengths, self.seq_length
+            packing = pack(lengths, length, seed=self.seed, epoch=epoch, overlong=self.overlong)
+            self._packings = {k: old for k, old in self._packings.items() if k == epoch - 1} | {epoch: packing}
+        return self._packings[epoch]
+
+
+class _Schedule:
+    """The packs of each batch from a given point on, epoch after epoch."""
+
+    def __init__(self, loader: SFTLoader, epoch: int, consumed: int) -> None:
+        self._loader = loader
+        self._start = (epoch, consumed)
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        for packs, *_ in self.walk():
+            yield packs
+
+    def walk(self) -> Iterator[tuple[list[list[int]], int, int, Packing]]:
+        """This rank's packs of each batch, and the state behind it: epoch, packs consumed, packing."""
+        loader = self._loader
+        epoch, consumed = self._start
+        step, size = loader.packs_per_step, loader.micro_batch_size
+        while loader.epochs is None or epoch < loader.epochs:
+            packing = loader._pack(epoch)
+            packs = packing.packs
+            while consumed + step <= len(packs) or (loader.tail == "cycle" and consumed < len(packs)):
+                first = consumed + loader.rank * size
+                mine = [packs[k % len(packs)] for k in range(first, first + size)]
+                consumed += step
+                yield mine, epoch, consumed, packing
+            epoch, consumed = epoch + 1, 0
+
+
+class _PackDataset(Dataset[Batch]):
+    """Makes a batch from the document indices of its packs; runs in loader workers."""
+
+    def __init__(self, dataset: SFTDataset, seq_length: int, pad: int, train_forced_tokens: bool) -> None:
+        self._dataset = dataset
+        self._seq_length = seq_length
+        self._pad = pad
+        self._train_forced_tokens = train_forced_tokens
+
+    def __getitem__(self, packs: Any) -> Batch:
+        rows = [
+            pack_arrays(
+                [self._dataset[document] for document in documents],
+                self._seq_length,
+                self._pad,
+                train_forced_tokens=self._train_forced_tokens,
+            )
+            for documents in packs
+        ]
+        return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}

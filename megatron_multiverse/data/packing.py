@@ -1,0 +1,84 @@
+"""Which documents share a training sequence: whole documents, greedy best fit, another mix every epoch."""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_multiverse.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Overlong = Literal["drop", "refuse"]
+_OPEN_PACKS = 1024
+"""Packs kept open at a time: enough to fill packs well, few enough to keep the shuffled order roughly."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Packs of one epoch.
+
+    Attributes:
+        packs: document indices of each pack, in training order.
+        dropped: documents left out because they are longer than a sequence.
+        fill: share of token places that hold a document, not padding.
+    """
+
+    packs: list[list[int]]
+    dropped: int
+    fill: float
+
+
+def pack(
+    lengths: npt.NDArray[np.int64], seq_length: int, *, seed: int, epoch: int, overlong: Overlong = "refuse"
+) -> Packing:
+    """Shuffle documents and put each into the open pack that it fills best.
+
+    The result depends on the arguments alone, so that every rank and every resumed run gets the same packs.
+
+    Args:
+        lengths: tokens per document.
+        seq_length: room of a pack in tokens.
+        seed: seed of the run.
+        epoch: number of the pass over the data; each has its own order.
+        overlong: what happens to documents longer than `seq_length`: leave them out, or raise.
+
+    Raises:
+        DataError: a document is too long and `overlong` is "refuse", or no document is left.
+    """
+    too_long = np.flatnonzero(lengths > seq_length)
+    if len(too_long) and overlong == "refuse":
+        raise DataError(
+            f"{len(too_long)} of {len(lengths)} documents are longer than seq_length ({seq_length}), the longest "
+            f"(document {int(lengths.argmax())}) has {int(lengths.max())} tokens; raise seq_length or set "
+            "overlong to drop"
+        )
+    if len(too_long) == len(lengths):
+        raise DataError(f"no document fits into seq_length ({seq_length}); raise it")
+    rng = np.random.default_rng([seed, epoch])
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
+    for document in rng.permutation(len(lengths)).tolist():
+        length = int(lengths[document])
+        if length > seq_length:
+            continue
+        place = bisect_left(room, (length, -1))
+        if place < len(room):
+            free, number = room.pop(place)
+            packs[number].append(document)
+        else:
+            free, number = seq_length, len(packs)
+            packs.append([document])
+        if free > length:
+            insort(room, (free - length, number))
+        if len(room) > _OPEN_PACKS:
+            room.pop(0)
+    used = int(lengths[lengths <= seq_length].sum())
+    order = rng.permutation(len(packs)).tolist()
+    fill = used / (len(packs) * seq_length)
+    return Packing([packs[k] for k in order], len(too_long), fill)

@@ -1,0 +1,126 @@
+"""Documents of an indexed data set as token ids with their layout, and packs of them as training arrays."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_multiverse.data.indexed_writer import SEQUENCES_PER_DOCUMENT
+from megatron_multiverse.errors import DataError
+from megatron_multiverse.structure import Layout, StructureVocab, layout, pack_layouts, padding_layout, parse
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document.
+
+    Attributes:
+        ids: int64 [N], prompt and response.
+        layout: positions, visibility and loss of the N tokens.
+    """
+
+    ids: npt.NDArray[np.int64]
+    layout: Layout
+
+
+class SFTDataset:
+    """Documents of two sequences, [prompt, response], parsed when they are asked for.
+
+    Tags in a prompt are inert: structure begins with the response.
+
+    Args:
+        prefixes: paths of .bin/.idx pairs without suffix; their documents follow one another.
+        structure_vocab: ids of the tags, from the tokenizer the data was made with.
+
+    Raises:
+        DataError: a file is missing or empty, or its documents do not consist of two sequences.
+    """
+
+    def __init__(self, prefixes: str | Sequence[str], structure_vocab: StructureVocab) -> None:
+        self._vocab = structure_vocab
+        self.prefixes = [prefixes] if isinstance(prefixes, str) else list(prefixes)
+        self._parts = [_open(prefix) for prefix in self.prefixes]
+        pairs = [part.sequence_lengths.reshape(-1, SEQUENCES_PER_DOCUMENT) for part in self._parts]
+        self._first = np.cumsum([0, *map(len, pairs)])
+        self.lengths: npt.NDArray[np.int64] = np.concatenate([pair.sum(axis=1, dtype=np.int64) for pair in pairs])
+        """Tokens per document, shape [len(self)]."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Parse document `index`.
+
+        Raises:
+            StructureError: the response breaks the grammar; names prefix and document.
+        """
+        part = int(np.searchsorted(self._first, index, side="right")) - 1
+        document = index - int(self._first[part])
+        first = document * SEQUENCES_PER_DOCUMENT
+        prompt, response = self._parts[part][first : first + SEQUENCES_PER_DOCUMENT]
+        ids = np.concatenate((prompt, response)).astype(np.int64)
+        name = f"{self.prefixes[part]} document {document}"
+        return Sample(ids, layout(parse(ids, self._vocab, prompt_length=len(prompt), sample=name)))
+
+    def fingerprint(self) -> str:
+        """Hash of the document lengths: tells another data set from this one when a run resumes."""
+        return hashlib.sha256(self.lengths.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def pack_arrays(
+    samples: Sequence[Sample], seq_length: int, pad: int, *, train_forced_tokens: bool = False
+) -> dict[str, npt.NDArray[Any]]:
+    """One training sequence from whole samples and padding.
+
+    Args:
+        samples: together at most `seq_length` tokens.
+        seq_length: S.
+        pad: token id of the padding, which is a document of its own and never trained on.
+        train_forced_tokens: also train on what the engine forces.
+
+    Returns:
+        Arrays of shape [S]. ``labels[i]`` is token i + 1 (`pad` behind the last) and ``loss_mask[i]`` (float32) is 1
+        where that token is trained as the target of token i: never across documents, in prompts or at the end of a
+        path. ``input_ids`` and ``labels`` int64, ``position_ids`` int64, ``r`` int32.
+    """
+    used = sum(len(sample.ids) for sample in samples)
+    layouts = [sample.layout for sample in samples]
+    if used < seq_length:
+        layouts.append(padding_layout(seq_length - used))
+    packed = pack_layouts(layouts)
+    ids = np.full(seq_length, pad, dtype=np.int64)
+    ids[:used] = np.concatenate([sample.ids for sample in samples])
+    is_target = packed.loss_mask(train_forced_tokens=train_forced_tokens)
+    is_target[np.cumsum([0, *(part.num_tokens for part in layouts[:-1])])] = False  # nothing predicts a first token
+    return {
+        "input_ids": ids,
+        "labels": np.append(ids[1:], pad),
+        "loss_mask": np.append(is_target[1:], False).astype(np.float32),
+        "position_ids": packed.position_ids.astype(np.int64),
+        "r": packed.r,
+    }
+
+
+def _open(prefix: str) -> Any:
+    for suffix in (".bin", ".idx"):
+        file = Path(prefix + suffix)
+        if not file.is_file():
+            raise DataError(f"no {file}; make it with tools/preprocess_data.py --output-prefix {prefix}")
+        if file.stat().st_size == 0:
+            raise DataError(f"{file} is empty: preprocessing rejected every row, see {prefix}_rejected.jsonl")
+    # Imported here: it brings torch and takes seconds, which the rest of the package does not need.
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix)
+    if not np.all(np.diff(dataset.document_indices) == SEQUENCES_PER_DOCUMENT):
+        raise DataError(
+            f"{prefix}: each document must hold two sequences, prompt and response; make the files with "
+            "tools/preprocess_data.py"
+        )
+    return dataset
