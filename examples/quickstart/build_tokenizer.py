@@ -46,9 +46,7 @@ def build_tokenizer(folder: Path) -> None:
     vocab = {token: index for index, token in enumerate([*alphabet, *pieces])}
     # No merges: a piece of the split is one token if the vocabulary has it, else bytes.
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), byte_level]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     special = [*TAGS, END_OF_TEXT, PAD]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])

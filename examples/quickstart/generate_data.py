@@ -55,9 +55,7 @@ class GenerateOptions:
             raise ValueError(f"autoregressive_share must lie in [0, 1], got {self.autoregressive_share}")
 
 
-def sample_problems(
-    options: GenerateOptions, num_problems: int, *, seed: str
-) -> Iterator[tuple[Problem, bool]]:
+def sample_problems(options: GenerateOptions, num_problems: int, *, seed: str) -> Iterator[tuple[Problem, bool]]:
     """Problems as the options say, each with whether it is to be worked in sequence."""
     rng = random.Random(seed)
     for _ in range(num_problems):

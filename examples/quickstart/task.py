@@ -2,7 +2,7 @@
 
 A problem names two or more expressions. Each is worked in a path of its own; an expression made of two
 sub-expressions works those in a nested block and goes on with their results. Every line of work needs only
-the line before it and a small table (digit by digit with a carry), so a small transformer can learn it exactly,
+the line before it and a small table (digit by digit with a carry), so that a small transformer learns it exactly,
 and every answer can be checked. Pure Python: the text side of `megatron_multiverse.structure` draws the tags.
 """
 
@@ -47,9 +47,7 @@ class Expression:
     @property
     def operands(self) -> tuple[int, int]:
         """The numbers that are left to combine once the sub-expressions are known."""
-        left, right = (
-            side.value if isinstance(side, Expression) else side for side in (self.left, self.right)
-        )
+        left, right = (side.value if isinstance(side, Expression) else side for side in (self.left, self.right))
         return left, right
 
     @property
@@ -59,9 +57,7 @@ class Expression:
         return {"+": left + right, "-": left - right, "*": left * right}[self.operator]
 
     def __str__(self) -> str:
-        sides = (
-            f"({side})" if isinstance(side, Expression) else str(side) for side in (self.left, self.right)
-        )
+        sides = (f"({side})" if isinstance(side, Expression) else str(side) for side in (self.left, self.right))
         return f" {self.operator} ".join(sides)
 
 

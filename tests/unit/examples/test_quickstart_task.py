@@ -68,9 +68,7 @@ def test_answers_agree_with_python(max_depth: int) -> None:
         expected = evaluate_by_python(problem)
         for _, response in (render_parallel(problem), render_autoregressive(problem)):
             answer = response.rsplit("\n\nAnswer: ", 1)[1]
-            assert {
-                name: int(value) for name, value in (p.split(" = ") for p in answer.split("; "))
-            } == expected
+            assert {name: int(value) for name, value in (p.split(" = ") for p in answer.split("; "))} == expected
 
 
 def test_every_written_step_is_right() -> None:
@@ -87,10 +85,7 @@ def test_every_written_step_is_right() -> None:
 def test_both_renderings_do_the_same_work() -> None:
     for problem in problems(100, max_depth=3, nested_share=0.6):
         parallel, sequential = render_parallel(problem)[1], render_autoregressive(problem)[1]
-        steps = [
-            sorted(line for line in text.splitlines() if STEP.fullmatch(line))
-            for text in (parallel, sequential)
-        ]
+        steps = [sorted(line for line in text.splitlines() if STEP.fullmatch(line)) for text in (parallel, sequential)]
         assert steps[0] == steps[1]
 
 
@@ -108,9 +103,7 @@ def test_rows_parse_strictly_and_nest_as_the_problem_does() -> None:
 
 
 def test_check_answer_takes_only_the_whole_right_answer() -> None:
-    problem = Problem(
-        (Expression("+", 583, 967), Expression("-", Expression("+", 48, 76), Expression("*", 13, 4)))
-    )
+    problem = Problem((Expression("+", 583, 967), Expression("-", Expression("+", 48, 76), Expression("*", 13, 4))))
     assert str(problem) == "A = 583 + 967; B = (48 + 76) - (13 * 4)"
     _, response = render_parallel(problem)
     assert response.endswith("\n\nAnswer: A = 1550; B = 72")

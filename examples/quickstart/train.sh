@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Retrains examples/quickstart/model from nothing: tokenizer, data, training, weights in bf16. Needs one GPU.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+# CONFIGURATION
+PYTHON=${PYTHON:-.venv/bin/python}
+RUN=${RUN:-runs/quickstart-train}      # data, checkpoints and metrics; train.yaml names the same folder
+NUM_ROWS=${NUM_ROWS:-200000}           # about 110 million tokens, seen almost four times
+WORKERS=${WORKERS:-$(nproc)}
+MODEL=examples/quickstart/model
+
+"$PYTHON" examples/quickstart/build_tokenizer.py --output "$MODEL"
+
+for split in train held_out; do
+  rows=$NUM_ROWS
+  if [ "$split" = held_out ]; then rows=2000; fi
+  "$PYTHON" examples/quickstart/generate_data.py --output "$RUN/rows/$split.jsonl" --num-rows "$rows" \
+    --split "$split" --autoregressive-share 0.25 --seed 1 --workers "$WORKERS"
+  "$PYTHON" tools/preprocess_data.py --input "$RUN/rows/$split.jsonl" --output-prefix "$RUN/data/$split" \
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$MODEL" --append-eod --workers "$WORKERS"
+done
+
+# Further arguments override the configuration, e.g. ./train.sh --train_iters 3000
+"$PYTHON" pretrain_scripts/sft_multiverse.py --config examples/quickstart/train.yaml "$@"
+"$PYTHON" examples/quickstart/export_model.py --source "$RUN/checkpoints/model" --output "$MODEL"
+"$PYTHON" tools/plot_loss.py --runs "$RUN/checkpoints" --output "$MODEL/loss.png"
+"$PYTHON" examples/quickstart/evaluate.py --model "$MODEL" --num-problems 1000 --output "$MODEL/accuracy.json"
