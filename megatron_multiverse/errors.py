@@ -70,3 +70,7 @@ def _rebuild_structure_error(code: str, fields: dict[str, object]) -> StructureE
     error.__dict__.update(fields)
     error.args = (str(error),)
     return error
+
+
+class TrainingError(MultiverseError, RuntimeError):
+    """A training run that must not go on, e.g. because the loss is no longer a number."""

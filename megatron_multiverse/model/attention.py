@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.kernels.multiverse_attention import visibility
 from megatron_multiverse.model.backends import select_backend
 
 
@@ -75,6 +76,12 @@ class LayoutParams(AttentionParams):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = backend.attend(q, k, v, self._plan, softmax_scale)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def num_visible_pairs(self) -> Tensor:
+        """Number of visible (query, key) pairs over the batch, int64 scalar on the device."""
+        assert self.r is not None
+        pairs: Tensor = visibility(self.r, self.index).sum()
+        return pairs
 
 
 class CoreAttention(MegatronModule):  # type: ignore[misc]

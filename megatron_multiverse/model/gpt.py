@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_multiverse.model.attention import CoreAttention
 from megatron_multiverse.model.norm import RMSNorm
+from megatron_multiverse.model.residual import residual_add
 from megatron_multiverse.model.rotary import PositionIdRotary, install_rotary
 
 
@@ -53,6 +54,8 @@ def layer_spec(config: ModelConfig) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attn_bda = residual_add
+    spec.submodules.mlp_bda = residual_add
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = CoreAttention
     if config.qk_layernorm:

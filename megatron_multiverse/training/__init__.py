@@ -1,0 +1,1 @@
+"""Training: one visible loop (trainer.py) and the parts it calls, one file each."""

@@ -1,0 +1,223 @@
+"""Training checkpoints: megatron-core's `torch_dist` format, written atomically.
+
+A run folder holds `iter_0000100/`, `iter_0000200/`, ... and `latest_checkpointed_iteration.txt` (Megatron's names).
+A checkpoint is written to `iter_0000200.partial`, flushed to disk, renamed, and only then named in the pointer file,
+so a crash at any moment leaves the last complete checkpoint in force; the next save replaces what a crash left.
+
+Saving starts a helper process (megatron-core does), which imports the main script: a script that trains must have
+the `if __name__ == "__main__":` guard, or it would train again inside the helper.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from megatron_multiverse.config import CheckpointConfig
+from megatron_multiverse.errors import CheckpointError, ConfigError
+from megatron_multiverse.model.cpu import device_neutral_cuda
+from megatron_multiverse.training.seeds import rng_state, set_rng_state
+
+logger = logging.getLogger(__name__)
+
+POINTER_FILE = "latest_checkpointed_iteration.txt"
+
+
+class Stateful(Protocol):
+    """Anything whose position belongs into a checkpoint, e.g. the data loader."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position as plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from that position."""
+        ...
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training, i.e. everything a checkpoint holds."""
+
+    model: nn.Module
+    optimizer: torch.optim.AdamW
+    scheduler: OptimizerParamScheduler
+    loader: Stateful
+    step: int = 0
+    """Optimizer steps done."""
+    consumed_samples: int = 0
+    """Rows trained on so far."""
+
+
+def _sharded_optimizer_state(state: TrainState, model_state: dict[str, Any]) -> dict[str, Any]:
+    """AdamW's tensors as sharded tensors named after their parameters, so that TP and PP may change."""
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    by_id = get_param_id_to_sharded_param_map(model_state, parameters)
+    sharded: dict[str, Any] = {}
+    for number, parameter in enumerate(parameters):
+        values = state.optimizer.state[parameter]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in values:  # before the first step (and when loading): room for the values
+                values[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            key = f"{number}.{name}"
+            sharded[key] = make_sharded_optimizer_tensor(by_id[number], values[name], f"optimizer.state.{name}")
+    return sharded
+
+
+def _sharded_state(state: TrainState) -> dict[str, Any]:
+    """The tensors of a checkpoint, placed in the global model."""
+    model_state = state.model.sharded_state_dict(metadata={})  # type: ignore[operator]
+    return {"model": model_state, "optimizer": _sharded_optimizer_state(state, model_state)}
+
+
+def save_state(state: TrainState, folder: Path) -> None:
+    """Write the state into an empty folder."""
+    steps = [v["step"] for v in state.optimizer.state.values() if "step" in v]
+    common = {
+        "checkpoint_version": 3.0,
+        "iteration": state.step,
+        "consumed_samples": state.consumed_samples,
+        "optimizer_step": float(steps[0]) if steps else 0.0,
+        "opt_param_scheduler": state.scheduler.state_dict(),
+        "rng_state": rng_state(),
+        "data_loader": state.loader.state_dict(),
+    }
+    with device_neutral_cuda(), _quiet():
+        dist_checkpointing.save({**_sharded_state(state), **common}, str(folder))
+
+
+def load_state(state: TrainState, folder: Path) -> None:
+    """Read a checkpoint into the state, in place, random generators included."""
+    with device_neutral_cuda(), _quiet():
+        loaded = dist_checkpointing.load(_sharded_state(state), str(folder))
+    state.model.load_state_dict(loaded["model"])
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    for number, parameter in enumerate(parameters):
+        values = state.optimizer.state[parameter]
+        for name in ("exp_avg", "exp_avg_sq"):
+            values[name] = loaded["optimizer"][f"{number}.{name}"].to(parameter.device)
+        values["step"] = torch.tensor(loaded["optimizer_step"], dtype=torch.float32, device=parameter.device)
+    state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    state.loader.load_state_dict(loaded["data_loader"])
+    set_rng_state(loaded["rng_state"])
+    state.step = loaded["iteration"]
+    state.consumed_samples = loaded["consumed_samples"]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch's FutureWarnings about parts of it that megatron-core still uses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+class CheckpointManager:
+    """Names, atomicity and clean-up of the checkpoints of one run folder."""
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        self.config = config
+        self.folder = Path(config.save)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def folder_of(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return self.folder / f"iter_{step:07d}"
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, or None.
+
+        Raises:
+            CheckpointError: the pointer file names a checkpoint that is not there.
+        """
+        pointer = self.folder / POINTER_FILE
+        if not pointer.is_file():
+            return None
+        text = pointer.read_text().strip()
+        if not text.isdigit() or not self.folder_of(int(text)).is_dir():
+            raise CheckpointError(
+                f"{pointer} names {text!r}, but there is no such checkpoint: write the number of an existing "
+                "iter_ folder into it, or delete it to start over"
+            )
+        return int(text)
+
+    def resume(self, state: TrainState) -> bool:
+        """Load the newest checkpoint, if there is one. Returns True if the run continues.
+
+        Raises:
+            ConfigError: there is one, but `checkpoint.resume` is false.
+        """
+        step = self.latest()
+        if step is None:
+            return False
+        if not self.config.resume:
+            raise ConfigError(
+                f"{self.folder} already holds a checkpoint (step {step}) and checkpoint.resume is false: "
+                "choose another folder in checkpoint.save or set checkpoint.resume to true"
+            )
+        load_state(state, self.folder_of(step))
+        logger.info("resumed from %s", self.folder_of(step))
+        return True
+
+    def save(self, state: TrainState, write: Callable[[TrainState, Path], None] = save_state) -> Path:
+        """Write a checkpoint of the state's step and make it the newest one."""
+        started = time.perf_counter()
+        target = self.folder_of(state.step)
+        partial = target.with_name(target.name + ".partial")
+        for leftover in self.folder.glob("iter_*.partial"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+        write(state, partial)
+        for file in partial.rglob("*"):
+            _flush(file)
+        _flush(partial)
+        if target.exists():  # the same step again, e.g. after a run went back to an older checkpoint
+            shutil.rmtree(target)
+        os.rename(partial, target)
+        _replace_text(self.folder / POINTER_FILE, f"{state.step}\n")
+        _flush(self.folder)
+        self._prune(state.step)
+        logger.info("saved %s in %.1f s", target, time.perf_counter() - started)
+        return target
+
+    def _prune(self, newest: int) -> None:
+        """Delete all but the newest `keep_last` checkpoints."""
+        if self.config.keep_last == 0:
+            return
+        steps = sorted(int(f.name[5:]) for f in self.folder.glob("iter_*") if f.name[5:].isdigit())
+        for step in [s for s in steps if s != newest][: max(0, len(steps) - self.config.keep_last)]:
+            shutil.rmtree(self.folder_of(step))
+
+
+def _flush(path: Path) -> None:
+    """Push a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old or the new text, never half of it."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    _flush(temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,105 @@
+"""Forward and backward passes over the microbatches of one step, and validation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_multiverse.model.attention import LayoutParams
+
+Microbatch = dict[str, Tensor]
+"""input_ids, labels, position_ids, r [b, s] int; loss_mask [b, s] float, 1 where labels are trained."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Sums over the microbatches of one step; tensors stay on the device."""
+
+    loss_sum: Tensor
+    """Sum of the loss over all trained tokens."""
+    loss: Tensor
+    """loss_sum / loss_tokens: what was differentiated."""
+    loss_tokens: int
+    """Trained tokens."""
+    tokens: int
+    """All tokens, padding included."""
+    visible_pairs: Tensor
+    """(query, key) pairs that attention computed, per layer and head."""
+
+
+def precision(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What a forward pass runs in: autocast for "bf16", nothing otherwise."""
+    if dtype == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def backward_precision(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What a backward pass runs in: megatron-core's linear layers restore autocast for CUDA alone."""
+    return precision(dtype, device) if device.type == "cpu" else contextlib.nullcontext()
+
+
+def masked_loss_sum(model: nn.Module, batch: Microbatch, device: torch.device, backend: str) -> tuple[Tensor, Tensor]:
+    """Loss summed over the trained tokens of one microbatch, and its number of visible pairs."""
+    on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    params = LayoutParams(r=on_device["r"], backend=backend)
+    per_token = model(
+        on_device["input_ids"],
+        on_device["position_ids"],
+        attention_mask=None,
+        labels=on_device["labels"],
+        packed_seq_params=params,
+    )
+    return (per_token * on_device["loss_mask"]).sum(), params.num_visible_pairs()
+
+
+def forward_backward(
+    model: nn.Module, microbatches: list[Microbatch], device: torch.device, dtype: str, backend: str
+) -> StepResult:
+    """Gradients of the mean loss over *all* trained tokens of the step, added to the parameters' `.grad`.
+
+    Each microbatch is divided by the token count of the whole step, not by its own: a mean of means would weight
+    the tokens of sparse microbatches more. The counts come from the host copies, so nothing waits for the device.
+    """
+    loss_tokens = sum(int(batch["loss_mask"].sum()) for batch in microbatches)
+    loss_sum = torch.zeros((), device=device)
+    pairs = torch.zeros((), dtype=torch.int64, device=device)
+    for batch in microbatches:
+        with precision(dtype, device):
+            batch_sum, batch_pairs = masked_loss_sum(model, batch, device, backend)
+        with backward_precision(dtype, device):
+            (batch_sum / max(1, loss_tokens)).backward()  # type: ignore[no-untyped-call]
+        loss_sum += batch_sum.detach()
+        pairs += batch_pairs
+    tokens = sum(batch["input_ids"].numel() for batch in microbatches)
+    return StepResult(loss_sum, loss_sum / max(1, loss_tokens), loss_tokens, tokens, pairs)
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, batches: Iterable[Microbatch], iters: int, device: torch.device, dtype: str, backend: str
+) -> tuple[float, int]:
+    """Mean loss over the trained tokens of the first `iters` microbatches, and how many tokens that were."""
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    for batch in islice(batches, iters):
+        with precision(dtype, device):
+            total += masked_loss_sum(model, batch, device, backend)[0]
+        count += int(batch["loss_mask"].sum())
+    return float(total) / max(1, count), count
+
+
+@contextlib.contextmanager
+def tf32(dtype: str) -> Iterator[None]:
+    """Let float32 matrix products use TF32 on GPUs that have it, for the length of the block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if dtype == "float32" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

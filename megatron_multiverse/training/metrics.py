@@ -1,0 +1,119 @@
+"""What a run reports: metrics.jsonl (always) and a log line, from numbers gathered on the device.
+
+`StepMeter` adds up on the device; reading it is the only thing that waits for the device, and happens at log steps.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.training.flops import training_flops
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class StepMeter:
+    """Sums since the last log line."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Start the next interval now."""
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.visible_pairs = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.grad_norm = torch.zeros((), device=self.device)
+        self.steps = self.tokens = self.loss_tokens = 0
+        self.waited_s = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, loss_sum: Tensor, loss_tokens: int, tokens: int, visible_pairs: Tensor, grad_norm: Tensor) -> None:
+        """Count one step. Tensors stay on the device."""
+        self.loss_sum += loss_sum
+        self.visible_pairs += visible_pairs
+        self.grad_norm = grad_norm
+        self.steps += 1
+        self.tokens += tokens
+        self.loss_tokens += loss_tokens
+
+    def read(self, config: ModelConfig, peak_tflops: float | None) -> dict[str, float | None]:
+        """Numbers of the interval (waits for the device), then start the next one."""
+        loss = float(self.loss_sum) / max(1, self.loss_tokens)
+        seconds = time.perf_counter() - self.started
+        tflops = training_flops(config, self.tokens, int(self.visible_pairs)) / seconds / 1e12
+        numbers: dict[str, float | None] = {
+            "loss": loss,
+            "grad_norm": float(self.grad_norm),
+            "step_time_s": seconds / max(1, self.steps),
+            "data_wait_s": self.waited_s / max(1, self.steps),
+            "tokens_per_s": self.tokens / seconds,
+            "loss_tokens": self.loss_tokens,
+            "tflops": tflops,
+            "mfu": None if peak_tflops is None else tflops / peak_tflops,
+            "memory_gib": memory_gib(self.device),
+        }
+        self.reset()
+        return numbers
+
+
+def memory_gib(device: torch.device) -> float:
+    """Highest memory of this process so far: on the GPU if that is the device, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) / 2**30
+
+
+class MetricsWriter:
+    """Appends one JSON object per event to metrics.jsonl and writes log lines."""
+
+    def __init__(self, folder: str | Path, train_iters: int) -> None:
+        self.train_iters = train_iters
+        self.path = Path(folder) / METRICS_FILE
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One line {"kind", "step", "time", ...}; numbers that are not finite become null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        record = {"kind": kind, "step": step, "time": time.time(), **clean}
+        self._file.write(json.dumps(record) + "\n")
+
+    def train(self, step: int, numbers: dict[str, float | None], lr: float, consumed_samples: int) -> None:
+        """A training interval, to the file and to the log."""
+        eta_s = (numbers["step_time_s"] or 0.0) * (self.train_iters - step)
+        self.write("train", step, lr=lr, eta_s=eta_s, consumed_samples=consumed_samples, **numbers)
+        mfu = numbers["mfu"]
+        logger.info(
+            "step %d/%d | loss %.4f | lr %.3e | grad norm %.3f | %.0f tokens/s | MFU %s | %.2f GiB | ETA %s",
+            step, self.train_iters, numbers["loss"], lr, numbers["grad_norm"], numbers["tokens_per_s"],
+            "n/a" if mfu is None else f"{100 * mfu:.1f} %", numbers["memory_gib"], format_duration(eta_s),
+        )  # fmt: skip
+
+    def valid(self, step: int, loss: float, loss_tokens: int) -> None:
+        """A validation result, to the file and to the log."""
+        self.write("valid", step, loss=loss, loss_tokens=loss_tokens)
+        logger.info("step %d/%d | validation loss %.4f", step, self.train_iters, loss)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def format_duration(seconds: float) -> str:
+    """1:02:03 for 3723 seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,86 @@
+"""AdamW, its schedule, clipping, and the guard that keeps non-finite numbers out of the weights.
+
+One process updates its own parameters here. megatron-core's DDP and distributed optimizer, and DeepSpeed, take this
+module's place when there are several data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor, nn
+
+from megatron_multiverse.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters; only matrices decay."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "wd_mult": 1.0},
+        {"params": [p for p in parameters if p.ndim < 2], "wd_mult": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        fused=True,  # one kernel, and it can skip the step on the device (see NonFiniteGuard)
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, train_iters: int) -> OptimizerParamScheduler:
+    """megatron-core's schedule over `train_iters` steps; `step(1)` comes before each update."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.lr_warmup_iters,
+        lr_decay_steps=train_iters,
+        lr_decay_style="WSD" if config.lr_decay_style == "wsd" else config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+        # a resumed run follows its config; only the step count comes from the checkpoint
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=config.lr_wsd_decay_iters or max(1, train_iters // 10),
+        lr_wsd_decay_style="linear",
+    )
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], clip_grad: float) -> Tensor:
+    """Scale the gradients to a global norm of at most `clip_grad` (0: leave them); no host sync.
+
+    Returns:
+        The norm before clipping, a scalar on the device.
+    """
+    kept = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in kept if p.grad is not None])
+    if clip_grad > 0:
+        nn.utils.clip_grads_with_norm_(kept, clip_grad, norm)
+    return norm
+
+
+class NonFiniteGuard:
+    """Skips, on the device, every update from the first non-finite loss or gradient on.
+
+    The host learns of it at the next log step or checkpoint, without a sync per step; because updates are skipped
+    until then, the weights are still those from before the bad step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.first_bad_step = torch.zeros((), dtype=torch.int64, device=device)
+
+    def step(self, optimizer: torch.optim.AdamW, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        """Update the weights unless a number in this or an earlier step is not finite."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        self.first_bad_step += step * (bad & (self.first_bad_step == 0))
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = (self.first_bad_step > 0).float()  # type: ignore[attr-defined]
+        optimizer.step()

@@ -1,0 +1,181 @@
+"""The training loop. Read `train` from top to bottom: everything a run does happens there.
+
+This is the one-process loop. Where several ranks come in later: process groups and the batch's share in `train`
+(DP), `forward_backward` gives way to megatron-core's schedules (PP), `build_optimizer` and `clip_gradients` to
+megatron-core's DDP and distributed optimizer or to a DeepSpeed engine, `StopSignals.__bool__` all-reduces its flag.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from megatron_multiverse.config import ModelConfig, TrainConfig, check_sequence_length
+from megatron_multiverse.errors import ConfigError, TrainingError
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.model.weights import load_model, save_model
+from megatron_multiverse.training.checkpoint import CheckpointManager, Stateful, TrainState
+from megatron_multiverse.training.flops import peak_tflops
+from megatron_multiverse.training.forward import Microbatch, forward_backward, tf32, validate
+from megatron_multiverse.training.metrics import MetricsWriter, StepMeter
+from megatron_multiverse.training.optim import NonFiniteGuard, build_optimizer, build_scheduler, clip_gradients
+from megatron_multiverse.training.seeds import seed_everything
+from megatron_multiverse.training.signals import StopSignals
+
+logger = logging.getLogger(__name__)
+
+
+class Loader(Stateful, Protocol):
+    """An endless stream of microbatches that knows where it stands."""
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        """Continue from the current position."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    step: int
+    """Optimizer steps done."""
+    stopped_by: str | None
+    """Name of the signal that stopped the run, None if it finished."""
+    model_folder: Path | None
+    """Folder of the final weights (load_model reads it), None if the run was stopped."""
+
+
+def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loader | None = None) -> TrainResult:
+    """Train, or go on training if `checkpoint.save` holds a checkpoint.
+
+    Args:
+        config: the run.
+        loader: training data; default: what `config.data` describes.
+        valid_loader: validation data; default likewise.
+
+    Raises:
+        ConfigError: settings that do not fit together, the data or the checkpoint.
+        TrainingError: the loss or the gradient is not finite.
+    """
+    device = choose_device(config.device)
+    seed_everything(config.seed)
+    model, model_config = create_model(config, device)
+    if loader is None:
+        from megatron_multiverse.training.data import build_loaders
+
+        loader, valid_loader = build_loaders(config.data, config.seed, model_config.vocab_size)
+    optimizer = build_optimizer(model, config.optim)
+    scheduler = build_scheduler(optimizer, config.optim, config.train_iters)
+    state = TrainState(model, optimizer, scheduler, loader)
+    checkpoints = CheckpointManager(config.checkpoint)
+    resumed = checkpoints.resume(state)
+    write_run_config(config, model_config, checkpoints.folder)
+    metrics = MetricsWriter(checkpoints.folder, config.train_iters)
+    metrics.write("start", state.step, resumed=resumed, parameters=model_config.num_parameters)
+    guard, meter, saved_step = NonFiniteGuard(device), StepMeter(device), state.step
+    peak, backend = peak_tflops(device, config.dtype, config.log.peak_tflops), model_config.attention_backend
+    batches = iter(loader)
+
+    with StopSignals() as stop, tf32(config.dtype):
+        while state.step < config.train_iters and not stop:
+            waiting = time.perf_counter()
+            microbatches = [next(batches) for _ in range(config.data.num_microbatches)]
+            meter.waited_s += time.perf_counter() - waiting
+
+            state.step += 1
+            scheduler.step(1)
+            result = forward_backward(model, microbatches, device, config.dtype, backend)
+            grad_norm = clip_gradients(model.parameters(), config.optim.clip_grad)
+            guard.step(optimizer, state.step, result.loss, grad_norm)
+            optimizer.zero_grad(set_to_none=True)
+            state.consumed_samples += config.data.global_batch_size
+            meter.add(result.loss_sum, result.loss_tokens, result.tokens, result.visible_pairs, grad_norm)
+
+            last = state.step == config.train_iters or bool(stop)
+            if last or state.step % config.log.log_interval == 0:
+                raise_if_not_finite(guard)
+                numbers = meter.read(model_config, peak)
+                metrics.train(state.step, numbers, optimizer.param_groups[0]["lr"], state.consumed_samples)
+            if valid_loader is not None and (last or is_due(state.step, config.eval_interval)):
+                run_validation(config, model, valid_loader, device, backend, metrics, state.step)
+                meter.reset()
+            if last or is_due(state.step, config.checkpoint.save_interval):
+                raise_if_not_finite(guard)
+                checkpoints.save(state)
+                saved_step = state.step
+                meter.reset()
+
+        if state.step != saved_step:  # a signal arrived between the end of a step and the loop's condition
+            raise_if_not_finite(guard)
+            checkpoints.save(state)
+    metrics.write("end", state.step, stopped_by=stop.received)
+    metrics.close()
+    if state.step < config.train_iters:
+        logger.info("stopped by %s after step %d; start again to go on", stop.received, state.step)
+        return TrainResult(state.step, stop.received, None)
+    save_model(model, model_config, checkpoints.folder / "model")
+    return TrainResult(state.step, None, checkpoints.folder / "model")
+
+
+def is_due(step: int, interval: int) -> bool:
+    """True every `interval` steps; never if the interval is 0."""
+    return interval > 0 and step % interval == 0
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called "auto", "cpu" or "cuda". Raises ConfigError for cuda without a GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch sees no GPU: set device to cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def create_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, ModelConfig]:
+    """A fresh model from `config.model`, or the saved one that `config.init_from` names."""
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    if config.init_from is None:
+        assert config.model is not None  # TrainConfig checks it
+        return build_gpt_model(config.model, dtype=dtype, device=device, seed=config.seed), config.model
+    model, model_config = load_model(config.init_from, dtype=dtype, device=device)
+    check_sequence_length(config.data, model_config)
+    return model, model_config
+
+
+def write_run_config(config: TrainConfig, model_config: ModelConfig, folder: Path) -> None:
+    """Keep the resolved config beside the checkpoints."""
+    model_config.to_json(folder / "model_config.json")
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def raise_if_not_finite(guard: NonFiniteGuard) -> None:
+    """Stop the run if a step had a non-finite loss or gradient (waits for the device)."""
+    step = int(guard.first_bad_step)
+    if step:
+        raise TrainingError(
+            f"loss or gradient norm is not finite at step {step}; no weight was updated from that step on and "
+            "nothing was saved since. Look at the data of that step, lower optim.lr or optim.clip_grad, and start "
+            "again: the run goes on from its last checkpoint"
+        )
+
+
+def run_validation(
+    config: TrainConfig,
+    model: nn.Module,
+    loader: Loader,
+    device: torch.device,
+    backend: str,
+    metrics: MetricsWriter,
+    step: int,
+) -> None:
+    """Validate on the same batches every time; the training data and the generators do not move."""
+    position = loader.state_dict()
+    loss, count = validate(model, loader, config.eval_iters, device, config.dtype, backend)
+    loader.load_state_dict(position)
+    metrics.valid(step, loss, count)

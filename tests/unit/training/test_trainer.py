@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_multiverse.errors import ConfigError, TrainingError
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.model.weights import load_model, save_model, weight_state
+from megatron_multiverse.training import forward
+from megatron_multiverse.training.forward import forward_backward, masked_loss_sum
+from megatron_multiverse.training.trainer import train
+
+from .synthetic import SyntheticLoader, config
+
+CPU = torch.device("cpu")
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+class SignallingLoader(SyntheticLoader):
+    """Sends this process a signal when a microbatch is asked for."""
+
+    def __init__(self, at: int, number: signal.Signals) -> None:
+        super().__init__()
+        self.at, self.number = at, number
+
+    def batch(self, number: int) -> dict[str, torch.Tensor]:
+        if number == self.at:
+            os.kill(os.getpid(), self.number)
+        return super().batch(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path: Path, number) -> None:
+    straight = SyntheticLoader()
+    train(config(tmp_path / "a", **{"checkpoint.save_interval": 0}), straight)
+
+    first = SignallingLoader(at=5, number=number)  # during the third step
+    stopped = train(config(tmp_path / "b", **{"checkpoint.save_interval": 0}), first)
+    assert (stopped.step, stopped.stopped_by, stopped.model_folder) == (3, number.name, None)
+    second = SyntheticLoader()
+    finished = train(config(tmp_path / "b", **{"checkpoint.save_interval": 0}), second)
+
+    assert finished.step == 6 and finished.stopped_by is None
+    assert first.seen + second.seen == straight.seen == list(range(12))
+    models = [load_model(tmp_path / run / "model")[0] for run in "ab"]
+    for name, tensor in weight_state(models[0]).items():
+        assert torch.equal(tensor, weight_state(models[1])[name]), name
+    for key in ("loss", "lr", "grad_norm", "consumed_samples"):
+        a, b = ([r[key] for r in records(tmp_path / run, "train")] for run in "ab")
+        assert a == b, key
+    assert [(r["step"], r["resumed"]) for r in records(tmp_path / "b", "start")] == [(0, False), (3, True)]
+
+
+def test_loss_is_a_mean_over_the_tokens_of_the_whole_step() -> None:
+    loader = SyntheticLoader()
+    model = build_gpt_model(config(Path("unused")).model, dtype=torch.float64)
+    batches = [loader.batch(0), loader.batch(1)]  # few and many trained tokens
+    counts = [b["loss_mask"].sum().item() for b in batches]
+    assert counts[1] > 1.5 * counts[0]
+    result = forward_backward(model, batches, CPU, "float64", "auto")
+    got = [p.grad.clone() for p in model.parameters()]
+
+    model.zero_grad()
+    sums = [masked_loss_sum(model, b, CPU, "auto")[0] for b in batches]
+    (sum(sums) / sum(counts)).backward()
+    torch.testing.assert_close(result.loss, (sum(sums) / sum(counts)).float())
+    assert result.loss_tokens == sum(counts)
+    for mine, parameter in zip(got, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-6, atol=1e-9)
+    mean_of_means = sum(s / c for s, c in zip(sums, counts, strict=True)) / 2
+    assert abs(mean_of_means - result.loss) > 1e-3
+
+
+def test_gradient_accumulation_equals_one_large_microbatch(tmp_path: Path) -> None:
+    train(config(tmp_path / "two", train_iters=3), SyntheticLoader())
+
+    class Joined(SyntheticLoader):
+        def batch(self, number: int) -> dict[str, torch.Tensor]:
+            halves = [super(Joined, self).batch(2 * number + k) for k in (0, 1)]
+            return {name: torch.cat([h[name] for h in halves]) for name in halves[0]}
+
+    train(config(tmp_path / "one", train_iters=3, **{"data.micro_batch_size": 4}), Joined())
+    models = [load_model(tmp_path / run / "model")[0] for run in ("one", "two")]
+    for name, tensor in weight_state(models[0]).items():
+        torch.testing.assert_close(tensor, weight_state(models[1])[name], rtol=1e-4, atol=1e-5)
+
+
+def test_non_finite_loss_stops_before_the_update(tmp_path: Path, monkeypatch) -> None:
+    calls = []
+
+    def poisoned(*args):
+        loss, pairs = masked_loss_sum(*args)
+        calls.append(loss)
+        return loss * (float("nan") if len(calls) == 9 else 1.0), pairs
+
+    monkeypatch.setattr(forward, "masked_loss_sum", poisoned)
+    quiet = {"checkpoint.save_interval": 2, "log.log_interval": 10}  # nobody looks at the loss of step 5
+    with pytest.raises(TrainingError, match="not finite at step 5"):
+        train(config(tmp_path, **quiet), SyntheticLoader())
+    assert len(calls) == 12  # found out at the save of step 6, which therefore does not happen
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "4\n"
+    train(config(tmp_path), SyntheticLoader())  # the run goes on from there
+    assert [r["step"] for r in records(tmp_path, "start")] == [0, 4]
+
+
+def test_training_learns_and_validation_leaves_it_alone(tmp_path: Path) -> None:
+    class OneBatch(SyntheticLoader):
+        def batch(self, number: int) -> dict[str, torch.Tensor]:
+            return super().batch(1)
+
+    changes = {"train_iters": 30, "optim.lr": 0.03, "checkpoint.save_interval": 0}
+    train(config(tmp_path / "plain", **changes), OneBatch())
+    train(config(tmp_path / "valid", **changes, eval_interval=10, eval_iters=2), OneBatch(), SyntheticLoader())
+    plain, valid = ([r["loss"] for r in records(tmp_path / run, "train")] for run in ("plain", "valid"))
+    assert plain == valid
+    assert plain[-1] < 0.5 * plain[0]
+    assert [r["step"] for r in records(tmp_path / "valid", "valid")] == [10, 20, 30]
+    losses = [r["loss"] for r in records(tmp_path / "valid", "valid")]
+    assert len(set(losses)) == 3  # the same batches, another model each time
+
+
+def test_init_from_continues_a_saved_model(tmp_path: Path) -> None:
+    first = config(tmp_path / "a")
+    model = build_gpt_model(first.model, seed=77)
+    save_model(model, first.model, tmp_path / "base")
+    changes = {"model": None, "init_from": str(tmp_path / "base"), "train_iters": 1, "optim.lr_warmup_iters": 0}
+    train(config(tmp_path / "b", **changes, **{"optim.lr": 1e-12}), SyntheticLoader())
+    trained, got = load_model(tmp_path / "b" / "model")
+    assert got == first.model
+    for name, tensor in weight_state(model).items():
+        torch.testing.assert_close(tensor, weight_state(trained)[name], rtol=0, atol=1e-6)
+
+
+def test_bf16_keeps_float32_weights_and_stays_near_float32(tmp_path: Path) -> None:
+    for dtype in ("bf16", "float32"):
+        train(config(tmp_path / dtype, dtype=dtype, **{"checkpoint.save_interval": 0}), SyntheticLoader())
+    losses = [[r["loss"] for r in records(tmp_path / dtype, "train")] for dtype in ("bf16", "float32")]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_a_folder_with_a_checkpoint_is_refused_without_resume(tmp_path: Path) -> None:
+    train(config(tmp_path, train_iters=1, **{"optim.lr_warmup_iters": 0}), SyntheticLoader())
+    with pytest.raises(ConfigError, match="resume is false"):
+        train(config(tmp_path, **{"checkpoint.resume": False}), SyntheticLoader())
