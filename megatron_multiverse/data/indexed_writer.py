@@ -34,7 +34,10 @@ def optimal_dtype(vocab_size: int) -> np.dtype[np.integer]:
 
 
 class ShardWriter:
-    """Appends documents to PATH.bin and, on `close`, their lengths to PATH.npy.
+    """Appends documents to PATH.bin and, on `close`, their lengths to PATH.npy; both appear by rename, whole.
+
+    The unfinished files carry the process id: a worker that outlives its killed parent for a moment cannot write
+    into the files of the run that resumes.
 
     Args:
         path: path without suffix.
@@ -44,9 +47,10 @@ class ShardWriter:
 
     def __init__(self, path: Path, dtype: np.dtype[np.integer], vocab_size: int) -> None:
         self._path = path
+        self._part = f"{path}.{os.getpid()}"
         self._dtype = dtype
         self._vocab_size = vocab_size
-        self._bin = open(path.with_suffix(".bin"), "wb")
+        self._bin = open(f"{self._part}.bin", "wb")  # noqa: SIM115 (open until `close`)
         self._lengths: list[int] = []
 
     def add(self, prompt: npt.NDArray[np.int64], response: npt.NDArray[np.int64]) -> None:
@@ -62,7 +66,9 @@ class ShardWriter:
 
     def close(self) -> None:
         self._bin.close()
-        np.save(self._path.with_suffix(".npy"), np.array(self._lengths, dtype=np.int32))
+        np.save(f"{self._part}.npy", np.array(self._lengths, dtype=np.int32))
+        for suffix in (".bin", ".npy"):
+            os.replace(self._part + suffix, self._path.with_suffix(suffix))
 
 
 def join_shards(shards: Sequence[Path], output_prefix: str, dtype: np.dtype[np.integer]) -> None:

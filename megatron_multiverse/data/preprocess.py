@@ -11,8 +11,10 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -129,9 +131,13 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
     todo = [k for k in range(len(source.shards)) if not plan.is_finished(k)]
     if len(todo) < len(source.shards):
         logger.info("going on: %d of %d shards are finished", len(source.shards) - len(todo), len(source.shards))
-    _run_workers(plan, todo, recipe, tokenizer, config.workers or len(os.sched_getaffinity(0)))
+    _run_workers(plan, todo, recipe, tokenizer, config.workers or _available_cores())
     totals = _join(plan, config, tokenizer, manifest_path)
     return _result(config, totals, time.monotonic() - started, len(source.shards) - len(todo))
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _result(config: PreprocessConfig, totals: Totals, seconds: float, reused: int) -> PreprocessResult:
@@ -167,14 +173,21 @@ def _open_plan(folder: Path, key: str, source: Source) -> _Plan:
     return _Plan(key, source, folder)
 
 
-# A forked worker shares the parent's tokenizer; a spawned one (no fork on this system) gets its own by pickling the
-# arguments below. Both find it here, since a task may not carry it.
+# Forked workers share the parent's tokenizer and counters; tasks find them here.
 _worker_state: dict[str, Any] = {}
 
 
-def _init_worker(recipe: Recipe, tokenizer_args: tuple[str, str] | MultiverseTokenizer, progress: Progress) -> None:
-    tokenizer = build_tokenizer(*tokenizer_args) if isinstance(tokenizer_args, tuple) else tokenizer_args
+def _init_worker(recipe: Recipe, tokenizer: MultiverseTokenizer, progress: Progress) -> None:
     _worker_state.update(recipe=recipe, tokenizer=tokenizer, progress=progress)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A worker whose parent was killed would wait for tasks forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _work(shard: Shard, path: Path) -> None:

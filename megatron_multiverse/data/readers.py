@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -240,9 +241,7 @@ def _cut(kind: Kind, path: Path | str, num_bytes: int, units: int, target: int) 
     count = max(1, min(-(-num_bytes // target), units))
     borders = [units * k // count for k in range(count + 1)]
     return [
-        Shard(kind, str(path), start, stop, num_bytes // count)
-        for start, stop in zip(borders[:-1], borders[1:], strict=True)
-        if stop > start
+        Shard(kind, str(path), start, stop, num_bytes // count) for start, stop in pairwise(borders) if stop > start
     ]
 
 

@@ -63,7 +63,7 @@ class Totals:
         """The report, one fact per line."""
         tokens, critical = self.response_tokens, max(self.critical_tokens, 1)
         lines = [
-            f"documents   {self.documents:,} of {self.rows:,} rows, {self.documents_with_blocks:,} with parallel blocks",
+            f"documents   {self.documents:,} of {self.rows:,} rows, {self.documents_with_blocks:,} with blocks",
             f"tokens      {self.prompt_tokens:,} prompt, {tokens:,} response; longest document {self.longest:,}",
             f"structure   {self.blocks:,} blocks, {self.paths:,} paths, depth {self.depth}, "
             f"{self.path_tokens / max(tokens, 1):.1%} of response tokens in paths",

@@ -139,6 +139,6 @@ class _ShardJob:
     def close(self) -> None:
         self.writer.close()
         report = {"last_row": self.last_row, "totals": self.totals.as_dict(), "rejected": self.rejected}
-        part = self.path.with_suffix(".json.part")
+        part = Path(f"{self.path}.{os.getpid()}.json")
         part.write_text(json.dumps(report), encoding="utf-8")
         os.replace(part, self.path.with_suffix(".json"))

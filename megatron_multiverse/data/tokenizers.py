@@ -82,13 +82,14 @@ class MultiverseTokenizer(ABC):
         # The template language has helpers (strftime_now, raise_exception) that transformers defines.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered, _ = render_jinja_template(
+        names: dict[str, Any] = self._template_names()
+        rendered: Any = render_jinja_template(
             conversations=[[{"role": "user", "content": user_text}]],
             chat_template=self.chat_template,
             add_generation_prompt=True,
-            **self._template_names(),
+            **names,
         )
-        return str(rendered[0])
+        return str(rendered[0][0])
 
     def _template_names(self) -> dict[str, str]:
         return {}
@@ -96,21 +97,18 @@ class MultiverseTokenizer(ABC):
     def _finish(self, id_to_text: list[str]) -> None:
         """Store the table and prove on the tags that encoding cuts and decoding joins exactly."""
         self.id_to_text = id_to_text
-        self.structure_vocab = StructureVocab.from_pieces(id_to_text, eos_id=self.eod)
-        vocab = self.structure_vocab
-        expected = [token for tag in vocab.tag_ids for token in (tag, vocab.newline_id)][:-1]
         found = self.tokenize(_PROBE)
-        if found != expected:
-            pieces = [self.id_to_text[token] for token in found]
+        if self.detokenize(found) != _PROBE or len(found) != 2 * len(TAGS) - 1:
+            pieces = [id_to_text[token] for token in found]
             raise ConfigError(
-                f"the tokenizer does not cut tags and newlines into tokens of their own: {_PROBE[:40]!r}... became "
-                f"{pieces[:12]}; it needs '\\n' as one token and no normalization that changes it"
+                f"the tokenizer must keep each tag and each newline as one token, but {_PROBE[:25]!r}... becomes "
+                f"{pieces[:5]}... and decodes to {self.detokenize(found)[:40]!r}...; use a byte-level BPE or a "
+                "sentencepiece model, without a normalization that changes newlines"
             )
-        if self.detokenize(found) != _PROBE:
-            raise ConfigError(
-                f"the tokenizer changes text around tags: {_PROBE[:40]!r}... decodes to "
-                f"{self.detokenize(found)[:60]!r}; use a byte-level BPE or a sentencepiece model"
-            )
+        # Some vocabularies spell a newline twice (a byte and a piece); text is made of the one that encoding uses.
+        used, fixed = set(found), {*TAGS, "\n"}
+        pieces_by_id = {k: text for k, text in enumerate(id_to_text) if text not in fixed or k in used}
+        self.structure_vocab = StructureVocab.from_pieces(pieces_by_id, eos_id=self.eod)
 
 
 class HuggingFaceTokenizer(MultiverseTokenizer):
@@ -133,7 +131,7 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
         missing = [tag for tag in TAGS if tag not in known]
         self._backend.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in missing])
         self.eod = self._special_id("eos_token")
-        self.chat_template = self._config.get("chat_template")
+        self.chat_template = _default_template(self._config.get("chat_template"))
         # The tag in front keeps decoders from treating the piece as the start of a text and dropping its blank.
         anchor = TAGS[0]
         anchor_id = self._backend.token_to_id(anchor)
@@ -284,6 +282,13 @@ def _load_hf_backend(model: Path) -> tuple[Any, dict[str, Any]]:
 def _content(token: Any) -> str | None:
     """tokenizer_config.json writes a special token as a string or as {"content": ...}."""
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _default_template(template: Any) -> str | None:
+    """tokenizer_config.json holds one template or a list of named ones."""
+    if isinstance(template, list):
+        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template if template is None else str(template)
 
 
 def _is_unknown(model: Any, piece: str) -> bool:

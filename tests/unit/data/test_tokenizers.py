@@ -1,0 +1,148 @@
+"""Tokenizers: tags and newlines are single tokens, decoding is exact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_multiverse.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, build_tokenizer
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.structure import TAGS, parse
+from tests.unit.data.conftest import TRAJECTORY, train_sentencepiece
+
+
+@pytest.mark.parametrize("around", ["{}", "a{}b", " {} ", "  {}x", "x {}", "{} x", "1:{}1:"])
+def test_tag_is_one_token_and_text_around_it_stays(tokenizer, around):
+    for tag, token in zip([*TAGS, "\n"], [*tokenizer.structure_vocab.tag_ids, tokenizer.structure_vocab.newline_id]):
+        text = around.format(tag)
+        ids = tokenizer.tokenize(text)
+        assert ids.count(token) == 1
+        assert tokenizer.detokenize(ids) == text
+
+
+def test_trajectory_decodes_exactly_and_parses(tokenizer):
+    ids = tokenizer.tokenize(TRAJECTORY)
+    assert tokenizer.detokenize(ids) == TRAJECTORY
+    assert len(list(parse(ids, tokenizer.structure_vocab).walk())) == 2
+
+
+@pytest.mark.parametrize("kind", ["hf", "sp"])
+def test_any_text_decodes_exactly(kind, hf_folder, sentencepiece_file):
+    tokenizer = HuggingFaceTokenizer(hf_folder) if kind == "hf" else SentencePieceTokenizer(sentencepiece_file)
+    # sentencepiece writes a blank as U+2581 and cannot tell the two apart; NUL ends its strings.
+    characters = st.characters(codec="utf-8", exclude_characters="\u2581\0")
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.lists(st.one_of(st.sampled_from([*TAGS, "\n", " ", "  "]), st.text(characters, max_size=8)), max_size=8))
+    def check(parts: list[str]) -> None:
+        text = "".join(parts)
+        assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+
+    check()
+
+
+def test_batch_equals_one_by_one(tokenizer):
+    texts = ["", "a", TRAJECTORY, " b \n"]
+    assert tokenizer.tokenize_batch(texts) == [tokenizer.tokenize(text) for text in texts]
+
+
+def test_id_to_text_joins_to_the_text(tokenizer):
+    text = "1: x < y\n 2.1: é"
+    joined = "".join(tokenizer.id_to_text[token] for token in tokenizer.tokenize(text[:-1]))
+    assert joined == text[:-1]
+    assert tokenizer.id_to_text[tokenizer.structure_vocab.newline_id] == "\n"
+
+
+def test_sizes_and_special_ids(tokenizer):
+    assert tokenizer.vocab_size == max(tokenizer.structure_vocab.tag_ids) + 1
+    assert tokenizer.padded_vocab_size(128, 2) % 256 == 0
+    assert 0 <= tokenizer.padded_vocab_size(128) - tokenizer.vocab_size < 128
+    assert tokenizer.structure_vocab.eos_id == tokenizer.eod
+    assert tokenizer.pad != tokenizer.structure_vocab.newline_id
+
+
+def test_save_and_load_give_the_same_tokenizer(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    loaded = build_tokenizer(type(tokenizer).__name__, tmp_path)
+    assert loaded.id_to_text == tokenizer.id_to_text
+    assert loaded.tokenize(TRAJECTORY) == tokenizer.tokenize(TRAJECTORY)
+    assert (loaded.eod, loaded.pad) == (tokenizer.eod, tokenizer.pad)
+
+
+def test_tags_follow_the_vocabulary_in_official_order(hf_folder):
+    tags = HuggingFaceTokenizer(hf_folder).structure_vocab.tag_ids
+    assert list(tags) == list(range(tags[0], tags[0] + 12))
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_sentencepiece_without_newline_gets_one(tmp_path, model_type):
+    # The default normalization turns a newline into a blank.
+    options = {"normalization_rule_name": "nmt_nfkc", "byte_fallback": False, "vocab_size": 75}
+    tokenizer = SentencePieceTokenizer(train_sentencepiece(tmp_path, model_type, **options))
+    text = "One plus two\nis\n\nthree <Path>\n1:"
+    assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+
+
+def test_sentencepiece_tags_as_control_symbols_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="control symbol"):
+        SentencePieceTokenizer(train_sentencepiece(tmp_path, control_symbols=list(TAGS), vocab_size=352))
+
+
+def test_sentencepiece_tags_already_there_keep_their_ids(tmp_path):
+    tokenizer = SentencePieceTokenizer(train_sentencepiece(tmp_path, user_defined_symbols=list(TAGS), vocab_size=352))
+    assert tokenizer.vocab_size == 352
+    assert tokenizer.structure_vocab.tag_ids == tuple(range(3, 15))
+
+
+def test_tokenizer_that_loses_newlines_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match="each newline as one token"):
+        HuggingFaceTokenizer(tmp_path)
+
+
+def test_tag_that_swallows_blanks_is_refused(tmp_path, hf_folder):
+    from tokenizers import AddedToken, Tokenizer
+
+    backend = Tokenizer.from_file(str(hf_folder / "tokenizer.json"))
+    backend.add_special_tokens([AddedToken("<Path>", special=True, lstrip=True)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match="swallows blanks"):
+        HuggingFaceTokenizer(tmp_path)
+
+
+def test_chat_template_wraps_the_user_turn(hf_folder, tmp_path):
+    tokenizer = HuggingFaceTokenizer(hf_folder)
+    with pytest.raises(ConfigError, match="no chat template"):
+        tokenizer.render_chat("hi")
+    tokenizer.save(tmp_path)
+    template = "{{ eos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    loaded = HuggingFaceTokenizer(tmp_path)
+    assert loaded.render_chat("hi") == "<|end|>[user]hi[assistant]"
+    assert loaded.fingerprint() != tokenizer.fingerprint()
+    named = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    named["chat_template"] = [{"name": "tools", "template": "x"}, {"name": "default", "template": "d"}]
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    assert HuggingFaceTokenizer(tmp_path).render_chat("hi") == "d"
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("GPT2BPETokenizer", "must be one of"),
+        ("SentencePieceTokenizer", "no sentencepiece model"),
+        ("HuggingFaceTokenizer", "no Hugging Face tokenizer"),
+    ],
+)
+def test_bad_choice_says_what_is_wrong(kind, message, tmp_path: Path):
+    with pytest.raises(ConfigError, match=message):
+        build_tokenizer(kind, tmp_path / "missing")
