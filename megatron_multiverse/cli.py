@@ -22,12 +22,16 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
         cls: a dataclass whose fields are the flags.
         args: the command line; default `sys.argv[1:]`.
     """
-    from jsonargparse import auto_cli, set_parsing_settings
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    # Not auto_cli: it would offer the methods of `cls` as subcommands.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser()
+    parser.add_argument("--config", action="config", help="YAML file; flags override it")
+    parser.add_class_arguments(cls)
     given = [_underscored(argument) for argument in (sys.argv[1:] if args is None else args)]
-    result: Any = auto_cli(cls, args=_with_values(cls, given), as_positional=False)
-    return result  # type: ignore[no-any-return]
+    values = parser.instantiate_classes(parser.parse_args(_with_values(cls, given)))
+    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
 def _underscored(argument: str) -> str:
