@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_multiverse.cli import parse_options
+from megatron_multiverse.config import ModelConfig, TrainConfig
+from megatron_multiverse.errors import ConfigError
+
+MODEL = {
+    "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 2,
+    "kv_channels": 16, "vocab_size": 320, "max_sequence_length": 512,
+}  # fmt: skip
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "model": dict(MODEL),
+        "data": {"data_prefixes": ["a"], "seq_length": 256, "micro_batch_size": 2, "global_batch_size": 8},
+        "checkpoint": {"save": "runs/x"},
+    }
+    for dotted, value in changes.items():
+        *parents, last = dotted.split(".")
+        node = base
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return base
+
+
+def test_round_trip_through_plain_values_and_json(tmp_path: Path) -> None:
+    config = TrainConfig.from_dict(values(**{"optim.lr": 3e-4}))
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert config.data.num_microbatches == 4
+    config.model.to_json(tmp_path / "config.json")
+    assert ModelConfig.from_json(tmp_path / "config.json") == config.model
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "message"),
+    [
+        ("optim.learning_rate", 1.0, r"optim\.learning_rate: unknown key"),
+        ("optim.warmup_iters", 1, r"did you mean 'lr_warmup_iters'"),
+        ("data.global_batch_size", 9, r"global_batch_size \(9\) must be divisible by data.micro_batch_size \(2\)"),
+        ("data.seq_length", 1024, r"seq_length \(1024\) must not exceed model.max_sequence_length \(512\)"),
+        ("data.seq_length", "long", r"config\.data\.seq_length: expected int, got 'long'"),
+        ("data.num_workers", True, r"expected int, got True"),
+        ("data.data_prefixes", [], r"data_prefixes is empty"),
+        ("data.overlong", "cut", r"'cut', allowed: drop, refuse"),
+        ("optim.min_lr", 1.0, r"min_lr \(1\.0\) must lie in"),
+        ("optim.lr_decay_style", "step", r"'step', allowed: cosine, wsd, constant"),
+        ("optim.lr_warmup_iters", 1000, r"must be below train_iters \(1000\)"),
+        ("model.num_query_groups", 3, r"num_attention_heads \(4\) must be divisible"),
+        ("model.kv_channels", 15, r"must be even"),
+        ("model.hidden_size", 0, r"model.hidden_size must be at least 1, got 0"),
+        ("init_from", "folder", r"exactly one of `model`"),
+        ("model", None, r"exactly one of `model`"),
+        ("dtype", "fp8", r"'fp8', allowed: float32, bf16, float64"),
+        ("checkpoint.save", "", r"checkpoint.save is empty"),
+    ],
+)
+def test_wrong_values_are_named(dotted: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(values(**{dotted: value}))
+
+
+def test_missing_keys_are_named() -> None:
+    given = values()
+    del given["model"]["num_layers"]
+    with pytest.raises(ConfigError, match=r"config\.model\.num_layers: required and missing"):
+        TrainConfig.from_dict(given)
+
+
+def test_yaml_with_overrides_equals_the_command_line(tmp_path: Path) -> None:
+    """The two readers agree, also on numbers that YAML 1.1 takes for text."""
+    file = tmp_path / "run.yaml"
+    lines = ["model:", *(f"  {k}: {v}" for k, v in MODEL.items())]
+    lines += ["data: {data_prefixes: [a, b], seq_length: 256}", "checkpoint: {save: runs/x}", "optim: {lr: 1e-3}"]
+    file.write_text("\n".join(lines))
+    overrides = {"data.seq_length": 128, "model.num_layers": 3, "dtype": "bf16"}
+    ours = TrainConfig.from_yaml(file, overrides)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in overrides.items()]
+    theirs = parse_options(TrainConfig, ["--config", str(file), *flags])
+    assert ours == theirs
+    assert ours.optim.lr == 1e-3 and ours.data.data_prefixes == ("a", "b") and ours.model.num_layers == 3
+    with pytest.raises(SystemExit):
+        parse_options(TrainConfig, ["--config", str(file), "--optim.learning-rate=1"])
+    with pytest.raises(ConfigError, match="is a value, not a section"):
+        TrainConfig.from_yaml(file, {"checkpoint.save.x": 1})
+    with pytest.raises(ConfigError, match="does not exist"):
+        TrainConfig.from_yaml(tmp_path / "none.yaml")
+
+
+def test_shipped_configs_are_valid() -> None:
+    files = sorted((Path(__file__).parents[2] / "pretrain_scripts" / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert TrainConfig.from_yaml(file).train_iters > 0
+
+
+def test_configs_are_frozen_and_import_no_torch() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig.from_dict(values()).seed = 1  # type: ignore[misc]
+    code = "import sys, megatron_multiverse.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_multiverse.config import CheckpointConfig, ModelConfig, OptimConfig
+from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.training.checkpoint import CheckpointManager, TrainState, load_state, save_state
+from megatron_multiverse.training.forward import forward_backward
+from megatron_multiverse.training.optim import build_optimizer, build_scheduler
+
+from .synthetic import SyntheticLoader, config
+
+CPU = torch.device("cpu")
+
+
+def new_state(seed: int, tied: bool) -> TrainState:
+    import dataclasses
+
+    model_config: ModelConfig = dataclasses.replace(
+        config(Path("unused")).model, share_embeddings_and_output_weights=tied
+    )
+    model = build_gpt_model(model_config, seed=seed)
+    optimizer = build_optimizer(model, OptimConfig(lr=0.01, weight_decay=0.1))
+    return TrainState(model, optimizer, build_scheduler(optimizer, OptimConfig(lr=0.01), 10), SyntheticLoader())
+
+
+def one_step(state: TrainState) -> None:
+    state.step += 1
+    state.scheduler.step(1)
+    forward_backward(state.model, [next(iter(state.loader))], CPU, "float32", "auto")
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_everything_comes_back(tmp_path: Path, tied: bool) -> None:
+    state = new_state(0, tied)
+    for _ in range(3):
+        one_step(state)
+    state.consumed_samples = 12
+    torch.manual_seed(5)
+    save_state(state, tmp_path)
+    drawn = torch.rand(3)
+
+    other = new_state(1, tied)
+    load_state(other, tmp_path)
+    assert torch.equal(torch.rand(3), drawn)
+    assert (other.step, other.consumed_samples, other.loader.position) == (3, 12, state.loader.position)
+    assert other.scheduler.num_steps == 3
+    for _ in range(2):
+        one_step(state)
+        one_step(other)
+    for (name, a), b in zip(state.model.named_parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(state.optimizer.state[a][key], other.optimizer.state[b][key]), (name, key)
+
+
+def write(state: TrainState, folder: Path) -> None:
+    (folder / "data").write_text(str(state.step))
+
+
+def crash(state: TrainState, folder: Path) -> None:
+    (folder / "data").write_text("half")
+    raise OSError("disk full")
+
+
+def manager(folder: Path, keep_last: int = 2) -> CheckpointManager:
+    return CheckpointManager(CheckpointConfig(save=str(folder), keep_last=keep_last))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.glob("iter_*"))
+
+
+def test_a_crash_while_saving_leaves_the_last_checkpoint_in_force(tmp_path: Path) -> None:
+    state, checkpoints = new_state(0, True), manager(tmp_path)
+    state.step = 5
+    checkpoints.save(state, write)
+    state.step = 10
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save(state, crash)
+    assert manager(tmp_path).latest() == 5
+    assert names(tmp_path) == ["iter_0000005", "iter_0000010.partial"]
+    manager(tmp_path).save(state, write)  # the next save replaces what the crash left
+    assert manager(tmp_path).latest() == 10
+    assert names(tmp_path) == ["iter_0000005", "iter_0000010"]
+    assert (tmp_path / "iter_0000010" / "data").read_text() == "10"
+
+
+@pytest.mark.parametrize(("keep_last", "kept"), [(1, [4]), (2, [3, 4]), (0, [1, 2, 3, 4])])
+def test_only_the_last_ones_are_kept(tmp_path: Path, keep_last: int, kept: list[int]) -> None:
+    state, checkpoints = new_state(0, True), manager(tmp_path, keep_last)
+    for step in range(1, 5):
+        state.step = step
+        checkpoints.save(state, write)
+    assert names(tmp_path) == [f"iter_{step:07d}" for step in kept]
+
+
+def test_going_back_to_an_older_checkpoint_keeps_the_one_just_written(tmp_path: Path) -> None:
+    state, checkpoints = new_state(0, True), manager(tmp_path, 1)
+    for step in (10, 20, 4):
+        state.step = step
+        checkpoints.save(state, write)
+    assert names(tmp_path) == ["iter_0000004"]
+    assert checkpoints.latest() == 4
+
+
+def test_a_pointer_to_nothing_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
+    with pytest.raises(CheckpointError, match="names '7', but there is no such checkpoint"):
+        manager(tmp_path).latest()

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_multiverse.config import OptimConfig
+from megatron_multiverse.errors import DataError
+from megatron_multiverse.model.families import preset, qwen3
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.training.flops import matmul_parameters, peak_tflops, training_flops
+from megatron_multiverse.training.metrics import format_duration
+from megatron_multiverse.training.optim import build_optimizer, build_scheduler
+from megatron_multiverse.training.plots import plot_loss, read_history, running_mean
+
+
+def write_metrics(folder: Path, *records: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def line(kind: str, step: int, **values: object) -> dict:
+    return {"kind": kind, "step": step, "lr": 1e-3, **values}
+
+
+def test_steps_done_again_after_a_crash_replace_the_lost_ones(tmp_path: Path) -> None:
+    write_metrics(
+        tmp_path / "run",
+        line("start", 0, resumed=False),
+        *(line("train", s, loss=10.0 - s) for s in range(1, 6)),
+        line("valid", 5, loss=9.0),
+        line("start", 3, resumed=True),
+        line("train", 4, loss=1.0),
+    )
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # killed while writing
+    history = read_history(tmp_path / "run")
+    assert {s: r["loss"] for s, r in history.train.items()} == {1: 9.0, 2: 8.0, 3: 7.0, 4: 1.0}
+    assert history.valid == {} and history.resumes == [3]
+    plot_loss([tmp_path / "run"], tmp_path / "out" / "loss.png")
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_unreadable_metrics_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_history(tmp_path)
+    write_metrics(tmp_path, line("start", 0, resumed=False))
+    with pytest.raises(DataError, match="no training steps"):
+        read_history(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("nonsense\n{}\n")
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        read_history(tmp_path)
+
+
+def test_running_mean_and_duration() -> None:
+    np.testing.assert_allclose(running_mean([1, 2, 3, 7], 2), [1, 1.5, 2.5, 5])
+    assert format_duration(3723.4) == "1:02:03"
+
+
+def test_flops_are_those_of_the_matrix_products() -> None:
+    """Counted by torch on the real forward pass; attention replaced by what a causal mask lets through."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = qwen3(
+        num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
+        kv_channels=8, vocab_size=64, max_sequence_length=16,
+    )  # fmt: skip
+    model = build_gpt_model(config)
+    shapes = [p.numel() for n, p in model.named_parameters() if p.ndim == 2]
+    assert matmul_parameters(config) == sum(shapes)  # tied: the embedding counts once, as the output layer
+    x = torch.zeros(5, 1, 32)
+    with FlopCounterMode(display=False) as counter:
+        model.decoder.layers[0].mlp(x)
+    assert counter.get_total_flops() == 2 * 5 * 3 * 32 * 48
+    pairs = training_flops(config, 0, 7)
+    assert pairs == 3 * 7 * (2 * 8 + 2 * 8) * 4 * 2  # forward and backward, q.k and p.v, heads, layers
+    # Qwen2.5-32B: 6 N per token, plus attention at 8K tokens causal
+    big = preset("qwen2.5-32b")
+    assert training_flops(big, 1, 0) == pytest.approx(6 * (32.76e9 - 152064 * 5120), rel=0.01)
+
+
+def test_unknown_devices_have_no_peak() -> None:
+    assert peak_tflops(torch.device("cpu"), "float32") is None
+    assert peak_tflops(torch.device("cpu"), "float32", 2.5) == 2.5
+
+
+@pytest.mark.parametrize(
+    ("style", "want"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("cosine", [0.5, 1.0, *(0.1 + 0.45 * (1 + np.cos(np.pi * k / 4)) for k in range(1, 5))]),
+        ("wsd", [0.5, 1.0, 1.0, 1.0, 0.55, 0.1]),
+    ],
+)  # fmt: skip
+def test_learning_rates(style, want) -> None:
+    config = OptimConfig(lr=1.0, min_lr=0.1, lr_warmup_iters=2, lr_decay_style=style, lr_wsd_decay_iters=2)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+    optimizer = build_optimizer(model, OptimConfig(lr=1.0, weight_decay=0.1))
+    scheduler = build_scheduler(optimizer, OptimConfig(**{**vars(config), "weight_decay": 0.1}), 6)
+    got = []
+    for _ in range(6):
+        scheduler.step(1)
+        got.append(optimizer.param_groups[0]["lr"])
+    assert got == pytest.approx(want)
+    assert [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups] == [(1, 0.1), (3, 0.0)]
