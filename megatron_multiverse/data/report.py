@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_multiverse.structure import Statistics
@@ -57,7 +57,7 @@ class Totals:
                 setattr(self, name, getattr(self, name) + value)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**vars(self), "rejected": dict(self.rejected)}
 
     def lines(self) -> list[str]:
         """The report, one fact per line."""

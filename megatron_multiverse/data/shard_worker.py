@@ -138,6 +138,7 @@ class _ShardJob:
 
     def close(self) -> None:
         self.writer.close()
+        self.rejected.sort(key=lambda entry: entry["row"])  # within a batch, unreadable rows came first
         report = {"last_row": self.last_row, "totals": self.totals.as_dict(), "rejected": self.rejected}
         part = Path(f"{self.path}.{os.getpid()}.json")
         part.write_text(json.dumps(report), encoding="utf-8")

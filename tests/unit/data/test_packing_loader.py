@@ -1,0 +1,172 @@
+"""Packing loses and splits nothing; the loader resumes to the batch on any number of ranks."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_multiverse.data.loader import SFTLoader
+from megatron_multiverse.data.packing import pack
+from megatron_multiverse.data.sft_dataset import SFTDataset
+from megatron_multiverse.errors import CheckpointError, ConfigError, DataError
+from tests.unit.data.test_sft_dataset import PAD, write_documents
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=80).map(np.array)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=LENGTHS, seq_length=st.integers(40, 90), seed=st.integers(0, 99), epoch=st.integers(0, 9))
+def test_every_document_is_in_one_pack_that_holds_it(lengths, seq_length, seed, epoch):
+    packing = pack(lengths, seq_length, seed=seed, epoch=epoch)
+    assert sorted(document for documents in packing.packs for document in documents) == list(range(len(lengths)))
+    loads = [int(lengths[documents].sum()) for documents in packing.packs]
+    assert max(loads) <= seq_length
+    assert packing.fill == pytest.approx(sum(loads) / (len(loads) * seq_length))
+    # Best fit never leaves two packs that would fit into one.
+    assert len(loads) < 2 or sum(sorted(loads)[:2]) > seq_length
+    assert packing == pack(lengths, seq_length, seed=seed, epoch=epoch)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=LENGTHS, seq_length=st.integers(1, 40))
+def test_overlong_documents_are_refused_or_dropped_and_counted(lengths, seq_length):
+    too_long = int((lengths > seq_length).sum())
+    if too_long == 0:
+        assert pack(lengths, seq_length, seed=0, epoch=0, overlong="drop").dropped == 0
+        return
+    with pytest.raises(DataError, match=f"{too_long} of {len(lengths)} documents are longer"):
+        pack(lengths, seq_length, seed=0, epoch=0)
+    if too_long == len(lengths):
+        with pytest.raises(DataError, match="no document fits"):
+            pack(lengths, seq_length, seed=0, epoch=0, overlong="drop")
+        return
+    packing = pack(lengths, seq_length, seed=0, epoch=0, overlong="drop")
+    assert packing.dropped == too_long
+    assert sorted(d for p in packing.packs for d in p) == np.flatnonzero(lengths <= seq_length).tolist()
+
+
+def test_epochs_and_seeds_differ():
+    lengths = np.full(50, 3)
+    orders = {str(pack(lengths, 9, seed=seed, epoch=epoch).packs) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> SFTDataset:
+    """23 documents; each response token tells the document's length, so batches differ."""
+    rng = np.random.default_rng(3)
+    documents = [(np.full(2, 15), rng.integers(15, 19, rng.integers(1, 7))) for _ in range(23)]
+    return write_documents(tmp_path_factory.mktemp("loader") / "set", documents)
+
+
+def _loader(dataset: SFTDataset, **options) -> SFTLoader:
+    base = {"seq_length": 10, "micro_batch_size": 2, "pad": PAD, "seed": 5}
+    return SFTLoader(dataset, **(base | options))
+
+
+def _take(loader: SFTLoader, count: int | None) -> list[dict[str, torch.Tensor]]:
+    return list(islice(iter(loader), count))
+
+
+def _assert_equal(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+
+
+def test_batch_has_the_promised_tensors(dataset):
+    (batch,) = _take(_loader(dataset), 1)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()} == {
+        "input_ids": (torch.int64, (2, 10)),
+        "labels": (torch.int64, (2, 10)),
+        "loss_mask": (torch.float32, (2, 10)),
+        "position_ids": (torch.int64, (2, 10)),
+        "r": (torch.int32, (2, 10)),
+    }
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("stop", [0, 1, 4, 9, 15])
+def test_resumed_stream_equals_the_uninterrupted_one(dataset, stop, num_workers):
+    whole = _take(_loader(dataset, epochs=4), None)
+    assert len(whole) > 15
+    first = _loader(dataset, epochs=4, num_workers=num_workers)
+    begun = _take(first, stop)
+    second = _loader(dataset, epochs=4, num_workers=num_workers)
+    second.load_state_dict(first.state_dict())
+    _assert_equal(begun + _take(second, None), whole)
+
+
+def test_second_iterator_goes_on(dataset):
+    loader = _loader(dataset)
+    _assert_equal(_take(loader, 2) + _take(loader, 3), _take(_loader(dataset), 5))
+
+
+def test_ranks_share_the_global_batches(dataset):
+    whole = _take(_loader(dataset, micro_batch_size=4, epochs=2), None)
+    ranks = [_take(_loader(dataset, data_parallel_rank=k, data_parallel_size=2, epochs=2), None) for k in (0, 1)]
+    joined = [{name: torch.cat([a[name], b[name]]) for name in a} for a, b in zip(*ranks, strict=True)]
+    _assert_equal(joined, whole)
+
+
+def test_state_moves_to_another_number_of_ranks(dataset):
+    whole = _take(_loader(dataset, epochs=1), None)
+    pair = [_loader(dataset, micro_batch_size=1, data_parallel_rank=k, data_parallel_size=2) for k in (0, 1)]
+    for loader in pair:
+        _take(loader, 2)
+    assert pair[0].state_dict() == pair[1].state_dict()
+    alone = _loader(dataset, epochs=1)
+    alone.load_state_dict(pair[1].state_dict())
+    _assert_equal(_take(alone, None), whole[2:])
+
+
+@pytest.mark.parametrize("tail", ["drop", "cycle"])
+def test_tail_of_an_epoch(dataset, tail):
+    packs = pack(dataset.lengths, 10, seed=5, epoch=0).packs
+    size = len(packs) - 1  # one pack is left over
+    loader = _loader(dataset, micro_batch_size=size, tail=tail, epochs=1)
+    batches = _take(loader, None)
+    assert len(batches) == loader.batches_per_epoch == (1 if tail == "drop" else 2)
+    if tail == "cycle":
+        assert torch.equal(batches[1]["input_ids"][1:], batches[0]["input_ids"][: size - 1])
+
+
+def test_drawing_batches_leaves_the_global_random_state_alone(dataset):
+    before = torch.get_rng_state()
+    _take(_loader(dataset), 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_epoch_and_fill_are_told(dataset):
+    loader = _loader(dataset)
+    assert 0.5 < loader.fill <= 1
+    _take(loader, loader.batches_per_epoch + 1)
+    assert loader.epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", 6), ("seq_length", 12), ("documents", "other")], ids=lambda value: str(value)
+)
+def test_foreign_state_is_refused(dataset, name, value):
+    loader = _loader(dataset)
+    with pytest.raises(CheckpointError, match=f"{name}: saved {value}"):
+        loader.load_state_dict(loader.state_dict() | {name: value})
+
+
+def test_impossible_batches_are_refused(dataset):
+    with pytest.raises(ConfigError, match="fewer than micro_batch_size"):
+        _loader(dataset, micro_batch_size=100)
+    with pytest.raises(ConfigError, match="must be in"):
+        _loader(dataset, data_parallel_rank=2, data_parallel_size=2)
+
+
+def test_dropped_documents_are_logged(dataset, caplog):
+    _loader(dataset, seq_length=7, overlong="drop")
+    assert "are longer than seq_length (7) and are dropped" in caplog.text

@@ -1,0 +1,285 @@
+"""Rows to .bin/.idx: the same bytes as megatron-core, nothing lost, resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_multiverse.data import preprocess as module
+from megatron_multiverse.data.indexed_writer import ShardWriter, join_shards, optimal_dtype
+from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess
+from megatron_multiverse.errors import ConfigError, DataError
+from tests.unit.data.conftest import SEQUENTIAL, TRAJECTORY
+
+ROOT = Path(__file__).parents[3]
+TOOL = ROOT / "tools" / "preprocess_data.py"
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _rows(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"What is {k}?", "response": TRAJECTORY if k % 3 else SEQUENTIAL} for k in range(count)]
+
+
+def _config(input_path: Path, prefix: Path, hf_folder: Path, **options: object) -> PreprocessConfig:
+    base: dict[str, object] = {"workers": 1, "tokenizer_model": str(hf_folder)}
+    return PreprocessConfig(input=str(input_path), output_prefix=str(prefix), **(base | options))
+
+
+def _bytes(prefix: Path) -> tuple[bytes, bytes]:
+    return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
+
+
+def _megatron_bytes(prefix: Path, documents: list[tuple[list[int], list[int]]], vocab_size: int) -> tuple[bytes, bytes]:
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
+    for document in documents:
+        for ids in document:
+            builder.add_item(torch.IntTensor(ids))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    return _bytes(prefix)
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer"])
+def test_bytes_equal_megatron_core(tmp_path, hf_folder, sentencepiece_file, monkeypatch, kind, append_eod):
+    from megatron_multiverse.data.tokenizers import build_tokenizer
+
+    monkeypatch.setattr("megatron_multiverse.data.readers._shard_bytes", lambda total: total // 5)
+    rows = [*_rows(20), {"prompt": "", "response": SEQUENTIAL}]
+    model = hf_folder if kind == "HuggingFaceTokenizer" else sentencepiece_file
+    source = _write_rows(tmp_path / "rows.jsonl", rows)
+    preprocess(_config(source, tmp_path / "out", model, tokenizer_type=kind, append_eod=append_eod, workers=2))
+    tokenizer = build_tokenizer(kind, model)
+    tail = [tokenizer.eod] if append_eod else []
+    documents = [(tokenizer.tokenize(r["prompt"]), tokenizer.tokenize(r["response"]) + tail) for r in rows]
+    assert _bytes(tmp_path / "out") == _megatron_bytes(tmp_path / "theirs", documents, tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize("vocab_size", [65_499, 65_500, 151_680])
+def test_writer_bytes_equal_megatron_core_for_every_dtype(tmp_path, vocab_size):
+    rng = np.random.default_rng(0)
+    documents = [tuple(rng.integers(0, vocab_size, rng.integers(0, 9)) for _ in range(2)) for _ in range(50)]
+    dtype = optimal_dtype(vocab_size)
+    parts = [tmp_path / f"{k:05d}" for k in range(3)]
+    for k, part in enumerate(parts):
+        writer = ShardWriter(part, dtype, vocab_size)
+        for prompt, response in documents[k * 25 : (k + 1) * 25]:  # the last shard stays empty
+            writer.add(prompt, response)
+        writer.close()
+    join_shards(parts, str(tmp_path / "out"), dtype)
+    assert _bytes(tmp_path / "out") == _megatron_bytes(tmp_path / "theirs", documents, vocab_size)
+
+
+def test_ids_outside_the_vocabulary_are_refused(tmp_path):
+    writer = ShardWriter(tmp_path / "x", optimal_dtype(10), 10)
+    with pytest.raises(DataError, match="leave the vocabulary of 10"):
+        writer.add(np.array([1]), np.array([10]))
+
+
+def test_real_trajectories_all_pass_and_decode_byte_for_byte(tmp_path, samples_folder, hf_folder):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from megatron_multiverse.data.readers import trajectory_files
+    from megatron_multiverse.data.tokenizers import build_tokenizer
+
+    result = preprocess(_config(samples_folder, tmp_path / "out", hf_folder, append_eod=True))
+    files = trajectory_files(samples_folder)
+    assert (result.totals.documents, result.totals.rejected.total()) == (len(files), 0)
+    assert result.totals.blocks > len(files)
+    assert not (tmp_path / "out_rejected.jsonl").exists()
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", hf_folder)
+    dataset = IndexedDataset(str(tmp_path / "out"))
+    assert len(dataset) == 2 * len(files)
+    for k, file in enumerate(files):
+        prompt, response = dataset[2 * k], dataset[2 * k + 1]
+        assert len(prompt) == 0 and response[-1] == tokenizer.eod
+        assert tokenizer.detokenize(response[:-1].tolist()).encode() == file.read_bytes()
+
+
+BREAKS = {
+    "left open at the budget": (TRAJECTORY[: TRAJECTORY.index("so 3")], "unclosed"),
+    "open conclusion": (TRAJECTORY[: TRAJECTORY.index("both agree")], "unclosed"),
+    "stray token behind a path": (TRAJECTORY.replace("</Path>\n<Path>\n2: x", "</Path>6\n<Path>\n2: x"), "gap"),
+    "doubled path end": (TRAJECTORY.replace("so 3\n</Path>", "so 3\n</Path>\n</Path>"), "stray_tag"),
+    "path end outside a block": (SEQUENTIAL.replace("is", "</Path>"), "stray_tag"),
+    "surplus path": (TRAJECTORY.replace("\n<Conclusion>\nboth", "\n<Path>\n3: x\n</Path>\n<Conclusion>\nboth"), "path_count"),
+    "missing path": (TRAJECTORY.replace("\n<Path>\n2: x < y holds\n</Path>", ""), "path_count"),
+    "outline inside a path": (TRAJECTORY.replace("so 3", "<Outline>\n1: x\n</Outline>"), "stray_tag"),
+    "nested think": (SEQUENTIAL.replace("is", "<Think>"), "stray_tag"),
+    "repeated think": (SEQUENTIAL + "\n" + SEQUENTIAL, "stray_tag"),
+    "think left open": (SEQUENTIAL.removesuffix("</Think>"), "unclosed"),
+    "think end without start": (SEQUENTIAL.removeprefix("<Think>"), "stray_tag"),
+    "path without end": (TRAJECTORY.replace("so 3\n</Path>\n", "so 3\n"), "stray_tag"),
+    "gap in numbering": (TRAJECTORY.replace("2: check", "3: check"), "label_order"),
+    "placeholder outline": (TRAJECTORY.replace("2: check x<y\n", ""), "label"),
+    "path with another label": (TRAJECTORY.replace("2: x <", "1: x <"), "label_order"),
+    "no newline in a gap": (TRAJECTORY.replace("</Goal>\n<Path>", "</Goal><Path>", 1), "gap"),
+    "two newlines in a gap": (TRAJECTORY.replace("</Goal>\n<Path>", "</Goal>\n\n<Path>", 1), "gap"),
+    "no conclusion": (TRAJECTORY.replace("<Conclusion>\nboth agree\n</Conclusion>\n", ""), "no_conclusion"),
+}  # fmt: skip
+TOLERATED = {
+    "raw less-than signs": SEQUENTIAL.replace("is", "a<b <c> < Path>"),
+    "text behind a nested block": TRAJECTORY,
+    "nested block last in its path": TRAJECTORY.replace("\nso 3\n</Path>", "\n</Path>"),
+    "block of one path": "<Think>\n<Parallel>\n<Goal>\n<Outline>\n1: a\n</Outline>\n</Goal>\n<Path>\n1: b\n</Path>\n"
+    "<Conclusion>\nc\n</Conclusion>\n</Parallel>\n</Think>",
+    "path that names its sibling": TRAJECTORY.replace("x < y holds", "as in path 1, x < y holds"),
+    "no tags at all": "just text",
+}
+
+
+def test_malformed_rows_are_rejected_with_their_position_and_all_others_written(tmp_path, hf_folder, monkeypatch):
+    monkeypatch.setattr("megatron_multiverse.data.readers._shard_bytes", lambda total: total // 6)
+    rows, expected = [], {}
+    for (name, (text, code)), good in zip(BREAKS.items(), [*TOLERATED.values()] * 9, strict=False):
+        expected[len(rows) + 1] = (name, text, code)
+        rows += [{"prompt": name, "response": text}, {"prompt": "tags are <Path> inert </Goal>", "response": good}]
+    source = _write_rows(tmp_path / "rows.jsonl", rows)
+    with source.open("a") as stream:
+        stream.write("\n{broken\n")
+    config = _config(source, tmp_path / "out", hf_folder, max_rejected=len(BREAKS), workers=2)
+    result = preprocess(config)
+    assert result.totals.documents == len(BREAKS)
+    assert result.too_many_rejected
+    report = [json.loads(line) for line in (tmp_path / "out_rejected.jsonl").read_text().splitlines()]
+    assert report.pop() | {"message": ""} == {
+        "row": 2 * len(BREAKS) + 2, "sample": f"rows.jsonl:{2 * len(BREAKS) + 2}", "reason": "json", "message": "",
+        "char_index": 1,
+    }  # fmt: skip
+    found = {entry["row"]: entry for entry in report}
+    assert {row: entry["reason"] for row, entry in found.items()} == {
+        row: code for row, (_, _, code) in expected.items()
+    }
+    for row, (name, text, _) in expected.items():
+        entry = found[row]
+        assert entry["sample"] == f"rows.jsonl:{row}", name
+        assert 0 <= entry["char_index"] <= len(text) and entry["token_index"] >= 0, name
+        tag = entry["message"].removeprefix("found ").split(",")[0].split()[0]
+        if tag.startswith("<") and entry["reason"] != "label":
+            assert text[entry["char_index"] :].startswith(tag), name
+
+
+def test_second_run_has_nothing_to_do(tmp_path, hf_folder):
+    source = _write_rows(tmp_path / "rows.jsonl", _rows(5))
+    first = preprocess(_config(source, tmp_path / "out", hf_folder))
+    before = os.stat(tmp_path / "out.bin").st_mtime_ns
+    second = preprocess(_config(source, tmp_path / "out", hf_folder))
+    assert os.stat(tmp_path / "out.bin").st_mtime_ns == before
+    assert second.totals == first.totals
+    assert not (tmp_path / "out.shards").exists()
+
+
+def test_failed_shard_is_named_and_only_unfinished_shards_are_redone(tmp_path, hf_folder, monkeypatch):
+    monkeypatch.setattr("megatron_multiverse.data.readers._shard_bytes", lambda total: total // 6)
+    source = _write_rows(tmp_path / "rows.jsonl", _rows(40))
+    original = module.process_shard
+
+    def fails_late(shard, *args, **kwargs):
+        if shard.start > source.stat().st_size // 2:
+            raise DataError("disk full")
+        original(shard, *args, **kwargs)
+
+    monkeypatch.setattr(module, "process_shard", fails_late)
+    with pytest.raises(DataError, match=r"rows\.jsonl \[\d+, \d+\): disk full"):
+        preprocess(_config(source, tmp_path / "out", hf_folder))
+    finished = sorted((tmp_path / "out.shards").glob("*[0-9].json"))
+    assert finished and not (tmp_path / "out.bin").exists()
+    times = [file.stat().st_mtime_ns for file in finished]
+    redone = []
+
+    def counts(shard, path, *args, **kwargs):
+        (tmp_path / f"redone-{path.name}").touch()
+        original(shard, path, *args, **kwargs)
+
+    monkeypatch.setattr(module, "process_shard", counts)
+    result = preprocess(_config(source, tmp_path / "out", hf_folder, workers=2))
+    redone = sorted(tmp_path.glob("redone-*"))
+    assert result.reused_shards == len(times)
+    assert {f.name.removeprefix("redone-") for f in redone}.isdisjoint({f.stem for f in finished})
+    preprocess(_config(source, tmp_path / "whole", hf_folder))
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", ["input", "settings"])
+def test_changed_run_begins_anew(tmp_path, hf_folder, monkeypatch, change):
+    source = _write_rows(tmp_path / "rows.jsonl", _rows(4))
+    monkeypatch.setattr(module, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(_config(source, tmp_path / "out", hf_folder))
+    monkeypatch.undo()
+    if change == "input":
+        _write_rows(source, _rows(5))
+    result = preprocess(_config(source, tmp_path / "out", hf_folder, append_eod=change == "settings"))
+    assert result.reused_shards == 0
+
+
+def test_killed_run_resumes_to_the_same_bytes(tmp_path, hf_folder):
+    source = _write_rows(tmp_path / "rows.jsonl", _rows(9000))  # several shards of 1 MiB
+    command = [
+        sys.executable, str(TOOL), "--input", str(source), "--output-prefix", str(tmp_path / "out"),
+        "--tokenizer-model", str(hf_folder), "--workers", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out.shards" / "00000.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out.bin").exists(), "the run was over before it could be killed"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "going on: " in done.stderr
+    preprocess(_config(source, tmp_path / "whole", hf_folder, workers=2))
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+def test_tool_reports_and_fails_when_too_many_rows_are_rejected(tmp_path, hf_folder):
+    source = _write_rows(tmp_path / "rows.jsonl", [*_rows(3), {"prompt": "x", "response": "</Goal>"}])
+    command = [
+        sys.executable, str(TOOL), "--input", str(source), "--output-prefix", str(tmp_path / "out"),
+        "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(hf_folder), "--append-eod",
+        "--json-keys", "prompt", "response", "--workers", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "1 rows rejected, --max-rejected allows 0" in done.stderr
+    assert "documents   3 of 4 rows" in done.stdout and "docs/s" in done.stdout
+    assert (tmp_path / "out.idx").exists()
+    done = subprocess.run(
+        [*command, "--max-rejected", "1"], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_teaches_without_torch(tmp_path):
+    check = f"import sys, runpy; sys.argv = ['preprocess_data.py', '--help']; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
+    script = f"import atexit, sys; atexit.register(lambda: print('heavy', {{'torch', 'transformers'}} & set(sys.modules)))\n{check}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for flag in ("--input", "--output_prefix", "--tokenizer_type", "--workers", "--append_eod", "--max_rejected"):
+        assert flag in done.stdout
+    assert "heavy set()" in done.stdout
+
+
+def test_wrong_tokenizer_is_a_clear_error(tmp_path, hf_folder):
+    source = _write_rows(tmp_path / "rows.jsonl", _rows(1))
+    with pytest.raises(ConfigError, match="must be one of"):
+        preprocess(_config(source, tmp_path / "out", hf_folder, tokenizer_type="GPT2BPETokenizer"))

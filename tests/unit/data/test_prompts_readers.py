@@ -1,0 +1,193 @@
+"""Columns to texts, and files to rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_multiverse.data.prompts import (
+    PARALLEL_SUFFIX,
+    SEQUENTIAL_SUFFIX,
+    TRAJECTORY_COLUMNS,
+    Columns,
+    PromptStyle,
+    RowError,
+    build_sample,
+    resolve_columns,
+)
+from megatron_multiverse.data.readers import column_names, open_source, read_rows
+from megatron_multiverse.errors import ConfigError
+from tests.unit.data.conftest import TRAJECTORY
+
+S1K = ["solution", "question", "cot_type", "deepseek_thinking_trajectory", "deepseek_attempt", "gemini_attempt"]
+MULTIVERSE = [*S1K, "deepseek_thinking_trajectory_parallel", "deepseek_thinking_trajectory_sequential", "distance"]
+
+
+@pytest.mark.parametrize(
+    ("names", "json_keys", "expected"),
+    [
+        (["prompt", "response", "id"], None, ["prompt", "response"]),
+        (S1K, None, ["question", "deepseek_thinking_trajectory", "deepseek_attempt"]),
+        (MULTIVERSE, None, ["question", "deepseek_thinking_trajectory_parallel", "deepseek_attempt"]),
+        (["a", "b", "c"], ["b"], ["b"]),
+        (["a", "b", "c"], ["b", "a"], ["b", "a"]),
+        (["a", "b", "c"], ["c", "a", "b"], ["c", "a", "b"]),
+    ],
+)
+def test_columns_are_found_by_name_or_key(names, json_keys, expected):
+    assert resolve_columns(names, json_keys).names == expected
+
+
+@pytest.mark.parametrize(
+    ("json_keys", "message"),
+    [(None, "known sets"), (["nope"], r"names \['nope'\]"), (["a", "b", "c", "d"], "not 4")],
+)
+def test_unknown_columns_are_refused(json_keys, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_columns(["a", "b", "c", "d"], json_keys)
+
+
+QUESTION = Columns("t", "q", "a", is_question=True)
+
+
+@pytest.mark.parametrize(
+    ("columns", "fields", "style", "expected"),
+    [
+        # The response of a parallel row stands as it is; the answer gets its mark.
+        (QUESTION, {"q": "Q?", "t": TRAJECTORY, "a": "3"}, PromptStyle(),
+         ("[Q?" + PARALLEL_SUFFIX + "]", TRAJECTORY + "\n\nAnswer: 3")),
+        # A sequential row is wrapped; an answer with the mark anywhere keeps it.
+        (QUESTION, {"q": "Q?", "t": "so 3", "a": "Final Answer: 3"}, PromptStyle(),
+         ("[Q?" + SEQUENTIAL_SUFFIX + "]", "<Think>\nso 3\n</Think>\n\nFinal Answer: 3")),
+        (QUESTION, {"q": "Q?", "t": "so 3", "a": "3"}, PromptStyle("never", "parallel"),
+         ("Q?" + PARALLEL_SUFFIX, "<Think>\nso 3\n</Think>\n\nAnswer: 3")),
+        (QUESTION, {"q": "Q?", "t": "so 3", "a": "3"}, PromptStyle("never", "none"),
+         ("Q?", "<Think>\nso 3\n</Think>\n\nAnswer: 3")),
+        # Plain rows are taken as they are unless asked otherwise.
+        (Columns("r", "p"), {"p": "P", "r": "R"}, PromptStyle(), ("P", "R")),
+        (Columns("r", "p"), {"p": "P", "r": "R"}, PromptStyle("always", "sequential"),
+         ("[P" + SEQUENTIAL_SUFFIX + "]", "R")),
+        (Columns("r"), {"r": "R"}, PromptStyle(), ("", "R")),
+        # Without a prompt there is no template either.
+        (TRAJECTORY_COLUMNS, {"prompt": "", "response": "R"}, PromptStyle("always"), ("", "R")),
+    ],
+)  # fmt: skip
+def test_texts_of_a_row(columns, fields, style, expected):
+    assert build_sample(fields, columns, style, lambda text: f"[{text}]") == expected
+
+
+def test_without_template_the_prompt_is_plain():
+    assert build_sample({"q": "Q?", "t": "x", "a": "1"}, QUESTION, PromptStyle(), None)[0] == "Q?" + SEQUENTIAL_SUFFIX
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"p": "x"}, "missing_key"),
+        ({"p": "x", "r": None}, "not_text"),
+        ({"p": 3, "r": "x"}, "not_text"),
+        ({"p": "x", "r": ""}, "empty"),
+        ({"p": "x", "r": "ab\ud800"}, "encoding"),
+    ],
+)
+def test_bad_rows_name_the_reason(fields, code):
+    with pytest.raises(RowError) as caught:
+        build_sample(fields, Columns("r", "p"), PromptStyle(), None)
+    assert caught.value.code == code
+
+
+def _all_rows(source, **options):
+    return [row for shard in source.shards for row in read_rows(shard, **options)]
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7, 50])
+def test_jsonl_shards_hold_every_line_once(tmp_path, monkeypatch, cut):
+    monkeypatch.setattr("megatron_multiverse.data.readers._shard_bytes", lambda total: max(total // cut, 1))
+    rows = [{"prompt": "p" * (k % 13), "response": str(k)} for k in range(40)]
+    text = "\n".join(json.dumps(row) for row in rows)
+    text = text.replace("\n", "\n\n", 3)  # blank lines count as lines only
+    (tmp_path / "rows.jsonl").write_text(text)
+    source = open_source(str(tmp_path / "rows.jsonl"))
+    found = _all_rows(source)
+    assert [row.fields for row in found if not row.is_blank] == rows
+    assert sum(row.num_bytes for row in found) == len(text)
+    assert column_names(source) == ["prompt", "response"]
+
+
+def test_broken_lines_are_rows_with_an_error(tmp_path):
+    lines = [b'{"prompt": "a", "response": "b"}', b'{"prompt": oops}', b"[1]", b'{"prompt": "\xff"}', b'{"a": "b"']
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    found = _all_rows(open_source(str(tmp_path)))
+    assert [row.error and row.error.code for row in found] == [None, "json", "json", "encoding", "json"]
+    assert found[1].error.char_index == 11
+    assert [row.row for row in found] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+def test_parquet_shards_hold_every_row_once(tmp_path, monkeypatch, cut):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr("megatron_multiverse.data.readers._shard_bytes", lambda total: max(total // cut, 1))
+    table = pa.table({"prompt": [str(k) for k in range(100)], "response": ["r"] * 100, "other": list(range(100))})
+    (tmp_path / "data").mkdir()
+    pq.write_table(table.slice(0, 70), tmp_path / "data" / "train-0.parquet", row_group_size=30)
+    pq.write_table(table.slice(70), tmp_path / "data" / "train-1.parquet")
+    source = open_source(str(tmp_path))
+    assert "other" in column_names(source)
+    found = _all_rows(source, columns=["prompt", "response"])
+    assert [row.fields for row in found] == [{"prompt": str(k), "response": "r"} for k in range(100)]
+
+
+def test_saved_data_set_is_read(tmp_path):
+    import datasets
+
+    rows = {"prompt": ["a", "b"], "response": ["c", "d"]}
+    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows)).save_to_disk(str(tmp_path / "set"))
+    source = open_source(str(tmp_path / "set"))
+    assert column_names(source) == ["prompt", "response"]
+    assert [row.fields["response"] for row in _all_rows(source, columns=["response"])] == ["c", "d"]
+
+
+def test_trajectory_folder_takes_sidecar_prompts_in_natural_order(tmp_path):
+    for name in ("10.xml", "2.xml", "1.txt"):
+        (tmp_path / name).write_text("text of " + name)
+    (tmp_path / "2.prompt.txt").write_text("own prompt")
+    (tmp_path / "3.xml").write_bytes(b"\xff")
+    source = open_source(str(tmp_path))
+    found = _all_rows(source, prompt="default")
+    assert [row.name for row in found] == ["1.txt", "2.xml", "3.xml", "10.xml"]
+    assert found[2].error.code == "encoding"
+    assert [row.fields.get("prompt") for row in found] == ["default", "own prompt", None, "default"]
+
+
+def test_fingerprint_follows_the_content(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "response": "b"}\n')
+    before = open_source(str(file)).fingerprint
+    assert open_source(str(file)).fingerprint == before
+    file.write_text('{"prompt": "a", "response": "c"}\n')
+    assert open_source(str(file)).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [({}, "found none"), ({"a.jsonl": "{}", "b.xml": "x"}, "exactly one of"), ({"a.csv": "x"}, "found none")],
+)
+def test_unclear_folders_are_refused(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        open_source(str(tmp_path))
+
+
+def test_missing_and_unknown_files_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        open_source(str(tmp_path / "x" / "y"))
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(ConfigError, match=r"expected \.jsonl"):
+        open_source(str(tmp_path / "a.csv"))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match="no readable row"):
+        column_names(open_source(str(tmp_path / "empty.jsonl")))

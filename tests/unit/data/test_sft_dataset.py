@@ -1,0 +1,145 @@
+"""Documents to training arrays: the loss mask against the labels, position ids, who sees whom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_multiverse.data.indexed_writer import ShardWriter, join_shards, optimal_dtype
+from megatron_multiverse.data.sft_dataset import SFTDataset, pack_arrays
+from megatron_multiverse.errors import DataError, StructureError
+from megatron_multiverse.structure import TAGS, StructureVocab
+
+PIECES = [*TAGS, "\n", "1:", "2:", "a", "b", "c", "d", "end", "pad"]
+VOCAB = StructureVocab.from_pieces(PIECES)
+PAD = PIECES.index("pad")
+
+
+def _ids(text: str) -> np.ndarray:
+    return np.array([PIECES.index("\n" if word == "n" else word) for word in text.split()], dtype=np.int64)
+
+
+def write_documents(prefix: Path, documents: list[tuple[np.ndarray, np.ndarray]]) -> SFTDataset:
+    dtype = optimal_dtype(len(PIECES))
+    part = prefix.with_name("00000")
+    writer = ShardWriter(part, dtype, len(PIECES))
+    for prompt, response in documents:
+        writer.add(prompt, response)
+    writer.close()
+    join_shards([part], str(prefix), dtype)
+    return SFTDataset(str(prefix), VOCAB)
+
+
+# Columns: token, position, trained as a target (0 no, 1 yes, f only with train_forced_tokens), keys it cannot see.
+TABLE = """
+<Path>        0 0 -
+<Parallel>    1 1 -
+n             2 1 -
+<Goal>        3 1 -
+n             4 1 -
+<Outline>     5 1 -
+n             6 1 -
+1:            7 1 -
+</Outline>    8 1 -
+n             9 1 -
+<Outline>    10 1 -
+n            11 1 -
+2:           12 1 -
+</Outline>   13 1 -
+n            14 1 -
+</Goal>      15 1 -
+n            16 f -
+<Path>       17 f -
+n            18 f -
+1:           19 f -
+a            20 1 -
+b            21 1 -
+</Path>      22 1 -
+n            16 0 16-22
+<Path>       17 f 16-22
+n            18 f 16-22
+2:           19 f 16-22
+c            20 1 16-22
+</Path>      21 1 16-22
+n            23 0 -
+<Conclusion> 24 f -
+d            25 1 -
+</Conclusion> 26 1 -
+n            27 1 -
+</Parallel>  28 1 -
+end          29 1 -
+"""
+ROWS = [line.split() for line in TABLE.strip().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def table_set(tmp_path_factory) -> SFTDataset:
+    ids = _ids(" ".join(row[0] for row in ROWS))
+    folder = tmp_path_factory.mktemp("table")
+    # The first token is the prompt: its tag is inert.
+    return write_documents(folder / "set", [(ids[:1], ids[1:]), (_ids("a b"), _ids("c end")), (_ids(""), _ids("d a"))])
+
+
+@pytest.mark.parametrize("train_forced_tokens", [False, True])
+def test_table_token_label_mask_position_and_visible_keys(table_set, train_forced_tokens):
+    n = len(ROWS)
+    arrays = pack_arrays([table_set[0]], n, PAD, train_forced_tokens=train_forced_tokens)
+    assert [PIECES[token].replace("\n", "n") for token in arrays["input_ids"]] == [row[0] for row in ROWS]
+    assert arrays["position_ids"].tolist() == [int(row[1]) for row in ROWS]
+    assert arrays["labels"].tolist() == [*arrays["input_ids"][1:].tolist(), PAD]
+    trained = {"1", "f"} if train_forced_tokens else {"1"}
+    assert arrays["loss_mask"].tolist() == [float(row[2] in trained) for row in ROWS[1:]] + [0.0]
+    r = arrays["r"]
+    for i, row in enumerate(ROWS):
+        first, last = map(int, row[3].split("-")) if row[3] != "-" else (n, n)
+        hidden = [j for j in range(i + 1) if r[j] > r[i]]
+        assert hidden == list(range(first, min(last, i) + 1)), (i, row)
+
+
+def test_pack_keeps_documents_apart_and_never_trains_across(table_set):
+    arrays = pack_arrays([table_set[1], table_set[2], table_set[1]], 13, PAD)
+    assert [PIECES[token] for token in arrays["input_ids"]] == [
+        "a", "b", "c", "end", "d", "a", "a", "b", "c", "end", "pad", "pad", "pad",
+    ]  # fmt: skip
+    #                                     a  b  c  e  d  a  a  b  c  e  p  p  p: is the next token trained?
+    assert arrays["loss_mask"].tolist() == [0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0]
+    assert arrays["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 0, 1, 2]
+    r, owner = arrays["r"], [0] * 4 + [1] * 2 + [2] * 4 + [3] * 3
+    for i in range(13):
+        assert [j for j in range(i + 1) if r[j] <= r[i]] == [j for j in range(i + 1) if owner[j] == owner[i]]
+    assert {name: array.dtype.name for name, array in arrays.items()} == {
+        "input_ids": "int64", "labels": "int64", "loss_mask": "float32", "position_ids": "int64", "r": "int32",
+    }  # fmt: skip
+
+
+def test_several_prefixes_follow_one_another(tmp_path, table_set):
+    write_documents(tmp_path / "more", [(_ids("d"), _ids("d end"))])
+    both = SFTDataset([table_set.prefixes[0], str(tmp_path / "more")], VOCAB)
+    assert both.lengths.tolist() == [len(ROWS), 4, 2, 3]
+    assert both[3].ids.tolist() == _ids("d d end").tolist()
+    assert both[1].ids.tolist() == table_set[1].ids.tolist()
+    assert both.fingerprint() != table_set.fingerprint()
+
+
+def test_broken_document_names_file_and_token(tmp_path):
+    dataset = write_documents(tmp_path / "bad", [(_ids("a"), _ids("b")), (_ids("a"), _ids("b </Path>"))])
+    with pytest.raises(StructureError, match=r"bad document 1: stray_tag at token 2"):
+        dataset[1]
+
+
+def test_missing_empty_and_foreign_files_are_refused(tmp_path):
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    with pytest.raises(DataError, match=r"preprocess_data\.py --output-prefix"):
+        SFTDataset(str(tmp_path / "none"), VOCAB)
+    with pytest.raises(DataError, match="is empty"):
+        write_documents(tmp_path / "empty", [])
+    builder = IndexedDatasetBuilder(str(tmp_path / "other.bin"))
+    builder.add_item(torch.IntTensor([1, 2]))
+    builder.end_document()
+    builder.finalize(str(tmp_path / "other.idx"))
+    with pytest.raises(DataError, match="two sequences"):
+        SFTDataset(str(tmp_path / "other"), VOCAB)
