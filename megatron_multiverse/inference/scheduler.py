@@ -1,0 +1,216 @@
+"""Who runs in the next step: continuous batching with branches as rows.
+
+Each step plans, in this order, over requests first come first served:
+
+1. every branch that has something to feed (a page that is not there makes it wait, nothing else);
+2. joins: a parent whose paths all ended takes their pages over and goes on, in the very step that feeds the last
+   `</Path>`;
+3. forks: paths start, in the very step that feeds `</Goal>`; all at once if they can ever run at once, else in
+   waves as rows come free;
+4. new requests, unless a fork is waiting.
+
+If nothing can run, the newest request gives its pages back and replays later; the last one ends with `length`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from megatron_multiverse.inference.branch import Block, Branch, Status
+from megatron_multiverse.inference.context import Row
+from megatron_multiverse.inference.pages import PagePool
+from megatron_multiverse.inference.request import RequestState
+from megatron_multiverse.inference.tree import Node, PageTree
+
+
+class Scheduler:
+    """Plans steps.
+
+    Args:
+        pool: the pages.
+        max_rows: most branches per step.
+        max_step_tokens: most tokens per step beyond one per row; longer prompts are fed in chunks.
+        on_start: called with a branch that is about to run: it may write (a replay) or end it (no budget).
+    """
+
+    def __init__(
+        self, pool: PagePool, *, max_rows: int, max_step_tokens: int, on_start: Callable[[Branch], None]
+    ) -> None:
+        self.pool = pool
+        self.tree = PageTree(pool)
+        self.max_rows = max_rows
+        self.max_step_tokens = max_step_tokens
+        self.on_start = on_start
+        self.waiting: deque[RequestState] = deque()
+        self.active: list[RequestState] = []
+        self._rows: list[Row] = []
+        self._chunk_room = 0
+        self._retired: list[Node] = []
+
+    # -- one step ----------------------------------------------------------------------------------------------
+
+    def plan(self) -> list[Row]:
+        """Rows of the next step; empty if nothing can run (or nothing is left to do)."""
+        self._rows, self._chunk_room = [], self.max_step_tokens
+        for request in self.active:
+            for branch in request.live:
+                if branch.pending:
+                    self._feed(branch)
+        blocked = False
+        for request in self.active:
+            self._join(request)
+            blocked = self._start_paths(request, force=False) or blocked
+        if not blocked:
+            self._admit()
+        if not self._rows and self.active:
+            # Nothing fits at once: let single paths go ahead, oldest request first.
+            for request in self.active:
+                self._start_paths(request, force=True)
+        return self._rows
+
+    def settle(self) -> bool:
+        """The step has run: ended branches give back their rows and pages. Whether pages came free."""
+        retired, self._retired = self._retired, []
+        for node in retired:
+            self.tree.free(node)
+        for request in self.active:
+            request.live = [branch for branch in request.live if branch.status is not Status.ENDED]
+        return bool(retired)
+
+    @property
+    def rows_held(self) -> int:
+        """Rows that living branches hold."""
+        return sum(request.num_rows for request in self.active)
+
+    def _feed(self, branch: Branch) -> None:
+        """Put the branch into the step with as much of its pending text as fits; nothing if pages are missing."""
+        node = branch.node
+        assert node is not None
+        if branch.parent is None and branch.finish is not None:
+            return  # the answer is complete, its last tokens need no keys
+        count = min(len(branch.pending), max(1, self._chunk_room))
+        if len(self._rows) >= self.max_rows or self.tree.append_cost(node, count) > self.pool.num_free:
+            return
+        self._chunk_room -= count
+        start, position = node.length, node.next_pos
+        self.pool.expect(self.tree.append(node, count).tolist())
+        ids, branch.pending = branch.pending[:count], branch.pending[count:]
+        sample = branch.status is Status.RUNNING and not branch.pending
+        self._rows.append(Row(branch, node, ids, start, position, sample))
+        if branch.status is Status.CLOSING and not branch.pending:
+            branch.status = Status.ENDED
+
+    def _run(self, branch: Branch) -> None:
+        branch.status = Status.RUNNING
+        branch.start_span()
+        if branch not in branch.request.live:
+            branch.request.live.append(branch)
+        self.on_start(branch)
+        self._feed(branch)
+
+    # -- joins -------------------------------------------------------------------------------------------------
+
+    def _join(self, request: RequestState) -> None:
+        for branch in list(request.live):
+            block = branch.open_block
+            if block is None or any(kid.status is not Status.ENDED for kid in block.kids):
+                continue
+            kids = [kid.node for kid in block.kids if kid.node is not None]
+            assert branch.node is not None
+            if self.tree.join_cost(branch.node, kids) > self.pool.num_free or self.rows_held >= self.max_rows:
+                continue
+            self.tree.join(branch.node, kids)
+            for kid in block.kids:
+                kid.node = None
+            # Their last tokens are computed in this step, over their own pages: free those afterwards.
+            self._retired += kids
+            branch.join()
+            branch.write(branch.machine.vocab.conclusion_prefix())
+            self._run(branch)
+
+    # -- forks -------------------------------------------------------------------------------------------------
+
+    def _start_paths(self, request: RequestState, *, force: bool) -> bool:
+        """Start what can start; True if a fork of the request has to wait for rows or pages."""
+        blocked = False
+        for branch in reversed(list(request.live)):  # the deepest forked last, so inner paths go first
+            block = branch.open_block
+            if block is None or branch.pending or block.started == len(block.kids):
+                continue
+            limit = min(self.max_rows, request.params.max_concurrent_branches or self.max_rows)
+            free = min(self.max_rows - self.rows_held, limit - request.num_rows)
+            left = len(block.kids) - block.started
+            at_once = not force and block.started == 0 and left <= limit
+            count = self._affordable(branch, block, min(left, free))
+            if count < (left if at_once else 1):
+                blocked = blocked or at_once
+                continue
+            self._start(branch, block, count)
+        return blocked
+
+    def _affordable(self, branch: Branch, block: Block, count: int) -> int:
+        """How many of the next `count` paths the free pages hold, each with its first tokens."""
+        assert branch.node is not None
+        open_slots = branch.node.length % self.pool.page_size
+        pages = 0
+        for k, kid in enumerate(block.kids[block.started : block.started + max(count, 0)]):
+            pages += -(-(open_slots + len(kid.pending)) // self.pool.page_size)
+            if pages > self.pool.num_free:
+                return k
+        return max(count, 0)
+
+    def _start(self, branch: Branch, block: Block, count: int) -> None:
+        assert branch.node is not None
+        kids = block.kids[block.started : block.started + count]
+        block.started += count
+        for kid, node in zip(kids, self.tree.fork(branch.node, count), strict=True):
+            kid.node = node
+            self._run(kid)
+
+    # -- admission, preemption, removal ------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        while self.waiting and self.rows_held < self.max_rows:
+            request = self.waiting[0]
+            need = max(-(-(len(request.root.pending) + 1) // self.pool.page_size), request.pages_wanted)
+            if self.active and need + self._promised() > self.pool.num_free:
+                return
+            self.waiting.popleft()
+            self.active.append(request)
+            request.root.node = self.tree.root()
+            self._run(request.root)
+
+    def _promised(self) -> int:
+        """Pages that admitted prompts still need."""
+        return sum(
+            self.tree.append_cost(request.root.node, len(request.root.pending))
+            for request in self.active
+            if request.root.node is not None and not request.root.ids
+        )
+
+    def pages_of(self, request: RequestState) -> list[list[int]]:
+        """Page lists of all living nodes of the request."""
+        return [branch.node.pages for branch in request.branches() if branch.node is not None]
+
+    def preempt(self, request: RequestState) -> None:
+        """Take back everything the request holds; the caller starts it again and puts it into `waiting`."""
+        request.preemptions += 1
+        request.pages_wanted = len({page for pages in self.pages_of(request) for page in pages}) + 1
+        self.remove(request)
+
+    def remove(self, request: RequestState) -> None:
+        """Give back everything the request holds."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+            return
+        self.active.remove(request)
+        if request.root.node is not None:
+            self.tree.free(request.root.node)
+        for branch in request.branches():
+            branch.node = None
+
+    def check_integrity(self) -> None:
+        """The owner census over all living nodes (between steps)."""
+        self.pool.check_integrity([pages for request in self.active for pages in self.pages_of(request)])
+

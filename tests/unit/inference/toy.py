@@ -1,0 +1,176 @@
+"""A toy model, a toy vocabulary and random scripts for the engine's tests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megatron_multiverse.inference import Engine, Request, Result
+from megatron_multiverse.inference.branch import Branch
+from megatron_multiverse.model.attention import AttentionParams, LayoutParams
+from megatron_multiverse.structure import TAGS, StructureVocab, Tag, layout, parse
+
+torch.set_num_threads(1)
+
+NEWLINE, COLON, EOS, TEXT, VOCAB_SIZE = 12, 24, 25, 26, 48
+PIECES = [*TAGS, "\n", *"0123456789", ".", ":", "<eos>", *(chr(ord("a") + k) for k in range(VOCAB_SIZE - TEXT))]
+VOCAB = StructureVocab.from_pieces(PIECES, eos_id=EOS)
+DIM, HEADS, GROUPS, HEAD_DIM = 16, 4, 2, 8
+
+
+def label_ids(label: str) -> list[int]:
+    return [PIECES.index(char) for char in label]
+
+
+class ToyModel(nn.Module):
+    """Two attention layers with rotary by position ids, in float64; called like megatron-core's GPTModel."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_layers=2, num_query_groups=GROUPS, kv_channels=HEAD_DIM)
+        self.max_sequence_length = 4096
+        generator = torch.Generator().manual_seed(seed)
+
+        def weight(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[0] ** 0.5)
+
+        self.embedding = weight(VOCAB_SIZE, DIM)
+        wide = (HEADS + 2 * GROUPS) * HEAD_DIM
+        self.qkv = nn.ParameterList(weight(DIM, wide) for _ in range(2))
+        self.out = nn.ParameterList(weight(HEADS * HEAD_DIM, DIM) for _ in range(2))
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, mask: None, packed_seq_params: AttentionParams
+    ) -> Tensor:
+        x = 4 * self.embedding[input_ids].transpose(0, 1)
+        for k in range(2):
+            qkv = (nn.functional.rms_norm(x, (DIM,)) @ self.qkv[k]).unflatten(-1, (-1, HEAD_DIM))
+            q, key, value = qkv.split([HEADS, GROUPS, GROUPS], dim=2)
+            q, key = _rotate(q, position_ids), _rotate(key, position_ids)
+            x = x + packed_seq_params.attend(q, key, value, layer_number=k + 1, softmax_scale=0.5) @ self.out[k]
+        return (3 * nn.functional.rms_norm(x, (DIM,)) @ self.embedding.t()).transpose(0, 1)
+
+
+def _rotate(x: Tensor, position_ids: Tensor) -> Tensor:
+    frequencies = 100.0 ** (-torch.arange(HEAD_DIM // 2, dtype=torch.float64) / (HEAD_DIM // 2))
+    angle = (position_ids.t()[..., None] * frequencies)[:, :, None]
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+
+
+Script = dict[tuple[tuple[int, int], ...], list[int]]
+
+
+def random_script(rng: random.Random, *, depth: int = 2, blocks: int = 2, most_paths: int = 4, text: int = 12) -> Script:
+    """What each branch samples, by branch path: text with nested and repeated blocks, well formed."""
+    script: Script = {}
+
+    def words(least: int = 0) -> list[int]:
+        return [rng.randrange(TEXT, VOCAB_SIZE) for _ in range(rng.randint(least, text))]
+
+    def branch(path: tuple[tuple[int, int], ...], prefix: str, level: int) -> None:
+        own = script.setdefault(path, [])
+        own += words(1)
+        for ordinal in range(rng.randint(0, blocks) if level else blocks):
+            if level == depth:
+                break
+            paths = rng.randint(1, most_paths)
+            own += [Tag.PARALLEL, NEWLINE, Tag.GOAL]
+            for k in range(paths):
+                own += [NEWLINE, Tag.OUTLINE, NEWLINE, *label_ids(f"{prefix}{k + 1}:"), *words(), Tag.END_OUTLINE]
+            own += [NEWLINE, Tag.END_GOAL]
+            for k in range(paths):
+                branch((*path, (ordinal, k)), f"{prefix}{k + 1}.", level + 1)
+            own += [*words(), Tag.END_CONCLUSION, NEWLINE, Tag.END_PARALLEL, *words(1)]
+        own.append(Tag.END_PATH if path else EOS)
+
+    branch((), "", 0)
+    return {path: [int(token) for token in own] for path, own in script.items()}
+
+
+class ScriptedSampler:
+    """Plays scripts (by request id) and keeps the logits each token was sampled from."""
+
+    def __init__(self, scripts: Sequence[Script]) -> None:
+        self.scripts = scripts
+        self.logits: dict[tuple[int, tuple[tuple[int, int], ...], int], Tensor] = {}
+        self.roots: dict[int, Branch] = {}
+
+    def __call__(self, logits: Tensor, branches: Sequence[Branch]) -> Tensor:
+        tokens = []
+        for row, branch in zip(logits, branches, strict=True):
+            self.roots[branch.request.request_id] = branch.request.root
+            self.logits[branch.request.request_id, branch.path, len(branch.ids)] = row.clone()
+            tokens.append(self.scripts[branch.request.request_id][branch.path][branch.num_sampled])
+        return torch.tensor(tokens)
+
+
+def own_indices(branch: Branch, start: int, table: dict[tuple[tuple[tuple[int, int], ...], int], int]) -> int:
+    """Index in the answer of every own token of every branch; returns the index behind the branch."""
+    done = 0
+    for block in [*branch.blocks, None]:
+        end = len(branch.ids) if block is None else block.at
+        for k in range(done, end):
+            table[branch.path, k] = start
+            start += 1
+        done = end
+        for kid in block.kids if block else ():
+            start = own_indices(kid, start, table)
+    return start
+
+
+def forward_logits(model: nn.Module, prompt: Sequence[int], result: Result) -> Tensor:
+    """Logits [prompt + answer, vocab] of one teacher-forced forward over the layout that structure/ gives."""
+    ids = [*prompt, *result.token_ids]
+    plan = layout(parse(ids, VOCAB, prompt_length=len(prompt), strict=False))
+    params = LayoutParams(r=torch.from_numpy(plan.r)[None].long(), backend="dense")
+    positions = torch.from_numpy(plan.position_ids)[None].long()
+    with torch.no_grad():
+        return model(torch.tensor([ids]), positions, None, packed_seq_params=params)[0]
+
+
+def structure_positions(prompt: Sequence[int], result: Result) -> list[int]:
+    ids = np.array([*prompt, *result.token_ids])
+    return layout(parse(ids, VOCAB, prompt_length=len(prompt), strict=False)).position_ids[len(prompt) :].tolist()
+
+
+def largest_difference(
+    model: nn.Module, sampler: ScriptedSampler, requests: Sequence[Request], results: Sequence[Result]
+) -> float:
+    """Largest difference between the logits of any decode step and those of the teacher-forced forward."""
+    largest = 0.0
+    for request, result in zip(requests, results, strict=True):
+        reference = forward_logits(model, request.prompt_ids, result)
+        table: dict[tuple[tuple[tuple[int, int], ...], int], int] = {}
+        own_indices(sampler.roots[result.request_id], len(request.prompt_ids), table)
+        for (request_id, path, index), row in sampler.logits.items():
+            if request_id == result.request_id:
+                # A token is sampled from the logits of the token before it in its own branch.
+                before = table[path, index - 1] if index else len(request.prompt_ids) - 1
+                difference = (row - reference[before]).abs().max().item()
+                assert difference == difference, "NaN: a freed page was read"
+                largest = max(largest, difference)
+    return largest
+
+
+def toy_engine(model: nn.Module | None = None, **settings: object) -> Engine:
+    defaults: dict[str, object] = {"num_pages": 4096, "page_size": 1, "max_rows": 32, "debug": True}
+    if "page_size" in settings and "num_pages" not in settings:
+        defaults["num_pages"] = 4096 // int(str(settings["page_size"])) + 200
+    return Engine(model or ToyModel(), VOCAB, **{**defaults, **settings})  # type: ignore[arg-type]
+
+
+def assert_drained(engine: Engine) -> None:
+    assert engine.pool.num_free == engine.pool.num_pages
+    engine.pool.check_integrity([])
+    assert not engine.has_work
+
+
+def random_prompt(rng: random.Random, most: int = 40) -> list[int]:
+    """A prompt in which tags occur: they must be inert."""
+    return [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, most))]
