@@ -104,7 +104,8 @@ def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loade
                 raise_if_not_finite(guard)
                 numbers = meter.read(model_config, peak)
                 metrics.train(state.step, numbers, optimizer.param_groups[0]["lr"], state.consumed_samples)
-            if valid_loader is not None and (last or is_due(state.step, config.eval_interval)):
+            validation_due = is_due(state.step, config.eval_interval) or (last and not stop)
+            if valid_loader is not None and validation_due:
                 run_validation(config, model, valid_loader, device, backend, metrics, state.step)
                 meter.reset()
             if last or is_due(state.step, config.checkpoint.save_interval):

@@ -90,7 +90,7 @@ def test_yaml_with_overrides_equals_the_command_line(tmp_path: Path) -> None:
     assert ours.optim.lr == 1e-3 and ours.data.data_prefixes == ("a", "b") and ours.model.num_layers == 3
     with pytest.raises(SystemExit):
         parse_options(TrainConfig, ["--config", str(file), "--optim.learning-rate=1"])
-    with pytest.raises(ConfigError, match="is a value, not a section"):
+    with pytest.raises(ConfigError, match="is a plain value, not a section"):
         TrainConfig.from_yaml(file, {"checkpoint.save.x": 1})
     with pytest.raises(ConfigError, match="does not exist"):
         TrainConfig.from_yaml(tmp_path / "none.yaml")
