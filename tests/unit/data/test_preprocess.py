@@ -111,13 +111,14 @@ def test_real_trajectories_all_pass_and_decode_byte_for_byte(tmp_path, samples_f
         assert tokenizer.detokenize(response[:-1].tolist()).encode() == file.read_bytes()
 
 
+SURPLUS = "\n<Path>\n3: x\n</Path>"
 BREAKS = {
     "left open at the budget": (TRAJECTORY[: TRAJECTORY.index("so 3")], "unclosed"),
     "open conclusion": (TRAJECTORY[: TRAJECTORY.index("both agree")], "unclosed"),
     "stray token behind a path": (TRAJECTORY.replace("</Path>\n<Path>\n2: x", "</Path>6\n<Path>\n2: x"), "gap"),
     "doubled path end": (TRAJECTORY.replace("so 3\n</Path>", "so 3\n</Path>\n</Path>"), "stray_tag"),
     "path end outside a block": (SEQUENTIAL.replace("is", "</Path>"), "stray_tag"),
-    "surplus path": (TRAJECTORY.replace("\n<Conclusion>\nboth", "\n<Path>\n3: x\n</Path>\n<Conclusion>\nboth"), "path_count"),
+    "surplus path": (TRAJECTORY.replace("\n<Conclusion>\nboth", SURPLUS + "\n<Conclusion>\nboth"), "path_count"),
     "missing path": (TRAJECTORY.replace("\n<Path>\n2: x < y holds\n</Path>", ""), "path_count"),
     "outline inside a path": (TRAJECTORY.replace("so 3", "<Outline>\n1: x\n</Outline>"), "stray_tag"),
     "nested think": (SEQUENTIAL.replace("is", "<Think>"), "stray_tag"),
@@ -269,8 +270,11 @@ def test_tool_reports_and_fails_when_too_many_rows_are_rejected(tmp_path, hf_fol
 
 
 def test_help_teaches_without_torch(tmp_path):
-    check = f"import sys, runpy; sys.argv = ['preprocess_data.py', '--help']; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
-    script = f"import atexit, sys; atexit.register(lambda: print('heavy', {{'torch', 'transformers'}} & set(sys.modules)))\n{check}"
+    script = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print('heavy', {'torch', 'transformers'} & set(sys.modules)))\n"
+        f"sys.argv = ['preprocess_data.py', '--help']; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

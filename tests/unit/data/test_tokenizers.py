@@ -17,7 +17,8 @@ from tests.unit.data.conftest import TRAJECTORY, train_sentencepiece
 
 @pytest.mark.parametrize("around", ["{}", "a{}b", " {} ", "  {}x", "x {}", "{} x", "1:{}1:"])
 def test_tag_is_one_token_and_text_around_it_stays(tokenizer, around):
-    for tag, token in zip([*TAGS, "\n"], [*tokenizer.structure_vocab.tag_ids, tokenizer.structure_vocab.newline_id]):
+    vocab = tokenizer.structure_vocab
+    for tag, token in zip([*TAGS, "\n"], [*vocab.tag_ids, vocab.newline_id], strict=True):
         text = around.format(tag)
         ids = tokenizer.tokenize(text)
         assert ids.count(token) == 1
