@@ -45,9 +45,16 @@ def backward_precision(dtype: str, device: torch.device) -> contextlib.AbstractC
     return precision(dtype, device) if device.type == "cpu" else contextlib.nullcontext()
 
 
+def to_device(batch: Microbatch, device: torch.device) -> Microbatch:
+    """The batch on the device. From pinned memory, since a copy from pageable memory waits for earlier kernels."""
+    if device.type == "cuda":
+        batch = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 def masked_loss_sum(model: nn.Module, batch: Microbatch, device: torch.device, backend: str) -> tuple[Tensor, Tensor]:
     """Loss summed over the trained tokens of one microbatch, and its number of visible pairs."""
-    on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    on_device = to_device(batch, device)
     params = LayoutParams(r=on_device["r"], backend=backend)
     per_token = model(
         on_device["input_ids"],

@@ -63,8 +63,6 @@ def mcore_weights(hf: torch.nn.Module, config: ModelConfig) -> dict[str, torch.T
             for x in "qk":
                 out[attention + f"{x}_layernorm.weight"] = source[a + f"self_attn.{x}_norm.weight"]
         out[attention + "linear_proj.weight"] = source[a + "self_attn.o_proj.weight"]
-        out[b + "mlp.linear_fc1.weight"] = torch.cat(
-            [source[a + f"mlp.{x}_proj.weight"] for x in ("gate", "up")]
-        )
+        out[b + "mlp.linear_fc1.weight"] = torch.cat([source[a + f"mlp.{x}_proj.weight"] for x in ("gate", "up")])
         out[b + "mlp.linear_fc2.weight"] = source[a + "mlp.down_proj.weight"]
     return out

@@ -1,0 +1,86 @@
+"""Training on one GPU: same numbers as on the CPU, bit-exact resume, bf16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_multiverse.config import TrainConfig
+from megatron_multiverse.model.attention import LayoutParams
+from megatron_multiverse.model.families import qwen3
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.model.weights import load_model, weight_state
+from megatron_multiverse.training.trainer import train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+MODEL = qwen3(
+    num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2, kv_channels=16,
+    vocab_size=64, max_sequence_length=64,
+)  # fmt: skip
+
+
+class Loader:
+    """Microbatch number n depends on n alone."""
+
+    position = 0
+
+    def __iter__(self):
+        while True:
+            g = torch.Generator().manual_seed(self.position)
+            self.position += 1
+            ids = torch.randint(0, 64, (4, 65), generator=g)
+            yield {
+                "input_ids": ids[:, :-1],
+                "labels": ids[:, 1:],
+                "loss_mask": (torch.rand(4, 64, generator=g) < 0.5).float(),
+                "position_ids": torch.randint(0, 64, (4, 64), generator=g),
+                "r": torch.stack([torch.randperm(64, generator=g) for _ in range(4)]).int(),
+            }
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def config(save: Path, **changes) -> TrainConfig:
+    values = {
+        "model": MODEL,
+        "data": {"data_prefixes": ["-"], "seq_length": 64, "micro_batch_size": 4, "global_batch_size": 8},
+        "checkpoint": {"save": str(save), "save_interval": 3},
+        "optim": {"lr": 1e-3},
+        "train_iters": 6,
+        "device": "cuda",
+    }
+    return TrainConfig.from_dict(values | changes)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_logits_equal_the_cpu(dtype: torch.dtype, atol: float) -> None:
+    batch = next(iter(Loader()))
+    outputs = []
+    for device in ("cpu", "cuda"):
+        model = build_gpt_model(MODEL, dtype=dtype, device=device, seed=1)
+        ids, positions, r = (batch[name].to(device) for name in ("input_ids", "position_ids", "r"))
+        with torch.no_grad():
+            outputs.append(model(ids, positions, None, packed_seq_params=LayoutParams(r=r)).cpu())
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_a_resumed_run_is_bit_equal(tmp_path: Path, dtype: str) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        train(config(tmp_path / "a", dtype=dtype), Loader())
+        train(config(tmp_path / "b", dtype=dtype), Loader())
+        assert (tmp_path / "b" / "iter_0000003").is_dir()
+        (tmp_path / "b" / "latest_checkpointed_iteration.txt").write_text("3\n")
+        train(config(tmp_path / "b", dtype=dtype), Loader())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    a, b = (weight_state(load_model(tmp_path / run / "model")[0]) for run in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
