@@ -1,0 +1,1 @@
+"""Looking at structure and at decoding: pictures, and branches growing side by side in the terminal."""
