@@ -1,29 +1,32 @@
 """tools/preprocess_data.py against the plain loop of Megatron's script: same tokenizer, rows, cores and run.
 
 The rival is what Megatron-LM's tools/preprocess_data.py does: a multiprocessing.Pool tokenizes line by line, hands
-the ids to the parent through pickle, and the parent adds them to megatron-core's IndexedDatasetBuilder. It checks
-nothing; ours also checks the structure of every row and counts statistics. Both outputs are compared byte for byte.
+the ids to the parent through pickle, and the parent adds them to megatron-core's IndexedDatasetBuilder. It runs
+twice: with megatron-core's tokenizer class, as in that script ("megatron"), and with ours ("pool"). It checks
+nothing; ours also checks the structure of every row and counts statistics. The outputs are compared byte for byte.
 
     python benchmarks/bench_preprocess.py --trajectories FOLDER_OF_XML --megabytes 30 --workers 2
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
-import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_multiverse.cli import parse_options
+from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess
 from megatron_multiverse.data.readers import trajectory_files
-from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
+from megatron_multiverse.data.tokenizers import build_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,17 +47,25 @@ class BenchConfig:
     """Worker processes of both."""
     repeats: int = 3
     """Each is run so often, in turn; the fastest run counts."""
-    rival_output: str = ""
-    """Used by the script itself: run the rival only, write here."""
+    run: Literal["all", "ours", "pool", "megatron"] = "all"
+    """Used by the script itself: run one of them only, on the rows in --trajectories."""
+    output: str = ""
+    """Used by the script itself: where that one writes."""
 
 
-_tokenizer: MultiverseTokenizer
+_tokenizer: Any = None
 
 
-def _start_worker(tokenizer_type: str, tokenizer_model: str) -> None:
+def _start_worker(run: str, tokenizer_type: str, tokenizer_model: str) -> None:
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
+    if run == "megatron":
+        from megatron.core.tokenizers import MegatronTokenizer
+
+        library = "huggingface" if tokenizer_type == "HuggingFaceTokenizer" else "sentencepiece"
+        _tokenizer = MegatronTokenizer.from_pretrained(tokenizer_model, metadata_path={"library": library})
+    else:
+        _tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
 
 
 def _encode(line: str) -> tuple[list[int], list[int], int]:
@@ -68,21 +79,34 @@ def _encode(line: str) -> tuple[list[int], list[int], int]:
     return ids, lengths, len(line)
 
 
+def run_ours(config: BenchConfig) -> None:
+    """What tools/preprocess_data.py does behind its command line."""
+    preprocess(
+        PreprocessConfig(
+            input=config.trajectories,
+            output_prefix=config.output,
+            tokenizer_type=config.tokenizer_type,
+            tokenizer_model=config.tokenizer_model,
+            workers=config.workers,
+        )
+    )
+
+
 def run_rival(config: BenchConfig) -> None:
-    """Megatron's loop; prints the seconds it took without imports."""
+    """What Megatron's script does."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    started = time.monotonic()
     vocab_size = build_tokenizer(config.tokenizer_type, config.tokenizer_model).vocab_size
     with open(config.trajectories, encoding="utf-8") as stream:
-        arguments = (config.tokenizer_type, config.tokenizer_model)
+        arguments = (config.run, config.tokenizer_type, config.tokenizer_model)
         with multiprocessing.Pool(config.workers, _start_worker, arguments) as pool:
-            builder = IndexedDatasetBuilder(f"{config.rival_output}.bin", dtype=DType.optimal_dtype(vocab_size))
+            builder = IndexedDatasetBuilder(f"{config.output}.bin", dtype=DType.optimal_dtype(vocab_size))
             documents: Any = pool.imap(_encode, stream, 32)
             for ids, lengths, _ in documents:
                 builder.add_document(ids, lengths)
-            builder.finalize(f"{config.rival_output}.idx")
-    print(f"seconds {time.monotonic() - started}")
+            builder.finalize(f"{config.output}.idx")
+            pool.close()
+            pool.join()
 
 
 def _train_tokenizer(folder: Path, files: list[Path]) -> str:
@@ -107,16 +131,33 @@ def _write_input(path: Path, files: list[Path], megabytes: int) -> int:
     return len(rows) * repeats
 
 
-def _run(command: list[str]) -> tuple[float, str]:
+def _run_one(config: BenchConfig) -> None:
+    """Prints wall-clock and CPU seconds (of all processes) without imports."""
+    if config.run != "ours":  # imports are counted in the whole command only
+        for name in ("megatron.core.datasets.indexed_dataset", "megatron.core.tokenizers", "transformers"):
+            importlib.import_module(name)
+    started, before = time.monotonic(), time.process_time()
+    (run_ours if config.run == "ours" else run_rival)(config)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = time.process_time() - before + children.ru_utime + children.ru_stime
+    print(f"seconds {time.monotonic() - started} {cpu}")
+
+
+def _measure(who: str, config: BenchConfig, model: str, source: Path, output: Path) -> list[float]:
+    """Seconds of the loop, CPU seconds of the loop, seconds of the whole command."""
+    command = [sys.executable, __file__, "--run", who, "--trajectories", str(source), "--output", str(output)]
+    command += ["--tokenizer-type", config.tokenizer_type, "--tokenizer-model", model, "--workers", str(config.workers)]
     started = time.monotonic()
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    return time.monotonic() - started, done.stdout
+    whole = time.monotonic() - started
+    wall, cpu = map(float, done.stdout.split("seconds ")[1].split())
+    return [wall, cpu, whole]
 
 
 def main() -> None:
     config = parse_options(BenchConfig)
-    if config.rival_output:
-        run_rival(config)
+    if config.run != "all":
+        _run_one(config)
         return
     files = trajectory_files(Path(config.trajectories))
     with tempfile.TemporaryDirectory() as name:
@@ -124,41 +165,28 @@ def main() -> None:
         model = config.tokenizer_model or _train_tokenizer(folder / "tokenizer", files)
         source = folder / "rows.jsonl"
         documents = _write_input(source, files, config.megabytes)
-        shared = [
-            "--tokenizer-type",
-            config.tokenizer_type,
-            "--tokenizer-model",
-            model,
-            "--workers",
-            str(config.workers),
-        ]
-        ours, rival = str(folder / "ours"), str(folder / "rival")
-        tool = [sys.executable, "tools/preprocess_data.py", "--input", str(source), "--output-prefix", ours, *shared]
-        loop = [sys.executable, __file__, "--trajectories", str(source), "--rival-output", rival, *shared]
-        best: dict[str, list[float]] = {"ours": [float("inf")] * 2, "rival": [float("inf")] * 2}
+        tagged = folder / "tagged"  # the tags are part of the files: the rivals need not add them
+        build_tokenizer(config.tokenizer_type, model).save(tagged)
+        model = str(tagged if config.tokenizer_type == "HuggingFaceTokenizer" else tagged / "tokenizer.model")
+        best = {who: [float("inf")] * 3 for who in ("ours", "pool", "megatron")}
         for _ in range(config.repeats):
-            for who, command in (("ours", tool), ("rival", loop)):
-                Path(f"{ours}_manifest.json").unlink(missing_ok=True)  # or there would be nothing to do
-                whole, output = _run(command)
-                match = re.search(r"seconds ([\d.]+)|idx in ([\d.]+) s", output)
-                assert match is not None, output
-                inner = float(match[1] or match[2])
-                best[who] = [min(best[who][0], inner), min(best[who][1], whole)]
-        for suffix in (".bin", ".idx"):
-            if Path(ours + suffix).read_bytes() != Path(rival + suffix).read_bytes():
-                sys.exit(f"error: the {suffix} files differ")
+            for who, seconds in best.items():
+                Path(folder / "ours_manifest.json").unlink(missing_ok=True)  # or there would be nothing to do
+                measured = _measure(who, config, model, source, folder / who)
+                best[who] = [min(pair) for pair in zip(seconds, measured, strict=True)]
+        outputs = {who: [Path(f"{folder / who}{suffix}").read_bytes() for suffix in (".bin", ".idx")] for who in best}
+        differing = [who for who in best if outputs[who] != outputs["ours"]]
         _print_table(best, documents, source.stat().st_size / 1e6)
-    print(f"{config.workers} workers, {documents:,} documents; both outputs have the same bytes")
+    print(f"{config.workers} workers, {documents:,} documents; other bytes than ours: {', '.join(differing) or 'none'}")
 
 
 def _print_table(best: dict[str, list[float]], documents: int, megabytes: float) -> None:
-    print(f"{'':44}{'seconds':>9}{'docs/s':>9}{'MB/s':>8}{'ratio':>8}")
-    for column, what in enumerate(("loop, imports not counted", "whole command")):
-        for who, label in (("ours", "tools/preprocess_data.py"), ("rival", "Pool + IndexedDatasetBuilder")):
-            seconds = best[who][column]
-            ratio = best["rival"][column] / seconds
-            rate = f"{documents / seconds:>9,.1f}{megabytes / seconds:>8.2f}{ratio:>8.2f}"
-            print(f"{label + ' (' + what.split(',')[0] + ')':<44}{seconds:>9.2f}{rate}")
+    print(f"{'':40}{'seconds':>9}{'docs/s':>9}{'MB/s':>8}{'ours is faster by':>19}")
+    for column, what in enumerate(("wall clock", "CPU, all processes", "whole command, imports")):
+        for who, measured in best.items():
+            seconds = measured[column]
+            rate = f"{documents / seconds:>9,.1f}{megabytes / seconds:>8.2f}{seconds / best['ours'][column]:>19.2f}"
+            print(f"{what:<28}{who:<12}{seconds:>9.2f}{rate}")
 
 
 if __name__ == "__main__":

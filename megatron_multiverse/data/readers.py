@@ -23,7 +23,7 @@ Kind = Literal["jsonl", "parquet", "dataset", "trajectories"]
 _JSON_SUFFIXES = (".jsonl", ".json")
 _TRAJECTORY_SUFFIXES = (".xml", ".txt")
 _PROMPT_SUFFIX = ".prompt.txt"
-_MIN_SHARD_BYTES, _MAX_SHARD_BYTES, _WANTED_SHARDS = 1 << 20, 64 << 20, 64
+_MIN_SHARD_BYTES, _MAX_SHARD_BYTES, _WANTED_SHARDS = 256 << 10, 64 << 20, 128
 _ASSUMED_ROW_BYTES = 32 << 10  # a Multiverse-1K trajectory; used where rows have no known size
 
 
