@@ -169,8 +169,8 @@ class Branch:
         position_cap = self.position_cap - tail
         if spare < 0 or self.next_position + max(needs) > position_cap:
             return False
-        # One share per path, one for what follows the block.
-        share = spare // (len(outlines) + 1)
+        # Equal shares; what a path leaves over comes back at the join, for the text behind the block.
+        share = spare // len(outlines)
         ordinal = len(self.blocks)
         self.request.num_blocks += 1
         block = Block(self.request.num_blocks, len(self.ids), [])
@@ -196,7 +196,7 @@ class Branch:
         return True
 
     def join(self) -> None:
-        """All paths of the open block ended: count them in and write the forced start of the conclusion."""
+        """All paths of the open block ended: count them in; the conclusion comes next."""
         block = self.open_block
         assert block is not None
         block.joined = True

@@ -113,7 +113,7 @@ def _groups(rows: Sequence[Row], counts: np.ndarray, offsets: np.ndarray, pool: 
     groups = []
     for bucket in np.unique(buckets):
         index = np.flatnonzero(buckets == bucket)
-        members = [rows[i] for i in index]
+        members = [rows[i] for i in index.tolist()]
         count, offset = counts[index], offsets[index]
         starts = np.array([row.start for row in members], dtype=np.int64)
         q, k = int(count.max()), int((starts + count).max())

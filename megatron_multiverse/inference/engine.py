@@ -259,9 +259,8 @@ class Engine:
         if branch.num_sampled == len(recorded):
             recorded.append(token)
         branch.num_sampled += 1
-        if token == self.vocab.eos_id and not params.ignore_eos:
-            branch.close("eos")
-        elif branch.parent is None and token in params.stop_token_ids:
+        stops = token == self.vocab.eos_id and not params.ignore_eos
+        if stops or (branch.parent is None and token in params.stop_token_ids):
             branch.close("eos")
         elif not branch.fits(token):
             branch.close("length")

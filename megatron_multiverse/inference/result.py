@@ -20,7 +20,8 @@ class Request:
     prompt_ids: Sequence[int]
     """Token ids; tags among them are inert."""
     max_tokens: int = 512
-    """Most tokens of the answer, forced ones and all branches included."""
+    """Most tokens of the answer, forced ones and all branches included. A fork splits what is left evenly among its
+    paths, so that no path depends on how fast its siblings run; what they do not use comes back at the join."""
     max_critical_tokens: int | None = None
     """Most tokens on the longest chain of the answer."""
     temperature: float = 0.0

@@ -7,7 +7,7 @@ Each step plans, in this order, over requests first come first served:
    `</Path>`;
 3. forks: paths start, in the very step that feeds `</Goal>`; all at once if they can ever run at once, else in
    waves as rows come free;
-4. new requests, unless a fork is waiting.
+4. new requests, unless something that already runs waits for pages, or a fork for rows.
 
 If nothing can run, the newest request gives its pages back and replays later; the last one ends with `length`.
 """
@@ -46,37 +46,41 @@ class Scheduler:
         self.active: list[RequestState] = []
         self._rows: list[Row] = []
         self._chunk_room = 0
+        self._held = False  # something admitted waits for pages or rows: admit nothing new
         self._retired: list[Node] = []
+        self._released = False
 
     # -- one step ----------------------------------------------------------------------------------------------
 
     def plan(self) -> list[Row]:
         """Rows of the next step; empty if nothing can run (or nothing is left to do)."""
-        self._rows, self._chunk_room = [], self.max_step_tokens
+        self._rows, self._chunk_room, self._held = [], self.max_step_tokens, False
         for request in self.active:
             for branch in request.live:
                 if branch.pending:
                     self._feed(branch)
-        blocked = False
         for request in self.active:
             self._join(request)
-            blocked = self._start_paths(request, force=False) or blocked
-        if not blocked:
+            self._start_paths(request, force=False)
+        if not self._held:
             self._admit()
         if not self._rows and self.active:
-            # Nothing fits at once: let single paths go ahead, oldest request first.
+            # Nothing fits at once: let single paths join or start, oldest request first.
             for request in self.active:
+                self._join_one_by_one(request)
+                self._join(request)
                 self._start_paths(request, force=True)
         return self._rows
 
     def settle(self) -> bool:
         """The step has run: ended branches give back their rows and pages. Whether pages came free."""
-        retired, self._retired = self._retired, []
-        for node in retired:
+        released = self._released or bool(self._retired)
+        for node in self._retired:
             self.tree.free(node)
+        self._retired, self._released = [], False
         for request in self.active:
             request.live = [branch for branch in request.live if branch.status is not Status.ENDED]
-        return bool(retired)
+        return released
 
     @property
     def rows_held(self) -> int:
@@ -90,7 +94,10 @@ class Scheduler:
         if branch.parent is None and branch.finish is not None:
             return  # the answer is complete, its last tokens need no keys
         count = min(len(branch.pending), max(1, self._chunk_room))
-        if len(self._rows) >= self.max_rows or self.tree.append_cost(node, count) > self.pool.num_free:
+        if len(self._rows) >= self.max_rows:
+            return
+        if self.tree.append_cost(node, count) > self.pool.num_free:
+            self._held = True
             return
         self._chunk_room -= count
         start, position = node.length, node.next_pos
@@ -116,24 +123,41 @@ class Scheduler:
             block = branch.open_block
             if block is None or any(kid.status is not Status.ENDED for kid in block.kids):
                 continue
-            kids = [kid.node for kid in block.kids if kid.node is not None]
             assert branch.node is not None
-            if self.tree.join_cost(branch.node, kids) > self.pool.num_free or self.rows_held >= self.max_rows:
+            if self.rows_held >= self.max_rows:
                 continue
-            self.tree.join(branch.node, kids)
+            kids = [kid.node for kid in block.kids if kid.node is not None]
+            if kids:
+                if self.tree.join_cost(branch.node, kids) > self.pool.num_free:
+                    self._held = True
+                    continue
+                self.tree.join(branch.node, kids)
+                # Their last tokens are computed in this step, over their own pages: free those afterwards.
+                self._retired += kids
             for kid in block.kids:
                 kid.node = None
-            # Their last tokens are computed in this step, over their own pages: free those afterwards.
-            self._retired += kids
             branch.join()
             branch.write(branch.machine.vocab.conclusion_prefix())
             self._run(branch)
 
+    def _join_one_by_one(self, request: RequestState) -> None:
+        """The way out when no row can run: each path that joins frees its pages for the next."""
+        for branch in request.live:
+            block = branch.open_block
+            if block is None or any(kid.status is not Status.ENDED for kid in block.kids):
+                continue
+            assert branch.node is not None
+            for kid in block.kids:
+                if kid.node is not None and self.tree.join_cost(branch.node, [kid.node]) <= self.pool.num_free:
+                    self.tree.join(branch.node, [kid.node])
+                    self.tree.free(kid.node)
+                    kid.node = None
+                    self._released = True
+
     # -- forks -------------------------------------------------------------------------------------------------
 
-    def _start_paths(self, request: RequestState, *, force: bool) -> bool:
-        """Start what can start; True if a fork of the request has to wait for rows or pages."""
-        blocked = False
+    def _start_paths(self, request: RequestState, *, force: bool) -> None:
+        """Start what can start."""
         for branch in reversed(list(request.live)):  # the deepest forked last, so inner paths go first
             block = branch.open_block
             if block is None or branch.pending or block.started == len(block.kids):
@@ -144,10 +168,9 @@ class Scheduler:
             at_once = not force and block.started == 0 and left <= limit
             count = self._affordable(branch, block, min(left, free))
             if count < (left if at_once else 1):
-                blocked = blocked or at_once
+                self._held = self._held or at_once or free > 0
                 continue
             self._start(branch, block, count)
-        return blocked
 
     def _affordable(self, branch: Branch, block: Block, count: int) -> int:
         """How many of the next `count` paths the free pages hold, each with its first tokens."""

@@ -78,19 +78,33 @@ class PageTree:
         return count if node.length % self.page_size else 0
 
     def join_cost(self, parent: Node, kids: list[Node]) -> int:
-        """Pages that a join will take, at most (before the children's come free)."""
-        ragged = sum(self._ragged(kid) for kid in kids) + self.page_size
-        return -(-ragged // self.page_size) + 1
-
-    def _ragged(self, kid: Node) -> int:
-        head, tail = self._bounds(kid)
-        return head - kid.base + kid.length - tail
+        """Pages that a join will take (before the children's come free)."""
+        source, whole, before = self._compaction(parent, kids)
+        head = -(-(parent.length + before) // self.page_size) - len(parent.pages)
+        return head + -(-(len(source) - before) // self.page_size)
 
     def _bounds(self, kid: Node) -> tuple[int, int]:
         """Indices [head, tail) of `kid`'s own tokens that fill whole pages."""
         size = self.page_size
         head = min(-(-kid.base // size) * size, kid.length)
         return head, max(head, kid.length // size * size)
+
+    def _compaction(self, parent: Node, kids: list[Node]) -> tuple[Slots, list[int], int]:
+        """What a join does: slots to copy, pages to take over, how many of the slots go before those pages."""
+        size = self.page_size
+        ragged: list[Slots] = []
+        whole: list[int] = []
+        for kid in kids:
+            head, tail = self._bounds(kid)
+            ragged += [kid.slots[kid.base : head], kid.slots[tail : kid.length]]
+            whole += kid.pages[head // size : tail // size]
+        if whole and sum(map(len, ragged)) < -parent.length % size:
+            # Too few ragged tokens to fill the parent's open page: give up one whole page for it.
+            ragged.append(whole.pop() * size + self._offsets)
+        source = np.concatenate(ragged)
+        # What goes before the whole pages must end on a page border.
+        before = len(source) - (parent.length + len(source)) % size if whole else len(source)
+        return source, whole, before
 
     # -- operations --------------------------------------------------------------------------------------------
 
@@ -141,33 +155,23 @@ class PageTree:
         """Append the own tokens of `kids` to `parent` and set its position behind the longest.
 
         The children stay valid (their last tokens may still have to be computed in this step); free them after.
+        Joining them one by one, in any order, is as good, only more is copied.
         """
-        size = self.page_size
-        ragged: list[Slots] = []
-        whole: list[int] = []
-        for kid in kids:
-            head, tail = self._bounds(kid)
-            ragged += [kid.slots[kid.base : head], kid.slots[tail : kid.length]]
-            whole += kid.pages[head // size : tail // size] if tail > head else []
-        if whole and sum(map(len, ragged)) < -parent.length % size:
-            # Too few ragged tokens to fill the parent's open page: give up one whole page for it.
-            ragged.append(whole.pop() * size + self._offsets)
-        source = np.concatenate(ragged) if ragged else np.empty(0, dtype=np.int64)
-        # What goes before the whole pages must end on a page border.
-        before = len(source) - (parent.length + len(source)) % size if whole else len(source)
+        source, whole, before = self._compaction(parent, kids)
         start = parent.length
         self._append_slots(parent, before)
         target = [parent.slots[start:]]
         if whole:
             self.pool.retain(whole)
             parent.pages += whole
-            parent._extend((np.asarray(whole, dtype=np.int64)[:, None] * size + self._offsets).reshape(-1))
+            grid = np.asarray(whole, dtype=np.int64)[:, None] * self.page_size + self._offsets
+            parent._extend(grid.reshape(-1))
             start = parent.length
             self._append_slots(parent, len(source) - before)
             target.append(parent.slots[start:])
         if len(source):
             self.pool.copy(source, np.concatenate(target))
-        parent.next_pos = max(kid.next_pos for kid in kids)
+        parent.next_pos = max(parent.next_pos, *(kid.next_pos for kid in kids))
 
     def free(self, node: Node) -> None:
         """Give back the pages of `node` and of everything forked from it that still lives."""

@@ -56,6 +56,19 @@ class ToyModel(nn.Module):
         return (3 * nn.functional.rms_norm(x, (DIM,)) @ self.embedding.t()).transpose(0, 1)
 
 
+class NullModel(nn.Module):
+    """Attends to nothing and knows nothing: for tests in which only the scheduling counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_layers=1, num_query_groups=1, kv_channels=1)
+        self.max_sequence_length = 4096
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return torch.zeros(*input_ids.shape, VOCAB_SIZE)
+
+
 def _rotate(x: Tensor, position_ids: Tensor) -> Tensor:
     frequencies = 100.0 ** (-torch.arange(HEAD_DIM // 2, dtype=torch.float64) / (HEAD_DIM // 2))
     angle = (position_ids.t()[..., None] * frequencies)[:, :, None]
@@ -66,12 +79,17 @@ def _rotate(x: Tensor, position_ids: Tensor) -> Tensor:
 Script = dict[tuple[tuple[int, int], ...], list[int]]
 
 
-def random_script(rng: random.Random, *, depth: int = 2, blocks: int = 2, most_paths: int = 4, text: int = 12) -> Script:
-    """What each branch samples, by branch path: text with nested and repeated blocks, well formed."""
+def random_script(
+    rng: random.Random, *, depth: int = 2, blocks: int = 2, most_paths: int = 4, text: int = 12, free: bool = False
+) -> Script:
+    """What each branch samples, by branch path: text with nested and repeated blocks, well formed.
+
+    `free`: -1 instead of words, where the model chooses.
+    """
     script: Script = {}
 
     def words(least: int = 0) -> list[int]:
-        return [rng.randrange(TEXT, VOCAB_SIZE) for _ in range(rng.randint(least, text))]
+        return [-1 if free else rng.randrange(TEXT, VOCAB_SIZE) for _ in range(rng.randint(least, text))]
 
     def branch(path: tuple[tuple[int, int], ...], prefix: str, level: int) -> None:
         own = script.setdefault(path, [])
@@ -106,8 +124,49 @@ class ScriptedSampler:
         for row, branch in zip(logits, branches, strict=True):
             self.roots[branch.request.request_id] = branch.request.root
             self.logits[branch.request.request_id, branch.path, len(branch.ids)] = row.clone()
-            tokens.append(self.scripts[branch.request.request_id][branch.path][branch.num_sampled])
+            token = self.scripts[branch.request.request_id][branch.path][branch.num_sampled]
+            tokens.append(TEXT + int(row[TEXT:].argmax()) if token < 0 else token)
         return torch.tensor(tokens)
+
+
+class SoupSampler:
+    """Random ids with many tags, whole headers and ends of text, a function of (seed, branch) alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.streams: dict[tuple[int, tuple[tuple[int, int], ...]], list[int]] = {}
+
+    def __call__(self, logits: Tensor, branches: Sequence[Branch]) -> Tensor:
+        return torch.tensor([self._token(branch) for branch in branches])
+
+    def _token(self, branch: Branch) -> int:
+        stream = self.streams.setdefault((branch.request.request_id, branch.path), [])
+        k = 0
+        while len(stream) <= branch.num_sampled:
+            k = len(stream)
+            stream += self._snippet(random.Random(f"{self.seed} {branch.path} {k}"))
+        return stream[branch.num_sampled]
+
+    def _snippet(self, rng: random.Random) -> list[int]:
+        kind = rng.random()
+        if kind < 0.3:
+            paths = rng.choice([0, 1, 2, 2, 3, 12])
+            gap = [NEWLINE] if rng.random() < 0.9 else []
+            ids = [int(Tag.PARALLEL), *gap, int(Tag.GOAL)]
+            for number in range(paths):
+                label = label_ids(f"{number + 1}:") if rng.random() < 0.95 else []
+                ids += [*gap, int(Tag.OUTLINE), NEWLINE, *label, TEXT, int(Tag.END_OUTLINE)]
+            ids += [*gap, int(Tag.END_GOAL)]
+            return ids if rng.random() < 0.9 else ids[: rng.randint(1, len(ids))]
+        if kind < 0.5:
+            return [int(Tag.END_CONCLUSION), NEWLINE, int(Tag.END_PARALLEL)][: rng.randint(1, 3)]
+        if kind < 0.6:
+            return [int(Tag.END_PATH)]
+        if kind < 0.63:
+            return [EOS]
+        if kind < 0.75:
+            return [rng.randrange(12)]
+        return [rng.randrange(12, VOCAB_SIZE) for _ in range(rng.randint(1, 6))]
 
 
 def own_indices(branch: Branch, start: int, table: dict[tuple[tuple[tuple[int, int], ...], int], int]) -> int:
