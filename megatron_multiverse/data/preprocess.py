@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_multiverse.data.indexed_writer import join_shards, optimal_dtype
+from megatron_multiverse.data.progress import Progress, ProgressLine
 from megatron_multiverse.data.prompts import (
     TRAJECTORY_COLUMNS,
     ChatTemplate,
@@ -32,14 +33,13 @@ from megatron_multiverse.data.prompts import (
 )
 from megatron_multiverse.data.readers import Shard, Source, column_names, open_source
 from megatron_multiverse.data.report import Totals
-from megatron_multiverse.data.shard_worker import Progress, Recipe, process_shard
+from megatron_multiverse.data.shard_worker import Recipe, process_shard
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
-from megatron_multiverse.errors import DataError
+from megatron_multiverse.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # change when the same input gives other bytes
-_PLAIN_LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +122,7 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
         columns = resolve_columns(column_names(source), config.json_keys)
     style = PromptStyle(config.chat_template, config.prompt_suffix)
     recipe = Recipe(columns, style, config.prompt, config.append_eod)
+    _check_tokenizer(tokenizer, recipe)
     key = _key(source, tokenizer, recipe)
     manifest_path = Path(f"{config.output_prefix}_manifest.json")
     if (done := _finished_run(config.output_prefix, manifest_path, key)) is not None:
@@ -134,6 +135,14 @@ def preprocess(config: PreprocessConfig) -> PreprocessResult:
     _run_workers(plan, todo, recipe, tokenizer, config.workers or _available_cores())
     totals = _join(plan, config, tokenizer, manifest_path)
     return _result(config, totals, time.monotonic() - started, len(source.shards) - len(todo))
+
+
+def _check_tokenizer(tokenizer: MultiverseTokenizer, recipe: Recipe) -> None:
+    if recipe.append_eod and tokenizer.eod is None:
+        raise ConfigError("--append-eod: the tokenizer names no end token (eos_token in tokenizer_config.json)")
+    is_chat = recipe.style.chat_template
+    if is_chat == "always" or (is_chat == "auto" and recipe.columns.is_question and tokenizer.chat_template):
+        tokenizer.render_chat("Is the template sound?")  # loads transformers once, before the workers fork
 
 
 def _available_cores() -> int:
@@ -201,14 +210,16 @@ def _run_workers(plan: _Plan, todo: list[int], recipe: Recipe, tokenizer: Multiv
     progress = Progress(context)
     arguments = (recipe, tokenizer, progress)
     executor = ProcessPoolExecutor(min(workers, len(todo)), context, _init_worker, arguments)
-    with executor, _ProgressLine(sum(plan.source.shards[k].num_bytes for k in todo)) as line:
+    with executor:
         futures = {executor.submit(_work, plan.source.shards[k], plan.part(k)): k for k in todo}
         waiting: set[Future[None]] = set(futures)
-        while waiting:
-            finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
-            line.show(*progress.values)
-            for future in finished:
-                _check(future, plan.source.shards[futures[future]], executor)
+        # Behind the forks: the progress bar has a thread.
+        with ProgressLine(sum(plan.source.shards[k].num_bytes for k in todo)) as line:
+            while waiting:
+                finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
+                line.show(*progress.values)
+                for future in finished:
+                    _check(future, plan.source.shards[futures[future]], executor)
 
 
 def _check(future: Future[None], shard: Shard, executor: ProcessPoolExecutor) -> None:
@@ -223,37 +234,6 @@ def _check(future: Future[None], shard: Shard, executor: ProcessPoolExecutor) ->
             "with fewer --workers if memory is short"
         ) from error
     raise DataError(f"{shard.path} [{shard.start}, {shard.stop}): {error}") from error
-
-
-class _ProgressLine:
-    """tqdm on a terminal, a plain line every ten seconds elsewhere."""
-
-    def __init__(self, total_bytes: int) -> None:
-        from tqdm import tqdm
-
-        self._total = max(total_bytes, 1)
-        self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, disable=None, desc="preprocess")
-        self._started = self._printed = time.monotonic()
-
-    def __enter__(self) -> _ProgressLine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def show(self, num_bytes: int, documents: int) -> None:
-        now = time.monotonic()
-        seconds = max(now - self._started, 1e-9)
-        if not self._bar.disable:
-            self._bar.set_postfix_str(f"{documents / seconds:,.0f} docs/s", refresh=False)
-            self._bar.update(num_bytes - self._bar.n)
-        elif now - self._printed >= _PLAIN_LINE_EVERY_S and num_bytes:
-            self._printed = now
-            eta = seconds * max(self._total - num_bytes, 0) / num_bytes
-            logger.info(
-                "%5.1f %%  %d documents  %.1f docs/s  %.2f MB/s  ETA %.0f s",
-                100 * num_bytes / self._total, documents, documents / seconds, num_bytes / seconds / 1e6, eta,
-            )  # fmt: skip
 
 
 def _join(plan: _Plan, config: PreprocessConfig, tokenizer: MultiverseTokenizer, manifest_path: Path) -> Totals:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_multiverse.data.indexed_writer import ShardWriter, optimal_dtype
+from megatron_multiverse.data.progress import Progress
 from megatron_multiverse.data.prompts import Columns, PromptStyle, RowError, build_sample
 from megatron_multiverse.data.readers import RawRow, Shard, read_rows
 from megatron_multiverse.data.report import Totals
@@ -35,24 +36,6 @@ class Recipe:
     style: PromptStyle
     default_prompt: str
     append_eod: bool
-
-
-class Progress:
-    """Counters shared by workers and parent: bytes of input read, documents written."""
-
-    def __init__(self, context: Any) -> None:
-        self._read = context.Value("q", 0)
-        self._written = context.Value("q", 0)
-
-    def add(self, read: int, written: int) -> None:
-        with self._read.get_lock():
-            self._read.value += read
-        with self._written.get_lock():
-            self._written.value += written
-
-    @property
-    def values(self) -> tuple[int, int]:
-        return self._read.value, self._written.value
 
 
 def process_shard(shard: Shard, path: Path, recipe: Recipe, tokenizer: MultiverseTokenizer, progress: Progress) -> None:

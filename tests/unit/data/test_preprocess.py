@@ -17,7 +17,7 @@ from megatron_multiverse.data import preprocess as module
 from megatron_multiverse.data.indexed_writer import ShardWriter, join_shards, optimal_dtype
 from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess
 from megatron_multiverse.errors import ConfigError, DataError
-from tests.unit.data.conftest import SEQUENTIAL, TRAJECTORY
+from tests.unit.data.conftest import SEQUENTIAL, TRAJECTORY, train_sentencepiece
 
 ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "preprocess_data.py"
@@ -287,3 +287,38 @@ def test_wrong_tokenizer_is_a_clear_error(tmp_path, hf_folder):
     source = _write_rows(tmp_path / "rows.jsonl", _rows(1))
     with pytest.raises(ConfigError, match="must be one of"):
         preprocess(_config(source, tmp_path / "out", hf_folder, tokenizer_type="GPT2BPETokenizer"))
+
+
+def test_end_token_and_template_must_exist(tmp_path, hf_folder):
+    source = _write_rows(tmp_path / "rows.jsonl", _rows(1))
+    (tmp_path / "tokenizer.json").write_bytes((hf_folder / "tokenizer.json").read_bytes())
+    with pytest.raises(ConfigError, match="names no end token"):
+        preprocess(_config(source, tmp_path / "out", tmp_path, append_eod=True))
+    with pytest.raises(ConfigError, match="no chat template"):
+        preprocess(_config(source, tmp_path / "out", hf_folder, chat_template="always"))
+
+
+def test_question_rows_go_through_the_chat_template(tmp_path, hf_folder):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from megatron_multiverse.data.tokenizers import build_tokenizer
+
+    build_tokenizer("HuggingFaceTokenizer", hf_folder).save(tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text("{% for m in messages %}<u>{{ m.content }}{% endfor %}<a>")
+    row = {"question": "1+2?", "deepseek_thinking_trajectory": "three", "deepseek_attempt": "3", "solution": "3"}
+    source = _write_rows(tmp_path / "rows.jsonl", [row])
+    preprocess(_config(source, tmp_path / "out", tmp_path / "chat"))
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", hf_folder)
+    dataset = IndexedDataset(str(tmp_path / "out"))  # its arrays are views that die with it
+    prompt, response = (tokenizer.detokenize(ids.tolist()) for ids in dataset[0:2])
+    assert prompt == "<u>1+2? Think step by step before answering.<a>"
+    assert response == "<Think>\nthree\n</Think>\n\nAnswer: 3"
+
+
+@pytest.mark.parametrize(("rule", "changed"), [("identity", 0), ("nmt_nfkc", 1)])
+def test_tokenizer_that_changes_text_is_reported(tmp_path, rule, changed):
+    model = train_sentencepiece(tmp_path / "sp", normalization_rule_name=rule)
+    source = _write_rows(tmp_path / "rows.jsonl", [{"prompt": "", "response": "x\u00b2 is \uff11"}])
+    result = preprocess(_config(source, tmp_path / "out", model, tokenizer_type="SentencePieceTokenizer"))
+    assert result.totals.changed_texts == changed
+    assert any("do not decode to themselves" in line for line in result.totals.lines()) == bool(changed)
