@@ -20,7 +20,7 @@ def main() -> None:
     import torch
 
     from megatron_multiverse.cli import parse_options
-    from megatron_multiverse.model import load_model, save_model
+    from megatron_multiverse.model.weights import load_model, save_model
 
     options = parse_options(ExportOptions)
     model, config = load_model(options.source)

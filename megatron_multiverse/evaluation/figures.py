@@ -172,7 +172,13 @@ def _draw_lanes(
         axis.barh(row[span.branch], span.end - span.start, left=span.start, height=0.62, color=_color(span.branch))
         if span.branch:
             axis.text(
-                span.start + 0.5, row[span.branch], f" {span.tokens}", va="center", fontsize=7, color="white", clip_on=True
+                span.start + 0.5,
+                row[span.branch],
+                f" {span.tokens}",
+                va="center",
+                fontsize=7,
+                color="white",
+                clip_on=True,
             )
     names = [_lane_name(lane, labels) for lane in lanes]
     axis.set_yticks(range(len(lanes)), names, fontsize=9)
@@ -187,7 +193,14 @@ def _draw_sequential(axis: Axes, spans: Sequence[TimelineSpan | BranchSpan]) -> 
         axis.barh(0, width, left=span.start, height=0.62, color=_color(span.branch), edgecolor="white", linewidth=0.6)
         if span.branch and width > longest / 40:
             axis.text(
-                span.start + width / 2, 0, span.branch, ha="center", va="center", fontsize=7, color="white", clip_on=True
+                span.start + width / 2,
+                0,
+                span.branch,
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white",
+                clip_on=True,
             )
     axis.set_yticks([0], ["one branch\nat a time"], fontsize=9)
     axis.tick_params(axis="y", length=0)
@@ -198,7 +211,7 @@ def _label_tokens(axis: Axes, view: SampleView) -> None:
     if len(view.pieces) > MOST_LABELLED_TOKENS:
         return
     names = [_shown(piece) for piece in view.pieces]
-    size = 7 if len(names) <= 60 else 4.6
+    size = 7 if len(names) <= 60 else 5.2
     axis.set_yticks(range(len(names)), names, fontsize=size, family="monospace")
     axis.set_xticks(range(len(names)), names, fontsize=size, family="monospace", rotation=90)
     for tick, piece in zip([*axis.get_yticklabels(), *axis.get_xticklabels()], [*view.pieces] * 2, strict=True):
@@ -209,7 +222,12 @@ def _label_tokens(axis: Axes, view: SampleView) -> None:
 def _name_square(axis: Axes, stretch: Stretch, n: int) -> None:
     if stretch.end - stretch.start >= max(3, n // 40):
         axis.text(
-            stretch.end - 0.2, stretch.start - 0.2, f"path {stretch.branch}", fontsize=8, va="top", color=_color(stretch.branch)
+            stretch.end - 0.2,
+            stretch.start - 0.2,
+            f"path {stretch.branch}",
+            fontsize=8,
+            va="top",
+            color=_color(stretch.branch),
         )
 
 
@@ -218,7 +236,7 @@ def _mark_tags(axis: Axes, view: SampleView, positions: Any, few: bool) -> None:
     for index, piece in enumerate(view.pieces):
         if piece in shown and index >= view.document.prompt_length:
             axis.plot(index, positions[index], marker="s", markersize=5, color="#b03060", zorder=3)
-            if piece in ("</Goal>", "</Path>", "<Conclusion>", "<Path>"):
+            if piece in ("</Goal>", "</Path>", "<Conclusion>"):
                 above = piece in ("</Path>", "</Goal>")
                 axis.annotate(
                     piece,
@@ -239,6 +257,15 @@ def _mark_levels(axis: Axes, block: BlockSpan, positions: Any) -> None:
         (longest.end - 1, block.region_end, positions[longest.end - 1]),
     ):
         axis.plot([first, last], [level, level], color="#9aa3b2", linewidth=0.9, linestyle="--", zorder=1)
+    level = int(positions[block.goal_end])
+    axis.annotate(
+        f"all paths start at {level}",
+        (block.paths[-1].start, level),
+        xytext=(24, -3),
+        textcoords="offset points",
+        fontsize=8,
+        color="#666666",
+    )
 
 
 def _first_stretches(stretches: Sequence[Stretch]) -> list[Stretch]:
@@ -250,7 +277,7 @@ def _first_stretches(stretches: Sequence[Stretch]) -> list[Stretch]:
 
 
 def _shown(piece: str) -> str:
-    return {"\n": "↵", " ": "␣"}.get(piece, piece.strip() or "␣")[:14]
+    return piece.strip()[:14]  # newlines and blanks stay empty: there are many, and they say little
 
 
 def _lane_order(branch: str) -> tuple[int, ...]:

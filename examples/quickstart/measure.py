@@ -1,0 +1,127 @@
+"""The quickstart's measurements of a trained model; every figure beside its rival from the same run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from decode import Answers, Decoder, Mode
+from task import Problem, render_parallel, sample_problem
+
+from megatron_multiverse.evaluation.figures import draw_timeline
+from megatron_multiverse.evaluation.terminal import LiveBranches
+from megatron_multiverse.structure import Block, parse_text
+
+MODES: tuple[Mode, ...] = ("parallel", "sequential", "autoregressive")
+Report = dict[str, Any]
+
+
+def fresh_problems(count: int, *, seed: int, fewest: int = 2, most: int = 4, max_depth: int = 2) -> list[Problem]:
+    """Held-out problems: none of them is in the training rows."""
+    rng = random.Random(f"quickstart:{seed}")
+    return [
+        sample_problem(
+            rng,
+            num_expressions=rng.randint(fewest, most),
+            max_depth=max_depth,
+            exact_depth=max_depth > 2,
+            split="held_out",
+        )
+        for _ in range(count)
+    ]
+
+
+def show_live(decoder: Decoder, count: int, *, seed: int) -> None:
+    """Decode a few problems on the screen; every second one at least has a nested block."""
+    rng = random.Random(f"live:{seed}")
+    for number in range(count):
+        problem = sample_problem(rng, num_expressions=3, max_depth=2 - number % 2, exact_depth=True, split="held_out")
+        title = render_parallel(problem)[0]
+        with LiveBranches(decoder.tokenizer.detokenize, title=title) as live:
+            answers = decoder.answer([problem], "parallel", on_token=live.on_token)
+        verdict = "right" if answers.correct[0] else f"WRONG, the answer is {problem.answer}"
+        result = answers.results[0]
+        print(f"-> {verdict}; {len(result.token_ids)} tokens in {result.decode_steps} steps\n", flush=True)
+
+
+def measure_answers(decoder: Decoder, problems: list[Problem]) -> Report:
+    """Accuracy, tokens and steps of the three modes over the same problems."""
+    answers: dict[Mode, Answers] = {mode: decoder.answer(problems, mode) for mode in MODES}
+    parallel, sequential, plain = (answers[mode] for mode in MODES)
+    same = all(
+        one.token_ids == other.token_ids and one.position_ids == other.position_ids
+        for one, other in zip(parallel.results, sequential.results, strict=True)
+    )
+    return {
+        "num_problems": len(problems),
+        "accuracy": parallel.accuracy,
+        "accuracy_sequential": sequential.accuracy,
+        "accuracy_autoregressive": plain.accuracy,
+        "parallel_equals_sequential": same,
+        "num_parallel": parallel.tokens / parallel.critical_tokens,
+        "malformed_answers": sum(bool(result.malformed) for result in parallel.results),
+        **{f"tokens_per_answer_{mode}": answers[mode].tokens / len(problems) for mode in MODES},
+        **{f"decode_steps_per_answer_{mode}": answers[mode].decode_steps / len(problems) for mode in MODES},
+        "net_speedup_steps": sequential.decode_steps / parallel.decode_steps,
+        "net_speedup_steps_over_autoregressive": plain.decode_steps / parallel.decode_steps,
+        **{f"batch_seconds_{mode}": answers[mode].seconds for mode in MODES},
+    }
+
+
+def measure_latency(decoder: Decoder, problems: list[Problem]) -> Report:
+    """Wall clock of one answer at a time; the modes take turns, so that they meet the same machine."""
+    seconds = dict.fromkeys(MODES, 0.0)
+    for problem in problems:
+        for mode in MODES:
+            seconds[mode] += decoder.answer([problem], mode).seconds
+    return {
+        "latency_problems": len(problems),
+        **{f"seconds_per_answer_{mode}": seconds[mode] / len(problems) for mode in MODES},
+        "net_speedup_wall_clock": seconds["sequential"] / seconds["parallel"],
+        "net_speedup_wall_clock_over_autoregressive": seconds["autoregressive"] / seconds["parallel"],
+    }
+
+
+def measure_logits(decoder: Decoder, problems: list[Problem]) -> Report:
+    """Every decode step's logits against one teacher-forced forward pass."""
+    worst, compared = decoder.logit_difference(problems)
+    return {"max_abs_logit_difference": worst, "logit_rows_compared": compared}
+
+
+def measure_beyond_training(decoder: Decoder, count: int, *, seed: int) -> Report:
+    """Accuracy with more paths and with deeper nesting than the model was trained on."""
+    wide = fresh_problems(count, seed=seed, fewest=5, most=6)
+    deep = fresh_problems(count, seed=seed, fewest=2, most=3, max_depth=3)
+    return {
+        "beyond_training_problems": count,
+        "accuracy_5_to_6_expressions": decoder.answer(wide, "parallel").accuracy,
+        "accuracy_depth_3": decoder.answer(deep, "parallel").accuracy,
+    }
+
+
+def draw_answer(decoder: Decoder, problem: Problem, path: Path) -> None:
+    """The branches of one answer over decode steps, and the same answer one branch at a time."""
+    parallel = decoder.answer([problem], "parallel").results[0]
+    sequential = decoder.answer([problem], "sequential").results[0]
+    draw_timeline(
+        parallel.timeline,
+        path,
+        sequential=sequential.timeline,
+        labels=_outlines(render_parallel(problem)[1]),
+        title="One answer, decoded in parallel branches",
+    )
+
+
+def _outlines(response: str) -> Mapping[str, str]:
+    found: dict[str, str] = {}
+
+    def walk(parts: tuple[str | Block, ...], prefix: str) -> None:
+        for block in (part for part in parts if isinstance(part, Block)):
+            for number, (outline, path) in enumerate(zip(block.outlines, block.paths, strict=True), start=1):
+                found[f"{prefix}{number}"] = outline
+                walk(path, f"{prefix}{number}.")
+
+    walk(parse_text(response), "")
+    return found

@@ -1,0 +1,87 @@
+"""The training side of the quickstart: rows -> .bin/.idx -> training -> checkpoint -> resume -> loss curve.
+
+Every stage is the tool a user would call, run as a process of its own and echoed as a command.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+INTERRUPTED_AT, RESUME_CHECK_STEPS = 15, 30
+
+
+def run_pipeline(folder: Path, *, train_iters: int) -> dict[str, Any]:
+    """Train a tiny model from nothing in `folder` (emptied first) and check that resuming changes no bit.
+
+    Args:
+        folder: rows, data, runs and loss.png go here.
+        train_iters: steps of the run whose curve is drawn; more than RESUME_CHECK_STEPS.
+
+    Returns:
+        Figures for the report.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    for split, rows in (("train", 20_000), ("held_out", 300)):
+        lines = folder / f"rows/{split}.jsonl"
+        options = f"--num-rows {rows} --split {split} --max-depth 1 --max-expressions 2 --seed 11"
+        tool("examples/quickstart/generate_data.py", f"--output {lines} {options}")
+        tokenizer = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {HERE / 'model'}"
+        prefix = folder / f"data/{split}"
+        tool("tools/preprocess_data.py", f"--input {lines} --output-prefix {prefix} {tokenizer} --append-eod")
+
+    straight, stopped = folder / "run", folder / "interrupted"
+    train(folder, straight, RESUME_CHECK_STEPS)
+    train(folder, stopped, INTERRUPTED_AT)
+    train(folder, stopped, RESUME_CHECK_STEPS)
+    same = weights(straight) == weights(stopped) and losses(straight) == losses(stopped)
+    print(f"straight run and resumed run after {RESUME_CHECK_STEPS} steps: {'equal' if same else 'DIFFERENT'}")
+
+    train(folder, straight, train_iters)
+    curve = losses(straight)
+    tool("tools/plot_loss.py", f"--runs {straight} --output {folder / 'loss.png'}")
+    first, last = curve[min(curve)], curve[max(curve)]
+    return {
+        "train_iters": train_iters,
+        "loss_first": first,
+        "loss_last": last,
+        "resume_bit_exact": same,
+        "loss_curve": str(folder / "loss.png"),
+    }
+
+
+def train(folder: Path, run: Path, train_iters: int) -> None:
+    """Train until `train_iters`, going on from the newest checkpoint in `run`."""
+    data = f"--data.data_prefixes=[{folder / 'data/train'}] --data.valid_prefixes=[{folder / 'data/held_out'}]"
+    options = f"--checkpoint.save {run} --train_iters {train_iters} --data.tokenizer_model {HERE / 'model'}"
+    tool("pretrain_scripts/sft_multiverse.py", f"--config {HERE / 'tiny_cpu.yaml'} {data} {options}")
+
+
+def tool(script: str, arguments: str) -> None:
+    """Run one of the repository's scripts; its output goes to ours.
+
+    Raises:
+        RuntimeError: the script failed.
+    """
+    shown = f"{script} {arguments}".replace(f"{ROOT}/", "")
+    print(f"\n$ python {shown}", flush=True)
+    finished = subprocess.run([sys.executable, str(ROOT / script), *arguments.split(" ")], check=False, cwd=ROOT)
+    if finished.returncode:
+        raise RuntimeError(f"{script} ended with exit code {finished.returncode}; its message stands above")
+
+
+def weights(run: Path) -> bytes:
+    """The final weights of a run."""
+    return (run / "model/model.safetensors").read_bytes()
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Training loss by step, as logged."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {row["step"]: row["loss"] for row in rows if row["event"] == "train"}

@@ -1,0 +1,101 @@
+"""The quickstart: a small model thinks in parallel before your eyes, is measured, and a smaller one is trained.
+
+`make quickstart` runs it after the installation. Everything lands in runs/quickstart.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartOptions:
+    """What the quickstart does."""
+
+    model: Path = HERE / "model"
+    """Folder with the trained model and its tokenizer."""
+    output: Path = HERE.parents[1] / "runs" / "quickstart"
+    """Folder for report.json, timeline.png and the training run."""
+    num_problems: int = 100
+    """Fresh problems to measure on."""
+    latency_problems: int = 5
+    """Problems answered one at a time for the wall clock."""
+    beyond_problems: int = 8
+    """Problems with more paths, and with deeper nesting, than trained."""
+    train_iters: int = 200
+    """Steps of the training run."""
+    seed: int = 0
+    """Other seeds give other problems."""
+    skip_training: bool = False
+    """Only decode."""
+
+
+def main() -> None:
+    from megatron_multiverse.cli import parse_options
+
+    options = parse_options(QuickstartOptions)
+    started = time.perf_counter()
+    report = decode_and_measure(options)
+    if not options.skip_training:
+        from pipeline import run_pipeline
+
+        heading("A training run through the whole pipeline")
+        report |= run_pipeline(options.output / "training", train_iters=options.train_iters)
+        print(f"loss {report['loss_first']:.3f} -> {report['loss_last']:.3f} in {report['train_iters']} steps")
+    report["total_seconds"] = time.perf_counter() - started
+
+    from report import write_report
+
+    write_report(report, options.output / "report.json")
+    print(f"\n{report['total_seconds']:.0f} s in all. Figures: {options.output / 'report.json'}")
+    print(f"Picture of one answer: {options.output / 'timeline.png'}")
+    if not report["parallel_equals_sequential"] or not report.get("resume_bit_exact", True):
+        sys.exit("error: a comparison that must be exact was not; see the report")
+
+
+def decode_and_measure(options: QuickstartOptions) -> dict[str, object]:
+    """Show a few problems live, then measure."""
+    heading("Loading the model")
+    import torch
+
+    torch.set_num_threads(1)  # the matrices are so small that a second thread costs more than it gives
+    from decode import Decoder
+    from measure import (
+        draw_answer,
+        fresh_problems,
+        measure_answers,
+        measure_beyond_training,
+        measure_latency,
+        measure_logits,
+        show_live,
+    )
+    from report import print_modes
+
+    decoder = Decoder(options.model)
+    print(f"{decoder.config.num_parameters:,} parameters from {options.model}")
+    heading("Fresh problems, decoded in parallel branches")
+    show_live(decoder, 2, seed=options.seed)
+    heading(f"{options.num_problems} fresh problems: in parallel, one branch at a time, without blocks")
+    problems = fresh_problems(options.num_problems, seed=options.seed)
+    report: dict[str, object] = measure_latency(decoder, problems[: options.latency_problems])
+    report |= measure_answers(decoder, problems)
+    report |= measure_logits(decoder, problems[:3])
+    report |= measure_beyond_training(decoder, options.beyond_problems, seed=options.seed)
+    print_modes(report)
+    nested = next((p for p in problems if p.depth > 1 and len(p.expressions) == 3), problems[0])
+    draw_answer(decoder, nested, options.output / "timeline.png")
+    return report
+
+
+def heading(text: str) -> None:
+    """A line that starts a stage."""
+    print(f"\n=== {text} ===", flush=True)
+
+
+if __name__ == "__main__":
+    main()
