@@ -34,11 +34,7 @@ def tree_decode_reference(
     group = heads // kv_heads
     k = slot_table.shape[1]
     # The heads of one group become extra queries of their kv head, so keys are never repeated.
-    folded = (
-        query.view(rows, q, kv_heads, group, dim)
-        .permute(0, 2, 3, 1, 4)
-        .reshape(rows, kv_heads, group * q, dim)
-    )
+    folded = query.view(rows, q, kv_heads, group, dim).permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, group * q, dim)
     table = slot_table.reshape(-1)
     row_keys = keys.index_select(0, table).view(rows, k, kv_heads, dim).transpose(1, 2)
     row_values = values.index_select(0, table).view(rows, k, kv_heads, dim).transpose(1, 2)

@@ -232,9 +232,7 @@ class Branch:
             for kid in block.kids:
                 start = len(ids)
                 kid.linearise(ids, positions, blocks)
-                record.branches.append(
-                    BranchResult(kid.name, kid.outline, start, len(ids), kid.finish or "abort")
-                )
+                record.branches.append(BranchResult(kid.name, kid.outline, start, len(ids), kid.finish or "abort"))
         ids += self.ids[done:]
         positions += self.positions[done:]
 

@@ -145,9 +145,7 @@ class PagedParams(AttentionParams):
     first_layer: int = 1
     """Number of the first layer of this pipeline stage: the pool holds only this stage's layers."""
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float) -> Tensor:
         """See AttentionParams.attend; s is the number of tokens of the step, b is 1."""
         assert self.pool is not None and self.batch is not None
         batch = self.batch

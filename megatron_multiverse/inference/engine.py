@@ -36,6 +36,7 @@ class Engine:
         max_paths: a goal with more outlines is plain text (None: no limit).
         max_depth: deeper blocks are plain text (None: no limit).
         max_position: positions the model can take; by default what the model says.
+        vocab_size: ids of the tokenizer; the padding of the output layer above it is never chosen.
         sampler: chooses tokens; by default `CounterSampler`.
         debug: poison freed pages with NaN and check the page books after every step.
     """
@@ -52,17 +53,17 @@ class Engine:
         max_paths: int | None = 64,
         max_depth: int | None = 8,
         max_position: int | None = None,
+        vocab_size: int | None = None,
         sampler: Sampler | None = None,
         debug: bool = False,
     ) -> None:
         if max_rows < 1 or max_step_tokens < 1:
-            raise GenerationError(
-                f"max_rows ({max_rows}) and max_step_tokens ({max_step_tokens}) must be at least 1"
-            )
+            raise GenerationError(f"max_rows ({max_rows}) and max_step_tokens ({max_step_tokens}) must be at least 1")
         self.vocab = structure_vocab
         self.max_paths, self.max_depth = max_paths, max_depth
         own_limit = getattr(model, "max_sequence_length", None)
         self.max_position = max_position or own_limit or page_size * num_pages
+        self.vocab_size = vocab_size
         self.sampler = sampler or CounterSampler()
         self.debug = debug
         self.runner = Runner(model, num_pages=num_pages, page_size=page_size, debug=debug)
@@ -170,6 +171,7 @@ class Engine:
 
     def _take(self, logits: Tensor, branches: list[Branch]) -> None:
         with torch.inference_mode():
+            logits = logits[:, : self.vocab_size]
             tokens = self.sampler(logits, branches)
             finite = torch.isfinite(logits.gather(1, tokens[:, None])[:, 0])
         for branch, token, good in zip(branches, tokens.tolist(), finite.tolist(), strict=True):

@@ -155,6 +155,4 @@ class PagePool:
             source, target = source[written], target[written]
         if len(source):
             device = self.keys.device
-            copy_slots(
-                self.keys, self.values, torch.from_numpy(source).to(device), torch.from_numpy(target).to(device)
-            )
+            copy_slots(self.keys, self.values, torch.from_numpy(source).to(device), torch.from_numpy(target).to(device))

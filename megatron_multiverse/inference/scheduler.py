@@ -236,4 +236,3 @@ class Scheduler:
     def check_integrity(self) -> None:
         """The owner census over all living nodes (between steps)."""
         self.pool.check_integrity([pages for request in self.active for pages in self.pages_of(request)])
-

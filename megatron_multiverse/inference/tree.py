@@ -79,7 +79,7 @@ class PageTree:
 
     def join_cost(self, parent: Node, kids: list[Node]) -> int:
         """Pages that a join will take (before the children's come free)."""
-        source, whole, before = self._compaction(parent, kids)
+        source, _, before = self._compaction(parent, kids)
         head = -(-(parent.length + before) // self.page_size) - len(parent.pages)
         return head + -(-(len(source) - before) // self.page_size)
 

@@ -188,7 +188,9 @@ def test_a_small_cache_preempts_and_replays_the_same_answer(seed, page_size):
 
 def test_preemption_happens_and_keeps_sampled_tokens():
     """Two plain requests of 60 tokens each in a cache of 80."""
-    requests = [Request(prompt_ids=[TEXT + k] * 5, max_tokens=60, temperature=1.0, seed=k, ignore_eos=True) for k in range(2)]
+    requests = [
+        Request(prompt_ids=[TEXT + k] * 5, max_tokens=60, temperature=1.0, seed=k, ignore_eos=True) for k in range(2)
+    ]
     free = toy_engine(MODEL, page_size=4, num_pages=200)
     expected = free.generate(requests)
     tight = toy_engine(MODEL, page_size=4, num_pages=20)
@@ -342,7 +344,9 @@ def test_the_same_prompt_is_answered_the_same_before_and_after_other_traffic():
 
 def test_seeded_sampling_does_not_depend_on_the_batch():
     requests = [
-        Request(prompt_ids=[TEXT + k], max_tokens=25, temperature=0.9, top_k=k * 5, top_p=1 - 0.2 * (k % 2), seed=k // 2)
+        Request(
+            prompt_ids=[TEXT + k], max_tokens=25, temperature=0.9, top_k=k * 5, top_p=1 - 0.2 * (k % 2), seed=k // 2
+        )
         for k in range(6)
     ]
     together = toy_engine(MODEL).generate(requests)
@@ -355,7 +359,9 @@ def test_seeded_sampling_does_not_depend_on_the_batch():
 
 def test_requests_that_can_never_fit_are_refused_with_the_numbers():
     engine = toy_engine(num_pages=4, page_size=16)
-    with pytest.raises(GenerationError, match=r"prompt \(10 tokens\) and max_tokens \(55\) need 65 .* 64 \(4 pages of 16\)"):
+    with pytest.raises(
+        GenerationError, match=r"prompt \(10 tokens\) and max_tokens \(55\) need 65 .* 64 \(4 pages of 16\)"
+    ):
         engine.generate([Request(prompt_ids=[TEXT] * 10, max_tokens=55)])
     assert not engine.has_work
     small = toy_engine(max_position=8)

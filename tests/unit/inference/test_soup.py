@@ -57,9 +57,7 @@ def check(request: Request, result, *, exact: bool) -> None:
     count=st.integers(1, 3),
     cancel=st.none() | st.integers(0, 40),
 )
-def test_tag_soup_always_ends(
-    seed, max_tokens, critical, page_size, max_rows, waves, limits, pages, count, cancel
-):
+def test_tag_soup_always_ends(seed, max_tokens, critical, page_size, max_rows, waves, limits, pages, count, cancel):
     requests = [
         Request(
             prompt_ids=[TEXT, 2, 4, 5 + k],

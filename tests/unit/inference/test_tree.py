@@ -14,9 +14,7 @@ from megatron_multiverse.inference.tree import Node, PageTree
 
 
 def make_pool(num_pages: int, page_size: int) -> PagePool:
-    return PagePool(
-        num_pages, page_size, num_layers=2, num_kv_heads=1, head_dim=1, dtype=torch.float64, debug=True
-    )
+    return PagePool(num_pages, page_size, num_layers=2, num_kv_heads=1, head_dim=1, dtype=torch.float64, debug=True)
 
 
 class Oracle:
