@@ -1,0 +1,81 @@
+"""The quickstart's decoder and measurements with the model in the repository, on a few problems."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_multiverse.structure import layout, parse
+
+QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart"
+sys.path.insert(0, str(QUICKSTART))
+
+from decode import Decoder  # noqa: E402
+from measure import (  # noqa: E402
+    draw_answer,
+    fresh_problems,
+    measure_answers,
+    measure_latency,
+    measure_logits,
+    show_live,
+)
+from report import print_modes  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    torch.set_num_threads(1)
+    return Decoder(QUICKSTART / "model", num_pages=1024)
+
+
+def test_few_problems_are_answered_alike_in_every_mode(decoder: Decoder) -> None:
+    report = measure_answers(decoder, fresh_problems(4, seed=3))
+    assert report["accuracy"] == 1.0 and report["malformed_answers"] == 0
+    assert report["parallel_equals_sequential"] is True
+    assert report["num_parallel"] > 1.3
+    steps = [report[f"decode_steps_per_answer_{mode}"] for mode in ("parallel", "autoregressive", "sequential")]
+    assert steps[0] < steps[1] < steps[2]
+    assert report["net_speedup_steps"] == pytest.approx(steps[2] / steps[0])
+
+
+def test_every_decode_step_agrees_with_one_forward_pass(decoder: Decoder) -> None:
+    problem = next(p for p in fresh_problems(50, seed=4) if p.depth == 2 and len(p.expressions) == 2)
+    report = measure_logits(decoder, [problem])
+    result = decoder.answer([problem], "parallel").results[0]
+    vocab, prompt = decoder.tokenizer.structure_vocab, decoder.prompt_ids(problem, "parallel")
+    forced = layout(parse([*prompt, *result.token_ids], vocab, prompt_length=len(prompt))).forced
+    assert 0 < report["max_abs_logit_difference"] < 1e-3
+    # Sampled are all tokens but the forced ones, and the end of text.
+    assert report["logit_rows_compared"] == len(result.token_ids) - (forced[:, 1] - forced[:, 0]).sum() + 1
+
+
+def test_a_wrong_position_is_noticed(decoder: Decoder) -> None:
+    problem = fresh_problems(1, seed=5)[0]
+    result = decoder.answer([problem], "parallel").results[0]
+    result.position_ids[-1] += 1
+    with pytest.raises(RuntimeError, match="disagree"):
+        decoder._difference(decoder.prompt_ids(problem, "parallel"), result)
+
+
+def test_fresh_problems_are_held_out_and_reproducible() -> None:
+    problems = fresh_problems(30, seed=1)
+    assert problems == fresh_problems(30, seed=1) != fresh_problems(30, seed=2)
+    assert all(problem.split == "held_out" and 2 <= len(problem.expressions) <= 4 for problem in problems)
+    assert all(problem.depth == 3 for problem in fresh_problems(5, seed=1, max_depth=3))
+
+
+def test_what_is_shown_and_drawn(decoder: Decoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_live(decoder, 1, seed=0)
+    shown = capsys.readouterr().out
+    assert "path 1.1" in shown or "path 2.1" in shown or "path 3.1" in shown
+    assert "-> right" in shown
+    problem = fresh_problems(1, seed=6)
+    draw_answer(decoder, problem[0], tmp_path / "timeline.png")
+    assert (tmp_path / "timeline.png").stat().st_size > 10_000
+    report = measure_answers(decoder, problem) | measure_latency(decoder, problem) | measure_logits(decoder, problem)
+    report |= {"beyond_training_problems": 0, "accuracy_5_to_6_expressions": 0.0, "accuracy_depth_3": 0.0}
+    print_modes(report)
+    assert "in parallel" in capsys.readouterr().out
