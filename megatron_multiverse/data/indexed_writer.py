@@ -55,14 +55,14 @@ class ShardWriter:
 
     def add(self, prompt: npt.NDArray[np.int64], response: npt.NDArray[np.int64]) -> None:
         """Append one document of two sequences."""
-        for ids in (prompt, response):
-            if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
-                raise DataError(
-                    f"token ids {int(ids.min())}..{int(ids.max())} leave the vocabulary of {self._vocab_size}; the "
-                    "tokenizer reports a wrong vocab_size"
-                )
-            self._bin.write(ids.astype(self._dtype).tobytes())
-            self._lengths.append(ids.size)
+        ids = np.concatenate((prompt, response))
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
+            raise DataError(
+                f"token ids {int(ids.min())}..{int(ids.max())} leave the vocabulary of {self._vocab_size}; the "
+                "tokenizer reports a wrong vocab_size"
+            )
+        self._bin.write(ids.astype(self._dtype).tobytes())
+        self._lengths += (prompt.size, response.size)
 
     def close(self) -> None:
         self._bin.close()

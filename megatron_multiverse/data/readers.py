@@ -269,7 +269,12 @@ def _load_dataset(name: str) -> Any:
 
 def _dataset_source(input_path: str, split: str) -> Source:
     name = f"{input_path}@{split}"
-    table = _load_dataset(name)
+    try:
+        table = _load_dataset(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"--input {input_path} --split {split}: no such file, folder or data set ({error})"
+        ) from error
     num_bytes = table.num_rows * _ASSUMED_ROW_BYTES
     shards = _cut("dataset", name, num_bytes, table.num_rows, _shard_bytes(num_bytes))
     return Source("dataset", shards, f"{name}:{table._fingerprint}")

@@ -216,6 +216,13 @@ def test_failed_shard_is_named_and_only_unfinished_shards_are_redone(tmp_path, h
     assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
 
 
+def test_killed_worker_is_a_clear_error(tmp_path, hf_folder, monkeypatch):
+    monkeypatch.setattr(module, "process_shard", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    source = _write_rows(tmp_path / "rows.jsonl", _rows(2))
+    with pytest.raises(DataError, match=r"worker process was killed .* run the same command again"):
+        preprocess(_config(source, tmp_path / "out", hf_folder))
+
+
 @pytest.mark.parametrize("change", ["input", "settings"])
 def test_changed_run_begins_anew(tmp_path, hf_folder, monkeypatch, change):
     source = _write_rows(tmp_path / "rows.jsonl", _rows(4))

@@ -145,6 +145,8 @@ def test_saved_data_set_is_read(tmp_path):
 
     rows = {"prompt": ["a", "b"], "response": ["c", "d"]}
     datasets.DatasetDict(train=datasets.Dataset.from_dict(rows)).save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(ConfigError, match="--split test: no such"):
+        open_source(str(tmp_path / "set"), split="test")
     source = open_source(str(tmp_path / "set"))
     assert column_names(source) == ["prompt", "response"]
     assert [row.fields["response"] for row in _all_rows(source, columns=["response"])] == ["c", "d"]

@@ -147,3 +147,15 @@ def test_chat_template_wraps_the_user_turn(hf_folder, tmp_path):
 def test_bad_choice_says_what_is_wrong(kind, message, tmp_path: Path):
     with pytest.raises(ConfigError, match=message):
         build_tokenizer(kind, tmp_path / "missing")
+
+
+def test_folder_without_tokenizer_json_goes_through_transformers(hf_folder, tmp_path):
+    from tokenizers import Tokenizer
+
+    Tokenizer.from_file(str(hf_folder / "tokenizer.json")).model.save(str(tmp_path))  # vocab.json and merges.txt
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|end|>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"} | special))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    direct, converted = HuggingFaceTokenizer(hf_folder), HuggingFaceTokenizer(tmp_path)
+    assert converted.tokenize(TRAJECTORY) == direct.tokenize(TRAJECTORY)
+    assert (converted.eod, converted.vocab_size) == (direct.eod, direct.vocab_size)
