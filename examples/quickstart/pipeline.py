@@ -14,7 +14,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-INTERRUPTED_AT, RESUME_CHECK_STEPS = 15, 30
+INTERRUPTED_AT, RESUME_CHECK_STEPS = 20, 40
 
 
 def run_pipeline(folder: Path, *, train_iters: int) -> dict[str, Any]:
@@ -84,4 +84,4 @@ def weights(run: Path) -> bytes:
 def losses(run: Path) -> dict[int, float]:
     """Training loss by step, as logged."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {row["step"]: row["loss"] for row in rows if row["event"] == "train"}
+    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
