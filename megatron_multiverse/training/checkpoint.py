@@ -34,6 +34,7 @@ from megatron_multiverse.config import CheckpointConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.training.seeds import rng_state, set_rng_state
+from megatron_multiverse.training.signals import hold_signals
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def save_state(state: TrainState, folder: Path) -> None:
         "rng_state": rng_state(),
         "data_loader": state.loader.state_dict(),
     }
-    with device_neutral_cuda(), _quiet():
+    with device_neutral_cuda(), _quiet(), hold_signals():
         dist_checkpointing.save({**_sharded_state(state), **common}, str(folder))
 
 

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_CODE_STOPPED = 75
 """Exit code of a run that was asked to stop and saved (EX_TEMPFAIL: try again later)."""
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def hold_signals() -> Iterator[None]:
+    """Start helper processes inside this block: they are born deaf to the stop signals and stay so.
+
+    A batch system signals every process of the job. Without this, loader workers and megatron-core's checkpoint
+    helper would die of the signal that asks the trainer to save, and the save with them. The trainer itself hears
+    the signal at the end of the block at the latest.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    resource_tracker.ensure_running()  # starts the tracker, and on the way unblocks SIGTERM: block it again
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 
 class StopSignals:
-    """While active, the signals set a flag instead of killing the process.
+    """While active, the stop signals set a flag instead of killing the process."""
 
-    Forked loader workers inherit the handler and ignore the signal, so the process that saves outlives them.
-    """
-
-    def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1)) -> None:
-        self.signals = signals
+    def __init__(self) -> None:
         self.received: str | None = None
         self._owner = os.getpid()
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in self.signals:
+        for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 

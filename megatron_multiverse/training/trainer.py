@@ -7,10 +7,11 @@ megatron-core's DDP and distributed optimizer or to a DeepSpeed engine, `StopSig
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +29,7 @@ from megatron_multiverse.training.forward import Microbatch, forward_backward, t
 from megatron_multiverse.training.metrics import MetricsWriter, StepMeter
 from megatron_multiverse.training.optim import NonFiniteGuard, build_optimizer, build_scheduler, clip_gradients
 from megatron_multiverse.training.seeds import seed_everything
-from megatron_multiverse.training.signals import StopSignals
+from megatron_multiverse.training.signals import StopSignals, hold_signals
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +83,8 @@ def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loade
     metrics.write("start", state.step, resumed=resumed, parameters=model_config.num_parameters)
     guard, meter, saved_step = NonFiniteGuard(device), StepMeter(device), state.step
     peak, backend = peak_tflops(device, config.dtype, config.log.peak_tflops), model_config.attention_backend
-    batches = iter(loader)
 
-    with StopSignals() as stop, tf32(config.dtype):
+    with StopSignals() as stop, tf32(config.dtype), contextlib.closing(stream(loader)) as batches:
         while state.step < config.train_iters and not stop:
             waiting = time.perf_counter()
             microbatches = [next(batches) for _ in range(config.data.num_microbatches)]
@@ -124,6 +124,18 @@ def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loade
         return TrainResult(state.step, stop.received, None)
     save_model(model, model_config, checkpoints.folder / "model")
     return TrainResult(state.step, None, checkpoints.folder / "model")
+
+
+def stream(loader: Loader) -> Generator[Microbatch, None, None]:
+    """The microbatches of a loader. Its worker processes start with the first one and end when it is closed.
+
+    They do not hear SIGTERM, by which Python would end them at exit: whoever iterates must close.
+    """
+    batches = iter(loader)
+    with hold_signals():
+        first = next(batches)
+    yield first
+    yield from batches
 
 
 def is_due(step: int, interval: int) -> bool:

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from megatron_multiverse.training.signals import EXIT_CODE_STOPPED, StopSignals, hold_signals
+from megatron_multiverse.training.trainer import train
+
+from .synthetic import SyntheticLoader, config
+
+TESTS = Path(__file__).parents[1]
+
+
+class WorkerLoader(SyntheticLoader):
+    """Takes its batches from a worker process, as the real loader does."""
+
+    def __iter__(self):
+        numbers = range(self.position, 10**6)
+        data = torch.utils.data.DataLoader(self, batch_size=None, sampler=numbers, num_workers=1)
+        for batch in data:
+            self.position += 1
+            yield batch
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        return self.batch(number)
+
+
+def train_until_stopped(save: str) -> None:
+    """What the process of the test below does."""
+    torch.set_num_threads(1)
+    result = train(config(Path(save), train_iters=10**6, **{"checkpoint.save_interval": 3}), WorkerLoader())
+    sys.exit(EXIT_CODE_STOPPED if result.model_folder is None else 0)
+
+
+def test_a_signal_to_every_process_of_the_job_saves_and_stops(tmp_path: Path) -> None:
+    """Loader worker and checkpoint helper get the signal too, as under SLURM, and must survive it."""
+    code = f"from training.test_signals import train_until_stopped; train_until_stopped({str(tmp_path)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=TESTS, start_new_session=True)
+    try:
+        pointer = tmp_path / "latest_checkpointed_iteration.txt"
+        deadline = time.monotonic() + 120
+        while not pointer.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        first = int(pointer.read_text())
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(60) == EXIT_CODE_STOPPED
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    last = int(pointer.read_text())
+    assert last >= first and (tmp_path / f"iter_{last:07d}" / "metadata.json").is_file()
+
+
+def test_the_flag_is_set_by_this_process_alone_and_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopSignals() as stop:
+        assert not stop
+        with hold_signals():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop and stop.received == "SIGUSR1"
+    assert signal.getsignal(signal.SIGUSR1) is before
