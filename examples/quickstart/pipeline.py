@@ -6,6 +6,7 @@ Every stage is the tool a user would call, run as a process of its own and echoe
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -71,7 +72,10 @@ def tool(script: str, arguments: str) -> None:
     """
     shown = f"{script} {arguments}".replace(f"{ROOT}/", "")
     print(f"\n$ python {shown}", flush=True)
-    finished = subprocess.run([sys.executable, str(ROOT / script), *arguments.split(" ")], check=False, cwd=ROOT)
+    # One thread: with matrices this small a second one gains little, and loses much where the cores are busy.
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *arguments.split(" ")]
+    finished = subprocess.run(command, check=False, cwd=ROOT, env=one_thread)
     if finished.returncode:
         raise RuntimeError(f"{script} ended with exit code {finished.returncode}; its message stands above")
 

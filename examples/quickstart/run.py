@@ -27,7 +27,7 @@ class QuickstartOptions:
     """Problems answered one at a time for the wall clock."""
     beyond_problems: int = 8
     """Problems with more paths, and with deeper nesting, than trained."""
-    train_iters: int = 400
+    train_iters: int = 300
     """Steps of the training run."""
     seed: int = 0
     """Other seeds give other problems."""

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_multiverse.evaluation.canvas import DEPTH_COLORS, color, save, subplots
 from megatron_multiverse.evaluation.view import BranchSpan, SampleView, Stretch, branch_depth
 from megatron_multiverse.structure import TAGS, BlockSpan, visible_matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from megatron_multiverse.inference.result import TimelineSpan
 
-DEPTH_COLORS = ("#5b6577", "#2b78d0", "#ee8a2a", "#2f9e6e", "#a05bc4")
 HIDDEN_COLOR, FUTURE_COLOR = "#f3c6c6", "#ffffff"
 MOST_LABELLED_TOKENS = 130
 """With more tokens than that their texts would not be readable and are left out."""
@@ -50,22 +49,22 @@ def draw_timeline(
     if not spans:
         raise ValueError("there is nothing to draw: spans is empty")
     lanes = sorted({span.branch for span in spans}, key=_lane_order)
-    height = 0.34 * len(lanes) + (1.1 if sequential else 0.0) + 1.3
-    figure, axes = _subplots(height, [0.34 * len(lanes) + 0.3, 0.55] if sequential else [1.0])
+    height = 0.34 * len(lanes) + (1.1 if sequential else 0.0) + 1.5
+    figure, axes = subplots(height, [0.34 * len(lanes) + 0.3, 0.55] if sequential else [1.0])
     _draw_lanes(axes[0], spans, lanes, labels or {})
     steps = max(span.end for span in spans)
     tokens = sum(span.tokens for span in spans)
-    axes[0].set_title(title, loc="left", fontsize=12, fontweight="bold")
+    axes[0].set_title(title, loc="left", fontsize=12, fontweight="bold", pad=20)
     parts = [f"in parallel: {tokens} tokens in {steps} steps"]
     longest = max(span.end for span in [*spans, *sequential])
     if sequential:
         _draw_sequential(axes[1], sequential)
         parts.append(f"one branch at a time: {longest} steps ({longest / steps:.2f} x)")
-    axes[0].set_title("   ".join(parts), loc="right", fontsize=9, color="#444444")
+    axes[0].text(0, 1.02, "   ".join(parts), transform=axes[0].transAxes, fontsize=9, color="#444444")
     for axis in axes:
         axis.set_xlim(0, longest * 1.01)
     axes[-1].set_xlabel("decode step")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_visibility(view: SampleView, path: str | Path, *, title: str = "Who sees whom") -> None:
@@ -89,7 +88,7 @@ def draw_visibility(view: SampleView, path: str | Path, *, title: str = "Who see
     image[earlier] = to_rgb(HIDDEN_COLOR)
     image[visible] = np.broadcast_to(palette[None, :, :], (n, n, 3))[visible]
 
-    figure, axes = _subplots(9.0 if n > 60 else 7.5, [1.0], width=9.5 if n > 60 else 8.0)
+    figure, axes = subplots(9.0 if n > 60 else 7.5, [1.0], width=9.5 if n > 60 else 8.0)
     axis = axes[0]
     axis.imshow(image, interpolation="nearest")
     for stretch in view.stretches[1:]:
@@ -107,7 +106,7 @@ def draw_visibility(view: SampleView, path: str | Path, *, title: str = "Who see
     legend.append(Patch(color=HIDDEN_COLOR, label="earlier, but hidden: another path"))
     legend.append(Patch(facecolor="white", edgecolor="#999999", label="later in the text"))
     axis.legend(handles=legend, loc="upper right", fontsize=8, framealpha=1.0)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_positions(view: SampleView, path: str | Path, *, title: str = "Position of each token") -> None:
@@ -121,13 +120,13 @@ def draw_positions(view: SampleView, path: str | Path, *, title: str = "Position
     positions = view.layout.position_ids
     n = len(view.pieces)
     few = n <= MOST_LABELLED_TOKENS
-    figure, axes = _subplots(5.2, [1.0], width=11.0)
+    figure, axes = subplots(5.2, [1.0], width=11.0)
     axis = axes[0]
     axis.plot([0, n - 1], [0, n - 1], linestyle=":", color="#aaaaaa", label="position = place (plain text)")
     for stretch in view.stretches:
         where = np.arange(stretch.start, stretch.end)
         style: dict[str, Any] = {"marker": "o", "markersize": 4} if few else {"linewidth": 2}
-        axis.plot(where, positions[where], color=_color(stretch.branch), **style)
+        axis.plot(where, positions[where], color=color(stretch.branch), **style)
     for _, block in view.document.walk():
         if block.paths:
             _mark_levels(axis, block, positions)
@@ -139,7 +138,7 @@ def draw_positions(view: SampleView, path: str | Path, *, title: str = "Position
             xytext=(2, -14),
             textcoords="offset points",
             fontsize=9,
-            color=_color(stretch.branch),
+            color=color(stretch.branch),
         )
     _mark_tags(axis, view, positions, few)
     axis.set_xlabel("place in the text (token index)")
@@ -148,7 +147,7 @@ def draw_positions(view: SampleView, path: str | Path, *, title: str = "Position
     axis.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axis.grid(alpha=0.25)
     axis.legend(loc="upper left", fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_lanes(
@@ -169,7 +168,7 @@ def _draw_lanes(
             own = max(span.end for span in members if span.branch == branch)
             axis.plot([own, join], [row[branch]] * 2, color="#9aa3b2", linewidth=1.0, linestyle=":", zorder=1)
     for span in spans:
-        axis.barh(row[span.branch], span.end - span.start, left=span.start, height=0.62, color=_color(span.branch))
+        axis.barh(row[span.branch], span.end - span.start, left=span.start, height=0.62, color=color(span.branch))
         if span.branch:
             axis.text(
                 span.start + 0.5,
@@ -190,7 +189,7 @@ def _draw_sequential(axis: Axes, spans: Sequence[TimelineSpan | BranchSpan]) -> 
     longest = max(span.end for span in spans)
     for span in spans:
         width = span.end - span.start
-        axis.barh(0, width, left=span.start, height=0.62, color=_color(span.branch), edgecolor="white", linewidth=0.6)
+        axis.barh(0, width, left=span.start, height=0.62, color=color(span.branch), edgecolor="white", linewidth=0.6)
         if span.branch and width > longest / 40:
             axis.text(
                 span.start + width / 2,
@@ -227,7 +226,7 @@ def _name_square(axis: Axes, stretch: Stretch, n: int) -> None:
             f"path {stretch.branch}",
             fontsize=8,
             va="top",
-            color=_color(stretch.branch),
+            color=color(stretch.branch),
         )
 
 
@@ -287,35 +286,3 @@ def _lane_order(branch: str) -> tuple[int, ...]:
 def _lane_name(branch: str, labels: Mapping[str, str]) -> str:
     name = "    " * max(0, branch_depth(branch) - 1) + (f"path {branch}" if branch else "root")
     return f"{name}   {labels[branch]}" if labels.get(branch) else name
-
-
-def _color(branch: str) -> str:
-    return DEPTH_COLORS[branch_depth(branch) % len(DEPTH_COLORS)]
-
-
-def _subplots(height: float, ratios: Sequence[float], *, width: float = 11.0) -> tuple[Figure, list[Axes]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        len(ratios),
-        1,
-        figsize=(width, height),
-        sharex=len(ratios) > 1,
-        squeeze=False,
-        gridspec_kw={"height_ratios": list(ratios)},
-        layout="constrained",
-    )
-    for axis in axes[:, 0]:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes[:, 0])
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    import matplotlib.pyplot as plt
-
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
