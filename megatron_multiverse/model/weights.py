@@ -36,6 +36,7 @@ def save_model(model: nn.Module, config: ModelConfig, folder: str | Path, *, dty
     tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in weight_state(model).items()}
     partial = path / (WEIGHTS_FILE + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors makes it readable by its owner only
     config.to_json(path / CONFIG_FILE)
     os.replace(partial, path / WEIGHTS_FILE)
 
