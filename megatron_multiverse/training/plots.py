@@ -66,8 +66,8 @@ def running_mean(values: Sequence[float], window: int) -> np.ndarray:
     return means
 
 
-def plot_loss(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
-    """Draw loss (top) and learning rate (bottom) of the runs.
+def plot_loss(folders: Sequence[Path], output: Path, *, smooth: int = 1, log_scale: bool = False) -> None:
+    """Draw loss (top) and learning rate (bottom) of the runs, the loss as a running mean over `smooth` lines.
 
     Raises:
         DataError: a run has no readable metrics.
@@ -95,6 +95,8 @@ def plot_loss(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None
             top.axvline(step, color=color, linestyle=":", linewidth=1, label=label)
         bottom.plot(steps, [history.train[s]["lr"] for s in steps], color=color, linewidth=1.2)
     top.set_ylabel("loss per trained token")
+    if log_scale:
+        top.set_yscale("log")
     top.grid(alpha=0.3)
     top.legend(frameon=False)
     bottom.set_ylabel("learning rate")
