@@ -24,6 +24,9 @@ from megatron_multiverse.model.attention import AttentionParams
 if TYPE_CHECKING:
     from megatron_multiverse.inference.branch import Branch
 
+SPLIT_BY_LENGTH = 8192
+"""Slots in a step beyond which rows of very different length are not padded to one rectangle."""
+
 
 class Row(NamedTuple):
     """One branch in one step."""
@@ -107,18 +110,22 @@ def _with_aliases(slots: np.ndarray, pool: PagePool) -> tuple[np.ndarray, np.nda
 
 
 def _groups(rows: Sequence[Row], counts: np.ndarray, offsets: np.ndarray, pool: PagePool) -> list[RowGroup]:
-    # Padding at most doubles the queries of a row: buckets are powers of two.
-    buckets = np.where(counts == 1, 0, np.ceil(np.log2(counts)))
+    # Padding at most doubles the queries of a row (buckets are powers of two), and its keys once they are many.
+    lengths = np.array([row.start for row in rows], dtype=np.int64) + counts
+    buckets = np.where(counts == 1, 0, np.ceil(np.log2(counts))) * 64
+    if len(rows) * int(lengths.max()) > SPLIT_BY_LENGTH:
+        buckets += np.ceil(np.log2(lengths))
     device = pool.keys.device
     groups = []
     for bucket in np.unique(buckets):
         index = np.flatnonzero(buckets == bucket)
         members = [rows[i] for i in index.tolist()]
         count, offset = counts[index], offsets[index]
-        starts = np.array([row.start for row in members], dtype=np.int64)
-        q, k = int(count.max()), int((starts + count).max())
+        length = lengths[index]
+        starts = length - count
+        q, k = int(count.max()), int(length.max())
         table = np.full((len(members), k), pool.dummy_slot, dtype=np.int64)
-        for line, row, n in zip(table, members, starts + count, strict=True):
+        for line, row, n in zip(table, members, length.tolist(), strict=True):
             line[:n] = row.node.slots[:n]
         visible = np.arange(k) <= (starts[:, None] + np.arange(q))[:, :, None]
         tokens = offset[:, None] + np.minimum(np.arange(q), count[:, None] - 1)

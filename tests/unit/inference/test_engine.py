@@ -357,6 +357,13 @@ def test_seeded_sampling_does_not_depend_on_the_batch():
     assert len({tuple(x) for x in ids}) > 3
 
 
+def test_padding_of_the_output_layer_is_never_chosen():
+    request = Request(prompt_ids=[TEXT], max_tokens=40, temperature=5.0, ignore_eos=True)
+    few = toy_engine(MODEL, vocab_size=30).generate([request])[0]
+    assert max(few.token_ids) < 30
+    assert max(toy_engine(MODEL).generate([request])[0].token_ids) >= 30
+
+
 def test_requests_that_can_never_fit_are_refused_with_the_numbers():
     engine = toy_engine(num_pages=4, page_size=16)
     with pytest.raises(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_multiverse.config import ModelConfig
-from megatron_multiverse.inference import Request
+from megatron_multiverse.inference import Request, context
 from megatron_multiverse.model.gpt import build_gpt_model
 
 from .toy import (
@@ -48,8 +48,9 @@ def play(model, seeds, *, page_size, **settings):
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("group", range(8))
-def test_logits_equal_one_forward_on_the_toy_model(page_size, group):
+def test_logits_equal_one_forward_on_the_toy_model(page_size, group, monkeypatch):
     rng = random.Random(1000 + group)
+    monkeypatch.setattr(context, "SPLIT_BY_LENGTH", rng.choice([0, 8192]))
     seeds = range(1000 * page_size + 100 * group, 1000 * page_size + 100 * group + 8)
     difference, results, _ = play(
         ToyModel(group),
