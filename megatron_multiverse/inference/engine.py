@@ -37,6 +37,7 @@ class Engine:
         max_depth: deeper blocks are plain text (None: no limit).
         max_position: positions the model can take; by default what the model says.
         vocab_size: ids of the tokenizer; the padding of the output layer above it is never chosen.
+        prefix_pages: pages of prompts kept for later prompts that begin alike (0: none).
         sampler: chooses tokens; by default `CounterSampler`.
         debug: poison freed pages with NaN and check the page books after every step.
     """
@@ -54,6 +55,7 @@ class Engine:
         max_depth: int | None = 8,
         max_position: int | None = None,
         vocab_size: int | None = None,
+        prefix_pages: int = 0,
         sampler: Sampler | None = None,
         debug: bool = False,
     ) -> None:
@@ -69,7 +71,11 @@ class Engine:
         self.runner = Runner(model, num_pages=num_pages, page_size=page_size, debug=debug)
         self.pool = self.runner.pool
         self.scheduler = Scheduler(
-            self.pool, max_rows=max_rows, max_step_tokens=max_step_tokens, on_start=self._on_start
+            self.pool,
+            max_rows=max_rows,
+            max_step_tokens=max_step_tokens,
+            on_start=self._on_start,
+            prefix_pages=prefix_pages,
         )
         self.num_steps = 0
         self._next_id = 0
@@ -195,7 +201,8 @@ class Engine:
                 continue
             if not self.scheduler.active:
                 return rows
-            self._relieve()
+            if not self.scheduler.prefixes.clear():
+                self._relieve()
 
     def _relieve(self) -> None:
         """No branch can get a page: the newest request steps back, the last one ends."""

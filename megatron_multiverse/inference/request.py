@@ -33,6 +33,8 @@ class RequestState:
     preemptions: int = 0
     pages_wanted: int = 0
     """Free pages to wait for before a preempted request starts again."""
+    prompt_kept: bool = False
+    """Whether the prefix cache has been offered the prompt."""
     counts: Counter[str] = field(default_factory=Counter)
     timeline: list[TimelineSpan] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -72,6 +74,11 @@ class RequestState:
         """The recorded next token of the branch, if it has one."""
         recorded = self.history.get(branch.path, ())
         return recorded[branch.num_sampled] if branch.num_sampled < len(recorded) else None
+
+    @property
+    def prompt_fed(self) -> bool:
+        """Whether the keys of the whole prompt are in the cache."""
+        return self.root.node is not None and self.root.node.length >= len(self.params.prompt_ids)
 
     @property
     def num_rows(self) -> int:

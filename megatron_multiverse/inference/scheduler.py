@@ -20,6 +20,7 @@ from collections.abc import Callable
 from megatron_multiverse.inference.branch import Block, Branch, Status
 from megatron_multiverse.inference.context import Row
 from megatron_multiverse.inference.pages import PagePool
+from megatron_multiverse.inference.prefix import PrefixCache
 from megatron_multiverse.inference.request import RequestState
 from megatron_multiverse.inference.tree import Node, PageTree
 
@@ -31,13 +32,21 @@ class Scheduler:
         pool: the pages.
         max_rows: most branches per step.
         max_step_tokens: most tokens per step beyond one per row; longer prompts are fed in chunks.
+        prefix_pages: pages of finished prompts kept for later requests that begin alike.
         on_start: called with a branch that is about to run: it may write (a replay) or end it (no budget).
     """
 
     def __init__(
-        self, pool: PagePool, *, max_rows: int, max_step_tokens: int, on_start: Callable[[Branch], None]
+        self,
+        pool: PagePool,
+        *,
+        max_rows: int,
+        max_step_tokens: int,
+        on_start: Callable[[Branch], None],
+        prefix_pages: int = 0,
     ) -> None:
         self.pool = pool
+        self.prefixes = PrefixCache(pool, prefix_pages)
         self.tree = PageTree(pool)
         self.max_rows = max_rows
         self.max_step_tokens = max_step_tokens
@@ -46,7 +55,7 @@ class Scheduler:
         self.active: list[RequestState] = []
         self._rows: list[Row] = []
         self._chunk_room = 0
-        self._held = False  # something admitted waits for pages or rows: admit nothing new
+        self._held = False  # something waits for pages or rows: admit nothing new, keep no prefixes
         self._retired: list[Node] = []
         self._released = False
 
@@ -54,6 +63,8 @@ class Scheduler:
 
     def plan(self) -> list[Row]:
         """Rows of the next step; empty if nothing can run (or nothing is left to do)."""
+        if self._held:
+            self.prefixes.clear()  # what runs needs the pages more
         self._rows, self._chunk_room, self._held = [], self.max_step_tokens, False
         for request in self.active:
             for branch in request.live:
@@ -80,6 +91,10 @@ class Scheduler:
         self._retired, self._released = [], False
         for request in self.active:
             request.live = [branch for branch in request.live if branch.status is not Status.ENDED]
+            if not request.prompt_kept and request.prompt_fed:
+                request.prompt_kept = True
+                assert request.root.node is not None
+                self.prefixes.add(request.params.prompt_ids, request.root.node.pages)
         return released
 
     @property
@@ -198,10 +213,14 @@ class Scheduler:
             request = self.waiting[0]
             need = max(-(-(len(request.root.pending) + 1) // self.pool.page_size), request.pages_wanted)
             if self.active and need + self._promised() > self.pool.num_free:
+                self._held = True
                 return
             self.waiting.popleft()
             self.active.append(request)
             request.root.node = self.tree.root()
+            if known := self.prefixes.find(request.params.prompt_ids):
+                self.tree.share(request.root.node, known)
+                del request.root.pending[: request.root.node.length]
             self._run(request.root)
 
     def _promised(self) -> int:
@@ -235,4 +254,5 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """The owner census over all living nodes (between steps)."""
-        self.pool.check_integrity([pages for request in self.active for pages in self.pages_of(request)])
+        tables = [pages for request in self.active for pages in self.pages_of(request)]
+        self.pool.check_integrity([*tables, self.prefixes.pages])

@@ -108,6 +108,14 @@ class PageTree:
 
     # -- operations --------------------------------------------------------------------------------------------
 
+    def share(self, node: Node, pages: list[int]) -> None:
+        """Let a new root begin with full pages that hold its first tokens already."""
+        self.pool.retain(pages)
+        node.pages = list(pages)
+        grid = np.asarray(pages, dtype=np.int64)[:, None] * self.page_size + self._offsets
+        node._extend(grid.reshape(-1))
+        node.next_pos = node.length
+
     def append(self, node: Node, count: int) -> Slots:
         """Make room for `count` tokens at the end; returns their slots, int64 ``[count]``."""
         start = node.length

@@ -56,18 +56,21 @@ def check(request: Request, result, *, exact: bool) -> None:
     pages=st.sampled_from(["many", "few"]),
     count=st.integers(1, 3),
     cancel=st.none() | st.integers(0, 40),
+    prefix_pages=st.sampled_from([0, 0, 2, 50]),
 )
-def test_tag_soup_always_ends(seed, max_tokens, critical, page_size, max_rows, waves, limits, pages, count, cancel):
+def test_tag_soup_always_ends(
+    seed, max_tokens, critical, page_size, max_rows, waves, limits, pages, count, cancel, prefix_pages
+):
     requests = [
         Request(
-            prompt_ids=[TEXT, 2, 4, 5 + k],
+            prompt_ids=[TEXT, 2, 4, 5] * 8 + [5 + k],
             max_tokens=max_tokens + k,
             max_critical_tokens=critical,
             max_concurrent_branches=waves,
         )
         for k in range(count)
     ]
-    num_pages = 3000 // page_size if pages == "many" else -(-(max_tokens + 10) // page_size)
+    num_pages = 3000 // page_size if pages == "many" else -(-(max_tokens + 40) // page_size)
     engine = toy_engine(
         MODEL,
         sampler=SoupSampler(seed),
@@ -77,6 +80,7 @@ def test_tag_soup_always_ends(seed, max_tokens, critical, page_size, max_rows, w
         max_paths=limits[0],
         max_depth=limits[1],
         max_step_tokens=32,
+        prefix_pages=prefix_pages,
     )
     for request in requests:
         engine.add_request(request)
@@ -90,6 +94,7 @@ def test_tag_soup_always_ends(seed, max_tokens, critical, page_size, max_rows, w
     assert sorted(results) == list(range(count)), "hangs"
     for k, request in enumerate(requests):
         check(request, results[k], exact=limits == (None, None))
+    engine.scheduler.prefixes.clear()
     assert_drained(engine)
 
 
