@@ -63,9 +63,7 @@ class ModelConfig:
         )
         check(self.kv_channels % 2 == 0, f"model.kv_channels must be even for rotary, got {self.kv_channels}")
         check(self.rotary_base > 0, f"model.rotary_base must be positive, got {self.rotary_base}")
-        check(
-            self.layernorm_epsilon > 0, f"model.layernorm_epsilon must be > 0, got {self.layernorm_epsilon}"
-        )
+        check(self.layernorm_epsilon > 0, f"model.layernorm_epsilon must be > 0, got {self.layernorm_epsilon}")
 
     @property
     def num_parameters(self) -> int:
@@ -74,9 +72,7 @@ class ModelConfig:
         attention = self.hidden_size * qkv + self.num_attention_heads * self.kv_channels * self.hidden_size
         attention += qkv * self.add_qkv_bias + 2 * self.kv_channels * self.qk_layernorm
         layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
-        embeddings = (
-            self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
-        )
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
     def to_json(self, path: str | Path) -> None:
@@ -86,9 +82,7 @@ class ModelConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> ModelConfig:
         """Read what `to_json` wrote; unknown or missing keys raise ConfigError."""
-        return dataclass_from_mapping(
-            cls, json.loads(Path(path).read_text(encoding="utf-8")), where=str(path)
-        )
+        return dataclass_from_mapping(cls, json.loads(Path(path).read_text(encoding="utf-8")), where=str(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +112,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
-        check(
-            0 <= self.min_lr <= self.lr, f"optim.min_lr ({self.min_lr}) must lie in [0, optim.lr={self.lr}]"
-        )
+        check(0 <= self.min_lr <= self.lr, f"optim.min_lr ({self.min_lr}) must lie in [0, optim.lr={self.lr}]")
         for name in ("lr_warmup_iters", "lr_wsd_decay_iters", "weight_decay", "clip_grad"):
             check(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
         for name in ("adam_beta1", "adam_beta2"):
@@ -162,9 +154,7 @@ class DataConfig:
         for name in ("seq_length", "micro_batch_size", "global_batch_size"):
             check(getattr(self, name) >= 1, f"data.{name} must be at least 1, got {getattr(self, name)}")
         check(self.num_workers >= 0, f"data.num_workers must not be negative, got {self.num_workers}")
-        check(
-            self.overlong in ("drop", "refuse"), f"data.overlong is {self.overlong!r}, allowed: drop, refuse"
-        )
+        check(self.overlong in ("drop", "refuse"), f"data.overlong is {self.overlong!r}, allowed: drop, refuse")
         check(
             self.global_batch_size % self.micro_batch_size == 0,
             f"data.global_batch_size ({self.global_batch_size}) must be divisible by "
@@ -254,8 +244,7 @@ class TrainConfig:
         check(self.device in devices, f"device is {self.device!r}, allowed: {', '.join(devices)}")
         check(
             self.optim.lr_warmup_iters < self.train_iters,
-            f"optim.lr_warmup_iters ({self.optim.lr_warmup_iters}) must be below train_iters "
-            f"({self.train_iters})",
+            f"optim.lr_warmup_iters ({self.optim.lr_warmup_iters}) must be below train_iters ({self.train_iters})",
         )
         if self.model is not None:
             check_sequence_length(self.data, self.model)
@@ -279,6 +268,5 @@ def check_sequence_length(data: DataConfig, model: ModelConfig) -> None:
     """Raise ConfigError if the packed rows are longer than the model allows."""
     check(
         data.seq_length <= model.max_sequence_length,
-        f"data.seq_length ({data.seq_length}) must not exceed model.max_sequence_length "
-        f"({model.max_sequence_length})",
+        f"data.seq_length ({data.seq_length}) must not exceed model.max_sequence_length ({model.max_sequence_length})",
     )

@@ -92,8 +92,6 @@ def read_yaml(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ConfigError(
-                    f"override {dotted!r}: {parent!r} in {file} is a plain value, not a section"
-                )
+                raise ConfigError(f"override {dotted!r}: {parent!r} in {file} is a plain value, not a section")
         node[last] = value
     return values

@@ -53,6 +53,9 @@ class Phase(Enum):
     CONCLUSION = "</Conclusion>"
     AFTER = "</Parallel> after one newline"
 
+    # Members are looked up in sets and dicts for every token of a gap; Enum's own hash is a Python function.
+    __hash__ = object.__hash__
+
 
 GAP_PHASES = frozenset({Phase.HEAD, Phase.GOAL, Phase.PATHS, Phase.AFTER})
 

@@ -20,6 +20,8 @@ def parse(
     prompt_length: int = 0,
     strict: bool = True,
     sample: str | None = None,
+    max_depth: int | None = None,
+    max_paths: int | None = None,
 ) -> Document:
     """Find blocks and paths in one sample.
 
@@ -30,6 +32,8 @@ def parse(
         strict: raise at the first broken rule; otherwise broken structure is read as plain text and counted in
             `Document.malformed`.
         sample: name of the sample for the error.
+        max_depth: blocks deeper than this are plain text, as in an engine with that limit (None: no limit).
+        max_paths: likewise for blocks with more outlines.
 
     Returns:
         The spans, as indices into `ids`.
@@ -37,10 +41,10 @@ def parse(
     Raises:
         StructureError: `strict` and the response breaks the grammar.
     """
-    array = np.asarray(ids)
-    machine = StructureMachine(vocab)
+    array = np.asarray(ids, dtype=np.int64)
+    machine = StructureMachine(vocab, max_depth=max_depth, max_paths=max_paths)
     machine.num_tokens = prompt_length
-    tag_indices = np.flatnonzero(np.isin(array[prompt_length:], vocab.tag_ids)) + prompt_length
+    tag_indices = vocab.find_tags(array[prompt_length:]) + prompt_length
     position = prompt_length
     for next_tag in [*tag_indices.tolist(), len(array)]:
         while position < next_tag and machine.watching:

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_multiverse.errors import ConfigError
 
 TAGS: tuple[str, ...] = (
@@ -65,6 +68,7 @@ class StructureVocab:
     label_pieces: Mapping[int, str]
     eos_id: int | None = None
     tag_of: Mapping[int, Tag] = field(init=False, repr=False, compare=False)
+    _is_tag: npt.NDArray[np.bool_] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.tag_ids) != len(TAGS) or len(set(self.tag_ids)) != len(TAGS):
@@ -73,6 +77,13 @@ class StructureVocab:
                 f"{' '.join(TAGS)}; add the tags to the tokenizer as special tokens first"
             )
         object.__setattr__(self, "tag_of", {token: Tag(k) for k, token in enumerate(self.tag_ids)})
+        table = np.zeros(max(self.tag_ids) + 2, dtype=np.bool_)
+        table[list(self.tag_ids)] = True
+        object.__setattr__(self, "_is_tag", table)
+
+    def find_tags(self, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """Indices of the tags in `ids` [N], by a table: several times faster than `np.isin`."""
+        return np.flatnonzero(self._is_tag[np.minimum(ids, len(self._is_tag) - 1)])
 
     @classmethod
     def from_pieces(cls, id_to_text: Mapping[int, str] | Sequence[str], *, eos_id: int | None = None) -> StructureVocab:

@@ -137,6 +137,7 @@ def test_limits_turn_a_block_into_text() -> None:
         assert Event.FORK not in events
         assert machine.malformed[code] == 1
         assert machine.blocks == []
+        assert parse(ids, VOCAB, strict=False, **limits).blocks == []
 
 
 def run_as_branches(ids: list[int]) -> tuple[list[int], Counter[str]]:
