@@ -19,6 +19,51 @@ DType = Literal["float32", "bf16", "float64"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Rotary frequencies of Llama 3.1 and later (rope_type "llama3"): slow ones divided, fast ones kept."""
+
+    factor: float
+    """Divisor of the slow frequencies."""
+    low_freq_factor: float = 1.0
+    """Frequencies with fewer turns than this over the original length are divided."""
+    high_freq_factor: float = 4.0
+    """Frequencies with more turns than this are kept; those between are blended."""
+    original_max_position_embeddings: int = 8192
+    """Sequence length before the scaling."""
+
+    def __post_init__(self) -> None:
+        check(self.factor >= 1, f"model.rope_scaling.factor must be at least 1, got {self.factor}")
+        check(
+            0 < self.low_freq_factor < self.high_freq_factor,
+            f"model.rope_scaling: low_freq_factor ({self.low_freq_factor}) must lie between 0 and "
+            f"high_freq_factor ({self.high_freq_factor})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Stretches the rotary frequencies to a longer context."""
+
+    rope_type: Literal["linear", "llama3"]
+    """linear divides all frequencies by factor; llama3 (Llama 3.1 and later) only the slow ones."""
+    factor: float
+    """How many times longer the context is."""
+    low_freq_factor: float = 1.0
+    """llama3: waves longer than original context / this are divided by factor."""
+    high_freq_factor: float = 4.0
+    """llama3: waves shorter than original context / this stay; between the two it interpolates."""
+    original_max_position_embeddings: int = 8192
+    """llama3: context length before stretching."""
+
+    def __post_init__(self) -> None:
+        kinds = ("linear", "llama3")
+        check(self.rope_type in kinds, f"rope_scaling.rope_type is {self.rope_type!r}, allowed: {', '.join(kinds)}")
+        check(self.factor >= 1, f"rope_scaling.factor must be at least 1, got {self.factor}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        check(0 < low < high, f"rope_scaling: 0 < low_freq_factor ({low}) < high_freq_factor ({high}) must hold")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape of a decoder-only transformer, in megatron-core's names. Presets: `model/families.py`."""
 
@@ -40,10 +85,16 @@ class ModelConfig:
     """Longest sequence in tokens; seq_length must not exceed it."""
     rotary_base: float = 1e6
     """Base of the rotary frequencies (rope_theta)."""
+    rope_scaling: RopeScaling | None = None
+    """Stretching of the rotary frequencies (Llama 3.1 and later); unset for none."""
+    rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies (Llama 3.1 and later); None for none."""
     layernorm_epsilon: float = 1e-6
     """Epsilon of every RMSNorm."""
     add_qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
+    add_bias_linear: bool = False
+    """Bias on every linear layer of attention and MLP (Llama with attention_bias and mlp_bias)."""
     qk_layernorm: bool = False
     """RMSNorm on each query and key head (Qwen3)."""
     share_embeddings_and_output_weights: bool = True
@@ -70,8 +121,9 @@ class ModelConfig:
         """Number of trainable parameters of the model this config describes."""
         qkv = (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
         attention = self.hidden_size * qkv + self.num_attention_heads * self.kv_channels * self.hidden_size
-        attention += qkv * self.add_qkv_bias + 2 * self.kv_channels * self.qk_layernorm
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        attention += qkv * (self.add_qkv_bias or self.add_bias_linear) + 2 * self.kv_channels * self.qk_layernorm
+        other_biases = 2 * (self.hidden_size + self.ffn_hidden_size) * self.add_bias_linear
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size + other_biases
         embeddings = self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +14,28 @@ def inverse_frequencies(dim: int, base: float, device: torch.device | str, dtype
     """base ** (-2i / dim) for i in 0..dim/2-1, shape [dim / 2]."""
     exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=device).to(dtype) / dim
     return 1.0 / (base**exponents)
+
+
+def scale_frequencies(
+    inv_freq: Tensor, factor: float, low_freq_factor: float, high_freq_factor: float, original_length: int
+) -> Tensor:
+    """Llama 3.1's scaling: by 1/factor below low_freq_factor turns over original_length, not at all above
+    high_freq_factor turns, blended between. Shape [dim / 2] as given."""
+    turns = original_length / (2 * math.pi / inv_freq)
+    keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return (1 - keep) * inv_freq / factor + keep * inv_freq
+
+
+def llama3_frequencies(
+    inv_freq: Tensor, *, factor: float, low_freq_factor: float, high_freq_factor: float, original_length: int
+) -> Tensor:
+    """Llama 3.1's long-context frequencies: slow ones divided by `factor`, fast ones kept, a ramp between them."""
+    wavelength = 2 * math.pi / inv_freq
+    ramp = (original_length / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    ramped = (1 - ramp) * inv_freq / factor + ramp * inv_freq
+    slow = wavelength > original_length / low_freq_factor
+    fast = wavelength < original_length / high_freq_factor
+    return torch.where(slow, inv_freq / factor, torch.where(fast, inv_freq, ramped))
 
 
 def rope_angles(position_ids: Tensor, inv_freq: Tensor) -> Tensor:

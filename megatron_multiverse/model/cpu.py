@@ -7,8 +7,9 @@ those calls for the length of a `with` block and puts the originals back. What i
 |----------------------------|---------------|--------------------------------------------------------|
 | torch.cuda.current_device  | the CPU       | dist_checkpointing (state_dict_saver), RoPE of mcore   |
 | torch.cuda.synchronize     | nothing       | dist_checkpointing (filesystem_async), pipeline p2p    |
+| torch.Tensor.cuda          | the tensor    | GPTModel with tied embeddings over pipeline stages     |
 
-One process needs no more than that. The pipeline schedules and the distributed optimizer on gloo ranks
+The pipeline schedules and the distributed optimizer on gloo ranks
 need in addition `device="cuda"` arguments to mean the CPU (a TorchFunctionMode, entered per thread): it
 belongs beside `_patches` as a further stage when they are used.
 """
@@ -27,6 +28,7 @@ def _patches() -> list[tuple[Any, str, Callable[..., Any]]]:
     return [
         (torch.cuda, "current_device", lambda: torch.device("cpu")),
         (torch.cuda, "synchronize", lambda *args, **kwargs: None),
+        (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
     ]
 
 

@@ -9,6 +9,7 @@ from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.model.mcore import ensure_parallel_state  # first: imports megatron-core quietly
 
 # isort: split
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -16,13 +17,18 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_multiverse.model.attention import CoreAttention
+from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.model.norm import RMSNorm
 from megatron_multiverse.model.residual import residual_add
 from megatron_multiverse.model.rotary import PositionIdRotary, install_rotary
 
 
 def transformer_config(config: ModelConfig, dtype: torch.dtype, initialize: bool = True) -> TransformerConfig:
-    """megatron-core's config for ours: RMSNorm, SwiGLU, no dropout, no fusion that bypasses our parts."""
+    """megatron-core's config for ours: RMSNorm, SwiGLU, no dropout, no fusion that bypasses our parts.
+
+    The tensor and pipeline parallel sizes are those of megatron-core's process groups.
+    """
+    ensure_parallel_state()
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -33,7 +39,9 @@ def transformer_config(config: ModelConfig, dtype: torch.dtype, initialize: bool
         layernorm_epsilon=config.layernorm_epsilon,
         add_qkv_bias=config.add_qkv_bias,
         qk_layernorm=config.qk_layernorm,
-        add_bias_linear=False,
+        add_bias_linear=config.add_bias_linear,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         gated_linear_unit=True,
         activation_func=F.silu,
         normalization="RMSNorm",
@@ -72,7 +80,7 @@ def build_gpt_model(
     seed: int = 0,
     initialize: bool = True,
 ) -> GPTModel:
-    """Build a model with fresh weights.
+    """Build a model with fresh weights, or this rank's part of it under tensor and pipeline parallelism.
 
     Call it as `model(input_ids, position_ids, None, packed_seq_params=LayoutParams(r=r))` -> logits
     [b, s, vocab]; with `labels=...` it returns the loss of each token [b, s] instead.
@@ -87,10 +95,9 @@ def build_gpt_model(
     Returns:
         The model in training mode, on `device`.
     """
-    ensure_parallel_state()
     mcore_config = transformer_config(config, dtype, initialize)
     layers = [layer_spec(config)] * get_num_layers_to_build(mcore_config)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), device_neutral_cuda():
         torch.manual_seed(seed)
         model = GPTModel(
             mcore_config,
@@ -100,7 +107,9 @@ def build_gpt_model(
             position_embedding_type="rope",
             rotary_base=config.rotary_base,
             share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
         )
     angles = torch.float64 if dtype == torch.float64 else torch.float32
-    install_rotary(model, PositionIdRotary(config.kv_channels, config.rotary_base, angles))
+    install_rotary(model, PositionIdRotary(config.kv_channels, config.rotary_base, angles, config.rope_scaling))
     return model.to(device)

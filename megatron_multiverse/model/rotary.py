@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_multiverse.config import RopeScaling
+from megatron_multiverse.config import RopeScaling
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.rope import inverse_frequencies, rope_angles
+from megatron_multiverse.kernels.rope import inverse_frequencies, llama3_frequencies, rope_angles, scale_frequencies
 
 
 class PositionIdRotary(nn.Module):
@@ -23,11 +25,14 @@ class PositionIdRotary(nn.Module):
         dim: head width.
         base: rotary base.
         dtype: dtype of the angles (float32, float64 for float64 models); never a half type.
+        scaling: change of the frequencies for long contexts, or None.
     """
 
-    def __init__(self, dim: int, base: float, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, dim: int, base: float, dtype: torch.dtype = torch.float32, scaling: RopeScaling | None = None
+    ) -> None:
         super().__init__()
-        self.dim, self.base, self.dtype = dim, base, dtype
+        self.dim, self.base, self.dtype, self.scaling = dim, base, dtype, scaling
         self._position_ids: Tensor | None = None
         self._inv_freq: Tensor | None = None  # not a buffer: model.to(bfloat16) must not round it
 
@@ -45,9 +50,38 @@ class PositionIdRotary(nn.Module):
             raise ConfigError("position_ids are missing: pass position_ids [b, s] to the model's forward")
         ids, self._position_ids = self._position_ids, None
         if self._inv_freq is None or self._inv_freq.device != ids.device:
-            self._inv_freq = inverse_frequencies(self.dim, self.base, ids.device, self.dtype)
+            self._inv_freq = self._frequencies(ids.device)
         angles: Tensor = rope_angles(ids, self._inv_freq)
         return angles
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        inv_freq: Tensor = inverse_frequencies(self.dim, self.base, device, self.dtype)
+        if self.scaling is not None:
+            by = self.scaling
+            inv_freq = scale_frequencies(
+                inv_freq,
+                by.factor,
+                by.low_freq_factor,
+                by.high_freq_factor,
+                by.original_max_position_embeddings,
+            )
+        return inv_freq
+
+
+def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
+    """The frequencies for a stretched context."""
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    stretched: Tensor = llama3_frequencies(
+        frequencies,
+        factor=scaling.factor,
+        low_freq_factor=scaling.low_freq_factor,
+        high_freq_factor=scaling.high_freq_factor,
+        original_length=scaling.original_max_position_embeddings,
+    )
+    return stretched
 
 
 def install_rotary(model: nn.Module, rotary: PositionIdRotary) -> None:

@@ -7,26 +7,26 @@ import torch
 from megatron_multiverse.config import ModelConfig
 
 
-def hf_model(family: str, config: ModelConfig) -> torch.nn.Module:
+def hf_model(family: str, config: ModelConfig, **changes: object) -> torch.nn.Module:
     """A random transformers model of the given shape (norm weights and biases random too)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    hf_config = AutoConfig.for_model(
-        family,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.ffn_hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_query_groups,
-        head_dim=config.kv_channels,
-        max_position_embeddings=config.max_sequence_length,
-        rms_norm_eps=config.layernorm_epsilon,
-        tie_word_embeddings=config.share_embeddings_and_output_weights,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
+    shape = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_query_groups,
+        "head_dim": config.kv_channels,
+        "max_position_embeddings": config.max_sequence_length,
+        "rms_norm_eps": config.layernorm_epsilon,
+        "tie_word_embeddings": config.share_embeddings_and_output_weights,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
+        "attn_implementation": "sdpa",
+        "use_cache": False,
+    }
+    hf_config = AutoConfig.for_model(family, **{**shape, **changes})
     model = AutoModelForCausalLM.from_config(hf_config).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
@@ -55,14 +55,15 @@ def mcore_weights(hf: torch.nn.Module, config: ModelConfig) -> dict[str, torch.T
         attention = b + "self_attention."
         out[b + "input_layernorm.weight"] = source[a + "input_layernorm.weight"]
         out[b + "pre_mlp_layernorm.weight"] = source[a + "post_attention_layernorm.weight"]
-        for kind in ["weight", "bias"] if config.add_qkv_bias else ["weight"]:
+        for kind in ["weight", "bias"] if config.add_qkv_bias or config.add_bias_linear else ["weight"]:
             out[attention + f"linear_qkv.{kind}"] = interleave(
                 [source[a + f"self_attn.{x}_proj.{kind}"] for x in "qkv"]
             )
         if config.qk_layernorm:
             for x in "qk":
                 out[attention + f"{x}_layernorm.weight"] = source[a + f"self_attn.{x}_norm.weight"]
-        out[attention + "linear_proj.weight"] = source[a + "self_attn.o_proj.weight"]
-        out[b + "mlp.linear_fc1.weight"] = torch.cat([source[a + f"mlp.{x}_proj.weight"] for x in ("gate", "up")])
-        out[b + "mlp.linear_fc2.weight"] = source[a + "mlp.down_proj.weight"]
+        for kind in ["weight", "bias"] if config.add_bias_linear else ["weight"]:
+            out[attention + f"linear_proj.{kind}"] = source[a + f"self_attn.o_proj.{kind}"]
+            out[b + f"mlp.linear_fc1.{kind}"] = torch.cat([source[a + f"mlp.{x}_proj.{kind}"] for x in ("gate", "up")])
+            out[b + f"mlp.linear_fc2.{kind}"] = source[a + f"mlp.down_proj.{kind}"]
     return out

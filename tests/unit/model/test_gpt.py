@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 
+from megatron_multiverse.config import ModelConfig, RopeScaling
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import llama3, qwen2, qwen3
@@ -118,3 +122,34 @@ def test_wrong_calls_are_explained() -> None:
         model(ids, position_ids, None, packed_seq_params=LayoutParams(r=r[:, :-1]))
     with pytest.raises(ConfigError, match="unknown attention_backend 'flesh'"):
         model(ids, position_ids, None, packed_seq_params=LayoutParams(r=r, backend="flesh"))
+
+
+def test_llama_scaling_and_biases_everywhere_equal_transformers() -> None:
+    """Also covers frequencies on both sides of the blend: head width 32, short original length."""
+    shape = {**SHAPE, "num_layers": 2, "kv_channels": 32, "max_sequence_length": 512}
+    scaling = RopeScaling(factor=8.0, original_max_position_embeddings=256)
+    config = llama3(**shape, rope_scaling=scaling, add_bias_linear=True)
+    torch.manual_seed(0)
+    rope = {"rope_type": "llama3", "rope_theta": config.rotary_base, **dataclasses.asdict(scaling)}
+    hf = hf_model("llama", config, rope_parameters=rope, attention_bias=True, mlp_bias=True)
+    assert sum(p.numel() for p in hf.parameters()) == config.num_parameters
+    model = build_gpt_model(config)
+    weights = mcore_weights(hf, config)
+    load_weights(model, weights, source="transformers")
+    ids, position_ids, r = random_batch(5)
+    with torch.no_grad():
+        want = hf(input_ids=ids, position_ids=position_ids, attention_mask=oracle_mask(r)).logits
+        got = model(ids, position_ids, None, packed_seq_params=LayoutParams(r=r))
+        plain = build_gpt_model(dataclasses.replace(config, rope_scaling=None))
+        load_weights(plain, weights, source="transformers")
+        unscaled = plain(ids, position_ids, None, packed_seq_params=LayoutParams(r=r))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    assert (unscaled - want).abs().max() > 3e-5
+
+
+def test_a_config_with_scaling_survives_json(tmp_path: Path) -> None:
+    config = llama3(**SHAPE, rope_scaling=RopeScaling(factor=32.0))
+    config.to_json(tmp_path / "config.json")
+    assert ModelConfig.from_json(tmp_path / "config.json") == config
+    with pytest.raises(ConfigError, match="low_freq_factor"):
+        RopeScaling(factor=8.0, low_freq_factor=5.0)
