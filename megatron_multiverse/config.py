@@ -20,28 +20,6 @@ DType = Literal["float32", "bf16", "float64"]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Rotary frequencies of Llama 3.1 and later (rope_type "llama3"): slow ones divided, fast ones kept."""
-
-    factor: float
-    """Divisor of the slow frequencies."""
-    low_freq_factor: float = 1.0
-    """Frequencies with fewer turns than this over the original length are divided."""
-    high_freq_factor: float = 4.0
-    """Frequencies with more turns than this are kept; those between are blended."""
-    original_max_position_embeddings: int = 8192
-    """Sequence length before the scaling."""
-
-    def __post_init__(self) -> None:
-        check(self.factor >= 1, f"model.rope_scaling.factor must be at least 1, got {self.factor}")
-        check(
-            0 < self.low_freq_factor < self.high_freq_factor,
-            f"model.rope_scaling: low_freq_factor ({self.low_freq_factor}) must lie between 0 and "
-            f"high_freq_factor ({self.high_freq_factor})",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
     """Stretches the rotary frequencies to a longer context."""
 
     rope_type: Literal["linear", "llama3"]
@@ -87,8 +65,6 @@ class ModelConfig:
     """Base of the rotary frequencies (rope_theta)."""
     rope_scaling: RopeScaling | None = None
     """Stretching of the rotary frequencies (Llama 3.1 and later); unset for none."""
-    rope_scaling: RopeScaling | None = None
-    """Scaling of the rotary frequencies (Llama 3.1 and later); None for none."""
     layernorm_epsilon: float = 1e-6
     """Epsilon of every RMSNorm."""
     add_qkv_bias: bool = False

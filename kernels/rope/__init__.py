@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .reference import inverse_frequencies, llama3_frequencies, rope_angles, rope_reference, scale_frequencies
+from .reference import inverse_frequencies, llama3_frequencies, rope_angles, rope_reference
 
-__all__ = ["inverse_frequencies", "llama3_frequencies", "rope_angles", "rope_reference", "scale_frequencies"]
+__all__ = ["inverse_frequencies", "llama3_frequencies", "rope_angles", "rope_reference"]

@@ -16,16 +16,6 @@ def inverse_frequencies(dim: int, base: float, device: torch.device | str, dtype
     return 1.0 / (base**exponents)
 
 
-def scale_frequencies(
-    inv_freq: Tensor, factor: float, low_freq_factor: float, high_freq_factor: float, original_length: int
-) -> Tensor:
-    """Llama 3.1's scaling: by 1/factor below low_freq_factor turns over original_length, not at all above
-    high_freq_factor turns, blended between. Shape [dim / 2] as given."""
-    turns = original_length / (2 * math.pi / inv_freq)
-    keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return (1 - keep) * inv_freq / factor + keep * inv_freq
-
-
 def llama3_frequencies(
     inv_freq: Tensor, *, factor: float, low_freq_factor: float, high_freq_factor: float, original_length: int
 ) -> Tensor:

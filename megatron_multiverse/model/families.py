@@ -39,7 +39,7 @@ def qwen3(**shape: Any) -> ModelConfig:
 
 
 def llama3(**shape: Any) -> ModelConfig:
-    """Llama 3; for 3.1 and later add `rope_scaling=RopeScaling(factor=8.0)` (3.2: 32.0)."""
+    """Llama 3; for 3.1 and later add `rope_scaling=RopeScaling(rope_type="llama3", factor=8.0)` (3.2: 32.0)."""
     return _family(shape, add_qkv_bias=False, qk_layernorm=False, rotary_base=5e5, layernorm_epsilon=1e-5)
 
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_multiverse.config import RopeScaling
-from megatron_multiverse.config import RopeScaling
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.rope import inverse_frequencies, llama3_frequencies, rope_angles, scale_frequencies
+from megatron_multiverse.kernels.rope import inverse_frequencies, llama3_frequencies, rope_angles
 
 
 class PositionIdRotary(nn.Module):
@@ -50,22 +49,10 @@ class PositionIdRotary(nn.Module):
             raise ConfigError("position_ids are missing: pass position_ids [b, s] to the model's forward")
         ids, self._position_ids = self._position_ids, None
         if self._inv_freq is None or self._inv_freq.device != ids.device:
-            self._inv_freq = self._frequencies(ids.device)
+            frequencies = inverse_frequencies(self.dim, self.base, ids.device, self.dtype)
+            self._inv_freq = scaled_frequencies(frequencies, self.scaling)
         angles: Tensor = rope_angles(ids, self._inv_freq)
         return angles
-
-    def _frequencies(self, device: torch.device) -> Tensor:
-        inv_freq: Tensor = inverse_frequencies(self.dim, self.base, device, self.dtype)
-        if self.scaling is not None:
-            by = self.scaling
-            inv_freq = scale_frequencies(
-                inv_freq,
-                by.factor,
-                by.low_freq_factor,
-                by.high_freq_factor,
-                by.original_max_position_embeddings,
-            )
-        return inv_freq
 
 
 def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:

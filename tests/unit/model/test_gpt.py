@@ -127,7 +127,7 @@ def test_wrong_calls_are_explained() -> None:
 def test_llama_scaling_and_biases_everywhere_equal_transformers() -> None:
     """Also covers frequencies on both sides of the blend: head width 32, short original length."""
     shape = {**SHAPE, "num_layers": 2, "kv_channels": 32, "max_sequence_length": 512}
-    scaling = RopeScaling(factor=8.0, original_max_position_embeddings=256)
+    scaling = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=256)
     config = llama3(**shape, rope_scaling=scaling, add_bias_linear=True)
     torch.manual_seed(0)
     rope = {"rope_type": "llama3", "rope_theta": config.rotary_base, **dataclasses.asdict(scaling)}
@@ -148,8 +148,8 @@ def test_llama_scaling_and_biases_everywhere_equal_transformers() -> None:
 
 
 def test_a_config_with_scaling_survives_json(tmp_path: Path) -> None:
-    config = llama3(**SHAPE, rope_scaling=RopeScaling(factor=32.0))
+    config = llama3(**SHAPE, rope_scaling=RopeScaling(rope_type="llama3", factor=32.0))
     config.to_json(tmp_path / "config.json")
     assert ModelConfig.from_json(tmp_path / "config.json") == config
     with pytest.raises(ConfigError, match="low_freq_factor"):
-        RopeScaling(factor=8.0, low_freq_factor=5.0)
+        RopeScaling(rope_type="llama3", factor=8.0, low_freq_factor=5.0)
