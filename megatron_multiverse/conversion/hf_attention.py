@@ -15,7 +15,7 @@ the engine's business; `model.set_attn_implementation("sdpa")` lets transformers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from megatron_multiverse.structure import StructureVocab, layout, parse
 NAME = "multiverse"
 IGNORED_LABEL = -100
 # What the backend made of the labels of a forward pass: made by its first layer, shared by the others, freed with r.
-_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_plans: MutableMapping[Tensor, tuple[torch.dtype, Any]] = WeakTensorKeyDictionary()
 
 
 def register_attention() -> None:
@@ -118,10 +118,9 @@ def multiverse_attention(
             f"structure.padding_layout) nor dropout ({dropout}) nor a sliding window ({sliding_window})"
         )
     backend = select_backend("auto", query.device.type)
-    dtype, plan = _plans.get(r, (None, None))
-    if dtype != query.dtype:
-        plan = backend.prepare(r, None, query.dtype)
-        _plans[r] = (query.dtype, plan)
+    if r not in _plans or _plans[r][0] != query.dtype:
+        _plans[r] = (query.dtype, backend.prepare(r, None, query.dtype))
+    plan = _plans[r][1]
     return backend.attend(query, key, value, plan, scaling).transpose(1, 2).contiguous(), None
 
 

@@ -1,0 +1,145 @@
+"""Runs a function on several gloo ranks of this machine, and a forward pass over them. For checking, not training."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_multiverse.errors import CheckpointError
+
+_PRELOAD = ["megatron_multiverse.model.gpt"]  # seconds to import: done once, the ranks are forked from there
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 900.0) -> list[Any]:
+    """Call `function(*args)` on `world_size` ranks that share a gloo process group.
+
+    Args:
+        function: a top-level function; what it returns must pickle.
+        world_size: number of processes.
+        args: the same for every rank.
+        timeout: seconds for all of it.
+
+    Returns:
+        What each rank returned, in the order of ranks.
+
+    Raises:
+        CheckpointError: a rank raised (with its traceback), died, or time is up; the others are ended first.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with tempfile.TemporaryDirectory(prefix="multiverse-ranks-") as folder:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            reader, writer = context.Pipe(duplex=False)
+            options = (function, rank, world_size, f"{folder}/rendezvous", timeout, writer, args)
+            process = context.Process(target=_rank, args=options, daemon=True)
+            process.start()
+            writer.close()
+            pipes.append(reader)
+            processes.append(process)
+        try:
+            return _collect(pipes, timeout)
+        finally:
+            for process in processes:
+                process.join(timeout=2)  # after an error the others may wait for the one that failed
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+    results: dict[Connection, Any] = {}
+    deadline = time.monotonic() + timeout
+    while len(results) < len(pipes):
+        ready = wait([pipe for pipe in pipes if pipe not in results], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            missing = [rank for rank, pipe in enumerate(pipes) if pipe not in results]
+            raise CheckpointError(f"ranks {missing} of {len(pipes)} did not finish within {timeout:.0f} s")
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = pipes.index(pipe)
+            try:
+                failure, results[pipe] = pipe.recv()
+            except EOFError:
+                raise CheckpointError(f"rank {rank} of {len(pipes)} died without a word (out of memory?)") from None
+            if failure is not None:
+                raise CheckpointError(f"rank {rank} of {len(pipes)} failed:\n{failure}")
+    return [results[pipe] for pipe in pipes]
+
+
+def _rank(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    timeout: float,
+    writer: Connection,
+    args: tuple[Any, ...],
+) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    try:
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout),
+        )
+        result = function(*args)
+    except Exception:
+        writer.send((traceback.format_exc(), None))
+        # No tidy end: the process group would wait for ranks that wait for this one.
+        os._exit(1)
+    writer.send((None, result))
+    writer.close()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def set_parallel_sizes(tensor: int, pipeline: int) -> None:
+    """Lay megatron-core's groups over the ranks anew; the world size must be `tensor * pipeline`."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+
+
+@torch.no_grad()
+def pipeline_logits(model: Any, input_ids: Tensor, position_ids: Tensor, params: Any) -> Tensor | None:
+    """A forward pass of a model that is spread over tensor and pipeline ranks.
+
+    Args:
+        model: this rank's part (model.gpt.build_gpt_model).
+        input_ids: [b, s].
+        position_ids: [b, s].
+        params: AttentionParams of this pass.
+
+    Returns:
+        All logits [b, s, vocab] on the last pipeline stage, None on the others.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    if not parallel_state.is_pipeline_first_stage():
+        weight = next(model.parameters())
+        hidden = torch.empty(input_ids.shape[1], input_ids.shape[0], model.config.hidden_size, dtype=weight.dtype)
+        torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+        model.set_input_tensor(hidden)
+    out: Tensor = model(input_ids, position_ids, None, packed_seq_params=params)
+    if not parallel_state.is_pipeline_last_stage():
+        torch.distributed.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        return None
+    gathered: Tensor = gather_from_tensor_model_parallel_region(out)
+    return gathered
