@@ -23,6 +23,7 @@ ALLOWED = {
     "kernels": set(),
     "data": {"errors", "config", "structure", "cli"},
     "model": {"errors", "config", "structure", "kernels"},
+    "conversion": {"errors", "config", "structure", "data", "model"},
     "training": {"errors", "config", "structure", "data", "model"},
     "inference": {"errors", "config", "structure", "kernels", "data", "model"},
     "evaluation": {"errors", "config", "structure", "data", "model", "inference"},
