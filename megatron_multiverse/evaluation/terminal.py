@@ -103,7 +103,8 @@ class LiveBranches:
 
         head = [Text(self._title, style="bold")] if self._title else []
         running = sum(not node.ended for node in self._nodes.values() if node is not self._root)
-        foot = Text(f"{self._num_tokens} tokens, {max(1, running)} branches writing", style="dim")
+        writing = f", {running} branches writing at once" if running > 1 else ""
+        foot = Text(f"{self._num_tokens} tokens{writing}", style="dim")
         return Group(*head, *self._body(self._root), foot)
 
     def _node(self, branch: str) -> _Node:
