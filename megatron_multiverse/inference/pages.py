@@ -60,6 +60,7 @@ class PagePool:
         self._free = list(range(num_pages - 1, -1, -1))
         self._refcount = np.zeros(num_pages, dtype=np.int32)
         self._unwritten: dict[int, list[int]] = {}
+        self._origin: dict[int, int] = {}
 
     # -- ownership ---------------------------------------------------------------------------------------------
 
@@ -137,20 +138,24 @@ class PagePool:
         return [(slot, alias) for slot, aliases in self._unwritten.items() for alias in aliases]
 
     def settle(self) -> None:
-        """The step has run: every expected slot is written."""
+        """The step has run (or never will): no slot is expected any more."""
         self._unwritten.clear()
+        self._origin.clear()
 
     def copy(self, source: Slots, target: Slots) -> None:
         """Copy slots in all layers. A source not yet written gets the target as an alias instead.
 
-        This is what lets a fork (or join) happen in the very step that computes the forking token.
+        This is what lets a fork (or join) happen in the very step that computes the forking token. An alias may be
+        copied in turn (a replay joins and forks again in one step): its copy follows the slot that is computed.
         """
         self.copied_tokens += len(source)
         if self._unwritten:
             written = np.ones(len(source), dtype=bool)
             for k, (src, dst) in enumerate(zip(source.tolist(), target.tolist(), strict=True)):
-                if src in self._unwritten:
-                    self._unwritten[src].append(dst)
+                origin = self._origin.get(src, src)
+                if origin in self._unwritten:
+                    self._unwritten[origin].append(dst)
+                    self._origin[dst] = origin
                     written[k] = False
             source, target = source[written], target[written]
         if len(source):

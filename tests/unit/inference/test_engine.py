@@ -1,4 +1,4 @@
-"""T2, T4, T5, T7, T8, T11, T13: the same answer whatever else runs, nothing leaks, budgets hold."""
+"""The same answer whatever else runs, nothing leaks, budgets hold."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_forks_and_joins_cost_no_step():
 
 
 def test_table_order_behind_the_base_does_not_matter(monkeypatch):
-    """T4: a join may list the joined tokens in any order."""
+    """A join may list the joined tokens in any order."""
     scripts, requests = tree_requests(11)
     join = PageTree.join
 
@@ -171,7 +171,7 @@ def assert_balanced(result):
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_small_cache_preempts_and_replays_the_same_answer(seed, page_size):
-    """T7: requests that do not fit together step back and go on later, token for token the same."""
+    """Requests that do not fit together step back and go on later, token for token the same."""
     scripts, requests = tree_requests(seed, 10)
     expected = answers(run(seed, count=10, page_size=page_size))
     heard: dict[tuple[int, str], list[int]] = {}
@@ -228,7 +228,7 @@ def test_a_fork_that_does_not_fit_at_once_runs_in_waves_when_nothing_else_can():
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 10, 25, 40, 55, 70, 100, 200])
 @pytest.mark.parametrize("critical", [None, 30])
 def test_budgets_hold_and_plain_text_uses_them_up(max_tokens, critical):
-    """T13."""
+    """Neither the tokens of all branches nor the longest chain exceed what was asked for."""
     request = Request(prompt_ids=[TEXT], max_tokens=max_tokens, max_critical_tokens=critical)
     plain = {(): [TEXT] * 300}
     result = toy_engine(sampler=ScriptedSampler([plain])).generate([request])[0]
@@ -328,7 +328,7 @@ def test_tags_in_the_prompt_are_inert():
 
 
 def test_the_same_prompt_is_answered_the_same_before_and_after_other_traffic():
-    """T11: text that equals that of a finished branch is computed afresh, causally."""
+    """Text that equals that of a finished branch is computed afresh, causally."""
     scripts, requests = tree_requests(3, count=1)
     engine = toy_engine(MODEL, sampler=ScriptedSampler(scripts * 3), page_size=16)
     first = engine.generate(requests)[0]

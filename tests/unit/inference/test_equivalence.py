@@ -1,4 +1,4 @@
-"""T1, T4, T6, T15: decoding over the page tree equals one forward over the whole answer."""
+"""Decoding over the page tree equals one forward over the whole answer."""
 
 from __future__ import annotations
 

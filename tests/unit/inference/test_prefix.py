@@ -1,4 +1,4 @@
-"""T11: with the prefix cache a hit changes nothing, and keys from inside a block are never found by their text."""
+"""With the prefix cache a hit changes nothing, and keys from inside a block are never found by their text."""
 
 from __future__ import annotations
 

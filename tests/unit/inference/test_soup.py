@@ -1,4 +1,4 @@
-"""T12, T13, T5: whatever comes out of the model, a request ends, closed, within budget, without a leak."""
+"""Whatever comes out of the model, a request ends, closed, within budget, without a leak."""
 
 from __future__ import annotations
 

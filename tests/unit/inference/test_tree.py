@@ -1,4 +1,4 @@
-"""T5, T15, T16 without a model: pool and tree against lists of lists."""
+"""Without a model: pool and tree against lists of lists."""
 
 from __future__ import annotations
 
@@ -163,6 +163,17 @@ def test_a_slot_that_is_not_written_yet_is_followed_instead_of_copied():
     )
     pool.settle()
     assert pool.alias_pairs() == []
+
+
+def test_a_copy_of_a_copy_follows_the_slot_that_is_computed():
+    pool = make_pool(8, 4)
+    tree = PageTree(pool)
+    root = tree.root()
+    pool.expect(tree.append(root, 2).tolist())
+    (kid,) = tree.fork(root, 1)
+    (grandkid,) = tree.fork(kid, 1)
+    want = [(int(root.slots[i]), int(node.slots[i])) for i in range(2) for node in (kid, grandkid)]
+    assert sorted(pool.alias_pairs()) == sorted(want)
 
 
 def test_freed_pages_are_poisoned_and_the_dummy_is_not():

@@ -224,6 +224,14 @@ def toy_engine(model: nn.Module | None = None, **settings: object) -> Engine:
     return Engine(model or ToyModel(), VOCAB, **{**defaults, **settings})  # type: ignore[arg-type]
 
 
+def force_preemption(engine: Engine) -> None:
+    """Make the newest request step back, as a full cache would."""
+    newest = engine.scheduler.active[-1]
+    engine.scheduler.preempt(newest)
+    newest.start(engine._machine())
+    engine.scheduler.waiting.appendleft(newest)
+
+
 def assert_drained(engine: Engine) -> None:
     assert engine.pool.num_free == engine.pool.num_pages
     engine.pool.check_integrity([])

@@ -1,0 +1,85 @@
+"""A request that steps back gives the same answer later: every key it computes again equals that of one forward."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from megatron_multiverse.inference import Request
+from megatron_multiverse.structure import Tag
+
+from .test_engine import goal
+from .toy import (
+    EOS,
+    NEWLINE,
+    TEXT,
+    ScriptedSampler,
+    ToyModel,
+    assert_drained,
+    force_preemption,
+    largest_difference,
+    random_prompt,
+    random_script,
+    toy_engine,
+)
+
+MODEL = ToyModel(1)
+
+
+@pytest.mark.parametrize("max_step_tokens", range(18, 27))
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_a_join_and_the_fork_behind_it_are_replayed_in_one_step(page_size, max_step_tokens):
+    """The join copies slots that this step only writes, and the fork copies those copies."""
+    end = [Tag.END_CONCLUSION, NEWLINE, Tag.END_PARALLEL]
+    script = {
+        (): [TEXT, *goal(1), *end, TEXT, *goal(1), *[TEXT] * 3, *end, TEXT, EOS],
+        ((0, 0),): [TEXT + 1] * 20 + [Tag.END_PATH],
+        ((1, 0),): [TEXT + 2] * 6 + [Tag.END_PATH],
+    }
+    script = {path: [int(token) for token in ids] for path, ids in script.items()}
+    sampler = ScriptedSampler([script])
+    engine = toy_engine(MODEL, page_size=page_size, max_step_tokens=max_step_tokens, sampler=sampler)
+    request = Request(prompt_ids=[TEXT, TEXT + 1, TEXT + 2], max_tokens=500)
+    engine.add_request(request)
+    results, preempted = [], False
+    while engine.has_work:
+        results += engine.step()
+        for state in engine.scheduler.active:
+            blocks = state.root.blocks
+            if not preempted and len(blocks) == 2 and len(blocks[1].kids[0].ids) > 6:
+                preempted = True
+                force_preemption(engine)
+    assert preempted
+    assert results[0].finish_reason == "stop"
+    assert largest_difference(MODEL, sampler, [request], results) < 1e-9
+    assert_drained(engine)
+
+
+@pytest.mark.parametrize("max_step_tokens", [1, 8, 16, 32, 64])
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_random_trees_preempted_twice_compute_the_same_keys(page_size, max_step_tokens):
+    for seed in range(6):
+        rng = random.Random(1000 * max_step_tokens + 10 * page_size + seed)
+        script = random_script(rng, depth=rng.choice([1, 2]), blocks=2, most_paths=3, text=rng.choice([2, 8]))
+        request = Request(prompt_ids=random_prompt(rng), max_tokens=3000)
+        sampler = ScriptedSampler([script])
+        engine = toy_engine(
+            MODEL,
+            page_size=page_size,
+            num_pages=9600 // page_size,
+            max_rows=rng.choice([2, 8, 32]),
+            max_step_tokens=max_step_tokens,
+            sampler=sampler,
+        )
+        engine.add_request(request)
+        results, steps, preempt_at = [], 0, set(rng.sample(range(10, 120), 2))
+        while engine.has_work:
+            results += engine.step()
+            steps += 1
+            if steps in preempt_at and engine.scheduler.active:
+                force_preemption(engine)
+        assert results[0].finish_reason == "stop"
+        assert results[0].preemptions == sum(at < steps for at in preempt_at)
+        assert largest_difference(MODEL, sampler, [request], results) < 1e-9
+        assert_drained(engine)
