@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_multiverse.data.packing import Overlong, Packing, pack
 from megatron_multiverse.data.sft_dataset import SFTDataset, pack_arrays
-from megatron_multiverse.errors import CheckpointError, ConfigError
+from megatron_multiverse.errors import CheckpointError, ConfigError, MultiverseError
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,8 @@ class SFTLoader:
             generator=torch.Generator().manual_seed(self.seed),
         )
         for batch in loader:
+            if isinstance(batch, MultiverseError):
+                raise batch
             _, self._epoch, self._consumed, self._packing = next(states)
             yield batch
 
@@ -188,8 +190,11 @@ class _Schedule:
             epoch, consumed = epoch + 1, 0
 
 
-class _PackDataset(Dataset[Batch]):
-    """Makes a batch from the document indices of its packs; runs in loader workers."""
+class _PackDataset(Dataset["Batch | MultiverseError"]):
+    """Makes a batch from the document indices of its packs; runs in loader workers.
+
+    What is wrong with the data is handed over as a value: torch would wrap an exception of a worker in its traceback.
+    """
 
     def __init__(self, dataset: SFTDataset, seq_length: int, pad: int, train_forced_tokens: bool) -> None:
         self._dataset = dataset
@@ -197,7 +202,13 @@ class _PackDataset(Dataset[Batch]):
         self._pad = pad
         self._train_forced_tokens = train_forced_tokens
 
-    def __getitem__(self, packs: Any) -> Batch:
+    def __getitem__(self, packs: Any) -> Batch | MultiverseError:
+        try:
+            return self._batch(packs)
+        except MultiverseError as error:
+            return error
+
+    def _batch(self, packs: Any) -> Batch:
         rows = [
             pack_arrays(
                 [self._dataset[document] for document in documents],

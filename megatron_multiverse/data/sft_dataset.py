@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_multiverse.data.indexed_writer import SEQUENCES_PER_DOCUMENT
-from megatron_multiverse.errors import DataError
+from megatron_multiverse.errors import DataError, StructureError
 from megatron_multiverse.structure import Layout, StructureVocab, layout, pack_layouts, padding_layout, parse
 
 
@@ -58,7 +58,7 @@ class SFTDataset:
         """Parse document `index`.
 
         Raises:
-            StructureError: the response breaks the grammar; names prefix and document.
+            DataError: the response breaks the grammar; names prefix, document and token.
         """
         part = int(np.searchsorted(self._first, index, side="right")) - 1
         document = index - int(self._first[part])
@@ -66,7 +66,13 @@ class SFTDataset:
         prompt, response = self._parts[part][first : first + SEQUENCES_PER_DOCUMENT]
         ids = np.concatenate((prompt, response)).astype(np.int64)
         name = f"{self.prefixes[part]} document {document}"
-        return Sample(ids, layout(parse(ids, self._vocab, prompt_length=len(prompt), sample=name)))
+        try:
+            document_tree = parse(ids, self._vocab, prompt_length=len(prompt), sample=name)
+        except StructureError as error:
+            raise DataError(
+                f"{error}; make the files again with tools/preprocess_data.py and the tokenizer of this run"
+            ) from error
+        return Sample(ids, layout(document_tree))
 
     def fingerprint(self) -> str:
         """Hash of the document lengths: tells another data set from this one when a run resumes."""

@@ -14,7 +14,7 @@ from megatron_multiverse.data.loader import SFTLoader
 from megatron_multiverse.data.packing import pack
 from megatron_multiverse.data.sft_dataset import SFTDataset
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError
-from tests.unit.data.test_sft_dataset import PAD, write_documents
+from tests.unit.data.test_sft_dataset import PAD, PIECES, write_documents
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=80).map(np.array)
 
@@ -158,6 +158,15 @@ def test_foreign_state_is_refused(dataset, name, value):
     loader = _loader(dataset)
     with pytest.raises(CheckpointError, match=f"{name}: saved {value}"):
         loader.load_state_dict(loader.state_dict() | {name: value})
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_document_is_one_clear_error_from_any_process(tmp_path, num_workers):
+    end_path = np.array([PIECES.index("</Path>")])
+    broken = write_documents(tmp_path / "bad", [(np.array([15]), end_path)] * 3)
+    with pytest.raises(DataError, match=r"^sample .*bad document \d: stray_tag at token 1: found") as caught:
+        _take(_loader(broken, num_workers=num_workers, seq_length=2), 1)
+    assert "Traceback" not in str(caught.value) and "worker process" not in str(caught.value)
 
 
 def test_impossible_batches_are_refused(dataset):
