@@ -29,18 +29,21 @@ from megatron_multiverse.data.readers import trajectory_files
 from megatron_multiverse.data.tokenizers import build_tokenizer
 
 ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "examples" / "quickstart"
+_BYTES_PER_GENERATED_ROW = 1450
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     """Compare docs/s and MB/s of preprocessing with a plain worker-pool loop over megatron-core's builder."""
 
-    trajectories: str
-    """Folder of trajectory files (*.xml, *.txt), repeated until the input is large enough."""
+    trajectories: str = ""
+    """Folder of trajectory files (*.xml, *.txt), repeated until the input is large enough; empty takes rows of the
+    quickstart, whose texts are short and full of tags."""
     tokenizer_type: str = "HuggingFaceTokenizer"
     """HuggingFaceTokenizer or SentencePieceTokenizer."""
     tokenizer_model: str = ""
-    """Tokenizer; empty trains a byte-level BPE with 16,000 tokens on the trajectories."""
+    """Tokenizer; empty trains a byte-level BPE with 16,000 tokens on the trajectories (or takes the quickstart's)."""
     megabytes: int = 20
     """Size of the input."""
     workers: int = 2
@@ -131,6 +134,13 @@ def _write_input(path: Path, files: list[Path], megabytes: int) -> int:
     return len(rows) * repeats
 
 
+def _generate_input(path: Path, megabytes: int) -> int:
+    rows = megabytes * 1_000_000 // _BYTES_PER_GENERATED_ROW
+    script = [sys.executable, str(QUICKSTART / "generate_data.py"), "--output", str(path), "--num-rows", str(rows)]
+    subprocess.run(script, check=True, capture_output=True)
+    return rows
+
+
 def _run_one(config: BenchConfig) -> None:
     """Prints wall-clock and CPU seconds (of all processes) without imports."""
     if config.run != "ours":  # imports are counted in the whole command only
@@ -159,12 +169,16 @@ def main() -> None:
     if config.run != "all":
         _run_one(config)
         return
-    files = trajectory_files(Path(config.trajectories))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = config.tokenizer_model or _train_tokenizer(folder / "tokenizer", files)
         source = folder / "rows.jsonl"
-        documents = _write_input(source, files, config.megabytes)
+        if config.trajectories:
+            files = trajectory_files(Path(config.trajectories))
+            model = config.tokenizer_model or _train_tokenizer(folder / "tokenizer", files)
+            documents = _write_input(source, files, config.megabytes)
+        else:
+            model = config.tokenizer_model or str(QUICKSTART / "model")
+            documents = _generate_input(source, config.megabytes)
         tagged = folder / "tagged"  # the tags are part of the files: the rivals need not add them
         build_tokenizer(config.tokenizer_type, model).save(tagged)
         model = str(tagged if config.tokenizer_type == "HuggingFaceTokenizer" else tagged / "tokenizer.model")
