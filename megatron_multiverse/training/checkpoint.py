@@ -2,7 +2,8 @@
 
 A run folder holds `iter_0000100/`, `iter_0000200/`, ... and `latest_checkpointed_iteration.txt` (Megatron's names).
 A checkpoint is written to `iter_0000200.partial`, flushed to disk, renamed, and only then named in the pointer file,
-so a crash at any moment leaves the last complete checkpoint in force; the next save replaces what a crash left.
+so a crash at any moment leaves a complete checkpoint in force; the next save replaces what a crash left. A step that
+is saved again steps aside as `iter_0000200.replaced` until the new one stands.
 
 Saving starts a helper process (megatron-core does), which imports the main script: a script that trains must have
 the `if __name__ == "__main__":` guard, or it would train again inside the helper.
@@ -32,6 +33,7 @@ from torch import nn
 
 from megatron_multiverse.config import CheckpointConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
+from megatron_multiverse.files import flush, write_text_atomic
 from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.training.seeds import rng_state, set_rng_state
 from megatron_multiverse.training.signals import hold_signals
@@ -151,6 +153,7 @@ class CheckpointManager:
         pointer = self.folder / POINTER_FILE
         if not pointer.is_file():
             return None
+        self._recover()
         text = pointer.read_text().strip()
         if not text.isdigit() or not self.folder_of(int(text)).is_dir():
             raise CheckpointError(
@@ -181,22 +184,34 @@ class CheckpointManager:
         """Write a checkpoint of the state's step and make it the newest one."""
         started = time.perf_counter()
         target = self.folder_of(state.step)
-        partial = target.with_name(target.name + ".partial")
-        for leftover in self.folder.glob("iter_*.partial"):
+        partial, replaced = (target.with_name(target.name + suffix) for suffix in (".partial", ".replaced"))
+        self._recover()
+        for leftover in (*self.folder.glob("iter_*.partial"), *self.folder.glob("iter_*.replaced")):
             shutil.rmtree(leftover)
         partial.mkdir()
         write(state, partial)
         for file in partial.rglob("*"):
-            _flush(file)
-        _flush(partial)
+            flush(file)
+        flush(partial)
         if target.exists():  # the same step again, e.g. after a run went back to an older checkpoint
-            shutil.rmtree(target)
+            os.rename(target, replaced)
         os.rename(partial, target)
-        _replace_text(self.folder / POINTER_FILE, f"{state.step}\n")
-        _flush(self.folder)
+        flush(self.folder)  # the pointer must not reach the disk before the name it holds
+        write_text_atomic(self.folder / POINTER_FILE, f"{state.step}\n")
+        if replaced.exists():
+            shutil.rmtree(replaced)
         self._prune(state.step)
         logger.info("saved %s in %.1f s", target, time.perf_counter() - started)
         return target
+
+    def _recover(self) -> None:
+        """Put a checkpoint back if a crash came between its stepping aside and its replacement."""
+        for replaced in self.folder.glob("iter_*.replaced"):
+            target = replaced.with_suffix("")
+            if not target.exists():
+                os.rename(replaced, target)
+                flush(self.folder)
+                logger.warning("the last save of %s was cut off; the one before it is in force", target)
 
     def _prune(self, newest: int) -> None:
         """Delete all but the newest `keep_last` checkpoints."""
@@ -204,21 +219,6 @@ class CheckpointManager:
             return
         steps = sorted(int(f.name[5:]) for f in self.folder.glob("iter_*") if f.name[5:].isdigit())
         for step in [s for s in steps if s != newest][: max(0, len(steps) - self.config.keep_last)]:
-            shutil.rmtree(self.folder_of(step))
-
-
-def _flush(path: Path) -> None:
-    """Push a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old or the new text, never half of it."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    _flush(temporary)
-    os.replace(temporary, path)
+            doomed = self.folder / f"{self.folder_of(step).name}.partial"  # never half a checkpoint under a whole name
+            os.rename(self.folder_of(step), doomed)
+            shutil.rmtree(doomed)

@@ -18,17 +18,18 @@ ALLOWED = {
     "errors": set(),
     "cli": set(),
     "config": {"errors", "config_io"},
+    "files": set(),
     "config_io": {"errors"},
     "structure": {"errors"},
     "kernels": set(),
-    "data": {"errors", "config", "structure", "cli"},
-    "model": {"errors", "config", "structure", "kernels"},
+    "data": {"errors", "config", "files", "structure", "cli"},
+    "model": {"errors", "config", "files", "structure", "kernels"},
     "conversion": {"errors", "config", "structure", "data", "model"},
-    "training": {"errors", "config", "structure", "data", "model"},
+    "training": {"errors", "config", "files", "structure", "data", "model"},
     "inference": {"errors", "config", "structure", "kernels", "data", "model"},
     "evaluation": {"errors", "config", "structure", "data", "model", "inference"},
 }
-NO_TORCH = {"errors", "config", "config_io", "structure"}
+NO_TORCH = {"errors", "config", "config_io", "files", "structure"}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_multiverse import files
 from megatron_multiverse.config import CheckpointConfig, ModelConfig, OptimConfig
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.training import checkpoint
 from megatron_multiverse.training.checkpoint import CheckpointManager, TrainState, load_state, save_state
 from megatron_multiverse.training.forward import forward_backward
 from megatron_multiverse.training.optim import build_optimizer, build_scheduler
@@ -114,3 +117,85 @@ def test_a_pointer_to_nothing_is_explained(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
     with pytest.raises(CheckpointError, match="names '7', but there is no such checkpoint"):
         manager(tmp_path).latest()
+
+
+def test_a_run_goes_on_saving_when_its_last_checkpoint_was_deleted(tmp_path: Path) -> None:
+    state, checkpoints = new_state(0, True), manager(tmp_path)
+    for step in (1, 2):
+        shutil.rmtree(tmp_path / "iter_0000001", ignore_errors=True)
+        state.step = step
+        checkpoints.save(state, write)
+    assert names(tmp_path) == ["iter_0000002"] and checkpoints.latest() == 2
+
+
+class Crash(BaseException):
+    """The process dies here."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, module: object, name: str, call: int) -> None:
+    """The n-th call (from 0) of a function ends the process instead."""
+    original, calls = getattr(module, name), []
+
+    def dies(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if len(calls) == call + 1:
+            raise Crash
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, dies)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new step", "step saved before"])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(checkpoint.os, "rename"), (checkpoint.shutil, "rmtree"), (files.os, "replace"), (files.os, "fsync")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_crash_at_any_call_leaves_a_whole_checkpoint_in_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object, name: str, again: bool
+) -> None:
+    """Dies at every rename, removal, replacement and flush of a save in turn; another process then looks."""
+    state, crashes = new_state(0, True), 0
+    for call in range(20):
+        folder = tmp_path / str(call)
+        for step in (1, 10) if again else (1, 5):
+            state.step = step
+            manager(folder).save(state, write)
+        state.step = 10
+        with monkeypatch.context() as patch:
+            crash_at(patch, module, name, call)
+            try:
+                manager(folder, 1).save(state, write_new)
+                break  # fewer calls than this: every one of them has had its turn
+            except Crash:
+                crashes += 1
+        latest = manager(folder).latest()
+        assert latest in (5, 10)
+        content = (folder / f"iter_{latest:07d}" / "data").read_text()
+        assert content in {"10", "new"} if again else content == {5: "5", 10: "new"}[latest]
+        manager(folder, 1).save(state, write_new)
+        assert names(folder) == ["iter_0000010"] and manager(folder).latest() == 10
+        assert (folder / "iter_0000010" / "data").read_text() == "new"
+    assert crashes >= 1 and call < 19
+
+
+def test_the_new_name_reaches_the_disk_before_the_pointer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    for module, name in ((checkpoint.os, "rename"), (checkpoint, "flush"), (checkpoint, "write_text_atomic")):
+        original = getattr(module, name)
+
+        def noted(path: Path, *args: object, name: str = name, original: object = original) -> None:
+            events.append(f"{name} {Path(path).name}")
+            original(path, *args)  # type: ignore[operator]
+
+        monkeypatch.setattr(module, name, noted)
+    state = new_state(0, True)
+    state.step = 1
+    manager(tmp_path).save(state, write)
+    assert events[-3:] == [
+        "rename iter_0000001.partial", f"flush {tmp_path.name}", "write_text_atomic latest_checkpointed_iteration.txt",
+    ]  # fmt: skip
+
+
+def write_new(state: TrainState, folder: Path) -> None:
+    (folder / "data").write_text("new")

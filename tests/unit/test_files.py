@@ -1,0 +1,36 @@
+"""Small files are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_multiverse import files
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_content_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    target = tmp_path / "value.json"
+    files.write_json_atomic(target, {"a": 1})
+
+    def fails(*args: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, name, fails)
+    with pytest.raises(OSError, match="disk full"):
+        files.write_json_atomic(target, {"a": 2})
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_value_that_json_cannot_hold_does_not_touch_the_file(tmp_path: Path) -> None:
+    target = tmp_path / "value.json"
+    files.write_text_atomic(target, "old")
+    with pytest.raises(TypeError):
+        files.write_json_atomic(target, {"a": object()})
+    assert target.read_text() == "old"
