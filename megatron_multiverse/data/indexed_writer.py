@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_multiverse.errors import DataError
+from megatron_multiverse.files import flush
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
@@ -100,6 +101,8 @@ def join_shards(shards: Sequence[Path], output_prefix: str, dtype: np.dtype[np.i
         for first in range(0, documents + 1, step):
             borders = np.arange(first, min(first + step, documents + 1), dtype="<i8") * SEQUENCES_PER_DOCUMENT
             out.write(borders.tobytes())
+    for part_path in (bin_part, idx_part):
+        flush(part_path)  # the shards are deleted behind this
     os.replace(bin_part, f"{output_prefix}.bin")
     os.replace(idx_part, f"{output_prefix}.idx")
 

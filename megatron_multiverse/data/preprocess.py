@@ -36,6 +36,7 @@ from megatron_multiverse.data.report import Totals
 from megatron_multiverse.data.shard_worker import Recipe, process_shard
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.errors import ConfigError, DataError
+from megatron_multiverse.files import write_json_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -164,21 +165,33 @@ def _key(source: Source, tokenizer: MultiverseTokenizer, recipe: Recipe) -> str:
 def _finished_run(output_prefix: str, manifest_path: Path, key: str) -> Totals | None:
     if not all(Path(f"{output_prefix}{suffix}").is_file() for suffix in (".bin", ".idx", "_manifest.json")):
         return None
-    manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-    if manifest["key"] != key:
+    manifest = _read_object(manifest_path)
+    if manifest.get("key") != key or "totals" not in manifest:
         return None
     totals = Totals()
     totals.merge(manifest["totals"])
     return totals
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of ours; {} if there is none or it cannot be read: its work is then done again."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        logger.warning("%s is damaged (%s): doing its work again", path, error)
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def _open_plan(folder: Path, key: str, source: Source) -> _Plan:
     plan_file = folder / "plan.json"
-    if plan_file.is_file() and json.loads(plan_file.read_text(encoding="utf-8"))["key"] != key:
+    if folder.is_dir() and _read_object(plan_file).get("key") != key:
         logger.info("input, tokenizer or settings changed since the interrupted run: beginning anew")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    plan_file.write_text(json.dumps({"key": key}), encoding="utf-8")
+    write_json_atomic(plan_file, {"key": key})
     return _Plan(key, source, folder)
 
 
@@ -239,6 +252,7 @@ def _check(future: Future[None], shard: Shard, executor: ProcessPoolExecutor) ->
 def _join(plan: _Plan, config: PreprocessConfig, tokenizer: MultiverseTokenizer, manifest_path: Path) -> Totals:
     """Shards to the final files; the shards go last, so that a run stopped here can go on too."""
     numbers = range(len(plan.source.shards))
+    manifest_path.unlink(missing_ok=True)  # it vouches for the files that are replaced now
     join_shards([plan.part(k) for k in numbers], config.output_prefix, optimal_dtype(tokenizer.vocab_size))
     totals = Totals()
     rejected_path = Path(f"{config.output_prefix}_rejected.jsonl")
@@ -266,6 +280,6 @@ def _join(plan: _Plan, config: PreprocessConfig, tokenizer: MultiverseTokenizer,
         "eod": tokenizer.eod if config.append_eod else None,
         "totals": totals.as_dict(),
     }
-    manifest_path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    write_json_atomic(manifest_path, manifest)
     shutil.rmtree(plan.folder)
     return totals

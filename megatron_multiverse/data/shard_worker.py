@@ -5,8 +5,6 @@ Runs in worker processes. PATH.json is written last and by rename: it marks the 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from megatron_multiverse.data.readers import RawRow, Shard, read_rows
 from megatron_multiverse.data.report import Totals
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import StructureError
+from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.structure import parse, statistics
 
 _BATCH_BYTES = 1 << 20
@@ -124,6 +123,4 @@ class _ShardJob:
         self.writer.close()
         self.rejected.sort(key=lambda entry: entry["row"])  # within a batch, unreadable rows came first
         report = {"last_row": self.last_row, "totals": self.totals.as_dict(), "rejected": self.rejected}
-        part = Path(f"{self.path}.{os.getpid()}.json")
-        part.write_text(json.dumps(report), encoding="utf-8")
-        os.replace(part, self.path.with_suffix(".json"))
+        write_json_atomic(self.path.with_suffix(".json"), report, indent=None)

@@ -185,6 +185,42 @@ def test_second_run_has_nothing_to_do(tmp_path, hf_folder):
     assert not (tmp_path / "out.shards").exists()
 
 
+@pytest.mark.parametrize("damage", ["", '{"key": "ab', "[]", "{}"])
+def test_damaged_manifest_and_plan_count_as_absent(tmp_path, hf_folder, damage):
+    source = _write_rows(tmp_path / "rows.jsonl", _rows(5))
+    first = preprocess(_config(source, tmp_path / "out", hf_folder))
+    whole = _bytes(tmp_path / "out")
+    (tmp_path / "out_manifest.json").write_text(damage)
+    (tmp_path / "out.shards").mkdir()
+    (tmp_path / "out.shards" / "plan.json").write_text(damage)
+    (tmp_path / "out.shards" / "00000.json").write_text("{}")  # of a run that cannot be told from another
+    second = preprocess(_config(source, tmp_path / "out", hf_folder))
+    assert second.reused_shards == 0 and second.totals == first.totals and _bytes(tmp_path / "out") == whole
+    assert json.loads((tmp_path / "out_manifest.json").read_text())["totals"]["documents"] == 5
+
+
+@pytest.mark.parametrize("crash_in", ["join_shards", "write_json_atomic"])
+def test_no_manifest_vouches_for_files_of_a_run_that_was_cut_off(tmp_path, hf_folder, monkeypatch, crash_in):
+    """The files of an older run are half replaced: the next run must not find them finished."""
+    source = _write_rows(tmp_path / "rows.jsonl", _rows(5))
+    preprocess(_config(source, tmp_path / "out", hf_folder))
+    old = _bytes(tmp_path / "out")
+    original = getattr(module, crash_in)
+
+    def dies(target, *args, **kwargs):
+        if crash_in == "write_json_atomic" and target.name == "plan.json":
+            return original(target, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, crash_in, dies)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(_config(source, tmp_path / "out", hf_folder, append_eod=True))
+    assert not (tmp_path / "out_manifest.json").exists()
+    monkeypatch.undo()
+    preprocess(_config(source, tmp_path / "out", hf_folder))  # what the old manifest promised
+    assert _bytes(tmp_path / "out") == old
+
+
 def test_failed_shard_is_named_and_only_unfinished_shards_are_redone(tmp_path, hf_folder, monkeypatch):
     monkeypatch.setattr("megatron_multiverse.data.readers._shard_bytes", lambda total: total // 6)
     source = _write_rows(tmp_path / "rows.jsonl", _rows(40))
