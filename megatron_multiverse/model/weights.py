@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.files import flush
 from megatron_multiverse.model.gpt import build_gpt_model
 
 CONFIG_FILE = "config.json"
@@ -34,11 +35,15 @@ def save_model(model: nn.Module, config: ModelConfig, folder: str | Path, *, dty
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in weight_state(model).items()}
-    partial = path / (WEIGHTS_FILE + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors makes it readable by its owner only
-    config.to_json(path / CONFIG_FILE)
-    os.replace(partial, path / WEIGHTS_FILE)
+    weights_part, config_part = (path / f"{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE))
+    save_file(tensors, weights_part, metadata={"format": "pt"})
+    weights_part.chmod(0o644)  # safetensors makes it readable by its owner only
+    config.to_json(config_part)
+    for part in (weights_part, config_part):  # both are whole before the first old file goes
+        flush(part)
+    os.replace(weights_part, path / WEIGHTS_FILE)
+    os.replace(config_part, path / CONFIG_FILE)
+    flush(path)
 
 
 def load_model(

@@ -117,13 +117,15 @@ def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loade
         if state.step != saved_step:  # a signal arrived between the end of a step and the loop's condition
             raise_if_not_finite(guard)
             checkpoints.save(state)
-    metrics.write("end", state.step, stopped_by=stop.received)
+        finished = state.step == config.train_iters
+        if finished:  # in here, so that a signal does not cut the writing off
+            save_model(model, model_config, checkpoints.folder / "model")
+    stopped_by = None if finished else stop.received
+    metrics.write("end", state.step, stopped_by=stopped_by)
     metrics.close()
-    if state.step < config.train_iters:
-        logger.info("stopped by %s after step %d; start again to go on", stop.received, state.step)
-        return TrainResult(state.step, stop.received, None)
-    save_model(model, model_config, checkpoints.folder / "model")
-    return TrainResult(state.step, None, checkpoints.folder / "model")
+    if not finished:
+        logger.info("stopped by %s after step %d; start again to go on", stopped_by, state.step)
+    return TrainResult(state.step, stopped_by, checkpoints.folder / "model" if finished else None)
 
 
 def stream(loader: Loader) -> Generator[Microbatch, None, None]:

@@ -7,6 +7,7 @@ import torch
 
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
+from megatron_multiverse.model import weights
 from megatron_multiverse.model.families import preset, qwen2
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.vocab import (
@@ -35,6 +36,26 @@ def test_a_saved_model_loads_bit_equal(tmp_path: Path, tied: bool) -> None:
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     for name, tensor in weight_state(model).items():
         assert torch.equal(tensor, weight_state(loaded)[name]), name
+
+
+@pytest.mark.parametrize(("owner", "name"), [(weights, "save_file"), (ModelConfig, "to_json"), (weights, "flush")])
+def test_a_save_that_is_cut_off_leaves_the_old_model(tmp_path: Path, monkeypatch, owner: object, name: str) -> None:
+    old = build_gpt_model(tiny(), seed=3)
+    save_model(old, tiny(), tmp_path)
+    original = getattr(owner, name)
+
+    def dies(*args: object, **kwargs: object) -> None:
+        original(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dies)
+        with pytest.raises(KeyboardInterrupt):
+            save_model(build_gpt_model(tiny(vocab_size=41)), tiny(vocab_size=41), tmp_path)
+    loaded, config = load_model(tmp_path)
+    assert config == tiny()
+    for key, tensor in weight_state(old).items():
+        assert torch.equal(tensor, weight_state(loaded)[key]), key
 
 
 def test_dtype_on_disk_and_in_memory_are_free(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
+from megatron_multiverse.training import trainer
 from megatron_multiverse.training.signals import EXIT_CODE_STOPPED, StopSignals, hold_signals
 from megatron_multiverse.training.trainer import train
 
@@ -55,6 +57,28 @@ def test_a_signal_to_every_process_of_the_job_saves_and_stops(tmp_path: Path) ->
             os.killpg(process.pid, signal.SIGKILL)
     last = int(pointer.read_text())
     assert last >= first and (tmp_path / f"iter_{last:07d}" / "metadata.json").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_the_final_weights_are_written_does_not_cut_them_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    outside: list[int] = []
+    before = signal.signal(number, lambda received, frame: outside.append(received))
+    original = trainer.save_model
+
+    def signalled(*args: object) -> None:
+        os.kill(os.getpid(), number)
+        original(*args)
+
+    monkeypatch.setattr(trainer, "save_model", signalled)
+    try:
+        result = train(config(tmp_path, train_iters=3), SyntheticLoader())
+    finally:
+        signal.signal(number, before)
+    assert not outside, "the signal reached the process as if nobody were training"
+    assert (result.step, result.stopped_by, result.model_folder) == (3, None, tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def test_the_flag_is_set_by_this_process_alone_and_handlers_come_back() -> None:
