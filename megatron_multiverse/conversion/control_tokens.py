@@ -1,4 +1,4 @@
-"""Adds the twelve structure tags to a Hugging Face checkpoint while it is read.
+"""Adds the twelve structure tags to a checkpoint while it is read.
 
 The tokenizer gets the missing tags behind its vocabulary, in the official order. Their rows in the vocabulary matrices
 (input embedding, and output layer if untied) are the mean of the rows of the text pieces of the tag without its angle
@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_multiverse.conversion.hf_config import read_hf_config
-from megatron_multiverse.conversion.hf_io import HFReader, Location
-from megatron_multiverse.conversion.raw import read_tensor
+from megatron_multiverse.conversion.endpoints import Source
+from megatron_multiverse.conversion.names import Entry, entries
 from megatron_multiverse.data.tokenizers import HuggingFaceTokenizer
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.structure import TAGS
 
-VOCAB_MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
 ROW_MULTIPLE = 64
 
 
@@ -36,7 +34,7 @@ class ControlTokens:
     vocab_size: int
     """Real size: number of token ids, tags included."""
     padded_vocab_size: int
-    """Rows of the vocabulary matrices on the Hugging Face side."""
+    """Rows of the vocabulary matrices, before any padding for tensor parallelism."""
     tag_ids: dict[str, int]
     """Id of each tag."""
     pieces: dict[int, tuple[int, ...]]
@@ -51,7 +49,7 @@ def plan_control_tokens(folder: str | Path, rows: int) -> tuple[ControlTokens, H
     """Decide ids and rows for the tags.
 
     Args:
-        folder: Hugging Face folder with tokenizer.json.
+        folder: where tokenizer.json is.
         rows: rows of its vocabulary matrices.
 
     Returns:
@@ -100,29 +98,40 @@ def with_tag_rows(matrix: Tensor, plan: ControlTokens) -> Tensor:
     return matrix
 
 
-class ControlTokenReader(HFReader):
-    """An HFReader whose vocabulary matrices have the rows of the tags.
+class ControlTokenSource:
+    """Another source with the rows of the tags in its vocabulary matrices.
+
+    Args:
+        source: the checkpoint as it is.
+        tokenizer_model: folder with tokenizer.json; default the checkpoint's own.
 
     Attributes:
         plan: ids and rows.
         tokenizer: the tokenizer with the tags.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        super().__init__(folder)
-        self.plan, self.tokenizer = plan_control_tokens(folder, int(read_hf_config(folder)["vocab_size"]))
+    def __init__(self, source: Source, tokenizer_model: str | Path | None = None) -> None:
+        self.source = source
+        self.plan, self.tokenizer = plan_control_tokens(tokenizer_model or source.folder, source.config.vocab_size)
+        self.folder, self.files, self.family = source.folder, source.files, source.family
+        self.hf_config = source.hf_config
+        self.config = dataclasses.replace(source.config, vocab_size=self.plan.padded_vocab_size)
+        self._original = {entry.mcore: entry for entry in source.entries()}
+        self._entries = entries(self.family, self.config)
 
-    def location(self, name: str) -> Location:
-        """As HFReader.location, with the shape that `read` returns."""
-        place = super().location(name)
-        if name in VOCAB_MATRICES and place.shape[0] < self.plan.padded_vocab_size:
-            return dataclasses.replace(place, shape=(self.plan.padded_vocab_size, *place.shape[1:]))
-        return place
+    def entries(self) -> list[Entry]:
+        """All tensors, in the order of the network."""
+        return self._entries
 
-    def read(self, name: str) -> Tensor:
-        """As HFReader.read, tags included."""
-        place = super().location(name)
-        if name not in VOCAB_MATRICES:
-            return super().read(name)
-        stored = read_tensor(place.file, place.offset, place.dtype, place.shape, name=name)
-        return with_tag_rows(stored, self.plan)
+    def dtype(self, entry: Entry) -> torch.dtype:
+        """Dtype of a tensor on disk."""
+        return self.source.dtype(self._original[entry.mcore])
+
+    def where(self, entry: Entry) -> Path:
+        """A file that holds the tensor as it was."""
+        return self.source.where(self._original[entry.mcore])
+
+    def read(self, entry: Entry) -> Tensor:
+        """One whole tensor, the rows of the tags included."""
+        tensor = self.source.read(self._original[entry.mcore])
+        return with_tag_rows(tensor, self.plan) if entry.rule == "vocab" else tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -69,7 +70,7 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
             assert isinstance(pipe, Connection)
             rank = pipes.index(pipe)
             try:
-                failure, results[pipe] = pipe.recv()
+                failure, results[pipe] = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 raise CheckpointError(f"rank {rank} of {len(pipes)} died without a word (out of memory?)") from None
             if failure is not None:
@@ -98,10 +99,11 @@ def _rank(
         )
         result = function(*args)
     except Exception:
-        writer.send((traceback.format_exc(), None))
+        writer.send_bytes(pickle.dumps((traceback.format_exc(), None)))
         # No tidy end: the process group would wait for ranks that wait for this one.
         os._exit(1)
-    writer.send((None, result))
+    # Not `send`: it would pass tensors as handles into the memory of this process, which is about to end.
+    writer.send_bytes(pickle.dumps((None, result)))
     writer.close()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -130,7 +132,6 @@ def pipeline_logits(model: Any, input_ids: Tensor, position_ids: Tensor, params:
         All logits [b, s, vocab] on the last pipeline stage, None on the others.
     """
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     if not parallel_state.is_pipeline_first_stage():
         weight = next(model.parameters())
@@ -141,5 +142,8 @@ def pipeline_logits(model: Any, input_ids: Tensor, position_ids: Tensor, params:
     if not parallel_state.is_pipeline_last_stage():
         torch.distributed.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         return None
-    gathered: Tensor = gather_from_tensor_model_parallel_region(out)
-    return gathered
+    # Not megatron-core's gather: it allocates on the GPU whenever there is one.
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(out) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, out.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_multiverse.conversion.control_tokens import ControlTokenReader
+from megatron_multiverse.conversion.control_tokens import ControlTokenSource
 from megatron_multiverse.conversion.hf_assets import (
     copy_assets,
     save_tokenizer,
@@ -11,6 +11,7 @@ from megatron_multiverse.conversion.hf_assets import (
     write_model_card,
 )
 from megatron_multiverse.conversion.hf_config import hf_config_to_model_config, read_hf_config
+from megatron_multiverse.conversion.hf_endpoint import HFSource
 from tests.unit.conversion import hf_folders
 
 
@@ -26,7 +27,7 @@ def test_assets_travel_and_are_completed(tmp_path: Path) -> None:
     assert json.loads((target / "generation_config.json").read_text()) == {
         "eos_token_id": 257, "pad_token_id": 258, "do_sample": False
     }  # fmt: skip
-    save_tokenizer(ControlTokenReader(source).tokenizer, target)
+    save_tokenizer(ControlTokenSource(HFSource(source)).tokenizer, target)
     names = sorted(path.name for path in target.iterdir())
     assert names == ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     assert json.loads((target / "tokenizer_config.json").read_text())["chat_template"] == hf_folders.CHAT_TEMPLATE
@@ -48,6 +49,6 @@ def test_the_card_tells_origin_and_tags(tmp_path: Path) -> None:
     plain = (tmp_path / "README.md").read_text()
     assert "| source | a\\|b |" in plain and "| iteration | 12 |" in plain and "absent" not in plain
     assert f"| parameters | {config.num_parameters:,} |" in plain and "has no structure tags" in plain
-    save_tokenizer(ControlTokenReader(tmp_path).tokenizer, tmp_path)
+    save_tokenizer(ControlTokenSource(HFSource(tmp_path)).tokenizer, tmp_path)
     write_model_card(tmp_path, "Small", config, "Qwen2ForCausalLM", origin)
     assert "as special tokens" in (tmp_path / "README.md").read_text()

@@ -1,0 +1,141 @@
+"""Logits of a checkpoint on fixed ids: by transformers, and by our model over tensor and pipeline ranks.
+
+Both under plain causal attention and under the Multiverse mask of a sample with nested blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.conversion.names import Entry
+from megatron_multiverse.conversion.ranks import pipeline_logits, set_parallel_sizes
+from megatron_multiverse.conversion.tensors import slices
+from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.structure.layout import layout, pack_layouts
+from megatron_multiverse.structure.tree import BlockSpan, Document, PathSpan
+
+Mask = Literal["causal", "multiverse"]
+MASKS: tuple[Mask, ...] = ("causal", "multiverse")
+Logits = dict[Mask, Tensor]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One batch of a sample with nested blocks, and one of packed samples; int64 [2, s]."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    r: Tensor
+
+
+def fixed_inputs(ids: Sequence[int], *, seed: int = 0) -> Inputs:
+    """The same random tokens out of `ids` on every machine, laid out as Multiverse samples.
+
+    The layout does not ask what a token is, so a vocabulary without tags can be tested too.
+    """
+    inner = BlockSpan(12, goal_end=15, paths=[PathSpan(15, 18, 15), PathSpan(18, 23, 18)], forced_end=24, end=26)
+    paths = [PathSpan(8, 28, 9, blocks=[inner]), PathSpan(28, 33, 29), PathSpan(33, 42, 34)]
+    outer = BlockSpan(3, goal_end=8, paths=paths, forced_end=43, end=45)
+    nested = layout(Document(48, prompt_length=2, blocks=[outer]))
+    flat = layout(Document(20, blocks=[BlockSpan(1, 4, [PathSpan(4, 9, 5), PathSpan(9, 14, 10)], 15, 17)]))
+    rows = [nested, pack_layouts([flat, layout(Document(28))])]
+    choice = torch.randint(0, len(ids), (2, 48), generator=torch.Generator().manual_seed(seed))
+    return Inputs(
+        input_ids=torch.tensor(list(ids))[choice],
+        position_ids=torch.stack([torch.from_numpy(row.position_ids).long() for row in rows]),
+        r=torch.stack([torch.from_numpy(row.r).long() for row in rows]),
+    )
+
+
+@torch.no_grad()
+def transformers_logits(folder: str | Path, inputs: Inputs) -> Logits:
+    """float32 logits [2, s, rows] by transformers' own model, loaded from a Hugging Face folder."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_multiverse.conversion.hf_attention import register_attention
+
+    register_attention()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    causal = model(inputs.input_ids, use_cache=False).logits
+    model.set_attn_implementation("multiverse")
+    structured = model(inputs.input_ids, position_ids=inputs.position_ids, r=inputs.r, use_cache=False).logits
+    return {"causal": causal, "multiverse": structured}
+
+
+@torch.no_grad()
+def rank_logits(build: Callable[..., Any], arguments: tuple[Any, ...], tp: int, pp: int, inputs: Inputs) -> Logits:
+    """Logits by our model over the ranks of this process group; all ranks call this.
+
+    Args:
+        build: a top-level function that returns this rank's part of the model, called with `arguments`.
+        arguments: its arguments.
+        tp: tensor-parallel size.
+        pp: pipeline-parallel size.
+        inputs: the batch.
+
+    Returns:
+        Logits [2, s, vocab] on the ranks of the last stage, nothing on the others.
+    """
+    from megatron_multiverse.model.attention import LayoutParams
+
+    set_parallel_sizes(tp, pp)
+    model = build(*arguments)
+    order = torch.arange(inputs.input_ids.shape[1]).expand_as(inputs.input_ids)
+    passes: dict[Mask, tuple[Tensor, LayoutParams]] = {
+        "causal": (order, LayoutParams.causal(inputs.input_ids)),
+        "multiverse": (inputs.position_ids, LayoutParams(r=inputs.r)),
+    }
+    found = {
+        mask: pipeline_logits(model, inputs.input_ids, positions, params)
+        for mask, (positions, params) in passes.items()
+    }
+    return {mask: logits for mask, logits in found.items() if logits is not None}
+
+
+@torch.no_grad()
+def rank_model(config: ModelConfig, plan: Iterable[Entry], read: Callable[[Entry], Tensor]) -> Any:
+    """This rank's part of a model in float32, its weights read and cut one tensor at a time.
+
+    Args:
+        config: shape of the model.
+        plan: entries of the name table.
+        read: gives the whole megatron-core tensor of an entry.
+
+    Raises:
+        CheckpointError: the table does not give every parameter of the model exactly once.
+    """
+    from megatron_multiverse.model.gpt import build_gpt_model  # first: imports megatron-core quietly
+
+    # isort: split
+    from megatron.core import parallel_state
+
+    from megatron_multiverse.model.weights import weight_state
+
+    model = build_gpt_model(config, initialize=False).eval()
+    missing = weight_state(model)
+    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    first_layer = parallel_state.get_pipeline_model_parallel_rank() * config.num_layers // stages
+    for entry in plan:
+        targets = [missing.pop(name, None) for name in _local_names(entry, first_layer, config)]
+        for target in (t for t in targets if t is not None):
+            target.copy_(slices(entry.rule, read(entry), tp)[rank])
+    if missing:
+        raise CheckpointError(f"no tensor for {len(missing)} parameters of the model, e.g. {min(missing)}")
+    return model
+
+
+def _local_names(entry: Entry, first_layer: int, config: ModelConfig) -> list[str]:
+    """Names that a tensor may have on a rank: layers count from the stage's first, tied embeddings may come twice."""
+    if entry.layer is not None:
+        return [entry.mcore.replace(f".{entry.layer}.", f".{entry.layer - first_layer}.", 1)]
+    if entry.rule == "vocab" and config.share_embeddings_and_output_weights:
+        return [entry.mcore, "output_layer.weight"]
+    return [entry.mcore]
