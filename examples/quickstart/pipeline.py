@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,14 +30,7 @@ def run_pipeline(folder: Path, *, train_iters: int) -> dict[str, Any]:
         Figures for the report.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    for split, rows in (("train", 20_000), ("held_out", 300)):
-        lines = folder / f"rows/{split}.jsonl"
-        options = f"--num-rows {rows} --split {split} --max-depth 1 --max-expressions 2 --seed 11"
-        tool("examples/quickstart/generate_data.py", f"--output {lines} {options}")
-        tokenizer = f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {HERE / 'model'}"
-        prefix = folder / f"data/{split}"
-        tool("tools/preprocess_data.py", f"--input {lines} --output-prefix {prefix} {tokenizer} --append-eod")
-
+    prepare(folder, train_rows=20_000, held_out_rows=300)
     straight, stopped = folder / "run", folder / "interrupted"
     train(folder, straight, RESUME_CHECK_STEPS)
     train(folder, stopped, INTERRUPTED_AT)
@@ -46,7 +40,7 @@ def run_pipeline(folder: Path, *, train_iters: int) -> dict[str, Any]:
 
     train(folder, straight, train_iters)
     curve = losses(straight)
-    tool("tools/plot_loss.py", f"--runs {straight} --output {folder / 'loss.png'}")
+    tool("tools/plot_loss.py", "--runs", straight, "--output", folder / "loss.png")
     first, last = curve[min(curve)], curve[max(curve)]
     return {
         "train_iters": train_iters,
@@ -57,24 +51,36 @@ def run_pipeline(folder: Path, *, train_iters: int) -> dict[str, Any]:
     }
 
 
+def prepare(folder: Path, *, train_rows: int, held_out_rows: int) -> None:
+    """Write the rows of both splits and preprocess them."""
+    for split, rows in (("train", train_rows), ("held_out", held_out_rows)):
+        lines = folder / f"rows/{split}.jsonl"
+        sizes = ("--num-rows", rows, "--max-depth", 1, "--max-expressions", 2)
+        tool("examples/quickstart/generate_data.py", "--output", lines, "--split", split, *sizes, "--seed", 11)
+        tokenizer = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", HERE / "model")
+        output = ("--output-prefix", folder / f"data/{split}")
+        tool("tools/preprocess_data.py", "--input", lines, *output, *tokenizer, "--append-eod")
+
+
 def train(folder: Path, run: Path, train_iters: int) -> None:
     """Train until `train_iters`, going on from the newest checkpoint in `run`."""
-    data = f"--data.data_prefixes=[{folder / 'data/train'}] --data.valid_prefixes=[{folder / 'data/held_out'}]"
-    options = f"--checkpoint.save {run} --train_iters {train_iters} --data.tokenizer_model {HERE / 'model'}"
-    tool("pretrain_scripts/sft_multiverse.py", f"--config {HERE / 'tiny_cpu.yaml'} {data} {options}")
+    splits = (("data_prefixes", "train"), ("valid_prefixes", "held_out"))
+    data = [f"--data.{name}={json.dumps([str(folder / 'data' / split)])}" for name, split in splits]
+    options = ("--checkpoint.save", run, "--train_iters", train_iters, "--data.tokenizer_model", HERE / "model")
+    tool("pretrain_scripts/sft_multiverse.py", "--config", HERE / "tiny_cpu.yaml", *data, *options)
 
 
-def tool(script: str, arguments: str) -> None:
-    """Run one of the repository's scripts; its output goes to ours.
+def tool(script: str, *arguments: str | Path | int) -> None:
+    """Run one of the repository's scripts, one word per argument; its output goes to ours.
 
     Raises:
         RuntimeError: the script failed.
     """
-    shown = f"{script} {arguments}".replace(f"{ROOT}/", "")
-    print(f"\n$ python {shown}", flush=True)
+    words = [str(argument) for argument in arguments]
+    print(f"\n$ python {shlex.join([script, *words])}".replace(f"{ROOT}/", ""), flush=True)
     # One thread: with matrices this small a second one gains little, and loses much where the cores are busy.
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / script), *arguments.split(" ")]
+    command = [sys.executable, str(ROOT / script), *words]
     finished = subprocess.run(command, check=False, cwd=ROOT, env=one_thread)
     if finished.returncode:
         raise RuntimeError(f"{script} ended with exit code {finished.returncode}; its message stands above")

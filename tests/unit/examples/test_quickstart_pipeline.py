@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,8 +18,19 @@ import pipeline  # noqa: E402
 
 def test_a_failing_tool_stops_the_pipeline(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match=r"preprocess_data\.py ended with exit code"):
-        pipeline.tool("tools/preprocess_data.py", "--input none.jsonl")
+        pipeline.tool("tools/preprocess_data.py", "--input", "none.jsonl")
     assert "$ python tools/preprocess_data.py --input none.jsonl" in capfd.readouterr().out
+
+
+def test_folders_with_blanks_go_through_every_stage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "my runs, [1]"
+    pipeline.prepare(folder, train_rows=30, held_out_rows=5)
+    pipeline.train(folder, folder / "run 1", 11)
+    assert sorted(pipeline.losses(folder / "run 1")) == [10, 11]
+    assert (folder / "run 1" / "model" / "model.safetensors").is_file()
+    echoed = [line[2:] for line in capfd.readouterr().out.splitlines() if line.startswith("$ ")]
+    assert len(echoed) == 5
+    assert any(word == str(folder / "data/train") for word in shlex.split(echoed[1]))  # can be pasted into a shell
 
 
 def test_losses_are_read_from_training_lines_only(tmp_path: Path) -> None:
