@@ -117,11 +117,27 @@ def load_state(state: TrainState, folder: Path) -> None:
         for name in ("exp_avg", "exp_avg_sq"):
             values[name] = loaded["optimizer"][f"{number}.{name}"].to(parameter.device)
         values["step"] = torch.tensor(loaded["optimizer_step"], dtype=torch.float32, device=parameter.device)
+    _warn_of_another_schedule(state.scheduler, loaded["opt_param_scheduler"])
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     state.loader.load_state_dict(loaded["data_loader"])
     set_rng_state(loaded["rng_state"])
     state.step = loaded["iteration"]
     state.consumed_samples = loaded["consumed_samples"]
+
+
+def _warn_of_another_schedule(scheduler: OptimizerParamScheduler, saved: dict[str, Any]) -> None:
+    """The run follows its config from here on, but it is not the run that the config alone would have made."""
+    names = ["max_lr", "lr_warmup_steps", "lr_decay_style"]
+    if scheduler.lr_decay_style != "constant":
+        names += ["min_lr", "lr_decay_steps"]
+    differing = [name for name in names if saved[name] != getattr(scheduler, name)]
+    if differing:
+        what = ", ".join(f"{name}: was {saved[name]}, now {getattr(scheduler, name)}" for name in differing)
+        logger.warning(
+            "the learning rate schedule differs from that of the steps done so far (%s); set optim.lr_decay_iters "
+            "where a longer run must equal one that was never interrupted",
+            what,
+        )
 
 
 @contextlib.contextmanager

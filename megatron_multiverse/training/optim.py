@@ -33,23 +33,24 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, train_iters: int) -> OptimizerParamScheduler:
-    """megatron-core's schedule over `train_iters` steps; `step(1)` comes before each update."""
+    """megatron-core's schedule over `lr_decay_iters` (or `train_iters`) steps; `step(1)` comes before each update."""
+    decay_iters = config.lr_decay_iters or train_iters
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.lr_warmup_iters,
-        lr_decay_steps=train_iters,
+        lr_decay_steps=decay_iters,
         lr_decay_style="WSD" if config.lr_decay_style == "wsd" else config.lr_decay_style,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
-        wd_incr_steps=train_iters,
+        wd_incr_steps=decay_iters,
         wd_incr_style="constant",
         # a resumed run follows its config; only the step count comes from the checkpoint
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
-        wsd_decay_steps=config.lr_wsd_decay_iters or max(1, train_iters // 10),
+        wsd_decay_steps=config.lr_wsd_decay_iters or max(1, decay_iters // 10),
         lr_wsd_decay_style="linear",
     )
 

@@ -17,19 +17,20 @@ PACKAGE = ROOT / "megatron_multiverse"
 ALLOWED = {
     "errors": set(),
     "cli": set(),
-    "config": {"errors", "config_io"},
+    "config": {"errors", "config_io", "config_model"},
+    "config_model": {"errors", "config_io"},
     "files": set(),
     "config_io": {"errors"},
     "structure": {"errors"},
     "kernels": set(),
     "data": {"errors", "config", "files", "structure", "cli"},
     "model": {"errors", "config", "files", "structure", "kernels"},
-    "conversion": {"errors", "config", "structure", "data", "model"},
+    "conversion": {"errors", "config", "config_io", "files", "structure", "data", "model"},
     "training": {"errors", "config", "files", "structure", "data", "model"},
-    "inference": {"errors", "config", "structure", "kernels", "data", "model"},
-    "evaluation": {"errors", "config", "structure", "data", "model", "inference"},
+    "inference": {"errors", "config", "files", "structure", "kernels", "data", "model"},
+    "evaluation": {"errors", "config", "files", "structure", "data", "model", "inference"},
 }
-NO_TORCH = {"errors", "config", "config_io", "files", "structure"}
+NO_TORCH = {"errors", "config", "config_io", "config_model", "files", "structure"}
 
 
 def imported_modules(path: Path) -> set[str]:

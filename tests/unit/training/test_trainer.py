@@ -25,6 +25,28 @@ def records(folder: Path, kind: str) -> list[dict]:
     return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
+@pytest.mark.parametrize(
+    ("style", "decay_iters"), [("constant", 0), ("wsd", 6), ("cosine", 6), ("cosine", 9), ("cosine", 4), ("cosine", 0)]
+)
+def test_a_run_made_longer_is_bit_equal_to_one_planned_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, style: str, decay_iters: int
+) -> None:
+    """With a fixed end of the decay; a decay that ends with the run has another slope, which is told."""
+    schedule = {"optim.lr_decay_style": style, "optim.lr_decay_iters": decay_iters, "optim.min_lr": 1e-4}
+    schedule["optim.lr_wsd_decay_iters"] = 3
+    train(config(tmp_path / "a", **schedule), SyntheticLoader())
+    train(config(tmp_path / "b", train_iters=3, **schedule), SyntheticLoader())
+    assert "learning rate schedule differs" not in caplog.text
+    train(config(tmp_path / "b", **schedule), SyntheticLoader())
+    is_equal = (style, decay_iters) != ("cosine", 0)
+    assert ("learning rate schedule differs" in caplog.text) is not is_equal
+    rows = [[(r["lr"], r["loss"]) for r in records(tmp_path / run, "train")] for run in "ab"]
+    files = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in "ab"]
+    assert (rows[0] == rows[1]) is (files[0] == files[1]) is is_equal
+    if decay_iters == 4:
+        assert [lr for lr, _ in rows[0][4:]] == [1e-4, 1e-4]
+
+
 class SignallingLoader(SyntheticLoader):
     """Sends this process a signal when a microbatch is asked for."""
 
