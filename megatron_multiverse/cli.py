@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import keyword
 import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -37,8 +38,10 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
 def _underscored(argument: str) -> str:
     if not argument.startswith("--"):
         return argument
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+    flag, equals, value = argument.partition("=")
+    name = flag[2:].replace("-", "_")
+    # A field cannot have the name of a Python keyword: --from is the field from_.
+    return "--" + name + "_" * keyword.iskeyword(name) + equals + value
 
 
 def _with_values(cls: type[Any], args: list[str]) -> list[str]:

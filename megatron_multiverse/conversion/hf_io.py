@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,28 +135,31 @@ class HFReader:
 
 
 def write_safetensors(
-    file: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
+    file: Path, places: Mapping[str, tuple[torch.dtype, Shape]], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
     """Write one safetensors file as a stream.
 
     Args:
         file: where to.
-        shapes: the tensors of the file in order.
-        dtype: dtype of all of them.
-        tensors: the same names in the same order with their values.
+        places: dtype and shape of the file's tensors, in order.
+        tensors: the same names in the same order with their values, in any dtype.
+
+    Raises:
+        CheckpointError: other tensors come than announced.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
+    for name, (dtype, shape) in places.items():
         begin, end = end, end + byte_size(dtype, shape)
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    expected: Iterator[tuple[str, Shape]] = iter(shapes.items())
+    expected = iter(places.items())
     with open(file, "wb", buffering=0) as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors:
-            if (name, tuple(tensor.shape)) != next(expected, None):
+            wanted, (dtype, shape) = next(expected, ("", (tensor.dtype, ())))
+            if (name, tuple(tensor.shape)) != (wanted, shape):
                 raise CheckpointError(f"{file}: {name} {list(tensor.shape)} is not the tensor that belongs here")
             write_all(stream, as_bytes(tensor.to(dtype)))
     if (left := next(expected, None)) is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
 
 from torch import Tensor
 
@@ -13,14 +12,6 @@ from megatron_multiverse.conversion.hf_io import HFReader
 from megatron_multiverse.conversion.names import Entry, Family, entries
 from megatron_multiverse.conversion.tensors import merge, split
 from megatron_multiverse.errors import CheckpointError
-
-
-class Reader(Protocol):
-    """Reads whole megatron-core tensors, whatever the layout on disk."""
-
-    def read(self, entry: Entry) -> Tensor:
-        """The tensor of one entry."""
-        ...
 
 
 def check_hf_tensors(reader: HFReader, wanted: Iterable[Entry]) -> None:

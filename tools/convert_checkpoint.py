@@ -1,0 +1,30 @@
+"""Hugging Face <-> megatron-core, on a CPU, one tensor at a time. See --help and docs/checkpoints.md.
+
+Example:
+    python tools/convert_checkpoint.py --from hf --to mcore --load Qwen2.5-32B-Instruct --save qwen2.5-32b \\
+        --tensor-model-parallel-size 8 --pipeline-model-parallel-size 2 --add-control-tokens
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from megatron_multiverse.cli import parse_options
+from megatron_multiverse.conversion.convert import ConvertConfig, convert
+from megatron_multiverse.errors import MultiverseError
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        result = convert(parse_options(ConvertConfig))
+    except MultiverseError as error:
+        sys.exit(f"error: {error}")
+    rate = result.num_bytes / max(result.seconds, 1e-9) / 1e9
+    done = f"{result.units} units" + (f", {result.resumed_units} of an earlier run" if result.resumed_units else "")
+    print(f"wrote {result.folder}: {result.num_bytes / 1e9:.2f} GB, {done}, {result.seconds:.1f} s ({rate:.2f} GB/s)")
+
+
+if __name__ == "__main__":
+    main()
