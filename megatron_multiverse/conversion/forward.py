@@ -5,7 +5,7 @@ Both under plain causal attention and under the Multiverse mask of a sample with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_multiverse.config import ModelConfig
-from megatron_multiverse.conversion.names import Entry
+from megatron_multiverse.conversion.endpoints import Source
+from megatron_multiverse.conversion.load import model_from_source
 from megatron_multiverse.conversion.ranks import pipeline_logits, set_parallel_sizes
-from megatron_multiverse.conversion.tensors import slices
-from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.structure.layout import layout, pack_layouts
 from megatron_multiverse.structure.tree import BlockSpan, Document, PathSpan
 
@@ -70,12 +68,11 @@ def transformers_logits(folder: str | Path, inputs: Inputs) -> Logits:
 
 
 @torch.no_grad()
-def rank_logits(build: Callable[..., Any], arguments: tuple[Any, ...], tp: int, pp: int, inputs: Inputs) -> Logits:
+def rank_logits(open_source: Callable[[], Source], tp: int, pp: int, inputs: Inputs) -> Logits:
     """Logits by our model over the ranks of this process group; all ranks call this.
 
     Args:
-        build: a top-level function that returns this rank's part of the model, called with `arguments`.
-        arguments: its arguments.
+        open_source: opens the checkpoint.
         tp: tensor-parallel size.
         pp: pipeline-parallel size.
         inputs: the batch.
@@ -86,7 +83,7 @@ def rank_logits(build: Callable[..., Any], arguments: tuple[Any, ...], tp: int, 
     from megatron_multiverse.model.attention import LayoutParams
 
     set_parallel_sizes(tp, pp)
-    model = build(*arguments)
+    model = model_from_source(open_source()).eval()
     order = torch.arange(inputs.input_ids.shape[1]).expand_as(inputs.input_ids)
     passes: dict[Mask, tuple[Tensor, LayoutParams]] = {
         "causal": (order, LayoutParams.causal(inputs.input_ids)),
@@ -97,45 +94,3 @@ def rank_logits(build: Callable[..., Any], arguments: tuple[Any, ...], tp: int, 
         for mask, (positions, params) in passes.items()
     }
     return {mask: logits for mask, logits in found.items() if logits is not None}
-
-
-@torch.no_grad()
-def rank_model(config: ModelConfig, plan: Iterable[Entry], read: Callable[[Entry], Tensor]) -> Any:
-    """This rank's part of a model in float32, its weights read and cut one tensor at a time.
-
-    Args:
-        config: shape of the model.
-        plan: entries of the name table.
-        read: gives the whole megatron-core tensor of an entry.
-
-    Raises:
-        CheckpointError: the table does not give every parameter of the model exactly once.
-    """
-    from megatron_multiverse.model.gpt import build_gpt_model  # first: imports megatron-core quietly
-
-    # isort: split
-    from megatron.core import parallel_state
-
-    from megatron_multiverse.model.weights import weight_state
-
-    model = build_gpt_model(config, initialize=False).eval()
-    missing = weight_state(model)
-    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    first_layer = parallel_state.get_pipeline_model_parallel_rank() * config.num_layers // stages
-    for entry in plan:
-        targets = [missing.pop(name, None) for name in _local_names(entry, first_layer, config)]
-        for target in (t for t in targets if t is not None):
-            target.copy_(slices(entry.rule, read(entry), tp)[rank])
-    if missing:
-        raise CheckpointError(f"no tensor for {len(missing)} parameters of the model, e.g. {min(missing)}")
-    return model
-
-
-def _local_names(entry: Entry, first_layer: int, config: ModelConfig) -> list[str]:
-    """Names that a tensor may have on a rank: layers count from the stage's first, tied embeddings may come twice."""
-    if entry.layer is not None:
-        return [entry.mcore.replace(f".{entry.layer}.", f".{entry.layer - first_layer}.", 1)]
-    if entry.rule == "vocab" and config.share_embeddings_and_output_weights:
-        return [entry.mcore, "output_layer.weight"]
-    return [entry.mcore]

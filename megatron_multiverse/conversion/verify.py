@@ -7,6 +7,7 @@ Multiverse mask, for every way of cutting our model over tensor and pipeline ran
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,18 +18,17 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.conversion.control_tokens import ControlTokenSource
-from megatron_multiverse.conversion.endpoints import DTypeName, Source, pad_rows, target_dtype
+from megatron_multiverse.conversion.endpoints import DTypeName, Source, target_dtype
 from megatron_multiverse.conversion.forward import (
     MASKS,
     Inputs,
     Logits,
     fixed_inputs,
     rank_logits,
-    rank_model,
     transformers_logits,
 )
 from megatron_multiverse.conversion.hf_endpoint import HFSource
-from megatron_multiverse.conversion.names import Entry, entries
+from megatron_multiverse.conversion.load import open_checkpoint
 from megatron_multiverse.conversion.ranks import run_ranks
 from megatron_multiverse.conversion.tensors import check_divisible, split
 from megatron_multiverse.errors import CheckpointError, ConfigError
@@ -80,7 +80,9 @@ def verify(options: VerifyOptions) -> Result:
     """
     start = time.perf_counter()
     sizes = [parse_layout(text) for text in options.layouts]
-    first, second = (open_checkpoint(path, options.trust_pickle) for path in (options.first, options.second))
+    first, second = (
+        open_checkpoint(path, trust_pickle=options.trust_pickle) for path in (options.first, options.second)
+    )
     plan = ControlTokenSource(first).plan if options.add_control_tokens else None
     expected: Source = ControlTokenSource(first) if options.add_control_tokens else first
     config = compare_configs(expected, second)
@@ -99,11 +101,6 @@ def verify(options: VerifyOptions) -> Result:
         "logits": logits,
         "seconds": round(time.perf_counter() - start, 2),
     }
-
-
-def open_checkpoint(folder: Path, trust_pickle: bool = False) -> Source:
-    """A checkpoint of any supported layout as a source of tensors."""
-    return HFSource(folder)
 
 
 def parse_layout(text: str) -> tuple[int, int]:
@@ -215,22 +212,12 @@ def layout_logits(jobs: Sequence[Job]) -> list[Logits]:
 
 def _run_jobs(jobs: Sequence[Job]) -> list[Logits]:
     """On each rank; the last one is on the last stage and has all logits."""
-    found = [rank_logits(_open_rank_model, (job,), job.tp, job.pp, job.inputs) for job in jobs]
+    found = []
+    for job in jobs:
+        opener = functools.partial(open_checkpoint, job.folder, trust_pickle=job.trust_pickle)
+        found.append(rank_logits(opener, job.tp, job.pp, job.inputs))
     last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
     return found if last else []
-
-
-def _open_rank_model(job: Job) -> Any:
-    source = open_checkpoint(job.folder, job.trust_pickle)
-    plan = {entry.mcore: entry for entry in source.entries()}
-    rows = _padded(source, job.tp)
-    padded = dataclasses.replace(source.config, vocab_size=rows)
-
-    def read(entry: Entry) -> Tensor:
-        original = plan[entry.mcore]
-        return pad_rows(original, source.read(original), rows)
-
-    return rank_model(padded, entries(source.family, padded), read)
 
 
 def _padded(source: Source, tp: int) -> int:
