@@ -16,7 +16,7 @@ from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.evaluation.view import stretches
 from megatron_multiverse.inference import CounterSampler, Engine, Request, Result
 from megatron_multiverse.inference.branch import Branch
-from megatron_multiverse.inference.request import TokenCallback
+from megatron_multiverse.inference.request_state import TokenCallback
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.weights import load_model
 from megatron_multiverse.structure import layout, parse

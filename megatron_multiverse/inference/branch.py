@@ -1,8 +1,7 @@
-"""A branch: one running sequence of a request, with its text, its grammar and its budget.
+"""A branch: one running sequence of a request, with its text, its grammar and its place in the cache.
 
-Budgets are split when a block forks, so what a branch may write never depends on how fast its siblings run:
-`token_cap` bounds the tokens of the branch and everything it forks, `position_cap` the position behind its last
-token (the longest chain). What closes the structure is reserved from the start; see `fits`.
+What a token does to it is in `commit.py`, how it splits and comes together in `fork_join.py`, what it may still write
+in `budget.py`.
 """
 
 from __future__ import annotations
@@ -13,19 +12,14 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from megatron_multiverse.inference.budget import Budget
 from megatron_multiverse.inference.result import BlockResult, BranchFinish, BranchResult, TimelineSpan
 from megatron_multiverse.inference.sampler import branch_key
 from megatron_multiverse.inference.tree import Node
-from megatron_multiverse.structure import Event, StructureMachine, Tag
+from megatron_multiverse.structure import Event, StructureMachine
 
 if TYPE_CHECKING:
-    from megatron_multiverse.inference.request import RequestState
-
-MAX_GROWTH = 3
-"""A tag can add at most this many ids to what must be closed: a newline, its closer, the newline before the next."""
-
-MOST_CLOSERS = 32
-"""No branch ever has that much to close (its machine holds one block at most), so no exact count is needed."""
+    from megatron_multiverse.inference.request_state import RequestState
 
 
 class Status(Enum):
@@ -64,8 +58,7 @@ class Branch:
     machine: StructureMachine
     next_position: int
     """Position of the next token to be written."""
-    token_cap: int
-    position_cap: int
+    budget: Budget
     parent: Branch | None = None
     path: tuple[tuple[int, int], ...] = ()
     """(block in its parent, path in the block) from the root down; the key of its noise."""
@@ -110,27 +103,6 @@ class Branch:
         self.request.announce(self, ids)
         return event
 
-    def room(self) -> int:
-        """Tokens that still fit, what closes the branch included."""
-        return min(self.token_cap - self.total, self.position_cap - self.next_position)
-
-    def fits(self, token: int) -> bool:
-        """Whether `token` and whatever then closes the branch stay within the budget."""
-        room = self.room()
-        if room > MOST_CLOSERS:
-            return True
-        closing = self.machine.closing_ids()
-        vocab = self.machine.vocab
-        tag = vocab.tag_of.get(token)
-        if tag in (Tag.PARALLEL, Tag.GOAL, Tag.OUTLINE, Tag.THINK, Tag.END_GOAL):
-            growth = MAX_GROWTH
-        elif closing and closing[0] == token:
-            growth = -1
-        else:
-            # Behind a newline the first closer needs none; behind anything else it does.
-            growth = int(bool(closing) and closing[0] != vocab.newline_id and token != vocab.newline_id)
-        return 1 + len(closing) + growth <= room
-
     def close(self, finish: BranchFinish) -> None:
         """Write what closes everything open and end the branch."""
         closing = self.machine.closing_ids()
@@ -145,64 +117,10 @@ class Branch:
         self.status = Status.CLOSING
         self.end_span()
 
-    def exhausted(self) -> bool:
-        """Whether nothing fits any more but what closes the branch."""
-        room = self.room()
-        return room <= MOST_CLOSERS and room <= len(self.machine.closing_ids())
-
-    # -- blocks ------------------------------------------------------------------------------------------------
-
     @property
     def open_block(self) -> Block | None:
         """The block whose paths wait or run."""
         return self.blocks[-1] if self.blocks and not self.blocks[-1].joined else None
-
-    def fork(self) -> bool:
-        """Create the branches of the block just announced, or refuse because their forced tokens do not fit."""
-        vocab = self.machine.vocab
-        outlines = self.machine.outlines
-        prefixes = [vocab.path_prefix(outline.label_ids) for outline in outlines]
-        # Each path needs at least its prefix and a newline with </Path>.
-        needs = [len(prefix) + 2 for prefix in prefixes]
-        tail = len(self.machine.closing_ids())
-        spare = self.token_cap - self.total - tail - sum(needs)
-        position_cap = self.position_cap - tail
-        if spare < 0 or self.next_position + max(needs) > position_cap:
-            return False
-        # Equal shares; what a path leaves over comes back at the join, for the text behind the block.
-        share = spare // len(outlines)
-        ordinal = len(self.blocks)
-        self.request.num_blocks += 1
-        block = Block(self.request.num_blocks, len(self.ids), [])
-        for k, outline in enumerate(outlines):
-            kid = Branch(
-                request=self.request,
-                machine=self.machine.fork(k),
-                next_position=self.next_position,
-                token_cap=needs[k] + share,
-                position_cap=position_cap,
-                parent=self,
-                path=(*self.path, (ordinal, k)),
-                name=f"{self.name}.{k + 1}" if self.name else str(k + 1),
-                outline=outline.label,
-                block=block.number,
-            )
-            block.kids.append(kid)
-        self.blocks.append(block)
-        for kid, prefix in zip(block.kids, prefixes, strict=True):
-            kid.write(prefix)
-        self.status = Status.FORKED
-        self.end_span()
-        return True
-
-    def join(self) -> None:
-        """All paths of the open block ended: count them in; the conclusion comes next."""
-        block = self.open_block
-        assert block is not None
-        block.joined = True
-        self.total += sum(kid.total for kid in block.kids)
-        self.next_position = max(kid.next_position for kid in block.kids)
-        self.machine.join()
 
     # -- reading -----------------------------------------------------------------------------------------------
 

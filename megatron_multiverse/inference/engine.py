@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from megatron_multiverse.errors import GenerationError
-from megatron_multiverse.inference.branch import Branch, Status
+from megatron_multiverse.inference.branch import Branch
+from megatron_multiverse.inference.commit import commit
 from megatron_multiverse.inference.context import Row
-from megatron_multiverse.inference.request import RequestState, TokenCallback
-from megatron_multiverse.inference.result import FinishReason, Request, Result
+from megatron_multiverse.inference.preemption import recover, relieve
+from megatron_multiverse.inference.request import Request
+from megatron_multiverse.inference.request_state import RequestState, TokenCallback
+from megatron_multiverse.inference.result import Result
 from megatron_multiverse.inference.runner import Runner
 from megatron_multiverse.inference.sampler import CounterSampler, Sampler
 from megatron_multiverse.inference.scheduler import Scheduler
-from megatron_multiverse.structure import Event, StructureMachine, StructureVocab
+from megatron_multiverse.structure import StructureMachine, StructureVocab
 
 
 class Engine:
@@ -74,12 +77,14 @@ class Engine:
             self.pool,
             max_rows=max_rows,
             max_step_tokens=max_step_tokens,
-            on_start=self._on_start,
             prefix_pages=prefix_pages,
         )
         self.num_steps = 0
         self._next_id = 0
         self._cancelled: set[int] = set()
+        self._finished: list[Result] = []
+        self._stepping = False
+        self._num_embeddings = vocab_size or getattr(model, "vocab_size", None)
 
     # -- requests ----------------------------------------------------------------------------------------------
 
@@ -102,6 +107,15 @@ class Engine:
                 f"prompt ({prompt} tokens) leaves no room in the {self.max_position} positions of the model; "
                 "shorten the prompt"
             )
+        # On a GPU an id outside of the embedding is not an exception but the end of the process.
+        limit = self._num_embeddings
+        for index, token in enumerate(request.prompt_ids):
+            if token < 0 or (limit is not None and token >= limit):
+                allowed = f"0 to {limit - 1}" if limit is not None else "0 and up"
+                raise GenerationError(
+                    f"prompt token {index} is {token}, the ids of the vocabulary are {allowed}; "
+                    "use the tokenizer of the model"
+                )
 
     def add_request(self, request: Request, *, on_token: TokenCallback | None = None) -> int:
         """Queue a request; returns its id.
@@ -110,9 +124,8 @@ class Engine:
             GenerationError: see `check`.
         """
         self.check(request)
-        state = RequestState(self._next_id, request, self.max_position, on_token)
+        state = RequestState(self._next_id, request, self.max_position, self._machine, on_token)
         self._next_id += 1
-        state.start(self._machine())
         self.scheduler.waiting.append(state)
         return state.request_id
 
@@ -122,11 +135,13 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do."""
-        return bool(self.scheduler.active or self.scheduler.waiting)
+        """Whether `step` has anything to do or to hand out."""
+        return bool(self.scheduler.active or self.scheduler.waiting or self._finished)
 
     def generate(self, requests: Sequence[Request], *, on_token: TokenCallback | None = None) -> list[Result]:
         """Serve requests to the end; results in their order.
+
+        Requests added by others are served along; their results wait for the next `step`.
 
         Args:
             requests: any number; those that do not fit at once wait.
@@ -134,32 +149,65 @@ class Engine:
 
         Raises:
             GenerationError: a request can never be served (see `check`); none is started then.
+            Exception: what the model raised (see `step`); the requests are taken back.
         """
         for request in requests:
             self.check(request)
-        first = self._next_id
+        index: dict[int, int] = {}
 
         def renumber(request_id: int, branch: str, ids: list[int]) -> None:
             assert on_token is not None
-            on_token(request_id - first, branch, ids)
+            on_token(index[request_id], branch, ids)
 
         for request in requests:
-            self.add_request(request, on_token=None if on_token is None else renumber)
-        results: dict[int, Result] = {}
-        while len(results) < len(requests):
-            for result in self.step():
-                if result.request_id >= first:
-                    results[result.request_id] = result
-        return [results[first + k] for k in range(len(requests))]
+            index[self.add_request(request, on_token=None if on_token is None else renumber)] = len(index)
+        own: dict[int, Result] = {}
+        foreign: list[Result] = []
+        try:
+            while len(own) < len(index):
+                for result in self.step():
+                    if result.request_id in index:
+                        own[index[result.request_id]] = result
+                    else:
+                        foreign.append(result)
+        except BaseException:
+            for state in self._states():
+                if state.request_id in index:
+                    self.scheduler.remove(state)
+            self._finished = [result for result in self._finished if result.request_id not in index]
+            raise
+        finally:
+            self._finished = foreign + self._finished
+        return [own[k] for k in range(len(own))]
 
     # -- one step ----------------------------------------------------------------------------------------------
 
     def step(self) -> list[Result]:
-        """Advance every branch that can run by one token; returns the requests that finished."""
-        done = self._drop_cancelled()
-        rows = self._plan(done)
+        """Advance every branch that can run by one token; returns the requests that finished.
+
+        Raises:
+            GenerationError: called from within a step (by an `on_token`).
+            Exception: what the model or the sampler raised. The engine stays whole: the active requests start again
+                in the next step and replay, and after `preemption.MAX_FAILURES` such steps end with `error`.
+        """
+        if self._stepping:
+            raise GenerationError("step was called from within a step; on_token may add and cancel requests only")
+        self._stepping = True
+        try:
+            self._step()
+        except BaseException as error:
+            self._finished += [state.result() for state in recover(self.scheduler, error)]
+            raise
+        finally:
+            self._stepping = False
+        done, self._finished = self._finished, []
+        return done
+
+    def _step(self) -> None:
+        self._drop_cancelled()
+        rows = self._plan()
         if not rows:
-            return done
+            return
         logits = self.runner.run(rows)
         self.scheduler.settle()
         self.num_steps += 1
@@ -170,10 +218,11 @@ class Engine:
             self._take(logits, branches)
         for state in self.scheduler.active:
             state.step += 1
-        done += self._collect() + self._drop_cancelled()
+            state.failures = 0
+        self._collect()
+        self._drop_cancelled()
         if self.debug:
             self.scheduler.check_integrity()
-        return done
 
     def _take(self, logits: Tensor, branches: list[Branch]) -> None:
         with torch.inference_mode():
@@ -184,105 +233,56 @@ class Engine:
             if branch.request.finish_reason is not None:
                 continue  # a sibling failed in this step
             if good:
-                self._commit(branch, token)
+                commit(branch, token)
             else:
                 branch.request.error = "the model returned logits that are not finite"
                 branch.request.close_all("error")
 
-    def _plan(self, done: list[Result]) -> list[Row]:
+    def _plan(self) -> list[Row]:
         while True:
             rows = self.scheduler.plan()
             if rows:
                 return rows
             released = self.scheduler.settle()
-            finished = self._collect()
-            done += finished
-            if released or finished:
+            if self._collect() or released:
                 continue
             if not self.scheduler.active:
                 return rows
-            if not self.scheduler.prefixes.clear():
-                self._relieve()
+            relieve(self.scheduler)
 
-    def _relieve(self) -> None:
-        """No branch can get a page: the newest request steps back, the last one ends."""
-        newest = self.scheduler.active[-1]
-        if len(self.scheduler.active) > 1:
-            self.scheduler.preempt(newest)
-            newest.start(self._machine())
-            self.scheduler.waiting.appendleft(newest)
-            return
-        newest.error = (
-            f"the cache is full: {self.pool.num_pages} pages of {self.pool.page_size} tokens do not hold all branches; "
-            "raise num_pages"
-        )
-        newest.counts["out_of_pages"] += 1
-        newest.close_all("length")
+    # -- the end of a request ----------------------------------------------------------------------------------
 
-    def _collect(self) -> list[Result]:
-        """Results of requests whose root has ended; their pages come free."""
-        results = []
+    def _collect(self) -> bool:
+        """Take out the requests whose root has ended or whose callback failed; whether there were any."""
+        any_ended = False
         for state in list(self.scheduler.active):
+            if state.callback_failed:
+                state.close_all("error")
             finish = state.root.finish
             if finish is not None:
+                any_ended = True
                 if state.finish_reason is None:
                     state.finish_reason = "length" if finish == "length" else "stop"
-                results.append(self._remove(state, state.finish_reason))
-        return results
+                self._finish(state)
+        return any_ended
 
-    def _drop_cancelled(self) -> list[Result]:
-        if not self._cancelled:
-            return []
-        results = []
-        for state in [*self.scheduler.active, *self.scheduler.waiting]:
-            if state.request_id in self._cancelled:
+    def _drop_cancelled(self) -> None:
+        cancelled, self._cancelled = self._cancelled, set()
+        for state in self._states() if cancelled else ():
+            if state.request_id in cancelled:
                 state.close_all("abort")
-                results.append(self._remove(state, "abort"))
-        self._cancelled.clear()
-        return results
+                self._finish(state)
 
-    def _remove(self, state: RequestState, reason: FinishReason) -> Result:
-        state.finish_reason = reason
+    def _finish(self, state: RequestState) -> None:
+        """Its pages come free, its result is handed out by this step."""
         self.scheduler.remove(state)
-        return state.result()
+        self._finished.append(state.result())
 
-    # -- what a token does -------------------------------------------------------------------------------------
+    def _states(self) -> list[RequestState]:
+        return [*self.scheduler.active, *self.scheduler.waiting]
 
     def _machine(self) -> StructureMachine:
         return StructureMachine(self.vocab, max_depth=self.max_depth, max_paths=self.max_paths)
-
-    def _on_start(self, branch: Branch) -> None:
-        """A branch begins or resumes: end it if its budget is spent, replay what it wrote before a preemption."""
-        if branch.exhausted():
-            branch.close("length")
-        while branch.status is Status.RUNNING:
-            token = branch.request.replay_token(branch)
-            if token is None:
-                return
-            self._commit(branch, token)
-
-    def _commit(self, branch: Branch, token: int) -> None:
-        """Take a sampled token: text, a fork, the end of a path or of the answer."""
-        params = branch.request.params
-        recorded = branch.request.history[branch.path]
-        if branch.num_sampled == len(recorded):
-            recorded.append(token)
-        branch.num_sampled += 1
-        stops = token == self.vocab.eos_id and not params.ignore_eos
-        if stops or (branch.parent is None and token in params.stop_token_ids):
-            branch.close("eos")
-        elif not branch.fits(token):
-            branch.close("length")
-        else:
-            event = branch.write([token])
-            if event is Event.FORK:
-                if not branch.fork():
-                    branch.request.counts["fork_refused"] += 1
-                    branch.close("length")
-            elif event is Event.PATH_END:
-                branch.end("path_end")
-            elif branch.exhausted():
-                branch.close("length")
 
 
 def _advances(row: Row) -> bool:

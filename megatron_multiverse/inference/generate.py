@@ -14,7 +14,8 @@ from tqdm import tqdm
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import DataError, GenerationError
 from megatron_multiverse.inference.engine import Engine
-from megatron_multiverse.inference.result import Request, Result
+from megatron_multiverse.inference.request import Request
+from megatron_multiverse.inference.result import Result
 from megatron_multiverse.model.weights import load_model
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}

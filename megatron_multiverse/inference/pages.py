@@ -58,7 +58,7 @@ class PagePool:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.copied_tokens = 0
         self._free = list(range(num_pages - 1, -1, -1))
-        self._refcount = np.zeros(num_pages, dtype=np.int32)
+        self._refcount: npt.NDArray[np.int32] = np.zeros(num_pages, dtype=np.int32)
         self._unwritten: dict[int, list[int]] = {}
         self._origin: dict[int, int] = {}
 
@@ -108,6 +108,15 @@ class PagePool:
         slots = slice(page * self.page_size, (page + 1) * self.page_size)
         self.keys[:, slots] = float("nan")
         self.values[:, slots] = float("nan")
+
+    def reset(self) -> None:
+        """All pages are free and nothing is expected, whatever the books said."""
+        self._free = list(range(self.num_pages - 1, -1, -1))
+        self._refcount[:] = 0
+        self.settle()
+        if self.debug:
+            for page in self._free:
+                self._poison(page)
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Compare the books with the page lists of all living nodes (the owner census).

@@ -67,6 +67,10 @@ class PrefixCache:
         self.pool.release(pages)
         return bool(pages)
 
+    def forget(self) -> None:
+        """Drop the books without giving pages back: the pool itself is about to be reset."""
+        self._pages.clear()
+
     def _keys(self, prompt: Sequence[int], count: int) -> list[bytes]:
         size = self.pool.page_size
         key, keys = self._salt, []

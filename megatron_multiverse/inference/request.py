@@ -1,139 +1,57 @@
-"""A request while it is served."""
+"""What goes into the engine."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from megatron_multiverse.inference.branch import Branch, Status
-from megatron_multiverse.inference.result import BlockResult, FinishReason, Request, Result, TimelineSpan
-from megatron_multiverse.structure import StructureMachine
-
-TokenCallback = Callable[[int, str, list[int]], None]
-"""Called with (request id, branch name, ids) whenever a branch writes, forced tokens included."""
+from megatron_multiverse.errors import GenerationError
 
 
-@dataclass(eq=False)
-class RequestState:
-    """See the module. `start` makes the root branch; a preempted request is started again and replays."""
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt to continue."""
 
-    request_id: int
-    params: Request
-    max_position: int
-    """Positions the model was built for."""
-    on_token: TokenCallback | None = None
-    root: Branch = field(init=False)
-    live: list[Branch] = field(default_factory=list)
-    """Branches that need rows or wait for paths: everything but WAITING and ENDED."""
-    step: int = 0
-    """Steps since the request started."""
-    num_blocks: int = 0
-    decode_steps: int = 0
-    preemptions: int = 0
-    pages_wanted: int = 0
-    """Free pages to wait for before a preempted request starts again."""
-    prompt_kept: bool = False
-    """Whether the prefix cache has been offered the prompt."""
-    counts: Counter[str] = field(default_factory=Counter)
-    timeline: list[TimelineSpan] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    error: str = ""
-    history: dict[tuple[tuple[int, int], ...], list[int]] = field(default_factory=lambda: defaultdict(list))
-    """Every sampled token by branch: what a preempted request replays instead of sampling again."""
-    _announced: Counter[tuple[tuple[int, int], ...]] = field(default_factory=Counter)
+    prompt_ids: Sequence[int]
+    """Token ids; tags among them are inert."""
+    max_tokens: int = 512
+    """Most tokens of the answer, forced ones and all branches included. A fork splits what is left evenly among its
+    paths, so that no path depends on how fast its siblings run; what they do not use comes back at the join."""
+    max_critical_tokens: int | None = None
+    """Most tokens on the longest chain of the answer."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 is off."""
+    top_p: float = 1.0
+    """1 is off."""
+    seed: int = 0
+    """Same seed, prompt and settings: same answer, whatever else runs."""
+    sample: int = 0
+    """Number of the sample, to draw several answers to one prompt with one seed."""
+    max_concurrent_branches: int | None = None
+    """Most branches that run at once; 1 decodes path after path with the same result."""
+    stop_token_ids: Sequence[int] = ()
+    """Further ids that end the answer, outside of paths; like the end-of-document id they are not part of it."""
+    ignore_eos: bool = False
+    """Treat the end-of-document id as text."""
 
-    def start(self, machine: StructureMachine) -> None:
-        """Make a fresh root branch that has the prompt to feed."""
-        prompt = list(self.params.prompt_ids)
-        critical = self.params.max_critical_tokens
-        chain = self.params.max_tokens if critical is None else critical
-        self.root = Branch(
-            request=self,
-            machine=machine,
-            next_position=len(prompt),
-            token_cap=self.params.max_tokens,
-            position_cap=min(len(prompt) + chain, self.max_position),
+    def __post_init__(self) -> None:
+        checks = (
+            (len(self.prompt_ids) > 0, "prompt_ids is empty; give at least one token"),
+            (self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}"),
+            (
+                self.max_critical_tokens is None or self.max_critical_tokens >= 1,
+                f"max_critical_tokens must be at least 1 or None, got {self.max_critical_tokens}",
+            ),
+            (0 <= self.temperature < float("inf"), f"temperature must be finite and >= 0, got {self.temperature}"),
+            (self.top_k >= 0, f"top_k must be >= 0 (0 is off), got {self.top_k}"),
+            (0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}"),
+            (
+                self.max_concurrent_branches is None or self.max_concurrent_branches >= 1,
+                f"max_concurrent_branches must be at least 1 or None, got {self.max_concurrent_branches}",
+            ),
         )
-        self.root.pending = prompt
-        self.live = []
-        self.step, self.num_blocks, self.decode_steps = 0, 0, 0
-        self.counts, self.timeline = Counter(), []
-
-    def announce(self, branch: Branch, ids: Sequence[int]) -> None:
-        """Hand new tokens to the callback; a replay is silent."""
-        if self.on_token is None:
-            return
-        behind = self._announced[branch.path] - (len(branch.ids) - len(ids))
-        fresh = list(ids)[max(0, behind) :]
-        if fresh:
-            self._announced[branch.path] += len(fresh)
-            self.on_token(self.request_id, branch.name, fresh)
-
-    def replay_token(self, branch: Branch) -> int | None:
-        """The recorded next token of the branch, if it has one."""
-        recorded = self.history.get(branch.path, ())
-        return recorded[branch.num_sampled] if branch.num_sampled < len(recorded) else None
-
-    @property
-    def prompt_fed(self) -> bool:
-        """Whether the keys of the whole prompt are in the cache."""
-        return self.root.node is not None and self.root.node.length >= len(self.params.prompt_ids)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows its branches hold."""
-        return sum(needs_row(branch) for branch in self.live)
-
-    def branches(self) -> Iterator[Branch]:
-        """Every branch of the request, WAITING and ENDED ones included."""
-        stack = [self.root]
-        while stack:
-            branch = stack.pop()
-            yield branch
-            stack.extend(kid for block in branch.blocks for kid in block.kids)
-
-    def close_all(self, finish: FinishReason) -> None:
-        """End every branch where it stands, balanced; the text is complete afterwards, the cache is not used."""
-        reason = "length" if finish == "length" else "error" if finish == "error" else "abort"
-        self._close(self.root, reason)
-        self.finish_reason = finish
-
-    def _close(self, branch: Branch, reason: str) -> None:
-        if branch.status in (Status.CLOSING, Status.ENDED):
-            return
-        if (block := branch.open_block) is not None:
-            for kid in block.kids:
-                self._close(kid, reason)
-            branch.join()
-        branch.close(reason)  # type: ignore[arg-type]
-
-    def result(self) -> Result:
-        """The answer; every branch has ended."""
-        ids: list[int] = []
-        positions: list[int] = []
-        blocks: list[BlockResult] = []
-        self.root.linearise(ids, positions, blocks)
-        malformed = Counter(self.counts)
-        self.root.count_malformed(malformed)
-        assert self.finish_reason is not None
-        return Result(
-            request_id=self.request_id,
-            token_ids=ids,
-            position_ids=positions,
-            blocks=blocks,
-            finish_reason=self.finish_reason,
-            critical_tokens=self.root.next_position - len(self.params.prompt_ids),
-            decode_steps=self.decode_steps,
-            malformed=malformed,
-            timeline=sorted(self.timeline, key=lambda span: (span.start, span.block, span.branch)),
-            preemptions=self.preemptions,
-            error=self.error,
-        )
-
-
-def needs_row(branch: Branch) -> bool:
-    """Whether the branch takes part in steps; a forked one only until its last token is fed."""
-    return branch.status in (Status.RUNNING, Status.CLOSING) or (
-        branch.status is Status.FORKED and bool(branch.pending)
-    )
+        for good, message in checks:
+            if not good:
+                raise GenerationError(message)

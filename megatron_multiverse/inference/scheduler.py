@@ -9,19 +9,20 @@ Each step plans, in this order, over requests first come first served:
    waves as rows come free;
 4. new requests, unless something that already runs waits for pages, or a fork for rows.
 
-If nothing can run, the newest request gives its pages back and replays later; the last one ends with `length`.
+If nothing can run, `preemption.py` decides who steps back.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
 from megatron_multiverse.inference.branch import Block, Branch, Status
+from megatron_multiverse.inference.commit import resume
 from megatron_multiverse.inference.context import Row
+from megatron_multiverse.inference.fork_join import join
 from megatron_multiverse.inference.pages import PagePool
 from megatron_multiverse.inference.prefix import PrefixCache
-from megatron_multiverse.inference.request import RequestState
+from megatron_multiverse.inference.request_state import RequestState
 from megatron_multiverse.inference.tree import Node, PageTree
 
 
@@ -33,7 +34,6 @@ class Scheduler:
         max_rows: most branches per step.
         max_step_tokens: most tokens per step beyond one per row; longer prompts are fed in chunks.
         prefix_pages: pages of finished prompts kept for later requests that begin alike.
-        on_start: called with a branch that is about to run: it may write (a replay) or end it (no budget).
     """
 
     def __init__(
@@ -42,7 +42,6 @@ class Scheduler:
         *,
         max_rows: int,
         max_step_tokens: int,
-        on_start: Callable[[Branch], None],
         prefix_pages: int = 0,
     ) -> None:
         self.pool = pool
@@ -50,7 +49,6 @@ class Scheduler:
         self.tree = PageTree(pool)
         self.max_rows = max_rows
         self.max_step_tokens = max_step_tokens
-        self.on_start = on_start
         self.waiting: deque[RequestState] = deque()
         self.active: list[RequestState] = []
         self._rows: list[Row] = []
@@ -128,7 +126,7 @@ class Scheduler:
         branch.start_span()
         if branch not in branch.request.live:
             branch.request.live.append(branch)
-        self.on_start(branch)
+        resume(branch)
         self._feed(branch)
 
     # -- joins -------------------------------------------------------------------------------------------------
@@ -151,7 +149,7 @@ class Scheduler:
                 self._retired += kids
             for kid in block.kids:
                 kid.node = None
-            branch.join()
+            join(branch)
             branch.write(branch.machine.vocab.conclusion_prefix())
             self._run(branch)
 
@@ -206,17 +204,18 @@ class Scheduler:
             kid.node = node
             self._run(kid)
 
-    # -- admission, preemption, removal ------------------------------------------------------------------------
+    # -- admission and removal ---------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         while self.waiting and self.rows_held < self.max_rows:
             request = self.waiting[0]
-            need = max(-(-(len(request.root.pending) + 1) // self.pool.page_size), request.pages_wanted)
+            need = max(-(-(len(request.params.prompt_ids) + 1) // self.pool.page_size), request.pages_wanted)
             if self.active and need + self._promised() > self.pool.num_free:
                 self._held = True
                 return
-            self.waiting.popleft()
             self.active.append(request)
+            self.waiting.popleft()
+            request.start()
             request.root.node = self.tree.root()
             if known := self.prefixes.find(request.params.prompt_ids):
                 self.tree.share(request.root.node, known)
@@ -235,12 +234,6 @@ class Scheduler:
         """Page lists of all living nodes of the request."""
         return [branch.node.pages for branch in request.branches() if branch.node is not None]
 
-    def preempt(self, request: RequestState) -> None:
-        """Take back everything the request holds; the caller starts it again and puts it into `waiting`."""
-        request.preemptions += 1
-        request.pages_wanted = len({page for pages in self.pages_of(request) for page in pages}) + 1
-        self.remove(request)
-
     def remove(self, request: RequestState) -> None:
         """Give back everything the request holds."""
         if request in self.waiting:
@@ -251,6 +244,16 @@ class Scheduler:
             self.tree.free(request.root.node)
         for branch in request.branches():
             branch.node = None
+
+    def reset(self) -> None:
+        """Whatever state an exception left behind: no page has an owner, and all requests wait to start again."""
+        for request in self.active:
+            for branch in request.branches():
+                branch.node = None
+        self.waiting = deque([*self.active, *(request for request in self.waiting if request not in self.active)])
+        self.active, self._retired, self._released = [], [], False
+        self.prefixes.forget()
+        self.pool.reset()
 
     def check_integrity(self) -> None:
         """The owner census over all living nodes (between steps)."""

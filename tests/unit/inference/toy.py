@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_multiverse.inference import Engine, Request, Result
 from megatron_multiverse.inference.branch import Branch
+from megatron_multiverse.inference.preemption import preempt
 from megatron_multiverse.model.attention import AttentionParams, LayoutParams
 from megatron_multiverse.structure import TAGS, StructureVocab, Tag, layout, parse
 
@@ -33,7 +34,7 @@ class ToyModel(nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.config = SimpleNamespace(num_layers=2, num_query_groups=GROUPS, kv_channels=HEAD_DIM)
-        self.max_sequence_length = 4096
+        self.max_sequence_length, self.vocab_size = 4096, VOCAB_SIZE
         generator = torch.Generator().manual_seed(seed)
 
         def weight(*shape: int) -> nn.Parameter:
@@ -62,7 +63,7 @@ class NullModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.config = SimpleNamespace(num_layers=1, num_query_groups=1, kv_channels=1)
-        self.max_sequence_length = 4096
+        self.max_sequence_length, self.vocab_size = 4096, VOCAB_SIZE
         self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, input_ids: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -226,10 +227,7 @@ def toy_engine(model: nn.Module | None = None, **settings: object) -> Engine:
 
 def force_preemption(engine: Engine) -> None:
     """Make the newest request step back, as a full cache would."""
-    newest = engine.scheduler.active[-1]
-    engine.scheduler.preempt(newest)
-    newest.start(engine._machine())
-    engine.scheduler.waiting.appendleft(newest)
+    preempt(engine.scheduler, engine.scheduler.active[-1])
 
 
 def assert_drained(engine: Engine) -> None:
