@@ -159,7 +159,9 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     """Saving and resuming."""
     model: ModelConfig | None = None
-    """Shape of a fresh model; leave unset with init_from."""
+    """Shape of a fresh model; leave unset with model_preset or init_from."""
+    model_preset: str | None = None
+    """Name of a published shape for a fresh model, e.g. qwen2.5-7b; model/families.py lists them."""
     init_from: str | None = None
     """Folder written by save_model: start from its weights and its config."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -181,8 +183,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(
-            (self.model is None) != (self.init_from is None),
-            "give exactly one of `model` (fresh weights) and `init_from` (a saved model folder)",
+            sum(value is not None for value in (self.model, self.model_preset, self.init_from)) == 1,
+            "give exactly one of `model` and `model_preset` (fresh weights) and `init_from` (a saved model folder)",
         )
         check(self.train_iters >= 1, f"train_iters must be at least 1, got {self.train_iters}")
         check(self.eval_interval >= 0, f"eval_interval must not be negative, got {self.eval_interval}")

@@ -104,3 +104,8 @@ class ModelConfig:
     def from_json(cls, path: str | Path) -> ModelConfig:
         """Read what `to_json` wrote; unknown or missing keys raise ConfigError."""
         return dataclass_from_mapping(cls, json.loads(Path(path).read_text(encoding="utf-8")), where=str(path))
+
+
+def pad_vocab_size(size: int, multiple: int = 128) -> int:
+    """Smallest multiple of `multiple` that holds `size` rows (Megatron: make-vocab-size-divisible-by x TP size)."""
+    return -(-size // multiple) * multiple

@@ -64,13 +64,8 @@ class MultiverseTokenizer(ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, tags included, padding of the embedding table not."""
+        """Number of ids, tags included, padding of the embedding table (`config_model.pad_vocab_size`) not."""
         return len(self.id_to_text)
-
-    def padded_vocab_size(self, make_vocab_size_divisible_by: int = 128, tp_size: int = 1) -> int:
-        """Rows of the embedding table: vocab_size rounded up, as Megatron's flag of that name does."""
-        multiple = make_vocab_size_divisible_by * tp_size
-        return -(-self.vocab_size // multiple) * multiple
 
     def render_chat(self, user_text: str) -> str:
         """The text of a one-turn conversation up to where the assistant starts, by the chat template.

@@ -10,7 +10,8 @@ What distinguishes the families, as far as megatron-core is concerned:
 | Qwen3     | no       | yes      | tied up to 4B, untied above | 1e6         |
 | Llama 3   | no       | no       | tied for 1B/3B, untied above| 5e5         |
 
-Each function gives the family's switches; the shape is the caller's. `PRESETS` holds shapes by name.
+Each function gives the family's switches; the shape is the caller's. `PRESETS` holds shapes by name, which is what
+`model_preset` in a training configuration takes.
 """
 
 from __future__ import annotations
@@ -43,24 +44,29 @@ def llama3(**shape: Any) -> ModelConfig:
     return _family(shape, add_qkv_bias=False, qk_layernorm=False, rotary_base=5e5, layernorm_epsilon=1e-5)
 
 
-FAMILIES: dict[str, Callable[..., ModelConfig]] = {"qwen2": qwen2, "qwen3": qwen3, "llama3": llama3}
-
-
-def _qwen25_32b() -> ModelConfig:
-    return qwen2(
+# Shapes of published checkpoints, and one for tests. A tokenizer's tags must fit into vocab_size.
+PRESETS: dict[str, Callable[[], ModelConfig]] = {
+    "qwen2.5-0.5b": lambda: qwen2(
+        num_layers=24, hidden_size=896, ffn_hidden_size=4864, num_attention_heads=14, num_query_groups=2,
+        vocab_size=151936, max_sequence_length=32768,
+    ),
+    "qwen2.5-7b": lambda: qwen2(
+        num_layers=28, hidden_size=3584, ffn_hidden_size=18944, num_attention_heads=28, num_query_groups=4,
+        vocab_size=152064, max_sequence_length=32768, share_embeddings_and_output_weights=False,
+    ),
+    "qwen2.5-32b": lambda: qwen2(
         num_layers=64, hidden_size=5120, ffn_hidden_size=27648, num_attention_heads=40, num_query_groups=8,
         vocab_size=152064, max_sequence_length=32768, share_embeddings_and_output_weights=False,
-    )  # fmt: skip
-
-
-def _tiny() -> ModelConfig:
-    return qwen3(
+    ),
+    "qwen3-0.6b": lambda: qwen3(
+        num_layers=28, hidden_size=1024, ffn_hidden_size=3072, num_attention_heads=16, num_query_groups=8,
+        kv_channels=128, vocab_size=151936, max_sequence_length=40960,
+    ),
+    "tiny": lambda: qwen3(
         num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2,
         kv_channels=16, vocab_size=512, max_sequence_length=1024,
-    )  # fmt: skip
-
-
-PRESETS: dict[str, Callable[[], ModelConfig]] = {"qwen2.5-32b": _qwen25_32b, "tiny": _tiny}
+    ),
+}  # fmt: skip
 
 
 def preset(name: str) -> ModelConfig:

@@ -19,11 +19,6 @@ from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import weight_state
 
 
-def pad_vocab_size(size: int, multiple: int = 128) -> int:
-    """Smallest multiple of `multiple` that holds `size` rows (megatron's make-vocab-size-divisible-by)."""
-    return -(-size // multiple) * multiple
-
-
 def tag_pieces(tags: Sequence[str], tokenize: Callable[[str], list[int]]) -> list[list[int]]:
     """Ids of the text pieces of each tag, angle brackets stripped; `tokenize` must not know the tags."""
     return [tokenize(tag.removeprefix("<").removesuffix(">")) for tag in tags]

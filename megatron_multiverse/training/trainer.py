@@ -21,6 +21,7 @@ from torch import nn
 
 from megatron_multiverse.config import ModelConfig, TrainConfig, check_sequence_length
 from megatron_multiverse.errors import ConfigError, TrainingError
+from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import load_model, save_model
 from megatron_multiverse.training.checkpoint import CheckpointManager, Stateful, TrainState
@@ -153,14 +154,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def create_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, ModelConfig]:
-    """A fresh model from `config.model`, or the saved one that `config.init_from` names."""
+    """A fresh model from `config.model` or `config.model_preset`, or the saved one that `config.init_from` names."""
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
-    if config.init_from is None:
-        assert config.model is not None  # TrainConfig checks it
-        return build_gpt_model(config.model, dtype=dtype, device=device, seed=config.seed), config.model
-    model, model_config = load_model(config.init_from, dtype=dtype, device=device)
+    if config.init_from is not None:
+        model, model_config = load_model(config.init_from, dtype=dtype, device=device)
+        check_sequence_length(config.data, model_config)
+        return model, model_config
+    model_config = config.model or preset(config.model_preset or "")  # TrainConfig checks that there is one
     check_sequence_length(config.data, model_config)
-    return model, model_config
+    return build_gpt_model(model_config, dtype=dtype, device=device, seed=config.seed), model_config
 
 
 def write_run_config(config: TrainConfig, model_config: ModelConfig, folder: Path) -> None:

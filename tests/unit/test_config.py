@@ -10,6 +10,7 @@ import pytest
 
 from megatron_multiverse.cli import parse_options
 from megatron_multiverse.config import ModelConfig, TrainConfig
+from megatron_multiverse.config_model import pad_vocab_size
 from megatron_multiverse.errors import ConfigError
 
 MODEL = {
@@ -31,6 +32,12 @@ def values(**changes: Any) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = value
     return base
+
+
+def test_vocabularies_are_padded_as_megatron_does() -> None:
+    assert [pad_vocab_size(size) for size in (1, 128, 129)] == [128, 128, 256]
+    assert pad_vocab_size(151677, 128 * 8) == 152576
+    assert pad_vocab_size(296, 64) == 320
 
 
 def test_round_trip_through_plain_values_and_json(tmp_path: Path) -> None:

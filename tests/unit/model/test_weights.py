@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.config_model import pad_vocab_size
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.model import weights
-from megatron_multiverse.model.families import preset, qwen2
+from megatron_multiverse.model.families import PRESETS, preset, qwen2
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.vocab import (
     grow_vocab,
     initialize_rows,
-    pad_vocab_size,
     tag_pieces,
     vocab_matrices,
 )
@@ -115,6 +115,12 @@ def test_impossible_rows_are_refused() -> None:
 
 
 def test_presets_have_the_published_sizes() -> None:
-    assert preset("qwen2.5-32b").num_parameters == pytest.approx(32.76e9, rel=0.002)
+    published = {
+        "qwen2.5-0.5b": 494_032_768,
+        "qwen2.5-7b": 7_615_616_512,
+        "qwen2.5-32b": 32_763_876_352,
+        "qwen3-0.6b": 596_049_920,
+    }
+    assert {name: preset(name).num_parameters for name in PRESETS if name != "tiny"} == published
     with pytest.raises(ConfigError, match="unknown model preset 'gpt5'"):
         preset("gpt5")

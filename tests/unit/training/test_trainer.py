@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_multiverse.errors import ConfigError, TrainingError
+from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import load_model, save_model, weight_state
 from megatron_multiverse.training import forward
@@ -160,6 +161,18 @@ def test_init_from_continues_a_saved_model(tmp_path: Path) -> None:
     assert got == first.model
     for name, tensor in weight_state(model).items():
         torch.testing.assert_close(tensor, weight_state(trained)[name], rtol=0, atol=1e-6)
+
+
+def test_a_preset_is_reached_by_its_name(tmp_path: Path) -> None:
+    changes = {"model": None, "model_preset": "tiny", "train_iters": 1, "optim.lr_warmup_iters": 0}
+    train(config(tmp_path, **changes), SyntheticLoader())
+    assert load_model(tmp_path / "model")[1] == preset("tiny")
+    with pytest.raises(ConfigError, match=r"unknown model preset 'qwen9', allowed: .*qwen2\.5-7b"):
+        train(config(tmp_path / "b", **changes | {"model_preset": "qwen9"}), SyntheticLoader())
+    with pytest.raises(ConfigError, match=r"seq_length \(2048\) must not exceed model\.max_sequence_length \(1024\)"):
+        train(config(tmp_path / "c", **changes, **{"data.seq_length": 2048}), SyntheticLoader())
+    with pytest.raises(ConfigError, match="exactly one of `model` and `model_preset`"):
+        config(tmp_path, model_preset="tiny")
 
 
 def test_bf16_keeps_float32_weights_and_stays_near_float32(tmp_path: Path) -> None:
