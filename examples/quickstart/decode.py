@@ -12,13 +12,13 @@ import torch
 from task import Problem, check_answer, render_autoregressive, render_parallel
 from torch import Tensor
 
+from megatron_multiverse.conversion.load import load_checkpoint
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.evaluation.view import stretches
 from megatron_multiverse.inference import CounterSampler, Engine, Request, Result
 from megatron_multiverse.inference.branch import Branch
 from megatron_multiverse.inference.request_state import TokenCallback
 from megatron_multiverse.model.attention import LayoutParams
-from megatron_multiverse.model.weights import load_model
 from megatron_multiverse.structure import layout, parse
 
 MAX_TOKENS = 3800
@@ -77,7 +77,7 @@ class Decoder:
 
     def __init__(self, folder: Path, *, device: str = "cpu", max_rows: int = 64, num_pages: int = 8192) -> None:
         self.tokenizer = build_tokenizer("HuggingFaceTokenizer", str(folder))
-        model, self.config = load_model(folder, device=device)
+        model, self.config = load_checkpoint(folder, device=device)
         self.model = model.eval()
         self.device = device
         self.sampler = RecordingSampler()

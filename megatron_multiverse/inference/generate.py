@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from megatron_multiverse.conversion.load import load_checkpoint
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import DataError, GenerationError
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.request import Request
 from megatron_multiverse.inference.result import Result
-from megatron_multiverse.model.weights import load_model
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
 
@@ -26,7 +26,7 @@ class GenerateConfig:
     """Options of tools/generate.py."""
 
     load: Path
-    """Model folder (config.json, model.safetensors), as model.save_model writes it."""
+    """Checkpoint in any layout: Hugging Face, megatron-core, or a model folder of the trainer."""
     tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"] = "HuggingFaceTokenizer"
     """Megatron's name of the kind of tokenizer."""
     tokenizer_model: str | None = None
@@ -78,7 +78,7 @@ def generate(config: GenerateConfig) -> Iterator[dict[str, Any]]:
     prompts = _prompts(config)
     tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model or config.load)
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model, _ = load_model(config.load, dtype=_DTYPES[config.dtype], device=device)
+    model, _ = load_checkpoint(config.load, dtype=_DTYPES[config.dtype], device=device)
     texts = [tokenizer.render_chat(prompt) if config.chat else prompt for prompt in prompts]
     requests = [
         Request(
