@@ -7,6 +7,9 @@ import platform
 from pathlib import Path
 from typing import Any
 
+MAX_LOGIT_DIFFERENCE = 1e-3
+"""Far above what rounding in float32 gives (2e-5), far below what a wrong mask or position does."""
+
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Write the figures, with what they were measured on."""
@@ -15,6 +18,30 @@ def write_report(report: dict[str, Any], path: Path) -> None:
     machine = {"machine": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report | {"measured_on": machine}, indent=2) + "\n", encoding="utf-8")
+
+
+def shortfalls(report: dict[str, Any], *, least_accuracy: float = 0.98) -> list[str]:
+    """What is wrong with the figures of a run, in words; empty if all is well.
+
+    Args:
+        report: the figures; those of the training run may be missing.
+        least_accuracy: share of right answers asked for. With few problems one wrong answer may miss it: the shipped
+            model is right in 99.9 % of 1,000.
+    """
+    found = []
+    if not report["parallel_equals_sequential"]:
+        found.append("answers in parallel and one branch at a time differ")
+    for name in ("accuracy", "accuracy_sequential", "accuracy_autoregressive"):
+        if not report[name] >= least_accuracy:
+            found.append(f"{name} is {report[name]:.3f}, at least {least_accuracy} is expected")
+    if not report["max_abs_logit_difference"] < MAX_LOGIT_DIFFERENCE:
+        difference = report["max_abs_logit_difference"]
+        found.append(f"decode logits differ from one forward pass by {difference:.1e}, allowed: {MAX_LOGIT_DIFFERENCE}")
+    if not report.get("resume_bit_exact", True):
+        found.append("the resumed training run differs from the one that was not interrupted")
+    if "loss_last" in report and not report["loss_last"] < report["loss_first"]:
+        found.append(f"the training loss did not fall: {report['loss_first']:.3f} -> {report['loss_last']:.3f}")
+    return found
 
 
 def print_modes(report: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 
 import pipeline  # noqa: E402
+import report  # noqa: E402
+import run  # noqa: E402
 
 
 def test_a_failing_tool_stops_the_pipeline(capfd: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +33,44 @@ def test_folders_with_blanks_go_through_every_stage(tmp_path: Path, capfd: pytes
     echoed = [line[2:] for line in capfd.readouterr().out.splitlines() if line.startswith("$ ")]
     assert len(echoed) == 5
     assert any(word == str(folder / "data/train") for word in shlex.split(echoed[1]))  # can be pasted into a shell
+
+
+GOOD = {
+    "parallel_equals_sequential": True, "accuracy": 1.0, "accuracy_sequential": 1.0, "accuracy_autoregressive": 0.98,
+    "max_abs_logit_difference": 1.9e-5, "resume_bit_exact": True, "loss_first": 5.0, "loss_last": 1.0,
+}  # fmt: skip
+
+
+def test_good_figures_pass_with_and_without_the_training_run() -> None:
+    assert report.shortfalls(GOOD) == []
+    assert report.shortfalls({k: v for k, v in GOOD.items() if not k.startswith(("loss", "resume"))}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parallel_equals_sequential": False}, "one branch at a time differ"),
+        ({"accuracy": 0.97}, "accuracy is 0.970"),
+        ({"accuracy_sequential": 0.5}, "accuracy_sequential is 0.500"),
+        ({"accuracy_autoregressive": float("nan")}, "accuracy_autoregressive is nan"),
+        ({"max_abs_logit_difference": 1e-3}, "decode logits differ"),
+        ({"max_abs_logit_difference": float("nan")}, "decode logits differ"),
+        ({"resume_bit_exact": False}, "the resumed training run differs"),
+        ({"loss_last": 5.0}, "did not fall: 5.000 -> 5.000"),
+        ({"loss_last": float("nan")}, "did not fall"),
+    ],
+)
+def test_each_figure_that_falls_short_ends_the_quickstart_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], message: str
+) -> None:
+    figures = GOOD | change | {"train_iters": 300}
+    training = {name: figures.pop(name) for name in ("resume_bit_exact", "loss_first", "loss_last", "train_iters")}
+    monkeypatch.setattr(run, "decode_and_measure", lambda options: figures)
+    monkeypatch.setattr(pipeline, "run_pipeline", lambda folder, train_iters: training)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        run.main()
+    assert (tmp_path / "report.json").is_file()
 
 
 def test_losses_are_read_from_training_lines_only(tmp_path: Path) -> None:
