@@ -34,6 +34,7 @@ from megatron_multiverse.conversion.hf_endpoint import HFSource, HFTarget
 from megatron_multiverse.conversion.legacy import LegacyTarget, TransformerImpl
 from megatron_multiverse.conversion.manifest import Manifest
 from megatron_multiverse.conversion.mcore_source import MODEL_CONFIG_FILE, POINTER_FILE, RECORD_FILE, McoreSource
+from megatron_multiverse.conversion.model_folder import ModelFolderSource, is_model_folder
 from megatron_multiverse.conversion.names import Entry
 from megatron_multiverse.conversion.progress import ProgressLine
 from megatron_multiverse.conversion.raw import check_finite
@@ -53,7 +54,7 @@ class ConvertConfig:
     """Convert a checkpoint between Hugging Face and megatron-core, on a CPU."""
 
     from_: Side
-    """Kind of the input: hf (safetensors and config.json) or mcore (torch_dist or mp_rank_XX; detected)."""
+    """Kind of the input: hf (safetensors and config.json), or mcore (torch_dist, mp_rank_XX or a model folder)."""
     to: Side
     """Kind of the output. The same kind again rewrites it with another cut, dtype or vocabulary."""
     load: str
@@ -76,7 +77,7 @@ class ConvertConfig:
     """Dtype of the output: keep, float32, bfloat16 or float16."""
     family: Literal["qwen2", "qwen3", "llama"] | None = None
     """Architecture; found out by itself for hf input and for mcore input that came from it."""
-    config: str | None = None
+    model_config: str | None = None
     """Shape of an mcore input that does not carry it: a model_config.json, a config.json or a folder with one."""
     add_control_tokens: bool = False
     """Add the twelve structure tags to tokenizer and vocabulary."""
@@ -151,8 +152,10 @@ def open_source(config: ConvertConfig) -> Source:
     source: Source
     if config.from_ == "hf":
         source = HFSource(config.load, config.family)
+    elif is_model_folder(config.load):
+        source = ModelFolderSource(config.load, config.family)
     else:
-        source = McoreSource(config.load, config.family, config.config, config.vocab_size, config.trust_pickle)
+        source = McoreSource(config.load, config.family, config.model_config, config.vocab_size, config.trust_pickle)
     return ControlTokenSource(source, config.tokenizer_model) if config.add_control_tokens else source
 
 

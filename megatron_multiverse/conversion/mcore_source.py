@@ -1,7 +1,7 @@
 """A megatron-core checkpoint as a source, whatever its layout: torch_dist or mp_rank_XX files.
 
 The folder may be the one given to Megatron's --save (it names its newest checkpoint in
-latest_checkpointed_iteration.txt) or one checkpoint in it. The model's shape comes, in this order, from --config,
+latest_checkpointed_iteration.txt) or one checkpoint in it. The model's shape comes, in this order, from --model-config,
 from conversion.json (written by this converter), from model_config.json (written by this trainer), and from the
 `args` that Megatron-LM puts into its checkpoints.
 """
@@ -155,7 +155,7 @@ def _model_config(inner: Path, given: Path | None, record: dict[str, Any], args:
     if given is not None:
         values = _first_json(given.name, given.parent) if given.is_file() else _first_json("config.json", given)
         if not values:
-            raise ConfigError(f"--config {given} is neither a file nor a folder with a config.json")
+            raise ConfigError(f"--model-config {given} is neither a file nor a folder with a config.json")
         if "model_type" in values:
             return hf_config_to_model_config(values)
         return dataclass_from_mapping(ModelConfig, values, where=str(given))
@@ -167,6 +167,6 @@ def _model_config(inner: Path, given: Path | None, record: dict[str, Any], args:
     if args is not None:
         return config_from_args(args, where=str(inner))
     raise ConfigError(
-        f"{inner} does not say what model it holds (no {RECORD_FILE}, no {MODEL_CONFIG_FILE}, no args): give --config "
+        f"{inner} does not say what model it holds (no {RECORD_FILE}, no {MODEL_CONFIG_FILE}, no args): give --model-config "
         "with a model_config.json or the config.json of the Hugging Face model"
     )

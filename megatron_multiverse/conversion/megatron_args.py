@@ -93,5 +93,5 @@ def config_from_args(args: Any, *, where: str) -> ModelConfig:
         )
     except KeyError as error:
         raise ConfigError(
-            f"{where}: args has no {error.args[0]}; give --config with a model_config.json or config.json"
+            f"{where}: args has no {error.args[0]}; give --model-config with a model_config.json or config.json"
         ) from error

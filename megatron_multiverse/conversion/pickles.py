@@ -93,11 +93,11 @@ def load_torch_file(file: Path, trust_pickle: bool = False, *, part: Any = None)
         with torch.serialization.safe_globals([Namespace, SimpleNamespace]):
             return torch.load(part or file, weights_only=not trust_pickle, map_location="meta")
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
-        raise CheckpointError(
-            f"{file} cannot be read without running code from it ({reason.strip()}); {HINT}"
-        ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), None)
+        if reason is None:
+            raise CheckpointError(f"{file} is damaged or truncated (its pickle is): copy it again") from error
+        raise CheckpointError(f"{file} cannot be read without running code from it ({reason}); {HINT}") from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{file} is damaged or truncated ({first}): copy it again") from error
 
