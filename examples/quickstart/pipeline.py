@@ -86,6 +86,13 @@ def tool(script: str, *arguments: str | Path | int) -> None:
         raise RuntimeError(f"{script} ended with exit code {finished.returncode}; its message stands above")
 
 
+def convert_model(source: Path, target: Path) -> Path:
+    """Convert a Hugging Face folder to a megatron-core checkpoint in `target`, which is written anew."""
+    shutil.rmtree(target, ignore_errors=True)
+    tool("tools/convert_checkpoint.py", "--from", "hf", "--to", "mcore", "--load", source, "--save", target)
+    return target
+
+
 def weights(run: Path) -> bytes:
     """The final weights of a run."""
     return (run / "model/model.safetensors").read_bytes()

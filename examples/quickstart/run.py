@@ -18,7 +18,7 @@ class QuickstartOptions:
     """What the quickstart does."""
 
     model: Path = HERE / "model"
-    """Folder with the trained model and its tokenizer."""
+    """Hugging Face folder with the trained model and its tokenizer."""
     output: Path = HERE.parents[1] / "runs" / "quickstart"
     """Folder for report.json, timeline.png and the training run."""
     num_problems: int = 100
@@ -60,6 +60,10 @@ def main() -> None:
 
 def decode_and_measure(options: QuickstartOptions) -> dict[str, object]:
     """Show a few problems live, then measure."""
+    heading("Converting the model from Hugging Face to megatron-core")
+    from pipeline import convert_model
+
+    model = convert_model(options.model, options.output / "model")
     heading("Loading the model")
     import torch
 
@@ -76,8 +80,8 @@ def decode_and_measure(options: QuickstartOptions) -> dict[str, object]:
     )
     from report import print_modes
 
-    decoder = Decoder(options.model)
-    print(f"{decoder.config.num_parameters:,} parameters from {options.model}")
+    decoder = Decoder(model)
+    print(f"{decoder.config.num_parameters:,} parameters from {model}")
     heading("Fresh problems, decoded in parallel branches")
     show_live(decoder, 2, seed=options.seed)
     heading(f"{options.num_problems} fresh problems: in parallel, one branch at a time, without blocks")

@@ -23,6 +23,9 @@ done
 
 # Further arguments override the configuration, e.g. ./train.sh --train_iters 3000
 "$PYTHON" pretrain_scripts/sft_multiverse.py --config examples/quickstart/train.yaml "$@"
-"$PYTHON" examples/quickstart/export_model.py --source "$RUN/checkpoints/model" --output "$MODEL"
+rm -rf "$RUN/export"
+"$PYTHON" tools/convert_checkpoint.py --from mcore --to hf --load "$RUN/checkpoints/model" --save "$RUN/export" \
+  --tokenizer-model "$MODEL" --dtype bfloat16
+cp "$RUN/export"/{config.json,generation_config.json,model.safetensors} "$MODEL"
 "$PYTHON" tools/plot_loss.py --runs "$RUN/checkpoints" --output "$MODEL/loss.png"
 "$PYTHON" examples/quickstart/evaluate.py --model "$MODEL" --num-problems 1000 --output "$MODEL/accuracy.json"
