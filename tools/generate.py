@@ -2,12 +2,14 @@
 
 Example:
     python tools/generate.py --load examples/quickstart/model --prompt "..."
-    python tools/generate.py --load MODEL --input prompts.jsonl --output answers.jsonl --temperature 0.7
+    python tools/generate.py --load MODEL --input prompts.jsonl --output answers.jsonl --temperature 0.7 --num-samples 4
+
+Answers are written as they finish; "index" says which row of the input they answer. Rows that cannot be answered are
+written with the reason, and the exit status is 1 then.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 
 from megatron_multiverse.cli import parse_options
@@ -15,25 +17,30 @@ from megatron_multiverse.errors import MultiverseError
 
 
 def main() -> None:
-    from megatron_multiverse.inference.generate import GenerateConfig, generate
+    from megatron_multiverse.inference.generate import GenerateConfig, generate, write_answers
 
     config = parse_options(GenerateConfig)
+    refused = 0
     try:
-        rows = list(generate(config))
-    except MultiverseError as error:
+        if config.output is not None:
+            answered, refused = write_answers(config)
+            print(f"wrote {answered} answers to {config.output}")
+        else:
+            for row in generate(config):
+                if "text" not in row:
+                    refused += 1
+                    print(f"-- row {row['index']}: {row['error']}", file=sys.stderr)
+                    continue
+                print(row["text"], flush=True)
+                print(
+                    f"-- row {row['index']}, {row['finish_reason']}: {row['tokens']} tokens, {row['critical_tokens']} "
+                    f"on the longest chain, num_parallel {row['num_parallel']:.2f}, {row['decode_steps']} steps",
+                    file=sys.stderr,
+                )
+    except (MultiverseError, OSError) as error:
         sys.exit(f"error: {error}")
-    if config.output is not None:
-        with config.output.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        print(f"wrote {len(rows)} answers to {config.output}")
-        return
-    for row in rows:
-        print(row["text"])
-        print(
-            f"-- {row['finish_reason']}: {row['tokens']} tokens, {row['critical_tokens']} on the longest chain, "
-            f"num_parallel {row['num_parallel']:.2f}, {row['decode_steps']} steps",
-            file=sys.stderr,
-        )
+    if refused:
+        sys.exit(f"{refused} rows could not be answered; each says why in its field error")
 
 
 if __name__ == "__main__":

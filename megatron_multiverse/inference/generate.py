@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from tqdm import tqdm
 
 from megatron_multiverse.conversion.load import load_checkpoint
-from megatron_multiverse.data.tokenizers import build_tokenizer
-from megatron_multiverse.errors import DataError, GenerationError
+from megatron_multiverse.data.readers import open_source, read_rows
+from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
+from megatron_multiverse.errors import DataError, GenerationError, MultiverseError
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.request import Request
 from megatron_multiverse.inference.result import Result
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
+
+
+Prompts: TypeAlias = list[str | DataError]
+"""Prompts in order; in place of a row that holds none, what is wrong with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +39,9 @@ class GenerateConfig:
     prompt: str | None = None
     """One prompt; or give --input."""
     input: Path | None = None
-    """JSONL with a field "prompt" in each row."""
+    """Rows with a field "prompt": a file of JSON Lines or Parquet, or a folder of such files."""
     output: Path | None = None
-    """JSONL to write; by default answers go to the terminal."""
+    """JSON Lines to write, one row per answer as it finishes; by default answers go to the terminal."""
     chat: bool = False
     """Wrap each prompt in the chat template of the tokenizer."""
     sequential: bool = False
@@ -53,10 +58,22 @@ class GenerateConfig:
     """1 is off."""
     seed: int = 0
     """Seed of the sampling noise."""
+    num_samples: int = 1
+    """Answers per prompt; more than one needs a temperature."""
+    stop: list[str] = field(default_factory=list)
+    """Further tokens, as text, that end an answer outside of paths; they are not part of it."""
+    ignore_eos: bool = False
+    """Treat the end-of-document token as text, so that answers get as long as --max-tokens."""
+    max_paths: int | None = 64
+    """Goals with more outlines stay plain text."""
+    max_depth: int | None = 8
+    """Blocks nested deeper stay plain text."""
     page_size: int = 16
     """Tokens per cache page: 1, 16 or 64."""
     num_pages: int = 0
     """Cache pages; 0 takes enough for eight of the longest answers at once."""
+    prefix_pages: int = 0
+    """Cache pages kept for prompts that begin alike, as those of one few-shot header do."""
     max_rows: int = 64
     """Branches per step."""
     dtype: Literal["float32", "bf16", "float64"] = "float32"
@@ -65,84 +82,139 @@ class GenerateConfig:
     """cpu, cuda or auto."""
 
 
+def write_answers(config: GenerateConfig) -> tuple[int, int]:
+    """Write a row to `config.output` whenever an answer finishes.
+
+    Returns:
+        How many answers were written, and how many rows of the input were refused.
+
+    Raises:
+        MultiverseError: see `generate`.
+        OSError: the output cannot be written, which shows before the model is loaded.
+    """
+    assert config.output is not None
+    if config.input is not None and config.output.exists() and config.output.samefile(config.input):
+        raise GenerationError(f"--output {config.output} is the input; give it another name")
+    answered = refused = 0
+    with config.output.open("w", encoding="utf-8") as file:
+        for row in generate(config):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            answered, refused = answered + ("text" in row), refused + ("text" not in row)
+    return answered, refused
+
+
 def generate(config: GenerateConfig) -> Iterator[dict[str, Any]]:
     """Answer the prompts of `config`.
 
     Yields:
-        One row per prompt, in order: prompt, text, finish_reason, counts, blocks and timeline.
+        One row per answer, as they finish: index (of the prompt, from 0), sample, prompt, text, finish_reason, counts,
+        blocks and timeline. A row of the input that cannot be answered gives index, finish_reason "error" and error.
 
     Raises:
-        DataError: no prompt, or a row of the input that holds none.
-        GenerationError: a prompt that cannot be served.
+        DataError: no prompts.
+        GenerationError: options that cannot work, or `config.prompt` cannot be answered.
     """
+    if config.num_samples < 1 or (config.num_samples > 1 and config.temperature == 0):
+        raise GenerationError(
+            f"num_samples is {config.num_samples} at temperature {config.temperature}; give at least 1, and a "
+            "temperature above 0 if it is more than 1 (greedy answers are all the same)"
+        )
     prompts = _prompts(config)
     tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model or config.load)
+    stop = _stop_ids(config.stop, tokenizer)
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    chats = [tokenizer.render_chat(text) for text in texts] if config.chat else texts
+    prompt_ids = iter(tokenizer.tokenize_batch(chats))
+    ids = [next(prompt_ids) if isinstance(prompt, str) else [] for prompt in prompts]
+    engine = _build_engine(config, tokenizer, max(map(len, ids)))
+    origin: dict[int, tuple[int, int]] = {}
+    for index, prompt in enumerate(prompts):
+        try:
+            if isinstance(prompt, DataError):
+                raise prompt
+            for sample in range(config.num_samples):
+                origin[engine.add_request(_request(config, ids[index], sample, stop))] = index, sample
+        except MultiverseError as error:
+            if config.input is None:
+                raise
+            yield {"index": index, "finish_reason": "error", "error": str(error)}
+    with tqdm(total=len(origin), unit="answer", disable=None) as bar:
+        while engine.has_work:
+            for result in engine.step():
+                index, sample = origin[result.request_id]
+                bar.update()
+                text = tokenizer.detokenize(result.token_ids)
+                yield {"index": index, "sample": sample, "prompt": prompts[index], "text": text, **_facts(result)}
+
+
+def _build_engine(config: GenerateConfig, tokenizer: MultiverseTokenizer, longest_prompt: int) -> Engine:
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model, _ = load_checkpoint(config.load, dtype=_DTYPES[config.dtype], device=device)
-    texts = [tokenizer.render_chat(prompt) if config.chat else prompt for prompt in prompts]
-    requests = [
-        Request(
-            prompt_ids=ids,
-            max_tokens=config.max_tokens,
-            max_critical_tokens=config.max_critical_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seed=config.seed,
-            max_concurrent_branches=1 if config.sequential else None,
-        )
-        for ids in tokenizer.tokenize_batch(texts)
-    ]
-    longest = max(len(request.prompt_ids) for request in requests) + config.max_tokens
-    engine = Engine(
+    model, model_config = load_checkpoint(config.load, dtype=_DTYPES[config.dtype], device=device)
+    longest = min(longest_prompt, model_config.max_sequence_length) + config.max_tokens
+    return Engine(
         model,
         tokenizer.structure_vocab,
-        num_pages=config.num_pages or 8 * (-(-longest // config.page_size) + 16),
+        num_pages=config.num_pages or 8 * (-(-longest // config.page_size) + 16) + config.prefix_pages,
         page_size=config.page_size,
         max_rows=config.max_rows,
+        max_paths=config.max_paths,
+        max_depth=config.max_depth,
         vocab_size=tokenizer.vocab_size,
+        prefix_pages=config.prefix_pages,
     )
-    for prompt, result in zip(prompts, _serve(engine, requests), strict=True):
-        yield _row(prompt, tokenizer.detokenize(result.token_ids), result)
 
 
-def _serve(engine: Engine, requests: list[Request]) -> list[Result]:
-    for request in requests:
-        engine.check(request)
-    for request in requests:
-        engine.add_request(request)
-    results: list[Result] = []
-    with tqdm(total=len(requests), unit="answer", disable=None) as bar:
-        while engine.has_work:
-            done = engine.step()
-            results += done
-            bar.update(len(done))
-    return sorted(results, key=lambda result: result.request_id)
+def _request(config: GenerateConfig, ids: list[int], sample: int, stop: list[int]) -> Request:
+    return Request(
+        prompt_ids=ids,
+        max_tokens=config.max_tokens,
+        max_critical_tokens=config.max_critical_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+        sample=sample,
+        max_concurrent_branches=1 if config.sequential else None,
+        stop_token_ids=stop,
+        ignore_eos=config.ignore_eos,
+    )
 
 
-def _prompts(config: GenerateConfig) -> list[str]:
+def _stop_ids(stop: list[str], tokenizer: MultiverseTokenizer) -> list[int]:
+    ids = [tokenizer.tokenize(text) for text in stop]
+    for text, tokens in zip(stop, ids, strict=True):
+        if len(tokens) != 1:
+            raise GenerationError(f"--stop {text!r} is {len(tokens)} tokens of this tokenizer; give single tokens")
+    return [tokens[0] for tokens in ids]
+
+
+def _prompts(config: GenerateConfig) -> Prompts:
     if (config.prompt is None) == (config.input is None):
         raise GenerationError("give either --prompt TEXT or --input FILE.jsonl")
     if config.prompt is not None:
         return [config.prompt]
     assert config.input is not None
-    prompts = []
-    for number, line in enumerate(config.input.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            prompts.append(str(json.loads(line)["prompt"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(
-                f'{config.input}, line {number}: each line must be a JSON object with a field "prompt" ({error!r})'
-            ) from error
+    if not config.input.exists():
+        raise DataError(f"--input {config.input}: no such file or folder")
+    prompts: Prompts = []
+    rows = (row for shard in open_source(str(config.input)).shards for row in read_rows(shard))
+    for number, row in enumerate(rows, 1):
+        if row.is_blank:
+            continue
+        prompt = row.fields.get("prompt")
+        if isinstance(prompt, str) and prompt:
+            prompts.append(prompt)
+        else:
+            reason = row.error or f'no text in the field "prompt" (fields: {", ".join(row.fields) or "none"})'
+            prompts.append(DataError(f"{config.input}, row {number}: {reason}"))
     if not prompts:
         raise DataError(f"{config.input} holds no prompts")
     return prompts
 
 
-def _row(prompt: str, text: str, result: Result) -> dict[str, Any]:
+def _facts(result: Result) -> dict[str, Any]:
     return {
-        "prompt": prompt,
-        "text": text,
         "finish_reason": result.finish_reason,
         "tokens": len(result.token_ids),
         "critical_tokens": result.critical_tokens,

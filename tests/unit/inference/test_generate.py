@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_multiverse.errors import DataError, GenerationError
-from megatron_multiverse.inference.generate import GenerateConfig, generate
+from megatron_multiverse.inference.generate import GenerateConfig, generate, write_answers
 
 ROOT = Path(__file__).parents[3]
 MODEL = ROOT / "examples" / "quickstart" / "model"
@@ -30,9 +31,13 @@ def test_parallel_and_sequential_answers_are_the_same_text():
         assert parallel["num_parallel"] > 1
 
 
+def read(path):
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
 def test_the_tool_reads_and_writes_jsonl(tmp_path):
-    rows = [{"prompt": PROMPT}, {"prompt": "Hello"}]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"prompt": PROMPT}, {"prompt": "Line\u2028separators are\x85text"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     command = [sys.executable, ROOT / "tools" / "generate.py", "--load", MODEL, "--max-tokens", "20", "--device", "cpu"]
     done = subprocess.run(
         [*command, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--sequential"],
@@ -41,8 +46,8 @@ def test_the_tool_reads_and_writes_jsonl(tmp_path):
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [answer["prompt"] for answer in answers] == [PROMPT, "Hello"]
+    answers = sorted(read(tmp_path / "out.jsonl"), key=lambda answer: answer["index"])
+    assert [{"prompt": answer["prompt"]} for answer in answers] == rows
     assert all(answer["tokens"] <= 20 for answer in answers)
     refused = subprocess.run([*command, "--prompt", "a", "--num-pages", "1"], capture_output=True, text=True, cwd=ROOT)
     assert refused.returncode == 1
@@ -56,19 +61,89 @@ def test_exactly_one_source_of_prompts(prompts):
         next(generate(GenerateConfig(load=MODEL, **prompts)))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"prompt": "a"}\n{"question": "b"}\n', "line 2"),
-        ("no json\n", "line 1"),
-        ("[1]\n", "line 1"),
-        ("", "no prompts"),
-    ],
-)
-def test_rows_without_a_prompt_are_named(tmp_path, text, message):
-    (tmp_path / "in.jsonl").write_text(text)
-    with pytest.raises(DataError, match=message):
-        next(generate(GenerateConfig(load=MODEL, input=tmp_path / "in.jsonl")))
+def test_rows_that_cannot_be_answered_say_why_and_the_others_are_answered(tmp_path):
+    long = json.dumps({"prompt": "a " * 5000})
+    lines = ['{"prompt": "a"}', '{"question": "b"}', "no json", "", "[1]", long, '{"prompt": 7}', '{"prompt": "b"}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    config = GenerateConfig(load=MODEL, input=tmp_path / "in.jsonl", output=tmp_path / "out.jsonl", max_tokens=5)
+    assert write_answers(config) == (2, 5)
+    rows = {row["index"]: row for row in read(tmp_path / "out.jsonl")}
+    assert [k for k in range(7) if "text" in rows[k]] == [0, 6]
+    for index, message in {1: "row 2", 2: "row 3", 3: "row 5", 4: "positions of the model", 5: "row 7"}.items():
+        assert rows[index]["finish_reason"] == "error"
+        assert message in rows[index]["error"]
+    assert "question" in rows[1]["error"]
+
+
+def test_rows_are_written_as_they_finish(tmp_path):
+    """Short answers do not wait for long ones, and an interrupted run keeps what it has."""
+    prompts = [PROMPT.replace("1849 + 24", "(48 + 76) - (13 * 4); C = 583 + 967"), PROMPT]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    config = GenerateConfig(load=MODEL, input=tmp_path / "in.jsonl", max_tokens=600)
+    first, second = generate(config)
+    assert first["prompt"] == prompts[first["index"]]
+    assert (first["index"], second["index"]) == (1, 0)
+    assert first["decode_steps"] < second["decode_steps"]
+    out = tmp_path / "out.jsonl"
+    seen = []
+
+    class Interrupted(Exception):
+        pass
+
+    def rows_then_interrupt(config):
+        yield first
+        seen.append(out.read_text())
+        raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_multiverse.inference.generate.generate", rows_then_interrupt)
+        with pytest.raises(Interrupted):
+            write_answers(replace(config, output=out))
+    assert json.loads(seen[0])["text"] == first["text"]
+
+
+def test_an_output_that_cannot_be_written_shows_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    nowhere = GenerateConfig(load=tmp_path / "no model", prompt="a", output=tmp_path / "nowhere" / "out.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"out\.jsonl"):
+        write_answers(nowhere)
+    with pytest.raises(GenerationError, match="is the input"):
+        write_answers(GenerateConfig(load=MODEL, input=tmp_path / "in.jsonl", output=tmp_path / "in.jsonl"))
+    assert (tmp_path / "in.jsonl").read_text() == '{"prompt": "a"}\n'
+
+
+def test_an_input_that_is_not_there_or_empty(tmp_path):
+    with pytest.raises(DataError, match="no such file or folder"):
+        next(generate(GenerateConfig(load=MODEL, input=tmp_path / "nope.jsonl")))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="no prompts"):
+        next(generate(GenerateConfig(load=MODEL, input=tmp_path / "empty.jsonl")))
+
+
+def test_several_samples_of_a_prompt_differ_and_repeat():
+    options = {"load": MODEL, "prompt": PROMPT, "max_tokens": 40, "temperature": 3.0, "num_samples": 3}
+    texts = {row["sample"]: row["text"] for row in generate(GenerateConfig(**options))}
+    assert sorted(texts) == [0, 1, 2]
+    assert len(set(texts.values())) == 3
+    again = generate(GenerateConfig(**options, prefix_pages=8, page_size=4))
+    assert {row["sample"]: row["text"] for row in again} == texts
+    with pytest.raises(GenerationError, match="num_samples is 2 at temperature"):
+        next(generate(GenerateConfig(load=MODEL, prompt=PROMPT, num_samples=2)))
+
+
+def test_limits_and_stop_tokens_reach_the_engine():
+    options = {"load": MODEL, "prompt": PROMPT, "max_tokens": 600}
+    free = next(generate(GenerateConfig(**options)))
+    assert free["blocks"]
+    assert next(generate(GenerateConfig(**options, max_depth=0)))["blocks"] == []
+    assert next(generate(GenerateConfig(**options, max_paths=1)))["malformed"]["too_many_paths"] >= 1
+    stopped = next(generate(GenerateConfig(**options, stop=["<Parallel>"])))
+    assert stopped["finish_reason"] == "stop"
+    assert free["text"].startswith(stopped["text"])
+    assert "<Parallel>" not in stopped["text"]
+    assert next(generate(GenerateConfig(**options, ignore_eos=True)))["finish_reason"] == "length"
+    with pytest.raises(GenerationError, match=r"--stop 'two words of text' is \d+ tokens"):
+        next(generate(GenerateConfig(**options, stop=["two words of text"])))
 
 
 def test_the_chat_template_wraps_the_prompt():
