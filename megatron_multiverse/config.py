@@ -120,7 +120,8 @@ class CheckpointConfig:
     """Where and how often the training state is saved."""
 
     save: str
-    """Run folder: checkpoints (iter_0000010, ...), metrics.jsonl and config.json go here."""
+    """Run folder: checkpoints (iter_0000010, ...), metrics.jsonl, config.json and what was in force from a
+    step on (config_0000010.json) go here."""
     save_interval: int = 1000
     """Steps between checkpoints; 0 saves only at the end and on a signal."""
     keep_last: int = 2
@@ -163,7 +164,7 @@ class TrainConfig:
     model_preset: str | None = None
     """Name of a published shape for a fresh model, e.g. qwen2.5-7b; model/families.py lists them."""
     init_from: str | None = None
-    """Folder written by save_model: start from its weights and its config."""
+    """Checkpoint to start from, weights and config: Hugging Face, megatron-core, or a model folder of the trainer."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and schedule."""
     log: LogConfig = field(default_factory=LogConfig)

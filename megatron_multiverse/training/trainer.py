@@ -8,7 +8,7 @@ megatron-core's DDP and distributed optimizer or to a DeepSpeed engine, `StopSig
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import logging
 import time
 from collections.abc import Generator, Iterator
@@ -20,10 +20,12 @@ import torch
 from torch import nn
 
 from megatron_multiverse.config import ModelConfig, TrainConfig, check_sequence_length
+from megatron_multiverse.conversion.load import load_checkpoint
 from megatron_multiverse.errors import ConfigError, TrainingError
+from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
-from megatron_multiverse.model.weights import load_model, save_model
+from megatron_multiverse.model.weights import save_model
 from megatron_multiverse.training.checkpoint import CheckpointManager, Stateful, TrainState
 from megatron_multiverse.training.flops import peak_tflops
 from megatron_multiverse.training.forward import Microbatch, forward_backward, tf32, validate
@@ -79,7 +81,7 @@ def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loade
     state = TrainState(model, optimizer, scheduler, loader)
     checkpoints = CheckpointManager(config.checkpoint)
     resumed = checkpoints.resume(state)
-    write_run_config(config, model_config, checkpoints.folder)
+    write_run_config(config, model_config, checkpoints.folder, state.step)
     metrics = MetricsWriter(checkpoints.folder, config.train_iters)
     metrics.write("start", state.step, resumed=resumed, parameters=model_config.num_parameters)
     guard, meter, saved_step = NonFiniteGuard(device), StepMeter(device), state.step
@@ -157,7 +159,7 @@ def create_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, 
     """A fresh model from `config.model` or `config.model_preset`, or the saved one that `config.init_from` names."""
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     if config.init_from is not None:
-        model, model_config = load_model(config.init_from, dtype=dtype, device=device)
+        model, model_config = load_checkpoint(config.init_from, dtype=dtype, device=device)
         check_sequence_length(config.data, model_config)
         return model, model_config
     model_config = config.model or preset(config.model_preset or "")  # TrainConfig checks that there is one
@@ -165,10 +167,11 @@ def create_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, 
     return build_gpt_model(model_config, dtype=dtype, device=device, seed=config.seed), model_config
 
 
-def write_run_config(config: TrainConfig, model_config: ModelConfig, folder: Path) -> None:
-    """Keep the resolved config beside the checkpoints."""
-    model_config.to_json(folder / "model_config.json")
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+def write_run_config(config: TrainConfig, model_config: ModelConfig, folder: Path, step: int) -> None:
+    """Keep the resolved config beside the checkpoints: the newest, and which one was in force from which step on."""
+    write_json_atomic(folder / "model_config.json", dataclasses.asdict(model_config))
+    for name in ("config.json", f"config_{step:07d}.json"):
+        write_json_atomic(folder / name, config.to_dict())
 
 
 def raise_if_not_finite(guard: NonFiniteGuard) -> None:
