@@ -50,6 +50,7 @@ class SFTDataset:
         self._first = np.cumsum([0, *map(len, pairs)])
         self.lengths: npt.NDArray[np.int64] = np.concatenate([pair.sum(axis=1, dtype=np.int64) for pair in pairs])
         """Tokens per document, shape [len(self)]."""
+        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -75,8 +76,17 @@ class SFTDataset:
         return Sample(ids, layout(document_tree))
 
     def fingerprint(self) -> str:
-        """Hash of the document lengths: tells another data set from this one when a run resumes."""
-        return hashlib.sha256(self.lengths.astype("<i8").tobytes()).hexdigest()[:16]
+        """Hash of the document lengths and the tokens: tells another data set from this one when a run resumes.
+
+        Files above 64 MiB are read in 64 places, so that the start of a run does not wait for terabytes; there a
+        change of single tokens that leaves every length may go unseen.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256(self.lengths.astype("<i8").tobytes())
+            for prefix in self.prefixes:
+                _hash_content(Path(f"{prefix}.bin"), digest)
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
 
 
 def pack_arrays(
@@ -111,6 +121,19 @@ def pack_arrays(
         "position_ids": packed.position_ids.astype(np.int64),
         "r": packed.r,
     }
+
+
+def _hash_content(path: Path, digest: hashlib._Hash, *, places: int = 64, size: int = 1 << 20) -> None:
+    """Feed a file to the digest: all of it up to `places * size` bytes, else `size` bytes at evenly spread places."""
+    total = path.stat().st_size
+    with open(path, "rb") as file:
+        if total <= places * size:
+            while piece := file.read(size):
+                digest.update(piece)
+            return
+        for k in range(places):
+            file.seek((total - size) * k // (places - 1))
+            digest.update(file.read(size))
 
 
 def _open(prefix: str) -> Any:

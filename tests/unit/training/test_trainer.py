@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_multiverse.config import ModelConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError, TrainingError
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
@@ -161,6 +162,17 @@ def test_init_from_continues_a_saved_model(tmp_path: Path) -> None:
     assert got == first.model
     for name, tensor in weight_state(model).items():
         torch.testing.assert_close(tensor, weight_state(trained)[name], rtol=0, atol=1e-6)
+
+
+def test_the_settings_of_every_part_of_a_run_are_kept(tmp_path: Path) -> None:
+    train(config(tmp_path, train_iters=3), SyntheticLoader())
+    train(config(tmp_path, train_iters=6, **{"optim.lr": 0.005}), SyntheticLoader())
+    kept = {file.name: json.loads(file.read_text()) for file in tmp_path.glob("config*.json")}
+    assert {name: (values["train_iters"], values["optim"]["lr"]) for name, values in kept.items()} == {
+        "config.json": (6, 0.005), "config_0000000.json": (3, 0.01), "config_0000003.json": (6, 0.005),
+    }  # fmt: skip
+    assert TrainConfig.from_dict(kept["config.json"]).optim.lr == 0.005
+    assert ModelConfig.from_json(tmp_path / "model_config.json") == config(tmp_path).model
 
 
 def test_a_preset_is_reached_by_its_name(tmp_path: Path) -> None:
