@@ -8,7 +8,11 @@ Example:
 from __future__ import annotations
 
 import logging
+import os
 import sys
+
+# Huge pages for large tensors; with small ones most of the time goes into page faults. Must come before torch.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from megatron_multiverse.cli import parse_options
 from megatron_multiverse.conversion.convert import ConvertConfig, convert

@@ -2,7 +2,8 @@
 
 The output is written to `SAVE.partial`, unit by unit; each finished unit is flushed and noted. When all are done the
 folder is renamed to `SAVE`. So a run that is killed goes on with the first unfinished unit, and nothing half-written
-ever stands under the target's name. One thread reads (and checks) the next tensor while the last one is written.
+ever stands under the target's name. One thread reads (and checks) the next tensor while the last one is written,
+another flushes a finished unit while the next one is written.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,21 +130,21 @@ def convert(config: ConvertConfig) -> ConvertResult:
     source = open_source(config)
     padded = padded_vocab_size(config, source)
     target = open_target(config, source, padded)
-    partial = save.with_name(save.name + ".partial")
-    with Manifest(partial, fingerprint(config, source)) as manifest:
-        weights = partial if config.to == "hf" else partial / RELEASE
+    unfinished = save.with_name(save.name + ".partial")
+    with Manifest(unfinished, fingerprint(config, source)) as manifest:
+        weights = unfinished if config.to == "hf" else unfinished / RELEASE
         resumed = sum(unit.name in manifest.finished for unit in target.units)
         if resumed:
-            logger.info("continuing in %s: %d of %d units are finished", partial, resumed, len(target.units))
-        check_disk_space(partial, target.total_bytes - manifest.finished_bytes())
+            logger.info("continuing in %s: %d of %d units are finished", unfinished, resumed, len(target.units))
+        check_disk_space(unfinished, target.total_bytes - manifest.finished_bytes())
         _write_units(config, source, target, manifest, weights)
         _finish(config, source, target, manifest, weights, padded)
         num_bytes = manifest.finished_bytes()
-    for path in partial.rglob("*"):
+    for path in unfinished.rglob("*"):
         flush(path)
     if save.exists():
         save.rmdir()
-    os.rename(partial, save)
+    os.rename(unfinished, save)
     flush(save.parent)
     return ConvertResult(save, num_bytes, len(target.units), resumed, time.perf_counter() - started)
 
@@ -200,22 +202,28 @@ def check_disk_space(folder: Path, needed: int) -> None:
 
 def _write_units(config: ConvertConfig, source: Source, target: Target, manifest: Manifest, weights: Path) -> None:
     weights.mkdir(exist_ok=True)
-    with ProgressLine(target.total_bytes, manifest.finished_bytes()) as line, ThreadPoolExecutor(1) as reader:
-        for number, unit in enumerate(target.units, 1):
+    prefix = "" if weights == manifest.folder else f"{RELEASE}/"
+    line = ProgressLine(target.total_bytes, manifest.finished_bytes())
+    with line, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as flusher:
+        flushed: Future[None] | None = None
+        for unit in target.units:
             if unit.name in manifest.finished:
                 continue
-
-            def read(entry: Entry) -> Tensor:
-                tensor = source.read(entry)
-                if not config.allow_non_finite:
-                    check_finite(tensor, file=source.where(entry), name=_name(config, entry))
-                return tensor
-
+            read = partial(_checked_read, config, source)
             record = target.write(unit, line.counted(prefetched(unit.entries, read, reader)), weights)
-            prefix = "" if weights == manifest.folder else f"{RELEASE}/"
             files = {prefix + name: size for name, size in record["files"].items()}
-            manifest.add(unit.name, {**record, "files": files})
-            logger.debug("finished %s (%d of %d)", unit.name, number, len(target.units))
+            if flushed is not None:
+                flushed.result()
+            flushed = flusher.submit(manifest.add, unit.name, {**record, "files": files})
+        if flushed is not None:
+            flushed.result()
+
+
+def _checked_read(config: ConvertConfig, source: Source, entry: Entry) -> Tensor:
+    tensor = source.read(entry)
+    if not config.allow_non_finite:
+        check_finite(tensor, file=source.where(entry), name=_name(config, entry))
+    return tensor
 
 
 def _name(config: ConvertConfig, entry: Entry) -> str:

@@ -167,6 +167,6 @@ def _model_config(inner: Path, given: Path | None, record: dict[str, Any], args:
     if args is not None:
         return config_from_args(args, where=str(inner))
     raise ConfigError(
-        f"{inner} does not say what model it holds (no {RECORD_FILE}, no {MODEL_CONFIG_FILE}, no args): give --model-config "
-        "with a model_config.json or the config.json of the Hugging Face model"
+        f"{inner} does not say what model it holds (no {RECORD_FILE}, no {MODEL_CONFIG_FILE}, no args): give "
+        "--model-config with a model_config.json or the config.json of the Hugging Face model"
     )

@@ -16,10 +16,17 @@ from tests.unit.model.hf import hf_model, mcore_weights
 
 
 def shape(tied: bool, **changes: object) -> ModelConfig:
-    values = dict(
-        num_layers=2, hidden_size=36, ffn_hidden_size=48, num_attention_heads=6, num_query_groups=3, kv_channels=10,
-        vocab_size=50, max_sequence_length=64, share_embeddings_and_output_weights=tied,
-    )  # fmt: skip
+    values = {
+        "num_layers": 2,
+        "hidden_size": 36,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_query_groups": 3,
+        "kv_channels": 10,
+        "vocab_size": 50,
+        "max_sequence_length": 64,
+        "share_embeddings_and_output_weights": tied,
+    }
     return ModelConfig(**{**values, **changes})
 
 
