@@ -6,6 +6,7 @@ We choose our parts ourselves and report missing extras where they matter, so th
 
 from __future__ import annotations
 
+import atexit
 import os
 import warnings
 
@@ -29,7 +30,8 @@ def ensure_parallel_state() -> None:
     """Give megatron-core the process groups it wants: one rank, in this process, unless they already exist.
 
     A program of several ranks calls `torch.distributed.init_process_group` and
-    `parallel_state.initialize_model_parallel` itself before it builds a model.
+    `parallel_state.initialize_model_parallel` itself before it builds a model. What is made here is destroyed when
+    the process exits (NCCL warns otherwise).
 
     Raises:
         ConfigError: launched as one of several ranks without an initialised process group.
@@ -43,5 +45,12 @@ def ensure_parallel_state() -> None:
             )
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        atexit.register(_destroy_own_group, torch.distributed.group.WORLD, os.getpid())
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
+
+
+def _destroy_own_group(group: object, owner: int) -> None:
+    """Destroy the process groups at exit, unless somebody has made others since, or this is a forked child."""
+    if os.getpid() == owner and torch.distributed.is_initialized() and torch.distributed.group.WORLD is group:
+        torch.distributed.destroy_process_group()
