@@ -116,6 +116,10 @@ class LegacyReader:
         """Names of the model's tensors, local spec."""
         return set(self.places)
 
+    def file_of(self, key: str) -> Path:
+        """A file that holds a part of the tensor of this name."""
+        return self.places[key][0].file
+
     def _of(self, entry: Entry) -> list[Place]:
         if entry.mcore not in self.places:
             raise CheckpointError(f"{self.folder}: none of the {len(self.files)} files has a tensor {entry.mcore}")

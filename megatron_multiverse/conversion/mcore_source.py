@@ -110,7 +110,7 @@ class McoreSource:
         extra = sorted(reader.keys() - known - ({"output_layer.weight"} if tied else set()))
         if extra:
             raise CheckpointError(
-                f"{self.folder}: tensor {extra[0]} is not part of a dense {self.family.name} model "
+                f"{reader.file_of(extra[0])}: tensor {extra[0]} is not part of a dense {self.family.name} model "
                 f"({len(extra)} such tensors); experts, adapters and further heads cannot be converted"
             )
 

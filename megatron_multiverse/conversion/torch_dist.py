@@ -98,6 +98,10 @@ class TorchDistReader:
         tensors = {k for k, v in self.metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         return {key for key in tensors if not key.startswith(("optimizer.", "chained_"))}
 
+    def file_of(self, key: str) -> Path:
+        """A file that holds a part of the tensor under this key."""
+        return self.folder / self._info(key, self._tensor(key).chunks[0]).relative_path
+
     def _stored(self, entry: Entry) -> tuple[str, bool]:
         """Key of the tensor and whether its first dimension is the layer."""
         stored = self.metadata.state_dict_metadata
