@@ -39,20 +39,22 @@ def relieve(scheduler: Scheduler) -> None:
 
 
 def recover(scheduler: Scheduler, error: BaseException) -> list[RequestState]:
-    """A step raised: all active requests start again; returns those that failed too often and are closed.
+    """A step raised: all active requests start again; returns those that end instead, closed.
 
     Args:
         scheduler: in whatever state the exception left it.
         error: what was raised. Only an `Exception` counts as a failure; an interrupt is nobody's fault.
     """
-    failed = scheduler.active
+    stopped = scheduler.active
     scheduler.reset()
     ended = []
-    for request in failed if isinstance(error, Exception) else ():
-        request.failures += 1
+    for request in stopped:
+        request.failures += isinstance(error, Exception)
         if request.failures >= MAX_FAILURES:
-            scheduler.remove(request)
             request.error = f"{MAX_FAILURES} steps in a row failed, the last with {error!r}"
-            request.close_all("error")
-            ended.append(request)
+        elif not request.callback_failed:
+            continue
+        scheduler.remove(request)
+        request.close_all("error")
+        ended.append(request)
     return ended

@@ -72,9 +72,7 @@ class RequestState:
         self.live = []
         self.step, self.num_blocks, self.decode_steps = 0, 0, 0
         self.counts, self.timeline = Counter(), []
-        self.finish_reason = None
-        if not self.callback_failed:
-            self.error = ""
+        self.finish_reason, self.error = None, ""
 
     def announce(self, branch: Branch, ids: Sequence[int]) -> None:
         """Hand new tokens to the callback; a replay is silent.

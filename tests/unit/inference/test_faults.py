@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference import CounterSampler, Request
-from megatron_multiverse.structure import parse
+from megatron_multiverse.structure import Tag, parse
 
 from .test_engine import MODEL, answers, tree_requests
 from .toy import (
@@ -140,6 +142,36 @@ def test_a_sampler_that_raises_leaves_the_engine_whole():
         engine.step()
     engine.sampler.broken = False
     assert serve(engine)[0].token_ids == toy_engine(MODEL).generate([plain()])[0].token_ids
+
+
+def test_a_callback_and_the_model_that_fail_in_one_step():
+    """The text stays as it was heard: the request does not start again."""
+
+    class BrokenSampler(ScriptedSampler):
+        def __call__(self, logits, branches):
+            if failing and failing.pop():
+                raise RuntimeError("out of memory")
+            return super().__call__(logits, branches)
+
+    scripts, requests = tree_requests(7, 2)
+    engine = toy_engine(MODEL, sampler=BrokenSampler(scripts))
+    heard, failing = [], []
+
+    def listen(request_id, branch, ids):
+        if request_id == 0 and heard and ids[-1] == Tag.CONCLUSION:  # written before the step runs
+            failing.append(True)
+            raise ConnectionError("client gone")
+        heard.extend(ids if request_id == 0 else ())
+
+    for request in requests:
+        engine.add_request(request, on_token=listen)
+    with pytest.raises(RuntimeError):
+        serve(engine)
+    results = serve(engine)
+    assert results[0].finish_reason == "error"
+    assert "client gone" in results[0].error
+    assert not Counter(heard) - Counter(results[0].token_ids)
+    assert_drained(engine)
 
 
 def test_requests_whose_steps_keep_failing_end_with_the_error():
