@@ -90,7 +90,9 @@ def load_torch_file(file: Path, trust_pickle: bool = False, *, part: Any = None)
     if trust_pickle:
         logger.warning("%s: loading a pickle without restrictions, because --trust-pickle is set", file)
     try:
-        with torch.serialization.safe_globals([Namespace, SimpleNamespace]):
+        known = torch.serialization.get_safe_globals()
+        # Leaving the block would also take away what others (megatron-core) have registered for good.
+        with torch.serialization.safe_globals([kind for kind in (Namespace, SimpleNamespace) if kind not in known]):
             return torch.load(part or file, weights_only=not trust_pickle, map_location="meta")
     except pickle.UnpicklingError as error:
         reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), None)

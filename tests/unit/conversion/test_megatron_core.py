@@ -115,3 +115,20 @@ def test_extra_tensors_of_megatron_core_are_refused(tmp_path: Path) -> None:
     ):
         run(tmp_path / "mcore", tmp_path / "out", "mcore", "hf", **values)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_mp_rank_file_is_a_state_dict_of_the_model(tmp_path: Path, tied: bool) -> None:
+    from megatron_multiverse.model.gpt import build_gpt_model
+    from megatron_multiverse.model.weights import weight_state
+
+    source = hf_folder(tmp_path / "hf", "qwen3", tied)
+    run(source, tmp_path / "mcore", ckpt_format="torch", transformer_impl="local")
+    content = torch.load(tmp_path / "mcore/release/mp_rank_00/model_optim_rng.pt", weights_only=True)
+    config = open_source(ConvertConfig(from_="hf", to="mcore", load=str(source), save="unused")).config
+    model = build_gpt_model(config, seed=7)
+    model.load_state_dict(content["model"], strict=True)
+    assert content["args"].num_layers == 2 and content["checkpoint_version"] == 3.0
+    whole = dict(mcore_state_from_hf(HFReader(source)))
+    for name, tensor in weight_state(model).items():
+        assert torch.equal(tensor, whole[name]), name
