@@ -1,8 +1,27 @@
-"""Attention under the Multiverse visibility rule (arXiv 2506.09991, section 4)."""
+"""Attention under the Multiverse visibility rule (arXiv 2506.09991, section 4).
+
+Importing this needs torch alone; Triton, FlexAttention and FlashAttention 4 load when a backend is used.
+"""
 
 from __future__ import annotations
 
 from .dense import dense_attention, dense_mask
+from .flash4 import flash4_attention, flash4_plan, flash4_problem
+from .flex import flex_attention, flex_plan, flex_problem
 from .reference import multiverse_attention_reference, visibility
+from .tiles import TileLists, tile_lists
 
-__all__ = ["dense_attention", "dense_mask", "multiverse_attention_reference", "visibility"]
+__all__ = [
+    "TileLists",
+    "dense_attention",
+    "dense_mask",
+    "flash4_attention",
+    "flash4_plan",
+    "flash4_problem",
+    "flex_attention",
+    "flex_plan",
+    "flex_problem",
+    "multiverse_attention_reference",
+    "tile_lists",
+    "visibility",
+]

@@ -117,7 +117,7 @@ def multiverse_attention(
             "the Multiverse mask goes with neither padding in attention_mask (make padding a document of its own, "
             f"structure.padding_layout) nor dropout ({dropout}) nor a sliding window ({sliding_window})"
         )
-    backend = select_backend("auto", query.device.type)
+    backend = select_backend("auto", query.device.type, query.dtype, query.shape[-1])
     if r not in _plans or _plans[r][0] != query.dtype:
         _plans[r] = (query.dtype, backend.prepare(r, None, query.dtype))
     plan = _plans[r][1]

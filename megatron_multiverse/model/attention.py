@@ -66,7 +66,7 @@ class LayoutParams(AttentionParams):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float) -> Tensor:
         """See AttentionParams.attend."""
-        backend = select_backend(self.backend, query.device.type)
+        backend = select_backend(self.backend, query.device.type, query.dtype, query.shape[-1])
         if self._plan is None:
             want = (query.shape[1], query.shape[0])
             if self.r is None or self.r.shape != want:

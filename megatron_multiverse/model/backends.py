@@ -17,9 +17,22 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.multiverse_attention import dense_attention, dense_mask
+from megatron_multiverse.kernels.multiverse_attention import (
+    dense_attention,
+    dense_mask,
+    flash4_attention,
+    flash4_plan,
+    flash4_problem,
+    flex_attention,
+    flex_plan,
+    flex_problem,
+)
 
 logger = logging.getLogger(__name__)
+
+
+def _no_problem(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -30,29 +43,51 @@ class AttentionBackend:
     """(r [b, s], index [b, s] or None, dtype of q) -> plan, made once per microbatch."""
     attend: Callable[[Tensor, Tensor, Tensor, Any, float | None], Tensor]
     """(q [b, h, s, d], k, v [b, g, s, d], plan, softmax_scale) -> [b, h, s, d]."""
+    problem: Callable[[str, torch.dtype, int], str | None] = _no_problem
+    """(device type, dtype, d) -> why this backend cannot run there, or None."""
 
 
 BACKENDS: dict[str, AttentionBackend] = {
-    "dense": AttentionBackend(prepare=dense_mask, attend=dense_attention),
+    "flash4": AttentionBackend(flash4_plan, flash4_attention, flash4_problem),
+    "flex": AttentionBackend(flex_plan, flex_attention, flex_problem),
+    "dense": AttentionBackend(dense_mask, dense_attention),
 }
+"""Fastest first: "auto" takes the first that can run."""
 
 
-def _auto(device_type: str) -> tuple[str, str]:
-    """Name of the backend for "auto" on this kind of device, and the reason."""
-    return "dense", f"the only backend built in; device {device_type}"
+def _auto(device_type: str, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """Name of the backend for "auto", and the reason."""
+    if device_type == "cpu":
+        return "dense", "on the CPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "dense", f"{dtype} is for exactness, not for speed"
+    reasons: list[str] = []
+    for name, backend in BACKENDS.items():
+        problem = backend.problem(device_type, dtype, head_dim)
+        if problem is None:
+            return name, "; ".join(["the fastest that runs here", *reasons])
+        reasons.append(f"not {name}: {problem}")
+    raise AssertionError("dense runs everywhere")
+
+
+def select_backend(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
+    """Return the backend called `name`, or the best one for device, dtype and head width if name is "auto".
+
+    Raises:
+        ConfigError: no backend of that name, or it cannot run here; the message says why.
+    """
+    return _select(name, device_type, dtype, head_dim, torch.are_deterministic_algorithms_enabled())
 
 
 @functools.cache
-def select_backend(name: str, device_type: str) -> AttentionBackend:
-    """Return the backend called `name`, or the best one for the device if name is "auto".
-
-    Raises:
-        ConfigError: no backend of that name.
-    """
+def _select(name: str, device_type: str, dtype: torch.dtype, head_dim: int, deterministic: bool) -> AttentionBackend:
     reason = "asked for"
     if name == "auto":
-        name, reason = _auto(device_type)
+        name, reason = _auto(device_type, dtype, head_dim)
     if name not in BACKENDS:
         raise ConfigError(f"unknown attention_backend {name!r}, allowed: auto, {', '.join(BACKENDS)}")
+    problem = BACKENDS[name].problem(device_type, dtype, head_dim)
+    if problem is not None:
+        raise ConfigError(f"attention_backend {name!r} cannot run here: {problem}; or set attention_backend to auto")
     logger.info("attention backend: %s (%s)", name, reason)
     return BACKENDS[name]

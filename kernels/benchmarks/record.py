@@ -1,0 +1,66 @@
+"""Where and how results are written: one JSON line per case, and a markdown table of the run."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, Any]:
+    """GPU, versions, commit, date and command of this run."""
+    versions = {}
+    for package in ("torch", "triton", "flash-attn-4"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": versions,
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": "python -m megatron_multiverse.kernels.benchmarks."
+        + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
+    }
+
+
+class Recorder:
+    """Collects the rows of one benchmark and writes them as they come."""
+
+    def __init__(self, name: str, folder: str | None, commit: str | None) -> None:
+        self.folder = Path(folder) if folder else RESULTS
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.environment = environment() | ({"commit": commit} if commit else {})
+        self.stem = f"{name}_{self.environment['gpu'].replace('NVIDIA ', '').replace(' ', '_').lower()}"
+        self.rows: list[dict[str, Any]] = []
+        self.lines = self.folder / f"{self.stem}.jsonl"
+        self.lines.write_text("")
+
+    def add(self, **row: Any) -> None:
+        """Record one measured case; values are rounded to what the clock can tell."""
+        row = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
+        self.rows.append(row)
+        with self.lines.open("a") as file:
+            file.write(json.dumps(row | self.environment) + "\n")
+        print(row, flush=True)
+
+    def table(self, note: str) -> None:
+        """Write the markdown table of all rows."""
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        e = self.environment
+        versions = ", ".join(f"{k} {v}" for k, v in e["versions"].items() if v)
+        lines = [f"{e['gpu']}, {versions}, commit {e['commit']}, {e['date']}", "", f"`{e['command']}`", "", note, ""]
+        lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(str(row.get(key, "")) for key in columns) + " |" for row in self.rows]
+        (self.folder / f"{self.stem}.md").write_text("\n".join(lines) + "\n")

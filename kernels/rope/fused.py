@@ -1,0 +1,112 @@
+"""q and k rotated in one launch, forward and backward; `reference.py` has the definition.
+
+Arithmetic is float32 whatever the dtype of q and k (megatron-core's unfused path rounds cosines and sines to it).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .table import rope_table
+
+MAX_HEADS_PER_STEP = 64
+
+
+@triton.jit
+def _rotate_heads(x_ptr, y_ptr, x_head_stride, cos, sin, heads, HALF: tl.constexpr, LANES: tl.constexpr,
+                  STEP: tl.constexpr):  # fmt: skip
+    lane = tl.arange(0, LANES)[None, :]
+    for start in range(0, heads, STEP):
+        head = start + tl.arange(0, STEP)[:, None]
+        inside = (head < heads) & (lane < HALF)
+        source = x_ptr + head * x_head_stride + lane
+        first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+        target = y_ptr + head * (2 * HALF) + lane
+        kind = y_ptr.dtype.element_ty
+        tl.store(target, (first * cos - second * sin).to(kind), mask=inside)
+        tl.store(target + HALF, (second * cos + first * sin).to(kind), mask=inside)
+
+
+@triton.jit
+def _rope_kernel(q_ptr, k_ptr, q_out, k_out, table_ptr, batch,
+                 q_stride_s, q_stride_b, q_stride_h, k_stride_s, k_stride_b, k_stride_h, t_stride_b, t_stride_s,
+                 Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr,
+                 Q_STEP: tl.constexpr, K_STEP: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+    """One program per token: all heads of q and of k."""
+    token = tl.program_id(0).to(tl.int64)
+    s, b = token // batch, token % batch
+    lane = tl.arange(0, LANES)
+    row = table_ptr + b * t_stride_b + s * t_stride_s
+    cos = tl.load(row + lane, mask=lane < HALF, other=0.0)[None, :]
+    sin = tl.load(row + HALF + lane, mask=lane < HALF, other=0.0)[None, :]
+    if BACKWARD:
+        sin = -sin
+    _rotate_heads(q_ptr + s * q_stride_s + b * q_stride_b, q_out + token * (Q_HEADS * 2 * HALF), q_stride_h,
+                  cos, sin, Q_HEADS, HALF, LANES, Q_STEP)  # fmt: skip
+    _rotate_heads(k_ptr + s * k_stride_s + b * k_stride_b, k_out + token * (K_HEADS * 2 * HALF), k_stride_h,
+                  cos, sin, K_HEADS, HALF, LANES, K_STEP)  # fmt: skip
+
+
+def _rotate(q: Tensor, k: Tensor, table: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
+    s, b, q_heads, dim = q.shape
+    k_heads, half = k.shape[2], dim // 2
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    q_step, k_step = (min(MAX_HEADS_PER_STEP, triton.next_power_of_2(n)) for n in (q_heads, k_heads))
+    _rope_kernel[(s * b,)](
+        q, k, q_out, k_out, table, b, *q.stride()[:3], *k.stride()[:3], *table.stride()[:2],
+        Q_HEADS=q_heads, K_HEADS=k_heads, HALF=half, LANES=triton.next_power_of_2(half),
+        Q_STEP=q_step, K_STEP=k_step, BACKWARD=backward, num_warps=4,
+    )  # fmt: skip
+    return q_out, k_out
+
+
+class _Rope(torch.autograd.Function):
+    """Rotation by +angle forward, by -angle backward; only the table is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(table)
+        return _rotate(q, k, table, backward=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (table,) = ctx.saved_tensors
+        dq, dk = _rotate(grads[0], grads[1], table, backward=True)
+        return dq, dk, None
+
+
+def rope_fused(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate q and k by the table of their tokens, in one launch.
+
+    Args:
+        q: [s, b, h, dim], float32, float16 or bfloat16; any strides, the last one 1 for speed.
+        k: [s, b, g, dim], like q.
+        table: float32 [b, s, dim] by `rope_table`; it takes no gradient.
+
+    Returns:
+        Rotated q and k, new contiguous tensors.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    s, b, _, dim = q.shape
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or k.dtype != q.dtype:
+        raise ValueError(f"q and k must both be float32, float16 or bfloat16, got {q.dtype} and {k.dtype}")
+    if k.shape[:2] != (s, b) or k.shape[3] != dim or dim % 2:
+        raise ValueError(f"q [s, b, h, dim] and k [s, b, g, dim] do not fit: {tuple(q.shape)}, {tuple(k.shape)}")
+    if table.shape != (b, s, dim) or table.dtype != torch.float32 or table.stride(-1) != 1:
+        raise ValueError(f"table must be float32 {(b, s, dim)} by rope_table, got {table.dtype} {tuple(table.shape)}")
+    rotated: tuple[Tensor, Tensor] = _Rope.apply(q, k, table)
+    return rotated
+
+
+def rope(q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """`rope_fused` for a single layer: makes the table from position_ids [b, s] and inv_freq [dim / 2]."""
+    return rope_fused(q, k, rope_table(position_ids, inv_freq))

@@ -1,0 +1,68 @@
+"""The Triton kernels in Triton's CPU interpreter, beside their references. Run as a program: TRITON_INTERPRET must
+be set before triton is imported, and the other tests import it without. Float32 and float16 alone: the interpreter
+computes wrong products for bfloat16.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from random_layouts import random_labels
+
+from megatron_multiverse.kernels.multiverse_attention import tiles, tiles_triton
+from megatron_multiverse.kernels.rope import fused, inverse_frequencies, rope_angles, rope_reference, rope_table
+
+torch.set_num_threads(1)
+
+
+def check_tiles() -> None:
+    """Bounds and lists equal the plain ones, odd lengths, padding tiles and permuted tokens included."""
+    for length in (1, 7, 61, 130):
+        for permuted in (False, True):
+            r, index = torch.stack([random_labels(length, seed) for seed in range(2)]), None
+            if permuted:
+                order = torch.randperm(length, generator=torch.Generator().manual_seed(length))
+                r, index = r[:, order], order.int().expand(2, -1)
+            for padded in (0, 160):
+                want = tiles.tile_bounds_reference(r, index, size=8, length=padded)
+                got = tiles_triton.tile_bounds_triton(r, index, size=8, length=padded)
+                for name in ("r_low", "r_high", "index_low", "index_high"):
+                    a, b = getattr(want, name), getattr(got, name)
+                    assert (a is None and b is None) or torch.equal(a, b), name
+                lists = tiles.tile_lists_reference(want), tiles_triton.tile_lists_triton(got)
+                for name in ("q_partial", "q_full", "k_partial", "k_full"):
+                    a, b = (getattr(x, name) for x in lists)
+                    assert torch.equal(a.counts, b.counts) and torch.equal(a.indices, b.indices), (length, name)
+
+
+def check_rope() -> None:
+    """Outputs and both gradients equal the reference in float64, also for views with odd strides."""
+    generator = torch.Generator().manual_seed(0)
+    for s, b, h, g, dim in ((5, 2, 3, 1, 8), (3, 1, 4, 4, 12), (2, 1, 70, 2, 16)):
+        ids = torch.randint(0, 100_000, (b, s), generator=generator)
+        inv_freq = inverse_frequencies(dim, 1e6, "cpu", torch.float32)
+        mixed = torch.randn(s, b, h + g, dim + 4, generator=generator).requires_grad_()
+        q, k = mixed[..., :dim].split([h, g], dim=2)
+        out = fused.rope(q, k, ids, inv_freq)
+        angles = rope_angles(ids, inv_freq).double()
+        exact = mixed.detach().double().requires_grad_()
+        want = [rope_reference(x, angles) for x in exact[..., :dim].split([h, g], dim=2)]
+        upstream = [torch.randn(x.shape, generator=generator) for x in out]
+        torch.autograd.backward(out, upstream)
+        torch.autograd.backward(want, [x.double() for x in upstream])
+        for x, y in zip(out, want, strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=0, atol=2e-6)
+        torch.testing.assert_close(mixed.grad.double(), exact.grad, rtol=0, atol=2e-6)
+        halves = fused.rope_fused(q.detach().half(), k.detach().half(), rope_table(ids, inv_freq))
+        for x, y in zip(halves, want, strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=2e-3, atol=4e-3)
+
+
+if __name__ == "__main__":
+    {"tiles": check_tiles, "rope": check_rope}[sys.argv[1]]()

@@ -1,0 +1,33 @@
+"""The table form of the rotation, which CPU and float64 models can use, against the definition."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_multiverse.kernels.rope import (
+    inverse_frequencies,
+    rope_angles,
+    rope_reference,
+    rope_table,
+    rotate_by_table,
+)
+
+
+def test_rotation_by_table_equals_the_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 50_000, (2, 5), generator=generator)
+    inv_freq = inverse_frequencies(16, 1e6, "cpu", torch.float64)
+    x = torch.randn(5, 2, 3, 16, generator=generator, dtype=torch.float64)
+    got = rotate_by_table(x, rope_table(ids, inv_freq))
+    torch.testing.assert_close(got, rope_reference(x, rope_angles(ids, inv_freq)), rtol=0, atol=1e-12)
+    assert not torch.allclose(got, x)
+
+
+def test_backward_is_the_rotation_by_the_negative_angle() -> None:
+    ids = torch.tensor([[3, 3, 9]])
+    table = rope_table(ids, inverse_frequencies(8, 1e4, "cpu", torch.float64))
+    x = torch.randn(3, 1, 2, 8, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(x)
+    rotate_by_table(x, table).backward(upstream)
+    cos, sin = table.chunk(2, dim=-1)
+    torch.testing.assert_close(x.grad, rotate_by_table(upstream, torch.cat((cos, -sin), dim=-1)))
