@@ -9,6 +9,7 @@ import pickle
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -88,6 +89,7 @@ def _rank(
     args: tuple[Any, ...],
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
+    warnings.filterwarnings("ignore", message="When using async grad allreduce")  # nothing is trained here
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     try:
         torch.distributed.init_process_group(

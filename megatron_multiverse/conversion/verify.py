@@ -53,7 +53,7 @@ class VerifyOptions:
     tolerance: float = 1e-4
     """Largest allowed difference of a logit, relative to the largest logit."""
     no_logits: bool = False
-    """Compare tensors only: for models that do not fit into memory in float32, twice."""
+    """Compare tensors only: for models that do not fit into memory in float32."""
     report: Path | None = None
     """Write the figures here as JSON."""
     trust_pickle: bool = False

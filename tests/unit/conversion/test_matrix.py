@@ -23,6 +23,7 @@ SHORT = {"original_max_position_embeddings": 128}
 LLAMA32 = LLAMA31 | SHORT | {"factor": 32.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 SMALL_BASE = {"rope_type": "default", "rope_theta": 500.0}
+BIASED = {"attention_bias": True, "mlp_bias": True}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 
 
@@ -59,6 +60,8 @@ CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "llama-wide-heads": ("llama", UNTIED | heads(6, 2, 10, hidden=48)),
     "llama-odd-ffn": ("llama", TIED | {"intermediate_size": 51}),
     "llama-loose-norm": ("llama", UNTIED | {"rms_norm_eps": 1e-3, "rope_parameters": SMALL_BASE}),
+    "llama-biases": ("llama", UNTIED | BIASED),
+    "llama-biases-tied-wide-heads": ("llama", TIED | BIASED | heads(4, 2, 12)),
     "llama-fp16": ("llama", UNTIED | {"dtype": torch.float16}),
 }  # fmt: skip
 # What tensor parallelism cannot cut: heads, groups or the MLP are odd.
