@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_multiverse.data.hf_tokenizer_files import content, default_template, load_hf_backend
 from megatron_multiverse.data.sentencepiece_model import add_user_defined_symbols, keep_blanks
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.structure import TAGS, StructureVocab
@@ -117,7 +118,7 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
     def __init__(self, tokenizer_model: str | Path) -> None:
         from tokenizers import AddedToken
 
-        self._backend, self._config = _load_hf_backend(Path(tokenizer_model))
+        self._backend, self._config = load_hf_backend(Path(tokenizer_model))
         self._backend.no_padding()
         self._backend.no_truncation()
         known = {token.content: token for token in self._backend.get_added_tokens_decoder().values()}
@@ -127,7 +128,7 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
         missing = [tag for tag in TAGS if tag not in known]
         self._backend.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in missing])
         self.eod = self._special_id("eos_token")
-        self.chat_template = _default_template(self._config.get("chat_template"))
+        self.chat_template = default_template(self._config.get("chat_template"))
         # The tag in front keeps decoders from treating the piece as the start of a text and dropping its blank.
         anchor = TAGS[0]
         anchor_id = self._backend.token_to_id(anchor)
@@ -166,12 +167,12 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
         return pad
 
     def _special_id(self, name: str) -> int | None:
-        text = _content(self._config.get(name))
+        text = content(self._config.get(name))
         return None if text is None else self._backend.token_to_id(text)
 
     def _template_names(self) -> dict[str, str]:
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        return {name: _content(self._config.get(name)) or "" for name in names}
+        return {name: content(self._config.get(name)) or "" for name in names}
 
 
 class SentencePieceTokenizer(MultiverseTokenizer):
@@ -260,47 +261,6 @@ def _chunks(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
             start, size = k + 1, 0
     if start < len(texts):
         yield start, len(texts)
-
-
-def _load_hf_backend(model: Path) -> tuple[Any, dict[str, Any]]:
-    """The Rust tokenizer and what tokenizer_config.json says of special tokens and template."""
-    from tokenizers import Tokenizer
-
-    file = model / "tokenizer.json" if model.is_dir() else model
-    if file.is_file() and file.suffix == ".json":
-        config_file = file.with_name("tokenizer_config.json")
-        template_file = file.with_name("chat_template.jinja")
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        if template_file.is_file():
-            config["chat_template"] = template_file.read_text(encoding="utf-8")
-        return Tokenizer.from_file(str(file)), config
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(str(model), use_fast=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no Hugging Face tokenizer at {model}: give a folder with tokenizer.json or a hub name ({error})"
-        ) from error
-    if not getattr(loaded, "is_fast", False):
-        raise ConfigError(f"{model} has no fast tokenizer; convert it to a tokenizer.json first")
-    names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    config = {name: getattr(loaded, name) for name in names if getattr(loaded, name, None) is not None}
-    config["chat_template"] = loaded.chat_template
-    # A copy: adding our tags must not change the object that transformers may share.
-    return Tokenizer.from_str(loaded.backend_tokenizer.to_str()), config
-
-
-def _content(token: Any) -> str | None:
-    """tokenizer_config.json writes a special token as a string or as {"content": ...}."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _default_template(template: Any) -> str | None:
-    """tokenizer_config.json holds one template or a list of named ones."""
-    if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template if template is None else str(template)
 
 
 def _is_unknown(model: Any, piece: str) -> bool:
