@@ -25,7 +25,7 @@ def main() -> None:
         result = convert(parse_options(ConvertConfig))
     except MultiverseError as error:
         sys.exit(f"error: {error}")
-    rate = result.num_bytes / max(result.seconds, 1e-9) / 1e9
+    rate = (result.num_bytes - result.resumed_bytes) / max(result.seconds, 1e-9) / 1e9
     done = f"{result.units} units" + (f", {result.resumed_units} of an earlier run" if result.resumed_units else "")
     print(f"wrote {result.folder}: {result.num_bytes / 1e9:.2f} GB, {done}, {result.seconds:.1f} s ({rate:.2f} GB/s)")
 

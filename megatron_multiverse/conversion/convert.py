@@ -109,6 +109,8 @@ class ConvertResult:
     folder: Path
     num_bytes: int
     """Size of the weights written, earlier runs included."""
+    resumed_bytes: int
+    """The part of it that an earlier run wrote."""
     units: int
     """Units (files, or pipeline stages) in all."""
     resumed_units: int
@@ -136,7 +138,8 @@ def convert(config: ConvertConfig) -> ConvertResult:
         resumed = sum(unit.name in manifest.finished for unit in target.units)
         if resumed:
             logger.info("continuing in %s: %d of %d units are finished", unfinished, resumed, len(target.units))
-        check_disk_space(unfinished, target.total_bytes - manifest.finished_bytes())
+        resumed_bytes = manifest.finished_bytes()
+        check_disk_space(unfinished, target.total_bytes - resumed_bytes)
         _write_units(config, source, target, manifest, weights)
         _finish(config, source, target, manifest, weights, padded)
         num_bytes = manifest.finished_bytes()
@@ -146,7 +149,7 @@ def convert(config: ConvertConfig) -> ConvertResult:
         save.rmdir()
     os.rename(unfinished, save)
     flush(save.parent)
-    return ConvertResult(save, num_bytes, len(target.units), resumed, time.perf_counter() - started)
+    return ConvertResult(save, num_bytes, resumed_bytes, len(target.units), resumed, time.perf_counter() - started)
 
 
 def open_source(config: ConvertConfig) -> Source:
