@@ -22,10 +22,6 @@ def merge(entry: Entry, parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
         return torch.cat([p.reshape(groups, -1, *p.shape[1:]) for p in parts], dim=1).flatten(0, 1)
     if entry.rule == "gate_up":
         return torch.cat(list(parts))
-    if entry.rule == "vocab" and len(parts[0]) < entry.shape[0]:
-        padded = parts[0].new_zeros(entry.shape)  # zeros: padding rows stay recognisable
-        padded[: len(parts[0])] = parts[0]
-        return padded
     return parts[0]
 
 
