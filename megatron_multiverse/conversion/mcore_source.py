@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.config import ModelConfig
-from megatron_multiverse.config_io import dataclass_from_mapping
+from megatron_multiverse.config.strict import dataclass_from_mapping
 from megatron_multiverse.conversion.families import FAMILIES
 from megatron_multiverse.conversion.hf_config import family_for, hf_config_to_model_config
 from megatron_multiverse.conversion.legacy import LegacyReader, is_legacy

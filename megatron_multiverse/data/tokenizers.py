@@ -65,7 +65,7 @@ class MultiverseTokenizer(ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, tags included, padding of the embedding table (`config_model.pad_vocab_size`) not."""
+        """Number of ids, tags included, padding of the embedding table (`config.pad_vocab_size`) not."""
         return len(self.id_to_text)
 
     def render_chat(self, user_text: str) -> str:

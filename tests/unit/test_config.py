@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_multiverse.cli import parse_options
-from megatron_multiverse.config import ModelConfig, TrainConfig
-from megatron_multiverse.config_model import pad_vocab_size
+from megatron_multiverse.config import ModelConfig, TrainConfig, pad_vocab_size
 from megatron_multiverse.errors import ConfigError
 
 MODEL = {

@@ -17,20 +17,18 @@ PACKAGE = ROOT / "megatron_multiverse"
 ALLOWED = {
     "errors": set(),
     "cli": set(),
-    "config": {"errors", "config_io", "config_model"},
-    "config_model": {"errors", "config_io"},
+    "config": {"errors"},
     "files": set(),
-    "config_io": {"errors"},
     "structure": {"errors"},
     "kernels": set(),
     "data": {"errors", "config", "files", "structure", "cli"},
-    "model": {"errors", "config", "config_model", "files", "structure", "kernels"},
-    "conversion": {"errors", "config", "config_io", "config_model", "files", "structure", "data", "model"},
+    "model": {"errors", "config", "files", "structure", "kernels"},
+    "conversion": {"errors", "config", "files", "structure", "data", "model"},
     "training": {"errors", "config", "files", "structure", "data", "model", "conversion"},
     "inference": {"errors", "config", "files", "structure", "kernels", "data", "model", "conversion"},
     "evaluation": {"errors", "config", "files", "structure", "data", "model", "inference"},
 }
-NO_TORCH = {"errors", "config", "config_io", "config_model", "files", "structure"}
+NO_TORCH = {"errors", "config", "files", "structure"}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_multiverse.config import ModelConfig
-from megatron_multiverse.config_model import pad_vocab_size
+from megatron_multiverse.config import ModelConfig, pad_vocab_size
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.model import weights
 from megatron_multiverse.model.families import PRESETS, preset, qwen2

@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses that check themselves. Imports no torch.
+"""Configuration of a training run: frozen dataclasses that check themselves. Imports no torch.
 
 `TrainConfig` nests the others. It is read from YAML with dotted overrides, by jsonargparse (the scripts)
 or by `TrainConfig.from_yaml`. Unknown keys are errors; every error names the value and what is allowed.
@@ -12,20 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_multiverse.config_io import check, dataclass_from_mapping, read_yaml
-from megatron_multiverse.config_model import ModelConfig, RopeScaling
-
-__all__ = [
-    "CheckpointConfig",
-    "DType",
-    "DataConfig",
-    "LogConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "RopeScaling",
-    "TrainConfig",
-    "check_sequence_length",
-]
+from megatron_multiverse.config.model import ModelConfig
+from megatron_multiverse.config.strict import check, dataclass_from_mapping, read_yaml
 
 DType = Literal["float32", "bf16", "float64"]
 

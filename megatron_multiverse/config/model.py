@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_multiverse.config_io import check, dataclass_from_mapping
+from megatron_multiverse.config.strict import check, dataclass_from_mapping
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,25 @@
+"""Configuration: frozen dataclasses that check themselves (`model.py`, `train.py`), read strictly (`strict.py`)."""
+
+from megatron_multiverse.config.model import ModelConfig, RopeScaling, pad_vocab_size
+from megatron_multiverse.config.train import (
+    CheckpointConfig,
+    DataConfig,
+    DType,
+    LogConfig,
+    OptimConfig,
+    TrainConfig,
+    check_sequence_length,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DType",
+    "DataConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RopeScaling",
+    "TrainConfig",
+    "check_sequence_length",
+    "pad_vocab_size",
+]
