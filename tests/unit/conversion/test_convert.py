@@ -90,3 +90,41 @@ def test_megatron_core_itself_opens_the_result(tmp_path: Path) -> None:
     for name, tensor in weight_state(model).items():
         assert torch.equal(tensor, expected[name]), name
     assert os.path.exists(tmp_path / "mcore/latest_checkpointed_iteration.txt")
+
+
+def test_flags_are_named_as_megatron_names_them() -> None:
+    from megatron_multiverse.cli import parse_options
+
+    words = "--from hf --to=mcore --load a --save b --tensor-model-parallel-size 8 --add-control-tokens --trust_pickle"
+    config = parse_options(ConvertConfig, words.split())
+    assert (config.from_, config.to, config.tensor_model_parallel_size) == ("hf", "mcore", 8)
+    assert config.add_control_tokens and config.trust_pickle
+    assert parse_options(ConvertConfig, ["--from=mcore", "--to", "hf", "--load", "a", "--save", "b"]).from_ == "mcore"
+
+
+QWEN25 = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 3584,
+    "intermediate_size": 18944, "max_position_embeddings": 32768, "max_window_layers": 28, "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_sliding_window": False,
+    "vocab_size": 152064, "attention_dropout": 0.0,
+}  # fmt: skip
+LLAMA31 = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "hidden_act": "silu",
+    "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False,
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": False, "vocab_size": 128256,
+    "rope_scaling": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "parameters"), [(QWEN25, 7_615_616_512), (LLAMA31, 8_030_261_248)])
+def test_published_configs_are_understood_and_written_back(values: dict[str, object], parameters: int) -> None:
+    from megatron_multiverse.conversion.hf_config import family_of, hf_config_to_model_config, model_config_to_hf
+
+    config = hf_config_to_model_config(values)
+    assert config.num_parameters == parameters
+    assert hf_config_to_model_config(model_config_to_hf(config, family_of(values))) == config
