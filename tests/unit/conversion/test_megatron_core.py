@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,8 @@ def test_an_mp_rank_file_is_a_state_dict_of_the_model(tmp_path: Path, tied: bool
 
     source = hf_folder(tmp_path / "hf", "qwen3", tied)
     run(source, tmp_path / "mcore", ckpt_format="torch", transformer_impl="local")
-    content = torch.load(tmp_path / "mcore/release/mp_rank_00/model_optim_rng.pt", weights_only=True)
+    with torch.serialization.safe_globals([Namespace]):  # megatron-core's own registration may be undone by now
+        content = torch.load(tmp_path / "mcore/release/mp_rank_00/model_optim_rng.pt", weights_only=True)
     config = open_source(ConvertConfig(from_="hf", to="mcore", load=str(source), save="unused")).config
     model = build_gpt_model(config, seed=7)
     model.load_state_dict(content["model"], strict=True)
