@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def environment() -> dict[str, Any]:
     """GPU, versions, commit, date and command of this run."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("torch", "triton", "flash-attn-4"):
         try:
             versions[package] = importlib.metadata.version(package)
@@ -31,8 +31,20 @@ def environment() -> dict[str, Any]:
         "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": "python -m megatron_multiverse.kernels.benchmarks."
-        + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        + " ".join([Path(sys.argv[0]).stem, *_arguments()]),
     }
+
+
+def _arguments() -> list[str]:
+    """The command line without the options that say where and under which commit results are written."""
+    words = iter(sys.argv[1:])
+    kept = []
+    for word in words:
+        if word in ("--output", "--commit"):
+            next(words, None)
+        else:
+            kept.append(word)
+    return kept
 
 
 class Recorder:

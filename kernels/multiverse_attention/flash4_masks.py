@@ -10,7 +10,7 @@ from flash_attn.cute import utils
 
 
 @cute.jit
-def ordered(b, h, q, k, seqlen_info, aux):  # type: ignore[no-untyped-def]
+def ordered(b, h, q, k, seqlen_info, aux):
     """Tokens in their order: aux = [r [b, s]]."""
     r_k = utils.scalar_to_ssa(aux[0][b[0], k[0]], cutlass.Int32)
     r_q = utils.scalar_to_ssa(aux[0][b[0], q[0]], cutlass.Int32)
@@ -18,7 +18,7 @@ def ordered(b, h, q, k, seqlen_info, aux):  # type: ignore[no-untyped-def]
 
 
 @cute.jit
-def permuted(b, h, q, k, seqlen_info, aux):  # type: ignore[no-untyped-def]
+def permuted(b, h, q, k, seqlen_info, aux):
     """Tokens in any order: aux = [r [b, s], index [b, s]]."""
     r_k = utils.scalar_to_ssa(aux[0][b[0], k[0]], cutlass.Int32)
     r_q = utils.scalar_to_ssa(aux[0][b[0], q[0]], cutlass.Int32)

@@ -151,7 +151,9 @@ def test_preparing_does_not_wait_for_the_device() -> None:
 
 
 def test_training_losses_agree_across_backends() -> None:
-    """A small model in bfloat16, 50 steps: flash4 and flex follow dense within 2 %, and they do learn."""
+    """A small model in bfloat16, 50 steps: flash4 and flex follow dense within 0.5 % of the first
+    loss for 20 steps and within 4 % for 50, and the loss halves.
+    """
     pytest.importorskip("megatron.core")
     from megatron_multiverse.model.attention import LayoutParams
     from megatron_multiverse.model.families import qwen3
@@ -178,8 +180,10 @@ def test_training_losses_agree_across_backends() -> None:
             optimizer.step()
             losses.append(loss.detach())
         curves[name] = torch.stack(losses).float()
+    first, last = curves["dense"][0], curves["dense"][-1]
     for name in names[1:]:
-        difference = ((curves[name] - curves["dense"]).abs() / curves["dense"]).max()
-        print(name, "largest relative difference of the loss", float(difference))
-        assert difference < 0.02
-    assert curves["dense"][-1] < 0.95 * curves["dense"][0]
+        difference = (curves[name] - curves["dense"]).abs() / first
+        print(f"{name}: largest difference {difference[:20].max():.4f}, later {difference.max():.4f} of {first:.3f}")
+        assert difference[:20].max() < 0.005
+        assert difference.max() < 0.04  # rounding differences grow once the batches are learned by heart
+    assert last < 0.5 * first
