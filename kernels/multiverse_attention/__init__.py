@@ -8,11 +8,12 @@ from __future__ import annotations
 from .dense import dense_attention, dense_mask
 from .flash4 import flash4_attention, flash4_plan, flash4_problem
 from .flex import flex_attention, flex_plan, flex_problem
-from .reference import multiverse_attention_reference, visibility
+from .reference import count_visible_pairs, multiverse_attention_reference, visibility
 from .tiles import TileLists, tile_lists
 
 __all__ = [
     "TileLists",
+    "count_visible_pairs",
     "dense_attention",
     "dense_mask",
     "flash4_attention",

@@ -25,6 +25,25 @@ def visibility(r: Tensor, index: Tensor | None = None) -> Tensor:
     return visible & (index[:, None, :, None] >= index[:, None, None, :])
 
 
+def count_visible_pairs(r: Tensor, index: Tensor | None = None, *, rows: int = 1024) -> Tensor:
+    """Number of visible (query, key) pairs over the batch, int64 scalar on the device.
+
+    Args:
+        r: int labels [b, s].
+        index: int [b, s], see `visibility`.
+        rows: queries looked at together; memory is b * rows * s bytes, never the whole mask.
+    """
+    num_tokens = r.shape[1]
+    places = torch.arange(num_tokens, device=r.device)[None] if index is None else index
+    pairs = torch.zeros((), dtype=torch.int64, device=r.device)
+    for start in range(0, num_tokens, rows):
+        queries = slice(start, start + rows)
+        keys = slice(0, start + rows if index is None else num_tokens)
+        seen = places[:, queries, None] >= places[:, None, keys]
+        pairs += (seen & (r[:, queries, None] >= r[:, None, keys])).sum()
+    return pairs
+
+
 def multiverse_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float | None = None
 ) -> Tensor:

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.multiverse_attention import visibility
+from megatron_multiverse.kernels.multiverse_attention import count_visible_pairs
 from megatron_multiverse.model.backends import select_backend
 
 
@@ -80,7 +80,7 @@ class LayoutParams(AttentionParams):
     def num_visible_pairs(self) -> Tensor:
         """Number of visible (query, key) pairs over the batch, int64 scalar on the device."""
         assert self.r is not None
-        pairs: Tensor = visibility(self.r, self.index).sum()
+        pairs: Tensor = count_visible_pairs(self.r, self.index)
         return pairs
 
 

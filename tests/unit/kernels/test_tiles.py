@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention as eager_flex
 
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.multiverse_attention import (
+    count_visible_pairs,
     flash4,
     flex,
     multiverse_attention_reference,
@@ -65,6 +66,16 @@ def test_tiles_of_padding_are_visited_on_the_diagonal_alone() -> None:
     assert torch.equal(classes[:, :3, :3], tiles.tile_classes_brute_force(r, size=SIZE))
     assert torch.equal(classes[0, 3:], torch.eye(5, dtype=torch.uint8)[3:] * tiles.PARTIAL)
     assert not classes[0, :3, 3:].any()
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_pairs_are_counted_without_the_whole_mask(permuted: bool) -> None:
+    for seed in range(5):
+        r, index = torch.stack([random_labels(61, seed * 2 + n) for n in range(2)]), None
+        if permuted:
+            order = torch.randperm(61, generator=torch.Generator().manual_seed(seed))
+            r, index = r[:, order], order.int().expand(2, -1)
+        assert count_visible_pairs(r, index, rows=8) == visibility(r, index).sum()
 
 
 def test_buckets_are_few_and_waste_little() -> None:
