@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import keyword
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -25,14 +26,27 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
     """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
+    class Parser(ArgumentParser):
+        """Shows flags the way they are written: `--num-rows`, `--from`."""
+
+        def format_help(self, *args: Any, **kwargs: Any) -> str:
+            return _hyphenated(str(super().format_help(*args, **kwargs)))
+
+        def format_usage(self) -> str:
+            return _hyphenated(str(super().format_usage()))
+
     # Not auto_cli: it would offer the methods of `cls` as subcommands.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser()
+    parser = Parser()
     parser.add_argument("--config", action="config", help="YAML file; flags override it")
     parser.add_class_arguments(cls)
     given = [_underscored(argument) for argument in (sys.argv[1:] if args is None else args)]
     values = parser.instantiate_classes(parser.parse_args(_with_values(cls, given)))
     return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def _hyphenated(text: str) -> str:
+    return re.sub(r"--[a-z][a-z0-9_]*", lambda flag: "--" + flag.group()[2:].rstrip("_").replace("_", "-"), text)
 
 
 def _underscored(argument: str) -> str:
