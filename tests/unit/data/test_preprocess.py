@@ -210,7 +210,7 @@ def test_help_teaches_without_torch(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for flag in ("--input", "--output_prefix", "--tokenizer_type", "--workers", "--append_eod", "--max_rejected"):
+    for flag in ("--input", "--output-prefix", "--tokenizer-type", "--workers", "--append-eod", "--max-rejected"):
         assert flag in done.stdout
     assert "heavy set()" in done.stdout
 
