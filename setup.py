@@ -11,7 +11,7 @@ KERNELS = ["megatron_multiverse.kernels"] + [
     f"megatron_multiverse.kernels.{name}" for name in find_packages(str(HERE / "kernels"))
 ]
 
-TRAIN = ["jsonargparse[signatures]>=4.40", "PyYAML>=6.0", "matplotlib>=3.9"]
+TRAIN = ["matplotlib>=3.9"]
 EVAL = ["matplotlib>=3.9", "rich>=13.0"]
 
 setup(
@@ -27,6 +27,8 @@ setup(
     package_data={"megatron_multiverse": ["py.typed"]},
     install_requires=[
         "torch>=2.6",
+        "jsonargparse[signatures]>=4.40",  # every tool's options
+        "PyYAML>=6.0",
         "megatron-core>=0.16.1,<0.20",
         "numpy>=2.0",
         "psutil>=5.9",  # megatron-core's checkpoint writer needs it and does not say so
@@ -44,7 +46,7 @@ setup(
             "uvicorn>=0.30",
             "prometheus-client>=0.20",
         ],
-        "curate": ["jsonargparse[signatures]>=4.40", "anthropic>=0.40", "rapidfuzz>=3.9"],
+        "curate": ["anthropic>=0.40", "rapidfuzz>=3.9"],
         "eval": EVAL,
         # What `make test` and `make quickstart` install: no CUDA, no compiler.
         "dev": [
