@@ -29,7 +29,8 @@ def build_loaders(config: DataConfig, seed: int, vocab_size: int) -> tuple[SFTLo
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"model.vocab_size ({vocab_size}) is below the tokenizer's ({tokenizer.vocab_size}, "
-            f"{config.tokenizer_model}): raise it, or grow the saved model (model/vocab.py)"
+            f"{config.tokenizer_model}): raise it, or add the tags to a saved model with "
+            "tools/convert_checkpoint.py --add-control-tokens"
         )
     valid = config.valid_prefixes
     return (

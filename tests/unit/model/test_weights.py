@@ -5,17 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_multiverse.config import ModelConfig, pad_vocab_size
+from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.model import weights
 from megatron_multiverse.model.families import PRESETS, preset, qwen2
 from megatron_multiverse.model.gpt import build_gpt_model
-from megatron_multiverse.model.vocab import (
-    grow_vocab,
-    initialize_rows,
-    tag_pieces,
-    vocab_matrices,
-)
 from megatron_multiverse.model.weights import load_model, save_model, weight_state
 
 
@@ -76,41 +70,6 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         load_model(tmp_path)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_tag_rows_are_the_mean_of_their_pieces(tied: bool) -> None:
-    model, config = build_gpt_model(tiny(tied)), tiny(tied)
-    before = [m.detach().clone() for m in vocab_matrices(model)]
-    assert len(before) == (1 if tied else 2)
-    grown, grown_config = grow_vocab(model, config, pad_vocab_size(42, 8))
-    assert grown_config.vocab_size == 48
-    pieces = tag_pieces(["<Goal>", "</Path>"], lambda text: [len(text), 7])
-    assert pieces == [[4, 7], [5, 7]]
-    initialize_rows(grown, {40: pieces[0], 41: pieces[1]})
-    for old, new in zip(before, vocab_matrices(grown), strict=True):
-        assert torch.equal(new[:40], old)
-        torch.testing.assert_close(new[40], (old[4] + old[7]) / 2)
-        torch.testing.assert_close(new[41], (old[5] + old[7]) / 2)
-        torch.testing.assert_close(new[47], old.mean(0))
-    logits = grown(torch.tensor([[40]]), torch.tensor([[0]]), None, packed_seq_params=causal(1))
-    assert logits.shape == (1, 1, 48)
-
-
-def causal(length: int):
-    from megatron_multiverse.model.attention import LayoutParams
-
-    return LayoutParams.causal(torch.zeros(1, length))
-
-
-def test_impossible_rows_are_refused() -> None:
-    model = build_gpt_model(tiny())
-    with pytest.raises(ConfigError, match="row 40 cannot be made"):
-        initialize_rows(model, {40: [1]})
-    with pytest.raises(ConfigError, match="itself a new row"):
-        initialize_rows(model, {38: [1], 39: [38]})
-    with pytest.raises(ConfigError, match="must not be below"):
-        grow_vocab(model, tiny(), 39)
 
 
 def test_presets_have_the_published_sizes() -> None:
