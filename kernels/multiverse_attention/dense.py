@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import visibility
+from .tiles import TileLists
 
 
-def dense_mask(r: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+def dense_mask(r: Tensor, index: Tensor | None, dtype: torch.dtype, lists: TileLists | None = None) -> Tensor:
     """The mask of one microbatch, [b, 1, s, s]: boolean on the CPU, additive (0 or -inf) in `dtype` on CUDA.
 
     SDPA's CUDA kernels take additive masks only and would convert a boolean one again in every layer, and keep

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import TILE, pad_labels, tile_lists
+from .tiles import TILE, TileLists, pad_labels, tile_lists
 
 PACKAGE = "flash-attn-4"
 VERSION = "4.0.0b36"
@@ -78,14 +78,17 @@ def flash4_problem(device_type: str, dtype: torch.dtype, head_dim: int) -> str |
     return _missing()
 
 
-def flash4_plan(r: Tensor, index: Tensor | None, dtype: torch.dtype) -> Flash4Plan:
-    """Mask and tile lists of one microbatch from r [b, s]."""
+def flash4_plan(r: Tensor, index: Tensor | None, dtype: torch.dtype, lists: TileLists | None = None) -> Flash4Plan:
+    """Mask and tile lists of one microbatch from r [b, s]; `lists` are made here unless given (they must fit)."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     from . import flash4_masks
 
     length = -(-r.shape[1] // TILE) * TILE
-    lists = tile_lists(r, index, length=length)
+    if lists is None:
+        lists = tile_lists(r, index, length=length)
+    elif not lists.fit(r, length):
+        raise ValueError(f"tile lists of shape {lists.shape} do not fit labels {tuple(r.shape)}: make them for them")
 
     def sparse(partial: Any, full: Any) -> Any:
         return BlockSparseTensorsTorch(

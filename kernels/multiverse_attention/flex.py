@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import TILE, pad_labels, tile_lists
+from .tiles import TILE, TileLists, pad_labels, tile_lists
 
 BUCKETS_PER_OCTAVE = 8
 MAX_SHAPES = 64
@@ -47,12 +47,13 @@ def bucket_length(num_tokens: int) -> int:
     return -(-num_tokens // step) * step
 
 
-def flex_plan(r: Tensor, index: Tensor | None, dtype: torch.dtype) -> FlexPlan:
-    """Block mask of one microbatch from r [b, s]; see `tile_lists`."""
+def flex_plan(r: Tensor, index: Tensor | None, dtype: torch.dtype, lists: TileLists | None = None) -> FlexPlan:
+    """Block mask of one microbatch from r [b, s]; `lists` are used if they have the tiles of this bucket."""
     from torch.nn.attention.flex_attention import BlockMask
 
     length = bucket_length(r.shape[1])
-    lists = tile_lists(r, index, length=length)
+    if lists is None or not lists.fit(r, length):
+        lists = tile_lists(r, index, length=length)
     labels = pad_labels(r, length)
     if index is None:
 

@@ -45,6 +45,15 @@ class TileLists:
     """For each key tile the query tiles that see it as a whole."""
     size: int
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(b, t)."""
+        return self.q_partial.counts.shape[0], self.q_partial.counts.shape[-1]
+
+    def fit(self, r: Tensor, length: int) -> bool:
+        """Whether they are the lists of labels r [b, s] padded to `length` tokens, by shape."""
+        return self.shape == (r.shape[0], length // TILE) and self.size == TILE
+
 
 @dataclass(frozen=True)
 class TileBounds:

@@ -119,7 +119,7 @@ def multiverse_attention(
         )
     backend = select_backend("auto", query.device.type, query.dtype, query.shape[-1])
     if r not in _plans or _plans[r][0] != query.dtype:
-        _plans[r] = (query.dtype, backend.prepare(r, None, query.dtype))
+        _plans[r] = (query.dtype, backend.prepare(r, None, query.dtype, None))
     plan = _plans[r][1]
     return backend.attend(query, key, value, plan, scaling).transpose(1, 2).contiguous(), None
 

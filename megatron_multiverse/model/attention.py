@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.multiverse_attention import count_visible_pairs
+from megatron_multiverse.kernels.multiverse_attention import TileLists, count_visible_pairs
 from megatron_multiverse.model.backends import select_backend
 
 
@@ -54,6 +54,8 @@ class LayoutParams(AttentionParams):
     """int labels [b, s] (structure.Layout.r)."""
     index: Tensor | None = None
     """int [b, s], place of each token in its sequence; None means 0..s-1."""
+    lists: TileLists | None = None
+    """Tile lists of r for ceil(s / 128) tiles, if something made them already (kernels.structure_scan)."""
     backend: str = "auto"
     """Name in model/backends.py."""
     _plan: Any = field(default=None, init=False, repr=False)
@@ -72,7 +74,7 @@ class LayoutParams(AttentionParams):
             if self.r is None or self.r.shape != want:
                 given = None if self.r is None else tuple(self.r.shape)
                 raise ConfigError(f"LayoutParams.r must be [b, s] = {want}, got {given}")
-            self._plan = backend.prepare(self.r, self.index, query.dtype)
+            self._plan = backend.prepare(self.r, self.index, query.dtype, self.lists)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = backend.attend(q, k, v, self._plan, softmax_scale)
         return out.permute(2, 0, 1, 3).flatten(2)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.multiverse_attention import (
+    TileLists,
     dense_attention,
     dense_mask,
     flash4_attention,
@@ -39,8 +40,8 @@ def _no_problem(device_type: str, dtype: torch.dtype, head_dim: int) -> str | No
 class AttentionBackend:
     """One way to compute attention under the visibility rule."""
 
-    prepare: Callable[[Tensor, Tensor | None, torch.dtype], Any]
-    """(r [b, s], index [b, s] or None, dtype of q) -> plan, made once per microbatch."""
+    prepare: Callable[[Tensor, Tensor | None, torch.dtype, TileLists | None], Any]
+    """(r [b, s], index [b, s] or None, dtype of q, tile lists if made already) -> plan, once per microbatch."""
     attend: Callable[[Tensor, Tensor, Tensor, Any, float | None], Tensor]
     """(q [b, h, s, d], k, v [b, g, s, d], plan, softmax_scale) -> [b, h, s, d]."""
     problem: Callable[[str, torch.dtype, int], str | None] = _no_problem

@@ -46,7 +46,7 @@ def check(name, r, index, h, g, dim, dtype, seed) -> None:
     b, s = r.shape
     inputs = [draw(s, b, heads, dim, dtype, seed + n).requires_grad_() for n, heads in enumerate((h, g, g))]
     upstream = draw(s, b, h, dim, dtype, seed + 3)
-    plan = backend.prepare(r, index, dtype)
+    plan = backend.prepare(r, index, dtype, None)
     poison([*inputs, upstream])
     out = backend.attend(*inputs, plan, None)
     grads = torch.autograd.grad(out, inputs, upstream)
@@ -102,7 +102,7 @@ def test_no_hidden_key_gets_a_gradient_and_every_visible_one_does(name, dim) -> 
         s = 1000 - seed
         r = labels(s, 2, seed)
         q, k, v = (draw(s, 2, heads, dim, BF16, seed + n).requires_grad_() for n, heads in enumerate((8, 2, 2)))
-        out = backend.attend(q, k, v, backend.prepare(r, None, BF16), None)
+        out = backend.attend(q, k, v, backend.prepare(r, None, BF16, None), None)
         query = random.Random(seed).randrange(s // 2, s)
         upstream = torch.zeros_like(out)
         upstream[:, :, query] = 1
@@ -117,7 +117,7 @@ def test_other_lengths_and_layouts_do_not_compile_flex_again() -> None:
     seen = []
     for s in (1000, 999, 901):
         q, k, v = (draw(s, 2, heads, 64, BF16, heads).requires_grad_() for heads in (8, 2, 2))
-        backend.attend(q, k, v, backend.prepare(labels(s, 2, s), None, BF16), None).sum().backward()
+        backend.attend(q, k, v, backend.prepare(labels(s, 2, s), None, BF16, None), None).sum().backward()
         seen.append(counters["unique_graphs"])
     assert seen[1:] == seen[:1] * 2
 
@@ -142,10 +142,10 @@ def test_tile_lists_equal_the_plain_ones(s, permuted) -> None:
 def test_preparing_does_not_wait_for_the_device() -> None:
     backend = backend_or_skip("flash4", BF16, 128)
     r = labels(1000, 1, 0)
-    backend.prepare(r, None, BF16)
+    backend.prepare(r, None, BF16, None)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        backend.prepare(r, None, BF16)
+        backend.prepare(r, None, BF16, None)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

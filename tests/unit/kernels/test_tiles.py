@@ -147,3 +147,13 @@ def test_auto_takes_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) -> No
     name, reason = choose("cuda", torch.bfloat16, 128)
     assert name == "flex" and "not flash4: the package is not installed" in reason
     assert list(BACKENDS) == ["flash4", "flex", "dense"]
+
+
+def test_lists_made_elsewhere_are_used_where_they_fit() -> None:
+    r = torch.stack([random_labels(200, seed) for seed in range(2)])
+    lists = tiles.tile_lists(r)
+    assert lists.shape == (2, 2) and lists.fit(r, 256) and not lists.fit(r, 384) and not lists.fit(r[:1], 256)
+    plan = flex.flex_plan(r, None, torch.float32, lists)
+    assert plan.block_mask.kv_indices.data_ptr() == lists.q_partial.indices.data_ptr()
+    other = flex.flex_plan(r, None, torch.float32, tiles.tile_lists(r[:, :100]))
+    assert torch.equal(other.block_mask.kv_num_blocks, lists.q_partial.counts)
