@@ -1,9 +1,9 @@
-"""Rotary position embedding by explicit position ids. The Triton kernel stands in `fused.py` (needs triton)."""
+"""Rotary position embedding by explicit position ids. `fused.py` and `fused_qkv.py` are Triton (and need triton)."""
 
 from __future__ import annotations
 
 from .reference import inverse_frequencies, llama3_frequencies, rope_angles, rope_reference
-from .table import rope_table, rotate_by_table
+from .table import rope_table, rotate_by_table, rotate_qkv_by_table
 
 __all__ = [
     "inverse_frequencies",
@@ -12,4 +12,5 @@ __all__ = [
     "rope_reference",
     "rope_table",
     "rotate_by_table",
+    "rotate_qkv_by_table",
 ]

@@ -26,6 +26,9 @@ from megatron_multiverse.model.backends import select_backend
 class AttentionParams(PackedSeqParams):  # type: ignore[misc]
     """What one forward pass attends to. Subclasses implement `attend`."""
 
+    rotary_table: Tensor | None = field(default=None, repr=False, kw_only=True)
+    """Cosines and sines [b, s, d] of the tokens' position ids; the model's forward hook makes it (rotary.py)."""
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float) -> Tensor:
         """Attention of one layer.
 
@@ -113,12 +116,18 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """See AttentionParams.attend; attention_mask must be None, the params say what is seen."""
-        if not isinstance(packed_seq_params, AttentionParams) or attention_mask is not None:
-            raise ConfigError(
-                "call the model with attention_mask=None and packed_seq_params=LayoutParams(r=...) "
-                f"(LayoutParams.causal for plain text); got {type(packed_seq_params).__name__} and "
-                f"attention_mask={'None' if attention_mask is None else 'a tensor'}"
-            )
-        return packed_seq_params.attend(
-            query, key, value, layer_number=self.layer_number, softmax_scale=self.softmax_scale
-        )
+        params = require_attention_params(packed_seq_params, attention_mask)
+        return params.attend(query, key, value, layer_number=self.layer_number, softmax_scale=self.softmax_scale)
+
+
+def require_attention_params(
+    packed_seq_params: PackedSeqParams | None, attention_mask: Tensor | None = None
+) -> AttentionParams:
+    """The params of the forward pass. Raises ConfigError unless they say alone what is seen."""
+    if isinstance(packed_seq_params, AttentionParams) and attention_mask is None:
+        return packed_seq_params
+    raise ConfigError(
+        "call the model with attention_mask=None and packed_seq_params=LayoutParams(r=...) "
+        f"(LayoutParams.causal for plain text); got {type(packed_seq_params).__name__} and "
+        f"attention_mask={'None' if attention_mask is None else 'a tensor'}"
+    )

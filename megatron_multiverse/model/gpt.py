@@ -21,6 +21,7 @@ from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.model.norm import RMSNorm
 from megatron_multiverse.model.residual import residual_add
 from megatron_multiverse.model.rotary import PositionIdRotary, install_rotary
+from megatron_multiverse.model.self_attention import SelfAttention
 
 
 def transformer_config(config: ModelConfig, dtype: torch.dtype, initialize: bool = True) -> TransformerConfig:
@@ -64,6 +65,7 @@ def layer_spec(config: ModelConfig) -> ModuleSpec:
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attn_bda = residual_add
     spec.submodules.mlp_bda = residual_add
+    spec.submodules.self_attention.module = SelfAttention
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = CoreAttention
     if config.qk_layernorm:
@@ -104,8 +106,7 @@ def build_gpt_model(
             TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
             vocab_size=config.vocab_size,
             max_sequence_length=config.max_sequence_length,
-            position_embedding_type="rope",
-            rotary_base=config.rotary_base,
+            position_embedding_type="none",  # the rotation is ours: rotary.py, self_attention.py
             share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),

@@ -1,8 +1,9 @@
-"""Rotary embedding by explicit position ids, in the place of megatron-core's `rotary_pos_emb`.
+"""Rotary embedding by explicit position ids.
 
 megatron-core builds its rotary table from the sequence length alone. In a Multiverse sample positions are not
-0..s-1, so this module makes the table from `position_ids`, which a forward pre-hook hands over.
-The table is an argument of every layer, so recomputation and pipeline stages see the right one.
+0..s-1, so the model is built without megatron-core's rotary embedding: before every forward pass a hook makes the
+table of cosines and sines from `position_ids`, once for all layers, and puts it on the pass's AttentionParams;
+`self_attention.py` rotates by it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,18 @@ from torch import Tensor, nn
 
 from megatron_multiverse.config import RopeScaling
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.rope import inverse_frequencies, llama3_frequencies, rope_angles
+from megatron_multiverse.kernels.rope import (
+    inverse_frequencies,
+    llama3_frequencies,
+    rope_table,
+    rotate_by_table,
+    rotate_qkv_by_table,
+)
+from megatron_multiverse.model.attention import AttentionParams
 
 
-class PositionIdRotary(nn.Module):
-    """Drop-in for `GPTModel.rotary_pos_emb`.
+class PositionIdRotary:
+    """Makes rotary tables.
 
     Args:
         dim: head width.
@@ -30,29 +38,16 @@ class PositionIdRotary(nn.Module):
     def __init__(
         self, dim: int, base: float, dtype: torch.dtype = torch.float32, scaling: RopeScaling | None = None
     ) -> None:
-        super().__init__()
         self.dim, self.base, self.dtype, self.scaling = dim, base, dtype, scaling
-        self._position_ids: Tensor | None = None
-        self._inv_freq: Tensor | None = None  # not a buffer: model.to(bfloat16) must not round it
+        self._inv_freq: Tensor | None = None
 
-    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
-        """megatron-core asks for a length; the ids make it irrelevant."""
-        return 0
-
-    def set_position_ids(self, position_ids: Tensor) -> None:
-        """Take the ids [b, s] of the coming forward pass."""
-        self._position_ids = position_ids
-
-    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
-        """Angles [s, b, 1, dim] for the ids of this forward pass."""
-        if self._position_ids is None:
-            raise ConfigError("position_ids are missing: pass position_ids [b, s] to the model's forward")
-        ids, self._position_ids = self._position_ids, None
-        if self._inv_freq is None or self._inv_freq.device != ids.device:
-            frequencies = inverse_frequencies(self.dim, self.base, ids.device, self.dtype)
+    def table(self, position_ids: Tensor) -> Tensor:
+        """Cosines and sines [b, s, dim] of position_ids [b, s], on their device."""
+        if self._inv_freq is None or self._inv_freq.device != position_ids.device:
+            frequencies = inverse_frequencies(self.dim, self.base, position_ids.device, self.dtype)
             self._inv_freq = scaled_frequencies(frequencies, self.scaling)
-        angles: Tensor = rope_angles(ids, self._inv_freq)
-        return angles
+        table: Tensor = rope_table(position_ids, self._inv_freq)
+        return table
 
 
 def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
@@ -72,11 +67,40 @@ def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tens
 
 
 def install_rotary(model: nn.Module, rotary: PositionIdRotary) -> None:
-    """Replace `model.rotary_pos_emb` and hand it the position ids before every forward pass."""
-    model.rotary_pos_emb = rotary
+    """Give the AttentionParams of every forward pass of `model` the table of its position ids."""
 
     def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        rotary.set_position_ids(ids)
+        ids = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        params = kwargs.get("packed_seq_params")
+        if ids is None:
+            raise ConfigError("position_ids are missing: pass position_ids [b, s] to the model's forward")
+        if isinstance(params, AttentionParams):  # anything else is refused, with an explanation, by the layers
+            params.rotary_table = rotary.table(ids)
 
     model.register_forward_pre_hook(hand_over, with_kwargs=True)
+
+
+def rotate(query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate query [s, b, h, d] and key [s, b, g, d] by a table [b, s, d]: one kernel on a GPU."""
+    if _has_kernel(query):
+        from megatron_multiverse.kernels.rope.fused import rope_fused
+
+        rotated: tuple[Tensor, Tensor] = rope_fused(query, key, table)
+        return rotated
+    return rotate_by_table(query, table), rotate_by_table(key, table)
+
+
+def split_and_rotate(mixed: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k (rotated) and v of the mixed projection [s, b, g, (h / g + 2) * d]: one kernel on a GPU."""
+    if _has_kernel(mixed):
+        from megatron_multiverse.kernels.rope.fused_qkv import rope_qkv_fused
+
+        split: tuple[Tensor, Tensor, Tensor] = rope_qkv_fused(mixed, table)
+        return split
+    plain: tuple[Tensor, Tensor, Tensor] = rotate_qkv_by_table(mixed, table)
+    return plain
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """The kernels are for GPUs and compute in float32; float64 models are for exactness."""
+    return x.is_cuda and x.dtype != torch.float64

@@ -8,9 +8,10 @@ import torch
 
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.rope import inverse_frequencies, rope_angles, rope_reference
+from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.cpu import device_neutral_cuda
-from megatron_multiverse.model.families import preset
-from megatron_multiverse.model.gpt import transformer_config
+from megatron_multiverse.model.families import preset, qwen2, qwen3
+from megatron_multiverse.model.gpt import build_gpt_model, transformer_config
 from megatron_multiverse.model.norm import RMSNorm
 from megatron_multiverse.model.residual import residual_add
 from megatron_multiverse.model.rotary import PositionIdRotary
@@ -28,18 +29,55 @@ def test_rope_reference_is_a_rotation_by_position_times_frequency() -> None:
     torch.testing.assert_close(got, torch.cat((want.real, want.imag), -1), rtol=0, atol=1e-12)
 
 
-def test_megatron_core_applies_the_table_as_the_reference_does() -> None:
+@pytest.mark.parametrize("family", [qwen2, qwen3])
+def test_self_attention_rotates_as_megatron_core_does(family) -> None:
+    """q, k and v of our layer against megatron-core's own split and unfused rotation, outputs and weight gradient."""
     from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+    from megatron.core.transformer.attention import SelfAttention
 
-    rotary = PositionIdRotary(8, 1e6)
-    rotary.set_position_ids(torch.tensor([[5, 0, 9]]))
-    table = rotary(0)
-    x = torch.randn(3, 1, 2, 8)
-    config = transformer_config(preset("tiny"), torch.float32)
-    got = apply_rotary_pos_emb(x, table, config, cp_group=object())
-    assert torch.equal(got, rope_reference(x, table))
+    config = family(
+        num_layers=1, hidden_size=32, ffn_hidden_size=32, num_attention_heads=6, num_query_groups=2, kv_channels=8,
+        vocab_size=16, max_sequence_length=16,
+    )  # fmt: skip
+    layer = build_gpt_model(config).decoder.layers[0].self_attention
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 131_072, (2, 5), generator=generator)
+    x = torch.randn(5, 2, 32, generator=generator)
+    layer._rotary_table = PositionIdRotary(8, 1e6).table(ids)
+    got = layer.get_query_key_value_tensors(x)
+    query, key, value = SelfAttention.get_query_key_value_tensors(layer, x)
+    angles = rope_angles(ids, inverse_frequencies(8, 1e6, "cpu", torch.float32))
+    mcore = transformer_config(config, torch.float32)
+    for b in range(2):  # megatron-core's table has no batch dimension
+        want = [apply_rotary_pos_emb(y[:, b : b + 1], angles[:, b : b + 1], mcore, cp_group=object())
+                for y in (query, key)]  # fmt: skip
+        for mine, theirs in zip(got, (*want, value[:, b : b + 1]), strict=True):
+            torch.testing.assert_close(mine[:, b : b + 1], theirs, rtol=0, atol=2e-6)
+    assert (got[0] - query).abs().max() > 0.1
+
+
+def test_angles_are_float32_exact_up_to_128k() -> None:
+    """The table equals the float64 cosines of the angles that float32 arithmetic gives (what transformers computes)."""
+    ids = torch.cat((torch.arange(64), torch.arange(131_072 - 64, 131_072)))[None]
+    table = PositionIdRotary(128, 1e6).table(ids)
+    assert table.dtype == torch.float32
+    angles = (ids[0, :, None].float() * inverse_frequencies(128, 1e6, "cpu", torch.float32)).double()
+    torch.testing.assert_close(table[0].double(), torch.cat((angles.cos(), angles.sin()), -1), rtol=0, atol=1e-7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(PositionIdRotary(128, 1e6).table(ids), table)
+
+
+def test_positions_come_from_the_pass_alone() -> None:
+    """Two passes with the same params object and other ids differ; missing ids and a lone layer are explained."""
+    model = build_gpt_model(preset("tiny"))
+    ids = torch.arange(8)[None]
+    params = LayoutParams.causal(ids)
+    first, second, again = (model(ids, k * ids, None, packed_seq_params=params) for k in (1, 2, 1))
+    assert torch.equal(first, again) and not torch.allclose(first, second, atol=1e-3)
     with pytest.raises(ConfigError, match="position_ids are missing"):
-        rotary(0)  # used up: a stale table would be a silent error
+        model(ids, None, None, packed_seq_params=params)
+    with pytest.raises(ConfigError, match="no rotary table"):
+        model.decoder(torch.zeros(8, 1, 64), None, packed_seq_params=LayoutParams.causal(ids))
 
 
 def test_norm_and_residual_keep_their_precision() -> None:

@@ -1,0 +1,130 @@
+"""The mixed query/key/value projection split and rotated in one launch, forward and backward.
+
+megatron-core's `linear_qkv` writes, per token and group, the group's queries, its key and its value side by side.
+One kernel reads that once and writes rotated q, rotated k and v, each in memory of its own; backward writes the three
+gradients straight into the gradient of the projection. v is copied rather than viewed: a view would keep the whole
+projection alive until the backward pass, and its gradient would need a kernel of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .table import check_qkv
+
+MAX_HEADS_PER_STEP = 64
+
+
+@triton.jit
+def _move_heads(source, target, s_group, s_head, t_group, t_head, cos, sin, heads, PER_GROUP: tl.constexpr,
+                HALF: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, ROTATE: tl.constexpr):  # fmt: skip
+    """Heads of one token from `source` to `target`; on either side a stride per group and one per head in it."""
+    lane = tl.arange(0, LANES)[None, :]
+    kind = target.dtype.element_ty
+    for start in range(0, heads, STEP):
+        head = start + tl.arange(0, STEP)[:, None]
+        inside = (head < heads) & (lane < HALF)
+        group, place = head // PER_GROUP, head % PER_GROUP
+        src = source + group * s_group + place * s_head + lane
+        dst = target + group * t_group + place * t_head + lane
+        first = tl.load(src, mask=inside, other=0.0)
+        second = tl.load(src + HALF, mask=inside, other=0.0)
+        if ROTATE:
+            a, b = first.to(tl.float32), second.to(tl.float32)
+            tl.store(dst, (a * cos - b * sin).to(kind), mask=inside)
+            tl.store(dst + HALF, (b * cos + a * sin).to(kind), mask=inside)
+        else:
+            tl.store(dst, first, mask=inside)
+            tl.store(dst + HALF, second, mask=inside)
+
+
+@triton.jit
+def _qkv_kernel(mixed, q, k, v, table, batch, m_s, m_b, m_g, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, t_b, t_s,
+                GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr,
+                Q_STEP: tl.constexpr, K_STEP: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+    """One program per token. Forward: mixed to q, k, v. Backward: the gradients q, k, v to that of mixed."""
+    token = tl.program_id(0).to(tl.int64)
+    s, b = token // batch, token % batch
+    lane = tl.arange(0, LANES)
+    row = table + b * t_b + s * t_s
+    cos = tl.load(row + lane, mask=lane < HALF, other=0.0)[None, :]
+    sin = tl.load(row + HALF + lane, mask=lane < HALF, other=0.0)[None, :]
+    mixed += s * m_s + b * m_b
+    q += s * q_s + b * q_b
+    k += s * k_s + b * k_b
+    v += s * v_s + b * v_b
+    m_h = 2 * HALF
+    mixed_k, mixed_v = mixed + PER_GROUP * m_h, mixed + (PER_GROUP + 1) * m_h
+    if BACKWARD:
+        _move_heads(q, mixed, q_h * PER_GROUP, q_h, m_g, m_h, cos, -sin, GROUPS * PER_GROUP, PER_GROUP, HALF, LANES,
+                    Q_STEP, True)  # fmt: skip
+        _move_heads(k, mixed_k, k_h, 0, m_g, 0, cos, -sin, GROUPS, 1, HALF, LANES, K_STEP, True)
+        _move_heads(v, mixed_v, v_h, 0, m_g, 0, cos, sin, GROUPS, 1, HALF, LANES, K_STEP, False)
+    else:
+        _move_heads(mixed, q, m_g, m_h, q_h * PER_GROUP, q_h, cos, sin, GROUPS * PER_GROUP, PER_GROUP, HALF, LANES,
+                    Q_STEP, True)  # fmt: skip
+        _move_heads(mixed_k, k, m_g, 0, k_h, 0, cos, sin, GROUPS, 1, HALF, LANES, K_STEP, True)
+        _move_heads(mixed_v, v, m_g, 0, v_h, 0, cos, sin, GROUPS, 1, HALF, LANES, K_STEP, False)
+
+
+def _launch(mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, backward: bool) -> None:
+    s, b, groups, _ = mixed.shape
+    heads, dim = q.shape[2:]
+    q_step, k_step = (min(MAX_HEADS_PER_STEP, triton.next_power_of_2(n)) for n in (heads, groups))
+    _qkv_kernel[(s * b,)](
+        mixed, q, k, v, table, b, *mixed.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *table.stride()[:2], GROUPS=groups, PER_GROUP=heads // groups, HALF=dim // 2,
+        LANES=triton.next_power_of_2(dim // 2), Q_STEP=q_step, K_STEP=k_step, BACKWARD=backward, num_warps=4,
+    )  # fmt: skip
+
+
+class _RopeQKV(torch.autograd.Function):
+    """Split and rotate by +angle; backward rotates by -angle and joins. Only the table is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s, b, groups, width = mixed.shape
+        dim = table.shape[2]
+        mixed = mixed if mixed.stride(-1) == 1 else mixed.contiguous()
+        q, k, v = (mixed.new_empty(s, b, heads, dim) for heads in (groups * (width // dim - 2), groups, groups))
+        _launch(mixed, q, k, v, table, backward=False)
+        ctx.save_for_backward(table)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (table,) = ctx.saved_tensors
+        dq, dk, dv = (x if x.stride(-1) == 1 else x.contiguous() for x in grads)
+        s, b, heads, dim = dq.shape
+        groups = dk.shape[2]
+        dmixed = dq.new_empty(s, b, groups, (heads // groups + 2) * dim)
+        _launch(dmixed, dq, dk, dv, table, backward=True)
+        return dmixed, None
+
+
+def rope_qkv_fused(mixed: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the mixed projection into q, k, v and rotate q and k, in one launch; `rotate_qkv_by_table` says what.
+
+    Args:
+        mixed: [s, b, g, (h / g + 2) * dim], float32, float16 or bfloat16; per group its queries, its key, its value.
+        table: float32 [b, s, dim] by `rope_table`; it takes no gradient.
+
+    Returns:
+        q [s, b, h, dim], k and v [s, b, g, dim]: new contiguous tensors.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    check_qkv(mixed, table)
+    if mixed.dtype not in (torch.float32, torch.float16, torch.bfloat16) or table.dtype != torch.float32:
+        raise ValueError(
+            "mixed must be float32, float16 or bfloat16 and the table float32, "
+            f"got {mixed.dtype} and {table.dtype}; rotate_qkv_by_table takes any dtype"
+        )
+    split: tuple[Tensor, Tensor, Tensor] = _RopeQKV.apply(mixed, table if table.stride(-1) == 1 else table.contiguous())
+    return split

@@ -1,0 +1,50 @@
+"""Self-attention of both layer specs: megatron-core's, rotated by the table of the forward pass.
+
+megatron-core would rotate q and k in two unfused steps after splitting them. Here the mixed projection is split and
+rotated in one kernel; with norms on q and k (Qwen3), which stand between the two, q and k are rotated in one kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention as McoreSelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from torch import Tensor
+
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.model.attention import require_attention_params
+from megatron_multiverse.model.rotary import rotate, split_and_rotate
+
+
+class SelfAttention(McoreSelfAttention):  # type: ignore[misc]
+    """megatron-core's self-attention; `packed_seq_params` must be the AttentionParams of the pass."""
+
+    _rotary_table: Tensor | None = None
+
+    def forward(
+        self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See megatron-core; called again by activation recompute, with the same params."""
+        params = require_attention_params(packed_seq_params)
+        if params.rotary_table is None:
+            raise ConfigError("the params have no rotary table: call the whole model, whose forward hook makes it")
+        self._rotary_table = params.rotary_table
+        try:
+            out: tuple[Tensor, Tensor] = super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+        finally:
+            self._rotary_table = None  # params and table live as long as the pass
+        return out
+
+    def get_query_key_value_tensors(self, *args: Any, split_qkv: bool = True, **kwargs: Any) -> Any:
+        """q [s, b, h, d] and k [s, b, g, d], both rotated, and v [s, b, g, d]; megatron-core's own asks for no more."""
+        table = self._rotary_table
+        assert table is not None and split_qkv and not self.config.attention_output_gate
+        between = [norm for norm in (self.q_layernorm, self.k_layernorm) if not isinstance(norm, IdentityOp | None)]
+        # With fewer groups than tensor parallel ranks megatron-core gathers the projection and takes its part.
+        if between or self.config.num_query_groups < self.world_size:
+            query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+            return *rotate(query, key, table), value
+        mixed, _ = super().get_query_key_value_tensors(*args, **kwargs | {"split_qkv": False})
+        return split_and_rotate(mixed, table)
