@@ -157,7 +157,7 @@ def pack_layouts(layouts: Sequence[Layout]) -> Layout:
     segments = []
     for start, end, part in zip(starts[:-1], starts[1:], layouts, strict=True):
         # A document is a branch of one outer block that never joins: S = 0, E = total, [s, e) = the document.
-        segments.append(part.segments + np.array([start, -start, (total - end) - 2 * start]))
+        segments.append(part.segments + np.array([start, -start, (total - end) - start]))
     return Layout(
         num_tokens=total,
         segments=np.concatenate(segments),

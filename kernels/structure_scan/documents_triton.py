@@ -1,0 +1,299 @@
+"""Launch 2 of the scan: one program per document checks its tags and computes what every border shifts.
+
+Lanes exchange values through global memory with a barrier of the program between store and load. Every loop over
+the tags goes in blocks with carries, so a document may hold any number of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tags_triton import (
+    BORDER,
+    CONCLUSION,
+    END_CONCLUSION,
+    END_GOAL,
+    END_OUTLINE,
+    END_PARALLEL,
+    END_PATH,
+    END_THINK,
+    GOAL,
+    OUTLINE,
+    PARALLEL,
+    PATH,
+    THINK,
+    index_of,
+    kind_of,
+    level_of,
+)
+
+NONE = tl.constexpr(-(1 << 30))
+"""Smaller than any length: no path so far."""
+CLOSED_THINK = tl.constexpr(1 + (1 << 10))
+"""Sum over one <Think> (1) and one </Think> (1 << 10)."""
+
+
+TEXT = tl.constexpr(1 << 2 | 1 << 0 | 1 << 1)
+"""<Parallel> <Think> </Think>, as bits of a mask over kinds. Where text stands, one of these may."""
+
+
+@triton.jit
+def allowed_next(kind):
+    """The tags that may stand behind one of `kind`, as a bit mask over kinds (BORDER: the response begins)."""
+    one = tl.full(kind.shape, 1, tl.int32)
+    mask = tl.where((kind == BORDER) | (kind == THINK) | (kind == END_THINK), TEXT, 0)
+    mask = tl.where(kind == END_PARALLEL, TEXT | one << END_PATH, mask)
+    mask = tl.where(kind == PATH, one << PARALLEL | one << END_PATH, mask)
+    mask = tl.where(kind == END_OUTLINE, one << OUTLINE | one << END_GOAL, mask)
+    mask = tl.where(kind == END_PATH, one << PATH | one << CONCLUSION, mask)
+    mask = tl.where(kind == PARALLEL, one << GOAL, mask)
+    mask = tl.where(kind == GOAL, one << OUTLINE, mask)
+    mask = tl.where(kind == OUTLINE, one << END_OUTLINE, mask)
+    mask = tl.where(kind == END_GOAL, one << PATH, mask)
+    mask = tl.where(kind == CONCLUSION, one << END_CONCLUSION, mask)
+    return tl.where(kind == END_CONCLUSION, one << END_PARALLEL, mask)
+
+
+@triton.jit
+def _add2(a1, b1, a2, b2):
+    return a1 + a2, b1 + b2
+
+
+@triton.jit
+def _add3(a1, b1, c1, a2, b2, c2):
+    return a1 + a2, b1 + b2, c1 + c2
+
+
+@triton.jit
+def _then(flags1, a1, b1, c1, path1, goal1, missing1, flags2, a2, b2, c2, path2, goal2, missing2):
+    """One run of tags behind another, as functions of (p, m): position in the path, longest path of the block.
+
+    p becomes a (flag 1) or p + a; m becomes max(c, p + b, and without flag 2 m).
+    """
+    starts = (flags1 & 1) != 0
+    drops = (flags2 & 2) != 0
+    from_p = tl.where(starts, NONE, a1 + b2)
+    constant = tl.maximum(c2, tl.where(starts, a1 + b2, NONE))
+    return (
+        flags1 | flags2,
+        tl.where((flags2 & 1) != 0, a2, a1 + a2),
+        tl.where(drops, from_p, tl.maximum(b1, from_p)),
+        tl.where(drops, constant, tl.maximum(c1, constant)),
+        tl.maximum(path1, path2),
+        tl.maximum(goal1, goal2),
+        missing1 + missing2,
+    )
+
+
+@triton.jit
+def _last(values, lane, BLOCK: tl.constexpr):
+    return tl.sum(tl.where(lane == BLOCK - 1, values, 0), axis=0)
+
+
+@triton.jit
+def document_borders(documents, doc, num_documents, num_tokens, DOCS: tl.constexpr):
+    """Start, response start and end of a document: 0 <= start <= response <= end <= s whatever the input says."""
+    rows = tl.arange(0, DOCS)
+    starts = tl.load(documents + rows * 2, mask=(rows < num_documents) & (rows > 0), other=0)
+    starts = tl.minimum(tl.maximum(starts, 0), num_tokens)
+    start = tl.max(tl.where(rows <= doc, starts, 0), axis=0)
+    end = tl.max(tl.where(rows <= doc + 1, starts, 0), axis=0)
+    end = tl.where(doc + 1 < num_documents, end, num_tokens)
+    response = tl.minimum(tl.maximum(tl.load(documents + doc * 2 + 1), start), end)
+    return start, response, end
+
+
+@triton.jit
+def _collect(tags, counts, before, raw, response, end, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+             SLOTS: tl.constexpr):  # fmt: skip
+    """Copy the tags of [response, end) to raw at their rank; returns the ranks of the two borders."""
+    low, high = response // CHUNK, end // CHUNK
+    to_low = tl.zeros((CHUNKS,), tl.int32)
+    to_high = tl.zeros((CHUNKS,), tl.int32)
+    for c0 in range(0, high, CHUNKS):
+        chunk = c0 + tl.arange(0, CHUNKS)
+        count = tl.load(counts + chunk, mask=chunk < high, other=0)
+        to_low += tl.where(chunk < low, count, 0)
+        to_high += count
+    carry = tl.sum(to_low, axis=0)
+    first = carry + tl.load(before + response)
+    last = tl.sum(to_high, axis=0) + tl.load(before + end)
+    for c0 in range(low, tl.where(last > first, high + 1, low), CHUNKS):
+        chunk = c0 + tl.arange(0, CHUNKS)
+        count = tl.load(counts + chunk, mask=chunk <= high, other=0)
+        rank0 = carry + tl.cumsum(count, axis=0) - count
+        for s0 in range(0, tl.max(count, axis=0), SLOTS):
+            slot = s0 + tl.arange(0, SLOTS)
+            rank = rank0[:, None] + slot[None, :]
+            mine = (slot[None, :] < count[:, None]) & (rank >= first) & (rank < last)
+            word = tl.load(tags + chunk.to(tl.int64)[:, None] * CHUNK + slot[None, :], mask=mine, other=0)
+            tl.store(raw + rank, word, mask=mine)
+        carry += tl.sum(count, axis=0)
+    return first, last - first
+
+
+@triton.jit
+def _levels(raw, words, n, MAX_DEPTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Find the level of every tag and check order and nesting; returns (broken, deepest level)."""
+    lane = tl.arange(0, BLOCK)
+    broken = tl.zeros((BLOCK,), tl.int32)
+    deepest = tl.zeros((BLOCK,), tl.int32)
+    level0, think0 = 0, 0
+    for t0 in range(0, n, BLOCK):
+        j = t0 + lane
+        word = tl.load(raw + j, mask=j < n, other=BORDER)
+        previous = tl.load(raw + j - 1, mask=(j > 0) & (j < n), other=BORDER)
+        kind, before = kind_of(word), kind_of(previous)
+        step = (kind == PARALLEL).to(tl.int32) - (before == END_PARALLEL).to(tl.int32)
+        is_think = (kind == THINK) | (kind == END_THINK)
+        thought = tl.where(is_think, tl.where(kind == THINK, 1, CLOSED_THINK - 1), 0)
+        level, think = tl.associative_scan((step, thought), 0, _add2)
+        level, think = level0 + level, think0 + think
+        fits = ((allowed_next(before) >> kind) & 1) != 0
+        fits &= tl.where(is_think, level == 0, (level > 0) & (level <= MAX_DEPTH))
+        fits &= (kind != THINK) | (think == 1)
+        fits &= (kind != END_THINK) | (think == CLOSED_THINK)
+        closed = (level - (kind == END_PARALLEL).to(tl.int32) == 0) & ((think == 0) | (think == CLOSED_THINK))
+        fits &= (j != n - 1) | closed
+        broken |= ((j < n) & (fits == 0)).to(tl.int32)
+        level = tl.where(j < n, tl.minimum(tl.maximum(level, 0), MAX_DEPTH + 1), 0)
+        deepest = tl.maximum(deepest, level)
+        tl.store(words + j, word | level << 4, mask=j < n)
+        if t0 + BLOCK < n:
+            level0 += tl.sum(step, axis=0)
+            think0 += tl.sum(thought, axis=0)
+    return tl.max(broken, axis=0), tl.max(deepest, axis=0)
+
+
+@triton.jit
+def _lengths(words, own, next_own, length, longest, n, level, BLOCK: tl.constexpr):
+    """The blocks of one level: lengths of their paths, in tokens and in positions. Deeper levels came before.
+
+    own[/Path] tokens of the path; own[/Goal] of all paths. next_own[/Goal or /Path] tokens of the path behind it,
+    or behind the last path of all paths. length[/Path] positions of the path; longest[last /Path] of the longest;
+    length[Conclusion] = longest - tokens of all paths: what the block adds to the length of what is around it.
+    Returns whether a block has not as many paths as outlines.
+    """
+    lane = tl.arange(0, BLOCK)
+    unequal = tl.zeros((BLOCK,), tl.int32)
+    p0, m0, path0, goal0, missing0 = 0, 0, -1, -1, 0
+    for t0 in range(0, n, BLOCK):
+        j = t0 + lane
+        word = tl.load(words + j, mask=j < n, other=BORDER)
+        previous = tl.load(words + j - 1, mask=(j > 0) & (j < n), other=0)
+        kind = tl.where(level_of(word) == level, kind_of(word), BORDER)
+        added = (level_of(word) == level + 1) & (kind_of(word) == CONCLUSION) & (j < n)
+        plain = tl.where((j > 0) & (j < n), index_of(word) - index_of(previous), 0)
+        step = plain + tl.load(length + j, mask=added, other=0)
+        flags = tl.where((kind == PATH) | (kind == CONCLUSION), 1, tl.where(kind == END_GOAL, 2, 0))
+        flags, a, b, c, path, goal, missing = tl.associative_scan(
+            (
+                flags,
+                step,
+                tl.where(kind == END_PATH, step, NONE),
+                tl.where(kind == END_GOAL, 0, NONE),
+                tl.where(kind == PATH, j - 1, -1),
+                tl.where(kind == END_GOAL, j, -1),
+                (kind == OUTLINE).to(tl.int32) - (kind == PATH).to(tl.int32),
+            ),
+            0,
+            _then,
+        )
+        m = tl.maximum(c, tl.where((flags & 2) != 0, NONE, m0))
+        m = tl.maximum(m, p0 + b)
+        p = tl.where((flags & 1) != 0, a, p0 + a)
+        path, goal, missing = tl.maximum(path, path0), tl.maximum(goal, goal0), missing + missing0
+        ends_path, ends_block = kind == END_PATH, kind == CONCLUSION
+        path_start = tl.load(words + path, mask=ends_path & (path >= 0), other=0)
+        tokens = index_of(word) - index_of(path_start)
+        tl.store(own + j, tokens, mask=ends_path)
+        tl.store(length + j, p, mask=ends_path)
+        tl.store(next_own + path, tokens, mask=ends_path & (path >= 0))
+        goal_word = tl.load(words + goal, mask=ends_block & (goal >= 0), other=0)
+        region = index_of(previous) - index_of(goal_word)
+        tl.store(length + j, m - region, mask=ends_block)
+        tl.store(next_own + j - 1, region, mask=ends_block)
+        tl.store(longest + j - 1, m, mask=ends_block)
+        tl.store(own + goal, region, mask=ends_block & (goal >= 0))
+        unequal |= (ends_block & (missing != 0)).to(tl.int32)
+        if t0 + BLOCK < n:
+            p0, m0 = _last(p, lane, BLOCK), _last(m, lane, BLOCK)
+            path0, goal0, missing0 = _last(path, lane, BLOCK), _last(goal, lane, BLOCK), _last(missing, lane, BLOCK)
+    return tl.max(unequal, axis=0)
+
+
+@triton.jit
+def _shifts(words, own, next_own, length, longest, shifts, ends, n, stride, end, BLOCK: tl.constexpr):
+    """Sum up what the borders shift.
+
+    shifts [3, ...]: behind each tag position - index and r - index, both beside the document's own, and the number
+    of borders up to it. ends: index behind the k-th border, then the end of the document.
+    """
+    lane = tl.arange(0, BLOCK)
+    position0, r0, count0 = 0, 0, 0
+    for t0 in range(0, n, BLOCK):
+        j = t0 + lane
+        word = tl.load(words + j, mask=j < n, other=BORDER)
+        behind = kind_of(tl.load(words + j + 1, mask=j + 1 < n, other=BORDER))
+        forks, joins = kind_of(word) == END_GOAL, kind_of(word) == END_PATH
+        border = forks | joins
+        mine = tl.load(own + j, mask=border, other=0)
+        follows = tl.load(next_own + j, mask=border, other=0)
+        positions = tl.load(length + j, mask=joins, other=0)
+        last_path = joins & (behind == CONCLUSION)
+        resume = tl.load(longest + j, mask=last_path, other=0)
+        d_position = resume - positions
+        d_r = tl.where(forks, mine - follows, tl.where(last_path, follows - mine, -follows - mine))
+        d_r = tl.where(border, d_r, 0)
+        position, r, count = tl.associative_scan((d_position, d_r, border.to(tl.int32)), 0, _add3)
+        tl.store(shifts + j, position0 + position, mask=j < n)
+        tl.store(shifts + stride + j, r0 + r, mask=j < n)
+        tl.store(shifts + 2 * stride + j, count0 + count, mask=j < n)
+        tl.store(ends + count0 + count - 1, index_of(word) + 1, mask=border)
+        tl.store(ends + count0 + count, end, mask=j == n - 1)
+        if t0 + BLOCK < n:
+            position0 += tl.sum(d_position, axis=0)
+            r0 += tl.sum(d_r, axis=0)
+            count0 += tl.sum(border.to(tl.int32), axis=0)
+
+
+@triton.jit
+def documents_kernel(documents, tags, counts, before, scratch, shifts, ends, info, malformed, num_documents,
+                     num_tokens, chunks, batch, MAX_DEPTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+                     SLOTS: tl.constexpr, DOCS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Program (document, row).
+
+    Args:
+        documents: int32 [b, D, 2]; tags, counts, before: see `tags_kernel`.
+        scratch: int32 [6, b, s] raw tags, words with levels, own, next_own, length, longest (see `_lengths`).
+        shifts, ends: int32 [3, b, s] and [b, s], see `_shifts`; a document's part begins at the rank of its first tag.
+        info: int32 [4, b, D] start, end, rank of the first tag, number of tags (0 if causal).
+        malformed: uint8 [b, D].
+    """
+    doc, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start, response, end = document_borders(documents + row * num_documents * 2, doc, num_documents, num_tokens, DOCS)
+    stride = batch.to(tl.int64) * num_tokens
+    raw = scratch + row * num_tokens
+    first, n = _collect(tags + row * chunks * CHUNK, counts + row * chunks, before + row * (num_tokens + 1), raw,
+                        response, end, chunks, CHUNK, CHUNKS, SLOTS)  # fmt: skip
+    raw += first
+    words, own, next_own = raw + stride, raw + 2 * stride, raw + 3 * stride
+    length, longest = raw + 4 * stride, raw + 5 * stride
+    tl.debug_barrier()
+    broken, depth = _levels(raw, words, n, MAX_DEPTH, BLOCK)
+    tl.debug_barrier()
+    depth = tl.where(broken != 0, 0, depth)
+    for up in range(0, depth):
+        broken |= _lengths(words, own, next_own, length, longest, n, depth - up, BLOCK)
+        tl.debug_barrier()
+    n = tl.where(broken != 0, 0, n)
+    shifts += row * num_tokens + first
+    _shifts(words, own, next_own, length, longest, shifts, ends + row * num_tokens + first, n, stride, end, BLOCK)
+    place = info + row * num_documents + doc
+    side = batch * num_documents
+    tl.store(place, start)
+    tl.store(place + side, end)
+    tl.store(place + 2 * side, first)
+    tl.store(place + 3 * side, n)
+    tl.store(malformed + row * num_documents + doc, (broken != 0).to(tl.uint8))

@@ -1,0 +1,60 @@
+"""The scan on a GPU: five launches, nothing read back to the host, shapes by b, s and D alone."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ..multiverse_attention.tiles import FIRST, LAST, TILE, TileBounds
+from ..multiverse_attention.tiles_triton import tile_lists_triton
+from .documents_triton import documents_kernel
+from .expand_triton import expand_kernel, order_kernel
+from .result import MAX_DEPTH, StructureScan
+from .tags_triton import tags_kernel
+
+CHUNK = 512
+"""Tokens per program of the launches over tokens: a multiple of TILE."""
+CHUNKS = 128
+SLOTS = 16
+"""Chunks and tags of a chunk that a document's program copies at a time."""
+
+
+def structure_scan_triton(
+    ids: Tensor, documents: Tensor, tag_ids: Tensor, *, block: int = 0, chunk: int = CHUNK
+) -> StructureScan:
+    """Same contract as `structure_scan`. `block`: tags that a program takes at a time, 0 chooses by the length."""
+    batch, num_tokens = ids.shape
+    num_documents = documents.shape[1]
+    chunks, tiles = num_tokens // chunk + 1, -(-num_tokens // TILE)
+    block = block or min(2048, max(256, triton.next_power_of_2(num_tokens // 32)))
+    most_documents = triton.next_power_of_2(num_documents)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=ids.device)
+
+    tags, counts = empty(batch, chunks, chunk), empty(batch, chunks)
+    before = empty(batch, num_tokens + 1, dtype=torch.int16)
+    scratch, shifts = empty(6, batch, num_tokens), empty(3, batch, num_tokens)
+    ends, info = empty(batch, num_tokens), empty(4, batch, num_documents)
+    malformed = empty(batch, num_documents, dtype=torch.uint8)
+    position_ids, r, segment_end = (empty(batch, num_tokens) for _ in range(3))
+    r_low, r_high, order = (empty(batch, tiles) for _ in range(3))
+
+    tags_kernel[(chunks, batch)](ids, tag_ids, tags, counts, before, num_tokens, ids.stride(0), chunks, CHUNK=chunk,
+                                 num_warps=4)  # fmt: skip
+    documents_kernel[(num_documents, batch)](
+        documents, tags, counts, before, scratch, shifts, ends, info, malformed, num_documents, num_tokens, chunks,
+        batch, MAX_DEPTH=MAX_DEPTH, CHUNK=chunk, CHUNKS=CHUNKS, SLOTS=SLOTS, DOCS=most_documents, BLOCK=block,
+        num_warps=max(4, block // 128),
+    )  # fmt: skip
+    expand_kernel[(-(-num_tokens // chunk), batch)](
+        counts, before, shifts, ends, info, position_ids, r, segment_end, r_low, r_high, num_tokens, num_documents,
+        chunks, tiles, batch, CHUNK=chunk, CHUNKS=CHUNKS, DOCS=most_documents, TILE=TILE, FIRST=FIRST, LAST=LAST,
+        num_warps=4,
+    )  # fmt: skip
+    lists = tile_lists_triton(TileBounds(r_low, r_high, None, None, num_tokens, TILE))
+    own = 16
+    order_kernel[(-(-tiles // own), batch)](lists.q_partial.counts, lists.q_full.counts, order, tiles, OWN=own,
+                                            CHUNK=min(256, triton.next_power_of_2(tiles)), num_warps=4)  # fmt: skip
+    return StructureScan(position_ids, r, segment_end, malformed.view(torch.bool), lists, order)

@@ -1,0 +1,30 @@
+"""What the scan returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..multiverse_attention.tiles import TileLists
+
+MAX_DEPTH = 8
+"""Blocks around a token; deeper documents are laid out as causal and flagged."""
+
+
+@dataclass(frozen=True)
+class StructureScan:
+    """Where the tokens of a batch stand. Shapes: b rows, s tokens, D documents, t = ceil(s / 128) tiles."""
+
+    position_ids: Tensor
+    """int32 [b, s], from 0 in each document."""
+    r: Tensor
+    """int32 [b, s] visibility label: query i sees key j iff j <= i and r[j] <= r[i]."""
+    segment_end: Tensor
+    """int32 [b, s] index behind the last token of the segment: positions and r are index + constant up to there."""
+    malformed: Tensor
+    """bool [b, D]: the response breaks the grammar; the document is laid out as causal."""
+    lists: TileLists
+    """Tiles that attention visits."""
+    work_order: Tensor
+    """int32 [b, t] query tiles, most tiles to visit first, the earlier first among equals."""

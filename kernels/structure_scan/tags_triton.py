@@ -1,0 +1,75 @@
+"""Launch 1 of the scan: every chunk of tokens lists the tags it holds. And the words that tags are packed into."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+THINK = tl.constexpr(0)
+END_THINK = tl.constexpr(1)
+PARALLEL = tl.constexpr(2)
+END_PARALLEL = tl.constexpr(3)
+GOAL = tl.constexpr(4)
+END_GOAL = tl.constexpr(5)
+OUTLINE = tl.constexpr(6)
+END_OUTLINE = tl.constexpr(7)
+PATH = tl.constexpr(8)
+END_PATH = tl.constexpr(9)
+CONCLUSION = tl.constexpr(10)
+END_CONCLUSION = tl.constexpr(11)
+BORDER = tl.constexpr(12)
+"""In front of the first tag of a response and behind the last."""
+
+NUM_TAGS = tl.constexpr(12)
+MAX_TOKENS = 1 << 23
+"""Tokens of a row: a tag travels as index << 8 | level << 4 | kind in one int32."""
+
+
+@triton.jit
+def classify(ids, tag_ids):
+    """Kind of every id, -1 for text; compares alone, so that no id can lead a load astray."""
+    kind = tl.full(ids.shape, -1, tl.int32)
+    for k in tl.static_range(NUM_TAGS):
+        kind = tl.where(ids == tl.load(tag_ids + k), k, kind)
+    return kind
+
+
+@triton.jit
+def kind_of(word):
+    """Kind of a packed tag."""
+    return word & 15
+
+
+@triton.jit
+def level_of(word):
+    """Number of blocks around a packed tag, its own included."""
+    return (word >> 4) & 15
+
+
+@triton.jit
+def index_of(word):
+    """Index of the token of a packed tag."""
+    return word >> 8
+
+
+@triton.jit
+def tags_kernel(ids_ptr, tag_ids, tags_ptr, counts_ptr, before_ptr, num_tokens, row_stride, chunks,
+                CHUNK: tl.constexpr):  # fmt: skip
+    """Program (chunk, row): list the tags of the chunk in its own CHUNK slots, and count them before each token.
+
+    Args:
+        ids_ptr: [b, s] token ids.
+        tags_ptr: int32 [b, chunks, CHUNK] index << 8 | kind of the tags of each chunk, in order.
+        counts_ptr: int32 [b, chunks] tags per chunk.
+        before_ptr: int16 [b, s + 1] tags of the same chunk before a token; chunks = s // CHUNK + 1.
+    """
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.load(ids_ptr + row * row_stride + token, mask=token < num_tokens, other=-1)
+    kind = classify(ids, tag_ids)
+    is_tag = (kind >= 0) & (token < num_tokens)
+    found = is_tag.to(tl.int32)
+    before = tl.cumsum(found, axis=0) - found
+    tl.store(tags_ptr + (row * chunks + chunk) * CHUNK + before, token << 8 | kind, mask=is_tag)
+    tl.store(before_ptr + row * (num_tokens + 1) + token, before.to(tl.int16), mask=token <= num_tokens)
+    tl.store(counts_ptr + row * chunks + chunk, tl.sum(found, axis=0))
