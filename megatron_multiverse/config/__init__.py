@@ -1,5 +1,6 @@
-"""Configuration: frozen dataclasses that check themselves (`model.py`, `train.py`), read strictly (`strict.py`)."""
+"""Configuration: frozen dataclasses that check themselves (`model.py`, `layers.py`, `train.py`), read strictly."""
 
+from megatron_multiverse.config.layers import LayerConfig
 from megatron_multiverse.config.model import ModelConfig, RopeScaling, pad_vocab_size
 from megatron_multiverse.config.train import (
     CheckpointConfig,
@@ -15,6 +16,7 @@ __all__ = [
     "CheckpointConfig",
     "DType",
     "DataConfig",
+    "LayerConfig",
     "LogConfig",
     "ModelConfig",
     "OptimConfig",

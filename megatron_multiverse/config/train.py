@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_multiverse.config.layers import LayerConfig
 from megatron_multiverse.config.model import ModelConfig
 from megatron_multiverse.config.strict import check, dataclass_from_mapping, read_yaml
 
@@ -153,6 +154,8 @@ class TrainConfig:
     """Name of a published shape for a fresh model, e.g. qwen2.5-7b; model/families.py lists them."""
     init_from: str | None = None
     """Checkpoint to start from, weights and config: Hugging Face, megatron-core, or a model folder of the trainer."""
+    layers: LayerConfig = field(default_factory=LayerConfig)
+    """Layer spec, FP8 and activation recompute."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and schedule."""
     log: LogConfig = field(default_factory=LogConfig)
@@ -187,6 +190,12 @@ class TrainConfig:
         )
         end = self.optim.lr_decay_iters or self.train_iters
         check(warmup < end, f"optim.lr_warmup_iters ({warmup}) must be below {name} ({end})")
+        tokens = self.data.micro_batch_size * self.data.seq_length
+        check(
+            self.layers.fp8 is None or (self.dtype == "bf16" and tokens % 16 == 0),
+            "layers.fp8 needs dtype bf16 and a multiple of 16 tokens per microbatch, got dtype "
+            f"{self.dtype} and {self.data.micro_batch_size} x {self.data.seq_length} tokens",
+        )
         if self.model is not None:
             check_sequence_length(self.data, self.model)
 

@@ -28,11 +28,12 @@ from megatron_multiverse.conversion.endpoints import (
     target_dtype,
 )
 from megatron_multiverse.conversion.megatron_args import args_from_config
-from megatron_multiverse.conversion.names import FUSED_NORMS, Entry, Shape, fused_name
+from megatron_multiverse.conversion.names import Entry, Shape
 from megatron_multiverse.conversion.pickles import load_torch_file, storage_offset
 from megatron_multiverse.conversion.raw import as_bytes, read_tensor
 from megatron_multiverse.conversion.tensors import join, slices
 from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.model.weight_names import FUSED_NORMS, fused_name
 
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?$")
 FILE_NAMES = ("model_optim_rng.pt", "model_rng.pt")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.conversion.endpoints import Source, pad_rows
 from megatron_multiverse.conversion.hf_endpoint import HFSource
 from megatron_multiverse.conversion.mcore_source import McoreSource
@@ -37,9 +37,14 @@ def open_checkpoint(folder: str | Path, *, trust_pickle: bool = False) -> Source
 
 
 def load_checkpoint(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    layers: LayerConfig | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[Any, ModelConfig]:
-    """Read a checkpoint of any supported layout into a model.
+    """Read a checkpoint of any supported layout into a model; the arguments are those of `build_gpt_model`.
 
     Under tensor and pipeline parallelism the model is this rank's part, and only that part is kept in memory.
 
@@ -47,15 +52,18 @@ def load_checkpoint(
         The model, its weights converted to `dtype`, and its config.
     """
     source = open_checkpoint(folder)
-    model = model_from_source(source, dtype=dtype)
-    return model.to(device), source.config
+    model = model_from_source(source, dtype=dtype, device=device, layers=layers, compute_dtype=compute_dtype)
+    return model, source.config
 
 
 @torch.no_grad()
-def model_from_source(source: Source, *, dtype: torch.dtype = torch.float32) -> Any:
+def model_from_source(
+    source: Source, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **options: Any
+) -> Any:
     """This rank's part of a model, its weights read and cut one tensor at a time.
 
-    The vocabulary is padded with zero rows to a multiple of the tensor parallel size.
+    The vocabulary is padded with zero rows to a multiple of the tensor parallel size; dtype, device and the further
+    options go to `build_gpt_model`.
 
     Raises:
         CheckpointError: the name table does not give every parameter of the model exactly once.
@@ -75,7 +83,8 @@ def model_from_source(source: Source, *, dtype: torch.dtype = torch.float32) -> 
         parallel_state.get_pipeline_model_parallel_rank(),
     )
     rows = -(-source.config.vocab_size // tp) * tp
-    model = build_gpt_model(dataclasses.replace(source.config, vocab_size=rows), dtype=dtype, initialize=False)
+    config = dataclasses.replace(source.config, vocab_size=rows)
+    model = build_gpt_model(config, dtype=dtype, device=device, initialize=False, **options)
     missing = weight_state(model)
     first_layer = stage * source.config.num_layers // stages
     for entry in source.entries():

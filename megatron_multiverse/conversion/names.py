@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.model.weight_names import fused_name
 
 Rule = Literal["replicated", "vocab", "row", "qkv", "gate_up"]
 Shape = tuple[int, ...]
@@ -118,22 +119,8 @@ def _entry(row: Row, layer: int | None, sizes: dict[str, int], config: ModelConf
     return Entry(row.mcore.replace("{i}", str(layer)), row.rule, hf, (rows, *hf[0][1][1:]), layer)
 
 
-# Names under which the sharded state of megatron-core keeps the norms in front of a linear layer: those of
-# TransformerEngine's fused layers, whatever spec is used.
-FUSED_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
-
-
-def fused_name(mcore: str) -> str:
-    """megatron-core's name of the same tensor with TransformerEngine's layers."""
-    for local, fused in FUSED_NORMS.items():
-        mcore = mcore.replace(local, fused)
-    return mcore
-
-
 def dist_key(entry: Entry) -> str:
-    """Key of the tensor in a torch_dist checkpoint, where all layers are stacked into one tensor."""
+    """Key of the tensor in a torch_dist checkpoint, where all layers are stacked into one tensor and the norms have
+    the names of TransformerEngine's fused layers, whatever spec wrote it."""
     name = fused_name(entry.mcore)
     return name if entry.layer is None else name.replace(f".layers.{entry.layer}.", ".layers.", 1)

@@ -43,11 +43,12 @@ from megatron_multiverse.conversion.endpoints import (
     target_dtype,
 )
 from megatron_multiverse.conversion.megatron_args import args_from_config
-from megatron_multiverse.conversion.names import Entry, Shape, dist_key, fused_name
+from megatron_multiverse.conversion.names import Entry, Shape, dist_key
 from megatron_multiverse.conversion.pickles import load_metadata, load_torch_file, storage_offset
 from megatron_multiverse.conversion.raw import read_tensor
 from megatron_multiverse.conversion.tensors import slices
 from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.model.weight_names import fused_name
 
 # Modules that keep an (empty) extra state beside their weights, in the local spec or in TransformerEngine's.
 EXTRA_STATES = (

@@ -5,31 +5,34 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.model.mcore import ensure_parallel_state  # first: imports megatron-core quietly
 
 # isort: split
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_multiverse.model.attention import CoreAttention
 from megatron_multiverse.model.cpu import device_neutral_cuda
-from megatron_multiverse.model.norm import RMSNorm
-from megatron_multiverse.model.residual import residual_add
+from megatron_multiverse.model.layer_specs import choose_transformer_impl, get_final_norm, get_gpt_layer_spec
 from megatron_multiverse.model.rotary import PositionIdRotary, install_rotary
-from megatron_multiverse.model.self_attention import SelfAttention
 
 
-def transformer_config(config: ModelConfig, dtype: torch.dtype, initialize: bool = True) -> TransformerConfig:
+def transformer_config(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    initialize: bool = True,
+    layers: LayerConfig | None = None,
+    transformer_impl: str = "local",
+) -> TransformerConfig:
     """megatron-core's config for ours: RMSNorm, SwiGLU, no dropout, no fusion that bypasses our parts.
 
     The tensor and pipeline parallel sizes are those of megatron-core's process groups.
     """
     ensure_parallel_state()
+    layers = layers or LayerConfig()
+    full = layers.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -55,23 +58,17 @@ def transformer_config(config: ModelConfig, dtype: torch.dtype, initialize: bool
         use_cpu_initialization=True,  # the same weights from the same seed on every device
         perform_initialization=initialize,
         cuda_graph_scope=[],  # the default string warns
+        transformer_impl=transformer_impl,
+        bias_activation_fusion=transformer_impl == "transformer_engine",
+        fp8=layers.fp8,
+        fp8_recipe=layers.fp8_recipe,
+        # Else the FP8 weights of the first microbatch are used until somebody says that the weights have changed.
+        disable_parameter_transpose_cache=True,
+        recompute_granularity=layers.recompute_granularity,
+        recompute_method=layers.recompute_method if full else None,
+        recompute_num_layers=layers.recompute_num_layers if full else None,
+        recompute_modules=list(layers.recompute_modules),
     )
-
-
-def layer_spec(config: ModelConfig) -> ModuleSpec:
-    """megatron-core's local layer with our core attention and norms."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attn_bda = residual_add
-    spec.submodules.mlp_bda = residual_add
-    spec.submodules.self_attention.module = SelfAttention
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = CoreAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = RMSNorm
-        attention.k_layernorm = RMSNorm
-    return spec
 
 
 def build_gpt_model(
@@ -81,6 +78,8 @@ def build_gpt_model(
     device: str | torch.device = "cpu",
     seed: int = 0,
     initialize: bool = True,
+    layers: LayerConfig | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> GPTModel:
     """Build a model with fresh weights, or this rank's part of it under tensor and pipeline parallelism.
 
@@ -93,17 +92,27 @@ def build_gpt_model(
         device: where the weights go.
         seed: seed of the initial weights; torch's global generator is left as it was.
         initialize: False skips the random initialisation (weights are about to be loaded).
+        layers: layer spec, FP8, recompute; default: TransformerEngine where it runs, no FP8, no recompute.
+        compute_dtype: dtype of the matrix products if autocast makes it another than `dtype`.
 
     Returns:
         The model in training mode, on `device`.
+
+    Raises:
+        ConfigError: what `layers` asks for cannot run on `device`.
     """
-    mcore_config = transformer_config(config, dtype, initialize)
-    layers = [layer_spec(config)] * get_num_layers_to_build(mcore_config)
+    layers = layers or LayerConfig()
+    impl = choose_transformer_impl(layers, torch.device(device), compute_dtype or dtype)
+    mcore_config = transformer_config(config, dtype, initialize, layers, impl)
+    spec = get_gpt_layer_spec(impl, qk_layernorm=config.qk_layernorm)
+    block = TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(mcore_config), layer_norm=get_final_norm(impl)
+    )
     with torch.random.fork_rng(devices=[]), device_neutral_cuda():
         torch.manual_seed(seed)
         model = GPTModel(
             mcore_config,
-            TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
+            block,
             vocab_size=config.vocab_size,
             max_sequence_length=config.max_sequence_length,
             position_embedding_type="none",  # the rotation is ours: rotary.py, self_attention.py

@@ -1,12 +1,14 @@
 """The one door to megatron-core: imports it quietly and makes sure that process groups exist.
 
-megatron-core warns at import about the optional packages it did not find (TransformerEngine, NVIDIA apex).
-We choose our parts ourselves and report missing extras where they matter, so these warnings are silenced.
+megatron-core warns at import about the optional packages it did not find (TransformerEngine, NVIDIA apex, absl), and
+from 0.19 on at every model that GPTModel will go. We choose our parts ourselves, report missing extras where they
+matter and build models in one module, so these warnings are silenced.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import warnings
 
@@ -15,9 +17,14 @@ from torch._C._distributed_c10d import HashStore
 
 from megatron_multiverse.errors import ConfigError
 
+# Compilers are looked for while megatron-core is imported; that there is no GPU to compile for is no news.
+logging.getLogger("torch.utils.cpp_extension").addFilter(lambda r: not r.getMessage().startswith("No CUDA runtime"))
+logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(lambda r: "DEPRECATED" not in r.getMessage())
+
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     warnings.filterwarnings("ignore", message="Apex is not installed")
+    warnings.filterwarnings("ignore", message="absl.logging is not installed")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     import megatron.core

@@ -1,4 +1,7 @@
-"""A model as a folder: config.json and model.safetensors under megatron-core's names. No training state."""
+"""A model as a folder: config.json and model.safetensors under megatron-core's names. No training state.
+
+The names are those of the local layer spec, whatever the model was built with (`weight_names.py`).
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.files import flush
 from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.model.weight_names import is_extra_state, plain_name
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
 def weight_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a model by name; megatron-core's `_extra_state` entries (no tensors) are left out."""
-    return {name: t for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    """The weights of a model by plain name; modules' extra states are left out."""
+    return {plain_name(name): t for name, t in model.state_dict().items() if not is_extra_state(name)}
 
 
 def save_model(model: nn.Module, config: ModelConfig, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -47,9 +51,14 @@ def save_model(model: nn.Module, config: ModelConfig, folder: str | Path, *, dty
 
 
 def load_model(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    layers: LayerConfig | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, ModelConfig]:
-    """Read what `save_model` wrote.
+    """Read what `save_model` wrote; the arguments are those of `build_gpt_model`.
 
     Returns:
         The model, its weights converted to `dtype`, and its config.
@@ -62,9 +71,11 @@ def load_model(
         if not (path / name).is_file():
             raise CheckpointError(f"{path} has no {name}: a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     config = ModelConfig.from_json(path / CONFIG_FILE)
-    model = build_gpt_model(config, dtype=dtype, initialize=False)
+    model = build_gpt_model(
+        config, dtype=dtype, device=device, initialize=False, layers=layers, compute_dtype=compute_dtype
+    )
     load_weights(model, load_file(path / WEIGHTS_FILE), source=str(path))
-    return model.to(device), config
+    return model, config
 
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], *, source: str) -> None:

@@ -35,6 +35,7 @@ from megatron_multiverse.config import CheckpointConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.files import flush, write_text_atomic
 from megatron_multiverse.model.cpu import device_neutral_cuda
+from megatron_multiverse.model.weight_names import is_extra_state
 from megatron_multiverse.training.seeds import rng_state, set_rng_state
 from megatron_multiverse.training.signals import hold_signals
 
@@ -108,9 +109,12 @@ def save_state(state: TrainState, folder: Path) -> None:
 
 def load_state(state: TrainState, folder: Path) -> None:
     """Read a checkpoint into the state, in place, random generators included."""
+    wanted = _sharded_state(state)
+    # The layer specs differ in the modules that have an extra state; weights and optimizer state go into either.
+    wanted["model"] = {name: value for name, value in wanted["model"].items() if not is_extra_state(name)}
     with device_neutral_cuda(), _quiet():
-        loaded = dist_checkpointing.load(_sharded_state(state), str(folder))
-    state.model.load_state_dict(loaded["model"])
+        loaded = dist_checkpointing.load(wanted, str(folder))
+    _load_weights(state.model, loaded["model"], folder)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     for number, parameter in enumerate(parameters):
         values = state.optimizer.state[parameter]
@@ -123,6 +127,13 @@ def load_state(state: TrainState, folder: Path) -> None:
     set_rng_state(loaded["rng_state"])
     state.step = loaded["iteration"]
     state.consumed_samples = loaded["consumed_samples"]
+
+
+def _load_weights(model: nn.Module, weights: dict[str, Any], folder: Path) -> None:
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    misfits = [name for name in missing if not is_extra_state(name)] + unexpected
+    if misfits:
+        raise CheckpointError(f"{folder}: weights do not fit the model, e.g. {misfits[0]}")
 
 
 def _warn_of_another_schedule(scheduler: OptimizerParamScheduler, saved: dict[str, Any]) -> None:

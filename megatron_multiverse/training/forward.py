@@ -40,9 +40,13 @@ def precision(dtype: str, device: torch.device) -> contextlib.AbstractContextMan
     return contextlib.nullcontext()
 
 
-def backward_precision(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """What a backward pass runs in: megatron-core's linear layers restore autocast for CUDA alone."""
-    return precision(dtype, device) if device.type == "cpu" else contextlib.nullcontext()
+def backward_precision(model: nn.Module, dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What a backward pass runs in: autocast where megatron-core does not restore it by itself.
+
+    Its linear layers do so for CUDA alone, its activation recompute nowhere.
+    """
+    recompute = getattr(getattr(model, "config", None), "recompute_granularity", None)
+    return precision(dtype, device) if device.type == "cpu" or recompute else contextlib.nullcontext()
 
 
 def to_device(batch: Microbatch, device: torch.device) -> Microbatch:
@@ -80,7 +84,7 @@ def forward_backward(
     for batch in microbatches:
         with precision(dtype, device):
             batch_sum, batch_pairs = masked_loss_sum(model, batch, device, backend)
-        with backward_precision(dtype, device):
+        with backward_precision(model, dtype, device):
             (batch_sum / max(1, loss_tokens)).backward()  # type: ignore[no-untyped-call]
         loss_sum += batch_sum.detach()
         pairs += batch_pairs

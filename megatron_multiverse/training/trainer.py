@@ -158,13 +158,24 @@ def choose_device(name: str) -> torch.device:
 def create_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, ModelConfig]:
     """A fresh model from `config.model` or `config.model_preset`, or the saved one that `config.init_from` names."""
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    compute_dtype = torch.bfloat16 if config.dtype == "bf16" else dtype
     if config.init_from is not None:
-        model, model_config = load_checkpoint(config.init_from, dtype=dtype, device=device)
+        model, model_config = load_checkpoint(
+            config.init_from, dtype=dtype, device=device, layers=config.layers, compute_dtype=compute_dtype
+        )
         check_sequence_length(config.data, model_config)
         return model, model_config
     model_config = config.model or preset(config.model_preset or "")  # TrainConfig checks that there is one
     check_sequence_length(config.data, model_config)
-    return build_gpt_model(model_config, dtype=dtype, device=device, seed=config.seed), model_config
+    model = build_gpt_model(
+        model_config,
+        dtype=dtype,
+        device=device,
+        seed=config.seed,
+        layers=config.layers,
+        compute_dtype=compute_dtype,
+    )
+    return model, model_config
 
 
 def write_run_config(config: TrainConfig, model_config: ModelConfig, folder: Path, step: int) -> None:

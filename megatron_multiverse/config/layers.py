@@ -1,0 +1,55 @@
+"""How the layers of a model are computed: nothing here changes its shape or the names of its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_multiverse.config.strict import check
+
+RECOMPUTABLE = ("core_attn", "mlp", "layernorm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """Layer spec, FP8 and activation recompute, in megatron-core's names."""
+
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layers of TransformerEngine or plain ones; auto takes TransformerEngine on CUDA where it is installed and the
+    matrix products are bf16 or fp16, and logs why."""
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """FP8 matrix products in the linear layers (TransformerEngine): e4m3 throughout, or hybrid with e5m2 gradients;
+    attention, embedding and output layer stay bf16. Unset for none."""
+    fp8_recipe: Literal["tensorwise", "blockwise"] = "tensorwise"
+    """How FP8 scales are found, both from the numbers at hand, so nothing is carried from step to step: tensorwise
+    has one scale per tensor, blockwise one per 1x128 activations and 128x128 weights."""
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """Activations computed again in the backward pass instead of kept: selective those of recompute_modules, full
+    those of whole layers. Unset keeps all. Needs CUDA."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """full: uniform recomputes all layers in chunks of recompute_num_layers, block only the first that many."""
+    recompute_num_layers: int = 1
+    """full: see recompute_method."""
+    recompute_modules: tuple[str, ...] = ("mlp",)
+    """selective: any of core_attn, mlp, layernorm. The MLP holds most; flash kernels recompute by themselves."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "transformer_impl": ("auto", "local", "transformer_engine"),
+            "fp8": (None, "e4m3", "hybrid"),
+            "fp8_recipe": ("tensorwise", "blockwise"),
+            "recompute_granularity": (None, "selective", "full"),
+            "recompute_method": ("uniform", "block"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            shown = ", ".join(str(choice) for choice in allowed)
+            check(value in allowed, f"layers.{name} is {value!r}, allowed: {shown}")
+        check(
+            self.fp8 is None or self.transformer_impl != "local",
+            "layers.fp8 needs TransformerEngine's layers: set layers.transformer_impl to auto or transformer_engine",
+        )
+        number = self.recompute_num_layers
+        check(number >= 1, f"layers.recompute_num_layers must be at least 1, got {number}")
+        unknown = [name for name in self.recompute_modules if name not in RECOMPUTABLE]
+        check(not unknown, f"layers.recompute_modules: {unknown} unknown, allowed: {', '.join(RECOMPUTABLE)}")
