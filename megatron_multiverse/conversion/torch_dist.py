@@ -1,8 +1,9 @@
 """megatron-core's `torch_dist` layout (torch.distributed.checkpoint files), read and written tensor by tensor.
 
-A folder holds `.metadata` (which slice of which tensor lies where), `metadata.json`, `common.pt` and `.distcp`
-files: torch.save archives of one slice each, one after the other. All layers of a parameter form one tensor
-[layers, ...]. megatron-core itself opens what is written here, at any tensor and pipeline parallel size.
+A folder holds `.metadata` (which slice of which tensor lies where), `metadata.json`, `common.pt` (args and the like;
+from megatron-core 0.19 on they lie among the tensors instead) and `.distcp` files: torch.save archives of one slice
+each, one after the other. All layers of a parameter form one tensor [layers, ...]. megatron-core itself, of either
+kind, opens what is written here, at any tensor and pipeline parallel size.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ EXTRA_STATES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+COMMON_STATE = "common_state/shard_0_1"
 METADATA_JSON = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -71,11 +73,9 @@ class TorchDistReader:
 
     def __init__(self, folder: Path, trust_pickle: bool = False) -> None:
         self.folder = folder
-        for name in (".metadata", "common.pt"):
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{folder} has no {name}: it is no complete torch_dist checkpoint")
+        if not (folder / ".metadata").is_file():
+            raise CheckpointError(f"{folder} has no .metadata: it is no complete torch_dist checkpoint")
         self.metadata = load_metadata(folder / ".metadata", trust_pickle)
-        self.common: dict[str, Any] = load_torch_file(folder / "common.pt", trust_pickle)
         storage: dict[MetadataIndex, _StorageInfo] = self.metadata.storage_data
         self.files = sorted({folder / info.relative_path for info in storage.values()})
         ends: dict[str, int] = defaultdict(int)
@@ -89,6 +89,23 @@ class TorchDistReader:
                     f"{file} has {file.stat().st_size} bytes, .metadata asks for {ends[file.name]} "
                     f"({self._first_in(file.name, file.stat().st_size)} is cut off): copy it again"
                 )
+        self.common = self._read_common(trust_pickle)
+
+    def _read_common(self, trust_pickle: bool) -> dict[str, Any]:
+        """What is no tensor: a file of its own, or from megatron-core 0.19 on an object among the tensors."""
+        file = self.folder / "common.pt"
+        common: dict[str, Any]
+        if file.is_file():
+            common = load_torch_file(file, trust_pickle)
+            return common
+        info = self.metadata.storage_data.get(MetadataIndex(COMMON_STATE))
+        if info is None:
+            raise CheckpointError(f"{self.folder} has no common.pt: it is no complete torch_dist checkpoint")
+        file = self.folder / info.relative_path
+        with open(file, "rb") as stream:
+            part = _create_file_view(stream, info.offset, info.length)
+            (common,) = load_torch_file(file, trust_pickle, part=part)
+        return common
 
     def _first_in(self, name: str, after: int = 0) -> str:
         infos: dict[MetadataIndex, _StorageInfo] = self.metadata.storage_data
