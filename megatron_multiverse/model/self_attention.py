@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention as McoreSelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -44,7 +45,14 @@ class SelfAttention(McoreSelfAttention):  # type: ignore[misc]
         between = [norm for norm in (self.q_layernorm, self.k_layernorm) if not isinstance(norm, IdentityOp | None)]
         # With fewer groups than tensor parallel ranks megatron-core gathers the projection and takes its part.
         if between or self.config.num_query_groups < self.world_size:
-            query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+            query, key, value = map(_autocast, super().get_query_key_value_tensors(*args, **kwargs))
             return *rotate(query, key, table), value
         mixed, _ = super().get_query_key_value_tensors(*args, **kwargs | {"split_qkv": False})
-        return split_and_rotate(mixed, table)
+        return split_and_rotate(_autocast(mixed), table)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in the dtype of autocast, if that is on: megatron-core's local linear layers add a float32 bias to their bf16
+    product, and attention would run in float32."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

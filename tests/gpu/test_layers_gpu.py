@@ -80,23 +80,25 @@ def copy_weights(model, source) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_specs_agree_in_float32(family) -> None:
-    """Same seed, same weights; local on the CPU (plain rotation), local and TransformerEngine on the GPU (kernels)."""
+    """Same seed, same weights; local on the CPU (plain rotation), local and TransformerEngine on the GPU (kernels).
+
+    TransformerEngine multiplies float32 matrices as TF32.
+    """
     want = run(build(family, LOCAL, device="cpu"), batch(), backend="dense")
-    for layers in (LOCAL, TE):
-        got = run(build(family, layers), batch(), backend="dense")
-        assert_close(got, want, 1e-4, 1e-3)
+    for layers, logits, grads in ((LOCAL, 1e-4, 1e-4), (TE, 2e-3, 4e-3)):
+        assert_close(run(build(family, layers), batch(), backend="dense"), want, logits, grads)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_te_with_the_fast_backend_equals_local_dense(family, autocast) -> None:
-    """bf16 weights, and float32 weights under autocast: within 2 % (logits) and 6 % (each gradient) of float32."""
+    """bf16 weights, and float32 weights under autocast: within 1.5 % (logits) and 4 % (each gradient) of float32."""
     reference = build(family, LOCAL)
     model = build(family, TE, FP32 if autocast else BF16, compute_dtype=BF16)
     copy_weights(model, reference)
     for seed in (1, 2):
         want = run(reference, batch(seed), backend="dense")
-        assert_close(run(model, batch(seed), autocast=autocast), want, 2e-2, 6e-2)
+        assert_close(run(model, batch(seed), autocast=autocast), want, 1.5e-2, 4e-2)
     ids, positions, _ = (x.cuda() for x in batch(1))
     other = model(ids, positions, None, packed_seq_params=LayoutParams.causal(ids))
     assert error(other.detach().float().cpu(), run(reference, batch(1), backend="dense")[0]) > 0.1  # sees a wrong mask
@@ -176,7 +178,7 @@ def test_weights_saved_from_one_spec_load_in_the_other(family, tmp_path: Path) -
         saved[name] = weight_state(model)
         loaded, _ = load_model(tmp_path / name, device="cuda", layers=other)
         assert all(torch.equal(tensor, saved[name][key]) for key, tensor in weight_state(loaded).items())
-        assert error(run(loaded, batch(), backend="dense")[0], run(model, batch(), backend="dense")[0]) < 1e-4
+        assert error(run(loaded, batch(), backend="dense")[0], run(model, batch(), backend="dense")[0]) < 2e-3
     assert saved["local"].keys() == saved["te"].keys()
     if family == "qwen2":
         with pytest.raises(ConfigError, match="needs a CUDA device, got cpu"):
@@ -273,4 +275,4 @@ def test_decoding_over_pages_equals_one_forward() -> None:
     positions = torch.arange(40)[None].cuda()
     with torch.no_grad():
         want = model(ids.cuda(), positions, None, packed_seq_params=LayoutParams.causal(ids.cuda()))[0]
-    torch.testing.assert_close(torch.stack(got), want[[16, 38, 39]], rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.stack(got), want[[16, 38, 39]], rtol=0, atol=3e-3)

@@ -107,3 +107,22 @@ def test_building_a_model_prints_no_warnings() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "" and done.stdout == ""
+
+
+def test_attention_runs_in_the_dtype_of_autocast() -> None:
+    """megatron-core's linear layer with a bias gives float32 there."""
+    model = build_gpt_model(qwen2(
+        num_layers=1, hidden_size=32, ffn_hidden_size=32, num_attention_heads=4, num_query_groups=2,
+        vocab_size=16, max_sequence_length=16,
+    ))  # fmt: skip
+    seen = []
+
+    class Params(LayoutParams):
+        def attend(self, query, key, value, **options):
+            seen.extend(x.dtype for x in (query, key, value))
+            return super().attend(query, key, value, **options)
+
+    ids = torch.arange(8)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids, ids, None, packed_seq_params=Params(r=ids.int()))
+    assert seen == [torch.bfloat16] * 3
