@@ -1,15 +1,30 @@
-"""The fused rotation beside torch's unfused one and a plain copy of the same bytes, on one GPU, in one run."""
+"""The fused rotations beside megatron-core's unfused one, TransformerEngine's fused ones and a plain copy of the same
+bytes, on one GPU, in one run.
+
+TransformerEngine's kernels take positions 0..s-1 alone and make sines and cosines anew at every call.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_multiverse.cli import parse_options
 from megatron_multiverse.kernels.benchmarks.record import Recorder
-from megatron_multiverse.kernels.rope import inverse_frequencies, rope_angles, rope_reference, rope_table
+from megatron_multiverse.kernels.rope import (
+    inverse_frequencies,
+    rope_angles,
+    rope_reference,
+    rope_table,
+    rotate_qkv_by_table,
+)
 from megatron_multiverse.kernels.rope.fused import rope_fused
+from megatron_multiverse.kernels.rope.fused_qkv import rope_qkv_fused
 
 TOLERANCE = 4e-3
 """Relative error in bfloat16 against float64."""
@@ -29,56 +44,154 @@ class Options:
     """Commit to record; default that of the working tree."""
 
 
+@dataclass
+class Case:
+    """One way to rotate."""
+
+    name: str
+    function: Callable[[], Any]
+    inputs: tuple[Tensor, ...]
+    grads: tuple[Tensor, ...]
+    exact: list[Tensor]
+    """Outputs and gradients in float64; none for a copy."""
+    copied: str
+    """The copy it is measured by."""
+
+
 def main() -> None:
     """Run all cases."""
-    from triton.testing import do_bench
-
     o = parse_options(Options)
     recorder = Recorder("rope", o.output, o.commit)
-    torch.manual_seed(0)
-    q, k, gq, gk = (
-        torch.randn(o.tokens, 1, heads, o.dim, device="cuda", dtype=torch.bfloat16)
-        for heads in (o.heads, o.groups, o.heads, o.groups)
+    cases = [*pair_cases(o), *qkv_cases(o)]
+    if any(case.name.startswith("TransformerEngine") for case in cases):
+        recorder.environment["versions"]["transformer-engine"] = importlib.metadata.version("transformer-engine")
+    copies: dict[str, float] = {}
+    for case in cases:
+        measure(case, recorder, copies, o.tokens)
+    recorder.table(
+        "`q and k`: two tensors in, two out. `qkv`: the mixed projection in, q, k and v out (backward the reverse). "
+        "TB/s count each element read once and written once; tables are extra. Share is that of the copy's bandwidth."
     )
+
+
+def pair_cases(o: Options) -> list[Case]:
+    """q and k as two tensors: a copy, unfused, ours, TransformerEngine's."""
+    q, k, gq, gk = (draw(o.tokens, 1, n, o.dim, seed=i) for i, n in enumerate((o.heads, o.groups) * 2))
     q.requires_grad_(), k.requires_grad_()
-    ids = torch.randint(0, o.tokens, (1, o.tokens), device="cuda")
-    inv_freq = inverse_frequencies(o.dim, 1e6, "cuda", torch.float32)
+    ids, inv_freq, in_order = positions(o)
     table, angles = rope_table(ids, inv_freq), rope_angles(ids, inv_freq)
-    moved = 2 * (q.numel() + k.numel()) * q.element_size()
-    both, target = torch.cat((q, k), 2).detach(), torch.empty(o.tokens, 1, o.heads + o.groups, o.dim).cuda().bfloat16()
-    cases = {
-        "copy": (lambda: target.copy_(both), None),
-        "unfused": (lambda: (rope_reference(q, angles), rope_reference(k, angles)), 1.0),
-        "fused": (lambda: rope_fused(q, k, table), 1.0),
-    }
-    for name, (function, checked) in cases.items():
-        error = None
-        if checked:
-            out = function()
-            grads = torch.autograd.grad(out, (q, k), (gq, gk), retain_graph=True)
-            exact = [rope_reference(x.detach().double(), angles.double()) for x in (q, k)]
-            exact += [rope_reference(x.double(), -angles.double()) for x in (gq, gk)]
-            errors = [
-                float((x.detach().double() - y).norm() / y.norm()) for x, y in zip((*out, *grads), exact, strict=True)
-            ]
-            error = max(errors)
-            if not error < TOLERANCE:
-                print(f"NOT COUNTED: {name}: error {error:.2e}", flush=True)
-                continue
-        with torch.no_grad():
-            forward = do_bench(function, warmup=50, rep=150, return_mode="median")
-        row = {"case": name, "tokens": o.tokens, "fwd_us": 1e3 * forward, "fwd_tb_s": moved / forward / 1e9}
-        if checked:
-            out = function()
-            backward = do_bench(
-                lambda out=out: torch.autograd.grad(out, (q, k), (gq, gk), retain_graph=True),
-                warmup=50,
-                rep=150,
-                return_mode="median",
-            )
-            row |= {"bwd_us": 1e3 * backward, "bwd_tb_s": moved / backward / 1e9, "error": error}
-        recorder.add(**row)
-    recorder.table("TB/s count each of q and k read once and written once; the table is extra.")
+    both = torch.cat((q, k), 2).detach()
+    target = torch.empty_like(both)
+
+    def exact(used: Tensor) -> list[Tensor]:
+        rotated = [rope_reference(x.detach().double(), used.double()) for x in (q, k)]
+        return rotated + [rope_reference(x.double(), -used.double()) for x in (gq, gk)]
+
+    kind, tensors, grads = "q and k", (q, k), (gq, gk)
+    cases = [
+        Case("copy, q and k", lambda: target.copy_(both), (both,), (), [], kind),
+        Case("megatron-core unfused, q and k", lambda: [rope_reference(x, angles) for x in tensors], tensors, grads,
+             exact(angles), kind),
+        Case("ours, q and k", lambda: rope_fused(q, k, table), tensors, grads, exact(angles), kind),
+    ]  # fmt: skip
+    te = transformer_engine_rope()
+    if te is not None:
+        ordered = rope_angles(in_order, inv_freq)
+        call = te.apply_rotary_pos_emb
+        cases.append(
+            Case("TransformerEngine, q and k, in order",
+                 lambda: [call(x, ordered, tensor_format="sbhd", fused=True) for x in tensors], tensors, grads,
+                 exact(ordered), kind)
+        )  # fmt: skip
+    return cases
+
+
+def qkv_cases(o: Options) -> list[Case]:
+    """The mixed projection split and rotated: a copy, split and ours, ours in one, TransformerEngine's."""
+    per_group = o.heads // o.groups
+    widths = [per_group * o.dim, o.dim, o.dim]
+    mixed = draw(o.tokens, 1, o.groups, sum(widths), seed=5).requires_grad_()
+    grads = tuple(draw(o.tokens, 1, n, o.dim, seed=6 + i) for i, n in enumerate((o.heads, o.groups, o.groups)))
+    ids, inv_freq, in_order = positions(o)
+    table = rope_table(ids, inv_freq)
+    source, target = mixed.detach(), torch.empty_like(mixed)
+
+    def exact(used: Tensor) -> list[Tensor]:
+        wide = mixed.detach().double().requires_grad_()
+        out = rotate_qkv_by_table(wide, used.double())
+        return [*(x.detach() for x in out), *torch.autograd.grad(out, wide, [x.double() for x in grads])]
+
+    def split() -> tuple[Tensor, ...]:
+        q, k, v = mixed.split(widths, dim=-1)
+        return (*rope_fused(q.reshape(o.tokens, 1, o.heads, o.dim), k, table), v)
+
+    kind, tensors = "qkv", (mixed,)
+    cases = [
+        Case("copy, qkv", lambda: target.copy_(source), (source,), (), [], kind),
+        Case("split, then ours for q and k", split, tensors, grads, exact(table), kind),
+        Case("ours, qkv", lambda: rope_qkv_fused(mixed, table), tensors, grads, exact(table), kind),
+    ]
+    te = transformer_engine_rope()
+    if te is not None:
+        ordered = rope_angles(in_order, inv_freq)
+        call = te.apply_fused_qkv_rotary_pos_emb
+        cases.append(
+            Case("TransformerEngine, qkv, in order", lambda: call(mixed, ordered, ordered, widths), tensors, grads,
+                 exact(rope_table(in_order, inv_freq)), kind)
+        )  # fmt: skip
+    return cases
+
+
+def measure(case: Case, recorder: Recorder, copies: dict[str, float], tokens: int) -> None:
+    """Check a case against float64, then record its times."""
+    from triton.testing import do_bench
+
+    error = None
+    if case.exact:
+        out = case.function()
+        got = (*out, *torch.autograd.grad(out, case.inputs, case.grads, retain_graph=True))
+        error = max(float((x.detach().double() - y).norm() / y.norm()) for x, y in zip(got, case.exact, strict=True))
+        if not error < TOLERANCE:
+            print(f"NOT COUNTED: {case.name}: error {error:.2e}", flush=True)
+            return
+    moved = 2 * sum(x.nbytes for x in case.inputs)
+    with torch.no_grad():
+        forward = do_bench(case.function, warmup=50, rep=150, return_mode="median")
+    copy = copies.setdefault(case.copied, forward)
+    row = {"case": case.name, "tokens": tokens, "fwd_us": 1e3 * forward, "fwd_tb_s": moved / forward / 1e9}
+    row |= {"fwd_share": copy / forward}
+    if case.exact:
+        out = case.function()
+        backward = do_bench(
+            lambda: torch.autograd.grad(out, case.inputs, case.grads, retain_graph=True),
+            warmup=50,
+            rep=150,
+            return_mode="median",
+        )
+        row |= {"bwd_us": 1e3 * backward, "bwd_tb_s": moved / backward / 1e9, "bwd_share": copy / backward}
+        row |= {"error": error}
+    recorder.add(**row)
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    """Normal numbers on the GPU in bfloat16."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, device="cuda", generator=generator).bfloat16()
+
+
+def positions(o: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Random position ids [1, tokens], the inverse frequencies, and the ids in order."""
+    ids = torch.randint(0, o.tokens, (1, o.tokens), device="cuda")
+    return ids, inverse_frequencies(o.dim, 1e6, "cuda", torch.float32), torch.arange(o.tokens, device="cuda")[None]
+
+
+def transformer_engine_rope() -> Any:
+    """TransformerEngine's module of rotary embeddings, or None if it is not installed."""
+    try:
+        from transformer_engine.pytorch.attention import rope
+    except ImportError:
+        return None
+    return rope
 
 
 if __name__ == "__main__":

@@ -1,0 +1,282 @@
+"""One transformer layer of Qwen2.5-7B's shape under Multiverse attention beside megatron-core's stock layer with plain
+causal attention: time and memory of forward and backward, on one GPU, in one run.
+
+Ours is charged all that a real model makes once per microbatch for all its layers (tile lists, rotary table). The
+stock layer runs with every rotary implementation megatron-core has; ratios are against its fastest.
+A case counts only if a shorter sequence through the same layer agrees with a float32 layer, gradients included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.metadata
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_multiverse.cli import parse_options
+from megatron_multiverse.config import LayerConfig, ModelConfig
+from megatron_multiverse.kernels.benchmarks.layouts import make_labels
+from megatron_multiverse.kernels.benchmarks.record import Recorder
+from megatron_multiverse.model.families import preset
+from megatron_multiverse.model.gpt import transformer_config
+from megatron_multiverse.model.layer_specs import choose_transformer_impl, get_gpt_layer_spec
+from megatron_multiverse.model.weight_names import is_extra_state, plain_name
+
+TOLERANCE = {"bf16": 2e-2, "fp8": 2e-1}
+"""Relative errors (Frobenius) against float32: output, gradient of the input and of every weight."""
+TE, BF16 = LayerConfig(transformer_impl="transformer_engine"), torch.bfloat16
+MODES = {
+    "bf16": TE,
+    "bf16, full recompute": dataclasses.replace(TE, recompute_granularity="full"),
+    "fp8 tensorwise": dataclasses.replace(TE, fp8="hybrid"),
+    "fp8 blockwise": dataclasses.replace(TE, fp8="e4m3", fp8_recipe="blockwise"),
+}
+STOCK_ROTARY: dict[str, dict[str, bool]] = {
+    "unfused rope": {},
+    "TE rope": {"apply_rope_fusion": True},
+    "TE qkv rope": {"apply_rope_fusion": True, "fused_single_qkv_rope": True},
+}
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    tokens: int = 32768
+    check_tokens: int = 4096
+    repeats: int = 12
+    modes: list[str] = field(default_factory=lambda: list(MODES))
+    output: str | None = None
+    """Folder; default kernels/benchmarks/results."""
+    commit: str | None = None
+    """Commit to record; default that of the working tree."""
+
+
+@dataclass
+class Case:
+    """A layer and how it is called."""
+
+    name: str
+    layout: str
+    block: Any
+    call: Callable[[Any, Tensor, str], Tensor]
+    """(block, hidden [s, 1, hidden_size], layout) -> output."""
+    times: list[float] = field(default_factory=list)
+
+
+def build_block(model: ModelConfig, layers: LayerConfig, spec: Any, dtype: torch.dtype, **settings: Any) -> Any:
+    """megatron-core's TransformerBlock of one layer on the GPU, without a final norm."""
+    from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+
+    impl = choose_transformer_impl(layers, torch.device("cuda"), BF16)
+    config = transformer_config(model, dtype, False, layers, impl)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return TransformerBlock(config, TransformerBlockSubmodules(layer_specs=[spec]), post_layer_norm=False).cuda()
+
+
+def call_ours(block: Any, hidden: Tensor, layout: str, backend: str = "auto") -> Tensor:
+    """Everything a forward pass makes is made here: tile lists and rotary table, for this one layer."""
+    from megatron_multiverse.model.attention import LayoutParams
+    from megatron_multiverse.model.rotary import PositionIdRotary
+
+    r = labels(layout, len(hidden))
+    ids = torch.arange(len(hidden), device="cuda")[None]  # what they are changes neither work nor memory
+    table = PositionIdRotary(block.config.kv_channels, 1e6).table(ids)
+    out: Tensor = block(hidden, None, packed_seq_params=LayoutParams(r=r, rotary_table=table, backend=backend))
+    return out
+
+
+def call_stock(block: Any, hidden: Tensor, layout: str) -> Tensor:
+    """megatron-core's layer, causal."""
+    out: Tensor = block(hidden, None, rotary_pos_emb=stock_angles(len(hidden), block.config.kv_channels))
+    return out
+
+
+_MADE: dict[Any, Tensor] = {}
+
+
+def labels(layout: str, tokens: int) -> Tensor:
+    """r of a layout on the GPU, made once (in training the loader brings it)."""
+    if (layout, tokens) not in _MADE:
+        _MADE[layout, tokens] = make_labels(layout, tokens)[0].cuda()
+    return _MADE[layout, tokens]
+
+
+def stock_angles(tokens: int, dim: int) -> Tensor:
+    """megatron-core's rotary table, made once (its module caches it)."""
+    if tokens not in _MADE:
+        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+        _MADE[tokens] = RotaryEmbedding(dim, 1.0, rotary_base=1_000_000)(tokens)
+    return _MADE[tokens]
+
+
+def weights_of(block: Any) -> dict[str, Tensor]:
+    """Parameters by plain name."""
+    return {plain_name(n): p for n, p in block.named_parameters() if not is_extra_state(n)}
+
+
+@torch.no_grad()
+def share_weights(block: Any, values: dict[str, Tensor]) -> None:
+    """Give a block the weights; the first block that comes draws them."""
+    for name, parameter in weights_of(block).items():
+        if name not in values:
+            generator = torch.Generator("cuda").manual_seed(len(values))
+            drawn = torch.randn(parameter.shape, device="cuda", generator=generator)
+            if "layernorm" in name:
+                drawn = 1 + 0.1 * drawn
+            elif parameter.ndim == 1:
+                drawn = 0.1 * drawn
+            else:
+                drawn *= parameter.shape[1] ** -0.5
+            values[name] = drawn.to(BF16)
+        parameter.copy_(values[name])
+
+
+def run(case: Case, hidden: Tensor, upstream: Tensor) -> Tensor:
+    """Forward and backward; gradients are new tensors each time."""
+    for parameter in case.block.parameters():
+        parameter.grad = None
+    hidden.grad = None
+    out = case.call(case.block, hidden, case.layout)
+    out.backward(upstream)
+    return out.detach()
+
+
+def results(case: Case, hidden: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+    """Output and all gradients, float32."""
+    out = run(case, hidden, upstream)
+    grads = {name: p.grad.float() for name, p in weights_of(case.block).items() if p.grad is not None}
+    assert hidden.grad is not None
+    return {"output": out.float(), "input": hidden.grad.float()} | grads
+
+
+def draw(tokens: int, hidden_size: int, dtype: torch.dtype = BF16) -> tuple[Tensor, Tensor]:
+    """Hidden states (with gradient) and the gradient from above."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    x, y = (torch.randn(tokens, 1, hidden_size, device="cuda", generator=generator).to(BF16) for _ in range(2))
+    return x.to(dtype).requires_grad_(), y.to(dtype)
+
+
+def float32_results(model: ModelConfig, weights: dict[str, Tensor], tokens: int) -> dict[str, dict[str, Tensor]]:
+    """What a float32 layer gives under each layout: local spec, dense backend."""
+    layers = LayerConfig(transformer_impl="local")
+    block = build_block(model, layers, get_gpt_layer_spec("local"), torch.float32)
+    share_weights(block, weights)
+    found = {}
+    for layout in ("causal", "realistic"):
+        case = Case("float32", layout, block, lambda b, h, name: call_ours(b, h, name, "dense"))
+        found[layout] = results(case, *draw(tokens, model.hidden_size, torch.float32))
+    return found
+
+
+def worst_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """Largest relative error over output and gradients."""
+    return max(float((got[name] - want[name]).norm() / want[name].norm()) for name in want)
+
+
+def make_cases(model: ModelConfig, layers: LayerConfig) -> list[Case]:
+    """Stock with each rotary, and ours under both layouts."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    cases = []
+    for name, settings in STOCK_ROTARY.items():
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+        block = build_block(model, layers, spec, BF16, bias_dropout_fusion=True, **settings)
+        cases.append(Case(f"stock, {name}", "causal", block, call_stock))
+    block = build_block(model, layers, get_gpt_layer_spec("transformer_engine"), BF16)
+    return cases + [Case("ours", layout, block, call_ours) for layout in ("causal", "realistic")]
+
+
+def peak_memory(case: Case, hidden: Tensor, upstream: Tensor) -> float:
+    """Peak GiB of a step: weights, their gradients, input and everything between."""
+    run(case, hidden, upstream)
+    for parameter in case.block.parameters():
+        parameter.grad = None
+    hidden.grad = None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run(case, hidden, upstream)
+    own = sum(p.nbytes for p in case.block.parameters()) + hidden.nbytes + upstream.nbytes
+    return (torch.cuda.max_memory_allocated() - before + own) / 2**30
+
+
+def measure(cases: list[Case], hidden: Tensor, upstream: Tensor, repeats: int) -> None:
+    """Times of all cases, one step of each after the other, so that all see the same clocks."""
+    for repeat in range(repeats + 2):
+        for case in cases:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run(case, hidden, upstream)
+            end.record()
+            torch.cuda.synchronize()
+            if repeat >= 2:
+                case.times.append(start.elapsed_time(end))
+
+
+def main() -> None:
+    """Run all cases."""
+    o = parse_options(Options)
+    version = importlib.metadata.version("megatron-core")
+    recorder = Recorder(f"layer_mcore_{version}", o.output, o.commit)
+    for package in ("transformer-engine", "megatron-core"):
+        recorder.environment["versions"][package] = importlib.metadata.version(package)
+    model = dataclasses.replace(preset("qwen2.5-7b"), num_layers=1)
+    weights: dict[str, Tensor] = {}
+    exact: dict[str, dict[str, Tensor]] = {}
+    for mode in o.modes:
+        cases = make_cases(model, MODES[mode])
+        for case in cases:
+            share_weights(case.block, weights)
+        exact = exact or float32_results(model, weights, o.check_tokens)
+        tolerance = TOLERANCE[mode[:4] if mode.startswith("bf16") else "fp8"]
+        errors = [
+            worst_error(results(case, *draw(o.check_tokens, model.hidden_size)), exact[case.layout]) for case in cases
+        ]
+        for case, error in zip(cases, errors, strict=True):
+            if not error < tolerance:
+                print(f"NOT COUNTED: {mode}, {case.name}, {case.layout}: error {error:.2e}", flush=True)
+        counted = [(case, error) for case, error in zip(cases, errors, strict=True) if error < tolerance]
+        hidden, upstream = draw(o.tokens, model.hidden_size)
+        memory = [peak_memory(case, hidden, upstream) for case, _ in counted]
+        measure([case for case, _ in counted], hidden, upstream, o.repeats)
+        record(recorder, mode, counted, memory, o.tokens)
+        del cases, counted, hidden, upstream, case
+        gc.collect()
+        torch.cuda.empty_cache()
+    recorder.table(
+        "Forward and backward of one layer; medians of steps taken in turn. Ratios are against the fastest stock layer "
+        "(time) and the leanest (memory) of the same mode; ours includes tile lists and rotary table. "
+        f"Error: the worst of output and gradients against float32 at {o.check_tokens} tokens."
+    )
+
+
+def record(recorder: Recorder, mode: str, counted: list[tuple[Case, float]], memory: list[float], tokens: int) -> None:
+    """Write the rows of one mode."""
+    medians = [statistics.median(case.times) for case, _ in counted]
+    stock = [n for n, (case, _) in enumerate(counted) if case.name.startswith("stock")]
+    fastest, leanest = (min((values[n] for n in stock), default=None) for values in (medians, memory))
+    for n, (case, error) in enumerate(counted):
+        recorder.add(
+            mode=mode,
+            layer=case.name,
+            layout=case.layout,
+            tokens=tokens,
+            ms=medians[n],
+            time_ratio=medians[n] / fastest if fastest else None,
+            peak_gib=memory[n],
+            memory_ratio=memory[n] / leanest if leanest else None,
+            error=error,
+        )
+
+
+if __name__ == "__main__":
+    main()
