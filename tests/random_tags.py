@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from megatron_multiverse.errors import StructureError
-from megatron_multiverse.structure import Document, Layout, StructureVocab, Tag, layout, pack_layouts, parse
+from megatron_multiverse.structure import MAX_DEPTH, Document, Layout, StructureVocab, Tag, layout, pack_layouts, parse
 
 NEWLINE, FIRST_LABEL, FIRST_WORD, VOCAB_SIZE = 20, 21, 40, 200
-MAX_DEPTH = 8
 TAG_IDS = (7, 3, 150, 4, 11, 2, 19, 199, 0, 13, 90, 5)
 VOCAB = StructureVocab(TAG_IDS, NEWLINE, {FIRST_LABEL + k: piece for k, piece in enumerate("0123456789.:")})
 

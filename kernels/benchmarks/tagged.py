@@ -47,8 +47,8 @@ def _realistic(n: int) -> list[Ids]:
 
 
 def _wide(n: int) -> list[Ids]:
-    """One block of 8 paths over 7/8 of the sequence."""
-    ids = text(n // 16) + block([text(n * 7 // 64)] * 8)
+    """One block of 8 paths over most of the sequence."""
+    ids = text(n // 32) + block([text(n * 7 // 72)] * 8)
     return [ids + text(n - len(ids))]
 
 

@@ -87,8 +87,15 @@ def _then(flags1, a1, b1, c1, path1, goal1, missing1, flags2, a2, b2, c2, path2,
 
 
 @triton.jit
-def _last(values, lane, BLOCK: tl.constexpr):
-    return tl.sum(tl.where(lane == BLOCK - 1, values, 0), axis=0)
+def _keep(state, t0, k, values, BLOCK: tl.constexpr):
+    """Leave the last lane's value for the next block; two sets of slots, so that no store meets an older load."""
+    slot = (t0 // BLOCK % 2) * 8 + k + tl.zeros((BLOCK,), tl.int32)
+    tl.store(state + slot, values, mask=tl.arange(0, BLOCK) == BLOCK - 1)
+
+
+@triton.jit
+def _kept(state, t0, k, BLOCK: tl.constexpr):
+    return tl.load(state + (t0 // BLOCK % 2) * 8 + k)
 
 
 @triton.jit
@@ -105,39 +112,34 @@ def document_borders(documents, doc, num_documents, num_tokens, DOCS: tl.constex
 
 
 @triton.jit
-def _collect(tags, counts, before, raw, response, end, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+def _collect(tags, counts, before, raw, response, end, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
              SLOTS: tl.constexpr):  # fmt: skip
-    """Copy the tags of [response, end) to raw at their rank; returns the ranks of the two borders."""
+    """Copy the tags of tokens [response, end) to raw at their rank; returns the first rank and their number."""
     low, high = response // CHUNK, end // CHUNK
-    to_low = tl.zeros((CHUNKS,), tl.int32)
-    to_high = tl.zeros((CHUNKS,), tl.int32)
-    for c0 in range(0, high, CHUNKS):
+    earlier = tl.zeros((CHUNKS,), tl.int32)
+    for c0 in range(0, low, CHUNKS):
         chunk = c0 + tl.arange(0, CHUNKS)
-        count = tl.load(counts + chunk, mask=chunk < high, other=0)
-        to_low += tl.where(chunk < low, count, 0)
-        to_high += count
-    carry = tl.sum(to_low, axis=0)
+        earlier += tl.load(counts + chunk, mask=chunk < low, other=0)
+    carry = tl.sum(earlier, axis=0)
     first = carry + tl.load(before + response)
-    last = tl.sum(to_high, axis=0) + tl.load(before + end)
-    for c0 in range(low, tl.where(last > first, high + 1, low), CHUNKS):
+    for c0 in range(low, tl.where(response < end, high + 1, low), CHUNKS):
         chunk = c0 + tl.arange(0, CHUNKS)
         count = tl.load(counts + chunk, mask=chunk <= high, other=0)
         rank0 = carry + tl.cumsum(count, axis=0) - count
         for s0 in range(0, tl.max(count, axis=0), SLOTS):
             slot = s0 + tl.arange(0, SLOTS)
-            rank = rank0[:, None] + slot[None, :]
-            mine = (slot[None, :] < count[:, None]) & (rank >= first) & (rank < last)
-            word = tl.load(tags + chunk.to(tl.int64)[:, None] * CHUNK + slot[None, :], mask=mine, other=0)
-            tl.store(raw + rank, word, mask=mine)
-        carry += tl.sum(count, axis=0)
-    return first, last - first
+            there = slot[None, :] < count[:, None]
+            word = tl.load(tags + chunk.to(tl.int64)[:, None] * CHUNK + slot[None, :], mask=there, other=0)
+            mine = there & (index_of(word) >= response) & (index_of(word) < end)
+            tl.store(raw + rank0[:, None] + slot[None, :], word, mask=mine)
+        carry += tl.sum(tl.where(chunk < high, count, 0), axis=0)
+    return first, tl.where(response < end, carry + tl.load(before + end) - first, 0)
 
 
 @triton.jit
-def _levels(raw, words, n, MAX_DEPTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Find the level of every tag and check order and nesting; returns (broken, deepest level)."""
+def _levels(raw, words, state, n, MAX_DEPTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Find the level of every tag and check order and nesting; returns the deepest, over 8 if a rule is broken."""
     lane = tl.arange(0, BLOCK)
-    broken = tl.zeros((BLOCK,), tl.int32)
     deepest = tl.zeros((BLOCK,), tl.int32)
     level0, think0 = 0, 0
     for t0 in range(0, n, BLOCK):
@@ -156,27 +158,26 @@ def _levels(raw, words, n, MAX_DEPTH: tl.constexpr, BLOCK: tl.constexpr):
         fits &= (kind != END_THINK) | (think == CLOSED_THINK)
         closed = (level - (kind == END_PARALLEL).to(tl.int32) == 0) & ((think == 0) | (think == CLOSED_THINK))
         fits &= (j != n - 1) | closed
-        broken |= ((j < n) & (fits == 0)).to(tl.int32)
-        level = tl.where(j < n, tl.minimum(tl.maximum(level, 0), MAX_DEPTH + 1), 0)
-        deepest = tl.maximum(deepest, level)
-        tl.store(words + j, word | level << 4, mask=j < n)
+        deepest = tl.maximum(deepest, tl.where(j < n, tl.where(fits, level, MAX_DEPTH + 1), 0))
+        tl.store(words + j, word | (level & 15) << 4, mask=j < n)
         if t0 + BLOCK < n:
-            level0 += tl.sum(step, axis=0)
-            think0 += tl.sum(thought, axis=0)
-    return tl.max(broken, axis=0), tl.max(deepest, axis=0)
+            _keep(state, t0, 0, level, BLOCK)
+            _keep(state, t0, 1, think, BLOCK)
+            tl.debug_barrier()
+            level0, think0 = _kept(state, t0, 0, BLOCK), _kept(state, t0, 1, BLOCK)
+    return tl.max(deepest, axis=0)
 
 
 @triton.jit
-def _lengths(words, own, next_own, length, longest, n, level, BLOCK: tl.constexpr):
+def _lengths(words, own, next_own, length, longest, state, n, level, unequal, BLOCK: tl.constexpr):
     """The blocks of one level: lengths of their paths, in tokens and in positions. Deeper levels came before.
 
     own[/Path] tokens of the path; own[/Goal] of all paths. next_own[/Goal or /Path] tokens of the path behind it,
     or behind the last path of all paths. length[/Path] positions of the path; longest[last /Path] of the longest;
     length[Conclusion] = longest - tokens of all paths: what the block adds to the length of what is around it.
-    Returns whether a block has not as many paths as outlines.
+    Returns unequal [BLOCK], 1 where a block has not as many paths as outlines.
     """
     lane = tl.arange(0, BLOCK)
-    unequal = tl.zeros((BLOCK,), tl.int32)
     p0, m0, path0, goal0, missing0 = 0, 0, -1, -1, 0
     for t0 in range(0, n, BLOCK):
         j = t0 + lane
@@ -218,13 +219,19 @@ def _lengths(words, own, next_own, length, longest, n, level, BLOCK: tl.constexp
         tl.store(own + goal, region, mask=ends_block & (goal >= 0))
         unequal |= (ends_block & (missing != 0)).to(tl.int32)
         if t0 + BLOCK < n:
-            p0, m0 = _last(p, lane, BLOCK), _last(m, lane, BLOCK)
-            path0, goal0, missing0 = _last(path, lane, BLOCK), _last(goal, lane, BLOCK), _last(missing, lane, BLOCK)
-    return tl.max(unequal, axis=0)
+            _keep(state, t0, 0, p, BLOCK)
+            _keep(state, t0, 1, m, BLOCK)
+            _keep(state, t0, 2, path, BLOCK)
+            _keep(state, t0, 3, goal, BLOCK)
+            _keep(state, t0, 4, missing, BLOCK)
+            tl.debug_barrier()
+            p0, m0, path0 = _kept(state, t0, 0, BLOCK), _kept(state, t0, 1, BLOCK), _kept(state, t0, 2, BLOCK)
+            goal0, missing0 = _kept(state, t0, 3, BLOCK), _kept(state, t0, 4, BLOCK)
+    return unequal
 
 
 @triton.jit
-def _shifts(words, own, next_own, length, longest, shifts, ends, n, stride, end, BLOCK: tl.constexpr):
+def _shifts(words, own, next_own, length, longest, state, shifts, ends, n, stride, end, BLOCK: tl.constexpr):
     """Sum up what the borders shift.
 
     shifts [3, ...]: behind each tag position - index and r - index, both beside the document's own, and the number
@@ -247,19 +254,23 @@ def _shifts(words, own, next_own, length, longest, shifts, ends, n, stride, end,
         d_r = tl.where(forks, mine - follows, tl.where(last_path, follows - mine, -follows - mine))
         d_r = tl.where(border, d_r, 0)
         position, r, count = tl.associative_scan((d_position, d_r, border.to(tl.int32)), 0, _add3)
-        tl.store(shifts + j, position0 + position, mask=j < n)
-        tl.store(shifts + stride + j, r0 + r, mask=j < n)
-        tl.store(shifts + 2 * stride + j, count0 + count, mask=j < n)
-        tl.store(ends + count0 + count - 1, index_of(word) + 1, mask=border)
-        tl.store(ends + count0 + count, end, mask=j == n - 1)
+        position, r, count = position0 + position, r0 + r, count0 + count
+        tl.store(shifts + j, position, mask=j < n)
+        tl.store(shifts + stride + j, r, mask=j < n)
+        tl.store(shifts + 2 * stride + j, count, mask=j < n)
+        tl.store(ends + count - 1, index_of(word) + 1, mask=border)
+        tl.store(ends + count, end, mask=j == n - 1)
         if t0 + BLOCK < n:
-            position0 += tl.sum(d_position, axis=0)
-            r0 += tl.sum(d_r, axis=0)
-            count0 += tl.sum(border.to(tl.int32), axis=0)
+            _keep(state, t0, 0, position, BLOCK)
+            _keep(state, t0, 1, r, BLOCK)
+            _keep(state, t0, 2, count, BLOCK)
+            tl.debug_barrier()
+            position0, r0 = _kept(state, t0, 0, BLOCK), _kept(state, t0, 1, BLOCK)
+            count0 = _kept(state, t0, 2, BLOCK)
 
 
 @triton.jit
-def documents_kernel(documents, tags, counts, before, scratch, shifts, ends, info, malformed, num_documents,
+def documents_kernel(documents, tags, counts, before, scratch, states, shifts, ends, info, malformed, num_documents,
                      num_tokens, chunks, batch, MAX_DEPTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
                      SLOTS: tl.constexpr, DOCS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Program (document, row).
@@ -267,33 +278,37 @@ def documents_kernel(documents, tags, counts, before, scratch, shifts, ends, inf
     Args:
         documents: int32 [b, D, 2]; tags, counts, before: see `tags_kernel`.
         scratch: int32 [6, b, s] raw tags, words with levels, own, next_own, length, longest (see `_lengths`).
+        states: int32 [b, D, 16] what one block of tags hands to the next.
         shifts, ends: int32 [3, b, s] and [b, s], see `_shifts`; a document's part begins at the rank of its first tag.
         info: int32 [4, b, D] start, end, rank of the first tag, number of tags (0 if causal).
         malformed: uint8 [b, D].
     """
     doc, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, response, end = document_borders(documents + row * num_documents * 2, doc, num_documents, num_tokens, DOCS)
-    stride = batch.to(tl.int64) * num_tokens
+    stride = (tl.full((), 0, tl.int64) + batch) * num_tokens
     raw = scratch + row * num_tokens
     first, n = _collect(tags + row * chunks * CHUNK, counts + row * chunks, before + row * (num_tokens + 1), raw,
-                        response, end, chunks, CHUNK, CHUNKS, SLOTS)  # fmt: skip
+                        response, end, CHUNK, CHUNKS, SLOTS)  # fmt: skip
     raw += first
     words, own, next_own = raw + stride, raw + 2 * stride, raw + 3 * stride
     length, longest = raw + 4 * stride, raw + 5 * stride
+    state = states + (row * num_documents + doc) * 16
     tl.debug_barrier()
-    broken, depth = _levels(raw, words, n, MAX_DEPTH, BLOCK)
+    depth = _levels(raw, words, state, n, MAX_DEPTH, BLOCK)
     tl.debug_barrier()
-    depth = tl.where(broken != 0, 0, depth)
-    for up in range(0, depth):
-        broken |= _lengths(words, own, next_own, length, longest, n, depth - up, BLOCK)
+    unequal = tl.zeros((BLOCK,), tl.int32)
+    for up in range(0, tl.where(depth > MAX_DEPTH, 0, depth)):
+        unequal = _lengths(words, own, next_own, length, longest, state, n, depth - up, unequal, BLOCK)
         tl.debug_barrier()
-    n = tl.where(broken != 0, 0, n)
+    broken = (depth > MAX_DEPTH) | (tl.max(unequal, axis=0) != 0)
+    n = tl.where(broken, 0, n)
     shifts += row * num_tokens + first
-    _shifts(words, own, next_own, length, longest, shifts, ends + row * num_tokens + first, n, stride, end, BLOCK)
+    ends += row * num_tokens + first
+    _shifts(words, own, next_own, length, longest, state, shifts, ends, n, stride, end, BLOCK)
     place = info + row * num_documents + doc
     side = batch * num_documents
     tl.store(place, start)
     tl.store(place + side, end)
     tl.store(place + 2 * side, first)
     tl.store(place + 3 * side, n)
-    tl.store(malformed + row * num_documents + doc, (broken != 0).to(tl.uint8))
+    tl.store(malformed + row * num_documents + doc, broken.to(tl.uint8))

@@ -37,7 +37,7 @@ def expand_kernel(counts, before, shifts, ends, info, position_ids, r_out, segme
     first, n = tl.load(info + 2 * side + doc), tl.load(info + 3 * side + doc)
 
     base = row * num_tokens
-    stride = batch.to(tl.int64) * num_tokens
+    stride = (tl.full((), 0, tl.int64) + batch) * num_tokens
     behind_tag = real & (n > 0) & (rank > first)
     tag = shifts + base + rank - 1
     position = tl.load(tag, mask=behind_tag, other=0)

@@ -15,19 +15,20 @@ from .tags_triton import tags_kernel
 
 CHUNK = 512
 """Tokens per program of the launches over tokens: a multiple of TILE."""
+BLOCK = 256
+"""Tags a document's program takes at a time: one per thread."""
 CHUNKS = 128
 SLOTS = 16
 """Chunks and tags of a chunk that a document's program copies at a time."""
 
 
 def structure_scan_triton(
-    ids: Tensor, documents: Tensor, tag_ids: Tensor, *, block: int = 0, chunk: int = CHUNK
+    ids: Tensor, documents: Tensor, tag_ids: Tensor, *, block: int = BLOCK, chunk: int = CHUNK, num_warps: int = 8
 ) -> StructureScan:
-    """Same contract as `structure_scan`. `block`: tags that a program takes at a time, 0 chooses by the length."""
+    """Same contract as `structure_scan`. `block`: tags that a program takes at a time."""
     batch, num_tokens = ids.shape
     num_documents = documents.shape[1]
     chunks, tiles = num_tokens // chunk + 1, -(-num_tokens // TILE)
-    block = block or min(2048, max(256, triton.next_power_of_2(num_tokens // 32)))
     most_documents = triton.next_power_of_2(num_documents)
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -36,6 +37,7 @@ def structure_scan_triton(
     tags, counts = empty(batch, chunks, chunk), empty(batch, chunks)
     before = empty(batch, num_tokens + 1, dtype=torch.int16)
     scratch, shifts = empty(6, batch, num_tokens), empty(3, batch, num_tokens)
+    states = empty(batch, num_documents, 16)
     ends, info = empty(batch, num_tokens), empty(4, batch, num_documents)
     malformed = empty(batch, num_documents, dtype=torch.uint8)
     position_ids, r, segment_end = (empty(batch, num_tokens) for _ in range(3))
@@ -44,9 +46,9 @@ def structure_scan_triton(
     tags_kernel[(chunks, batch)](ids, tag_ids, tags, counts, before, num_tokens, ids.stride(0), chunks, CHUNK=chunk,
                                  num_warps=4)  # fmt: skip
     documents_kernel[(num_documents, batch)](
-        documents, tags, counts, before, scratch, shifts, ends, info, malformed, num_documents, num_tokens, chunks,
-        batch, MAX_DEPTH=MAX_DEPTH, CHUNK=chunk, CHUNKS=CHUNKS, SLOTS=SLOTS, DOCS=most_documents, BLOCK=block,
-        num_warps=max(4, block // 128),
+        documents, tags, counts, before, scratch, states, shifts, ends, info, malformed, num_documents, num_tokens,
+        chunks, batch, MAX_DEPTH=MAX_DEPTH, CHUNK=chunk, CHUNKS=CHUNKS, SLOTS=SLOTS, DOCS=most_documents, BLOCK=block,
+        num_warps=num_warps,
     )  # fmt: skip
     expand_kernel[(-(-num_tokens // chunk), batch)](
         counts, before, shifts, ends, info, position_ids, r, segment_end, r_low, r_high, num_tokens, num_documents,

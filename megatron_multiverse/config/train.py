@@ -83,6 +83,9 @@ class DataConfig:
     """Also train the tokens the engine forces (path labels and the like); see docs/decisions.md, entry 3."""
     overlong: Literal["drop", "refuse"] = "refuse"
     """Samples longer than seq_length: refuse raises with the sample number, drop skips and counts them."""
+    malformed: Literal["refuse", "causal"] = "refuse"
+    """Samples whose structure breaks the grammar: refuse raises with the sample number, causal trains them as plain
+    text and reports each."""
     num_workers: int = 2
     """Loader processes; 0 loads in the training process."""
 
@@ -92,6 +95,10 @@ class DataConfig:
             check(getattr(self, name) >= 1, f"data.{name} must be at least 1, got {getattr(self, name)}")
         check(self.num_workers >= 0, f"data.num_workers must not be negative, got {self.num_workers}")
         check(self.overlong in ("drop", "refuse"), f"data.overlong is {self.overlong!r}, allowed: drop, refuse")
+        check(
+            self.malformed in ("refuse", "causal"),
+            f"data.malformed is {self.malformed!r}, allowed: refuse, causal",
+        )
         check(
             self.global_batch_size % self.micro_batch_size == 0,
             f"data.global_batch_size ({self.global_batch_size}) must be divisible by "

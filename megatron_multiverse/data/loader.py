@@ -31,7 +31,9 @@ class SFTLoader:
     Iterating goes on where the state stands: after `load_state_dict`, and also when a second iterator is made.
 
     Each batch holds, with b = micro_batch_size and s = seq_length: ``input_ids``, ``labels``, ``position_ids``
-    int64 [b, s], ``loss_mask`` float32 [b, s], ``r`` int32 [b, s]; see `pack_arrays`.
+    int64 [b, s], ``loss_mask`` float32 [b, s], ``r`` int32 [b, s]; with D documents, ``documents`` int32 [b, D, 2],
+    ``sample_ids`` int64 [b, D], ``malformed`` bool [b, D]; see `pack_arrays`. D is the same for all batches of an
+    epoch: room for its fullest pack and padding, rounded up to a power of two.
 
     Args:
         dataset: the documents.
@@ -109,6 +111,19 @@ class SFTLoader:
         return packs // self.packs_per_step if self.tail == "drop" else -(-packs // self.packs_per_step)
 
     @property
+    def tag_ids(self) -> tuple[int, ...]:
+        """The ids in which structure is written, in the order of `structure.TAGS`."""
+        return self.dataset.structure_vocab.tag_ids
+
+    def sample_name(self, sample_id: int) -> str:
+        """Prefix and number of a document named in ``sample_ids``."""
+        return self.dataset.name(sample_id)
+
+    def sample_problem(self, sample_id: int) -> str | None:
+        """Why the structure of a document was not read, None if it was."""
+        return self.dataset[sample_id].problem
+
+    @property
     def fill(self) -> float:
         """Share of token places of the current epoch that is not padding."""
         return self._packing.fill
@@ -170,9 +185,10 @@ class _Schedule:
         self._loader = loader
         self._start = (epoch, consumed)
 
-    def __iter__(self) -> Iterator[list[list[int]]]:
-        for packs, *_ in self.walk():
-            yield packs
+    def __iter__(self) -> Iterator[tuple[list[list[int]], int]]:
+        """What `_PackDataset` takes: the packs of a batch, and the documents it has room for."""
+        for packs, _, _, packing in self.walk():
+            yield packs, 1 << packing.most_documents.bit_length()
 
     def walk(self) -> Iterator[tuple[list[list[int]], int, int, Packing]]:
         """This rank's packs of each batch, and the state behind it: epoch, packs consumed, packing."""
@@ -191,7 +207,7 @@ class _Schedule:
 
 
 class _PackDataset(Dataset["Batch | MultiverseError"]):
-    """Makes a batch from the document indices of its packs; runs in loader workers.
+    """Makes a batch from the document indices of its packs and its D; runs in loader workers.
 
     What is wrong with the data is handed over as a value: torch would wrap an exception of a worker in its traceback.
     """
@@ -202,18 +218,19 @@ class _PackDataset(Dataset["Batch | MultiverseError"]):
         self._pad = pad
         self._train_forced_tokens = train_forced_tokens
 
-    def __getitem__(self, packs: Any) -> Batch | MultiverseError:
+    def __getitem__(self, item: Any) -> Batch | MultiverseError:
         try:
-            return self._batch(packs)
+            return self._batch(*item)
         except MultiverseError as error:
             return error
 
-    def _batch(self, packs: Any) -> Batch:
+    def _batch(self, packs: list[list[int]], num_documents: int) -> Batch:
         rows = [
             pack_arrays(
                 [self._dataset[document] for document in documents],
                 self._seq_length,
                 self._pad,
+                num_documents=num_documents,
                 train_forced_tokens=self._train_forced_tokens,
             )
             for documents in packs

@@ -33,6 +33,11 @@ class Packing:
     dropped: int
     fill: float
 
+    @property
+    def most_documents(self) -> int:
+        """Documents of the fullest pack."""
+        return max(map(len, self.packs))
+
 
 def pack(
     lengths: npt.NDArray[np.int64], seq_length: int, *, seed: int, epoch: int, overlong: Overlong = "refuse"

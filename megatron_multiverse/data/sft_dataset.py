@@ -6,14 +6,25 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_multiverse.data.indexed_writer import SEQUENCES_PER_DOCUMENT
 from megatron_multiverse.errors import DataError, StructureError
-from megatron_multiverse.structure import Layout, StructureVocab, layout, pack_layouts, padding_layout, parse
+from megatron_multiverse.structure import (
+    MAX_DEPTH,
+    Document,
+    Layout,
+    StructureVocab,
+    layout,
+    pack_layouts,
+    padding_layout,
+    parse,
+)
+
+Malformed = Literal["refuse", "causal"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,10 @@ class Sample:
 
     ids: npt.NDArray[np.int64]
     layout: Layout
+    index: int = -1
+    """Number of the document in its data set."""
+    problem: str | None = None
+    """Why the structure was not read: the document is plain causal text."""
 
 
 class SFTDataset:
@@ -37,13 +52,18 @@ class SFTDataset:
     Args:
         prefixes: paths of .bin/.idx pairs without suffix; their documents follow one another.
         structure_vocab: ids of the tags, from the tokenizer the data was made with.
+        malformed: documents whose response breaks the grammar or nests deeper than 8: "refuse" raises, "causal"
+            lays them out as plain text and says why in `Sample.problem`.
 
     Raises:
         DataError: a file is missing or empty, or its documents do not consist of two sequences.
     """
 
-    def __init__(self, prefixes: str | Sequence[str], structure_vocab: StructureVocab) -> None:
-        self._vocab = structure_vocab
+    def __init__(
+        self, prefixes: str | Sequence[str], structure_vocab: StructureVocab, *, malformed: Malformed = "refuse"
+    ) -> None:
+        self.structure_vocab = structure_vocab
+        self.malformed = malformed
         self.prefixes = [prefixes] if isinstance(prefixes, str) else list(prefixes)
         self._parts = [_open(prefix) for prefix in self.prefixes]
         pairs = [part.sequence_lengths.reshape(-1, SEQUENCES_PER_DOCUMENT) for part in self._parts]
@@ -59,21 +79,33 @@ class SFTDataset:
         """Parse document `index`.
 
         Raises:
-            DataError: the response breaks the grammar; names prefix, document and token.
+            DataError: the response breaks the grammar and `malformed` is "refuse"; names prefix, document and token.
         """
-        part = int(np.searchsorted(self._first, index, side="right")) - 1
-        document = index - int(self._first[part])
+        part, document = self._place(index)
         first = document * SEQUENCES_PER_DOCUMENT
         prompt, response = self._parts[part][first : first + SEQUENCES_PER_DOCUMENT]
         ids = np.concatenate((prompt, response)).astype(np.int64)
-        name = f"{self.prefixes[part]} document {document}"
         try:
-            document_tree = parse(ids, self._vocab, prompt_length=len(prompt), sample=name)
+            tree = parse(
+                ids, self.structure_vocab, prompt_length=len(prompt), sample=self.name(index), max_depth=MAX_DEPTH
+            )
         except StructureError as error:
+            if self.malformed == "causal":
+                return Sample(ids, layout(Document(len(ids), len(prompt))), index, str(error))
             raise DataError(
-                f"{error}; make the files again with tools/preprocess_data.py and the tokenizer of this run"
+                f"{error}; make the files again with tools/preprocess_data.py and the tokenizer of this run, or set "
+                "data.malformed to causal to train such documents as plain text"
             ) from error
-        return Sample(ids, layout(document_tree))
+        return Sample(ids, layout(tree), index)
+
+    def name(self, index: int) -> str:
+        """Prefix and number of document `index`, as errors and reports name it."""
+        part, document = self._place(index)
+        return f"{self.prefixes[part]} document {document}"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self._first, index, side="right")) - 1
+        return part, index - int(self._first[part])
 
     def fingerprint(self) -> str:
         """Hash of the document lengths and the tokens: tells another data set from this one when a run resumes.
@@ -90,7 +122,12 @@ class SFTDataset:
 
 
 def pack_arrays(
-    samples: Sequence[Sample], seq_length: int, pad: int, *, train_forced_tokens: bool = False
+    samples: Sequence[Sample],
+    seq_length: int,
+    pad: int,
+    *,
+    num_documents: int | None = None,
+    train_forced_tokens: bool = False,
 ) -> dict[str, npt.NDArray[Any]]:
     """One training sequence from whole samples and padding.
 
@@ -98,12 +135,18 @@ def pack_arrays(
         samples: together at most `seq_length` tokens.
         seq_length: S.
         pad: token id of the padding, which is a document of its own and never trained on.
+        num_documents: D, at least one more than there are samples; default that number.
         train_forced_tokens: also train on what the engine forces.
 
     Returns:
         Arrays of shape [S]. ``labels[i]`` is token i + 1 (`pad` behind the last) and ``loss_mask[i]`` (float32) is 1
         where that token is trained as the target of token i: never across documents, in prompts or at the end of a
         path. ``input_ids`` and ``labels`` int64, ``position_ids`` int64, ``r`` int32.
+
+        Per document, in order: ``documents`` int32 [D, 2], its first index and the one at which its structure begins
+        (behind the prompt; at its end for padding and for plain text, which holds none), unused rows (S, S);
+        ``sample_ids`` int64 [D], number in the data set, -1 for padding and unused rows; ``malformed`` bool [D],
+        laid out as plain text because its structure could not be read.
     """
     used = sum(len(sample.ids) for sample in samples)
     layouts = [sample.layout for sample in samples]
@@ -120,7 +163,27 @@ def pack_arrays(
         "loss_mask": np.append(is_target[1:], False).astype(np.float32),
         "position_ids": packed.position_ids.astype(np.int64),
         "r": packed.r,
+        **_document_arrays(samples, seq_length, num_documents or len(samples) + 1),
     }
+
+
+def _document_arrays(samples: Sequence[Sample], seq_length: int, num_documents: int) -> dict[str, npt.NDArray[Any]]:
+    """`documents`, `sample_ids` and `malformed` of one pack, see `pack_arrays`."""
+    if num_documents <= len(samples):
+        raise ValueError(f"num_documents ({num_documents}) must exceed the number of samples ({len(samples)})")
+    documents = np.full((num_documents, 2), seq_length, dtype=np.int32)
+    sample_ids = np.full(num_documents, -1, dtype=np.int64)
+    malformed = np.zeros(num_documents, dtype=np.bool_)
+    start = 0
+    for row, sample in enumerate(samples):
+        end = start + len(sample.ids)
+        prompt_length = int(sample.layout.prompts[0, 1])
+        documents[row] = start, end if sample.problem else start + prompt_length
+        sample_ids[row] = sample.index
+        malformed[row] = sample.problem is not None
+        start = end
+    documents[len(samples), 0] = start
+    return {"documents": documents, "sample_ids": sample_ids, "malformed": malformed}
 
 
 def _hash_content(path: Path, digest: hashlib._Hash, *, places: int = 64, size: int = 1 << 20) -> None:

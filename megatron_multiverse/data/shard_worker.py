@@ -20,7 +20,7 @@ from megatron_multiverse.data.report import Totals
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import StructureError
 from megatron_multiverse.files import write_json_atomic
-from megatron_multiverse.structure import parse, statistics
+from megatron_multiverse.structure import MAX_DEPTH, parse, statistics
 
 _BATCH_BYTES = 1 << 20
 _BATCH_ROWS = 256
@@ -104,7 +104,7 @@ class _ShardJob:
     def _document(self, row: RawRow, prompt: str, response: str, prompt_ids: list[int], ids: list[int]) -> None:
         array = np.array(ids, dtype=np.int64)
         try:
-            document = parse(array, self.tokenizer.structure_vocab)
+            document = parse(array, self.tokenizer.structure_vocab, max_depth=MAX_DEPTH)
         except StructureError as error:
             before = self.tokenizer.detokenize(ids[: error.token_index])
             message = f"found {error.found}, expected {error.expected}"

@@ -5,11 +5,12 @@ from megatron_multiverse.structure.layout import Layout, layout, pack_layouts, p
 from megatron_multiverse.structure.machine import StructureMachine
 from megatron_multiverse.structure.parser import parse
 from megatron_multiverse.structure.statistics import Statistics, statistics
-from megatron_multiverse.structure.tags import TAGS, StructureVocab, Tag
+from megatron_multiverse.structure.tags import MAX_DEPTH, TAGS, StructureVocab, Tag
 from megatron_multiverse.structure.text import Block, Parts, parse_text, render
 from megatron_multiverse.structure.tree import BlockSpan, Document, PathSpan
 
 __all__ = [
+    "MAX_DEPTH",
     "TAGS",
     "Block",
     "BlockSpan",

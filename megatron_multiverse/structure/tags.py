@@ -28,6 +28,9 @@ TAGS: tuple[str, ...] = (
 )
 """Literal tags in the order in which the official tokenizer adds them (arXiv 2506.09991, code release)."""
 
+MAX_DEPTH = 8
+"""Deepest nesting of blocks in data: what the kernels of `structure_scan` lay out."""
+
 _LABEL_PIECE = re.compile(r"[0-9.]+:?|:")
 
 

@@ -66,7 +66,7 @@ def _loader(
     config: DataConfig, prefixes: Sequence[str], tokenizer: MultiverseTokenizer, seed: int, num_workers: int
 ) -> SFTLoader:
     return SFTLoader(
-        SFTDataset(list(prefixes), tokenizer.structure_vocab),
+        SFTDataset(list(prefixes), tokenizer.structure_vocab, malformed=config.malformed),
         seq_length=config.seq_length,
         micro_batch_size=config.micro_batch_size,
         pad=tokenizer.pad,

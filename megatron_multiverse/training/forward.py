@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_multiverse.model.attention import LayoutParams
+from megatron_multiverse.training.layouts import Layouts, to_device
 
 Microbatch = dict[str, Tensor]
-"""input_ids, labels, position_ids, r [b, s] int; loss_mask [b, s] float, 1 where labels are trained."""
+"""input_ids, labels, position_ids, r [b, s] int; loss_mask [b, s] float, 1 where labels are trained. And what tells
+the documents apart: documents, sample_ids, malformed (see SFTLoader)."""
 
 
 @dataclass(frozen=True)
@@ -49,29 +50,23 @@ def backward_precision(model: nn.Module, dtype: str, device: torch.device) -> co
     return precision(dtype, device) if device.type == "cpu" or recompute else contextlib.nullcontext()
 
 
-def to_device(batch: Microbatch, device: torch.device) -> Microbatch:
-    """The batch on the device. From pinned memory, since a copy from pageable memory waits for earlier kernels."""
-    if device.type == "cuda":
-        batch = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in batch.items()}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def masked_loss_sum(model: nn.Module, batch: Microbatch, device: torch.device, backend: str) -> tuple[Tensor, Tensor]:
+def masked_loss_sum(
+    model: nn.Module, batch: Microbatch, device: torch.device, backend: str, layouts: Layouts | None = None
+) -> tuple[Tensor, Tensor]:
     """Loss summed over the trained tokens of one microbatch, and its number of visible pairs."""
-    on_device = to_device(batch, device)
-    params = LayoutParams(r=on_device["r"], backend=backend)
-    per_token = model(
-        on_device["input_ids"],
-        on_device["position_ids"],
-        attention_mask=None,
-        labels=on_device["labels"],
-        packed_seq_params=params,
-    )
-    return (per_token * on_device["loss_mask"]).sum(), params.num_visible_pairs()
+    ids, labels, loss_mask = (to_device(batch[name], device) for name in ("input_ids", "labels", "loss_mask"))
+    position_ids, params = (layouts or Layouts(None, device)).place(batch, ids, backend)
+    per_token = model(ids, position_ids, attention_mask=None, labels=labels, packed_seq_params=params)
+    return (per_token * loss_mask).sum(), params.num_visible_pairs()
 
 
 def forward_backward(
-    model: nn.Module, microbatches: list[Microbatch], device: torch.device, dtype: str, backend: str
+    model: nn.Module,
+    microbatches: list[Microbatch],
+    device: torch.device,
+    dtype: str,
+    backend: str,
+    layouts: Layouts | None = None,
 ) -> StepResult:
     """Gradients of the mean loss over *all* trained tokens of the step, added to the parameters' `.grad`.
 
@@ -83,7 +78,7 @@ def forward_backward(
     pairs = torch.zeros((), dtype=torch.int64, device=device)
     for batch in microbatches:
         with precision(dtype, device):
-            batch_sum, batch_pairs = masked_loss_sum(model, batch, device, backend)
+            batch_sum, batch_pairs = masked_loss_sum(model, batch, device, backend, layouts)
         with backward_precision(model, dtype, device):
             (batch_sum / max(1, loss_tokens)).backward()  # type: ignore[no-untyped-call]
         loss_sum += batch_sum.detach()
@@ -94,13 +89,19 @@ def forward_backward(
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, batches: Iterable[Microbatch], iters: int, device: torch.device, dtype: str, backend: str
+    model: nn.Module,
+    batches: Iterable[Microbatch],
+    iters: int,
+    device: torch.device,
+    dtype: str,
+    backend: str,
+    layouts: Layouts | None = None,
 ) -> tuple[float, int]:
     """Mean loss over the trained tokens of the first `iters` microbatches, and how many tokens that were."""
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     for batch in islice(batches, iters):
         with precision(dtype, device):
-            total += masked_loss_sum(model, batch, device, backend)[0]
+            total += masked_loss_sum(model, batch, device, backend, layouts)[0]
         count += int(batch["loss_mask"].sum())
     return float(total) / max(1, count), count
 

@@ -29,6 +29,7 @@ from megatron_multiverse.model.weights import save_model
 from megatron_multiverse.training.checkpoint import CheckpointManager, Stateful, TrainState
 from megatron_multiverse.training.flops import peak_tflops
 from megatron_multiverse.training.forward import Microbatch, forward_backward, tf32, validate
+from megatron_multiverse.training.layouts import Layouts
 from megatron_multiverse.training.metrics import MetricsWriter, StepMeter
 from megatron_multiverse.training.optim import NonFiniteGuard, build_optimizer, build_scheduler, clip_gradients
 from megatron_multiverse.training.seeds import seed_everything
@@ -85,6 +86,7 @@ def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loade
     metrics = MetricsWriter(checkpoints.folder, config.train_iters)
     metrics.write("start", state.step, resumed=resumed, parameters=model_config.num_parameters)
     guard, meter, saved_step = NonFiniteGuard(device), StepMeter(device), state.step
+    layouts, valid_layouts = Layouts(loader, device), Layouts(valid_loader, device)
     peak, backend = peak_tflops(device, config.dtype, config.log.peak_tflops), model_config.attention_backend
 
     with StopSignals() as stop, tf32(config.dtype), contextlib.closing(stream(loader)) as batches:
@@ -95,7 +97,7 @@ def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loade
 
             state.step += 1
             scheduler.step(1)
-            result = forward_backward(model, microbatches, device, config.dtype, backend)
+            result = forward_backward(model, microbatches, device, config.dtype, backend, layouts)
             grad_norm = clip_gradients(model.parameters(), config.optim.clip_grad)
             guard.step(optimizer, state.step, result.loss, grad_norm)
             optimizer.zero_grad(set_to_none=True)
@@ -105,11 +107,12 @@ def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loade
             last = state.step == config.train_iters or bool(stop)
             if last or state.step % config.log.log_interval == 0:
                 raise_if_not_finite(guard)
+                layouts.report(state.step, metrics)
                 numbers = meter.read(model_config, peak)
                 metrics.train(state.step, numbers, optimizer.param_groups[0]["lr"], state.consumed_samples)
             validation_due = is_due(state.step, config.eval_interval) or (last and not stop)
             if valid_loader is not None and validation_due:
-                run_validation(config, model, valid_loader, device, backend, metrics, state.step)
+                run_validation(config, model, valid_loader, valid_layouts, device, backend, metrics, state.step)
                 meter.reset()
             if last or is_due(state.step, config.checkpoint.save_interval):
                 raise_if_not_finite(guard)
@@ -200,6 +203,7 @@ def run_validation(
     config: TrainConfig,
     model: nn.Module,
     loader: Loader,
+    layouts: Layouts,
     device: torch.device,
     backend: str,
     metrics: MetricsWriter,
@@ -207,6 +211,7 @@ def run_validation(
 ) -> None:
     """Validate on the same batches every time; the training data and the generators do not move."""
     position = loader.state_dict()
-    loss, count = validate(model, loader, config.eval_iters, device, config.dtype, backend)
+    loss, count = validate(model, loader, config.eval_iters, device, config.dtype, backend, layouts)
     loader.load_state_dict(position)
+    layouts.report(step, metrics)
     metrics.valid(step, loss, count)

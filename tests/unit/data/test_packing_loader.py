@@ -89,6 +89,9 @@ def test_batch_has_the_promised_tensors(dataset):
         "loss_mask": (torch.float32, (2, 10)),
         "position_ids": (torch.int64, (2, 10)),
         "r": (torch.int32, (2, 10)),
+        "documents": (torch.int32, (2, 4, 2)),
+        "sample_ids": (torch.int64, (2, 4)),
+        "malformed": (torch.bool, (2, 4)),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from megatron_multiverse.data.indexed_writer import ShardWriter, join_shards, op
 from megatron_multiverse.data.sft_dataset import SFTDataset, pack_arrays
 from megatron_multiverse.errors import DataError
 from megatron_multiverse.structure import TAGS, StructureVocab
+from tests.random_tags import VOCAB as TREES
+from tests.random_tags import deep_tags, write
 
 PIECES = [*TAGS, "\n", "1:", "2:", "a", "b", "c", "d", "end", "pad"]
 VOCAB = StructureVocab.from_pieces(PIECES)
@@ -23,15 +26,17 @@ def _ids(text: str) -> np.ndarray:
     return np.array([PIECES.index("\n" if word == "n" else word) for word in text.split()], dtype=np.int64)
 
 
-def write_documents(prefix: Path, documents: list[tuple[np.ndarray, np.ndarray]]) -> SFTDataset:
-    dtype = optimal_dtype(len(PIECES))
+def write_documents(
+    prefix: Path, documents: list[tuple[np.ndarray, np.ndarray]], vocab: StructureVocab = VOCAB
+) -> SFTDataset:
+    dtype = optimal_dtype(200)
     part = prefix.with_name("00000")
-    writer = ShardWriter(part, dtype, len(PIECES))
+    writer = ShardWriter(part, dtype, 200)
     for prompt, response in documents:
         writer.add(prompt, response)
     writer.close()
     join_shards([part], str(prefix), dtype)
-    return SFTDataset(str(prefix), VOCAB)
+    return SFTDataset(str(prefix), vocab)
 
 
 # Columns: token, position, trained as a target (0 no, 1 yes, f only with train_forced_tokens), keys it cannot see.
@@ -113,7 +118,24 @@ def test_pack_keeps_documents_apart_and_never_trains_across(table_set):
         assert [j for j in range(i + 1) if r[j] <= r[i]] == [j for j in range(i + 1) if owner[j] == owner[i]]
     assert {name: array.dtype.name for name, array in arrays.items()} == {
         "input_ids": "int64", "labels": "int64", "loss_mask": "float32", "position_ids": "int64", "r": "int32",
+        "documents": "int32", "sample_ids": "int64", "malformed": "bool",
     }  # fmt: skip
+    assert arrays["documents"].tolist() == [
+        [0, 2],
+        [4, 4],
+        [6, 8],
+        [10, 13],
+    ]  # padding begins at 10 and has no response
+    assert arrays["sample_ids"].tolist() == [1, 2, 1, -1]
+    assert not arrays["malformed"].any()
+
+
+def test_unused_document_rows_lie_at_the_end_and_too_few_rows_are_refused(table_set):
+    arrays = pack_arrays([table_set[1]], 4, PAD, num_documents=4)
+    assert arrays["documents"].tolist() == [[0, 2], [4, 4], [4, 4], [4, 4]]
+    assert arrays["sample_ids"].tolist() == [1, -1, -1, -1]
+    with pytest.raises(ValueError, match=r"num_documents \(1\) must exceed"):
+        pack_arrays([table_set[1]], 4, PAD, num_documents=1)
 
 
 def test_several_prefixes_follow_one_another(tmp_path, table_set):
@@ -154,6 +176,33 @@ def test_broken_document_names_file_and_token(tmp_path):
     dataset = write_documents(tmp_path / "bad", [(_ids("a"), _ids("b")), (_ids("a"), _ids("b </Path>"))])
     with pytest.raises(DataError, match=r"bad document 1: stray_tag at token 2: .* make the files again"):
         dataset[1]
+
+
+def test_broken_document_is_plain_text_on_request(tmp_path):
+    """All of the table, its last closing tag missing: causal, no structure for the scan, the response still trained."""
+    ids = _ids(" ".join(row[0] for row in ROWS))[:-3]
+    write_documents(tmp_path / "bad", [(ids[:1], ids[1:]), (_ids("a"), _ids("b c"))])
+    dataset = SFTDataset(str(tmp_path / "bad"), VOCAB, malformed="causal")
+    n = len(ids)
+    assert "bad document 0: unclosed" in str(dataset[0].problem) and dataset[1].problem is None
+    arrays = pack_arrays([dataset[0], dataset[1]], n + 4, PAD)
+    assert arrays["position_ids"].tolist() == [*range(n), 0, 1, 2, 0]
+    assert arrays["r"].tolist()[:n] == [*range(4, n + 4)]
+    assert arrays["documents"].tolist() == [[0, n], [n, n + 1], [n + 3, n + 4]]
+    assert arrays["malformed"].tolist() == [True, False, False]
+    assert arrays["loss_mask"].tolist() == [1.0] * (n - 1) + [0.0] + [1.0, 1.0, 0.0, 0.0]
+
+
+def test_blocks_nested_deeper_than_eight_are_broken(tmp_path):
+    rng = random.Random(0)
+    for depth in (8, 9):
+        response = np.array(write(rng, deep_tags(depth)), dtype=np.int64)
+        dataset = write_documents(tmp_path / str(depth), [(response[:0], response)], TREES)
+        if depth == 8:
+            assert dataset[0].problem is None
+            continue
+        with pytest.raises(DataError, match="at most 8 nested blocks"):
+            dataset[0]
 
 
 def test_missing_empty_and_foreign_files_are_refused(tmp_path):

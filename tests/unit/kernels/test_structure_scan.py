@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from random_tags import (
-    MAX_DEPTH,
     TAG_IDS,
     VOCAB,
     Pack,
@@ -28,7 +27,7 @@ from random_tags import (
 from megatron_multiverse.kernels import structure_scan as package
 from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan, structure_scan_reference
 from megatron_multiverse.kernels.structure_scan.reference import END_CONCLUSION, THINK
-from megatron_multiverse.structure import TAGS, StructureVocab, Tag, layout, pack_layouts, parse
+from megatron_multiverse.structure import MAX_DEPTH, TAGS, StructureVocab, Tag, layout, pack_layouts, parse
 
 TAG_TENSOR = torch.tensor(TAG_IDS)
 CASES = json.loads((Path(__file__).parents[2] / "golden" / "layout_cases.json").read_text())

@@ -1,0 +1,91 @@
+"""Where the tokens of a microbatch stand: scanned on the GPU, or as the loader computed it.
+
+On CUDA `kernels.structure_scan` makes positions, labels and tile lists from the token ids, with nothing read back;
+elsewhere the loader's arrays serve. Both come from the same rule (structure/layout.py) and agree. Documents that are
+laid out as plain text because their structure cannot be read are remembered, and named when the run reports.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_multiverse.kernels.structure_scan import structure_scan
+from megatron_multiverse.model.attention import LayoutParams
+from megatron_multiverse.training.metrics import MetricsWriter
+
+logger = logging.getLogger(__name__)
+
+
+class Layouts:
+    """Lays out the microbatches of one loader.
+
+    Args:
+        loader: `SFTLoader`. One without `tag_ids`, or whose batches hold no ``documents``, is taken at its word:
+            ``position_ids`` and ``r`` of the batch count on every device.
+        device: where the model runs.
+    """
+
+    def __init__(self, loader: Any, device: torch.device) -> None:
+        self._loader = loader
+        tag_ids = getattr(loader, "tag_ids", None) if device.type == "cuda" else None
+        self._tag_ids = None if tag_ids is None else torch.tensor(tag_ids, dtype=torch.int32, device=device)
+        self._told: set[int] = set()
+        self._parsed: list[tuple[Tensor, Tensor]] = []  # (sample ids, flags) of microbatches, on the host
+        self._scanned: list[tuple[Tensor, Tensor]] = []  # the same by the scan, flags on the device
+
+    def place(self, batch: dict[str, Tensor], input_ids: Tensor, backend: str) -> tuple[Tensor, LayoutParams]:
+        """Position ids [b, s] and what attention sees.
+
+        Args:
+            batch: the microbatch on the host, see `SFTLoader`.
+            input_ids: its token ids on the device.
+            backend: attention backend.
+        """
+        device = input_ids.device
+        if "malformed" in batch:
+            self._parsed.append((batch["sample_ids"], batch["malformed"]))
+        if self._tag_ids is None or "documents" not in batch:
+            r = to_device(batch["r"], device)
+            return to_device(batch["position_ids"], device), LayoutParams(r=r, backend=backend)
+        scan = structure_scan(input_ids, to_device(batch["documents"], device), self._tag_ids)
+        self._scanned.append((batch["sample_ids"], scan.malformed))
+        return scan.position_ids, LayoutParams(r=scan.r, lists=scan.lists, backend=backend)
+
+    def report(self, step: int, metrics: MetricsWriter) -> None:
+        """Name each document, once per run, that was laid out as plain text (waits for the device)."""
+        for sample in _flagged(self._parsed):
+            self._tell(sample, step, metrics, "parser", self._loader.sample_problem(sample) or "malformed")
+        for sample in _flagged(self._scanned):
+            name = self._loader.sample_name(sample)
+            problem = f"{name}: the scan on the GPU cannot read the structure that the parser accepted"
+            self._tell(sample, step, metrics, "scan", problem)
+        self._parsed.clear()
+        self._scanned.clear()
+
+    def _tell(self, sample: int, step: int, metrics: MetricsWriter, found_by: str, problem: str) -> None:
+        if sample in self._told:
+            return
+        self._told.add(sample)
+        logger.warning("%s; trained as plain causal text", problem)
+        name = self._loader.sample_name(sample)
+        metrics.write("malformed", step, sample=name, sample_id=sample, found_by=found_by, problem=problem)
+
+
+def _flagged(seen: list[tuple[Tensor, Tensor]]) -> list[int]:
+    """The sample ids whose flag is set, without repetition."""
+    if not seen:
+        return []
+    ids = torch.cat([samples.flatten() for samples, _ in seen])
+    flags = torch.cat([flags.flatten() for _, flags in seen]).cpu()
+    return sorted({int(sample) for sample in ids[flags] if sample >= 0})
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device. From pinned memory, since a copy from pageable memory waits for earlier kernels."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,114 @@
+"""Loader arrays and scan agree, and no document is trained as plain text without being named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_multiverse.data.loader import SFTLoader
+from megatron_multiverse.data.sft_dataset import SFTDataset
+from megatron_multiverse.errors import DataError
+from megatron_multiverse.kernels.structure_scan import structure_scan
+from megatron_multiverse.training.layouts import Layouts
+from megatron_multiverse.training.metrics import MetricsWriter
+from megatron_multiverse.training.trainer import train
+from tests.random_tags import FIRST_WORD, VOCAB, damage, random_tags, words, write
+from tests.unit.data.test_sft_dataset import write_documents
+from tests.unit.training.synthetic import config
+
+SEQ_LENGTH = 700
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> SFTDataset:
+    """40 documents with blocks, tags in some prompts, every fourth damaged."""
+    rng = random.Random(11)
+    documents = []
+    while len(documents) < 40:
+        tags = random_tags(rng, 2, width=2)
+        if len(documents) % 4 == 3:
+            tags = damage(rng, tags)
+        prompt = [FIRST_WORD, *words(rng, 4), *rng.choices(VOCAB.tag_ids, k=rng.choice((0, 2)))]
+        ids = [np.array(part, dtype=np.int64) for part in (prompt, write(rng, tags, text=3))]
+        if len(ids[0]) + len(ids[1]) <= SEQ_LENGTH:
+            documents.append((ids[0], ids[1]))
+    folder = tmp_path_factory.mktemp("layouts")
+    write_documents(folder / "set", documents, VOCAB)
+    return SFTDataset(str(folder / "set"), VOCAB, malformed="causal")
+
+
+def make_loader(dataset: SFTDataset, **options: int) -> SFTLoader:
+    return SFTLoader(dataset, seq_length=SEQ_LENGTH, micro_batch_size=2, pad=FIRST_WORD, **options)
+
+
+def records(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == "malformed"]
+
+
+def test_loader_arrays_equal_the_scan(dataset: SFTDataset) -> None:
+    tags = torch.tensor(dataset.structure_vocab.tag_ids)
+    shapes, flagged = set(), 0
+    for batch in make_loader(dataset, epochs=2):
+        scan = structure_scan(batch["input_ids"], batch["documents"], tags)
+        assert torch.equal(scan.position_ids.long(), batch["position_ids"])
+        assert torch.equal(scan.r, batch["r"])
+        assert not scan.malformed.any()  # what the parser rejected has no response in `documents`
+        shapes.add(batch["documents"].shape)
+        flagged += int(batch["malformed"].sum())
+        named = batch["sample_ids"] >= 0
+        assert (batch["documents"][..., 0][~named] <= SEQ_LENGTH).all() and named.any()
+    assert len(shapes) <= 2  # one per epoch
+    assert flagged > 9
+
+
+def test_refusing_is_the_default(dataset: SFTDataset) -> None:
+    strict = SFTDataset(dataset.prefixes, VOCAB)
+    broken = next(k for k in range(len(dataset)) if dataset[k].problem)
+    with pytest.raises(DataError, match=rf"document {broken}: .*data\.malformed to causal"):
+        strict[broken]
+
+
+def test_training_names_each_plain_document_once(
+    dataset: SFTDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    length = {"model.max_sequence_length": SEQ_LENGTH, "data.seq_length": SEQ_LENGTH, "model.vocab_size": 200}
+    loader = make_loader(dataset)
+    steps = 2 * loader.batches_per_epoch
+    with caplog.at_level(logging.WARNING):
+        train(config(tmp_path, train_iters=steps, **length, **{"log.log_interval": 3}), loader)
+    broken = [k for k in range(len(dataset)) if dataset[k].problem is not None]
+    told = records(tmp_path)
+    assert sorted(record["sample_id"] for record in told) == broken
+    for record in told:
+        assert record["sample"] == dataset.name(record["sample_id"]) and record["found_by"] == "parser"
+        assert record["problem"] == dataset[record["sample_id"]].problem
+        assert caplog.text.count(f"{record['sample']}: ") == 1
+
+
+def test_what_the_scan_alone_cannot_read_is_named_too(dataset: SFTDataset, tmp_path: Path) -> None:
+    """A loader that hands a broken response to the scan; on the CPU, where the scan is the reference."""
+    loader = make_loader(dataset)
+    layouts = Layouts(loader, torch.device("cpu"))
+    layouts._tag_ids = torch.tensor(dataset.structure_vocab.tag_ids)
+    batches = [b for b in islice(loader, loader.batches_per_epoch) if b["malformed"].any()]
+    broken = set()
+    for batch in batches:
+        flags = batch.pop("malformed")
+        batch["documents"][..., 1] = torch.where(flags, batch["documents"][..., 0], batch["documents"][..., 1])
+        position_ids, params = layouts.place(batch, batch["input_ids"], "dense")
+        assert torch.equal(position_ids.long(), batch["position_ids"]) and params.lists is not None
+        assert torch.equal(params.r, batch["r"])
+        broken |= set(batch["sample_ids"][flags].tolist())
+    metrics = MetricsWriter(tmp_path, 1)
+    for step in (1, 2):
+        layouts.report(step, metrics)
+    assert {(r["sample_id"], r["found_by"], r["step"]) for r in records(tmp_path)} == {(k, "scan", 1) for k in broken}
+    assert len(records(tmp_path)) == len(broken)
