@@ -2,6 +2,7 @@
 #   make quickstart   see a small model think in parallel, measure it, train one     (about 5 minutes)
 #   make test         all CPU tests
 #   make coverage     the tests of structure/ and inference/; fails below 95 % of lines and branches
+#   make test-mcore   all CPU tests with another megatron-core: MCORE=0.19.2 PYTHON=python3.12 (0.17 and later need 3.12)
 #   make lint         formatting, types and the import rules
 #   make bench        the benchmarks that run on a CPU
 SHELL := /bin/bash
@@ -17,7 +18,11 @@ export OMP_NUM_THREADS ?= 1
 TEST_ARGS ?=
 COVERED := structure inference
 
-.PHONY: quickstart test coverage lint format bench clean
+# megatron-core of `make test-mcore`, in an environment of its own.
+MCORE ?= 0.19.2
+MCORE_VENV = .venv-mcore-$(MCORE)
+
+.PHONY: quickstart test test-mcore coverage lint format bench clean
 
 # Installed again only when what is to be installed changes.
 $(STAMP): setup.py $(CONSTRAINTS)
@@ -30,6 +35,13 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests $(TEST_ARGS)
+
+# An environment for another Python has no pinned torch wheel: pip takes the constraint's version from the index.
+test-mcore:
+	test -x $(MCORE_VENV)/bin/python || $(PYTHON) -m venv $(MCORE_VENV)
+	sed 's/^megatron-core==.*/megatron-core==$(MCORE)/' $(CONSTRAINTS) > $(MCORE_VENV)/constraints.txt
+	$(MCORE_VENV)/bin/pip install --quiet -c $(MCORE_VENV)/constraints.txt -e '.[dev]'
+	$(MCORE_VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests $(TEST_ARGS)
 
 # The two parts where a branch that no test takes would be a wrong answer.
 coverage: $(STAMP)
@@ -50,4 +62,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_preprocess.py
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-mcore-* runs build *.egg-info

@@ -1,0 +1,113 @@
+"""The choice between the layer specs, and names that do not depend on it. TransformerEngine's own layers need a GPU:
+tests/gpu/test_layers_gpu.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+
+from megatron_multiverse.config import LayerConfig
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.model import layer_specs
+from megatron_multiverse.model.families import preset
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.model.layer_specs import choose_transformer_impl
+from megatron_multiverse.model.weight_names import FUSED_NORMS, fused_name, is_extra_state, plain_name
+from megatron_multiverse.model.weights import load_weights, weight_state
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """As if TransformerEngine were there."""
+    monkeypatch.setattr(layer_specs, "transformer_engine_problem", lambda device: None)
+    monkeypatch.setattr(layer_specs.importlib.metadata, "version", lambda name: "2.20")
+
+
+@pytest.fixture
+def absent(monkeypatch):
+    """As if it were not."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        layer_specs.importlib.util, "find_spec", lambda name: None if name == "transformer_engine" else find(name)
+    )
+
+
+def test_auto_takes_transformer_engine_where_it_is_fast(installed, caplog) -> None:
+    layer_specs._log_once.cache_clear()
+    with caplog.at_level(logging.INFO):
+        assert choose_transformer_impl(LayerConfig(), CUDA, HALF) == "transformer_engine"
+        assert choose_transformer_impl(LayerConfig(), CUDA, HALF) == "transformer_engine"
+        assert choose_transformer_impl(LayerConfig(), CUDA, FULL) == "local"
+        assert choose_transformer_impl(LayerConfig(), CPU, HALF) == "local"
+        assert choose_transformer_impl(LayerConfig(transformer_impl="local"), CUDA, HALF) == "local"
+    assert [record.getMessage() for record in caplog.records] == [
+        "transformer layers: transformer_engine (TransformerEngine 2.20 is installed)",
+        "transformer layers: local (torch.float32 is for exactness, not for speed)",
+        "transformer layers: local (on cpu)",
+        "transformer layers: local (asked for)",
+    ]
+
+
+def test_what_cannot_run_is_explained(absent) -> None:
+    assert choose_transformer_impl(LayerConfig(), CUDA, HALF) == "local"
+    asked = LayerConfig(transformer_impl="transformer_engine")
+    with pytest.raises(ConfigError, match=r"transformer_impl 'transformer_engine' .*megatron-multiverse\[gpu\]"):
+        choose_transformer_impl(asked, CUDA, HALF)
+    with pytest.raises(ConfigError, match="needs a CUDA device, got cpu"):
+        build_gpt_model(preset("tiny"), layers=asked)
+    with pytest.raises(ConfigError, match=r"layers.fp8 'hybrid' cannot run here: .*megatron-multiverse\[gpu\]"):
+        choose_transformer_impl(LayerConfig(fp8="hybrid"), CUDA, HALF)
+    with pytest.raises(ConfigError, match="recompute_granularity 'full' needs a CUDA device"):
+        build_gpt_model(preset("tiny"), layers=LayerConfig(recompute_granularity="full"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"transformer_impl": "te"}, "allowed: auto, local, transformer_engine"),
+        ({"fp8": "e5m2"}, "allowed: None, e4m3, hybrid"),
+        ({"fp8": "hybrid", "transformer_impl": "local"}, "needs TransformerEngine's layers"),
+        ({"fp8_recipe": "delayed"}, "allowed: tensorwise, blockwise"),
+        ({"recompute_granularity": "some"}, "allowed: None, selective, full"),
+        ({"recompute_modules": ("mlp", "moe")}, r"\['moe'\] unknown, allowed: core_attn, mlp, layernorm"),
+        ({"recompute_num_layers": 0}, "at least 1, got 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LayerConfig(**settings)
+
+
+def test_weights_have_one_name_whatever_the_spec() -> None:
+    model = build_gpt_model(preset("tiny"), seed=1)
+    names = list(weight_state(model))
+    fused = [fused_name(name) for name in names]
+    assert sum(a != b for a, b in zip(names, fused, strict=True)) == 2 * len(FUSED_NORMS)
+    assert [plain_name(name) for name in fused] == names == [plain_name(name) for name in names]
+    assert not any(is_extra_state(name) for name in names) and any(map(is_extra_state, model.state_dict()))
+
+
+def test_a_model_with_fused_names_gives_and_takes_plain_ones() -> None:
+    """A stand-in with the state dict of TransformerEngine's layers, whose extra states are tensors."""
+
+    class Fused(torch.nn.Module):
+        def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+            super().__init__()
+            self.tensors = tensors
+
+        def state_dict(self, *args, **kwargs):
+            return self.tensors
+
+    weights = weight_state(build_gpt_model(preset("tiny"), seed=1))
+    fused = {fused_name(name): torch.zeros_like(t) for name, t in weights.items()}
+    fused["decoder.final_layernorm._extra_state"] = torch.empty(0, dtype=torch.uint8)
+    model = Fused(fused)
+    assert weight_state(model).keys() == weights.keys()
+    load_weights(model, weights, source="local")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in weight_state(model).items())
