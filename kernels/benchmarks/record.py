@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+ENVIRONMENT = ("gpu", "versions", "commit", "date", "command")
 
 
 def environment() -> dict[str, Any]:
@@ -48,31 +49,41 @@ def _arguments() -> list[str]:
 
 
 class Recorder:
-    """Collects the rows of one benchmark and writes them as they come."""
+    """Collects the rows of one benchmark and writes them as they come.
+
+    Rows of earlier runs stay until a row of the same case replaces them; a case is known by what is not measured, so
+    by the texts, whole numbers and truth values of its row.
+    """
 
     def __init__(self, name: str, folder: str | None, commit: str | None) -> None:
         self.folder = Path(folder) if folder else RESULTS
         self.folder.mkdir(parents=True, exist_ok=True)
         self.environment = environment() | ({"commit": commit} if commit else {})
         self.stem = f"{name}_{self.environment['gpu'].replace('NVIDIA ', '').replace(' ', '_').lower()}"
-        self.rows: list[dict[str, Any]] = []
         self.lines = self.folder / f"{self.stem}.jsonl"
-        self.lines.write_text("")
+        earlier = self.lines.read_text().splitlines() if self.lines.exists() else []
+        self.records: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for record in map(json.loads, earlier):
+            self.records[self._case(record)] = record
+
+    def _case(self, record: dict[str, Any]) -> tuple[Any, ...]:
+        row = {key: value for key, value in record.items() if key not in ENVIRONMENT}
+        return tuple(sorted((key, value) for key, value in row.items() if isinstance(value, str | int)))
 
     def add(self, **row: Any) -> None:
-        """Record one measured case; values are rounded to what the clock can tell."""
+        """Record one measured case; measured values are floats and are rounded to what the clock can tell."""
         row = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
-        self.rows.append(row)
-        with self.lines.open("a") as file:
-            file.write(json.dumps(row | self.environment) + "\n")
+        self.records[self._case(row)] = row | self.environment
+        self.lines.write_text("".join(json.dumps(record) + "\n" for record in self.records.values()))
         print(row, flush=True)
 
     def table(self, note: str) -> None:
-        """Write the markdown table of all rows."""
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        """Write the markdown table of all rows in the file."""
+        rows = [{k: v for k, v in x.items() if k not in ENVIRONMENT or k == "commit"} for x in self.records.values()]
+        columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "commit"] + ["commit"]
         e = self.environment
         versions = ", ".join(f"{k} {v}" for k, v in e["versions"].items() if v)
-        lines = [f"{e['gpu']}, {versions}, commit {e['commit']}, {e['date']}", "", f"`{e['command']}`", "", note, ""]
-        lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-        lines += ["| " + " | ".join(str(row.get(key, "")) for key in columns) + " |" for row in self.rows]
+        lines = [f"{e['gpu']}, {versions}, {e['date']}; each row names its commit", "", f"`{e['command']}`", "", note]
+        lines += ["", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(str(row.get(key, "")) for key in columns) + " |" for row in rows]
         (self.folder / f"{self.stem}.md").write_text("\n".join(lines) + "\n")
