@@ -9,55 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tags_triton import (
-    BORDER,
-    CONCLUSION,
-    END_CONCLUSION,
-    END_GOAL,
-    END_OUTLINE,
-    END_PARALLEL,
-    END_PATH,
-    END_THINK,
-    GOAL,
-    OUTLINE,
-    PARALLEL,
-    PATH,
-    THINK,
-    index_of,
-    kind_of,
-    level_of,
-)
+from .grammar_triton import check_levels, keep, kept
+from .tags_triton import BORDER, CONCLUSION, END_GOAL, END_PATH, OUTLINE, PATH, index_of, kind_of, level_of
 
 NONE = tl.constexpr(-(1 << 30))
 """Smaller than any length: no path so far."""
-CLOSED_THINK = tl.constexpr(1 + (1 << 10))
-"""Sum over one <Think> (1) and one </Think> (1 << 10)."""
-
-
-TEXT = tl.constexpr(1 << 2 | 1 << 0 | 1 << 1)
-"""<Parallel> <Think> </Think>, as bits of a mask over kinds. Where text stands, one of these may."""
-
-
-@triton.jit
-def allowed_next(kind):
-    """The tags that may stand behind one of `kind`, as a bit mask over kinds (BORDER: the response begins)."""
-    one = tl.full(kind.shape, 1, tl.int32)
-    mask = tl.where((kind == BORDER) | (kind == THINK) | (kind == END_THINK), TEXT, 0)
-    mask = tl.where(kind == END_PARALLEL, TEXT | one << END_PATH, mask)
-    mask = tl.where(kind == PATH, one << PARALLEL | one << END_PATH, mask)
-    mask = tl.where(kind == END_OUTLINE, one << OUTLINE | one << END_GOAL, mask)
-    mask = tl.where(kind == END_PATH, one << PATH | one << CONCLUSION, mask)
-    mask = tl.where(kind == PARALLEL, one << GOAL, mask)
-    mask = tl.where(kind == GOAL, one << OUTLINE, mask)
-    mask = tl.where(kind == OUTLINE, one << END_OUTLINE, mask)
-    mask = tl.where(kind == END_GOAL, one << PATH, mask)
-    mask = tl.where(kind == CONCLUSION, one << END_CONCLUSION, mask)
-    return tl.where(kind == END_CONCLUSION, one << END_PARALLEL, mask)
-
-
-@triton.jit
-def _add2(a1, b1, a2, b2):
-    return a1 + a2, b1 + b2
 
 
 @triton.jit
@@ -87,15 +43,12 @@ def _then(flags1, a1, b1, c1, path1, goal1, missing1, flags2, a2, b2, c2, path2,
 
 
 @triton.jit
-def _keep(state, t0, k, values, BLOCK: tl.constexpr):
-    """Leave the last lane's value for the next block; two sets of slots, so that no store meets an older load."""
-    slot = (t0 // BLOCK % 2) * 8 + k + tl.zeros((BLOCK,), tl.int32)
-    tl.store(state + slot, values, mask=tl.arange(0, BLOCK) == BLOCK - 1)
+def place_of(first, doc):
+    """Where in its row the tags of a document are kept, their first one being the row's tag number `first`.
 
-
-@triton.jit
-def _kept(state, t0, k, BLOCK: tl.constexpr):
-    return tl.load(state + (t0 // BLOCK % 2) * 8 + k)
+    A multiple of 4, so that each thread takes four neighbours; behind the tags of all documents before.
+    """
+    return ((first + 3) // 4 + doc) * 4
 
 
 @triton.jit
@@ -112,9 +65,9 @@ def document_borders(documents, doc, num_documents, num_tokens, DOCS: tl.constex
 
 
 @triton.jit
-def _collect(tags, counts, before, raw, response, end, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+def _collect(tags, counts, before, raw, doc, response, end, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
              SLOTS: tl.constexpr):  # fmt: skip
-    """Copy the tags of tokens [response, end) to raw at their rank; returns the first rank and their number."""
+    """Copy the tags of tokens [response, end) to raw, from `place_of` on; returns rank of the first and number."""
     low, high = response // CHUNK, end // CHUNK
     earlier = tl.zeros((CHUNKS,), tl.int32)
     for c0 in range(0, low, CHUNKS):
@@ -122,6 +75,7 @@ def _collect(tags, counts, before, raw, response, end, CHUNK: tl.constexpr, CHUN
         earlier += tl.load(counts + chunk, mask=chunk < low, other=0)
     carry = tl.sum(earlier, axis=0)
     first = carry + tl.load(before + response)
+    raw += place_of(first, doc) - first
     for c0 in range(low, tl.where(response < end, high + 1, low), CHUNKS):
         chunk = c0 + tl.arange(0, CHUNKS)
         count = tl.load(counts + chunk, mask=chunk <= high, other=0)
@@ -137,44 +91,13 @@ def _collect(tags, counts, before, raw, response, end, CHUNK: tl.constexpr, CHUN
 
 
 @triton.jit
-def _levels(raw, words, state, n, MAX_DEPTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Find the level of every tag and check order and nesting; returns the deepest, over 8 if a rule is broken."""
-    lane = tl.arange(0, BLOCK)
-    deepest = tl.zeros((BLOCK,), tl.int32)
-    level0, think0 = 0, 0
-    for t0 in range(0, n, BLOCK):
-        j = t0 + lane
-        word = tl.load(raw + j, mask=j < n, other=BORDER)
-        previous = tl.load(raw + j - 1, mask=(j > 0) & (j < n), other=BORDER)
-        kind, before = kind_of(word), kind_of(previous)
-        step = (kind == PARALLEL).to(tl.int32) - (before == END_PARALLEL).to(tl.int32)
-        is_think = (kind == THINK) | (kind == END_THINK)
-        thought = tl.where(is_think, tl.where(kind == THINK, 1, CLOSED_THINK - 1), 0)
-        level, think = tl.associative_scan((step, thought), 0, _add2)
-        level, think = level0 + level, think0 + think
-        fits = ((allowed_next(before) >> kind) & 1) != 0
-        fits &= tl.where(is_think, level == 0, (level > 0) & (level <= MAX_DEPTH))
-        fits &= (kind != THINK) | (think == 1)
-        fits &= (kind != END_THINK) | (think == CLOSED_THINK)
-        closed = (level - (kind == END_PARALLEL).to(tl.int32) == 0) & ((think == 0) | (think == CLOSED_THINK))
-        fits &= (j != n - 1) | closed
-        deepest = tl.maximum(deepest, tl.where(j < n, tl.where(fits, level, MAX_DEPTH + 1), 0))
-        tl.store(words + j, word | (level & 15) << 4, mask=j < n)
-        if t0 + BLOCK < n:
-            _keep(state, t0, 0, level, BLOCK)
-            _keep(state, t0, 1, think, BLOCK)
-            tl.debug_barrier()
-            level0, think0 = _kept(state, t0, 0, BLOCK), _kept(state, t0, 1, BLOCK)
-    return tl.max(deepest, axis=0)
-
-
-@triton.jit
-def _lengths(words, own, next_own, length, longest, state, n, level, unequal, BLOCK: tl.constexpr):
+def _lengths(words, steps, own, next_own, length, longest, state, n, level, unequal, BLOCK: tl.constexpr):
     """The blocks of one level: lengths of their paths, in tokens and in positions. Deeper levels came before.
 
-    own[/Path] tokens of the path; own[/Goal] of all paths. next_own[/Goal or /Path] tokens of the path behind it,
-    or behind the last path of all paths. length[/Path] positions of the path; longest[last /Path] of the longest;
-    length[Conclusion] = longest - tokens of all paths: what the block adds to the length of what is around it.
+    own: at /Path the tokens of the path, at /Goal of all paths.
+    next_own: at /Goal and /Path the tokens of the path behind it, at the last /Path minus those of all paths.
+    length: at /Path the positions of the path; at Conclusion the longest path minus the tokens of all paths, which
+    is what the block adds to the length of what is around it. longest: at the last /Path.
     Returns unequal [BLOCK], 1 where a block has not as many paths as outlines.
     """
     lane = tl.arange(0, BLOCK)
@@ -182,10 +105,9 @@ def _lengths(words, own, next_own, length, longest, state, n, level, unequal, BL
     for t0 in range(0, n, BLOCK):
         j = t0 + lane
         word = tl.load(words + j, mask=j < n, other=BORDER)
-        previous = tl.load(words + j - 1, mask=(j > 0) & (j < n), other=0)
+        plain = tl.load(steps + j, mask=j < n, other=0)
         kind = tl.where(level_of(word) == level, kind_of(word), BORDER)
         added = (level_of(word) == level + 1) & (kind_of(word) == CONCLUSION) & (j < n)
-        plain = tl.where((j > 0) & (j < n), index_of(word) - index_of(previous), 0)
         step = plain + tl.load(length + j, mask=added, other=0)
         flags = tl.where((kind == PATH) | (kind == CONCLUSION), 1, tl.where(kind == END_GOAL, 2, 0))
         flags, a, b, c, path, goal, missing = tl.associative_scan(
@@ -212,21 +134,21 @@ def _lengths(words, own, next_own, length, longest, state, n, level, unequal, BL
         tl.store(length + j, p, mask=ends_path)
         tl.store(next_own + path, tokens, mask=ends_path & (path >= 0))
         goal_word = tl.load(words + goal, mask=ends_block & (goal >= 0), other=0)
-        region = index_of(previous) - index_of(goal_word)
+        region = index_of(word) - plain - index_of(goal_word)
         tl.store(length + j, m - region, mask=ends_block)
-        tl.store(next_own + j - 1, region, mask=ends_block)
+        tl.store(next_own + j - 1, -region, mask=ends_block)
         tl.store(longest + j - 1, m, mask=ends_block)
         tl.store(own + goal, region, mask=ends_block & (goal >= 0))
         unequal |= (ends_block & (missing != 0)).to(tl.int32)
         if t0 + BLOCK < n:
-            _keep(state, t0, 0, p, BLOCK)
-            _keep(state, t0, 1, m, BLOCK)
-            _keep(state, t0, 2, path, BLOCK)
-            _keep(state, t0, 3, goal, BLOCK)
-            _keep(state, t0, 4, missing, BLOCK)
+            keep(state, t0, 0, p, BLOCK)
+            keep(state, t0, 1, m, BLOCK)
+            keep(state, t0, 2, path, BLOCK)
+            keep(state, t0, 3, goal, BLOCK)
+            keep(state, t0, 4, missing, BLOCK)
             tl.debug_barrier()
-            p0, m0, path0 = _kept(state, t0, 0, BLOCK), _kept(state, t0, 1, BLOCK), _kept(state, t0, 2, BLOCK)
-            goal0, missing0 = _kept(state, t0, 3, BLOCK), _kept(state, t0, 4, BLOCK)
+            p0, m0, path0 = kept(state, t0, 0, BLOCK), kept(state, t0, 1, BLOCK), kept(state, t0, 2, BLOCK)
+            goal0, missing0 = kept(state, t0, 3, BLOCK), kept(state, t0, 4, BLOCK)
     return unequal
 
 
@@ -242,16 +164,15 @@ def _shifts(words, own, next_own, length, longest, state, shifts, ends, n, strid
     for t0 in range(0, n, BLOCK):
         j = t0 + lane
         word = tl.load(words + j, mask=j < n, other=BORDER)
-        behind = kind_of(tl.load(words + j + 1, mask=j + 1 < n, other=BORDER))
         forks, joins = kind_of(word) == END_GOAL, kind_of(word) == END_PATH
         border = forks | joins
         mine = tl.load(own + j, mask=border, other=0)
         follows = tl.load(next_own + j, mask=border, other=0)
         positions = tl.load(length + j, mask=joins, other=0)
-        last_path = joins & (behind == CONCLUSION)
+        last_path = joins & (follows < 0)
         resume = tl.load(longest + j, mask=last_path, other=0)
         d_position = resume - positions
-        d_r = tl.where(forks, mine - follows, tl.where(last_path, follows - mine, -follows - mine))
+        d_r = tl.where(forks, mine - follows, -follows - mine)
         d_r = tl.where(border, d_r, 0)
         position, r, count = tl.associative_scan((d_position, d_r, border.to(tl.int32)), 0, _add3)
         position, r, count = position0 + position, r0 + r, count0 + count
@@ -261,50 +182,50 @@ def _shifts(words, own, next_own, length, longest, state, shifts, ends, n, strid
         tl.store(ends + count - 1, index_of(word) + 1, mask=border)
         tl.store(ends + count, end, mask=j == n - 1)
         if t0 + BLOCK < n:
-            _keep(state, t0, 0, position, BLOCK)
-            _keep(state, t0, 1, r, BLOCK)
-            _keep(state, t0, 2, count, BLOCK)
+            keep(state, t0, 0, position, BLOCK)
+            keep(state, t0, 1, r, BLOCK)
+            keep(state, t0, 2, count, BLOCK)
             tl.debug_barrier()
-            position0, r0 = _kept(state, t0, 0, BLOCK), _kept(state, t0, 1, BLOCK)
-            count0 = _kept(state, t0, 2, BLOCK)
+            position0, r0 = kept(state, t0, 0, BLOCK), kept(state, t0, 1, BLOCK)
+            count0 = kept(state, t0, 2, BLOCK)
 
 
 @triton.jit
 def documents_kernel(documents, tags, counts, before, scratch, states, shifts, ends, info, malformed, num_documents,
-                     num_tokens, chunks, batch, MAX_DEPTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-                     SLOTS: tl.constexpr, DOCS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                     num_tokens, capacity, chunks, batch, MAX_DEPTH: tl.constexpr, CHUNK: tl.constexpr,
+                     CHUNKS: tl.constexpr, SLOTS: tl.constexpr, DOCS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Program (document, row).
 
     Args:
         documents: int32 [b, D, 2]; tags, counts, before: see `tags_kernel`.
-        scratch: int32 [6, b, s] raw tags, words with levels, own, next_own, length, longest (see `_lengths`).
+        scratch: int32 [7, b, capacity] raw tags, words and steps (see `check_levels`), own, next_own, length and
+            longest (see `_lengths`); capacity a multiple of 16 and at least s + 4 D, a document's part begins at `place_of`.
         states: int32 [b, D, 16] what one block of tags hands to the next.
-        shifts, ends: int32 [3, b, s] and [b, s], see `_shifts`; a document's part begins at the rank of its first tag.
+        shifts, ends: int32 [3, b, capacity] and [b, capacity], see `_shifts`.
         info: int32 [4, b, D] start, end, rank of the first tag, number of tags (0 if causal).
         malformed: uint8 [b, D].
     """
     doc, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, response, end = document_borders(documents + row * num_documents * 2, doc, num_documents, num_tokens, DOCS)
-    stride = (tl.full((), 0, tl.int64) + batch) * num_tokens
-    raw = scratch + row * num_tokens
-    first, n = _collect(tags + row * chunks * CHUNK, counts + row * chunks, before + row * (num_tokens + 1), raw,
+    stride = (tl.full((), 0, tl.int64) + batch) * capacity
+    raw = scratch + row * capacity
+    first, n = _collect(tags + row * chunks * CHUNK, counts + row * chunks, before + row * (num_tokens + 1), raw, doc,
                         response, end, CHUNK, CHUNKS, SLOTS)  # fmt: skip
-    raw += first
-    words, own, next_own = raw + stride, raw + 2 * stride, raw + 3 * stride
-    length, longest = raw + 4 * stride, raw + 5 * stride
+    kept = row * capacity + place_of(first, doc)
+    raw = scratch + kept
+    words, steps, own, next_own = raw + stride, raw + 2 * stride, raw + 3 * stride, raw + 4 * stride
+    length, longest = raw + 5 * stride, raw + 6 * stride
     state = states + (row * num_documents + doc) * 16
     tl.debug_barrier()
-    depth = _levels(raw, words, state, n, MAX_DEPTH, BLOCK)
+    depth = check_levels(raw, words, steps, state, n, MAX_DEPTH, BLOCK)
     tl.debug_barrier()
     unequal = tl.zeros((BLOCK,), tl.int32)
     for up in range(0, tl.where(depth > MAX_DEPTH, 0, depth)):
-        unequal = _lengths(words, own, next_own, length, longest, state, n, depth - up, unequal, BLOCK)
+        unequal = _lengths(words, steps, own, next_own, length, longest, state, n, depth - up, unequal, BLOCK)
         tl.debug_barrier()
     broken = (depth > MAX_DEPTH) | (tl.max(unequal, axis=0) != 0)
     n = tl.where(broken, 0, n)
-    shifts += row * num_tokens + first
-    ends += row * num_tokens + first
-    _shifts(words, own, next_own, length, longest, state, shifts, ends, n, stride, end, BLOCK)
+    _shifts(words, own, next_own, length, longest, state, shifts + kept, ends + kept, n, stride, end, BLOCK)
     place = info + row * num_documents + doc
     side = batch * num_documents
     tl.store(place, start)

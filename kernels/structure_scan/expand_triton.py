@@ -8,11 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .documents_triton import place_of
+
 
 @triton.jit
 def expand_kernel(counts, before, shifts, ends, info, position_ids, r_out, segment_end, r_low, r_high, num_tokens,
-                  num_documents, chunks, tiles, batch, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, DOCS: tl.constexpr,
-                  TILE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+                  capacity, num_documents, chunks, tiles, batch, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+                  DOCS: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
     """Program (chunk, row). Inputs: see `documents_kernel`; outputs int32 [b, s] and [b, tiles]."""
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -37,13 +39,14 @@ def expand_kernel(counts, before, shifts, ends, info, position_ids, r_out, segme
     first, n = tl.load(info + 2 * side + doc), tl.load(info + 3 * side + doc)
 
     base = row * num_tokens
-    stride = (tl.full((), 0, tl.int64) + batch) * num_tokens
+    stride = (tl.full((), 0, tl.int64) + batch) * capacity
     behind_tag = real & (n > 0) & (rank > first)
-    tag = shifts + base + rank - 1
+    kept = row * capacity + place_of(first, doc)
+    tag = shifts + kept + rank - first - 1
     position = tl.load(tag, mask=behind_tag, other=0)
     r = tl.load(tag + stride, mask=behind_tag, other=0)
     segment = tl.load(tag + 2 * stride, mask=behind_tag, other=0)
-    close = tl.load(ends + base + first + segment, mask=real & (n > 0), other=0)
+    close = tl.load(ends + kept + segment, mask=real & (n > 0), other=0)
     r += token + (num_tokens - end) - start
     tl.store(position_ids + base + token, token - start + position, mask=real)
     tl.store(r_out + base + token, r, mask=real)

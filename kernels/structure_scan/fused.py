@@ -36,9 +36,10 @@ def structure_scan_triton(
 
     tags, counts = empty(batch, chunks, chunk), empty(batch, chunks)
     before = empty(batch, num_tokens + 1, dtype=torch.int16)
-    scratch, shifts = empty(6, batch, num_tokens), empty(3, batch, num_tokens)
+    capacity = -(-(num_tokens + 4 * num_documents) // 16) * 16
+    scratch, shifts = empty(7, batch, capacity), empty(3, batch, capacity)
     states = empty(batch, num_documents, 16)
-    ends, info = empty(batch, num_tokens), empty(4, batch, num_documents)
+    ends, info = empty(batch, capacity), empty(4, batch, num_documents)
     malformed = empty(batch, num_documents, dtype=torch.uint8)
     position_ids, r, segment_end = (empty(batch, num_tokens) for _ in range(3))
     r_low, r_high, order = (empty(batch, tiles) for _ in range(3))
@@ -47,16 +48,16 @@ def structure_scan_triton(
                                  num_warps=4)  # fmt: skip
     documents_kernel[(num_documents, batch)](
         documents, tags, counts, before, scratch, states, shifts, ends, info, malformed, num_documents, num_tokens,
-        chunks, batch, MAX_DEPTH=MAX_DEPTH, CHUNK=chunk, CHUNKS=CHUNKS, SLOTS=SLOTS, DOCS=most_documents, BLOCK=block,
-        num_warps=num_warps,
+        capacity, chunks, batch, MAX_DEPTH=MAX_DEPTH, CHUNK=chunk, CHUNKS=CHUNKS, SLOTS=SLOTS, DOCS=most_documents,
+        BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
     expand_kernel[(-(-num_tokens // chunk), batch)](
-        counts, before, shifts, ends, info, position_ids, r, segment_end, r_low, r_high, num_tokens, num_documents,
-        chunks, tiles, batch, CHUNK=chunk, CHUNKS=CHUNKS, DOCS=most_documents, TILE=TILE, FIRST=FIRST, LAST=LAST,
-        num_warps=4,
+        counts, before, shifts, ends, info, position_ids, r, segment_end, r_low, r_high, num_tokens, capacity,
+        num_documents, chunks, tiles, batch, CHUNK=chunk, CHUNKS=CHUNKS, DOCS=most_documents, TILE=TILE,
+        FIRST=FIRST, LAST=LAST, num_warps=4,
     )  # fmt: skip
     lists = tile_lists_triton(TileBounds(r_low, r_high, None, None, num_tokens, TILE))
-    own = 16
+    own = 8
     order_kernel[(-(-tiles // own), batch)](lists.q_partial.counts, lists.q_full.counts, order, tiles, OWN=own,
                                             CHUNK=min(256, triton.next_power_of_2(tiles)), num_warps=4)  # fmt: skip
     return StructureScan(position_ids, r, segment_end, malformed.view(torch.bool), lists, order)
