@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grammar_triton import check_levels, keep, kept
+from .grammar_triton import check_levels
 from .tags_triton import BORDER, CONCLUSION, END_GOAL, END_PATH, OUTLINE, PATH, index_of, kind_of, level_of
 
 NONE = tl.constexpr(-(1 << 30))
@@ -19,6 +19,11 @@ NONE = tl.constexpr(-(1 << 30))
 @triton.jit
 def _add3(a1, b1, c1, a2, b2, c2):
     return a1 + a2, b1 + b2, c1 + c2
+
+
+@triton.jit
+def _add5(a1, b1, c1, d1, e1, a2, b2, c2, d2, e2):
+    return a1 + a2, b1 + b2, c1 + c2, d1 + d2, e1 + e2
 
 
 @triton.jit
@@ -91,15 +96,22 @@ def _collect(tags, counts, before, raw, doc, response, end, CHUNK: tl.constexpr,
 
 
 @triton.jit
-def _lengths(words, steps, own, next_own, length, longest, state, n, level, unequal, BLOCK: tl.constexpr):
+def _fields(words, stride):
+    """steps, own, next_own, length, longest: the arrays behind words in scratch."""
+    return words + stride, words + 2 * stride, words + 3 * stride, words + 4 * stride, words + 5 * stride
+
+
+@triton.jit
+def _lengths(words, stride, n, level, unequal, BLOCK: tl.constexpr):
     """The blocks of one level: lengths of their paths, in tokens and in positions. Deeper levels came before.
 
-    own: at /Path the tokens of the path, at /Goal of all paths.
-    next_own: at /Goal and /Path the tokens of the path behind it, at the last /Path minus those of all paths.
+    own: at /Path the tokens of the path, at /Goal those of all paths.
+    next_own: at /Goal and /Path the tokens of the path behind it, at Conclusion those of all paths.
     length: at /Path the positions of the path; at Conclusion the longest path minus the tokens of all paths, which
-    is what the block adds to the length of what is around it. longest: at the last /Path.
+    is what the block adds to the length of what is around it. longest: at Conclusion.
     Returns unequal [BLOCK], 1 where a block has not as many paths as outlines.
     """
+    steps, own, next_own, length, longest = _fields(words, stride)
     lane = tl.arange(0, BLOCK)
     p0, m0, path0, goal0, missing0 = 0, 0, -1, -1, 0
     for t0 in range(0, n, BLOCK):
@@ -132,33 +144,40 @@ def _lengths(words, steps, own, next_own, length, longest, state, n, level, uneq
         tokens = index_of(word) - index_of(path_start)
         tl.store(own + j, tokens, mask=ends_path)
         tl.store(length + j, p, mask=ends_path)
-        tl.store(next_own + path, tokens, mask=ends_path & (path >= 0))
         goal_word = tl.load(words + goal, mask=ends_block & (goal >= 0), other=0)
         region = index_of(word) - plain - index_of(goal_word)
+        tl.store(next_own + j, region, mask=ends_block)
+        tl.store(longest + j, m, mask=ends_block)
         tl.store(length + j, m - region, mask=ends_block)
-        tl.store(next_own + j - 1, -region, mask=ends_block)
-        tl.store(longest + j - 1, m, mask=ends_block)
-        tl.store(own + goal, region, mask=ends_block & (goal >= 0))
+        # One scattered store for two, next_own[path] and own[goal]: each costs a trip through shared memory.
+        back = tl.where(ends_path, path.to(tl.int64), goal - stride)  # own lies one stride before next_own
+        known = (ends_path & (path >= 0)) | (ends_block & (goal >= 0))
+        tl.store(next_own + back, tl.where(ends_path, tokens, region), mask=known)
         unequal |= (ends_block & (missing != 0)).to(tl.int32)
         if t0 + BLOCK < n:
-            keep(state, t0, 0, p, BLOCK)
-            keep(state, t0, 1, m, BLOCK)
-            keep(state, t0, 2, path, BLOCK)
-            keep(state, t0, 3, goal, BLOCK)
-            keep(state, t0, 4, missing, BLOCK)
-            tl.debug_barrier()
-            p0, m0, path0 = kept(state, t0, 0, BLOCK), kept(state, t0, 1, BLOCK), kept(state, t0, 2, BLOCK)
-            goal0, missing0 = kept(state, t0, 3, BLOCK), kept(state, t0, 4, BLOCK)
+            is_last = lane == BLOCK - 1
+            p0, m0, path0, goal0, missing0 = tl.reduce(
+                (
+                    tl.where(is_last, p, 0),
+                    tl.where(is_last, m, 0),
+                    tl.where(is_last, path, 0),
+                    tl.where(is_last, goal, 0),
+                    tl.where(is_last, missing, 0),
+                ),
+                0,
+                _add5,
+            )
     return unequal
 
 
 @triton.jit
-def _shifts(words, own, next_own, length, longest, state, shifts, ends, n, stride, end, BLOCK: tl.constexpr):
+def _shifts(words, stride, shifts, ends, n, end, BLOCK: tl.constexpr):
     """Sum up what the borders shift.
 
     shifts [3, ...]: behind each tag position - index and r - index, both beside the document's own, and the number
     of borders up to it. ends: index behind the k-th border, then the end of the document.
     """
+    _, own, next_own, length, longest = _fields(words, stride)
     lane = tl.arange(0, BLOCK)
     position0, r0, count0 = 0, 0, 0
     for t0 in range(0, n, BLOCK):
@@ -166,66 +185,62 @@ def _shifts(words, own, next_own, length, longest, state, shifts, ends, n, strid
         word = tl.load(words + j, mask=j < n, other=BORDER)
         forks, joins = kind_of(word) == END_GOAL, kind_of(word) == END_PATH
         border = forks | joins
+        last_path = joins & (kind_of(tl.load(words + j + 1, mask=j + 1 < n, other=BORDER)) == CONCLUSION)
         mine = tl.load(own + j, mask=border, other=0)
-        follows = tl.load(next_own + j, mask=border, other=0)
+        follows = tl.load(next_own + j, mask=border & (last_path == 0), other=0)
+        region = tl.load(next_own + j + 1, mask=last_path, other=0)
         positions = tl.load(length + j, mask=joins, other=0)
-        last_path = joins & (follows < 0)
-        resume = tl.load(longest + j, mask=last_path, other=0)
+        resume = tl.load(longest + j + 1, mask=last_path, other=0)
         d_position = resume - positions
-        d_r = tl.where(forks, mine - follows, -follows - mine)
+        d_r = tl.where(forks, mine - follows, tl.where(last_path, region - mine, -follows - mine))
         d_r = tl.where(border, d_r, 0)
         position, r, count = tl.associative_scan((d_position, d_r, border.to(tl.int32)), 0, _add3)
         position, r, count = position0 + position, r0 + r, count0 + count
         tl.store(shifts + j, position, mask=j < n)
         tl.store(shifts + stride + j, r, mask=j < n)
         tl.store(shifts + 2 * stride + j, count, mask=j < n)
-        tl.store(ends + count - 1, index_of(word) + 1, mask=border)
-        tl.store(ends + count, end, mask=j == n - 1)
+        slot = tl.where(border, count - 1, count)
+        tl.store(ends + slot, tl.where(border, index_of(word) + 1, end), mask=border | (j == n - 1))
         if t0 + BLOCK < n:
-            keep(state, t0, 0, position, BLOCK)
-            keep(state, t0, 1, r, BLOCK)
-            keep(state, t0, 2, count, BLOCK)
-            tl.debug_barrier()
-            position0, r0 = kept(state, t0, 0, BLOCK), kept(state, t0, 1, BLOCK)
-            count0 = kept(state, t0, 2, BLOCK)
+            is_last = lane == BLOCK - 1
+            position0, r0, count0 = tl.reduce(
+                (tl.where(is_last, position, 0), tl.where(is_last, r, 0), tl.where(is_last, count, 0)), 0, _add3
+            )
 
 
-@triton.jit
-def documents_kernel(documents, tags, counts, before, scratch, states, shifts, ends, info, malformed, num_documents,
-                     num_tokens, capacity, chunks, batch, MAX_DEPTH: tl.constexpr, CHUNK: tl.constexpr,
+@triton.jit(do_not_specialize=["num_documents", "num_tokens", "rows_of_16", "chunks", "batch"])
+def documents_kernel(documents, tags, counts, before, scratch, shifts, ends, info, malformed, num_documents,
+                     num_tokens, rows_of_16, chunks, batch, MAX_DEPTH: tl.constexpr, CHUNK: tl.constexpr,
                      CHUNKS: tl.constexpr, SLOTS: tl.constexpr, DOCS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Program (document, row).
 
     Args:
         documents: int32 [b, D, 2]; tags, counts, before: see `tags_kernel`.
         scratch: int32 [7, b, capacity] raw tags, words and steps (see `check_levels`), own, next_own, length and
-            longest (see `_lengths`); capacity a multiple of 16 and at least s + 4 D, a document's part begins at `place_of`.
-        states: int32 [b, D, 16] what one block of tags hands to the next.
+            longest (see `_lengths`); capacity = 16 * rows_of_16 >= s + 4 D. A document begins at `place_of`.
         shifts, ends: int32 [3, b, capacity] and [b, capacity], see `_shifts`.
         info: int32 [4, b, D] start, end, rank of the first tag, number of tags (0 if causal).
         malformed: uint8 [b, D].
     """
     doc, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, response, end = document_borders(documents + row * num_documents * 2, doc, num_documents, num_tokens, DOCS)
+    capacity = rows_of_16 * 16
     stride = (tl.full((), 0, tl.int64) + batch) * capacity
     raw = scratch + row * capacity
     first, n = _collect(tags + row * chunks * CHUNK, counts + row * chunks, before + row * (num_tokens + 1), raw, doc,
                         response, end, CHUNK, CHUNKS, SLOTS)  # fmt: skip
     kept = row * capacity + place_of(first, doc)
-    raw = scratch + kept
-    words, steps, own, next_own = raw + stride, raw + 2 * stride, raw + 3 * stride, raw + 4 * stride
-    length, longest = raw + 5 * stride, raw + 6 * stride
-    state = states + (row * num_documents + doc) * 16
+    words = scratch + kept + stride
     tl.debug_barrier()
-    depth = check_levels(raw, words, steps, state, n, MAX_DEPTH, BLOCK)
+    depth = check_levels(scratch + kept, words, words + stride, n, MAX_DEPTH, BLOCK)
     tl.debug_barrier()
     unequal = tl.zeros((BLOCK,), tl.int32)
     for up in range(0, tl.where(depth > MAX_DEPTH, 0, depth)):
-        unequal = _lengths(words, steps, own, next_own, length, longest, state, n, depth - up, unequal, BLOCK)
+        unequal = _lengths(words, stride, n, depth - up, unequal, BLOCK)
         tl.debug_barrier()
     broken = (depth > MAX_DEPTH) | (tl.max(unequal, axis=0) != 0)
     n = tl.where(broken, 0, n)
-    _shifts(words, own, next_own, length, longest, state, shifts + kept, ends + kept, n, stride, end, BLOCK)
+    _shifts(words, stride, shifts + kept, ends + kept, n, end, BLOCK)
     place = info + row * num_documents + doc
     side = batch * num_documents
     tl.store(place, start)

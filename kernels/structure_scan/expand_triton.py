@@ -11,9 +11,9 @@ import triton.language as tl
 from .documents_triton import place_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "rows_of_16", "num_documents", "chunks", "tiles", "batch"])
 def expand_kernel(counts, before, shifts, ends, info, position_ids, r_out, segment_end, r_low, r_high, num_tokens,
-                  capacity, num_documents, chunks, tiles, batch, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+                  rows_of_16, num_documents, chunks, tiles, batch, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
                   DOCS: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
     """Program (chunk, row). Inputs: see `documents_kernel`; outputs int32 [b, s] and [b, tiles]."""
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -39,6 +39,7 @@ def expand_kernel(counts, before, shifts, ends, info, position_ids, r_out, segme
     first, n = tl.load(info + 2 * side + doc), tl.load(info + 3 * side + doc)
 
     base = row * num_tokens
+    capacity = rows_of_16 * 16
     stride = (tl.full((), 0, tl.int64) + batch) * capacity
     behind_tag = real & (n > 0) & (rank > first)
     kept = row * capacity + place_of(first, doc)
@@ -60,7 +61,7 @@ def expand_kernel(counts, before, shifts, ends, info, position_ids, r_out, segme
     tl.store(r_high + row * tiles + tile, high, mask=tile < tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def order_kernel(partial, full, order, tiles, OWN: tl.constexpr, CHUNK: tl.constexpr):
     """Program (group of tiles, row): the place of a tile is the number of tiles with more work.
 

@@ -29,16 +29,16 @@ def structure_scan_triton(
     batch, num_tokens = ids.shape
     num_documents = documents.shape[1]
     chunks, tiles = num_tokens // chunk + 1, -(-num_tokens // TILE)
-    most_documents = triton.next_power_of_2(num_documents)
+    most_documents = max(32, triton.next_power_of_2(num_documents))  # few values: each compiles again
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=ids.device)
 
     tags, counts = empty(batch, chunks, chunk), empty(batch, chunks)
     before = empty(batch, num_tokens + 1, dtype=torch.int16)
-    capacity = -(-(num_tokens + 4 * num_documents) // 16) * 16
+    rows_of_16 = -(-(num_tokens + 4 * num_documents) // 16)
+    capacity = 16 * rows_of_16
     scratch, shifts = empty(7, batch, capacity), empty(3, batch, capacity)
-    states = empty(batch, num_documents, 16)
     ends, info = empty(batch, capacity), empty(4, batch, num_documents)
     malformed = empty(batch, num_documents, dtype=torch.uint8)
     position_ids, r, segment_end = (empty(batch, num_tokens) for _ in range(3))
@@ -47,17 +47,17 @@ def structure_scan_triton(
     tags_kernel[(chunks, batch)](ids, tag_ids, tags, counts, before, num_tokens, ids.stride(0), chunks, CHUNK=chunk,
                                  num_warps=4)  # fmt: skip
     documents_kernel[(num_documents, batch)](
-        documents, tags, counts, before, scratch, states, shifts, ends, info, malformed, num_documents, num_tokens,
-        capacity, chunks, batch, MAX_DEPTH=MAX_DEPTH, CHUNK=chunk, CHUNKS=CHUNKS, SLOTS=SLOTS, DOCS=most_documents,
+        documents, tags, counts, before, scratch, shifts, ends, info, malformed, num_documents, num_tokens,
+        rows_of_16, chunks, batch, MAX_DEPTH=MAX_DEPTH, CHUNK=chunk, CHUNKS=CHUNKS, SLOTS=SLOTS, DOCS=most_documents,
         BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
     expand_kernel[(-(-num_tokens // chunk), batch)](
-        counts, before, shifts, ends, info, position_ids, r, segment_end, r_low, r_high, num_tokens, capacity,
+        counts, before, shifts, ends, info, position_ids, r, segment_end, r_low, r_high, num_tokens, rows_of_16,
         num_documents, chunks, tiles, batch, CHUNK=chunk, CHUNKS=CHUNKS, DOCS=most_documents, TILE=TILE,
         FIRST=FIRST, LAST=LAST, num_warps=4,
     )  # fmt: skip
     lists = tile_lists_triton(TileBounds(r_low, r_high, None, None, num_tokens, TILE))
     own = 8
     order_kernel[(-(-tiles // own), batch)](lists.q_partial.counts, lists.q_full.counts, order, tiles, OWN=own,
-                                            CHUNK=min(256, triton.next_power_of_2(tiles)), num_warps=4)  # fmt: skip
+                                            CHUNK=256, num_warps=4)  # fmt: skip
     return StructureScan(position_ids, r, segment_end, malformed.view(torch.bool), lists, order)

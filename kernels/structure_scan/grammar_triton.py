@@ -54,19 +54,7 @@ def _add2(a1, b1, a2, b2):
 
 
 @triton.jit
-def keep(state, t0, k, values, BLOCK: tl.constexpr):
-    """Leave the last lane's value for the next block; two sets of slots, so that no store meets an older load."""
-    slot = (t0 // BLOCK % 2) * 8 + k + tl.zeros((BLOCK,), tl.int32)
-    tl.store(state + slot, values, mask=tl.arange(0, BLOCK) == BLOCK - 1)
-
-
-@triton.jit
-def kept(state, t0, k, BLOCK: tl.constexpr):
-    return tl.load(state + (t0 // BLOCK % 2) * 8 + k)
-
-
-@triton.jit
-def check_levels(raw, words, steps, state, n, MAX_DEPTH: tl.constexpr, BLOCK: tl.constexpr):
+def check_levels(raw, words, steps, n, MAX_DEPTH: tl.constexpr, BLOCK: tl.constexpr):
     """Find the level of every tag and check order and nesting; returns the deepest, over 8 if a rule is broken.
 
     words: tags with their level. steps: tokens since the tag before.
@@ -94,8 +82,6 @@ def check_levels(raw, words, steps, state, n, MAX_DEPTH: tl.constexpr, BLOCK: tl
         tl.store(words + j, word | (level & 15) << 4, mask=j < n)
         tl.store(steps + j, index_of(word) - index_of(previous), mask=j < n)
         if t0 + BLOCK < n:
-            keep(state, t0, 0, level, BLOCK)
-            keep(state, t0, 1, think, BLOCK)
-            tl.debug_barrier()
-            level0, think0 = kept(state, t0, 0, BLOCK), kept(state, t0, 1, BLOCK)
+            is_last = lane == BLOCK - 1
+            level0, think0 = tl.reduce((tl.where(is_last, level, 0), tl.where(is_last, think, 0)), 0, _add2)
     return tl.max(deepest, axis=0)

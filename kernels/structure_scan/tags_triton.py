@@ -52,7 +52,7 @@ def index_of(word):
     return word >> 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "row_stride", "chunks"])
 def tags_kernel(ids_ptr, tag_ids, tags_ptr, counts_ptr, before_ptr, num_tokens, row_stride, chunks,
                 CHUNK: tl.constexpr):  # fmt: skip
     """Program (chunk, row): list the tags of the chunk in its own CHUNK slots, and count them before each token.

@@ -34,7 +34,7 @@ def compare(ids: torch.Tensor, documents: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("depth", range(1, 9))
 def test_random_packs_equal_the_reference_in_poisoned_memory(depth: int) -> None:
-    for seed in range(30):
+    for seed in range(26):
         poison((-1, 2**31 - 1, 12345)[seed % 3])
         pack = random_pack(1000 * depth + seed, depth=depth, width=4 if depth < 5 else 2)
         compare(pack.ids[None], pack.documents[None])
