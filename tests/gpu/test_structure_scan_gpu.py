@@ -5,15 +5,22 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_multiverse.data.loader import SFTLoader
+from megatron_multiverse.data.sft_dataset import SFTDataset
 from megatron_multiverse.kernels.structure_scan import structure_scan, structure_scan_reference
 from megatron_multiverse.model.attention import LayoutParams
+from megatron_multiverse.model.families import qwen3
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.training.forward import masked_loss_sum
 from megatron_multiverse.training.layouts import Layouts
 from megatron_multiverse.training.metrics import MetricsWriter
-from tests.random_tags import TAG_IDS, Pack, damage, deep_tags, make_pack, random_pack, random_tags, words, write
+from tests.random_tags import TAG_IDS, VOCAB, Pack, damage, deep_tags, make_pack, random_pack, random_tags, words, write
 from tests.scan_checks import assert_same_scan
+from tests.unit.data.test_sft_dataset import write_documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 TAGS = torch.tensor(TAG_IDS)
@@ -111,6 +118,26 @@ def test_a_captured_scan_follows_its_inputs() -> None:
         graph.replay()
         want = structure_scan_reference(packs[number].ids[None], documents[number : number + 1], TAGS)
         assert_same_scan(scan, want)
+
+
+def test_a_model_has_the_same_loss_by_scan_and_by_loader(tmp_path: Path) -> None:
+    rng, documents = random.Random(2), []
+    for _ in range(6):
+        prompt, response = [*words(rng, 5), 50], write(rng, random_tags(rng, 2, width=2), text=3)
+        documents.append((np.array(prompt), np.array(response)))
+    write_documents(tmp_path / "set", documents, VOCAB)
+    length = max(len(prompt) + len(response) for prompt, response in documents)
+    loader = SFTLoader(SFTDataset(str(tmp_path / "set"), VOCAB), seq_length=length, micro_batch_size=1, pad=50)
+    shape = qwen3(
+        num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2, kv_channels=16,
+        vocab_size=200, max_sequence_length=length,
+    )  # fmt: skip
+    device = torch.device("cuda")
+    model = build_gpt_model(shape, dtype=torch.float32, device=device)
+    batch = next(iter(loader))
+    losses = [masked_loss_sum(model, batch, device, "dense", layouts) for layouts in (Layouts(loader, device), None)]
+    assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
+    assert float(losses[0][0]) > 0
 
 
 class OneBatch:

@@ -25,6 +25,8 @@ from random_tags import (
 )
 
 from megatron_multiverse.kernels import structure_scan as package
+from megatron_multiverse.kernels.benchmarks.tagged import TAG_IDS as BENCHMARK_TAGS
+from megatron_multiverse.kernels.benchmarks.tagged import TAGGED, make_ids
 from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan, structure_scan_reference
 from megatron_multiverse.kernels.structure_scan.reference import END_CONCLUSION, THINK
 from megatron_multiverse.structure import MAX_DEPTH, TAGS, StructureVocab, Tag, layout, pack_layouts, parse
@@ -137,6 +139,15 @@ def test_shapes_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         structure_scan(ids, documents, tags)
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_benchmark_ids_are_well_formed_and_fill_the_row(name: str) -> None:
+    ids, documents = make_ids(name, 8192)
+    scan = structure_scan(ids, documents, torch.tensor(BENCHMARK_TAGS))
+    assert ids.shape == (1, 8192) and not scan.malformed.any()
+    assert bool((scan.segment_end < 8192).any()) == (name != "causal")
+    assert int((documents[0, :, 0] < 8192).sum()) == (2 if name == "packed" else 1)
 
 
 @pytest.mark.parametrize("check", ["random", "malformed", "extremes", "bad_inputs"])
