@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from megatron_multiverse.config import LayerConfig, ModelConfig
-from megatron_multiverse.model.mcore import ensure_parallel_state  # first: imports megatron-core quietly
+from megatron_multiverse.model.mcore import ensure_cuda_rng_states, ensure_parallel_state  # first: imports quietly
 
 # isort: split
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -109,7 +109,7 @@ def build_gpt_model(
         layer_specs=[spec] * get_num_layers_to_build(mcore_config), layer_norm=get_final_norm(impl)
     )
     if impl == "transformer_engine":
-        _ensure_rng_tracker()
+        ensure_cuda_rng_states()
     with torch.random.fork_rng(devices=[]), device_neutral_cuda():
         torch.manual_seed(seed)
         model = GPTModel(
@@ -125,14 +125,3 @@ def build_gpt_model(
     angles = torch.float64 if dtype == torch.float64 else torch.float32
     install_rotary(model, PositionIdRotary(config.kv_channels, config.rotary_base, angles, config.rope_scaling))
     return model.to(device)
-
-
-def _ensure_rng_tracker() -> None:
-    """Give megatron-core's tracker of CUDA generators the states that TransformerEngine's layers ask for.
-
-    Nothing here draws from them (no dropout, initial weights come from the CPU), but a tracker that recompute has
-    touched counts as initialised, and without these states no further layer could be built.
-    """
-    if "model-parallel-rng" not in tensor_parallel.get_cuda_rng_tracker().get_states():
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-            tensor_parallel.model_parallel_cuda_manual_seed(0)

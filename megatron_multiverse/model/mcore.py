@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     import megatron.core
     import megatron.core.dist_checkpointing
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state, tensor_parallel
 
 
 def ensure_parallel_state() -> None:
@@ -55,6 +55,17 @@ def ensure_parallel_state() -> None:
         atexit.register(_destroy_own_group, torch.distributed.group.WORLD, os.getpid())
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
+
+
+def ensure_cuda_rng_states() -> None:
+    """Give megatron-core's tracker of CUDA generators the states that TransformerEngine's layers ask for.
+
+    Nothing here draws from them (no dropout, initial weights come from the CPU), but a tracker that recompute has
+    touched counts as initialised, and without these states no further layer could be built.
+    """
+    if "model-parallel-rng" not in tensor_parallel.get_cuda_rng_tracker().get_states():
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+            tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 
 def _destroy_own_group(group: object, owner: int) -> None:
