@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from megatron_multiverse.kernels.benchmarks.layouts import (
+    CONCLUSION,
+    DOCUMENTS,
+    HAS_NESTED,
+    NESTED_PATH,
+    OUTLINE,
+    PATH,
+    PATHS_PER_BLOCK,
+    Quantiles,
+    draw,
+)
+from megatron_multiverse.kernels.benchmarks.layouts import TEXT as MEAN_TEXT
+
 TAG_IDS = tuple(range(1000, 1012))
 """In the order of `structure.tags.TAGS`."""
 TEXT = 7
-(_, _, PARALLEL, END_PARALLEL, GOAL, END_GOAL,
- OUTLINE, END_OUTLINE, PATH, END_PATH, CONCLUSION, END_CONCLUSION) = TAG_IDS  # fmt: skip
+_, _, *_BLOCK_TAGS = TAG_IDS
 
 Ids = list[int]
 
@@ -24,26 +37,42 @@ def text(count: int) -> Ids:
 
 def block(paths: list[Ids], *, outline: int = 20, conclusion: int = 60) -> Ids:
     """One parallel block around what its paths hold."""
-    ids = [PARALLEL, TEXT, GOAL, TEXT]
+    (parallel, end_parallel, goal, end_goal, outline_tag, end_outline,
+     path_tag, end_path, conclusion_tag, end_conclusion) = _BLOCK_TAGS  # fmt: skip
+    ids = [parallel, TEXT, goal, TEXT]
     for _ in paths:
-        ids += [OUTLINE, *text(outline), END_OUTLINE, TEXT]
-    ids += [END_GOAL]
+        ids += [outline_tag, *text(outline), end_outline, TEXT]
+    ids += [end_goal]
     for path in paths:
-        ids += [TEXT, PATH, *path, END_PATH]
-    return [*ids, TEXT, CONCLUSION, *text(conclusion), END_CONCLUSION, TEXT, END_PARALLEL]
+        ids += [TEXT, path_tag, *path, end_path]
+    return [*ids, TEXT, conclusion_tag, *text(conclusion), end_conclusion, TEXT, end_parallel]
+
+
+def _paths(rng: random.Random, quantiles: Quantiles) -> list[Ids]:
+    """Paths of a block with the statistics of the data, without what may be nested in them."""
+    count = rng.choices(list(PATHS_PER_BLOCK), list(PATHS_PER_BLOCK.values()))[0]
+    return [text(draw(rng, quantiles) - 3) for _ in range(count)]
+
+
+def document(rng: random.Random, n: int) -> Ids:
+    """n tokens with the statistics of the data (see `layouts.document`)."""
+    ids: Ids = []
+    while True:
+        paths = _paths(rng, PATH)
+        for k, path in enumerate(paths):
+            inner = block(_paths(rng, NESTED_PATH), outline=draw(rng, OUTLINE), conclusion=draw(rng, CONCLUSION))
+            if len(inner) + 8 < len(path) and rng.random() < HAS_NESTED:
+                paths[k] = [TEXT, *inner, *text(len(path) - len(inner) - 1)]
+        piece = text(round(rng.expovariate(1 / MEAN_TEXT)))
+        piece += block(paths, outline=draw(rng, OUTLINE), conclusion=draw(rng, CONCLUSION))
+        if len(ids) + len(piece) > n:
+            return ids + text(n - len(ids))
+        ids += piece
 
 
 def _realistic(n: int) -> list[Ids]:
-    """Blocks of 2 to 5 paths of 300 to 1200 tokens with text between them and one nested block each."""
-    rng = random.Random(0)
-    ids: Ids = text(400)
-    while len(ids) < n - 8000:
-        ids += text(rng.randint(300, 900))
-        paths = [text(rng.randint(300, 1200)) for _ in range(rng.randint(2, 5))]
-        third = len(paths[0]) // 3
-        paths[0] = text(third // 2) + block([text(third // 2), text(third)]) + text(third // 2)
-        ids += block(paths)
-    return [ids + text(n - len(ids))]
+    """One long document with the statistics of the data."""
+    return [document(random.Random(0), n)]
 
 
 def _wide(n: int) -> list[Ids]:
@@ -66,10 +95,14 @@ def _deep(n: int) -> list[Ids]:
 
 
 def _packed(n: int) -> list[Ids]:
-    """Documents of 4096 tokens, every other one with blocks."""
-    part = min(n, 4096)
-    plain, tagged = text(part), _wide(part)[0]
-    return [tagged if k % 2 else plain for k in range(n // part)] + ([text(n % part)] if n % part else [])
+    """Documents of the data's lengths with its statistics, the last one shorter."""
+    rng, parts, room = random.Random(0), [], n
+    for length in itertools.cycle(DOCUMENTS):
+        parts.append(document(rng, min(length, room)))
+        room -= len(parts[-1])
+        if room == 0:
+            return parts
+    raise AssertionError("a cycle does not end")
 
 
 TAGGED: dict[str, Callable[[int], list[Ids]]] = {
