@@ -1,210 +1,266 @@
-"""Attention under the Multiverse mask beside causal attention and FlexAttention, on one GPU, in one run.
+"""Attention under the Multiverse mask beside its rivals, on one GPU, in one run.
 
-A case is measured only after its output and gradients were compared with float32 math on the same inputs.
+`python -m megatron_multiverse.kernels.benchmarks.attention` runs every case; `--layouts`, `--lengths` and
+`--attention` choose some, and what they measure replaces those rows alone. A case counts only after its output and
+gradients were compared with float32 math on the same inputs.
+
+These kernels run at the GPU's power limit, and what ran before sets the clock: a kernel timed right after one that
+draws less power looks up to 15 % faster. So every kernel warms up itself, and rounds go in random order.
 """
 
 from __future__ import annotations
 
+import math
+import random
+import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch._functorch.config
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_multiverse.cli import parse_options
-from megatron_multiverse.kernels.benchmarks.layouts import make_labels
+from megatron_multiverse.kernels.benchmarks.attention_rivals import (
+    Attention,
+    Rival,
+    block_mask_maker,
+    causal_rivals,
+    masked_rivals,
+)
+from megatron_multiverse.kernels.benchmarks.layouts import LAYOUTS, make_labels
 from megatron_multiverse.kernels.benchmarks.record import Recorder
-from megatron_multiverse.kernels.multiverse_attention import flash4, flex, tile_lists
+from megatron_multiverse.kernels.multiverse_attention import AttentionLayout, flash4, tile_lists
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 TOLERANCE = 1e-2
 """Relative error (norms) of output and gradients in bfloat16 against float32."""
-
-
-@dataclass
-class Case:
-    """Inputs of one length and layout; q [1, h, n, d], k and v [1, g, n, d]."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    upstream: Tensor
-    r: Tensor
-    pairs: int
-
-    @classmethod
-    def make(cls, layout: str, n: int, heads: int, groups: int, dim: int) -> Case:
-        torch.manual_seed(n)
-        r, pairs = make_labels(layout, n)
-
-        def draw(count: int) -> Tensor:
-            # memory order [s, b, h, d], as megatron-core hands it over
-            return torch.randn(n, 1, count, dim, device="cuda", dtype=torch.bfloat16).permute(1, 2, 0, 3)
-
-        q, k, v, upstream = draw(heads), draw(groups), draw(groups), draw(heads)
-        return cls(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), upstream, r.cuda(), pairs)
-
-
-def median(function: Callable[[], Any], milliseconds: int = 150) -> float:
-    """Median time in ms."""
-    from triton.testing import do_bench
-
-    return float(do_bench(function, warmup=40, rep=milliseconds, return_mode="median"))
-
-
-def relative_errors(case: Case, attention: Attention, exact: list[Tensor]) -> tuple[float, float]:
-    """Relative error of the output, and the largest one of the three gradients."""
-    out = attention(case.q, case.k, case.v)
-    mine = [out, *torch.autograd.grad(out, (case.q, case.k, case.v), case.upstream)]
-    errors = [float((x.detach().float() - y).norm() / y.norm()) for x, y in zip(mine, exact, strict=True)]
-    return errors[0], max(errors[1:])
-
-
-def exact_results(case: Case, causal: bool) -> list[Tensor]:
-    """Output, dq, dk, dv by explicit matrices in float32, 512 queries at a time."""
-    n, (h, g) = case.q.shape[2], (case.q.shape[1], case.k.shape[1])
-    exact_k, exact_v = (x.detach().float().requires_grad_() for x in (case.k, case.v))
-    place = torch.arange(n, device="cuda")
-    labels = place if causal else case.r[0]
-    out_exact, dq_exact = [], []
-    dk, dv = torch.zeros_like(exact_k), torch.zeros_like(exact_v)
-    for start in range(0, n, 512):
-        rows = slice(start, min(start + 512, n))
-        q = case.q[:, :, rows].detach().float().requires_grad_()
-        visible = (place[None] <= place[rows, None]) & (labels[None] <= labels[rows, None])
-        scores = (q.unflatten(1, (g, h // g)) @ exact_k[:, :, None].transpose(-1, -2)) * q.shape[-1] ** -0.5
-        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-        part = (weights @ exact_v[:, :, None]).flatten(1, 2)
-        grads = torch.autograd.grad(part, (q, exact_k, exact_v), case.upstream[:, :, rows].float())
-        out_exact.append(part.detach())
-        dq_exact.append(grads[0])
-        dk += grads[1]
-        dv += grads[2]
-    return [torch.cat(out_exact, 2), torch.cat(dq_exact, 2), dk, dv]
-
-
-def backends(case: Case) -> dict[str, tuple[Attention, bool]]:
-    """Name -> (function, whether it is plain causal)."""
-    found: dict[str, tuple[Attention, bool]] = {}
-
-    def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    found["cudnn causal"] = cudnn, True
-    flex_plan = flex.flex_plan(case.r, None, case.q.dtype)
-    found["flex"] = (lambda q, k, v: flex.flex_attention(q, k, v, flex_plan)), False
-    if flash4.flash4_problem("cuda", case.q.dtype, case.q.shape[-1]) is None:
-        from flash_attn.cute import flash_attn_func
-
-        def fa4_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
-            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-
-        plan = flash4.flash4_plan(case.r, None, case.q.dtype)
-        found["fa4 causal"] = fa4_causal, True
-        found["flash4"] = (lambda q, k, v: flash4.flash4_attention(q, k, v, plan)), False
-    return found
-
-
-def measure(case: Case, attention: Attention, pairs: int) -> dict[str, float]:
-    """Times in ms and TFLOP/s on visible pairs (forward 4 d h pairs, backward 10 d h pairs)."""
-    out = attention(case.q, case.k, case.v)
-    forward = median(lambda: attention(case.q, case.k, case.v))
-    inputs = (case.q, case.k, case.v)
-    backward = median(lambda: torch.autograd.grad(out, inputs, case.upstream, retain_graph=True))
-    work = 4 * case.q.shape[-1] * case.q.shape[1] * pairs / 1e9
-    return {
-        "fwd_ms": forward,
-        "bwd_ms": backward,
-        "fwd_tflops": work / forward,
-        "bwd_tflops": 2.5 * work / backward,
-    }
-
-
-def preparation_times(case: Case) -> dict[str, float]:
-    """Times in us of what is done once per microbatch."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    n, r = case.r.shape[1], case.r
-    graph = torch.cuda.CUDAGraph()
-    tile_lists(r)
-    with torch.cuda.graph(graph):
-        tile_lists(r)
-    create = torch.compile(create_block_mask)
-
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q) & (r[0, k] <= r[0, q])
-
-    def flex_mask() -> Any:
-        return create(visible, None, None, n, n, device="cuda")
-
-    flex_mask()
-    return {
-        "tile_lists_us": 1e3 * median(lambda: tile_lists(r), 50),
-        "tile_lists_graph_us": 1e3 * median(graph.replay, 50),
-        "flash4_plan_us": 1e3 * median(lambda: flash4.flash4_plan(r, None, case.q.dtype), 50)
-        if flash4.flash4_problem("cuda", case.q.dtype, case.q.shape[-1]) is None
-        else float("nan"),
-        "flex_plan_us": 1e3 * median(lambda: flex.flex_plan(r, None, case.q.dtype), 50),
-        "create_block_mask_compiled_us": 1e3 * median(flex_mask, 50),
-    }
+DATASHEET = 989.0
+"""bfloat16 TFLOP/s that NVIDIA states for the H100 and H200 (SXM)."""
+LONGEST_FOR_ALL = 32768
+"""Longer cases run cuDNN and flash4 alone."""
+LONGEST_DENSE = 4096
+"""Longest case for attention that holds the whole mask; without FlexAttention."""
+WARM_UP, MEASURED = 25.0, 70.0
+"""Milliseconds of a turn."""
 
 
 @dataclass
 class Options:
     """What to measure."""
 
-    lengths: list[int] = field(default_factory=lambda: [16384, 32768])
-    """Tokens per sequence."""
-    layouts: list[str] = field(default_factory=lambda: ["realistic", "wide"])
-    """Names in layouts.py."""
-    skip: list[str] = field(default_factory=list)
-    """Names of rivals to leave out."""
+    lengths: list[int] = field(default_factory=lambda: [4096, 16384, 32768, 131072])
+    """Tokens. The shortest and the longest take the realistic layout alone."""
+    layouts: list[str] = field(default_factory=lambda: list(LAYOUTS))
+    attention: list[str] = field(default_factory=list)
+    """Beginnings of the names of what to measure; default everything."""
     heads: int = 40
     groups: int = 8
     dim: int = 128
+    rounds: int = 3
+    """How often each attention function gets its turn."""
     output: str | None = None
     """Folder; default kernels/benchmarks/results."""
     commit: str | None = None
     """Commit to record; default that of the working tree."""
 
 
+class Inputs:
+    """q [1, h, n, d], k and v [1, g, n, d] in bfloat16, in the memory order [n, 1, heads, d] of megatron-core."""
+
+    def __init__(self, n: int, heads: int, groups: int, dim: int, device: str = "cuda") -> None:
+        generator = torch.Generator(device).manual_seed(n)
+
+        def draw(count: int) -> Tensor:
+            x = torch.randn(n, 1, count, dim, generator=generator, device=device, dtype=torch.bfloat16)
+            return x.permute(1, 2, 0, 3)
+
+        self.q, self.k, self.v = (draw(x).requires_grad_() for x in (heads, groups, groups))
+        self.upstream = draw(heads)
+        self.causal_errors: dict[str, tuple[float, float]] = {}
+
+    def run(self, attention: Attention) -> list[Tensor]:
+        """Output, dq, dk, dv."""
+        out = attention(self.q, self.k, self.v)
+        return [out.detach(), *torch.autograd.grad(out, (self.q, self.k, self.v), self.upstream)]
+
+
+def exact_results(inputs: Inputs, labels: Tensor, group: int) -> list[Tensor]:
+    """Output, dq, dk, dv of one key/value head and its queries, by explicit matrices in float32, rows by rows."""
+    n, each = inputs.q.shape[2], inputs.q.shape[1] // inputs.k.shape[1]
+    own = slice(group * each, (group + 1) * each)
+    q, upstream = inputs.q.detach()[0, own].float(), inputs.upstream[0, own].float()
+    k, v = (x.detach()[0, group].float() for x in (inputs.k, inputs.v))
+    place, scale = torch.arange(n, device=q.device), q.shape[-1] ** -0.5
+    out, dq, dk, dv = torch.empty_like(q), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    step = max(128, 2**25 // n)
+    for start in range(0, n, step):
+        rows, keys = slice(start, min(start + step, n)), slice(0, min(start + step, n))
+        seen = (place[None, keys] <= place[rows, None]) & (labels[None, keys] <= labels[rows, None])
+        p = ((q[:, rows] @ k[keys].T) * scale).masked_fill_(~seen, -torch.inf).softmax(-1)
+        out[:, rows] = p @ v[keys]
+        dv[keys] += torch.einsum("hqk,hqd->kd", p, upstream[:, rows])
+        mean = (out[:, rows] * upstream[:, rows]).sum(-1, keepdim=True)
+        ds = (upstream[:, rows] @ v[keys].T).sub_(mean).mul_(p).mul_(scale)
+        dq[:, rows] = ds @ k[keys]
+        dk[keys] += torch.einsum("hqk,hqd->kd", ds, q[:, rows])
+    return [out, dq, dk, dv]
+
+
+def errors(inputs: Inputs, rivals: list[Rival], labels: Tensor) -> dict[str, tuple[float, float]]:
+    """Relative error of the output, and the largest one of the three gradients, of each attention function.
+
+    All tokens of the first and of the last key/value head (of long sequences: of the second) and of the queries that
+    go with them are compared.
+    """
+    each = inputs.q.shape[1] // inputs.k.shape[1]
+    if not rivals:
+        return {}
+    groups = sorted({0, inputs.k.shape[1] - 1}) if inputs.q.shape[2] <= LONGEST_FOR_ALL else [1]
+    exact = {group: exact_results(inputs, labels, group) for group in groups}
+    found = {}
+    for rival in rivals:
+        mine, worst = inputs.run(rival.call), [0.0, 0.0]
+        for group in groups:
+            own = slice(group * each, (group + 1) * each)
+            parts = [mine[0][0, own], mine[1][0, own], mine[2][0, group], mine[3][0, group]]
+            off = [float((x.float() - y).norm() / y.norm()) for x, y in zip(parts, exact[group], strict=True)]
+            worst = [max(worst[0], off[0]), max(worst[1], *off[1:])]
+        found[rival.name] = (worst[0], worst[1])
+    return found
+
+
+def in_turns(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median time in ms of each function; they take turns in random order, and each turn begins with a warm-up."""
+
+    def timed(function: Callable[[], Any]) -> tuple[Any, Any]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        return start, end
+
+    expected = {}
+    for name, function in functions.items():
+        function()
+        start, end = timed(function)
+        torch.cuda.synchronize()
+        expected[name] = start.elapsed_time(end)
+    order, rng = list(functions), random.Random(0)
+    times: dict[str, list[tuple[Any, Any]]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        rng.shuffle(order)
+        for name in order:
+            for _ in range(math.ceil(WARM_UP / expected[name])):
+                functions[name]()
+            times[name] += [timed(functions[name]) for _ in range(math.ceil(MEASURED / expected[name]))]
+    torch.cuda.synchronize()
+    return {name: statistics.median(start.elapsed_time(end) for start, end in x) for name, x in times.items()}
+
+
+def measure(inputs: Inputs, rivals: list[Rival], rounds: int) -> dict[str, tuple[float, float]]:
+    """Median times in ms, (forward, backward), of each attention function."""
+    leaves = inputs.q, inputs.k, inputs.v
+    functions: dict[str, Callable[[], Any]] = {}
+    for rival in rivals:
+        out = rival.call(*leaves)
+        functions[f"{rival.name}/f"] = partial(rival.call, *leaves)
+        functions[f"{rival.name}/b"] = partial(torch.autograd.grad, out, leaves, inputs.upstream, retain_graph=True)
+    times = in_turns(functions, rounds)
+    return {rival.name: (times[f"{rival.name}/f"], times[f"{rival.name}/b"]) for rival in rivals}
+
+
+def matmul_rate() -> float:
+    """TFLOP/s of an 8192^3 bfloat16 product on random numbers."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / 1e9 / in_turns({"matmul": lambda: a @ b}, 3)["matmul"]
+
+
+def chosen(rivals: list[Rival], o: Options, n: int, layout: str) -> list[Rival]:
+    """The rivals that the options ask for and that this case takes."""
+    names = ["cuDNN", "FA4", "flash4"]
+    if n > LONGEST_FOR_ALL:
+        names.remove("FA4")
+    elif n > LONGEST_DENSE:
+        names += ["flex"] + ["FA2", "TransformerEngine"] * (layout == "causal")
+        names += ["FlexAttention"] * (n == LONGEST_FOR_ALL and layout == "long-paths")
+    else:
+        names += ["TransformerEngine arbitrary"]
+    return [x for x in rivals if x.name.startswith(tuple(names)) and x.name.startswith(tuple(o.attention or [""]))]
+
+
+def run_case(inputs: Inputs, layout: str, o: Options, recorder: Recorder, matmul: float) -> None:
+    """Check and measure all rivals on one layout."""
+    n = inputs.q.shape[2]
+    r, pairs = make_labels(layout, n)
+    r, causal_pairs = r.cuda(), n * (n + 1) // 2
+    plain = chosen(causal_rivals(inputs.q, inputs.k), o, n, layout)
+    masked = chosen(masked_rivals(r, inputs.q, inputs.k, n <= LONGEST_DENSE), o, n, layout)
+    unchecked = [x for x in plain if x.name not in inputs.causal_errors]
+    inputs.causal_errors |= errors(inputs, unchecked, torch.arange(n, device="cuda"))
+    found = inputs.causal_errors | errors(inputs, masked, r[0])
+    counted = [x for x in (*plain, *masked) if max(found[x.name]) < TOLERANCE]
+    for rival in (*plain, *masked):
+        if rival not in counted:
+            print(f"NOT COUNTED: {rival.name} on {layout} {n}: errors {found[rival.name]}", flush=True)
+    times = measure(inputs, counted, o.rounds if n <= LONGEST_FOR_ALL else 2)
+    work = 4 * o.dim * o.heads / 1e9
+    rates = {}
+    for rival in counted:
+        forward, backward = times[rival.name]
+        seen = causal_pairs if rival.causal else pairs
+        rates[rival.name] = work * seen / forward, 2.5 * work * seen / backward
+    for rival in counted:
+        row: dict[str, Any] = {"tokens": n, "layout": layout, "attention": rival.name}
+        row |= {"heads": o.heads, "groups": o.groups, "dim": o.dim, "visible": pairs / causal_pairs}
+        (row["fwd_ms"], row["bwd_ms"]), rate = times[rival.name], rates[rival.name]
+        row["fwd_tflops"], row["bwd_tflops"] = rate
+        for name, other in (("cudnn", "cuDNN causal (SDPA)"), ("fa4", "FA4 causal")):
+            if other in rates:
+                row |= {f"{k}_over_{name}": x / y for k, x, y in zip(("fwd", "bwd"), rate, rates[other], strict=True)}
+        row |= {"fwd_of_datasheet": rate[0] / DATASHEET, "bwd_of_datasheet": rate[1] / DATASHEET}
+        row |= {"fwd_of_matmul": rate[0] / matmul, "bwd_of_matmul": rate[1] / matmul}
+        row["out_error"], row["grad_error"] = found[rival.name]
+        recorder.add(**row)
+
+
+def preparation_times(n: int) -> dict[str, float]:
+    """Times in us of what is done once per microbatch of the realistic layout."""
+    r = make_labels("realistic", n)[0].cuda()
+    graph = torch.cuda.CUDAGraph()
+    tile_lists(r)
+    with torch.cuda.graph(graph):
+        tile_lists(r)
+    functions: dict[str, Callable[[], Any]] = {"tile lists, graph replay": graph.replay}
+    if flash4.flash4_problem("cuda", torch.bfloat16, 128) is None:
+        functions["flash4 plan from Python"] = lambda: flash4.flash4_plan(AttentionLayout(r), torch.bfloat16)
+    if n <= LONGEST_FOR_ALL:
+        functions["create_block_mask, compiled"] = block_mask_maker(r)
+    return {name: 1e3 * in_turns({name: function}, 3)[name] for name, function in functions.items()}
+
+
 def main() -> None:
     """Run all cases."""
-    options = parse_options(Options)
-    warnings.filterwarnings("ignore")
-    torch._functorch.config.donated_buffer = False  # the backward pass is timed many times over one graph
-    recorder = Recorder("attention", options.output, options.commit)
-    for n in options.lengths:
-        for layout in options.layouts:
-            case = Case.make(layout, n, options.heads, options.groups, options.dim)
-            exact = {causal: exact_results(case, causal) for causal in (False, True)}
-            for name, (attention, causal) in backends(case).items():
-                if name in options.skip:
-                    continue
-                out_error, grad_error = relative_errors(case, attention, exact[causal])
-                if not max(out_error, grad_error) < TOLERANCE:
-                    print(f"NOT COUNTED: {name} n={n} {layout}: errors {out_error:.2e} {grad_error:.2e}", flush=True)
-                    continue
-                pairs = n * (n + 1) // 2 if causal else case.pairs
-                recorder.add(
-                    n=n,
-                    layout=layout,
-                    attention=name,
-                    visible_over_causal=pairs / (n * (n + 1) / 2),
-                    **measure(case, attention, pairs),
-                    out_error=out_error,
-                    grad_error=grad_error,
-                )
-                recorder.table("TFLOP/s on visible pairs; errors relative to float32; medians.")
-        for key, value in preparation_times(case).items():
-            print(f"n={n} {key} {value:.1f}", flush=True)
+    o = parse_options(Options)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    torch._functorch.config.donated_buffer = False  # backward runs repeatedly on one graph
+    recorder, matmul = Recorder("attention", o.output, o.commit), matmul_rate()
+    print(f"bfloat16 matmul {matmul:.0f} TFLOP/s, datasheet {DATASHEET:.0f}", flush=True)
+    for n in o.lengths:
+        inputs = Inputs(n, o.heads, o.groups, o.dim)
+        for layout in o.layouts if LONGEST_DENSE < n <= LONGEST_FOR_ALL else ["realistic"]:
+            run_case(inputs, layout, o, recorder, matmul)
+            recorder.table(
+                "TFLOP/s on visible pairs (plain causal attention: on all causal ones), forward 4 d h pairs, backward "
+                "10 d h; `over` cuDNN and FA4: ratio of TFLOP/s to that causal kernel in the same rounds; errors are "
+                "relative to float32; medians of rounds in which all take turns. prepare_us: once per microbatch."
+            )
+        for name, value in {} if o.attention else preparation_times(n).items():
+            recorder.add(tokens=n, layout="realistic", attention=name, prepare_us=value)
+        del inputs
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .layout import AttentionLayout
 from .reference import visibility
-from .tiles import TileLists
 
 
-def dense_mask(r: Tensor, index: Tensor | None, dtype: torch.dtype, lists: TileLists | None = None) -> Tensor:
-    """The mask of one microbatch, [b, 1, s, s]: boolean on the CPU, additive (0 or -inf) in `dtype` on CUDA.
+@dataclass(frozen=True)
+class DensePlan:
+    """What all layers of a microbatch share."""
+
+    mask: Tensor
+    """[b, 1, s_q, s_k]: boolean on the CPU, additive (0 or -inf) on CUDA."""
+    sees_any: Tensor | None = None
+    """bool [b, 1, s_q, 1] where keys are other tokens than the queries; the mask lets a query that sees none see all,
+    so that nothing becomes NaN, and its output is set to 0."""
+
+
+def dense_plan(layout: AttentionLayout, dtype: torch.dtype) -> DensePlan:
+    """The mask of one microbatch; tile lists are of no use here.
 
     SDPA's CUDA kernels take additive masks only and would convert a boolean one again in every layer, and keep
     every copy for the backward pass.
     """
-    visible = visibility(r, index)
-    if not r.is_cuda:
-        return visible
-    hidden = torch.zeros(visible.shape, dtype=dtype, device=r.device)
-    return hidden.masked_fill_(~visible, -torch.inf)
+    visible = visibility(layout.r, layout.index, layout.key_r, layout.key_index)
+    sees_any = None
+    if layout.key_r is not None:
+        sees_any = visible.any(-1, keepdim=True)
+        visible |= ~sees_any
+    if visible.is_cuda:
+        hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return DensePlan(hidden.masked_fill_(~visible, -torch.inf), sees_any)
+    return DensePlan(visible, sees_any)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softmax_scale: float | None = None) -> Tensor:
-    """Same contract as `multiverse_attention_reference`, by SDPA; `mask` is boolean or additive.
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: DensePlan, softmax_scale: float | None = None) -> Tensor:
+    """Same contract as `multiverse_attention_reference`, by SDPA.
 
     On CUDA the key/value heads are repeated: SDPA's memory-efficient kernel takes arbitrary masks but no
     grouped heads, and the fallback would keep every score matrix for the backward pass.
@@ -33,4 +50,5 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softmax_scale
     if grouped and q.is_cuda:
         repeats = q.shape[1] // k.shape[1]
         k, v, grouped = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1), False
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, scale=softmax_scale, enable_gqa=grouped)
+    return out if plan.sees_any is None else out.masked_fill(~plan.sees_any, 0)

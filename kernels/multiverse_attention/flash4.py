@@ -1,7 +1,8 @@
 """FlashAttention 4 backend (flash_attn.cute, package flash-attn-4): its mask_mod and block-sparse lists on Hopper.
 
 Kernels are compiled at the first call of each kind (head width, dtype, grouping), 4 to 8 s; other lengths and
-layouts do not compile again. Lengths are padded to whole tiles.
+layouts do not compile again. Lengths are padded to whole tiles. What we put into its kernels stands in
+flash4_kernels.py; it is tied to one version of the package, any newer one runs without it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import TILE, TileLists, pad_labels, tile_lists
+from .layout import AttentionLayout
+from .tiles import TILE, pad_labels, tile_lists, write_order
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = "flash-attn-4"
 VERSION = "4.0.0b36"
-"""Oldest version known to be right: earlier builds raced in the block-sparse backward pass on sm_90."""
+"""Oldest version known to be right: earlier builds raced in the block-sparse backward pass on sm_90. It is also the
+one that flash4_kernels.py was written for."""
 HEAD_DIMS = (64, 128)
 
 
@@ -32,7 +38,10 @@ class Flash4Plan:
     labels: list[Tensor]
     forward: Any
     backward: Any
-    length: int
+    queries: int
+    keys: int
+    """Lengths in whole tiles."""
+    deterministic: bool
 
 
 @functools.cache
@@ -73,34 +82,70 @@ def flash4_problem(device_type: str, dtype: torch.dtype, head_dim: int) -> str |
         return f"FlashAttention 4 takes bfloat16 and float16, got {dtype}"
     if head_dim not in HEAD_DIMS:
         return f"FlashAttention 4 was checked with head widths {HEAD_DIMS}, got {head_dim}"
-    if torch.are_deterministic_algorithms_enabled():
-        return "its backward pass adds dQ in varying order, and torch.use_deterministic_algorithms is on"
-    return _missing()
+    if (problem := _missing()) is None and torch.are_deterministic_algorithms_enabled() and not _ours_fit():
+        return f"torch.use_deterministic_algorithms is on, which needs {PACKAGE} {VERSION} exactly"
+    return problem
 
 
-def flash4_plan(r: Tensor, index: Tensor | None, dtype: torch.dtype, lists: TileLists | None = None) -> Flash4Plan:
-    """Mask and tile lists of one microbatch from r [b, s]; `lists` are made here unless given (they must fit)."""
+def _ours_fit() -> bool:
+    """Whether flash4_kernels.py was written for the version that is installed."""
+    return importlib.metadata.version(PACKAGE) == VERSION
+
+
+@functools.cache
+def _kernels() -> Any:
+    """flash4_kernels, connected to FlashAttention 4 if it was written for this version."""
+    from . import flash4_kernels
+
+    if _ours_fit():
+        flash4_kernels.install()
+    else:
+        found = importlib.metadata.version(PACKAGE)
+        logger.warning(
+            "flash4 runs slower than it could: flash4_kernels.py is for %s %s, not %s", PACKAGE, VERSION, found
+        )
+    return flash4_kernels
+
+
+def flash4_plan(layout: AttentionLayout, dtype: torch.dtype) -> Flash4Plan:
+    """Mask and tile lists of one microbatch; lists that the layout brings must fit.
+
+    Under torch.use_deterministic_algorithms the plan says so and carries the order in which dQ is added.
+    """
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    from . import flash4_masks
-
-    length = -(-r.shape[1] // TILE) * TILE
+    kernels = _kernels()
+    batch, queries, keys = layout.shape
+    queries, keys = (-(-length // TILE) * TILE for length in (queries, keys))
+    lists = layout.lists
     if lists is None:
-        lists = tile_lists(r, index, length=length)
-    elif not lists.fit(r, length):
-        raise ValueError(f"tile lists of shape {lists.shape} do not fit labels {tuple(r.shape)}: make them for them")
+        lists = tile_lists(layout.r, layout.index, layout.key_r, layout.key_index, length=queries, key_length=keys)
+    elif not lists.fit(batch, queries, keys):
+        raise ValueError(f"tile lists for {lists.shape} tiles do not fit a layout of {layout.shape}: make them for it")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if layout.index is None:
+        labels = [pad_labels(layout.r, queries)]
+    else:
+        own = [pad_labels(x, queries) for x in (layout.r, layout.index)]
+        others = (layout.key_r, layout.key_index)
+        labels = own + [pad_labels(x, keys) for x in others if x is not None] if layout.key_r is not None else own * 2
+    order = {}
+    if deterministic:
+        order = dict(zip(("dq_write_order", "dq_write_order_full"), write_order(lists), strict=True)) | {"spt": True}
 
-    def sparse(partial: Any, full: Any) -> Any:
+    def sparse(partial: Any, full: Any, **rest: Any) -> Any:
         return BlockSparseTensorsTorch(
-            partial.counts, partial.indices, full.counts, full.indices, block_size=(lists.size, lists.size)
+            partial.counts, partial.indices, full.counts, full.indices, block_size=(TILE, TILE), **rest
         )
 
     return Flash4Plan(
-        mask=flash4_masks.ordered if index is None else flash4_masks.permuted,
-        labels=[pad_labels(x, length) for x in (r, index) if x is not None],
+        mask=kernels.ordered if layout.index is None else kernels.placed,
+        labels=labels,
         forward=sparse(lists.q_partial, lists.q_full),
-        backward=sparse(lists.k_partial, lists.k_full),
-        length=length,
+        backward=sparse(lists.k_partial, lists.k_full, **order),
+        queries=queries,
+        keys=keys,
+        deterministic=deterministic,
     )
 
 
@@ -108,19 +153,25 @@ def flash4_attention(q: Tensor, k: Tensor, v: Tensor, plan: Flash4Plan, softmax_
     """Same contract as `multiverse_attention_reference`, with a plan instead of a mask."""
     from flash_attn.cute import flash_attn_func
 
-    num_tokens = q.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if plan.length != num_tokens:
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, plan.length - num_tokens)) for x in (q, k, v))
+    num_queries = q.shape[2]
+    q, k, v = (_padded(x.transpose(1, 2), length) for x, length in ((q, plan.queries), (k, plan.keys), (v, plan.keys)))
     out = flash_attn_func(
         q,
         k,
         v,
         softmax_scale=softmax_scale,
+        # the query heads of a group in one tile; where they do not fill it evenly their loads cost more than it saves
+        pack_gqa=TILE % (q.shape[2] // k.shape[2]) == 0,
+        deterministic=plan.deterministic,
         mask_mod=plan.mask,
         aux_tensors=plan.labels,
         block_sparse_tensors=plan.forward,
         block_sparse_tensors_bwd=plan.backward,
     )
     out = out[0] if isinstance(out, tuple) else out
-    return out[:, :num_tokens].transpose(1, 2)
+    return out[:, :num_queries].transpose(1, 2)
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    """x [b, s, h, d] with zeros behind s up to `length`."""
+    return x if x.shape[1] == length else F.pad(x, (0, 0, 0, 0, 0, length - x.shape[1]))

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import TILE, TileLists, pad_labels, tile_lists
+from .layout import AttentionLayout
+from .tiles import TILE, pad_labels, tile_lists
 
 BUCKETS_PER_OCTAVE = 8
 MAX_SHAPES = 64
@@ -26,7 +27,9 @@ class FlexPlan:
     """What all layers of a microbatch share."""
 
     block_mask: Any
-    length: int
+    queries: int
+    keys: int
+    """Lengths of the buckets."""
 
 
 def flex_problem(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -47,35 +50,43 @@ def bucket_length(num_tokens: int) -> int:
     return -(-num_tokens // step) * step
 
 
-def flex_plan(r: Tensor, index: Tensor | None, dtype: torch.dtype, lists: TileLists | None = None) -> FlexPlan:
-    """Block mask of one microbatch from r [b, s]; `lists` are used if they have the tiles of this bucket."""
+def flex_plan(layout: AttentionLayout, dtype: torch.dtype) -> FlexPlan:
+    """Block mask of one microbatch; lists that the layout brings are used if they have the tiles of this bucket."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    length = bucket_length(r.shape[1])
-    if lists is None or not lists.fit(r, length):
-        lists = tile_lists(r, index, length=length)
-    labels = pad_labels(r, length)
-    if index is None:
+    batch, queries, keys = layout.shape
+    queries, keys = bucket_length(queries), bucket_length(keys)
+    lists = layout.lists
+    if lists is None or not lists.fit(batch, queries, keys):
+        lists = tile_lists(layout.r, layout.index, layout.key_r, layout.key_index, length=queries, key_length=keys)
+    # both directions are at hand: BlockMask.from_kv_blocks would make the second from the first, by sorting
+    block_mask = BlockMask(
+        (queries, keys),
+        lists.q_partial.counts, lists.q_partial.indices, lists.q_full.counts, lists.q_full.indices,
+        lists.k_partial.counts, lists.k_partial.indices, lists.k_full.counts, lists.k_full.indices,
+        (lists.size, lists.size),
+        _mask_mod(layout, queries, keys),
+    )  # fmt: skip
+    return FlexPlan(block_mask, queries, keys)
 
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (k <= q) & (labels[b, k] <= labels[b, q])
 
-    else:
-        places = pad_labels(index, length)
+def _mask_mod(layout: AttentionLayout, queries: int, keys: int) -> Any:
+    """The rule as FlexAttention wants it."""
+    r = pad_labels(layout.r, queries)
+    if layout.index is None:
 
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (places[b, k] <= places[b, q]) & (labels[b, k] <= labels[b, q])
+        def in_order(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q) & (r[b, k] <= r[b, q])
 
-    block_mask = BlockMask.from_kv_blocks(
-        lists.q_partial.counts,
-        lists.q_partial.indices,
-        lists.q_full.counts,
-        lists.q_full.indices,
-        BLOCK_SIZE=lists.size,
-        mask_mod=visible,
-        seq_lengths=(length, length),
-    )
-    return FlexPlan(block_mask, length)
+        return in_order
+    index = pad_labels(layout.index, queries)
+    key_r = r if layout.key_r is None else pad_labels(layout.key_r, keys)
+    key_index = index if layout.key_index is None else pad_labels(layout.key_index, keys)
+
+    def placed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (key_index[b, k] <= index[b, q]) & (key_r[b, k] <= r[b, q])
+
+    return placed
 
 
 @functools.cache
@@ -90,9 +101,13 @@ def _compiled() -> Any:
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, softmax_scale: float | None = None) -> Tensor:
     """Same contract as `multiverse_attention_reference`, with a plan instead of a mask."""
-    num_tokens = q.shape[2]
-    if plan.length != num_tokens:
-        q, k, v = (F.pad(x, (0, 0, 0, plan.length - num_tokens)) for x in (q, k, v))
+    num_queries = q.shape[2]
+    q, k, v = (_padded(x, length) for x, length in ((q, plan.queries), (k, plan.keys), (v, plan.keys)))
     grouped = q.shape[1] != k.shape[1]
     out: Tensor = _compiled()(q, k, v, block_mask=plan.block_mask, scale=softmax_scale, enable_gqa=grouped)
-    return out[:, :, :num_tokens]
+    return out[:, :, :num_queries]
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    """x [b, h, s, d] with zeros behind s up to `length`."""
+    return x if x.shape[2] == length else F.pad(x, (0, 0, 0, length - x.shape[2]))

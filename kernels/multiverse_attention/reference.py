@@ -9,20 +9,29 @@ import torch
 from torch import Tensor
 
 
-def visibility(r: Tensor, index: Tensor | None = None) -> Tensor:
+def visibility(
+    r: Tensor, index: Tensor | None = None, key_r: Tensor | None = None, key_index: Tensor | None = None
+) -> Tensor:
     """Which keys each query sees.
 
     Args:
-        r: int labels [b, s], one per token; see README.md.
-        index: int [b, s], place of each token in its sequence; default 0..s-1 (needed when permuted).
+        r: int labels [b, s_q], one per query; see README.md.
+        index: int [b, s_q], place of each query in its sequence; default 0..s_q-1 (needed when permuted).
+        key_r: int labels [b, s_k] of the keys, where they are other tokens than the queries (context
+            parallelism: local queries, all keys); then index and key_index are needed too.
+        key_index: int [b, s_k], places of the keys.
 
     Returns:
-        bool [b, 1, s, s], True at (query i, key j) iff `index[j] <= index[i]` and `r[j] <= r[i]`.
+        bool [b, 1, s_q, s_k], True at (query i, key j) iff `key_index[j] <= index[i]` and `key_r[j] <= r[i]`.
     """
-    visible = r[:, None, :, None] >= r[:, None, None, :]
-    if index is None:
-        return visible.tril_()
-    return visible & (index[:, None, :, None] >= index[:, None, None, :])
+    if key_r is None:
+        visible = r[:, None, :, None] >= r[:, None, None, :]
+        if index is None:
+            return visible.tril_()
+        return visible & (index[:, None, :, None] >= index[:, None, None, :])
+    assert index is not None and key_index is not None, "keys of their own need index and key_index"
+    visible = r[:, None, :, None] >= key_r[:, None, None, :]
+    return visible & (index[:, None, :, None] >= key_index[:, None, None, :])
 
 
 def count_visible_pairs(r: Tensor, index: Tensor | None = None, *, rows: int = 1024) -> Tensor:
@@ -50,19 +59,20 @@ def multiverse_attention_reference(
     """Masked softmax attention by explicit matrices, in float32 or better.
 
     Args:
-        q: [b, h, s, d].
-        k: [b, g, s, d]; head i of q uses head i // (h / g).
-        v: [b, g, s, d].
-        visible: bool, broadcastable to [b, h, s, s]; every query must see a key.
+        q: [b, h, s_q, d].
+        k: [b, g, s_k, d]; head i of q uses head i // (h / g).
+        v: [b, g, s_k, d].
+        visible: bool, broadcastable to [b, h, s_q, s_k].
         softmax_scale: factor on the scores; default d ** -0.5.
 
     Returns:
-        [b, h, s, d] in q's dtype.
+        [b, h, s_q, d] in q's dtype; 0 for a query that sees no key.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     repeats = q.shape[1] // k.shape[1]
     k, v = (x.to(dtype).repeat_interleave(repeats, dim=1) for x in (k, v))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     scores = (q.to(dtype) @ k.transpose(-1, -2)) * scale
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    lonely = ~visible.any(-1, keepdim=True)
+    weights = scores.masked_fill(~visible & ~lonely, -torch.inf).softmax(dim=-1).masked_fill(lonely, 0)
     return (weights @ v).to(q.dtype)

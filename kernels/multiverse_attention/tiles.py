@@ -1,7 +1,8 @@
 """Which tiles of the score matrix are fully visible, partly visible or empty: what the fast backends walk over.
 
 Everything stays on the device; nothing is read back to the host, and shapes depend on the length alone.
-Shapes: b batch, s tokens, t tiles = ceil(s / size).
+Queries and keys are the same tokens, or (context parallelism) two sets that bring their own labels and indices.
+Shapes: b batch, s tokens, t tiles = ceil(s / size); t_q and t_k where queries and keys differ.
 """
 
 from __future__ import annotations
@@ -26,9 +27,15 @@ class TileList:
     """For each row of tiles (or column) the tiles of one class."""
 
     counts: Tensor
-    """int32 [b, 1, t]."""
+    """int32 [b, 1, t_q], for key tiles [b, 1, t_k]."""
     indices: Tensor
-    """int32 [b, 1, t, t]; the first `counts` entries of a row are valid and increase, the rest is 0."""
+    """int32 [b, 1, t_q, t_k], for key tiles [b, 1, t_k, t_q]; the first `counts` entries of a row are valid and
+    increase, what stands behind them is unspecified."""
+
+    def valid(self) -> Tensor:
+        """The indices with -1 behind the counts: what two lists are compared by."""
+        place = torch.arange(self.indices.shape[-1], device=self.indices.device)
+        return self.indices.masked_fill(place >= self.counts[..., None], -1)
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class TileLists:
     """The tiles that attention visits, shared by all heads and layers of a microbatch."""
 
     q_partial: TileList
-    """For each query tile the key tiles that are visible in part (the diagonal always is)."""
+    """For each query tile the key tiles that are visible in part (on one set of tokens the diagonal always is)."""
     q_full: TileList
     """For each query tile the key tiles that are visible as a whole."""
     k_partial: TileList
@@ -46,13 +53,13 @@ class TileLists:
     size: int
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(b, t)."""
-        return self.q_partial.counts.shape[0], self.q_partial.counts.shape[-1]
+    def shape(self) -> tuple[int, int, int]:
+        """(b, t_q, t_k)."""
+        return self.q_partial.counts.shape[0], self.q_partial.counts.shape[-1], self.k_partial.counts.shape[-1]
 
-    def fit(self, r: Tensor, length: int) -> bool:
-        """Whether they are the lists of labels r [b, s] padded to `length` tokens, by shape."""
-        return self.shape == (r.shape[0], length // TILE) and self.size == TILE
+    def fit(self, batch: int, queries: int, keys: int) -> bool:
+        """Whether they are lists for a batch padded to `queries` and `keys` tokens, by shape."""
+        return self.shape == (batch, queries // TILE, keys // TILE) and self.size == TILE
 
 
 @dataclass(frozen=True)
@@ -95,77 +102,137 @@ def tile_bounds_reference(r: Tensor, index: Tensor | None = None, *, size: int =
     return TileBounds(r_low, r_high, *bounds(index), num_tokens, size)
 
 
-def tile_classes(bounds: TileBounds) -> Tensor:
-    """EMPTY, PARTIAL or FULL for every tile, uint8 [b, t (queries), t (keys)].
+def tile_classes(bounds: TileBounds, keys: TileBounds | None = None) -> Tensor:
+    """EMPTY, PARTIAL or FULL for every tile, uint8 [b, t_q, t_k].
 
     Without `index` the classes are exact: below the diagonal every key is earlier, so all pairs are visible iff
-    max r_K <= min r_Q and none is iff min r_K > max r_Q. With permuted tokens FULL is exact and EMPTY is
+    max r_K <= min r_Q and none is iff min r_K > max r_Q. With explicit places FULL is exact and EMPTY is
     sufficient: a tile without a visible pair may be PARTIAL, which costs time and no correctness.
-    The diagonal is PARTIAL, so every row of tiles, padding too, has a key to see.
+    On one set of tokens the diagonal is PARTIAL, so every row of tiles, padding too, has a key to see.
+
+    Args:
+        bounds: of the queries.
+        keys: of the keys where they are other tokens than the queries; both need an index then.
     """
-    tiles = bounds.r_low.shape[1]
-    number = torch.arange(tiles, device=bounds.r_low.device)
-    whole = number < bounds.num_tokens // bounds.size  # key tiles without padding
-    full = (bounds.r_high[:, None, :] <= bounds.r_low[:, :, None]) & whole
-    empty = bounds.r_low[:, None, :] > bounds.r_high[:, :, None]
+    one_set = keys is None
+    keys = bounds if keys is None else keys
+    rows, columns = bounds.r_low.shape[1], keys.r_low.shape[1]
+    row, column = (torch.arange(count, device=bounds.r_low.device) for count in (rows, columns))
+    whole = column < keys.num_tokens // keys.size  # key tiles without padding
+    full = (keys.r_high[:, None, :] <= bounds.r_low[:, :, None]) & whole
+    empty = keys.r_low[:, None, :] > bounds.r_high[:, :, None]
     if bounds.index_low is None or bounds.index_high is None:
-        full &= number[None, :] < number[:, None]
-        empty |= number[None, :] > number[:, None]
+        full &= column[None, :] < row[:, None]
+        empty |= column[None, :] > row[:, None]
     else:
-        full &= bounds.index_high[:, None, :] <= bounds.index_low[:, :, None]
-        empty |= bounds.index_low[:, None, :] > bounds.index_high[:, :, None]
+        assert keys.index_low is not None and keys.index_high is not None
+        full &= keys.index_high[:, None, :] <= bounds.index_low[:, :, None]
+        empty |= keys.index_low[:, None, :] > bounds.index_high[:, :, None]
     classes = torch.where(empty, EMPTY, torch.where(full, FULL, PARTIAL)).to(torch.uint8)
-    classes.diagonal(dim1=1, dim2=2).fill_(PARTIAL)
+    if one_set:
+        classes.diagonal(dim1=1, dim2=2).fill_(PARTIAL)
     return classes
 
 
 def compact(chosen: Tensor) -> TileList:
-    """The True columns of each row of bool [b, t, t], packed to the left."""
+    """The True columns of each row of bool [b, rows, columns], packed to the left."""
     place = chosen.cumsum(-1, dtype=torch.int64) - 1
-    tiles = chosen.shape[-1]
-    columns = torch.arange(tiles, dtype=torch.int32, device=chosen.device).expand_as(chosen)
-    indices = torch.zeros((*chosen.shape[:-1], tiles + 1), dtype=torch.int32, device=chosen.device)
-    indices.scatter_(-1, torch.where(chosen, place, tiles), columns)
+    width = chosen.shape[-1]
+    columns = torch.arange(width, dtype=torch.int32, device=chosen.device).expand_as(chosen)
+    indices = torch.zeros((*chosen.shape[:-1], width + 1), dtype=torch.int32, device=chosen.device)
+    indices.scatter_(-1, torch.where(chosen, place, width), columns)
     counts = chosen.sum(-1, dtype=torch.int32)
-    return TileList(counts[:, None], indices[:, None, :, :tiles].contiguous())
+    return TileList(counts[:, None], indices[:, None, :, :width].contiguous())
 
 
-def tile_lists_reference(bounds: TileBounds) -> TileLists:
+def tile_lists_reference(bounds: TileBounds, keys: TileBounds | None = None) -> TileLists:
     """The lists by plain torch, on any device."""
-    classes = tile_classes(bounds)
+    classes = tile_classes(bounds, keys)
     partial, full = classes == PARTIAL, classes == FULL
     of_keys = partial.transpose(1, 2), full.transpose(1, 2)
     return TileLists(compact(partial), compact(full), compact(of_keys[0]), compact(of_keys[1]), bounds.size)
 
 
-def tile_lists(r: Tensor, index: Tensor | None = None, *, size: int = TILE, length: int = 0) -> TileLists:
+def tile_lists(
+    r: Tensor,
+    index: Tensor | None = None,
+    key_r: Tensor | None = None,
+    key_index: Tensor | None = None,
+    *,
+    size: int = TILE,
+    length: int = 0,
+    key_length: int = 0,
+) -> TileLists:
     """The tiles that attention under labels r visits.
 
     Args:
-        r: int32 [b, s].
-        index: int32 [b, s] place of each token in its sequence, None for 0..s-1.
+        r: int32 [b, s_q].
+        index: int32 [b, s_q] place of each token in its sequence, None for 0..s_q-1.
+        key_r: int32 [b, s_k] labels of the keys where they are other tokens than the queries; then index and
+            key_index are needed too.
+        key_index: int32 [b, s_k] places of the keys.
         size: side of a tile.
-        length: at least s; rounded up to whole tiles. Tiles behind s hold padding.
+        length: at least s_q; rounded up to whole tiles. Tiles behind s_q hold padding.
+        key_length: the same for the keys.
 
     Returns:
-        Lists over ceil(max(s, length) / size) tiles. On CUDA two kernel launches, no synchronisation.
+        Lists over ceil(max(s_q, length) / size) times ceil(max(s_k, key_length) / size) tiles. On CUDA one kernel
+        launch per label tensor and one for the lists, no synchronisation.
     """
+    make_bounds, make_lists = tile_bounds_reference, tile_lists_reference
     if r.is_cuda:
         from .tiles_triton import tile_bounds_triton, tile_lists_triton
 
-        return tile_lists_triton(tile_bounds_triton(r, index, size=size, length=length))
-    return tile_lists_reference(tile_bounds_reference(r, index, size=size, length=length))
+        make_bounds, make_lists = tile_bounds_triton, tile_lists_triton
+    bounds = make_bounds(r, index, size=size, length=length)
+    if key_r is None:
+        return make_lists(bounds)
+    return make_lists(bounds, make_bounds(key_r, key_index, size=size, length=key_length))
 
 
-def tile_classes_brute_force(r: Tensor, index: Tensor | None = None, *, size: int = TILE) -> Tensor:
-    """The definition of the classes, from the whole mask of the real tokens; uint8 [b, t, t]."""
-    visible = visibility(r, index)[:, 0]
-    tiles = -(-r.shape[1] // size)
-    classes = torch.empty(r.shape[0], tiles, tiles, dtype=torch.uint8, device=r.device)
-    for q in range(tiles):
-        for k in range(tiles):
+def write_order(lists: TileLists) -> tuple[Tensor, Tensor]:
+    """For each entry (key tile n, query tile m) of the lists of key tiles: how many larger key tiles m meets.
+
+    Adding the gradients of a query tile in this order makes them the same in every run. From the largest key tile
+    on, since every key tile starts with its diagonal: then the one before has just passed. Plain torch, any device.
+
+    Returns:
+        int32 tensors like `k_partial.indices` and `k_full.indices`, unspecified behind the counts.
+    """
+    batch, rows, columns = lists.shape
+    device = lists.q_partial.counts.device
+    met = torch.zeros(batch, rows, columns + 1, dtype=torch.int32, device=device)
+    ones = torch.ones(batch, rows, columns, dtype=torch.int32, device=device)
+    for found in (lists.q_partial, lists.q_full):
+        columns_met = found.valid()[:, 0].long()
+        met.scatter_(-1, torch.where(columns_met < 0, columns, columns_met), ones)
+    met = met[..., :columns]
+    larger = met.sum(-1, keepdim=True, dtype=torch.int32) - met.cumsum(-1, dtype=torch.int32)
+    rank = larger.transpose(1, 2)
+
+    def of(found: TileList) -> Tensor:
+        return rank.gather(-1, found.valid()[:, 0].long().clamp_(min=0))[:, None].contiguous()
+
+    return of(lists.k_partial), of(lists.k_full)
+
+
+def tile_classes_brute_force(
+    r: Tensor,
+    index: Tensor | None = None,
+    key_r: Tensor | None = None,
+    key_index: Tensor | None = None,
+    *,
+    size: int = TILE,
+) -> Tensor:
+    """The definition of the classes, from the whole mask of the real tokens; uint8 [b, t_q, t_k]."""
+    visible = visibility(r, index, key_r, key_index)[:, 0]
+    rows, columns = (-(-s // size) for s in visible.shape[1:])
+    classes = torch.empty(r.shape[0], rows, columns, dtype=torch.uint8, device=r.device)
+    for q in range(rows):
+        for k in range(columns):
             tile = visible[:, q * size : (q + 1) * size, k * size : (k + 1) * size].flatten(1)
             kind = torch.where(tile.all(1), FULL, torch.where(tile.any(1), PARTIAL, EMPTY))
-            padded_keys = (k + 1) * size > r.shape[1]
-            classes[:, q, k] = torch.where(kind == FULL, PARTIAL, kind) if q == k or padded_keys else kind
+            padded_keys = (k + 1) * size > visible.shape[2]
+            diagonal = q == k and key_r is None
+            classes[:, q, k] = torch.where(kind == FULL, PARTIAL, kind) if diagonal or padded_keys else kind
     return classes

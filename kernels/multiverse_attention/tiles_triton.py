@@ -24,49 +24,79 @@ def _bounds_kernel(labels_ptr, low_ptr, high_ptr, num_tokens, row_stride, tiles,
 
 
 @triton.jit
-def _lists_kernel(r_low, r_high, index_low, index_high, counts_ptr, indices_ptr, tiles, whole_tiles, batch_size,
-                  HAS_INDEX: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """Program (own tile, batch, side): side 0 lists the key tiles of a query tile, side 1 the other way round.
-
-    counts [4, b, t] and indices [4, b, t, t] hold q_partial, q_full, k_partial, k_full.
-    """
-    own, batch, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    of_query = side == 0
-    start = batch * tiles
-    own_r_low, own_r_high = tl.load(r_low + start + own), tl.load(r_high + start + own)
+def _row_of_lists(own, batch, own_r_low, own_r_high, own_i_low, own_i_high, r_low, r_high, i_low, i_high,
+                  counts_ptr, indices_ptr, batch_size, rows, columns, whole_keys, OF_QUERY: tl.constexpr,
+                  HAS_INDEX: tl.constexpr, ONE_SET: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """The partial and the full list of tile `own` among `rows`, over the `columns` tiles of the other side."""
+    my_r_low, my_r_high = tl.load(own_r_low + batch * rows + own), tl.load(own_r_high + batch * rows + own)
     if HAS_INDEX:
-        own_i_low, own_i_high = tl.load(index_low + start + own), tl.load(index_high + start + own)
-    row = (side * 2 * batch_size + batch).to(tl.int64) * tiles + own  # of the partial list
-    full_row = row + batch_size * tiles
+        my_i_low, my_i_high = tl.load(own_i_low + batch * rows + own), tl.load(own_i_high + batch * rows + own)
+    start = batch * columns
+    row = batch.to(tl.int64) * rows + own  # of the partial list
+    full_row = row + batch_size * rows
     num_partial = tl.zeros((), tl.int32)
     num_full = tl.zeros((), tl.int32)
-    for chunk in range(0, tiles, CHUNK):
+    for chunk in range(0, columns, CHUNK):
         other = chunk + tl.arange(0, CHUNK)
-        inside = other < tiles
+        inside = other < columns
         o_r_low = tl.load(r_low + start + other, mask=inside, other=0)
         o_r_high = tl.load(r_high + start + other, mask=inside, other=0)
-        full = tl.where(of_query, o_r_high <= own_r_low, own_r_high <= o_r_low)
-        empty = tl.where(of_query, o_r_low > own_r_high, own_r_low > o_r_high)
-        if HAS_INDEX:
-            o_i_low = tl.load(index_low + start + other, mask=inside, other=0)
-            o_i_high = tl.load(index_high + start + other, mask=inside, other=0)
-            full &= tl.where(of_query, o_i_high <= own_i_low, own_i_high <= o_i_low)
-            empty |= tl.where(of_query, o_i_low > own_i_high, own_i_low > o_i_high)
+        if OF_QUERY:
+            full, empty = o_r_high <= my_r_low, o_r_low > my_r_high
+            full &= other < whole_keys  # no padding among the keys
         else:
-            full &= tl.where(of_query, other < own, own < other)
-            empty |= tl.where(of_query, other > own, own > other)
-        full &= tl.where(of_query, other < whole_tiles, own < whole_tiles)  # no padding among the keys
-        diagonal = other == own
-        partial = (diagonal | ((full == 0) & (empty == 0))) & inside
-        full = full & (empty == 0) & (diagonal == 0) & inside
+            full, empty = my_r_high <= o_r_low, my_r_low > o_r_high
+            full &= own < whole_keys
+        if HAS_INDEX:
+            o_i_low = tl.load(i_low + start + other, mask=inside, other=0)
+            o_i_high = tl.load(i_high + start + other, mask=inside, other=0)
+            if OF_QUERY:
+                full &= o_i_high <= my_i_low
+                empty |= o_i_low > my_i_high
+            else:
+                full &= my_i_high <= o_i_low
+                empty |= my_i_low > o_i_high
+        else:
+            if OF_QUERY:
+                full &= other < own
+                empty |= other > own
+            else:
+                full &= own < other
+                empty |= own > other
+        full = full & (empty == 0) & inside
+        partial = (full == 0) & (empty == 0) & inside
+        if ONE_SET:
+            full &= other != own
+            partial |= other == own
         place = num_partial + tl.cumsum(partial.to(tl.int32), axis=0) - 1
-        tl.store(indices_ptr + row * tiles + place, other, mask=partial)
+        tl.store(indices_ptr + row * columns + place, other, mask=partial)
         full_place = num_full + tl.cumsum(full.to(tl.int32), axis=0) - 1
-        tl.store(indices_ptr + full_row * tiles + full_place, other, mask=full)
+        tl.store(indices_ptr + full_row * columns + full_place, other, mask=full)
         num_partial += tl.sum(partial.to(tl.int32), axis=0)
         num_full += tl.sum(full.to(tl.int32), axis=0)
     tl.store(counts_ptr + row, num_partial)
     tl.store(counts_ptr + full_row, num_full)
+
+
+@triton.jit
+def _lists_kernel(q_r_low, q_r_high, q_i_low, q_i_high, k_r_low, k_r_high, k_i_low, k_i_high,
+                  q_counts, q_indices, k_counts, k_indices, q_tiles, k_tiles, whole_keys, batch_size,
+                  HAS_INDEX: tl.constexpr, ONE_SET: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Program (own tile, batch, side): side 0 lists the key tiles of a query tile, side 1 the other way round.
+
+    q_counts [2, b, t_q] and q_indices [2, b, t_q, t_k] hold the partial and the full lists, k_* those of the keys.
+    """
+    own, batch, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if side == 0:
+        if own < q_tiles:
+            _row_of_lists(own, batch, q_r_low, q_r_high, q_i_low, q_i_high, k_r_low, k_r_high, k_i_low, k_i_high,
+                          q_counts, q_indices, batch_size, q_tiles, k_tiles, whole_keys, True,
+                          HAS_INDEX, ONE_SET, CHUNK)  # fmt: skip
+    else:
+        if own < k_tiles:
+            _row_of_lists(own, batch, k_r_low, k_r_high, k_i_low, k_i_high, q_r_low, q_r_high, q_i_low, q_i_high,
+                          k_counts, k_indices, batch_size, k_tiles, q_tiles, whole_keys, False,
+                          HAS_INDEX, ONE_SET, CHUNK)  # fmt: skip
 
 
 def tile_bounds_triton(r: Tensor, index: Tensor | None = None, *, size: int = TILE, length: int = 0) -> TileBounds:
@@ -90,15 +120,25 @@ def tile_bounds_triton(r: Tensor, index: Tensor | None = None, *, size: int = TI
     return TileBounds(r_low, r_high, index_low, index_high, num_tokens, size)
 
 
-def tile_lists_triton(bounds: TileBounds) -> TileLists:
+def tile_lists_triton(bounds: TileBounds, keys: TileBounds | None = None) -> TileLists:
     """Same contract as `tile_lists_reference`."""
-    batch, tiles = bounds.r_low.shape
-    counts = torch.empty(4, batch, 1, tiles, dtype=torch.int32, device=bounds.r_low.device)
-    indices = torch.zeros(4, batch, 1, tiles, tiles, dtype=torch.int32, device=bounds.r_low.device)
-    chunk = min(1024, triton.next_power_of_2(tiles))
-    _lists_kernel[(tiles, batch, 2)](
-        bounds.r_low, bounds.r_high, bounds.index_low, bounds.index_high, counts, indices, tiles,
-        bounds.num_tokens // bounds.size, batch, HAS_INDEX=bounds.index_low is not None, CHUNK=chunk, num_warps=4,
+    one_set = keys is None
+    keys = bounds if keys is None else keys
+    batch, rows = bounds.r_low.shape
+    columns = keys.r_low.shape[1]
+
+    def space(*shape: int) -> Tensor:
+        return torch.empty(2, batch, 1, *shape, dtype=torch.int32, device=bounds.r_low.device)
+
+    q_counts, q_indices, k_counts, k_indices = space(rows), space(rows, columns), space(columns), space(columns, rows)
+    chunk = min(1024, triton.next_power_of_2(max(rows, columns)))
+    _lists_kernel[(max(rows, columns), batch, 2)](
+        bounds.r_low, bounds.r_high, bounds.index_low, bounds.index_high,
+        keys.r_low, keys.r_high, keys.index_low, keys.index_high, q_counts, q_indices, k_counts, k_indices,
+        rows, columns, keys.num_tokens // keys.size, batch,
+        HAS_INDEX=bounds.index_low is not None, ONE_SET=one_set, CHUNK=chunk, num_warps=4,
     )  # fmt: skip
-    partial, full, k_partial, k_full = (TileList(counts[n], indices[n]) for n in range(4))
-    return TileLists(partial, full, k_partial, k_full, bounds.size)
+    return TileLists(
+        TileList(q_counts[0], q_indices[0]), TileList(q_counts[1], q_indices[1]),
+        TileList(k_counts[0], k_indices[0]), TileList(k_counts[1], k_indices[1]), bounds.size,
+    )  # fmt: skip

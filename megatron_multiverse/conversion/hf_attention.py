@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.model.backends import select_backend
+from megatron_multiverse.model.backends import AttentionLayout, select_backend
 from megatron_multiverse.structure import StructureVocab, layout, parse
 
 NAME = "multiverse"
@@ -119,7 +119,7 @@ def multiverse_attention(
         )
     backend = select_backend("auto", query.device.type, query.dtype, query.shape[-1])
     if r not in _plans or _plans[r][0] != query.dtype:
-        _plans[r] = (query.dtype, backend.prepare(r, None, query.dtype, None))
+        _plans[r] = (query.dtype, backend.prepare(AttentionLayout(r), query.dtype))
     plan = _plans[r][1]
     return backend.attend(query, key, value, plan, scaling).transpose(1, 2).contiguous(), None
 

@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.multiverse_attention import TileLists, count_visible_pairs
-from megatron_multiverse.model.backends import select_backend
+from megatron_multiverse.kernels.multiverse_attention import AttentionLayout, TileLists, count_visible_pairs
+from megatron_multiverse.model.backends import multiverse_attention
 
 
 @dataclass
@@ -57,11 +57,15 @@ class LayoutParams(AttentionParams):
     """int labels [b, s] (structure.Layout.r)."""
     index: Tensor | None = None
     """int [b, s], place of each token in its sequence; None means 0..s-1."""
+    key_r: Tensor | None = None
+    """int labels [b, s_k] of the keys where they are other tokens than the queries (context parallelism)."""
+    key_index: Tensor | None = None
+    """int [b, s_k], places of such keys; index is needed then, too."""
     lists: TileLists | None = None
-    """Tile lists of r for ceil(s / 128) tiles, if something made them already (kernels.structure_scan)."""
+    """Tile lists of these labels for ceil(s / 128) tiles, if something made them already (kernels.structure_scan)."""
     backend: str = "auto"
     """Name in model/backends.py."""
-    _plan: Any = field(default=None, init=False, repr=False)
+    _layout: AttentionLayout | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def causal(cls, input_ids: Tensor, backend: str = "auto") -> LayoutParams:
@@ -71,20 +75,19 @@ class LayoutParams(AttentionParams):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float) -> Tensor:
         """See AttentionParams.attend."""
-        backend = select_backend(self.backend, query.device.type, query.dtype, query.shape[-1])
-        if self._plan is None:
+        if self._layout is None:
             want = (query.shape[1], query.shape[0])
             if self.r is None or self.r.shape != want:
                 given = None if self.r is None else tuple(self.r.shape)
                 raise ConfigError(f"LayoutParams.r must be [b, s] = {want}, got {given}")
-            self._plan = backend.prepare(self.r, self.index, query.dtype, self.lists)
+            self._layout = AttentionLayout(self.r, self.index, self.key_r, self.key_index, self.lists)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = backend.attend(q, k, v, self._plan, softmax_scale)
+        out = multiverse_attention(q, k, v, self._layout, softmax_scale=softmax_scale, backend=self.backend)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def num_visible_pairs(self) -> Tensor:
         """Number of visible (query, key) pairs over the batch, int64 scalar on the device."""
-        assert self.r is not None
+        assert self.r is not None and self.key_r is None
         pairs: Tensor = count_visible_pairs(self.r, self.index)
         return pairs
 

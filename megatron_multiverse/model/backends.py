@@ -18,9 +18,11 @@ from torch import Tensor
 
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.multiverse_attention import (
-    TileLists,
+    AttentionLayout as AttentionLayout,
+)
+from megatron_multiverse.kernels.multiverse_attention import (
     dense_attention,
-    dense_mask,
+    dense_plan,
     flash4_attention,
     flash4_plan,
     flash4_problem,
@@ -40,10 +42,10 @@ def _no_problem(device_type: str, dtype: torch.dtype, head_dim: int) -> str | No
 class AttentionBackend:
     """One way to compute attention under the visibility rule."""
 
-    prepare: Callable[[Tensor, Tensor | None, torch.dtype, TileLists | None], Any]
-    """(r [b, s], index [b, s] or None, dtype of q, tile lists if made already) -> plan, once per microbatch."""
+    prepare: Callable[[AttentionLayout, torch.dtype], Any]
+    """(layout, dtype of q) -> plan, made once per microbatch."""
     attend: Callable[[Tensor, Tensor, Tensor, Any, float | None], Tensor]
-    """(q [b, h, s, d], k, v [b, g, s, d], plan, softmax_scale) -> [b, h, s, d]."""
+    """(q [b, h, s_q, d], k, v [b, g, s_k, d], plan, softmax_scale) -> [b, h, s_q, d]."""
     problem: Callable[[str, torch.dtype, int], str | None] = _no_problem
     """(device type, dtype, d) -> why this backend cannot run there, or None."""
 
@@ -51,9 +53,41 @@ class AttentionBackend:
 BACKENDS: dict[str, AttentionBackend] = {
     "flash4": AttentionBackend(flash4_plan, flash4_attention, flash4_problem),
     "flex": AttentionBackend(flex_plan, flex_attention, flex_problem),
-    "dense": AttentionBackend(dense_mask, dense_attention),
+    "dense": AttentionBackend(dense_plan, dense_attention),
 }
 """Fastest first: "auto" takes the first that can run."""
+
+
+def multiverse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: AttentionLayout,
+    *,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention under the visibility rule: query i sees key j iff j is not later and no block has them in
+    different paths.
+
+    Args:
+        q: [b, h, s_q, d], rotated.
+        k: [b, g, s_k, d], rotated; head i of q uses head i // (h / g).
+        v: [b, g, s_k, d].
+        layout: labels of the tokens; hand the same object to every layer of a microbatch.
+        softmax_scale: factor on the scores; default d ** -0.5.
+        backend: a name in `BACKENDS`, or "auto" for the fastest that runs here.
+
+    Returns:
+        [b, h, s_q, d] in q's dtype; 0 for a query that sees no key.
+
+    Raises:
+        ConfigError: the backend does not exist or cannot run here.
+        ValueError: the shapes do not fit the layout.
+    """
+    chosen = select_backend(backend, q.device.type, q.dtype, q.shape[-1])
+    layout.check(q, k)
+    return chosen.attend(q, k, v, layout.plan(backend, chosen.prepare, q.dtype), softmax_scale)
 
 
 def _auto(device_type: str, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:

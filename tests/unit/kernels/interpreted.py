@@ -29,8 +29,13 @@ from megatron_multiverse.kernels.rope import (
 torch.set_num_threads(1)
 
 
+def same_lists(got: tiles.TileLists, want: tiles.TileLists) -> bool:
+    pairs = [(getattr(got, name), getattr(want, name)) for name in ("q_partial", "q_full", "k_partial", "k_full")]
+    return all(torch.equal(a.counts, b.counts) and torch.equal(a.valid(), b.valid()) for a, b in pairs)
+
+
 def check_tiles() -> None:
-    """Bounds and lists equal the plain ones, odd lengths, padding tiles and permuted tokens included."""
+    """Bounds and lists equal the plain ones, odd lengths, padding tiles, permuted tokens and other keys included."""
     for length in (1, 7, 61, 130):
         for permuted in (False, True):
             r, index = torch.stack([random_labels(length, seed) for seed in range(2)]), None
@@ -43,10 +48,12 @@ def check_tiles() -> None:
                 for name in ("r_low", "r_high", "index_low", "index_high"):
                     a, b = getattr(want, name), getattr(got, name)
                     assert (a is None and b is None) or torch.equal(a, b), name
-                lists = tiles.tile_lists_reference(want), tiles_triton.tile_lists_triton(got)
-                for name in ("q_partial", "q_full", "k_partial", "k_full"):
-                    a, b = (getattr(x, name) for x in lists)
-                    assert torch.equal(a.counts, b.counts) and torch.equal(a.indices, b.indices), (length, name)
+                assert same_lists(tiles_triton.tile_lists_triton(got), tiles.tile_lists_reference(want)), length
+            if permuted and length > 1:
+                local, places = r[:, : length // 3], index[:, : length // 3]
+                queries = tiles.tile_bounds_reference(local, places, size=8, length=24)
+                lists = tiles_triton.tile_lists_triton(queries, want)
+                assert same_lists(lists, tiles.tile_lists_reference(queries, want)), length
 
 
 def check_rope() -> None:

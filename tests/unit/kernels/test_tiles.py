@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from random_layouts import random_labels
 from torch.nn.attention.flex_attention import flex_attention as eager_flex
 
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.multiverse_attention import (
+    AttentionLayout,
     count_visible_pairs,
     flash4,
     flex,
@@ -17,19 +19,19 @@ from megatron_multiverse.kernels.multiverse_attention import (
     visibility,
 )
 from megatron_multiverse.model import backends
-from megatron_multiverse.model.backends import BACKENDS, select_backend
+from megatron_multiverse.model.backends import BACKENDS, multiverse_attention, select_backend
 
 SIZE = 8
 
 
 def dense_classes(lists: tiles.TileLists, side: str) -> torch.Tensor:
-    """The classes that the lists of one side stand for, [b, t (queries), t (keys)]."""
+    """The classes that the lists of one side stand for, [b, t_q, t_k]."""
     partial, full = getattr(lists, f"{side}_partial"), getattr(lists, f"{side}_full")
-    b, _, t = partial.counts.shape
-    classes = torch.zeros(b, t, t, dtype=torch.uint8)
+    b, _, rows, columns = partial.indices.shape
+    classes = torch.zeros(b, rows, columns, dtype=torch.uint8)
     for kind, found in ((tiles.PARTIAL, partial), (tiles.FULL, full)):
         for n in range(b):
-            for row in range(t):
+            for row in range(rows):
                 columns = found.indices[n, 0, row, : found.counts[n, 0, row]].long()
                 assert torch.equal(columns, columns.sort().values)
                 assert not classes[n, row, columns].any()
@@ -59,6 +61,20 @@ def test_permuted_tokens_never_lose_a_visible_pair_and_full_is_exact() -> None:
         assert not ((got == tiles.EMPTY) & (want != tiles.EMPTY)).any()
 
 
+def test_keys_of_other_tokens_never_lose_a_visible_pair_and_full_is_exact() -> None:
+    for seed in range(10):
+        order = torch.cat(torch.arange(61).chunk(5)[::-1])
+        r, index = random_labels(61, seed)[order][None], order[None].int()
+        local = slice(7 * (seed % 3), 7 * (seed % 3) + 20)
+        lists = tiles.tile_lists(r[:, local], index[:, local], r, index, size=SIZE)
+        want = tiles.tile_classes_brute_force(r[:, local], index[:, local], r, index, size=SIZE)
+        assert lists.shape == (1, 3, 8)
+        for side in ("q", "k"):
+            got = dense_classes(lists, side)
+            assert torch.equal(got == tiles.FULL, want == tiles.FULL)
+            assert not ((got == tiles.EMPTY) & (want != tiles.EMPTY)).any()
+
+
 def test_tiles_of_padding_are_visited_on_the_diagonal_alone() -> None:
     r = random_labels(20, 0)[None]
     classes = dense_classes(tiles.tile_lists(r, size=SIZE, length=40), "q")
@@ -86,20 +102,85 @@ def test_buckets_are_few_and_waste_little() -> None:
     assert len({x for x in lengths if 16384 < x <= 32768}) == flex.BUCKETS_PER_OCTAVE
 
 
-@pytest.mark.parametrize("permuted", [False, True])
-def test_the_flex_plan_means_the_visibility_rule(permuted: bool) -> None:
-    r = torch.stack([random_labels(200, seed) for seed in range(2)])
-    index = None
-    if permuted:
-        order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-        r, index = r[:, order], order.int().expand(2, -1)
-    plan = flex.flex_plan(r, index, torch.float32)
-    assert plan.length == 256
-    q, k, v = (torch.randn(2, heads, 200, 16) for heads in (4, 2, 2))
-    padded = [torch.nn.functional.pad(x, (0, 0, 0, 56)) for x in (q, k, v)]
-    out = eager_flex(*padded, block_mask=plan.block_mask, enable_gqa=True)[:, :, :200]
-    want = multiverse_attention_reference(q, k, v, visibility(r, index))
+def permuted_layout(length: int, queries: int) -> AttentionLayout:
+    """Labels of two samples in shuffled order; `queries` of the tokens ask, all of them are keys."""
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(length))
+    r = torch.stack([random_labels(length, seed) for seed in range(2)])[:, order]
+    index = order.int().expand(2, -1)
+    if queries == length:
+        return AttentionLayout(r, index)
+    return AttentionLayout(r[:, :queries], index[:, :queries], r, index)
+
+
+@pytest.mark.parametrize("kind", ["in order", "permuted", "other keys"])
+@pytest.mark.parametrize("name", ["dense", "flex"])
+def test_plans_mean_the_visibility_rule(name: str, kind: str) -> None:
+    plain = AttentionLayout(torch.stack([random_labels(200, seed) for seed in range(2)]))
+    layout = plain if kind == "in order" else permuted_layout(200, 200 if kind == "permuted" else 70)
+    _, s_q, s_k = layout.shape
+    q, k, v = (torch.randn(2, heads, s, 16) for heads, s in ((4, s_q), (2, s_k), (2, s_k)))
+    if name == "dense":
+        out = multiverse_attention(q, k, v, layout, backend="dense")
+    else:
+        plan = flex.flex_plan(layout, torch.float32)
+        assert (plan.queries, plan.keys) == (128 if kind == "other keys" else 256, 256)
+        padded = [F.pad(x, (0, 0, 0, n - x.shape[2])) for x, n in ((q, plan.queries), (k, 256), (v, 256))]
+        out = eager_flex(*padded, block_mask=plan.block_mask, enable_gqa=True)[:, :, :s_q]
+    want = multiverse_attention_reference(q, k, v, visibility(layout.r, layout.index, layout.key_r, layout.key_index))
     torch.testing.assert_close(out, want, rtol=0, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_gets_zeros_and_passes_on_no_gradient() -> None:
+    index, key_index = torch.tensor([[5, 1]], dtype=torch.int32), torch.tensor([[2, 3, 4]], dtype=torch.int32)
+    layout = AttentionLayout(index, index, key_index, key_index)
+    q, k, v = (torch.randn(1, 2, s, 8).requires_grad_() for s in (2, 3, 3))
+    out = multiverse_attention(q, k, v, layout)
+    assert not out[:, :, 1].any() and out[:, :, 0].all()
+    reference = multiverse_attention_reference(q, k, v, visibility(index, index, key_index, key_index))
+    torch.testing.assert_close(out, reference)
+    dq, dk, dv = torch.autograd.grad(out[:, :, 1].sum(), (q, k, v))
+    assert not (dq.any() or dk.any() or dv.any())
+
+
+def test_a_layout_says_what_does_not_fit() -> None:
+    r = torch.arange(6)[None]
+    with pytest.raises(ValueError, match="key_r, key_index and index together"):
+        AttentionLayout(r, key_r=r, key_index=r)
+    with pytest.raises(ValueError, match="key_r, key_index and index together"):
+        AttentionLayout(r, r, key_r=r)
+    with pytest.raises(ValueError, match=r"r and index must be \[b, s_q\]"):
+        AttentionLayout(r, r[:, :5])
+    with pytest.raises(ValueError, match=r"\[b, s_k\] with b = 1"):
+        AttentionLayout(r, r, r.expand(2, -1), r.expand(2, -1))
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 6, 8)
+    with pytest.raises(ValueError, match=r"\(b, s_q, s_k\) = \(1, 5, 6\); it is for \(1, 6, 6\)"):
+        multiverse_attention(q, k, k, AttentionLayout(r))
+
+
+def test_the_plan_of_a_layout_is_made_once() -> None:
+    made: list[torch.dtype] = []
+    layout = AttentionLayout(torch.arange(6)[None])
+
+    def prepare(given: AttentionLayout, dtype: torch.dtype) -> object:
+        made.append(dtype)
+        return object()
+
+    plans = [layout.plan("dense", prepare, dtype) for dtype in (torch.float32, torch.float32, torch.float64)]
+    assert plans[0] is plans[1] and plans[1] is not plans[2] and len(made) == 2
+
+
+def test_the_order_of_writing_counts_larger_key_tiles() -> None:
+    for seed in range(5):
+        r = torch.stack([random_labels(90, seed * 2 + n) for n in range(2)])
+        lists = tiles.tile_lists(r, size=SIZE)
+        met = dense_classes(lists, "q") != tiles.EMPTY
+        orders = tiles.write_order(lists)
+        for found, order in zip((lists.k_partial, lists.k_full), orders, strict=True):
+            assert order.shape == found.indices.shape and order.dtype == torch.int32
+            for b, n in ((b, n) for b in range(2) for n in range(met.shape[1])):
+                for place in range(int(found.counts[b, 0, n])):
+                    m = int(found.indices[b, 0, n, place])
+                    assert int(order[b, 0, n, place]) == int(met[b, m, n + 1 :].sum())
 
 
 def test_a_backend_asked_for_by_name_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +233,9 @@ def test_auto_takes_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) -> No
 def test_lists_made_elsewhere_are_used_where_they_fit() -> None:
     r = torch.stack([random_labels(200, seed) for seed in range(2)])
     lists = tiles.tile_lists(r)
-    assert lists.shape == (2, 2) and lists.fit(r, 256) and not lists.fit(r, 384) and not lists.fit(r[:1], 256)
-    plan = flex.flex_plan(r, None, torch.float32, lists)
+    assert lists.shape == (2, 2, 2) and lists.fit(2, 256, 256)
+    assert not lists.fit(2, 384, 256) and not lists.fit(1, 256, 256)
+    plan = flex.flex_plan(AttentionLayout(r, lists=lists), torch.float32)
     assert plan.block_mask.kv_indices.data_ptr() == lists.q_partial.indices.data_ptr()
-    other = flex.flex_plan(r, None, torch.float32, tiles.tile_lists(r[:, :100]))
+    other = flex.flex_plan(AttentionLayout(r, lists=tiles.tile_lists(r[:, :100])), torch.float32)
     assert torch.equal(other.block_mask.kv_num_blocks, lists.q_partial.counts)

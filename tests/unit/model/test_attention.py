@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
 from megatron_multiverse.kernels.multiverse_attention import (
-    dense_attention,
+    AttentionLayout,
     multiverse_attention_reference,
     visibility,
 )
 from megatron_multiverse.model.attention import LayoutParams
+from megatron_multiverse.model.backends import multiverse_attention
+
+
+def by_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: AttentionLayout) -> torch.Tensor:
+    return multiverse_attention_reference(q, k, v, visibility(layout.r))
 
 
 def softmax_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -25,16 +32,16 @@ def softmax_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: 
     return out
 
 
-@pytest.mark.parametrize("attention", [multiverse_attention_reference, dense_attention])
+@pytest.mark.parametrize("attention", [by_reference, multiverse_attention])
 def test_outputs_and_gradients_equal_the_formula_in_float64(attention) -> None:
     generator = torch.Generator().manual_seed(0)
     b, h, g, s, d = 2, 4, 2, 12, 8
     shapes = ((b, h, s, d), (b, g, s, d), (b, g, s, d))
     mine = [torch.randn(x, generator=generator, dtype=torch.float64).requires_grad_() for x in shapes]
     theirs = [x.detach().clone().requires_grad_() for x in mine]
-    visible = visibility(torch.stack([torch.randperm(s, generator=generator) for _ in range(b)]))
+    layout = AttentionLayout(torch.stack([torch.randperm(s, generator=generator) for _ in range(b)]))
     upstream = torch.randn(b, h, s, d, generator=generator, dtype=torch.float64)
-    want, got = softmax_by_hand(*theirs, visible), attention(*mine, visible)
+    want, got = softmax_by_hand(*theirs, visibility(layout.r)), attention(*mine, layout)
     want.backward(upstream)
     got.backward(upstream)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
@@ -81,10 +88,14 @@ def test_mask_is_built_once_for_all_layers_and_freed_with_the_params() -> None:
     params = LayoutParams(r=torch.arange(6, dtype=torch.int32)[None])
     q = torch.randn(6, 1, 2, 4)
     first = params.attend(q, q, q, layer_number=1, softmax_scale=0.5)
-    mask = params._plan
+    assert params._layout is not None
+    (plan,) = params._layout._plans.values()
     params.attend(q, q, q, layer_number=2, softmax_scale=0.5)
-    assert params._plan is mask and mask.dtype == torch.bool
+    assert list(params._layout._plans.values()) == [plan] and plan.mask.dtype == torch.bool
     assert first.shape == (6, 1, 8)
+    mask = weakref.ref(plan.mask)
+    del plan, params
+    assert mask() is None
 
 
 def test_causal_params_equal_plain_causal_attention() -> None:

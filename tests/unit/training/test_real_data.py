@@ -13,7 +13,7 @@ import torch
 
 from megatron_multiverse.config import TrainConfig
 from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess
-from megatron_multiverse.model import attention
+from megatron_multiverse.model import backends
 from megatron_multiverse.training.trainer import train
 
 SEQ_LENGTH = 4096
@@ -42,16 +42,16 @@ class MaskWatch:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.masks: list[weakref.ref[torch.Tensor]] = []
-        original = attention.select_backend
-        monkeypatch.setattr(attention, "select_backend", lambda *given: self.watched(original(*given)))
+        original = backends.select_backend
+        monkeypatch.setattr(backends, "select_backend", lambda *given: self.watched(original(*given)))
 
     def watched(self, backend: Any) -> Any:
-        def prepare(*given: Any) -> torch.Tensor:
+        def prepare(*given: Any) -> Any:
             assert self.alive() == 0, "the mask of an earlier microbatch is still alive"
-            mask = backend.prepare(*given)
-            assert mask.shape[-2:] == (SEQ_LENGTH, SEQ_LENGTH)
-            self.masks.append(weakref.ref(mask))
-            return mask
+            plan = backend.prepare(*given)
+            assert plan.mask.shape[-2:] == (SEQ_LENGTH, SEQ_LENGTH)
+            self.masks.append(weakref.ref(plan.mask))
+            return plan
 
         return dataclasses.replace(backend, prepare=prepare)
 

@@ -1,0 +1,72 @@
+"""What one microbatch attends to, for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tiles import TileLists
+
+
+@dataclass(eq=False)
+class AttentionLayout:
+    """Labels and places of queries and keys; the backend's plan made from them is kept and shared by all layers.
+
+    Without `key_r` queries and keys are the same tokens. With it they are other tokens (context parallelism: the
+    queries of this rank, the keys of all); then `index` and `key_index` say where each stands in its sequence.
+
+    Raises:
+        ValueError: labels and places do not fit each other.
+    """
+
+    r: Tensor
+    """int labels [b, s_q], see README.md."""
+    index: Tensor | None = None
+    """int [b, s_q], place of each query in its sequence; None means 0..s_q-1."""
+    key_r: Tensor | None = None
+    """int labels [b, s_k] of the keys."""
+    key_index: Tensor | None = None
+    """int [b, s_k], place of each key in its sequence."""
+    lists: TileLists | None = None
+    """Tile lists of these labels, if something made them already (kernels.structure_scan)."""
+    _plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        given = {
+            name: None if getattr(self, name) is None else tuple(getattr(self, name).shape)
+            for name in ("r", "index", "key_r", "key_index")
+        }
+        if self.r.dim() != 2 or (self.index is not None and self.index.shape != self.r.shape):
+            raise ValueError(f"r and index must be [b, s_q], got {given}")
+        if (self.key_r is None) != (self.key_index is None) or (self.key_r is not None and self.index is None):
+            raise ValueError(f"keys of their own need key_r, key_index and index together, got {given}")
+        if self.key_r is not None and self.key_index is not None:
+            b = self.r.shape[0]
+            if self.key_r.dim() != 2 or self.key_r.shape[0] != b or self.key_index.shape != self.key_r.shape:
+                raise ValueError(f"key_r and key_index must be [b, s_k] with b = {b}, got {given}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(b, s_q, s_k)."""
+        keys = self.r if self.key_r is None else self.key_r
+        return self.r.shape[0], self.r.shape[1], keys.shape[1]
+
+    def check(self, q: Tensor, k: Tensor) -> None:
+        """Raise ValueError unless q [b, h, s_q, d] and k [b, g, s_k, d] fit this layout."""
+        got = (q.shape[0], q.shape[2], k.shape[2])
+        if got != self.shape or k.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"q is {tuple(q.shape)} and k {tuple(k.shape)}, so the layout must be for (b, s_q, s_k) = {got}; "
+                f"it is for {self.shape}"
+            )
+
+    def plan(self, name: str, prepare: Callable[[AttentionLayout, torch.dtype], Any], dtype: torch.dtype) -> Any:
+        """What `prepare(self, dtype)` makes of this layout for the backend called `name`; made once."""
+        key = (name, dtype, torch.are_deterministic_algorithms_enabled())
+        if key not in self._plans:
+            self._plans[key] = prepare(self, dtype)
+        return self._plans[key]

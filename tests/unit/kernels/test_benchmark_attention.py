@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_multiverse.kernels.benchmarks import attention as benchmark
+from megatron_multiverse.kernels.benchmarks import plot
+from megatron_multiverse.kernels.benchmarks.attention_rivals import Rival
+from megatron_multiverse.kernels.benchmarks.layouts import make_labels
+from megatron_multiverse.kernels.multiverse_attention import multiverse_attention_reference, visibility
+
+
+def test_what_results_are_checked_against_is_the_definition_and_its_gradient() -> None:
+    """Several steps of rows, two key/value heads; a function with the wrong mask is found out."""
+    n = 600
+    inputs = benchmark.Inputs(n, 4, 2, 16, device="cpu")
+    r = make_labels("deep", n)[0]
+
+    def masked(visible: torch.Tensor) -> benchmark.Attention:
+        return lambda q, k, v: multiverse_attention_reference(q.float(), k.float(), v.float(), visible)
+
+    right, wrong = visibility(r), visibility(torch.arange(n)[None])
+    rivals = [Rival("right", masked(right), False), Rival("wrong", masked(wrong), False)]
+    found = benchmark.errors(inputs, rivals, r[0])
+    assert max(found["right"]) < 5e-3  # gradients come back in bfloat16
+    assert min(found["wrong"]) > 0.05
+
+
+def test_the_plot_shows_every_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    lines = [
+        {
+            "tokens": 8,
+            "layout": layout,
+            "attention": name,
+            "gpu": "X",
+            "visible": 0.5,
+            "heads": 1,
+            "groups": 1,
+            "dim": 4,
+        }
+        | {"fwd_tflops": 1.0, "bwd_tflops": 2.0, "fwd_ms": 1.0, "bwd_ms": 2.0}
+        for layout in ("a", "b")
+        for name in ("cuDNN causal (SDPA)", "flash4")
+    ]
+    file = tmp_path / "attention_x.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"tokens": 8, "prepare_us": 1.0}]))
+    rows = plot.read(file, 8)
+    assert list(rows) == ["a", "b"] and not plot.read(file, 9)
+    monkeypatch.setattr("sys.argv", ["plot", "--input", str(file), "--tokens", "8"])
+    plot.main()
+    assert (tmp_path / "attention_x_8.png").stat().st_size > 10_000

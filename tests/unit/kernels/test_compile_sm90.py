@@ -1,0 +1,132 @@
+"""Every Triton kernel compiled for sm_90 on this machine, as its launcher starts it, without register spills.
+
+A driver that stands for an H100 lets Triton's own launch code compile; the launch itself is left out.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+TOKENS = 32768
+
+
+class Hopper:
+    """What Triton's launch code asks a driver for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 90
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+Compiled = list[tuple[str, str]]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
+    """(name, PTX) of every kernel that is launched."""
+    found: Compiled = []
+    original = jit.JITFunction.run
+
+    def run(self: jit.JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> object:
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        found.append((self.__name__, kernel.asm["ptx"]))
+        return kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setattr(jit.JITFunction, "run", run)
+    monkeypatch.setattr(driver, "_active", Hopper())
+    return found
+
+
+def launch_tiles() -> None:
+    from megatron_multiverse.kernels.multiverse_attention import tiles_triton
+
+    r = torch.zeros(1, TOKENS, dtype=torch.int32)
+    for index in (None, r):
+        bounds = tiles_triton.tile_bounds_triton(r, index)
+        tiles_triton.tile_lists_triton(bounds)
+    tiles_triton.tile_lists_triton(tiles_triton.tile_bounds_triton(r[:, :8192], r[:, :8192]), bounds)
+
+
+def launch_rope() -> None:
+    from megatron_multiverse.kernels.rope.fused import rope_fused
+
+    for dim in (64, 128):
+        q, k = (torch.zeros(16, 1, heads, dim, dtype=torch.bfloat16).requires_grad_() for heads in (40, 8))
+        out = rope_fused(q, k, torch.zeros(1, 16, dim))
+        torch.autograd.grad(out, (q, k), out)
+
+
+def launch_rope_qkv() -> None:
+    from megatron_multiverse.kernels.rope.fused_qkv import rope_qkv_fused
+
+    mixed = torch.zeros(16, 1, 8, 7 * 128, dtype=torch.bfloat16).requires_grad_()
+    out = rope_qkv_fused(mixed, torch.zeros(1, 16, 128))
+    torch.autograd.grad(out, mixed, out)
+
+
+def launch_structure_scan() -> None:
+    from megatron_multiverse.kernels.structure_scan.fused import structure_scan_triton
+
+    documents = torch.zeros(1, 8, 2, dtype=torch.int32)
+    structure_scan_triton(torch.zeros(1, TOKENS, dtype=torch.int64), documents, torch.arange(12))
+
+
+def resources(ptx: str, folder: Path) -> tuple[int, int]:
+    """(registers, bytes of register spills) that ptxas reports."""
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    source = folder / "kernel.ptx"
+    source.write_text(ptx)
+    target = re.search(r"\.target (sm_\w+)", ptx)
+    assert target is not None and target[1].startswith("sm_90")
+    command = [str(ptxas), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(folder / "kernel.cubin")]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = [int(x) for x in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
+    registers = [int(x) for x in re.findall(r"Used (\d+) registers", report)]
+    assert spills and registers, report
+    return max(registers), sum(spills)
+
+
+LAUNCHES: dict[Callable[[], None], set[str]] = {
+    launch_tiles: {"_bounds_kernel", "_lists_kernel"},
+    launch_rope: {"_rope_kernel"},
+    launch_rope_qkv: {"_qkv_kernel"},
+    launch_structure_scan: {"tags_kernel", "documents_kernel", "expand_kernel", "order_kernel", "_lists_kernel"},
+}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_kernels_compile_for_hopper_without_spills(
+    launch: Callable[[], None], compiled: Compiled, tmp_path: Path
+) -> None:
+    launch()
+    assert LAUNCHES[launch] <= {name for name, _ in compiled}
+    for name, ptx in dict.fromkeys(compiled):
+        registers, spilled = resources(ptx, tmp_path)
+        print(f"{name}: {registers} registers, {spilled} bytes spilled")
+        assert spilled == 0, name
+
+
+def test_the_list_above_has_every_kernel() -> None:
+    root = Path(__file__).parents[3] / "kernels"
+    text = "\n".join(path.read_text(encoding="utf-8") for path in root.rglob("*.py"))
+    launched = set(re.findall(r"^\s*(\w+)\[[^\n=]*\]\($", text, re.MULTILINE)) | set(
+        re.findall(r"(\w+_kernel)\[", text)
+    )
+    assert launched == set().union(*LAUNCHES.values())
