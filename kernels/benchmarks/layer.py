@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_multiverse.cli import parse_options
 from megatron_multiverse.config import LayerConfig, ModelConfig
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.benchmarks.layouts import make_labels
 from megatron_multiverse.kernels.benchmarks.record import Recorder
 from megatron_multiverse.model.families import preset
@@ -51,9 +52,13 @@ class Options:
     """What to measure."""
 
     tokens: int = 32768
+    """Length of the sequence that is timed."""
     check_tokens: int = 4096
+    """Length of the one that is checked."""
     repeats: int = 6
+    """Timed steps of each case."""
     modes: list[str] = field(default_factory=lambda: list(MODES))
+    """Any of the modes named in MODES."""
     output: str | None = None
     """Folder; default kernels/benchmarks/results."""
     commit: str | None = None
@@ -235,6 +240,8 @@ def measure(cases: list[Case], hidden: Tensor, upstream: Tensor, repeats: int) -
 def main() -> None:
     """Run all cases."""
     o = parse_options(Options)
+    if unknown := [mode for mode in o.modes if mode not in MODES]:
+        raise ConfigError(f"modes {unknown} unknown, allowed: {', '.join(MODES)}")
     version = importlib.metadata.version("megatron-core")
     recorder = Recorder(f"layer_mcore_{version}", o.output, o.commit)
     for package in ("transformer-engine", "megatron-core"):
@@ -243,23 +250,7 @@ def main() -> None:
     weights: dict[str, Tensor] = {}
     exact: dict[str, dict[str, Tensor]] = {}
     for mode in o.modes:
-        cases = make_cases(model, MODES[mode])
-        for case in cases:
-            share_weights(case.block, weights)
-        exact = exact or float32_results(model, weights, o.check_tokens)
-        tolerance = TOLERANCE[mode[:4] if mode.startswith("bf16") else "fp8"]
-        errors = [
-            worst_error(results(case, *draw(o.check_tokens, model.hidden_size)), exact[case.layout]) for case in cases
-        ]
-        for case, error in zip(cases, errors, strict=True):
-            if not error < tolerance:
-                print(f"NOT COUNTED: {mode}, {case.name}, {case.layout}: error {error:.2e}", flush=True)
-        counted = [(case, error) for case, error in zip(cases, errors, strict=True) if error < tolerance]
-        hidden, upstream = draw(o.tokens, model.hidden_size)
-        memory = [peak_memory(case, hidden, upstream) for case, _ in counted]
-        measure([case for case, _ in counted], hidden, upstream, o.repeats)
-        record(recorder, mode, counted, memory, o.tokens)
-        del cases, counted, hidden, upstream, case
+        run_mode(mode, o, recorder, model, weights, exact)
         gc.collect()
         torch.cuda.empty_cache()
     recorder.table(
@@ -267,6 +258,34 @@ def main() -> None:
         "(time) and the leanest (memory) of the same mode; ours includes tile lists and rotary table. "
         f"Error: the worst of output and gradients against float32 at {o.check_tokens} tokens."
     )
+
+
+def run_mode(
+    mode: str,
+    o: Options,
+    recorder: Recorder,
+    model: ModelConfig,
+    weights: dict[str, Tensor],
+    exact: dict[str, dict[str, Tensor]],
+) -> None:
+    """Check, measure and record the cases of one mode; weights and exact results are made by the first."""
+    cases = make_cases(model, MODES[mode])
+    for case in cases:
+        share_weights(case.block, weights)
+    if not exact:
+        exact.update(float32_results(model, weights, o.check_tokens))
+    tolerance = TOLERANCE["fp8" if mode.startswith("fp8") else "bf16"]
+    counted = []
+    for case in cases:
+        error = worst_error(results(case, *draw(o.check_tokens, model.hidden_size)), exact[case.layout])
+        if error < tolerance:
+            counted.append((case, error))
+        else:
+            print(f"NOT COUNTED: {mode}, {case.name}, {case.layout}: error {error:.2e}", flush=True)
+    hidden, upstream = draw(o.tokens, model.hidden_size)
+    memory = [peak_memory(case, hidden, upstream) for case, _ in counted]
+    measure([case for case, _ in counted], hidden, upstream, o.repeats)
+    record(recorder, mode, counted, memory, o.tokens)
 
 
 def record(recorder: Recorder, mode: str, counted: list[tuple[Case, float]], memory: list[float], tokens: int) -> None:
