@@ -15,15 +15,22 @@ from .tags_triton import tags_kernel
 
 CHUNK = 512
 """Tokens per program of the launches over tokens: a multiple of TILE."""
-BLOCK = 256
-"""Tags a document's program takes at a time: one per thread."""
+BLOCK = 512
+NUM_WARPS = 4
+"""Tags that a document's program takes at a time, four per thread, and its size."""
 CHUNKS = 128
 SLOTS = 16
 """Chunks and tags of a chunk that a document's program copies at a time."""
 
 
 def structure_scan_triton(
-    ids: Tensor, documents: Tensor, tag_ids: Tensor, *, block: int = BLOCK, chunk: int = CHUNK, num_warps: int = 8
+    ids: Tensor,
+    documents: Tensor,
+    tag_ids: Tensor,
+    *,
+    block: int = BLOCK,
+    chunk: int = CHUNK,
+    num_warps: int = NUM_WARPS,
 ) -> StructureScan:
     """Same contract as `structure_scan`. `block`: tags that a program takes at a time."""
     batch, num_tokens = ids.shape
