@@ -80,6 +80,7 @@ def test_part_imports_only_what_lies_below(part: str) -> None:
                     "typing",
                     "dataclasses",
                     "functools",
+                    "hashlib",
                     "math",
                     "importlib",
                     "itertools",

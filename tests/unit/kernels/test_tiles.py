@@ -213,6 +213,16 @@ def test_a_missing_package_is_named_with_its_version(monkeypatch: pytest.MonkeyP
     assert flash4._version_key("4.0.0") > flash4._version_key("4.0.0b36") > flash4._version_key("4.0.0b9")
 
 
+def test_deterministic_mode_needs_the_version_our_kernels_were_written_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(flash4, "_missing", lambda: None)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    for version, wanted in ((flash4.VERSION, None), ("4.1.0", f"needs {flash4.PACKAGE} {flash4.VERSION} exactly")):
+        monkeypatch.setattr(flash4.importlib.metadata, "version", lambda name, found=version: found)
+        problem = flash4.flash4_problem("cuda", torch.bfloat16, 128)
+        assert problem is None if wanted is None else wanted in (problem or "")
+
+
 def test_auto_takes_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     problems = {"flash4": None}
