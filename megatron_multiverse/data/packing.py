@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -33,7 +34,7 @@ class Packing:
     dropped: int
     fill: float
 
-    @property
+    @cached_property
     def most_documents(self) -> int:
         """Documents of the fullest pack."""
         return max(map(len, self.packs))

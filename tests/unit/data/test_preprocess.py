@@ -14,6 +14,7 @@ import pytest
 from megatron_multiverse.data.indexed_writer import ShardWriter, join_shards, optimal_dtype
 from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess
 from megatron_multiverse.errors import ConfigError, DataError
+from megatron_multiverse.structure import Block, render
 from tests.unit.data.conftest import SEQUENTIAL, TRAJECTORY, train_sentencepiece
 
 ROOT = Path(__file__).parents[3]
@@ -108,6 +109,14 @@ def test_real_trajectories_all_pass_and_decode_byte_for_byte(tmp_path, samples_f
         assert tokenizer.detokenize(response[:-1].tolist()).encode() == file.read_bytes()
 
 
+def nested(depth: int) -> str:
+    """Blocks of one path, one inside the other."""
+    block = Block(("a",), (("b",),), "c")
+    for _ in range(depth - 1):
+        block = Block(("a",), (("b", block, "c"),), "d")
+    return render((block,))
+
+
 SURPLUS = "\n<Path>\n3: x\n</Path>"
 BREAKS = {
     "left open at the budget": (TRAJECTORY[: TRAJECTORY.index("so 3")], "unclosed"),
@@ -129,6 +138,7 @@ BREAKS = {
     "no newline in a gap": (TRAJECTORY.replace("</Goal>\n<Path>", "</Goal><Path>", 1), "gap"),
     "two newlines in a gap": (TRAJECTORY.replace("</Goal>\n<Path>", "</Goal>\n\n<Path>", 1), "gap"),
     "no conclusion": (TRAJECTORY.replace("<Conclusion>\nboth agree\n</Conclusion>\n", ""), "no_conclusion"),
+    "nested deeper than the kernels": (nested(9), "too_deep"),
 }  # fmt: skip
 TOLERATED = {
     "raw less-than signs": SEQUENTIAL.replace("is", "a<b <c> < Path>"),
@@ -138,6 +148,7 @@ TOLERATED = {
     "<Conclusion>\nc\n</Conclusion>\n</Parallel>\n</Think>",
     "path that names its sibling": TRAJECTORY.replace("x < y holds", "as in path 1, x < y holds"),
     "no tags at all": "just text",
+    "nested as deep as the kernels": nested(8),
 }
 
 
