@@ -65,6 +65,7 @@ def ensure_cuda_rng_states() -> None:
     """
     if "model-parallel-rng" not in tensor_parallel.get_cuda_rng_tracker().get_states():
         with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+            ensure_parallel_state()
             tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 
