@@ -17,10 +17,10 @@ from megatron_multiverse.kernels.benchmarks.tagged import TAG_IDS, TAGGED, make_
 from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan, structure_scan_reference
 
 NOTE = (
-    "scan: token ids to positions, labels, segment ends, tile lists for queries and keys, and tile order. "
-    "create_block_mask: labels (which it cannot make) to tile lists. *_graph_us by CUDA graph replay, *_us called "
-    "from Python; microseconds, medians. A row counts only if the scan equals the reference and the block mask's "
-    "tiles are those of the scan."
+    "Microseconds, medians. scan: token ids to positions, labels, segment ends, tile lists of queries and keys, and "
+    "tile order; graph: by CUDA graph replay, else called from Python. block_mask: create_block_mask, labels (which "
+    "it cannot make) to tile lists: eager, compiled, and the device time of the compiled one's kernels alone. A row "
+    "counts only if the scan equals the reference and the block mask has the same tiles."
 )
 
 
@@ -38,6 +38,60 @@ class Options:
     """Commit to record; default that of the working tree."""
 
 
+class Case:
+    """One layout of one length, with what is right for it."""
+
+    def __init__(self, name: str, tokens: int) -> None:
+        self.name, self.tokens = name, tokens
+        ids, documents = make_ids(name, tokens)
+        tags = torch.tensor(TAG_IDS)
+        self.num_tags = int(torch.isin(ids, tags).sum())
+        self.want = structure_scan_reference(ids, documents, tags)
+        self.given = ids.cuda(), documents.cuda(), tags.cuda()
+
+    def is_right(self, scan: StructureScan) -> bool:
+        """Whether every field equals the reference."""
+        same = all(
+            torch.equal(getattr(scan, name).cpu(), getattr(self.want, name))
+            for name in ("malformed", "position_ids", "r", "segment_end", "work_order")
+        )
+        for name in ("q_partial", "q_full", "k_partial", "k_full"):
+            got, right = getattr(scan.lists, name), getattr(self.want.lists, name)
+            valid = torch.arange(right.indices.shape[-1]) < right.counts[..., None]
+            same &= torch.equal(got.counts.cpu(), right.counts)
+            same &= torch.equal(got.indices.cpu()[valid], right.indices[valid])
+        return same and not bool(self.want.malformed.any())
+
+
+class BlockMaskRival:
+    """create_block_mask for the same mask, from the labels the scan made. Compiled once: the labels lie in place."""
+
+    def __init__(self, tokens: int) -> None:
+        from torch.nn.attention import flex_attention
+
+        self.r = torch.zeros(tokens, dtype=torch.int32, device="cuda")
+        compiled = torch.compile(flex_attention.create_block_mask)
+        self.eager = partial(flex_attention.create_block_mask, self.visible, None, None, tokens, tokens, device="cuda")
+        self.compiled = partial(compiled, self.visible, None, None, tokens, tokens, device="cuda")
+
+    def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """mask_mod of FlexAttention."""
+        return (k <= q) & (self.r[k] <= self.r[q])
+
+    def measure(self, scan: StructureScan) -> dict[str, float] | None:
+        """Times of both forms; None if its tiles are not those of the scan."""
+        self.r.copy_(scan.r[0])
+        mask = self.compiled()
+        tiles = scan.lists.q_partial.counts + scan.lists.q_full.counts
+        if mask.full_kv_num_blocks is None or not torch.equal(mask.kv_num_blocks + mask.full_kv_num_blocks, tiles):
+            return None
+        return {
+            "block_mask_us": timed(self.eager, repeats=3, calls=2),
+            "block_mask_compiled_us": timed(self.compiled, repeats=7),
+            "block_mask_kernels_us": device_time(self.compiled),
+        }
+
+
 def timed(function: Callable[[], Any], *, repeats: int = 15, calls: int = 20) -> float:
     """Median microseconds of one call, over `repeats` groups of `calls`."""
     function()
@@ -53,98 +107,56 @@ def timed(function: Callable[[], Any], *, repeats: int = 15, calls: int = 20) ->
     return statistics.median(groups)
 
 
+def device_time(function: Callable[[], Any], *, calls: int = 5) -> float:
+    """Microseconds that the kernels of one call run, without what lies between them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as run:
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+    return float(sum(event.self_device_time_total for event in run.key_averages())) / calls
+
+
 def graph_of(function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     """One call, captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
+    function()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
     return graph
 
 
-def is_right(scan: StructureScan, ids: Tensor, documents: Tensor) -> bool:
-    """Whether every field equals the reference."""
-    want = structure_scan_reference(ids, documents, torch.tensor(TAG_IDS))
-    same = all(
-        torch.equal(getattr(scan, name).cpu(), getattr(want, name))
-        for name in ("malformed", "position_ids", "r", "segment_end", "work_order")
-    )
-    for name in ("q_partial", "q_full", "k_partial", "k_full"):
-        got, right = getattr(scan.lists, name), getattr(want.lists, name)
-        valid = torch.arange(right.indices.shape[-1]) < right.counts[..., None]
-        same &= torch.equal(got.counts.cpu(), right.counts)
-        same &= torch.equal(got.indices.cpu()[valid], right.indices[valid])
-    return same and not bool(want.malformed.any())
-
-
-class BlockMaskRival:
-    """create_block_mask for the same mask, from the labels the scan made. Compiled once: the labels lie in place."""
-
-    def __init__(self, tokens: int) -> None:
-        from torch.nn.attention import flex_attention
-
-        self.tokens = tokens
-        self.r = torch.zeros(tokens, dtype=torch.int32, device="cuda")
-        self.make = flex_attention.create_block_mask
-        self.compiled = torch.compile(self.make)
-
-    def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """mask_mod of FlexAttention."""
-        return (k <= q) & (self.r[k] <= self.r[q])
-
-    def measure(self, scan: StructureScan) -> dict[str, float]:
-        """Times of the eager and compiled form; nothing if its tiles are not those of the scan."""
-        self.r.copy_(scan.r[0])
-
-        def call(make: Any) -> Any:
-            return make(self.visible, None, None, self.tokens, self.tokens, device="cuda")
-
-        mask = call(self.compiled)
-        both = mask.kv_num_blocks + mask.full_kv_num_blocks
-        if not torch.equal(both, scan.lists.q_partial.counts + scan.lists.q_full.counts):
-            print("NOT COUNTED: create_block_mask has other tiles", flush=True)
-            return {}
-        times = {
-            "create_block_mask_us": timed(lambda: call(self.make), repeats=5, calls=3),
-            "compiled_us": timed(lambda: call(self.compiled), repeats=7),
-        }
-        try:
-            times["compiled_graph_us"] = timed(graph_of(lambda: call(self.compiled)).replay, repeats=7)
-        except RuntimeError as error:
-            print(f"compiled create_block_mask cannot be captured: {str(error)[:200]}", flush=True)
-            torch.cuda.synchronize()
-        return times
+def measure(case: Case, rival: BlockMaskRival | None) -> dict[str, Any] | None:
+    """One row; None if a result is wrong."""
+    call = partial(structure_scan, *case.given)
+    scan = call()
+    if not case.is_right(scan):
+        print(f"NOT COUNTED: {case.name} at {case.tokens} differs from the reference", flush=True)
+        return None
+    row: dict[str, Any] = {"layout": case.name, "tokens": case.tokens, "tags": case.num_tags}
+    graph = graph_of(call)
+    row |= {"scan_graph_us": timed(graph.replay), "scan_us": timed(call)}
+    if rival is None:
+        return row
+    times = rival.measure(scan)
+    if times is None:
+        print(f"NOT COUNTED: create_block_mask of {case.name} at {case.tokens} has other tiles", flush=True)
+        return row
+    return row | times | {"kernels_over_scan_graph": times["block_mask_kernels_us"] / row["scan_graph_us"]}
 
 
 def main() -> None:
     """Run all cases."""
     o = parse_options(Options)
     recorder, rival = Recorder("structure_scan", o.output, o.commit), BlockMaskRival(o.rival_tokens)
-    tags = torch.tensor(TAG_IDS, device="cuda")
     for tokens in map(int, o.tokens.split(",")):
         for name in TAGGED:
-            ids, documents = make_ids(name, tokens)
-            on_gpu = ids.cuda(), documents.cuda(), tags
-            scan = structure_scan(*on_gpu)
-            if not is_right(scan, ids, documents):
-                print(f"NOT COUNTED: {name} at {tokens} differs from the reference", flush=True)
-                continue
-            graph = graph_of(partial(structure_scan, *on_gpu))
-            row: dict[str, Any] = {"layout": name, "tokens": tokens, "tags": int(torch.isin(ids, tags.cpu()).sum())}
-            row["scan_graph_us"] = timed(graph.replay)
-            row["scan_us"] = timed(partial(structure_scan, *on_gpu))
-            if tokens == o.rival_tokens:
-                times = rival.measure(scan)
-                row |= times
-                if times:
-                    fastest = min(times.get("compiled_graph_us", times["compiled_us"]), times["compiled_us"])
-                    row["compiled_over_scan"] = fastest / row["scan_graph_us"]
-            recorder.add(**row)
+            row = measure(Case(name, tokens), rival if tokens == o.rival_tokens else None)
+            if row is not None:
+                recorder.add(**row)
     recorder.table(NOTE)
 
 
