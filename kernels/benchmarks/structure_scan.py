@@ -69,14 +69,14 @@ class BlockMaskRival:
     def __init__(self, tokens: int) -> None:
         from torch.nn.attention import flex_attention
 
-        self.r = torch.zeros(tokens, dtype=torch.int32, device="cuda")
-        compiled = torch.compile(flex_attention.create_block_mask)
-        self.eager = partial(flex_attention.create_block_mask, self.visible, None, None, tokens, tokens, device="cuda")
-        self.compiled = partial(compiled, self.visible, None, None, tokens, tokens, device="cuda")
+        r = self.r = torch.zeros(tokens, dtype=torch.int32, device="cuda")
 
-    def visible(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """mask_mod of FlexAttention."""
-        return (k <= q) & (self.r[k] <= self.r[q])
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q) & (r[k] <= r[q])
+
+        compiled = torch.compile(flex_attention.create_block_mask)
+        self.eager = partial(flex_attention.create_block_mask, visible, None, None, tokens, tokens, device="cuda")
+        self.compiled = partial(compiled, visible, None, None, tokens, tokens, device="cuda")
 
     def measure(self, scan: StructureScan) -> dict[str, float] | None:
         """Times of both forms; None if its tiles are not those of the scan."""
