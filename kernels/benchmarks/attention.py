@@ -61,6 +61,8 @@ class Options:
     dim: int = 128
     rounds: int = 3
     """How often each attention function gets its turn."""
+    preparation: bool = True
+    """Also time what is done once per microbatch."""
     output: str | None = None
     """Folder; default kernels/benchmarks/results."""
     commit: str | None = None
@@ -132,30 +134,42 @@ def errors(inputs: Inputs, rivals: list[Rival], labels: Tensor) -> dict[str, tup
     return found
 
 
-def in_turns(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median time in ms of each function; they take turns in random order, and each turn begins with a warm-up."""
+@dataclass(frozen=True)
+class Step:
+    """Something to time: `run` on what `prepare` returns, which is not timed."""
 
-    def timed(function: Callable[[], Any]) -> tuple[Any, Any]:
+    run: Callable[[Any], Any]
+    prepare: Callable[[], Any] = lambda: None
+
+    def __call__(self) -> None:
+        self.run(self.prepare())
+
+
+def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Median time in ms of each step; they take turns in random order, and each turn begins with a warm-up."""
+
+    def timed(step: Step) -> tuple[Any, Any]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        given = step.prepare()
         start.record()
-        function()
+        step.run(given)
         end.record()
         return start, end
 
     expected = {}
-    for name, function in functions.items():
-        function()
-        start, end = timed(function)
+    for name, step in steps.items():
+        step()
+        start, end = timed(step)
         torch.cuda.synchronize()
         expected[name] = start.elapsed_time(end)
-    order, rng = list(functions), random.Random(0)
-    times: dict[str, list[tuple[Any, Any]]] = {name: [] for name in functions}
+    order, rng = list(steps), random.Random(0)
+    times: dict[str, list[tuple[Any, Any]]] = {name: [] for name in steps}
     for _ in range(rounds):
         rng.shuffle(order)
         for name in order:
             for _ in range(math.ceil(WARM_UP / expected[name])):
-                functions[name]()
-            times[name] += [timed(functions[name]) for _ in range(math.ceil(MEASURED / expected[name]))]
+                steps[name]()
+            times[name] += [timed(steps[name]) for _ in range(math.ceil(MEASURED / expected[name]))]
     torch.cuda.synchronize()
     return {name: statistics.median(start.elapsed_time(end) for start, end in x) for name, x in times.items()}
 
@@ -163,19 +177,29 @@ def in_turns(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
 def measure(inputs: Inputs, rivals: list[Rival], rounds: int) -> dict[str, tuple[float, float]]:
     """Median times in ms, (forward, backward), of each attention function."""
     leaves = inputs.q, inputs.k, inputs.v
-    functions: dict[str, Callable[[], Any]] = {}
+    steps: dict[str, Step] = {}
+
+    def forward(call: Attention, _: Any = None) -> Tensor:
+        return call(*leaves)
+
+    def backward(out: Tensor, keep: bool = True) -> None:
+        torch.autograd.grad(out, leaves, inputs.upstream, retain_graph=keep)
+
     for rival in rivals:
-        out = rival.call(*leaves)
-        functions[f"{rival.name}/f"] = partial(rival.call, *leaves)
-        functions[f"{rival.name}/b"] = partial(torch.autograd.grad, out, leaves, inputs.upstream, retain_graph=True)
-    times = in_turns(functions, rounds)
+        steps[f"{rival.name}/f"] = Step(partial(forward, rival.call))
+        if rival.keeps_graph:
+            out = forward(rival.call)
+            steps[f"{rival.name}/b"] = Step(backward, partial(lambda x: x, out))
+        else:
+            steps[f"{rival.name}/b"] = Step(partial(backward, keep=False), partial(forward, rival.call))
+    times = in_turns(steps, rounds)
     return {rival.name: (times[f"{rival.name}/f"], times[f"{rival.name}/b"]) for rival in rivals}
 
 
 def matmul_rate() -> float:
     """TFLOP/s of an 8192^3 bfloat16 product on random numbers."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / 1e9 / in_turns({"matmul": lambda: a @ b}, 3)["matmul"]
+    return 2 * 8192**3 / 1e9 / in_turns({"matmul": Step(lambda _: a @ b)}, 3)["matmul"]
 
 
 def chosen(rivals: list[Rival], o: Options, n: int, layout: str) -> list[Rival]:
@@ -238,7 +262,12 @@ def preparation_times(n: int) -> dict[str, float]:
         functions["flash4 plan from Python"] = lambda: flash4.flash4_plan(AttentionLayout(r), torch.bfloat16)
     if n <= LONGEST_FOR_ALL:
         functions["create_block_mask, compiled"] = block_mask_maker(r)
-    return {name: 1e3 * in_turns({name: function}, 3)[name] for name, function in functions.items()}
+    return {name: 1e3 * in_turns({name: Step(partial(_alone, f))}, 3)[name] for name, f in functions.items()}
+
+
+def _alone(function: Callable[[], Any], _: None) -> None:
+    """A function without arguments as a step."""
+    function()
 
 
 def main() -> None:
@@ -257,7 +286,7 @@ def main() -> None:
                 "10 d h; `over` cuDNN and FA4: ratio of TFLOP/s to that causal kernel in the same rounds; errors are "
                 "relative to float32; medians of rounds in which all take turns. prepare_us: once per microbatch."
             )
-        for name, value in {} if o.attention else preparation_times(n).items():
+        for name, value in (preparation_times(n) if o.preparation else {}).items():
             recorder.add(tokens=n, layout="realistic", attention=name, prepare_us=value)
         del inputs
         torch.cuda.empty_cache()

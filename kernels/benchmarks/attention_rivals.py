@@ -27,6 +27,8 @@ class Rival:
     call: Attention
     causal: bool
     """Plain causal attention: it does the same whatever the layout."""
+    keeps_graph: bool = True
+    """Whether the backward pass can run twice on one forward pass."""
 
 
 def sdpa_causal(backend: SDPBackend) -> Attention:
@@ -82,8 +84,8 @@ def causal_rivals(q: Tensor, k: Tensor) -> list[Rival]:
     if flash4.flash4_problem("cuda", q.dtype, q.shape[-1]) is None:
         found.append(Rival("FA4 causal", fa4_causal, True))
     try:
-        found.append(Rival(*transformer_engine(q.shape[1], k.shape[1], q.shape[-1]), True))
-    except ImportError as error:
+        found.append(Rival(*transformer_engine(q.shape[1], k.shape[1], q.shape[-1]), True, keeps_graph=False))
+    except (ImportError, OSError) as error:
         print(f"without TransformerEngine: {error}", flush=True)
     return found
 
@@ -110,6 +112,12 @@ def masked_rivals(r: Tensor, q: Tensor, k: Tensor, arbitrary: bool) -> list[Riva
     if arbitrary:
         place = torch.arange(r.shape[1], device=r.device)
         hidden = (place[None] > place[:, None]) | (r[0][None] > r[0][:, None])
-        with contextlib.suppress(ImportError):
-            found.append(Rival(*transformer_engine(q.shape[1], k.shape[1], q.shape[-1], hidden[None, None]), False))
+        with contextlib.suppress(ImportError, OSError):
+            found.append(
+                Rival(
+                    *transformer_engine(q.shape[1], k.shape[1], q.shape[-1], hidden[None, None]),
+                    False,
+                    keeps_graph=False,
+                )
+            )
     return found

@@ -29,6 +29,33 @@ def test_what_results_are_checked_against_is_the_definition_and_its_gradient() -
     assert min(found["wrong"]) > 0.05
 
 
+class Clock:
+    """A CUDA event that takes 30 ms to the next one."""
+
+    def record(self) -> None:
+        pass
+
+    def elapsed_time(self, other: Clock) -> float:
+        return 30.0
+
+
+def test_every_attention_function_gets_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that can be walked once gets a new forward pass for each backward pass, outside the timing."""
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Clock())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    inputs, calls = benchmark.Inputs(8, 4, 2, 4, device="cpu"), []
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        calls.append(q.shape)
+        return q * k.mean() * v.mean()
+
+    assert benchmark.measure(inputs, [Rival("kept", call, False)], 2) == {"kept": (30.0, 30.0)}
+    kept = len(calls)
+    assert kept == 1 + 2 + 2 * (1 + 3)
+    assert benchmark.measure(inputs, [Rival("once", call, False, keeps_graph=False)], 2) == {"once": (30.0, 30.0)}
+    assert len(calls) - kept == 2 * (kept - 1)
+
+
 def test_the_plot_shows_every_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     lines = [
