@@ -252,6 +252,8 @@ def run_case(inputs: Inputs, layout: str, o: Options, recorder: Recorder, matmul
 
 def preparation_times(n: int) -> dict[str, float]:
     """Times in us of what is done once per microbatch of the realistic layout."""
+    from triton.testing import do_bench
+
     r = make_labels("realistic", n)[0].cuda()
     graph = torch.cuda.CUDAGraph()
     tile_lists(r)
@@ -262,12 +264,7 @@ def preparation_times(n: int) -> dict[str, float]:
         functions["flash4 plan from Python"] = lambda: flash4.flash4_plan(AttentionLayout(r), torch.bfloat16)
     if n <= LONGEST_FOR_ALL:
         functions["create_block_mask, compiled"] = block_mask_maker(r)
-    return {name: 1e3 * in_turns({name: Step(partial(_alone, f))}, 3)[name] for name, f in functions.items()}
-
-
-def _alone(function: Callable[[], Any], _: None) -> None:
-    """A function without arguments as a step."""
-    function()
+    return {name: 1e3 * do_bench(function, rep=50, return_mode="median") for name, function in functions.items()}
 
 
 def main() -> None:
