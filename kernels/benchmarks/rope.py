@@ -39,6 +39,9 @@ class Options:
     heads: int = 40
     groups: int = 8
     dim: int = 128
+    """Of one head; tokens, heads and groups are those of q and k."""
+    transformer_engine: bool = True
+    """Also measure TransformerEngine's kernels, if it is installed (importing it takes ten seconds)."""
     output: str | None = None
     """Folder; default kernels/benchmarks/results."""
     commit: str | None = None
@@ -95,7 +98,7 @@ def pair_cases(o: Options) -> list[Case]:
              exact(angles), kind),
         Case("ours, q and k", lambda: rope_fused(q, k, table), tensors, grads, exact(angles), kind),
     ]  # fmt: skip
-    te = transformer_engine_rope()
+    te = transformer_engine_rope() if o.transformer_engine else None
     if te is not None:
         ordered = rope_angles(in_order, inv_freq)
         call = te.apply_rotary_pos_emb
@@ -132,7 +135,7 @@ def qkv_cases(o: Options) -> list[Case]:
         Case("split, then ours for q and k", split, tensors, grads, exact(table), kind),
         Case("ours, qkv", lambda: rope_qkv_fused(mixed, table), tensors, grads, exact(table), kind),
     ]
-    te = transformer_engine_rope()
+    te = transformer_engine_rope() if o.transformer_engine else None
     if te is not None:
         ordered = rope_angles(in_order, inv_freq)
         call = te.apply_fused_qkv_rotary_pos_emb
