@@ -68,13 +68,12 @@ def _row_of_lists(own, batch, own_r_low, own_r_high, own_i_low, own_i_high, r_lo
         if ONE_SET:
             full &= other != own
             partial |= other == own
-        marks = partial.to(tl.int32) | full.to(tl.int32) << 16  # one scan counts both, at most CHUNK of each
-        found = tl.cumsum(marks, axis=0)
-        tl.store(indices_ptr + row * columns + num_partial + (found & 0xFFFF) - 1, other, mask=partial)
-        tl.store(indices_ptr + full_row * columns + num_full + (found >> 16) - 1, other, mask=full)
-        total = tl.sum(marks, axis=0)
-        num_partial += total & 0xFFFF
-        num_full += total >> 16
+        place = num_partial + tl.cumsum(partial.to(tl.int32), axis=0) - 1
+        tl.store(indices_ptr + row * columns + place, other, mask=partial)
+        full_place = num_full + tl.cumsum(full.to(tl.int32), axis=0) - 1
+        tl.store(indices_ptr + full_row * columns + full_place, other, mask=full)
+        num_partial += tl.sum(partial.to(tl.int32), axis=0)
+        num_full += tl.sum(full.to(tl.int32), axis=0)
     tl.store(counts_ptr + row, num_partial)
     tl.store(counts_ptr + full_row, num_full)
 

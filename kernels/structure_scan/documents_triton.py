@@ -1,4 +1,4 @@
-"""Launch 3 of the scan: one program per document checks its tags and computes what every border shifts.
+"""Launch 2 of the scan: one program per document checks its tags and computes what every border shifts.
 
 Lanes exchange values through global memory with a barrier of the program between store and load. Every loop over
 the tags goes in blocks with carries, so a document may hold any number of them.
@@ -70,9 +70,29 @@ def document_borders(documents, doc, num_documents, num_tokens, DOCS: tl.constex
 
 
 @triton.jit
-def _rank(bases, before, token, CHUNK: tl.constexpr):
-    """Number of tags of the row before a token, 0 <= token <= s."""
-    return tl.load(bases + token // CHUNK) + tl.load(before + token)
+def _collect(tags, counts, before, raw, doc, response, end, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+             SLOTS: tl.constexpr):  # fmt: skip
+    """Copy the tags of tokens [response, end) to raw, from `place_of` on; returns rank of the first and number."""
+    low, high = response // CHUNK, end // CHUNK
+    earlier = tl.zeros((CHUNKS,), tl.int32)
+    for c0 in range(0, low, CHUNKS):
+        chunk = c0 + tl.arange(0, CHUNKS)
+        earlier += tl.load(counts + chunk, mask=chunk < low, other=0)
+    carry = tl.sum(earlier, axis=0)
+    first = carry + tl.load(before + response)
+    raw += place_of(first, doc) - first
+    for c0 in range(low, tl.where(response < end, high + 1, low), CHUNKS):
+        chunk = c0 + tl.arange(0, CHUNKS)
+        count = tl.load(counts + chunk, mask=chunk <= high, other=0)
+        rank0 = carry + tl.cumsum(count, axis=0) - count
+        for s0 in range(0, tl.max(count, axis=0), SLOTS):
+            slot = s0 + tl.arange(0, SLOTS)
+            there = slot[None, :] < count[:, None]
+            word = tl.load(tags + chunk.to(tl.int64)[:, None] * CHUNK + slot[None, :], mask=there, other=0)
+            mine = there & (index_of(word) >= response) & (index_of(word) < end)
+            tl.store(raw + rank0[:, None] + slot[None, :], word, mask=mine)
+        carry += tl.sum(tl.where(chunk < high, count, 0), axis=0)
+    return first, tl.where(response < end, carry + tl.load(before + end) - first, 0)
 
 
 @triton.jit
@@ -189,30 +209,30 @@ def _shifts(words, stride, shifts, ends, n, end, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_documents", "num_tokens", "rows_of_16", "chunks", "batch"])
-def documents_kernel(documents, raw, bases, before, scratch, shifts, ends, info, malformed, num_documents, num_tokens,
-                     rows_of_16, chunks, batch, MAX_DEPTH: tl.constexpr, CHUNK: tl.constexpr, DOCS: tl.constexpr,
-                     BLOCK: tl.constexpr):  # fmt: skip
+def documents_kernel(documents, tags, counts, before, scratch, shifts, ends, info, malformed, num_documents,
+                     num_tokens, rows_of_16, chunks, batch, MAX_DEPTH: tl.constexpr, CHUNK: tl.constexpr,
+                     CHUNKS: tl.constexpr, SLOTS: tl.constexpr, DOCS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Program (document, row).
 
     Args:
-        documents: int32 [b, D, 2]; raw, bases: see `gather_kernel`; before: see `tags_kernel`.
-        scratch: int32 [6, b, capacity] words and steps (see `check_levels`), own, next_own, length and longest (see
-            `_lengths`); capacity = 16 * rows_of_16 >= s + 4 D. A document begins at `place_of`.
+        documents: int32 [b, D, 2]; tags, counts, before: see `tags_kernel`.
+        scratch: int32 [7, b, capacity] raw tags, words and steps (see `check_levels`), own, next_own, length and
+            longest (see `_lengths`); capacity = 16 * rows_of_16 >= s + 4 D. A document begins at `place_of`.
         shifts, ends: int32 [3, b, capacity] and [b, capacity], see `_shifts`.
         info: int32 [4, b, D] start, end, rank of the first tag, number of tags (0 if causal).
         malformed: uint8 [b, D].
     """
     doc, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, response, end = document_borders(documents + row * num_documents * 2, doc, num_documents, num_tokens, DOCS)
-    before += row * (num_tokens + 1)
-    bases += row * chunks
-    first = _rank(bases, before, response, CHUNK)
-    n = tl.where(response < end, _rank(bases, before, end, CHUNK) - first, 0)
     capacity = rows_of_16 * 16
     stride = (tl.full((), 0, tl.int64) + batch) * capacity
+    raw = scratch + row * capacity
+    first, n = _collect(tags + row * chunks * CHUNK, counts + row * chunks, before + row * (num_tokens + 1), raw, doc,
+                        response, end, CHUNK, CHUNKS, SLOTS)  # fmt: skip
     kept = row * capacity + place_of(first, doc)
-    words = scratch + kept
-    depth = check_levels(raw + row * num_tokens + first, words, words + stride, n, MAX_DEPTH, BLOCK)
+    words = scratch + kept + stride
+    tl.debug_barrier()
+    depth = check_levels(scratch + kept, words, words + stride, n, MAX_DEPTH, BLOCK)
     tl.debug_barrier()
     unequal = tl.zeros((BLOCK,), tl.int32)
     for up in range(0, tl.where(depth > MAX_DEPTH, 0, depth)):

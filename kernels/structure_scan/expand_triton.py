@@ -1,6 +1,6 @@
-"""Launch 4 of the scan: what the borders shift becomes positions, labels and segment ends of all tokens.
+"""Launch 3 of the scan: what the borders shift becomes positions, labels and segment ends of all tokens.
 
-And launch 6, the order of the query tiles; launch 5 is the kernel of multiverse_attention that makes tile lists.
+And launch 5, the order of the query tiles; launch 4 is the kernel of multiverse_attention that makes tile lists.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from .documents_triton import place_of
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rows_of_16", "num_documents", "chunks", "tiles", "batch"])
-def expand_kernel(bases, before, shifts, ends, info, position_ids, r_out, segment_end, r_low, r_high, num_tokens,
-                  rows_of_16, num_documents, chunks, tiles, batch, CHUNK: tl.constexpr, DOCS: tl.constexpr,
-                  TILE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+def expand_kernel(counts, before, shifts, ends, info, position_ids, r_out, segment_end, r_low, r_high, num_tokens,
+                  rows_of_16, num_documents, chunks, tiles, batch, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+                  DOCS: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
     """Program (chunk, row). Inputs: see `documents_kernel`; outputs int32 [b, s] and [b, tiles]."""
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     real = token < num_tokens
     rank = tl.load(before + row * (num_tokens + 1) + token, mask=real, other=0).to(tl.int32)
-    rank += tl.load(bases + row * chunks + chunk)
+    earlier = tl.zeros((CHUNKS,), tl.int32)
+    for c0 in range(0, chunk, CHUNKS):
+        other = c0 + tl.arange(0, CHUNKS)
+        earlier += tl.load(counts + row * chunks + other, mask=other < chunk, other=0)
+    rank += tl.sum(earlier, axis=0)
 
     info += row * num_documents
     side = batch * num_documents

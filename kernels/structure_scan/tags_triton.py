@@ -1,4 +1,4 @@
-"""Launches 1 and 2 of the scan: the tags of each row as one list. And the words that tags are packed into."""
+"""Launch 1 of the scan: every chunk of tokens lists the tags it holds. And the words that tags are packed into."""
 
 from __future__ import annotations
 
@@ -73,27 +73,3 @@ def tags_kernel(ids_ptr, tag_ids, tags_ptr, counts_ptr, before_ptr, num_tokens, 
     tl.store(tags_ptr + (row * chunks + chunk) * CHUNK + before, token << 8 | kind, mask=is_tag)
     tl.store(before_ptr + row * (num_tokens + 1) + token, before.to(tl.int16), mask=token <= num_tokens)
     tl.store(counts_ptr + row * chunks + chunk, tl.sum(found, axis=0))
-
-
-@triton.jit(do_not_specialize=["num_tokens", "chunks"])
-def gather_kernel(tags_ptr, counts_ptr, raw_ptr, bases_ptr, num_tokens, chunks, CHUNK: tl.constexpr,
-                  CHUNKS: tl.constexpr):  # fmt: skip
-    """Program (chunk, row): append the chunk's tags to the list of the row.
-
-    Args:
-        tags_ptr, counts_ptr: see `tags_kernel`.
-        raw_ptr: int32 [b, s] the tags of each row, in order.
-        bases_ptr: int32 [b, chunks] tags before each chunk.
-    """
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    counts_ptr += row * chunks
-    earlier = tl.zeros((CHUNKS,), tl.int32)
-    for c0 in range(0, chunk, CHUNKS):
-        other = c0 + tl.arange(0, CHUNKS)
-        earlier += tl.load(counts_ptr + other, mask=other < chunk, other=0)
-    base = tl.sum(earlier, axis=0)
-    slot = tl.arange(0, CHUNK)
-    here = slot < tl.load(counts_ptr + chunk)
-    word = tl.load(tags_ptr + (row * chunks + chunk) * CHUNK + slot, mask=here, other=0)
-    tl.store(raw_ptr + row * num_tokens + base + slot, word, mask=here)
-    tl.store(bases_ptr + row * chunks + chunk, base)

@@ -164,24 +164,18 @@ def test_kernels_compile_for_hopper_without_spilling() -> None:
     pytest.importorskip("triton")
     from megatron_multiverse.kernels.structure_scan import documents_triton, expand_triton, fused, tags_triton
 
-    data, sizes = "*i32", {"CHUNK": fused.CHUNK, "DOCS": 32}
+    data, sizes = "*i32", {"CHUNK": fused.CHUNK, "CHUNKS": fused.CHUNKS, "DOCS": 32}
     cases = (
         (tags_triton.tags_kernel, "tags_ptr counts_ptr", {"CHUNK": fused.CHUNK}, 4),
         (
-            tags_triton.gather_kernel,
-            "tags_ptr counts_ptr raw_ptr bases_ptr",
-            {"CHUNK": fused.CHUNK, "CHUNKS": fused.CHUNKS},
-            4,
-        ),
-        (
             documents_triton.documents_kernel,
-            "documents raw bases scratch shifts ends info",
-            sizes | {"MAX_DEPTH": MAX_DEPTH, "BLOCK": fused.BLOCK},
-            fused.NUM_WARPS,
+            "documents tags counts scratch shifts ends info",
+            sizes | {"MAX_DEPTH": MAX_DEPTH, "SLOTS": fused.SLOTS, "BLOCK": fused.BLOCK},
+            8,
         ),
         (
             expand_triton.expand_kernel,
-            "bases shifts ends info position_ids r_out segment_end r_low r_high",
+            "counts shifts ends info position_ids r_out segment_end r_low r_high",
             sizes | {"TILE": 128, "FIRST": -(2**31), "LAST": 2**31 - 1},
             4,
         ),
