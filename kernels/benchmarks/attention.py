@@ -10,6 +10,8 @@ draws less power looks up to 15 % faster. So every kernel warms up itself, and r
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import math
 import random
 import statistics
@@ -273,6 +275,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     torch._functorch.config.donated_buffer = False  # backward runs repeatedly on one graph
     recorder, matmul = Recorder("attention", o.output, o.commit), matmul_rate()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        recorder.environment["versions"]["transformer-engine"] = importlib.metadata.version("transformer-engine")
     print(f"bfloat16 matmul {matmul:.0f} TFLOP/s, datasheet {DATASHEET:.0f}", flush=True)
     for n in o.lengths:
         inputs = Inputs(n, o.heads, o.groups, o.dim)

@@ -86,8 +86,10 @@ def main() -> None:
     rows = read(file, o.tokens)
     first = next(iter(next(iter(rows.values())).values()))
     shape = f"{first['heads']} query and {first['groups']} key/value heads, d {first['dim']}, bfloat16"
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for each in rows.values() for row in each.values()))
     target = Path(o.output) if o.output else file.with_name(f"{file.stem}_{o.tokens}.png")
-    figure(rows, f"Attention over {o.tokens} tokens on one {first['gpu']}: {shape}").savefig(target, dpi=110)
+    title = f"Attention over {o.tokens} tokens on one {first['gpu']}: {shape}; commit {commits}"
+    figure(rows, title).savefig(target, dpi=110)
     print(target)
 
 

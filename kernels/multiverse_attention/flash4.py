@@ -111,7 +111,16 @@ def flash4_plan(layout: AttentionLayout, dtype: torch.dtype) -> Flash4Plan:
     """Mask and tile lists of one microbatch; lists that the layout brings must fit.
 
     Under torch.use_deterministic_algorithms the plan says so and carries the order in which dQ is added.
+
+    Raises:
+        ValueError: deterministic mode with explicit places, or lists that do not fit.
     """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if deterministic and layout.index is not None:
+        raise ValueError(
+            "torch.use_deterministic_algorithms is on and the layout has an index: flash4 is deterministic only for "
+            "tokens in their order; set attention_backend to flex"
+        )
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     kernels = _kernels()
@@ -122,13 +131,11 @@ def flash4_plan(layout: AttentionLayout, dtype: torch.dtype) -> Flash4Plan:
         lists = tile_lists(layout.r, layout.index, layout.key_r, layout.key_index, length=queries, key_length=keys)
     elif not lists.fit(batch, queries, keys):
         raise ValueError(f"tile lists for {lists.shape} tiles do not fit a layout of {layout.shape}: make them for it")
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    if layout.index is None:
-        labels = [pad_labels(layout.r, queries)]
-    else:
-        own = [pad_labels(x, queries) for x in (layout.r, layout.index)]
-        others = (layout.key_r, layout.key_index)
-        labels = own + [pad_labels(x, keys) for x in others if x is not None] if layout.key_r is not None else own * 2
+    mask, labels = kernels.ordered, [pad_labels(layout.r, queries)]
+    if layout.index is not None:
+        mask, labels = kernels.permuted, [*labels, pad_labels(layout.index, queries)]
+    if layout.key_r is not None and layout.key_index is not None:
+        mask, labels = kernels.other_keys, [*labels, *(pad_labels(x, keys) for x in (layout.key_r, layout.key_index))]
     order = {}
     if deterministic:
         order = dict(zip(("dq_write_order", "dq_write_order_full"), write_order(lists), strict=True)) | {"spt": True}
@@ -139,7 +146,7 @@ def flash4_plan(layout: AttentionLayout, dtype: torch.dtype) -> Flash4Plan:
         )
 
     return Flash4Plan(
-        mask=kernels.ordered if layout.index is None else kernels.placed,
+        mask=mask,
         labels=labels,
         forward=sparse(lists.q_partial, lists.q_full),
         backward=sparse(lists.k_partial, lists.k_full, **order),

@@ -38,8 +38,18 @@ def ordered(b, h, q, k, seqlen_info, aux):
 
 
 @cute.jit
-def placed(b, h, q, k, seqlen_info, aux):
-    """The rule with explicit places: aux = [r [b, s_q], index [b, s_q], key_r [b, s_k], key_index [b, s_k]]."""
+def permuted(b, h, q, k, seqlen_info, aux):
+    """The rule where the tokens stand in any order: aux = [r [b, s], index [b, s]]."""
+    r_k = utils.scalar_to_ssa(aux[0][b[0], k[0]], cutlass.Int32)
+    r_q = utils.scalar_to_ssa(aux[0][b[0], q[0]], cutlass.Int32)
+    i_k = utils.scalar_to_ssa(aux[1][b[0], k[0]], cutlass.Int32)
+    i_q = utils.scalar_to_ssa(aux[1][b[0], q[0]], cutlass.Int32)
+    return (i_k <= i_q) & (r_k <= r_q)
+
+
+@cute.jit
+def other_keys(b, h, q, k, seqlen_info, aux):
+    """The rule where keys are other tokens: aux = [r [b, s_q], index [b, s_q], key_r [b, s_k], key_index [b, s_k]]."""
     r_q = utils.scalar_to_ssa(aux[0][b[0], q[0]], cutlass.Int32)
     i_q = utils.scalar_to_ssa(aux[1][b[0], q[0]], cutlass.Int32)
     r_k = utils.scalar_to_ssa(aux[2][b[0], k[0]], cutlass.Int32)
@@ -47,7 +57,8 @@ def placed(b, h, q, k, seqlen_info, aux):
     return (i_k <= i_q) & (r_k <= r_q)
 
 
-OURS = (ordered, placed)
+OURS = (ordered,)
+"""The rules that get our kernels; the others run in FlashAttention 4's own."""
 with open(__file__, "rb") as source:
     _version = hashlib.sha256(source.read()).hexdigest()
 for _rule in OURS:
@@ -56,11 +67,11 @@ for _rule in OURS:
 
 
 class LabelMask(AttentionMask):  # type: ignore[misc]
-    """The rule of `ordered` or `placed` on the accumulator of one tile, by its labels.
+    """The rule `ordered` on the accumulator of one tile.
 
     The accumulator has few rows and many columns per thread, or the other way round when it is transposed
-    (`swap_AB`, the backward pass). What belongs to the few is kept in registers, what belongs to the many is loaded
-    when its turn comes. Places of `ordered` are compared as compile-time offsets.
+    (`swap_AB`, the backward pass). Labels of the few are kept in registers, a label of the many is loaded when its
+    turn comes, and its place is a compile-time offset.
     """
 
     @cute.jit
@@ -88,40 +99,36 @@ class LabelMask(AttentionMask):  # type: ignore[misc]
             scores = layout_utils.reshape_acc_to_mn(acc_S, transpose=transposed)
             here = layout_utils.reshape_acc_to_mn(thr_mma.partition_C(grid), transpose=transposed)
             first = layout_utils.reshape_acc_to_mn(thr_mma.get_slice(0).partition_C(grid), transpose=transposed)
-            in_order = const_expr(len(aux_data.tensors) == 1)
-            q_labels = aux_data.tensors[0]
-            k_labels = q_labels if const_expr(in_order) else aux_data.tensors[2]
+            labels = aux_data.tensors[0]
             num_q, num_k = const_expr(cute.size(scores.shape[0])), const_expr(cute.size(scores.shape[1]))
             q_start = m_block * self.tile_m + here[0][query]
             k_start = n_block * self.tile_n + here[0][key]
             few = const_expr(num_k if transposed else num_q)
             label = cute.make_rmem_tensor(few, Int32)
-            place = cute.make_rmem_tensor(few, Int32)
+            distance = cute.make_rmem_tensor(few, Int32)
             if const_expr(not transposed):
                 for i in cutlass.range_constexpr(num_q):
                     q = m_block * self.tile_m + here[i, 0][query]
                     if const_expr(self.qhead_per_kvhead_packgqa != 1):
                         q = q // self.qhead_per_kvhead_packgqa
-                    label[i] = q_labels[batch_idx, q]
-                    place[i] = q - k_start if const_expr(in_order) else aux_data.tensors[1][batch_idx, q]
+                    label[i] = labels[batch_idx, q]
+                    distance[i] = q - k_start
                 for j in cutlass.range_constexpr(num_k):
                     offset = const_expr(first[0, j][key])
-                    r_k = k_labels[batch_idx, k_start + offset]
-                    i_k = offset if const_expr(in_order) else aux_data.tensors[3][batch_idx, k_start + offset]
+                    r_k = labels[batch_idx, k_start + offset]
                     for i in cutlass.range_constexpr(num_q):
-                        seen = (i_k <= place[i]) & (r_k <= label[i])
+                        seen = (offset <= distance[i]) & (r_k <= label[i])
                         scores[i, j] = scores[i, j] if seen else -Float32.inf
             else:
                 for j in cutlass.range_constexpr(num_k):
                     k = n_block * self.tile_n + here[0, j][key]
-                    label[j] = k_labels[batch_idx, k]
-                    place[j] = k - q_start if const_expr(in_order) else aux_data.tensors[3][batch_idx, k]
+                    label[j] = labels[batch_idx, k]
+                    distance[j] = k - q_start
                 for i in cutlass.range_constexpr(num_q):
                     offset = const_expr(first[i, 0][query])
-                    r_q = q_labels[batch_idx, q_start + offset]
-                    i_q = offset if const_expr(in_order) else aux_data.tensors[1][batch_idx, q_start + offset]
+                    r_q = labels[batch_idx, q_start + offset]
                     for j in cutlass.range_constexpr(num_k):
-                        seen = (place[j] <= i_q) & (label[j] <= r_q)
+                        seen = (offset >= distance[j]) & (label[j] <= r_q)
                         scores[i, j] = scores[i, j] if seen else -Float32.inf
 
 
@@ -261,6 +268,6 @@ def _backward(*args, mask_mod=None, **kwargs):
 
 
 def install() -> None:
-    """Let FlashAttention 4 build our kernels where the mask is `ordered` or `placed`, and its own everywhere else."""
+    """Let FlashAttention 4 build our kernels where the mask is one of `OURS`, and its own everywhere else."""
     interface.FlashAttentionForwardSm90 = _forward
     interface.FlashAttentionBackwardSm90 = _backward

@@ -1,7 +1,11 @@
-"""Fast attention backends on a GPU against float64 by explicit matrices."""
+"""Fast attention backends on a GPU against float64 by explicit matrices.
+
+Compiling takes most of the time; with pytest-xdist four processes share it: `pytest -m gpu -n 4` on this file.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -16,6 +20,11 @@ from megatron_multiverse.kernels.multiverse_attention import (
     visibility,
 )
 from megatron_multiverse.model.backends import multiverse_attention, select_backend
+
+if torch.cuda.is_available():
+    # Before torch loads its cuDNN: megatron-core imports TransformerEngine, which fails on symbols of another one then.
+    with contextlib.suppress(ImportError):
+        import megatron.core  # noqa: F401
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

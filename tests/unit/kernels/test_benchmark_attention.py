@@ -69,7 +69,7 @@ def test_the_plot_shows_every_layout(tmp_path: Path, monkeypatch: pytest.MonkeyP
             "groups": 1,
             "dim": 4,
         }
-        | {"fwd_tflops": 1.0, "bwd_tflops": 2.0, "fwd_ms": 1.0, "bwd_ms": 2.0}
+        | {"commit": "c", "fwd_tflops": 1.0, "bwd_tflops": 2.0, "fwd_ms": 1.0, "bwd_ms": 2.0}
         for layout in ("a", "b")
         for name in ("cuDNN causal (SDPA)", "flash4")
     ]

@@ -221,6 +221,9 @@ def test_deterministic_mode_needs_the_version_our_kernels_were_written_for(monke
         monkeypatch.setattr(flash4.importlib.metadata, "version", lambda name, found=version: found)
         problem = flash4.flash4_problem("cuda", torch.bfloat16, 128)
         assert problem is None if wanted is None else wanted in (problem or "")
+    r = torch.arange(8)[None]
+    with pytest.raises(ValueError, match="set attention_backend to flex"):
+        flash4.flash4_plan(AttentionLayout(r, r), torch.bfloat16)
 
 
 def test_auto_takes_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
