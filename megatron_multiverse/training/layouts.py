@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_multiverse.kernels.structure_scan import structure_scan
+from megatron_multiverse.errors import TrainingError
+from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.training.metrics import MetricsWriter
 
@@ -33,6 +34,7 @@ class Layouts:
         self._loader = loader
         tag_ids = getattr(loader, "tag_ids", None) if device.type == "cuda" else None
         self._tag_ids = None if tag_ids is None else torch.tensor(tag_ids, dtype=torch.int32, device=device)
+        self._checked = False
         self._told: set[int] = set()
         self._parsed: list[tuple[Tensor, Tensor]] = []  # (sample ids, flags) of microbatches, on the host
         self._scanned: list[tuple[Tensor, Tensor]] = []  # the same by the scan, flags on the device
@@ -53,6 +55,9 @@ class Layouts:
             return to_device(batch["position_ids"], device), LayoutParams(r=r, backend=backend)
         scan = structure_scan(input_ids, to_device(batch["documents"], device), self._tag_ids)
         self._scanned.append((batch["sample_ids"], scan.malformed))
+        if not self._checked:
+            raise_unless_equal(scan, batch)
+            self._checked = True
         return scan.position_ids, LayoutParams(r=scan.r, lists=scan.lists, backend=backend)
 
     def report(self, step: int, metrics: MetricsWriter) -> None:
@@ -73,6 +78,22 @@ class Layouts:
         logger.warning("%s; trained as plain causal text", problem)
         name = self._loader.sample_name(sample)
         metrics.write("malformed", step, sample=name, sample_id=sample, found_by=found_by, problem=problem)
+
+
+def raise_unless_equal(scan: StructureScan, batch: dict[str, Tensor]) -> None:
+    """The scan of a run's first microbatch must be what the loader computed on the host (waits for the device).
+
+    Raises:
+        TrainingError: it is not: the kernels do not work with this GPU, driver or version of Triton.
+    """
+    pairs = (scan.r, batch["r"]), (scan.position_ids, batch["position_ids"])
+    equal = all(torch.equal(mine.cpu().long(), theirs.cpu().long()) for mine, theirs in pairs)
+    if not equal and not bool(scan.malformed.any()):
+        raise TrainingError(
+            "structure_scan and the loader disagree about the first microbatch (positions or labels), which no data "
+            "can cause: the kernels do not work with this GPU or this version of Triton. Run "
+            "`pytest -m gpu tests/gpu/test_structure_scan_gpu.py` there and install triton>=3.6"
+        )
 
 
 def _flagged(seen: list[tuple[Tensor, Tensor]]) -> list[int]:

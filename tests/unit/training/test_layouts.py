@@ -14,9 +14,9 @@ import torch
 
 from megatron_multiverse.data.loader import SFTLoader
 from megatron_multiverse.data.sft_dataset import SFTDataset
-from megatron_multiverse.errors import DataError
+from megatron_multiverse.errors import DataError, TrainingError
 from megatron_multiverse.kernels.structure_scan import structure_scan
-from megatron_multiverse.training.layouts import Layouts
+from megatron_multiverse.training.layouts import Layouts, raise_unless_equal
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.trainer import train
 from tests.random_tags import FIRST_WORD, VOCAB, damage, random_tags, words, write
@@ -67,6 +67,17 @@ def test_loader_arrays_equal_the_scan(dataset: SFTDataset) -> None:
         assert (batch["documents"][..., 0][~named] <= SEQ_LENGTH).all() and named.any()
     assert len(shapes) <= 2  # one per epoch
     assert flagged > 9
+
+
+def test_a_scan_that_differs_from_the_loader_stops_the_run(dataset: SFTDataset) -> None:
+    batch = next(iter(make_loader(dataset)))
+    scan = structure_scan(batch["input_ids"], batch["documents"], torch.tensor(dataset.structure_vocab.tag_ids))
+    raise_unless_equal(scan, batch)
+    for name in ("r", "position_ids"):
+        getattr(scan, name)[0, 7] += 1
+        with pytest.raises(TrainingError, match="disagree"):
+            raise_unless_equal(scan, batch)
+        getattr(scan, name)[0, 7] -= 1
 
 
 def test_refusing_is_the_default(dataset: SFTDataset) -> None:
