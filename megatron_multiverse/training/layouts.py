@@ -87,13 +87,15 @@ def raise_unless_equal(scan: StructureScan, batch: dict[str, Tensor]) -> None:
         TrainingError: it is not: the kernels do not work with this GPU, driver or version of Triton.
     """
     pairs = (scan.r, batch["r"]), (scan.position_ids, batch["position_ids"])
-    equal = all(torch.equal(mine.cpu().long(), theirs.cpu().long()) for mine, theirs in pairs)
-    if not equal and not bool(scan.malformed.any()):
-        raise TrainingError(
-            "structure_scan and the loader disagree about the first microbatch (positions or labels), which no data "
-            "can cause: the kernels do not work with this GPU or this version of Triton. Run "
-            "`pytest -m gpu tests/gpu/test_structure_scan_gpu.py` there and install triton>=3.6"
-        )
+    if all(torch.equal(mine.cpu().long(), theirs.cpu().long()) for mine, theirs in pairs):
+        return
+    flagged = int(scan.malformed.sum())
+    raise TrainingError(
+        "structure_scan and the loader disagree about the first microbatch (positions or labels; the scan could not "
+        f"read {flagged} documents that the parser accepted), which no data can cause: the kernels do not work with "
+        "this GPU or this version of Triton. Run `pytest -m gpu tests/gpu/test_structure_scan_gpu.py` there and "
+        "install triton>=3.6"
+    )
 
 
 def _flagged(seen: list[tuple[Tensor, Tensor]]) -> list[int]:
