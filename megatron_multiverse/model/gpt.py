@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_multiverse.config import LayerConfig, ModelConfig
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.model.mcore import ensure_cuda_rng_states, ensure_parallel_state  # first: imports quietly
 
 # isort: split
@@ -29,11 +30,14 @@ def transformer_config(
     """megatron-core's config for ours: RMSNorm, SwiGLU, no dropout, no fusion that bypasses our parts.
 
     The tensor and pipeline parallel sizes are those of megatron-core's process groups.
+
+    Raises:
+        ConfigError: uniform recompute in chunks that do not divide the layers of this pipeline stage.
     """
     ensure_parallel_state()
     layers = layers or LayerConfig()
     full = layers.recompute_granularity == "full"
-    return TransformerConfig(
+    mcore_config = TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
@@ -69,6 +73,19 @@ def transformer_config(
         recompute_num_layers=layers.recompute_num_layers if full else None,
         recompute_modules=list(layers.recompute_modules),
     )
+    if full and layers.recompute_method == "uniform":
+        _check_recompute_chunks(layers.recompute_num_layers, get_num_layers_to_build(mcore_config))
+    return mcore_config
+
+
+def _check_recompute_chunks(chunk: int, num_layers: int) -> None:
+    """megatron-core runs over the last layer if the chunks of uniform recompute do not come out even."""
+    if num_layers % chunk:
+        allowed = ", ".join(str(n) for n in range(1, num_layers + 1) if num_layers % n == 0)
+        raise ConfigError(
+            f"layers.recompute_num_layers {chunk} does not divide the {num_layers} layers of this pipeline stage, "
+            f"which recompute_method uniform asks for; allowed: {allowed}; or set recompute_method to block"
+        )
 
 
 def build_gpt_model(

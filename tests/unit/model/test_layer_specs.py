@@ -3,6 +3,7 @@ tests/gpu/test_layers_gpu.py."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 
@@ -13,7 +14,7 @@ from megatron_multiverse.config import LayerConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.model import layer_specs
 from megatron_multiverse.model.families import preset
-from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.model.gpt import build_gpt_model, transformer_config
 from megatron_multiverse.model.layer_specs import choose_transformer_impl
 from megatron_multiverse.model.weight_names import FUSED_NORMS, fused_name, is_extra_state, plain_name
 from megatron_multiverse.model.weights import load_weights, weight_state
@@ -82,6 +83,20 @@ def test_what_cannot_run_is_explained(absent) -> None:
 def test_settings_that_make_no_sense_are_refused(settings, message) -> None:
     with pytest.raises(ConfigError, match=message):
         LayerConfig(**settings)
+
+
+@pytest.mark.parametrize(("method", "number"), [("uniform", 3), ("uniform", 12), ("uniform", 4), ("block", 4)])
+def test_uniform_recompute_wants_chunks_that_come_out_even(method, number) -> None:
+    model = dataclasses.replace(preset("tiny"), num_layers=4)
+    layers = LayerConfig(recompute_granularity="full", recompute_method=method, recompute_num_layers=number)
+    even = {("uniform", 4), ("block", 4)}
+    if (method, number) in even:
+        assert transformer_config(model, FULL, layers=layers).recompute_num_layers == number
+        return
+    with pytest.raises(
+        ConfigError, match=rf"recompute_num_layers {number} .* 4 layers .* allowed: 1, 2, 4; or .*block"
+    ):
+        transformer_config(model, FULL, layers=layers)
 
 
 def test_weights_have_one_name_whatever_the_spec() -> None:
