@@ -116,12 +116,14 @@ def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loade
                 meter.reset()
             if last or is_due(state.step, config.checkpoint.save_interval):
                 raise_if_not_finite(guard)
+                layouts.report(state.step, metrics)  # a resumed run does not see these documents again
                 checkpoints.save(state)
                 saved_step = state.step
                 meter.reset()
 
         if state.step != saved_step:  # a signal arrived between the end of a step and the loop's condition
             raise_if_not_finite(guard)
+            layouts.report(state.step, metrics)
             checkpoints.save(state)
         finished = state.step == config.train_iters
         if finished:  # in here, so that a signal does not cut the writing off

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import logging
 import random
@@ -18,6 +20,7 @@ from megatron_multiverse.errors import DataError, TrainingError
 from megatron_multiverse.kernels.structure_scan import structure_scan
 from megatron_multiverse.training.layouts import Layouts, raise_unless_equal
 from megatron_multiverse.training.metrics import MetricsWriter
+from megatron_multiverse.training.signals import StopSignals
 from megatron_multiverse.training.trainer import train
 from tests.random_tags import FIRST_WORD, VOCAB, damage, random_tags, words, write
 from tests.unit.data.test_sft_dataset import write_documents
@@ -102,6 +105,47 @@ def test_training_names_each_plain_document_once(
         assert record["sample"] == dataset.name(record["sample_id"]) and record["found_by"] == "parser"
         assert record["problem"] == dataset[record["sample_id"]].problem
         assert caplog.text.count(f"{record['sample']}: ") == 1
+
+
+class CrashingLoader(SFTLoader):
+    """Breaks when microbatch number `at` is asked for."""
+
+    at = -1
+
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__()):
+            if number == self.at:
+                raise OSError("the disk is gone")
+            yield batch
+
+
+@pytest.mark.parametrize("end", ["crash", "signal"])
+def test_an_interrupted_run_has_named_what_it_does_not_see_again(
+    dataset: SFTDataset, tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log lines are rarer than checkpoints; a crash behind a checkpoint, and a signal seen between two steps."""
+    settings: dict = {"model.max_sequence_length": SEQ_LENGTH, "data.seq_length": SEQ_LENGTH, "model.vocab_size": 200}
+    settings |= {"log.log_interval": 1000, "checkpoint.save_interval": 2, "optim.lr_warmup_iters": 0}
+    make = functools.partial(CrashingLoader, dataset, seq_length=SEQ_LENGTH, micro_batch_size=1, pad=FIRST_WORD)
+    steps = make().batches_per_epoch  # of two microbatches each
+    trained = [row["sample_ids"][row["malformed"]] for row in islice(make(), 2 * steps)]
+    run = config(tmp_path, train_iters=steps, **settings)
+    loader = make()
+    if end == "crash":
+        saved, loader.at = 2, 4
+        with pytest.raises(OSError, match="the disk"):
+            train(run, loader)
+    else:
+        asked = itertools.count()  # whether to stop: twice in a step
+        monkeypatch.setattr(StopSignals, "__bool__", lambda self: next(asked) >= 2)
+        saved = train(run, loader).step
+        assert saved == 1
+        monkeypatch.undo()
+    before = {int(k) for ids in trained[: 2 * saved] for k in ids}
+    assert before and {record["sample_id"] for record in records(tmp_path)} == before
+    train(run, make())
+    everything = {int(k) for ids in trained for k in ids}
+    assert before < everything == {record["sample_id"] for record in records(tmp_path)}
 
 
 def test_what_the_scan_alone_cannot_read_is_named_too(dataset: SFTDataset, tmp_path: Path) -> None:
