@@ -49,16 +49,8 @@ from megatron_multiverse.conversion.pickles import load_metadata, load_torch_fil
 from megatron_multiverse.conversion.raw import read_tensor
 from megatron_multiverse.conversion.tensors import slices
 from megatron_multiverse.errors import CheckpointError
-from megatron_multiverse.model.weight_names import fused_name
+from megatron_multiverse.model.weight_names import FINAL_EXTRA_STATE, extra_state_modules, fused_name, layer_extra_state
 
-# Modules that keep an (empty) extra state beside their weights, in the local spec or in TransformerEngine's.
-EXTRA_STATES = (
-    "self_attention.linear_proj",
-    "self_attention.linear_qkv",
-    "self_attention.core_attention",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
 COMMON_STATE = "common_state/shard_0_1"
 METADATA_JSON = {
     "sharded_backend": "torch_dist",
@@ -264,17 +256,17 @@ class TorchDistTarget:
         torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
 
     def _write_extra_states(self, folder: Path, tensors: dict[str, Any], storage: dict[Any, Any]) -> None:
-        """megatron-core saves an empty extra state per linear layer and asks for it when loading."""
+        """Empty extra states, which megatron-core asks for when loading, whichever spec it uses."""
         empty, layers = io.BytesIO(), self.source.config.num_layers
         torch.save([None], empty)
         name, length = "__0_extra.distcp", empty.tell()
+        modules = extra_state_modules(qk_layernorm=self.source.config.qk_layernorm)
+        keys = [f"{layer_extra_state(m)}/shard_{layer}_{layers}" for m in modules for layer in range(layers)]
         with open(folder / name, "wb") as stream:
-            for module in EXTRA_STATES:
-                for layer in range(layers):
-                    key = f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
-                    tensors[key] = BytesStorageMetadata()
-                    storage[MetadataIndex(key)] = _StorageInfo(name, stream.tell(), length)
-                    stream.write(empty.getbuffer())
+            for key in (*keys, f"{FINAL_EXTRA_STATE}/shard_0_1"):
+                tensors[key] = BytesStorageMetadata()
+                storage[MetadataIndex(key)] = _StorageInfo(name, stream.tell(), length)
+                stream.write(empty.getbuffer())
 
 
 def _placed_slices(entry: Entry, tensor: Tensor, tp: int) -> Iterator[tuple[Shape, Tensor]]:

@@ -7,11 +7,43 @@ checkpoints use the fused ones, which megatron-core itself writes there for both
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 FUSED_NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 """Plain name to fused name, below a layer's prefix."""
+
+
+_WITH_EXTRA_STATE = (
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "self_attention.core_attention",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+_QK_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+
+
+def extra_state_modules(*, qk_layernorm: bool) -> Iterator[str]:
+    """Modules of a layer that have an (empty) extra state in the local spec or in TransformerEngine's.
+
+    megatron-core asks a `torch_dist` checkpoint for the extra states of its own spec, and loads none that lacks one:
+    every checkpoint holds those of both.
+    """
+    yield from _WITH_EXTRA_STATE
+    if qk_layernorm:
+        yield from _QK_NORMS
+
+
+def layer_extra_state(module: str) -> str:
+    """Key of a layer's module's extra state in a `torch_dist` checkpoint, before the number of the layer."""
+    return f"decoder.layers.{module}._extra_state"
+
+
+FINAL_EXTRA_STATE = "decoder.final_layernorm._extra_state"
+"""The same of the norm behind the last layer (TransformerEngine's spec)."""
 
 
 def fused_name(name: str) -> str:

@@ -29,13 +29,19 @@ from megatron.core.dist_checkpointing.optimizer import (
     make_sharded_optimizer_tensor,
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import nn
 
 from megatron_multiverse.config import CheckpointConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.files import flush, write_text_atomic
 from megatron_multiverse.model.cpu import device_neutral_cuda
-from megatron_multiverse.model.weight_names import is_extra_state
+from megatron_multiverse.model.weight_names import (
+    FINAL_EXTRA_STATE,
+    extra_state_modules,
+    is_extra_state,
+    layer_extra_state,
+)
 from megatron_multiverse.training.seeds import rng_state, set_rng_state
 from megatron_multiverse.training.signals import hold_signals
 
@@ -91,6 +97,24 @@ def _sharded_state(state: TrainState) -> dict[str, Any]:
     return {"model": model_state, "optimizer": _sharded_optimizer_state(state, model_state)}
 
 
+def _missing_extra_states(model: Any, present: dict[str, Any]) -> dict[str, Any]:
+    """Empty extra states of the other layer spec's modules: a Megatron that uses it asks for them."""
+    config, keys = model.config, {value.key for value in present.values()}
+    layers = config.num_layers
+    wanted: list[tuple[str, list[tuple[int, int, int]]]] = [
+        (layer_extra_state(module), [(0, layer.layer_number - 1, layers)])
+        for layer in model.decoder.layers
+        for module in extra_state_modules(qk_layernorm=config.qk_layernorm)
+    ]
+    if model.post_process:
+        wanted.append((FINAL_EXTRA_STATE, []))
+    return {
+        f"{key}/{offsets}": make_sharded_object_for_checkpoint(None, key, offsets)
+        for key, offsets in wanted
+        if key not in keys
+    }
+
+
 def save_state(state: TrainState, folder: Path) -> None:
     """Write the state into an empty folder."""
     steps = [v["step"] for v in state.optimizer.state.values() if "step" in v]
@@ -104,7 +128,9 @@ def save_state(state: TrainState, folder: Path) -> None:
         "data_loader": state.loader.state_dict(),
     }
     with device_neutral_cuda(), _quiet(), hold_signals():
-        dist_checkpointing.save({**_sharded_state(state), **common}, str(folder))
+        sharded = _sharded_state(state)
+        sharded["other_spec"] = _missing_extra_states(state.model, sharded["model"])
+        dist_checkpointing.save({**sharded, **common}, str(folder))
 
 
 def load_state(state: TrainState, folder: Path) -> None:

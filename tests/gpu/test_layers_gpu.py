@@ -235,25 +235,58 @@ def test_the_trainer_saves_and_resumes(layers, tmp_path: Path) -> None:
         assert max(error(again[name], whole[name]) for name in whole) < tolerance
 
 
-def test_checkpoints_hold_the_names_that_megatron_asks_for() -> None:
-    """Tensors of the stock TransformerEngine model, of ours with it and of ours without it: one set of keys."""
+def stock_model(config):
+    """megatron-core's own GPTModel with TransformerEngine's layers, for a TransformerConfig with q/k norms."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    ours = build("qwen3", TE)
-    stock = GPTModel(
-        dataclasses.replace(ours.config),
+    return GPTModel(
+        dataclasses.replace(config),
         get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True),
         vocab_size=256,
         max_sequence_length=512,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=True,
     )
+
+
+def test_checkpoints_hold_the_names_that_megatron_asks_for() -> None:
+    """Tensors of the stock TransformerEngine model, of ours with it and of ours without it: one set of keys."""
+    ours = build("qwen3", TE)
     keys = []
-    for model in (stock, ours, build("qwen3", LOCAL)):
+    for model in (stock_model(ours.config), ours, build("qwen3", LOCAL)):
         state = model.sharded_state_dict(metadata={})
         keys.append({value.key for name, value in state.items() if "_extra_state" not in name})
     assert keys[0] == keys[1] == keys[2]
+
+
+@pytest.mark.parametrize("layers", [LOCAL, TE, None], ids=["trained, local", "trained, te", "converted"])
+def test_the_stock_model_loads_what_we_write(layers, tmp_path: Path) -> None:
+    """megatron-core's loader, strict, extra states included: a converted folder, and checkpoints of training."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_multiverse.conversion.convert import ConvertConfig, convert
+
+    config = qwen3(**SHAPE)
+    ours = build("qwen3", layers or LOCAL)
+    if layers is None:
+        save_model(ours, config, tmp_path / "model")
+        convert(ConvertConfig(from_="mcore", to="mcore", load=str(tmp_path / "model"), save=str(tmp_path / "out")))
+        folder = tmp_path / "out" / "release"
+    else:
+        settings = train_config(tmp_path / "out", transformer_impl=layers.transformer_impl)
+        settings = dataclasses.replace(settings, model=config, train_iters=1)
+        from megatron_multiverse.training.trainer import train
+
+        train(settings, Loader())
+        folder = tmp_path / "out" / "iter_0000001"
+        ours, _ = load_model(tmp_path / "out" / "model", device="cuda", layers=layers)
+    stock = stock_model(build("qwen3", TE).config).cuda()
+    state = stock.sharded_state_dict(metadata={})
+    assert any("final_layernorm._extra_state" in name for name in state)
+    stock.load_state_dict(dist_checkpointing.load({"model": state}, str(folder))["model"])
+    want = weight_state(ours)
+    assert all(torch.equal(tensor, want[name]) for name, tensor in weight_state(stock).items())
 
 
 def test_decoding_over_pages_equals_one_forward() -> None:

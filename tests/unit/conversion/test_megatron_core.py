@@ -19,6 +19,7 @@ from megatron_multiverse.conversion.ranks import run_ranks, set_parallel_sizes
 from megatron_multiverse.conversion.stream import mcore_state_from_hf
 from megatron_multiverse.conversion.tensors import slices
 from megatron_multiverse.errors import CheckpointError
+from tests.extra_states import assert_extra_states_load
 from tests.unit.conversion.test_convert import assert_same, hf_folder, run
 
 GROUPS = {"num_attention_heads": 6, "num_query_groups": 2, "kv_channels": 6}
@@ -105,6 +106,16 @@ def test_what_megatron_core_saves_is_read(tmp_path: Path, tp: int, pp: int) -> N
     dataclasses.replace(config, ffn_hidden_size=50).to_json(wrong)
     with pytest.raises(CheckpointError, match=r"distcp: tensor .*linear_fc1.weight has shape \[96, 36\].*\[100, 36\]"):
         run(saved.parent, tmp_path / "out", "mcore", "hf", model_config=str(wrong))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_a_megatron_with_transformer_engine_finds_its_extra_states(tmp_path: Path, name: str) -> None:
+    """Without them its own GPTModel could not be loaded; norms on queries and keys (Qwen3) have theirs too."""
+    run(hf_folder(tmp_path / "hf", name, False), tmp_path / "mcore")
+    modules = ["self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"]
+    modules += ["mlp.linear_fc1", "mlp.linear_fc2"]
+    modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"] * (name == "qwen3")
+    assert_extra_states_load(tmp_path / "mcore" / "release", modules, layers=2)
 
 
 def test_extra_tensors_of_megatron_core_are_refused(tmp_path: Path) -> None:

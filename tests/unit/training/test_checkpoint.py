@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_multiverse import files
 from megatron_multiverse.config import CheckpointConfig, ModelConfig, OptimConfig
@@ -14,17 +15,18 @@ from megatron_multiverse.training import checkpoint
 from megatron_multiverse.training.checkpoint import CheckpointManager, TrainState, load_state, save_state
 from megatron_multiverse.training.forward import forward_backward
 from megatron_multiverse.training.optim import build_optimizer, build_scheduler
+from tests.extra_states import assert_extra_states_load
 
 from .synthetic import SyntheticLoader, config
 
 CPU = torch.device("cpu")
 
 
-def new_state(seed: int, tied: bool) -> TrainState:
+def new_state(seed: int, tied: bool, **shape: object) -> TrainState:
     import dataclasses
 
     model_config: ModelConfig = dataclasses.replace(
-        config(Path("unused")).model, share_embeddings_and_output_weights=tied
+        config(Path("unused")).model, share_embeddings_and_output_weights=tied, **shape
     )
     model = build_gpt_model(model_config, seed=seed)
     optimizer = build_optimizer(model, OptimConfig(lr=0.01, weight_decay=0.1))
@@ -61,6 +63,15 @@ def test_everything_comes_back(tmp_path: Path, tied: bool) -> None:
         assert torch.equal(a, b), name
         for key in ("exp_avg", "exp_avg_sq", "step"):
             assert torch.equal(state.optimizer.state[a][key], other.optimizer.state[b][key]), (name, key)
+
+
+@pytest.mark.parametrize("qk_layernorm", [True, False])
+def test_megatron_with_the_other_spec_finds_its_extra_states(tmp_path: Path, qk_layernorm: bool) -> None:
+    save_state(new_state(0, True, qk_layernorm=qk_layernorm, num_layers=2), tmp_path)
+    names = ["core_attention", "linear_qkv", "linear_proj", *(["q_layernorm", "k_layernorm"] if qk_layernorm else [])]
+    assert_extra_states_load(tmp_path, [*(f"self_attention.{name}" for name in names), "mlp.linear_fc1"], layers=2)
+    with pytest.raises(CheckpointException, match="no_such_module"):
+        assert_extra_states_load(tmp_path, ["no_such_module"], layers=2)
 
 
 def write(state: TrainState, folder: Path) -> None:
