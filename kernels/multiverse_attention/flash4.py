@@ -2,7 +2,7 @@
 
 Kernels are compiled at the first call of each kind (head width, dtype, grouping), 4 to 8 s; other lengths and
 layouts do not compile again. Lengths are padded to whole tiles. What we put into its kernels stands in
-flash4_kernels.py; it is tied to one version of the package, any newer one runs without it.
+flash4_kernels.py; it is tied to one version of the package, any newer one runs without it, on flash4_masks.py alone.
 """
 
 from __future__ import annotations
@@ -93,18 +93,23 @@ def _ours_fit() -> bool:
 
 
 @functools.cache
-def _kernels() -> Any:
-    """flash4_kernels, connected to FlashAttention 4 if it was written for this version."""
-    from . import flash4_kernels
+def _masks() -> Any:
+    """flash4_masks; flash4_kernels is connected to FlashAttention 4 if it was written for this version.
+
+    It imports FlashAttention 4's internals, so with any other version it is not even imported.
+    """
+    from . import flash4_masks
 
     if _ours_fit():
+        from . import flash4_kernels
+
         flash4_kernels.install()
     else:
         found = importlib.metadata.version(PACKAGE)
         logger.warning(
             "flash4 runs slower than it could: flash4_kernels.py is for %s %s, not %s", PACKAGE, VERSION, found
         )
-    return flash4_kernels
+    return flash4_masks
 
 
 def flash4_plan(layout: AttentionLayout, dtype: torch.dtype) -> Flash4Plan:
@@ -123,7 +128,7 @@ def flash4_plan(layout: AttentionLayout, dtype: torch.dtype) -> Flash4Plan:
         )
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    kernels = _kernels()
+    masks = _masks()
     batch, queries, keys = layout.shape
     queries, keys = (-(-length // TILE) * TILE for length in (queries, keys))
     lists = layout.lists
@@ -131,11 +136,11 @@ def flash4_plan(layout: AttentionLayout, dtype: torch.dtype) -> Flash4Plan:
         lists = tile_lists(layout.r, layout.index, layout.key_r, layout.key_index, length=queries, key_length=keys)
     elif not lists.fit(batch, queries, keys):
         raise ValueError(f"tile lists for {lists.shape} tiles do not fit a layout of {layout.shape}: make them for it")
-    mask, labels = kernels.ordered, [pad_labels(layout.r, queries)]
+    mask, labels = masks.ordered, [pad_labels(layout.r, queries)]
     if layout.index is not None:
-        mask, labels = kernels.permuted, [*labels, pad_labels(layout.index, queries)]
+        mask, labels = masks.permuted, [*labels, pad_labels(layout.index, queries)]
     if layout.key_r is not None and layout.key_index is not None:
-        mask, labels = kernels.other_keys, [*labels, *(pad_labels(x, keys) for x in (layout.key_r, layout.key_index))]
+        mask, labels = masks.other_keys, [*labels, *(pad_labels(x, keys) for x in (layout.key_r, layout.key_index))]
     order = {}
     if deterministic:
         order = dict(zip(("dq_write_order", "dq_write_order_full"), write_order(lists), strict=True)) | {"spt": True}

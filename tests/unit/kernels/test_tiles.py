@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -224,6 +227,20 @@ def test_deterministic_mode_needs_the_version_our_kernels_were_written_for(monke
     r = torch.arange(8)[None]
     with pytest.raises(ValueError, match="set attention_backend to flex"):
         flash4.flash4_plan(AttentionLayout(r, r), torch.bfloat16)
+
+
+@pytest.mark.parametrize("version", [flash4.VERSION, "4.1.0"])
+def test_internals_are_imported_for_one_version_alone(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a stand-in for the packages: any other version brings the masks, and nothing of our kernels."""
+    installed: list[bool] = []
+    masks = ModuleType("flash4_masks")
+    ours = SimpleNamespace(install=lambda: installed.append(True)) if version == flash4.VERSION else None
+    for name, module in (("flash4_masks", masks), ("flash4_kernels", ours)):
+        monkeypatch.setitem(sys.modules, f"{flash4.__package__}.{name}", module)  # None: importing it fails
+        monkeypatch.delattr(sys.modules[flash4.__package__], name, raising=False)
+    monkeypatch.setattr(flash4.importlib.metadata, "version", lambda name: version)
+    assert flash4._masks.__wrapped__() is masks
+    assert installed == [True] * (version == flash4.VERSION)
 
 
 def test_auto_takes_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
