@@ -31,7 +31,8 @@ class LayerConfig:
     recompute_num_layers: int = 1
     """full: see recompute_method."""
     recompute_modules: tuple[str, ...] = ("mlp",)
-    """selective: any of core_attn, mlp, layernorm. The MLP holds most; flash kernels recompute by themselves."""
+    """selective: any of core_attn, mlp, layernorm (local layers only). The MLP holds most; flash kernels recompute by
+    themselves."""
 
     def __post_init__(self) -> None:
         choices = {
@@ -53,3 +54,7 @@ class LayerConfig:
         check(number >= 1, f"layers.recompute_num_layers must be at least 1, got {number}")
         unknown = [name for name in self.recompute_modules if name not in RECOMPUTABLE]
         check(not unknown, f"layers.recompute_modules: {unknown} unknown, allowed: {', '.join(RECOMPUTABLE)}")
+
+    def recomputes(self, module: str) -> bool:
+        """Whether selective recompute of this module was asked for."""
+        return self.recompute_granularity == "selective" and module in self.recompute_modules

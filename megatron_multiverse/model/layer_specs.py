@@ -70,9 +70,8 @@ def choose_transformer_impl(layers: LayerConfig, device: torch.device, compute_d
     impl, reason = str(layers.transformer_impl), "asked for"
     if impl == "auto":
         impl, reason = ("transformer_engine", "FP8 needs it") if layers.fp8 else _auto(device, compute_dtype)
-    if impl == "transformer_engine" and (problem := transformer_engine_problem(device)):
-        asked = f"layers.fp8 {layers.fp8!r}" if layers.fp8 else f"layers.transformer_impl {impl!r}"
-        raise ConfigError(f"{asked} cannot run here: {problem}; or leave it unset")
+    if impl == "transformer_engine":
+        _check_transformer_engine(layers, device, compute_dtype)
     if layers.fp8 and (problem := _fp8_problem(layers.fp8_recipe, compute_dtype)):
         raise ConfigError(f"layers.fp8 {layers.fp8!r} cannot run here: {problem}")
     if layers.recompute_granularity and device.type != "cuda":
@@ -80,8 +79,28 @@ def choose_transformer_impl(layers: LayerConfig, device: torch.device, compute_d
             f"layers.recompute_granularity {layers.recompute_granularity!r} needs a CUDA device (megatron-core "
             f"restores CUDA's random state), got {device.type}: leave it unset"
         )
+    _check_recompute_of_norms(layers, impl)
     _log_once(impl, reason)
     return impl
+
+
+def _check_transformer_engine(layers: LayerConfig, device: torch.device, compute_dtype: torch.dtype) -> None:
+    """Raise ConfigError if TransformerEngine cannot run, or would ignore what was asked for."""
+    settings = ["transformer_impl"] * (layers.transformer_impl != "auto") + ["fp8"] * (layers.fp8 is not None)
+    asked = " and ".join(f"layers.{name} {getattr(layers, name)!r}" for name in settings)
+    if problem := transformer_engine_problem(device):
+        unset = " and ".join(f"layers.{name}" for name in settings)
+        raise ConfigError(f"{asked} cannot run here: {problem}. Mend that, or leave {unset} unset")
+    if compute_dtype == torch.float64:
+        raise ConfigError(f"{asked} cannot run: TransformerEngine has no float64, set dtype to bf16 or float32")
+
+
+def _check_recompute_of_norms(layers: LayerConfig, impl: str) -> None:
+    if impl == "transformer_engine" and layers.recomputes("layernorm"):
+        raise ConfigError(
+            "layers.recompute_modules with layernorm has no effect with TransformerEngine's layers: the norms are "
+            "fused into the linear layers behind them. Take layernorm out, or set layers.transformer_impl to local"
+        )
 
 
 def _auto(device: torch.device, compute_dtype: torch.dtype) -> tuple[str, str]:
@@ -110,10 +129,13 @@ def transformer_engine_problem(device: torch.device) -> str | None:
 
 
 def _fp8_problem(recipe: str, compute_dtype: torch.dtype) -> str | None:
-    from transformer_engine.pytorch import quantization
-
     if compute_dtype not in (torch.bfloat16, torch.float16):
         return f"FP8 goes with bf16 elsewhere (dtype bf16), got {compute_dtype}"
+    try:
+        from transformer_engine.pytorch import quantization
+    except ImportError:
+        version = importlib.metadata.version("transformer-engine")
+        return f"TransformerEngine {version} is too old (pip install 'megatron-multiverse[gpu]')"
     supported = {
         "tensorwise": quantization.check_fp8_support,
         "blockwise": quantization.check_fp8_block_scaling_support,

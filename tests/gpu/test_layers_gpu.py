@@ -115,16 +115,21 @@ def test_te_with_the_fast_backend_equals_local_dense(family, autocast) -> None:
     ids=["full", "block", "selective"],
 )
 def test_recompute_gives_the_same_gradients(layers, recompute, monkeypatch) -> None:
-    """Under autocast, which megatron-core's recompute forgets. Attention runs again in the backward pass."""
-    calls = []
-    attend = LayoutParams.attend
+    """Under autocast, which megatron-core's recompute forgets. Attention and MLP run again in the backward pass."""
+    from megatron.core.transformer.mlp import MLP
+
+    if layers != LOCAL and "recompute_modules" in recompute:  # TransformerEngine has no norms of their own
+        recompute = {**recompute, "recompute_modules": ("core_attn", "mlp")}
+    calls, products = [], []
+    attend, forward = LayoutParams.attend, MLP.forward
     monkeypatch.setattr(LayoutParams, "attend", lambda self, *a, **k: calls.append(1) or attend(self, *a, **k))
+    monkeypatch.setattr(MLP, "forward", lambda self, *a, **k: products.append(1) or forward(self, *a, **k))
     want = run(build("qwen2", layers, compute_dtype=BF16), batch(), autocast=True)
-    assert len(calls) == 4  # two layers, once for the logits and once for the loss
+    assert len(calls) == len(products) == 4  # two layers, once for the logits and once for the loss
     model = build("qwen2", dataclasses.replace(layers, **recompute), compute_dtype=BF16)
     got = run(model, batch(), autocast=True)
     again = 1 if recompute.get("recompute_method") == "block" else 2
-    assert len(calls) == 8 + again
+    assert len(calls) == len(products) == 8 + again
     assert_close(got, want, 1e-6, 1e-2)  # flash4 adds dQ in varying order
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import sys
+import types
 
 import pytest
 import torch
@@ -64,8 +66,31 @@ def test_what_cannot_run_is_explained(absent) -> None:
         build_gpt_model(preset("tiny"), layers=asked)
     with pytest.raises(ConfigError, match=r"layers.fp8 'hybrid' cannot run here: .*megatron-multiverse\[gpu\]"):
         choose_transformer_impl(LayerConfig(fp8="hybrid"), CUDA, HALF)
+    with pytest.raises(ConfigError, match=r"fp8 'e4m3' cannot .* got cpu\. Mend that, or leave layers.fp8 unset"):
+        choose_transformer_impl(LayerConfig(fp8="e4m3"), CPU, HALF)
+    both = (
+        r"transformer_impl 'transformer_engine' and layers.fp8 'e4m3' .* leave layers.transformer_impl and layers.fp8"
+    )
+    with pytest.raises(ConfigError, match=both):
+        choose_transformer_impl(LayerConfig(fp8="e4m3", transformer_impl="transformer_engine"), CUDA, HALF)
     with pytest.raises(ConfigError, match="recompute_granularity 'full' needs a CUDA device"):
         build_gpt_model(preset("tiny"), layers=LayerConfig(recompute_granularity="full"))
+
+
+def test_what_transformer_engine_cannot_do_is_refused(installed, monkeypatch) -> None:
+    te = LayerConfig(transformer_impl="transformer_engine")
+    assert choose_transformer_impl(te, CUDA, FULL) == "transformer_engine"
+    with pytest.raises(ConfigError, match="no float64, set dtype to bf16 or float32"):
+        choose_transformer_impl(te, CUDA, torch.float64)
+    norms = {"recompute_granularity": "selective", "recompute_modules": ("mlp", "layernorm")}
+    with pytest.raises(ConfigError, match=r"layernorm has no effect .* set layers.transformer_impl to local"):
+        choose_transformer_impl(LayerConfig(**norms), CUDA, HALF)
+    assert choose_transformer_impl(LayerConfig(**norms, transformer_impl="local"), CUDA, HALF) == "local"
+    assert choose_transformer_impl(LayerConfig(**norms), CUDA, FULL) == "local"
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    with pytest.raises(ConfigError, match=r"fp8 'hybrid' cannot run here: TransformerEngine 2.20 is too old"):
+        choose_transformer_impl(LayerConfig(fp8="hybrid"), CUDA, HALF)
 
 
 @pytest.mark.parametrize(
