@@ -55,14 +55,16 @@ class AttentionLayout:
         keys = self.r if self.key_r is None else self.key_r
         return self.r.shape[0], self.r.shape[1], keys.shape[1]
 
-    def check(self, q: Tensor, k: Tensor) -> None:
-        """Raise ValueError unless q [b, h, s_q, d] and k [b, g, s_k, d] fit this layout."""
+    def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Raise ValueError unless q [b, h, s_q, d] and k, v [b, g, s_k, d] fit this layout and h is a multiple of g."""
+        shapes = f"q is {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
+        if q.dim() != 4 or k.dim() != 4 or v.shape != k.shape or q.shape[3] != k.shape[3]:
+            raise ValueError(f"{shapes}; they must be [b, h, s_q, d] and, k and v alike, [b, g, s_k, d]")
         got = (q.shape[0], q.shape[2], k.shape[2])
         if got != self.shape or k.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"q is {tuple(q.shape)} and k {tuple(k.shape)}, so the layout must be for (b, s_q, s_k) = {got}; "
-                f"it is for {self.shape}"
-            )
+            raise ValueError(f"{shapes}, so the layout must be for (b, s_q, s_k) = {got}; it is for {self.shape}")
+        if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+            raise ValueError(f"{shapes}; the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key heads")
 
     def plan(self, name: str, prepare: Callable[[AttentionLayout, torch.dtype], Any], dtype: torch.dtype) -> Any:
         """What `prepare(self, dtype)` makes of this layout for the backend called `name`; made once."""

@@ -160,6 +160,31 @@ def test_a_layout_says_what_does_not_fit() -> None:
         multiverse_attention(q, k, k, AttentionLayout(r))
 
 
+@pytest.mark.parametrize(
+    ("h", "k", "v", "message"),
+    [
+        (4, (1, 2, 6, 8), (1, 2, 5, 8), "k and v alike"),
+        (4, (1, 2, 6, 8), (1, 1, 6, 8), "k and v alike"),
+        (4, (1, 2, 6, 8), (1, 2, 6, 4), "k and v alike"),
+        (4, (1, 2, 6, 4), (1, 2, 6, 4), "k and v alike"),
+        (4, (1, 3, 6, 8), (1, 3, 6, 8), "4 query heads must be a multiple of the 3 key heads"),
+        (4, (2, 2, 6, 8), (2, 2, 6, 8), "the layout must be for"),
+    ],
+)
+def test_shapes_of_keys_and_values_must_fit(h: int, k: tuple[int, ...], v: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        multiverse_attention(
+            torch.randn(1, h, 6, 8), torch.randn(k), torch.randn(v), AttentionLayout(torch.arange(6)[None])
+        )
+
+
+def test_auto_and_its_choice_share_a_plan() -> None:
+    layout, x = AttentionLayout(torch.arange(6)[None]), torch.randn(1, 2, 6, 8)
+    for backend in ("auto", "dense"):
+        multiverse_attention(x, x, x, layout, backend=backend)
+    assert [name for name, *_ in layout._plans] == ["dense"]
+
+
 def test_the_plan_of_a_layout_is_made_once() -> None:
     made: list[torch.dtype] = []
     layout = AttentionLayout(torch.arange(6)[None])
