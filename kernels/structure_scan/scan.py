@@ -17,8 +17,8 @@ def structure_scan(ids: Tensor, documents: Tensor, tag_ids: Tensor) -> Structure
 
     Args:
         ids: int [b, s] token ids, any values.
-        documents: int32 [b, D, 2], per document its start and where its response starts, in text order; a document
-            ends where the next one starts, the last one at s. Unused rows are (s, s). Tags before the response
+        documents: int32 or int64 [b, D, 2], per document its start and where its response starts, in text order; a
+            document ends where the next one starts, the last one at s. Unused rows are (s, s). Tags before the response
             starts are inert. Starts are taken as sorted and within [0, s] whatever they are (the largest so far
             counts), and the first document starts at 0.
         tag_ids: int [12], the ids of the tags in the order of `structure.tags.TAGS`.
@@ -36,8 +36,15 @@ def structure_scan(ids: Tensor, documents: Tensor, tag_ids: Tensor) -> Structure
         from .fused import structure_scan_triton
 
         ids = ids if ids.stride(1) == 1 else ids.contiguous()
-        return structure_scan_triton(ids, documents.to(torch.int32).contiguous(), tag_ids.contiguous())
+        return structure_scan_triton(ids, narrow(documents, ids.shape[1]), tag_ids.contiguous())
     return structure_scan_reference(ids, documents, tag_ids)
+
+
+def narrow(documents: Tensor, num_tokens: int) -> Tensor:
+    """documents as contiguous int32; int64 is clamped to [0, s] first, which is how either is read, for it to fit."""
+    if documents.dtype == torch.int64:
+        documents = documents.clamp(0, num_tokens)
+    return documents.to(torch.int32).contiguous()
 
 
 def _check(ids: Tensor, documents: Tensor, tag_ids: Tensor) -> None:

@@ -30,6 +30,7 @@ from megatron_multiverse.kernels.benchmarks.tagged import TAG_IDS as BENCHMARK_T
 from megatron_multiverse.kernels.benchmarks.tagged import TAGGED, make_ids
 from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan, structure_scan_reference
 from megatron_multiverse.kernels.structure_scan.reference import END_CONCLUSION, THINK
+from megatron_multiverse.kernels.structure_scan.scan import narrow
 from megatron_multiverse.structure import MAX_DEPTH, TAGS, StructureVocab, Tag, layout, pack_layouts, parse
 
 TAG_TENSOR = torch.tensor(TAG_IDS)
@@ -123,6 +124,18 @@ def test_documents_are_read_as_sorted_and_inside() -> None:
     wild = structure_scan(ids, torch.tensor([[[4, -7], [10, 12], [3, 2], [s + 9, -(2**30)]]]), TAG_TENSOR)
     for name in ("position_ids", "r", "segment_end", "malformed"):
         assert torch.equal(getattr(clean, name), getattr(wild, name)), name
+
+
+def test_wide_integers_mean_the_same_as_int32() -> None:
+    """Starts and responses beyond int32 are clamped, not cut: 2**32 + 3 is not 3."""
+    ids = torch.tensor([write(random.Random(1), deep_tags(1))])
+    s = ids.shape[1]
+    wild = torch.tensor([[[-(2**40), 2**32 + 3], [10, 2**33], [2**32 + 5, -(2**34)]]])
+    assert narrow(wild, s).tolist() == [[[0, s], [10, s], [s, 0]]] and narrow(wild, s).dtype == torch.int32
+    assert narrow(wild[:, :, :1].int(), s).dtype == torch.int32
+    for name in ("position_ids", "r", "segment_end", "malformed"):
+        want = getattr(structure_scan(ids, wild, TAG_TENSOR), name)
+        assert torch.equal(getattr(structure_scan(ids, narrow(wild, s), TAG_TENSOR), name), want), name
 
 
 @pytest.mark.parametrize(
