@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +55,28 @@ class LayerConfig:
         check(number >= 1, f"layers.recompute_num_layers must be at least 1, got {number}")
         unknown = [name for name in self.recompute_modules if name not in RECOMPUTABLE]
         check(not unknown, f"layers.recompute_modules: {unknown} unknown, allowed: {', '.join(RECOMPUTABLE)}")
+        self._check_effect()
+
+    def _check_effect(self) -> None:
+        """Refuse what was set but would change nothing."""
+        check(
+            self.recompute_granularity != "selective" or bool(self.recompute_modules),
+            f"layers.recompute_granularity selective needs recompute_modules, allowed: {', '.join(RECOMPUTABLE)}",
+        )
+        needs = {
+            "fp8_recipe": (self.fp8 is not None, "fp8 e4m3 or hybrid"),
+            "recompute_method": (self.recompute_granularity == "full", "recompute_granularity full"),
+            "recompute_num_layers": (self.recompute_granularity == "full", "recompute_granularity full"),
+            "recompute_modules": (self.recompute_granularity == "selective", "recompute_granularity selective"),
+        }
+        for field_ in dataclasses.fields(self):
+            if field_.name in needs:
+                has_effect, needed = needs[field_.name]
+                value = getattr(self, field_.name)
+                check(
+                    has_effect or value == field_.default,
+                    f"layers.{field_.name} {value!r} has no effect without layers.{needed}: set both or neither",
+                )
 
     def recomputes(self, module: str) -> bool:
         """Whether selective recompute of this module was asked for."""

@@ -32,10 +32,13 @@ def transformer_config(
     The tensor and pipeline parallel sizes are those of megatron-core's process groups.
 
     Raises:
-        ConfigError: uniform recompute in chunks that do not divide the layers of this pipeline stage.
+        ConfigError: uniform recompute in chunks that do not divide the layers of this pipeline stage, or FP8 with
+            widths per rank that its products do not take.
     """
     ensure_parallel_state()
     layers = layers or LayerConfig()
+    if layers.fp8:
+        _check_fp8_widths(config, parallel_state.get_tensor_model_parallel_world_size())
     full = layers.recompute_granularity == "full"
     mcore_config = TransformerConfig(
         num_layers=config.num_layers,
@@ -76,6 +79,22 @@ def transformer_config(
     if full and layers.recompute_method == "uniform":
         _check_recompute_chunks(layers.recompute_num_layers, get_num_layers_to_build(mcore_config))
     return mcore_config
+
+
+def _check_fp8_widths(config: ModelConfig, tp: int) -> None:
+    """Rows and columns of every matrix of the four linear layers must be multiples of 16 on each of `tp` ranks."""
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    widths = {
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size / tp,
+        "(num_attention_heads + 2 num_query_groups) kv_channels": (heads + 2 * groups) * config.kv_channels / tp,
+        "num_attention_heads kv_channels": heads * config.kv_channels / tp,
+    }
+    if misfits := [f"{name} = {width:g}" for name, width in widths.items() if width % 16]:
+        raise ConfigError(
+            f"layers.fp8 needs multiples of 16 for the widths of the linear layers on each of {tp} tensor parallel "
+            f"ranks, got {', '.join(misfits)}: leave layers.fp8 unset for this model"
+        )
 
 
 def _check_recompute_chunks(chunk: int, num_layers: int) -> None:

@@ -12,9 +12,9 @@ import types
 import pytest
 import torch
 
-from megatron_multiverse.config import LayerConfig
+from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.model import layer_specs
+from megatron_multiverse.model import gpt, layer_specs
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model, transformer_config
 from megatron_multiverse.model.layer_specs import choose_transformer_impl
@@ -103,11 +103,41 @@ def test_what_transformer_engine_cannot_do_is_refused(installed, monkeypatch) ->
         ({"recompute_granularity": "some"}, "allowed: None, selective, full"),
         ({"recompute_modules": ("mlp", "moe")}, r"\['moe'\] unknown, allowed: core_attn, mlp, layernorm"),
         ({"recompute_num_layers": 0}, "at least 1, got 0"),
+        ({"fp8_recipe": "blockwise"}, r"fp8_recipe 'blockwise' has no effect without layers.fp8 e4m3 or hybrid"),
+        ({"recompute_method": "block"}, r"method 'block' has no effect without layers.recompute_granularity full"),
+        ({"recompute_num_layers": 2}, r"num_layers 2 has no effect without layers.recompute_granularity full"),
+        ({"recompute_modules": ("core_attn",)}, r"has no effect without layers.recompute_granularity selective"),
+        ({"recompute_granularity": "selective", "recompute_num_layers": 2}, r"without .*recompute_granularity full"),
+        ({"recompute_granularity": "full", "recompute_modules": ("core_attn",)}, r"without .* selective"),
+        ({"recompute_granularity": "selective", "recompute_modules": ()}, "selective needs recompute_modules, allowed"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message) -> None:
     with pytest.raises(ConfigError, match=message):
         LayerConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tp", "message"),
+    [
+        ({}, 2, None),
+        ({"hidden_size": 72}, 1, r"1 tensor parallel ranks, got hidden_size = 72: leave"),
+        ({"ffn_hidden_size": 96}, 4, r"4 tensor parallel ranks, got ffn_hidden_size = 24: leave"),
+        ({"kv_channels": 18}, 2, r"got \(num_attention_heads \+ 2 num_query_groups\) kv_channels = 72, num_.* = 36:"),
+    ],
+)
+def test_fp8_wants_widths_that_its_products_take(shape, tp, message, monkeypatch) -> None:
+    widths = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4}
+    widths |= {"num_query_groups": 2, "kv_channels": 16, "vocab_size": 32, "max_sequence_length": 16, **shape}
+    model = ModelConfig(**widths)
+    monkeypatch.setattr(gpt.parallel_state, "get_tensor_model_parallel_world_size", lambda: tp)
+    monkeypatch.setattr(gpt, "TransformerConfig", lambda **settings: settings)  # refuses FP8 without TransformerEngine
+    if message is None:
+        assert transformer_config(model, FULL, layers=LayerConfig(fp8="e4m3"))["fp8"] == "e4m3"
+    else:
+        with pytest.raises(ConfigError, match=message):
+            transformer_config(model, FULL, layers=LayerConfig(fp8="e4m3"))
+    assert transformer_config(model, FULL)["fp8"] is None
 
 
 @pytest.mark.parametrize(("method", "number"), [("uniform", 3), ("uniform", 12), ("uniform", 4), ("block", 4)])
