@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.training.flops import training_flops
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,19 @@ class MetricsWriter:
         record = {"kind": kind, "step": step, "time": time.time(), **clean}
         self._file.write(json.dumps(record) + "\n")
 
+    def start(self, step: int, resumed: bool, model: ModelConfig, layers: LayerConfig) -> None:
+        """What runs from this step on; `layers` as built, `attention_backend` as configured."""
+        self.write(
+            "start",
+            step,
+            resumed=resumed,
+            parameters=model.num_parameters,
+            transformer_impl=layers.transformer_impl,
+            fp8=layers.fp8,
+            fp8_recipe=layers.fp8_recipe if layers.fp8 else None,
+            attention_backend=model.attention_backend,
+        )
+
     def train(self, step: int, numbers: dict[str, float | None], lr: float, consumed_samples: int) -> None:
         """A training interval, to the file and to the log."""
         eta_s = (numbers["step_time_s"] or 0.0) * (self.train_iters - step)
@@ -110,6 +124,20 @@ class MetricsWriter:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def last_start(folder: str | Path) -> dict[str, Any] | None:
+    """The newest "start" record of a run folder, or None. A line that a crash cut off is passed over."""
+    file, newest = Path(folder) / METRICS_FILE, None
+    if not file.is_file():
+        return None
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):
+                record = json.loads(line)
+                if isinstance(record, dict) and record.get("kind") == "start":
+                    newest = record
+    return newest
 
 
 def format_duration(seconds: float) -> str:

@@ -14,12 +14,12 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from megatron_multiverse.config import ModelConfig, TrainConfig, check_sequence_length
+from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig, check_sequence_length
 from megatron_multiverse.conversion.load import load_checkpoint
 from megatron_multiverse.errors import ConfigError, TrainingError
 from megatron_multiverse.files import write_json_atomic
@@ -30,7 +30,7 @@ from megatron_multiverse.training.checkpoint import CheckpointManager, Stateful,
 from megatron_multiverse.training.flops import peak_tflops
 from megatron_multiverse.training.forward import Microbatch, forward_backward, tf32, validate
 from megatron_multiverse.training.layouts import Layouts
-from megatron_multiverse.training.metrics import MetricsWriter, StepMeter
+from megatron_multiverse.training.metrics import MetricsWriter, StepMeter, last_start
 from megatron_multiverse.training.optim import NonFiniteGuard, build_optimizer, build_scheduler, clip_gradients
 from megatron_multiverse.training.seeds import seed_everything
 from megatron_multiverse.training.signals import StopSignals, hold_signals
@@ -82,9 +82,12 @@ def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loade
     state = TrainState(model, optimizer, scheduler, loader)
     checkpoints = CheckpointManager(config.checkpoint)
     resumed = checkpoints.resume(state)
-    write_run_config(config, model_config, checkpoints.folder, state.step)
+    layers = layers_that_run(config.layers, model)
+    write_run_config(dataclasses.replace(config, layers=layers), model_config, checkpoints.folder, state.step)
+    if resumed:
+        warn_of_other_layers(last_start(checkpoints.folder), layers)
     metrics = MetricsWriter(checkpoints.folder, config.train_iters)
-    metrics.write("start", state.step, resumed=resumed, parameters=model_config.num_parameters)
+    metrics.start(state.step, resumed, model_config, layers)
     guard, meter, saved_step = NonFiniteGuard(device), StepMeter(device), state.step
     layouts, valid_layouts = Layouts(loader, device), Layouts(valid_loader, device)
     peak, backend = peak_tflops(device, config.dtype, config.log.peak_tflops), model_config.attention_backend
@@ -183,8 +186,25 @@ def create_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, 
     return model, model_config
 
 
+def layers_that_run(layers: LayerConfig, model: nn.Module) -> LayerConfig:
+    """The settings with "auto" replaced by what the model was built with."""
+    built = getattr(getattr(model, "config", None), "transformer_impl", layers.transformer_impl)
+    return dataclasses.replace(layers, transformer_impl=built)
+
+
+def warn_of_other_layers(before: dict[str, Any] | None, layers: LayerConfig) -> None:
+    """A run may go on with other layers, but its numbers are then not those of an uninterrupted one."""
+    was = (before or {}).get("transformer_impl", layers.transformer_impl)
+    if was != layers.transformer_impl:
+        logger.warning(
+            "the steps so far ran with layers.transformer_impl %s, this run goes on with %s: losses differ by rounding",
+            was,
+            layers.transformer_impl,
+        )
+
+
 def write_run_config(config: TrainConfig, model_config: ModelConfig, folder: Path, step: int) -> None:
-    """Keep the resolved config beside the checkpoints: the newest, and which one was in force from which step on."""
+    """Keep the config that runs beside the checkpoints: the newest, and which one was in force from which step on."""
     write_json_atomic(folder / "model_config.json", dataclasses.asdict(model_config))
     for name in ("config.json", f"config_{step:07d}.json"):
         write_json_atomic(folder / name, config.to_dict())

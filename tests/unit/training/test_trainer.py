@@ -84,6 +84,22 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path
     assert [(r["step"], r["resumed"]) for r in records(tmp_path / "b", "start")] == [(0, False), (3, True)]
 
 
+def test_a_run_says_which_layers_ran_and_warns_when_they_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(config(tmp_path, train_iters=3), SyntheticLoader())
+    (start,) = records(tmp_path, "start")
+    shown = [start[key] for key in ("transformer_impl", "fp8", "fp8_recipe", "attention_backend")]
+    assert shown == ["local", None, None, "auto"]
+    assert json.loads((tmp_path / "config.json").read_text())["layers"]["transformer_impl"] == "local"  # not "auto"
+    train(config(tmp_path, train_iters=4), SyntheticLoader())
+    assert "transformer_impl" not in caplog.text
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"local"', '"transformer_engine"') + '{"kind": "sta\n')
+    train(config(tmp_path, train_iters=5), SyntheticLoader())
+    assert "ran with layers.transformer_impl transformer_engine, this run goes on with local" in caplog.text
+
+
 def test_loss_is_a_mean_over_the_tokens_of_the_whole_step() -> None:
     loader = SyntheticLoader()
     model = build_gpt_model(config(Path("unused")).model, dtype=torch.float64)
