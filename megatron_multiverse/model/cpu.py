@@ -5,7 +5,7 @@ those calls for the length of a `with` block and puts the originals back. What i
 
 | call                       | replacement   | needed by                                              |
 |----------------------------|---------------|--------------------------------------------------------|
-| torch.cuda.current_device  | the CPU       | dist_checkpointing (state_dict_saver), RoPE of mcore   |
+| torch.cuda.current_device  | the CPU       | dist_checkpointing (state_dict_saver)                  |
 | torch.cuda.synchronize     | nothing       | dist_checkpointing (filesystem_async), pipeline p2p    |
 | torch.Tensor.cuda          | the tensor    | GPTModel with tied embeddings over pipeline stages     |
 

@@ -1,4 +1,4 @@
-"""The residual addition of the local layer spec: no dropout, and the stream keeps its own precision.
+"""The residual addition of both layer specs: no dropout, and the stream keeps its own precision.
 
 megatron-core's version casts the residual stream to the dtype of the branch. Under autocast that would round the
 stream to bf16 in every layer although its weights are float32.
