@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .table import rope_table
+from .table import rope_table, with_near_heads
 
 MAX_HEADS_PER_STEP = 64
 
@@ -56,7 +56,7 @@ def _rope_kernel(q_ptr, k_ptr, q_out, k_out, table_ptr, batch,
 def _rotate(q: Tensor, k: Tensor, table: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
     s, b, q_heads, dim = q.shape
     k_heads, half = k.shape[2], dim // 2
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q, k = with_near_heads(q), with_near_heads(k)
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     q_step, k_step = (min(MAX_HEADS_PER_STEP, triton.next_power_of_2(n)) for n in (q_heads, k_heads))
     _rope_kernel[(s * b,)](

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .table import check_qkv
+from .table import check_qkv, with_near_heads
 
 MAX_HEADS_PER_STEP = 64
 
@@ -90,7 +90,7 @@ class _RopeQKV(torch.autograd.Function):
     def forward(ctx: Any, mixed: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s, b, groups, width = mixed.shape
         dim = table.shape[2]
-        mixed = mixed if mixed.stride(-1) == 1 else mixed.contiguous()
+        mixed = with_near_heads(mixed)
         q, k, v = (mixed.new_empty(s, b, heads, dim) for heads in (groups * (width // dim - 2), groups, groups))
         _launch(mixed, q, k, v, table, backward=False)
         ctx.save_for_backward(table)
@@ -99,7 +99,7 @@ class _RopeQKV(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (table,) = ctx.saved_tensors
-        dq, dk, dv = (x if x.stride(-1) == 1 else x.contiguous() for x in grads)
+        dq, dk, dv = map(with_near_heads, grads)
         s, b, heads, dim = dq.shape
         groups = dk.shape[2]
         dmixed = dq.new_empty(s, b, groups, (heads // groups + 2) * dim)

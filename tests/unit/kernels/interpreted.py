@@ -25,6 +25,7 @@ from megatron_multiverse.kernels.rope import (
     rope_table,
     rotate_qkv_by_table,
 )
+from megatron_multiverse.kernels.rope import table as rope_tables
 
 torch.set_num_threads(1)
 
@@ -102,5 +103,23 @@ def check_rope_qkv() -> None:
             torch.testing.assert_close(x.double(), y, rtol=2e-3, atol=4e-3)
 
 
+def check_far_heads() -> None:
+    """With a limit that these strides break, the kernels get copies, and the results are those of dense tensors."""
+    generator = torch.Generator().manual_seed(0)
+    inv_freq = inverse_frequencies(8, 1e6, "cpu", torch.float32)
+    table = rope_table(torch.arange(5)[None], inv_freq)
+    # heads in front of tokens: heads are far apart
+    q, k = (torch.randn(heads, 5, 1, 8, generator=generator).permute(1, 2, 0, 3) for heads in (4, 2))
+    mixed = torch.randn(2, 5, 1, 32, generator=generator).permute(1, 2, 0, 3)
+    want = (*fused.rope_fused(q, k, table), *fused_qkv.rope_qkv_fused(mixed, table))
+    limit, rope_tables.MAX_OFFSET = rope_tables.MAX_OFFSET, 40
+    try:
+        assert not any(map(rope_tables.heads_fit, (q, k, mixed))) and rope_tables.heads_fit(k.contiguous())
+        got = (*fused.rope_fused(q, k, table), *fused_qkv.rope_qkv_fused(mixed, table))
+    finally:
+        rope_tables.MAX_OFFSET = limit
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
 if __name__ == "__main__":
-    {"rope_qkv": check_rope_qkv, "tiles": check_tiles, "rope": check_rope}[sys.argv[1]]()
+    {"rope_qkv": check_rope_qkv, "far_heads": check_far_heads, "tiles": check_tiles, "rope": check_rope}[sys.argv[1]]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from megatron_multiverse.kernels.rope import (
@@ -10,6 +11,7 @@ from megatron_multiverse.kernels.rope import (
     rope_reference,
     rope_table,
     rotate_by_table,
+    table,
 )
 
 
@@ -25,9 +27,24 @@ def test_rotation_by_table_equals_the_reference() -> None:
 
 def test_backward_is_the_rotation_by_the_negative_angle() -> None:
     ids = torch.tensor([[3, 3, 9]])
-    table = rope_table(ids, inverse_frequencies(8, 1e4, "cpu", torch.float64))
+    cosines = rope_table(ids, inverse_frequencies(8, 1e4, "cpu", torch.float64))
     x = torch.randn(3, 1, 2, 8, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn_like(x)
-    rotate_by_table(x, table).backward(upstream)
-    cos, sin = table.chunk(2, dim=-1)
+    rotate_by_table(x, cosines).backward(upstream)
+    cos, sin = cosines.chunk(2, dim=-1)
     torch.testing.assert_close(x.grad, rotate_by_table(upstream, torch.cat((cos, -sin), dim=-1)))
+
+
+@pytest.mark.parametrize(("stride", "fits"), [(8, True), ((2**31 - 8) // 3, True), ((2**31 - 8) // 3 + 1, False)])
+def test_heads_further_apart_than_int32_are_copied_together(stride: int, fits: bool) -> None:
+    """On the meta device, which has strides and no memory."""
+    x = torch.empty_strided((2, 1, 4, 8), (2**33, 2**33, stride, 1), dtype=torch.bfloat16, device="meta")
+    assert (3 * stride + 7 <= 2**31 - 1) == fits
+    assert table.heads_fit(x) == fits
+    assert (table.with_near_heads(x) is x) == fits
+    assert table.heads_fit(table.with_near_heads(x))
+
+
+def test_elements_of_a_head_that_are_apart_are_copied_together() -> None:
+    x = torch.randn(2, 1, 8, 4).transpose(2, 3)
+    assert not table.heads_fit(x) and table.with_near_heads(x).is_contiguous()
