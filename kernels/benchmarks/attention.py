@@ -49,6 +49,10 @@ WARM_UP, MEASURED = 25.0, 70.0
 """Milliseconds of a turn."""
 
 
+KEY = ("tokens", "layout", "attention", "heads", "groups", "dim")
+"""What a case is known by."""
+
+
 @dataclass
 class Options:
     """What to measure."""
@@ -122,7 +126,9 @@ def errors(inputs: Inputs, rivals: list[Rival], labels: Tensor) -> dict[str, tup
     each = inputs.q.shape[1] // inputs.k.shape[1]
     if not rivals:
         return {}
-    groups = sorted({0, inputs.k.shape[1] - 1}) if inputs.q.shape[2] <= LONGEST_FOR_ALL else [1]
+    groups = (
+        sorted({0, inputs.k.shape[1] - 1}) if inputs.q.shape[2] <= LONGEST_FOR_ALL else [min(1, inputs.k.shape[1] - 1)]
+    )
     exact = {group: exact_results(inputs, labels, group) for group in groups}
     found = {}
     for rival in rivals:
@@ -274,7 +280,8 @@ def main() -> None:
     o = parse_options(Options)
     warnings.filterwarnings("ignore", category=UserWarning)
     torch._functorch.config.donated_buffer = False  # backward runs repeatedly on one graph
-    recorder, matmul = Recorder("attention", o.output, o.commit), matmul_rate()
+    recorder = Recorder("attention", o.output, o.commit, key=KEY)
+    matmul = matmul_rate()
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         recorder.environment["versions"]["transformer-engine"] = importlib.metadata.version("transformer-engine")
     print(f"bfloat16 matmul {matmul:.0f} TFLOP/s, datasheet {DATASHEET:.0f}", flush=True)

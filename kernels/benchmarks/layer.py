@@ -112,7 +112,7 @@ _MADE: dict[Any, Tensor] = {}
 
 
 def labels(layout: str, tokens: int) -> Tensor:
-    """r of a layout on the GPU, made once (in training the loader brings it)."""
+    """r of a layout on the GPU, made once (in training the scan or the loader brings it)."""
     if (layout, tokens) not in _MADE:
         _MADE[layout, tokens] = make_labels(layout, tokens)[0].cuda()
     return _MADE[layout, tokens]
@@ -244,7 +244,8 @@ def main() -> None:
     if unknown := [mode for mode in o.modes if mode not in MODES]:
         raise ConfigError(f"modes {unknown} unknown, allowed: {', '.join(MODES)}")
     version = importlib.metadata.version("megatron-core")
-    recorder = Recorder(f"layer_mcore_{version}", o.output, o.commit)
+    key = ("mode", "layer", "layout", "tokens")
+    recorder = Recorder(f"layer_mcore_{version}", o.output, o.commit, key=key)
     for package in ("transformer-engine", "megatron-core"):
         recorder.environment["versions"][package] = importlib.metadata.version(package)
     model = dataclasses.replace(preset("qwen2.5-7b"), num_layers=1)

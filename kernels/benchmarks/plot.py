@@ -44,12 +44,19 @@ def read(file: Path, tokens: int) -> Rows:
     return rows
 
 
+def drawn_names(rows: Rows) -> list[str]:
+    """The attention functions of COLORS that have a row."""
+    return [name for name in COLORS if any(name in row for row in rows.values())]
+
+
 def bars(axes: Any, rows: Rows, value: Any, label: str) -> None:
     """One group of bars per layout, one bar per attention function."""
-    width = 0.8 / len(COLORS)
-    for place, (name, color) in enumerate(COLORS.items()):
+    present = drawn_names(rows)
+    width = 0.8 / len(present)
+    for place, name in enumerate(present):
+        color = COLORS[name]
         heights = [value(row[name], row) if name in row else 0.0 for row in rows.values()]
-        at = [x + (place - (len(COLORS) - 1) / 2) * width for x in range(len(rows))]
+        at = [x + (place - (len(present) - 1) / 2) * width for x in range(len(rows))]
         drawn = axes.bar(at, heights, width * 0.92, color=color, label=name)
         if name == "flash4":
             axes.bar_label(drawn, [label.format(x) if x else "" for x in heights], padding=1, fontsize=8, color=color)
@@ -74,7 +81,7 @@ def figure(rows: Rows, title: str) -> Any:
         )
         grid[1][column].axhline(1, color="#777777", linewidth=0.8)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(COLORS), frameon=False, fontsize=9)
+    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     fig.suptitle(title, fontsize=11)
     return fig
 

@@ -12,20 +12,29 @@ from typing import Any
 
 import torch
 
+from megatron_multiverse.errors import ConfigError
+
 RESULTS = Path(__file__).parent / "results"
-ENVIRONMENT = ("gpu", "versions", "commit", "date", "command")
+ENVIRONMENT = ("gpu", "versions", "commit", "date", "command", "note")
 
 
 def environment() -> dict[str, Any]:
-    """GPU, versions, commit, date and command of this run."""
+    """GPU, versions, commit ("-dirty" behind it if tracked files differ from it), date and command of this run.
+
+    Raises:
+        ConfigError: no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("this benchmark needs a CUDA GPU, none is visible: run it on a machine that has one")
     versions: dict[str, str | None] = {}
     for package in ("torch", "triton", "flash-attn-4"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    commit = _git("rev-parse", "--short", "HEAD") or None
+    if commit and _git("status", "--porcelain", "--untracked-files=no"):
+        commit += "-dirty"
     return {
         "gpu": torch.cuda.get_device_name(),
         "versions": versions,
@@ -34,6 +43,11 @@ def environment() -> dict[str, Any]:
         "command": "python -m megatron_multiverse.kernels.benchmarks."
         + " ".join([Path(sys.argv[0]).stem, *_arguments()]),
     }
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def _arguments() -> list[str]:
@@ -51,11 +65,12 @@ def _arguments() -> list[str]:
 class Recorder:
     """Collects the rows of one benchmark and writes them as they come.
 
-    Rows of earlier runs stay until a row of the same case replaces them; a case is known by what is not measured, so
-    by the texts, whole numbers and truth values of its row.
+    Rows of earlier runs stay until a row of the same case, which is one with equal `key` fields, replaces them. A row
+    may have a `note` (by hand, about how it came about); the table prints the notes of its rows below.
     """
 
-    def __init__(self, name: str, folder: str | None, commit: str | None) -> None:
+    def __init__(self, name: str, folder: str | None, commit: str | None, *, key: tuple[str, ...]) -> None:
+        self.key = key
         self.folder = Path(folder) if folder else RESULTS
         self.folder.mkdir(parents=True, exist_ok=True)
         self.environment = environment() | ({"commit": commit} if commit else {})
@@ -67,8 +82,7 @@ class Recorder:
             self.records[self._case(record)] = record
 
     def _case(self, record: dict[str, Any]) -> tuple[Any, ...]:
-        row = {key: value for key, value in record.items() if key not in ENVIRONMENT}
-        return tuple(sorted((key, value) for key, value in row.items() if isinstance(value, str | int)))
+        return tuple(record.get(name) for name in self.key)
 
     def add(self, **row: Any) -> None:
         """Record one measured case; measured values are floats and are rounded to what the clock can tell."""
@@ -78,7 +92,7 @@ class Recorder:
         print(row, flush=True)
 
     def table(self, note: str) -> None:
-        """Write the markdown table of all rows in the file."""
+        """Write the markdown table of all rows in the file: `note` above, the rows' own notes below."""
         rows = [{k: v for k, v in x.items() if k not in ENVIRONMENT or k == "commit"} for x in self.records.values()]
         columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "commit"] + ["commit"]
         e = self.environment
@@ -86,4 +100,6 @@ class Recorder:
         lines = [f"{e['gpu']}, {versions}, {e['date']}; each row names its commit", "", f"`{e['command']}`", "", note]
         lines += ["", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         lines += ["| " + " | ".join(str(row.get(key, "")) for key in columns) + " |" for row in rows]
+        notes = dict.fromkeys((x["commit"], x["note"]) for x in self.records.values() if x.get("note"))
+        lines += ["", *(f"- Rows of {commit}: {text}" for commit, text in notes)] if notes else []
         (self.folder / f"{self.stem}.md").write_text("\n".join(lines) + "\n")

@@ -65,13 +65,13 @@ class Case:
 def main() -> None:
     """Run all cases."""
     o = parse_options(Options)
-    recorder = Recorder("rope", o.output, o.commit)
+    recorder = Recorder("rope", o.output, o.commit, key=("case", "tokens", "heads", "groups", "dim"))
     cases = [*pair_cases(o), *qkv_cases(o)]
     if any(case.name.startswith("TransformerEngine") for case in cases):
         recorder.environment["versions"]["transformer-engine"] = importlib.metadata.version("transformer-engine")
     copies: dict[str, float] = {}
     for case in cases:
-        measure(case, recorder, copies, o.tokens)
+        measure(case, recorder, copies, o)
     recorder.table(
         "`q and k`: two tensors in, two out. `qkv`: the mixed projection in, q, k and v out (backward the reverse). "
         "TB/s count each element read once and written once; tables are extra. Share is that of the copy's bandwidth."
@@ -146,7 +146,7 @@ def qkv_cases(o: Options) -> list[Case]:
     return cases
 
 
-def measure(case: Case, recorder: Recorder, copies: dict[str, float], tokens: int) -> None:
+def measure(case: Case, recorder: Recorder, copies: dict[str, float], o: Options) -> None:
     """Check a case against float64, then record its times."""
     error = None
     if case.exact:
@@ -160,8 +160,8 @@ def measure(case: Case, recorder: Recorder, copies: dict[str, float], tokens: in
     with torch.no_grad():
         forward = timed(case.function)
     copy = copies.setdefault(case.copied, forward)
-    row = {"case": case.name, "tokens": tokens, "fwd_us": 1e3 * forward, "fwd_tb_s": moved / forward / 1e9}
-    row |= {"fwd_share": copy / forward}
+    row = {"case": case.name, "tokens": o.tokens, "heads": o.heads, "groups": o.groups, "dim": o.dim}
+    row |= {"fwd_us": 1e3 * forward, "fwd_tb_s": moved / forward / 1e9, "fwd_share": copy / forward}
     if case.exact:
         out = case.function()
         backward = timed(lambda: torch.autograd.grad(out, case.inputs, case.grads, retain_graph=True))

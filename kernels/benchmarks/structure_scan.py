@@ -151,7 +151,8 @@ def measure(case: Case, rival: BlockMaskRival | None) -> dict[str, Any] | None:
 def main() -> None:
     """Run all cases."""
     o = parse_options(Options)
-    recorder, rival = Recorder("structure_scan", o.output, o.commit), BlockMaskRival(o.rival_tokens)
+    recorder = Recorder("structure_scan", o.output, o.commit, key=("layout", "tokens"))
+    rival = BlockMaskRival(o.rival_tokens)
     for tokens in map(int, o.tokens.split(",")):
         for name in TAGGED:
             row = measure(Case(name, tokens), rival if tokens == o.rival_tokens else None)

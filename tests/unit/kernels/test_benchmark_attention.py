@@ -29,6 +29,13 @@ def test_what_results_are_checked_against_is_the_definition_and_its_gradient() -
     assert min(found["wrong"]) > 0.05
 
 
+def test_a_long_case_of_a_single_head_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "LONGEST_FOR_ALL", 16)
+    inputs, r = benchmark.Inputs(32, 2, 1, 8, device="cpu"), torch.arange(32)
+    rival = Rival("x", lambda q, k, v: multiverse_attention_reference(q, k, v, visibility(r[None])), False)
+    assert max(benchmark.errors(inputs, [rival], r)["x"]) < 0.05
+
+
 class Clock:
     """A CUDA event that takes 30 ms to the next one."""
 
@@ -77,6 +84,7 @@ def test_the_plot_shows_every_layout(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"tokens": 8, "prepare_us": 1.0}]))
     rows = plot.read(file, 8)
     assert list(rows) == ["a", "b"] and not plot.read(file, 9)
+    assert plot.drawn_names(rows) == ["cuDNN causal (SDPA)", "flash4"]
     monkeypatch.setattr("sys.argv", ["plot", "--input", str(file), "--tokens", "8"])
     plot.main()
     assert (tmp_path / "attention_x_8.png").stat().st_size > 10_000

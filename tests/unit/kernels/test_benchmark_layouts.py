@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.benchmarks import record
 from megatron_multiverse.kernels.benchmarks.layouts import LAYOUTS, Labels, Spans, document, make_labels
 from megatron_multiverse.kernels.multiverse_attention import visibility
@@ -59,14 +61,40 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 def test_running_a_case_again_replaces_that_case_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "environment", lambda: {"gpu": "NVIDIA X", "versions": {}, "command": "c", "date": "d"})
-    first = record.Recorder("speed", str(tmp_path), "one")
+    first = record.Recorder("speed", str(tmp_path), "one", key=("case", "tokens"))
     first.add(case="a", tokens=8, ms=1.0)
-    first.add(case="b", tokens=8, ms=2.0)
-    second = record.Recorder("speed", str(tmp_path), "two")
-    second.add(case="b", tokens=8, ms=3.00001)
+    first.add(case="b", tokens=8, ms=2.0, tags=6)
+    second = record.Recorder("speed", str(tmp_path), "two", key=("case", "tokens"))
+    second.add(case="b", tokens=8, ms=3.00001, tags=7)  # what is measured may be whole numbers, too
     second.add(case="b", tokens=16, ms=4.0)
     second.table("note")
     got = [(x["case"], x["tokens"], x["ms"], x["commit"]) for x in rows(tmp_path / "speed_x.jsonl")]
     assert got == [("a", 8, 1.0, "one"), ("b", 8, 3.0, "two"), ("b", 16, 4.0, "two")]
     table = (tmp_path / "speed_x.md").read_text()
-    assert "| a | 8 | 1.0 | one |" in table and "| b | 16 | 4.0 | two |" in table
+    assert "| a | 8 | 1.0 |  | one |" in table and "| b | 16 | 4.0 |  | two |" in table
+
+
+def test_notes_of_rows_outlive_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "environment", lambda: {"gpu": "X", "versions": {}, "command": "c", "date": "d"})
+    old = {"case": "a", "ms": 1.0, "commit": "one", "note": "by hand"}
+    (tmp_path / "speed_x.jsonl").write_text(json.dumps(old) + "\n")
+    recorder = record.Recorder("speed", str(tmp_path), "two", key=("case",))
+    recorder.add(case="b", ms=2.0)
+    recorder.table("note")
+    text = (tmp_path / "speed_x.md").read_text()
+    assert "- Rows of one: by hand" in text and "Rows of two" not in text and "| a | 1.0 | one |" in text
+    assert rows(tmp_path / "speed_x.jsonl")[0] == old
+
+
+def test_a_benchmark_without_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="needs a CUDA GPU, none is visible"):
+        record.Recorder("speed", str(tmp_path), None, key=("case",))
+
+
+@pytest.mark.parametrize(("changes", "commit"), [("", "abc"), (" M file", "abc-dirty")])
+def test_a_changed_working_tree_is_named(changes: str, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X")
+    monkeypatch.setattr(record, "_git", lambda verb, *rest: {"rev-parse": "abc", "status": changes}[verb])
+    assert record.environment()["commit"] == commit
