@@ -1,9 +1,10 @@
-"""Equality of two scans."""
+"""Equality of two scans, or of two sets of tile lists."""
 
 from __future__ import annotations
 
 import torch
 
+from megatron_multiverse.kernels.multiverse_attention import TileLists
 from megatron_multiverse.kernels.structure_scan import StructureScan
 
 
@@ -13,12 +14,16 @@ def scan_difference(got: StructureScan, want: StructureScan) -> str | None:
         a, b = getattr(got, name).cpu(), getattr(want, name).cpu()
         if a.dtype != b.dtype or not torch.equal(a, b):
             return name
+    return lists_difference(got.lists, want.lists)
+
+
+def lists_difference(got: TileLists, want: TileLists) -> str | None:
+    """Name of the first lists in which they differ; entries behind their counts are free."""
     for name in ("q_partial", "q_full", "k_partial", "k_full"):
-        a, b = getattr(got.lists, name), getattr(want.lists, name)
+        a, b = getattr(got, name), getattr(want, name)
         if not torch.equal(a.counts.cpu(), b.counts.cpu()):
             return f"{name}.counts"
-        valid = torch.arange(b.indices.shape[-1]) < b.counts.cpu()[..., None]
-        if not torch.equal(a.indices.cpu()[valid], b.indices.cpu()[valid]):
+        if not torch.equal(a.valid().cpu(), b.valid().cpu()):
             return f"{name}.indices"
     return None
 

@@ -51,7 +51,7 @@ def _then(flags1, a1, b1, c1, path1, goal1, missing1, flags2, a2, b2, c2, path2,
 def place_of(first, doc):
     """Where in its row the tags of a document are kept, their first one being the row's tag number `first`.
 
-    A multiple of 4, so that each thread takes four neighbours; behind the tags of all documents before.
+    A multiple of 4 (rows of scratch begin at multiples of 16); behind the tags of all documents before.
     """
     return ((first + 3) // 4 + doc) * 4
 

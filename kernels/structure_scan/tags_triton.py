@@ -21,8 +21,6 @@ BORDER = tl.constexpr(12)
 """In front of the first tag of a response and behind the last."""
 
 NUM_TAGS = tl.constexpr(12)
-MAX_TOKENS = 1 << 23
-"""Tokens of a row: a tag travels as index << 8 | level << 4 | kind in one int32."""
 
 
 @triton.jit

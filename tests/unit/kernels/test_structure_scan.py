@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from offline import spilled_bytes
 from random_tags import (
     TAG_IDS,
     VOCAB,
@@ -170,31 +169,3 @@ def test_kernels_equal_the_reference_in_the_interpreter(check: str) -> None:
     program = Path(__file__).parent / "interpreted_scan.py"
     result = subprocess.run([sys.executable, str(program), check], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-
-
-def test_kernels_compile_for_hopper_without_spilling() -> None:
-    """The few bytes allowed are scalars that outlive a loop."""
-    pytest.importorskip("triton")
-    from megatron_multiverse.kernels.structure_scan import documents_triton, expand_triton, fused, tags_triton
-
-    data, sizes = "*i32", {"CHUNK": fused.CHUNK, "CHUNKS": fused.CHUNKS, "DOCS": 32}
-    cases = (
-        (tags_triton.tags_kernel, "tags_ptr counts_ptr", {"CHUNK": fused.CHUNK}, 4),
-        (
-            documents_triton.documents_kernel,
-            "documents tags counts scratch shifts ends info",
-            sizes | {"MAX_DEPTH": MAX_DEPTH, "SLOTS": fused.SLOTS, "BLOCK": fused.BLOCK},
-            8,
-        ),
-        (
-            expand_triton.expand_kernel,
-            "counts shifts ends info position_ids r_out segment_end r_low r_high",
-            sizes | {"TILE": 128, "FIRST": -(2**31), "LAST": 2**31 - 1},
-            4,
-        ),
-        (expand_triton.order_kernel, "partial full order", {"OWN": 8, "CHUNK": 256}, 4),
-    )
-    others = {"ids_ptr": "*i64", "tag_ids": "*i64", "before_ptr": "*i16", "before": "*i16", "malformed": "*u8"}
-    for kernel, names, constants, num_warps in cases:
-        types = dict.fromkeys(names.split(), data) | {k: v for k, v in others.items() if k in kernel.arg_names}
-        assert spilled_bytes(kernel, types, constants, num_warps) <= 64, kernel.__name__
