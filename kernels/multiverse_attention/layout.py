@@ -66,9 +66,9 @@ class AttentionLayout:
         if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
             raise ValueError(f"{shapes}; the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key heads")
 
-    def plan(self, name: str, prepare: Callable[[AttentionLayout, torch.dtype], Any], dtype: torch.dtype) -> Any:
-        """What `prepare(self, dtype)` makes of this layout for the backend called `name`; made once."""
-        key = (name, dtype, torch.are_deterministic_algorithms_enabled())
+    def plan(self, prepare: Callable[[AttentionLayout, torch.dtype], Any], dtype: torch.dtype) -> Any:
+        """What a backend's `prepare(self, dtype)` makes of this layout; made once."""
+        key = (prepare, dtype, torch.are_deterministic_algorithms_enabled())
         if key not in self._plans:
             self._plans[key] = prepare(self, dtype)
         return self._plans[key]

@@ -87,9 +87,7 @@ def multiverse_attention(
     """
     chosen = select_backend(backend, q.device.type, q.dtype, q.shape[-1])
     layout.check(q, k, v)
-    # by the name of what was chosen: "auto" may choose otherwise for another device or head width
-    name = next(name for name, known in BACKENDS.items() if known is chosen)
-    return chosen.attend(q, k, v, layout.plan(name, chosen.prepare, q.dtype), softmax_scale)
+    return chosen.attend(q, k, v, layout.plan(chosen.prepare, q.dtype), softmax_scale)
 
 
 def _auto(device_type: str, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:

@@ -61,7 +61,7 @@ class Layouts:
         return scan.position_ids, LayoutParams(r=scan.r, lists=scan.lists, backend=backend)
 
     def report(self, step: int, metrics: MetricsWriter) -> None:
-        """Name each document, once per run, that was laid out as plain text (waits for the device)."""
+        """Name each document, once per process, that was laid out as plain text (waits for the device)."""
         for sample in _flagged(self._parsed):
             self._tell(sample, step, metrics, "parser", self._loader.sample_problem(sample) or "malformed")
         for sample in _flagged(self._scanned):

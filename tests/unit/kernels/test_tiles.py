@@ -193,7 +193,7 @@ def test_the_plan_of_a_layout_is_made_once() -> None:
         made.append(dtype)
         return object()
 
-    plans = [layout.plan("dense", prepare, dtype) for dtype in (torch.float32, torch.float32, torch.float64)]
+    plans = [layout.plan(prepare, dtype) for dtype in (torch.float32, torch.float32, torch.float64)]
     assert plans[0] is plans[1] and plans[1] is not plans[2] and len(made) == 2
 
 
