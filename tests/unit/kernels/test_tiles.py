@@ -182,7 +182,7 @@ def test_auto_and_its_choice_share_a_plan() -> None:
     layout, x = AttentionLayout(torch.arange(6)[None]), torch.randn(1, 2, 6, 8)
     for backend in ("auto", "dense"):
         multiverse_attention(x, x, x, layout, backend=backend)
-    assert [name for name, *_ in layout._plans] == ["dense"]
+    assert len(layout._plans) == 1
 
 
 def test_the_plan_of_a_layout_is_made_once() -> None:
