@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import AttentionLayout
-from .tiles import TILE, pad_labels, tile_lists, write_order
+from .tiles import TILE, pad_labels, write_order
 
 logger = logging.getLogger(__name__)
 
@@ -113,12 +113,12 @@ def _masks() -> Any:
 
 
 def flash4_plan(layout: AttentionLayout, dtype: torch.dtype) -> Flash4Plan:
-    """Mask and tile lists of one microbatch; lists that the layout brings must fit.
+    """Mask and tile lists of one microbatch.
 
     Under torch.use_deterministic_algorithms the plan says so and carries the order in which dQ is added.
 
     Raises:
-        ValueError: deterministic mode with explicit places, or lists that do not fit.
+        ValueError: deterministic mode with explicit places.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     if deterministic and layout.index is not None:
@@ -129,13 +129,8 @@ def flash4_plan(layout: AttentionLayout, dtype: torch.dtype) -> Flash4Plan:
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     masks = _masks()
-    batch, queries, keys = layout.shape
-    queries, keys = (-(-length // TILE) * TILE for length in (queries, keys))
-    lists = layout.lists
-    if lists is None:
-        lists = tile_lists(layout.r, layout.index, layout.key_r, layout.key_index, length=queries, key_length=keys)
-    elif not lists.fit(batch, queries, keys):
-        raise ValueError(f"tile lists for {lists.shape} tiles do not fit a layout of {layout.shape}: make them for it")
+    queries, keys = (-(-length // TILE) * TILE for length in layout.shape[1:])
+    lists = layout.tile_lists(queries, keys)
     mask, labels = masks.ordered, [pad_labels(layout.r, queries)]
     if layout.index is not None:
         mask, labels = masks.permuted, [*labels, pad_labels(layout.index, queries)]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import AttentionLayout
-from .tiles import TILE, pad_labels, tile_lists
+from .tiles import TILE, pad_labels
 
 BUCKETS_PER_OCTAVE = 8
 MAX_SHAPES = 64
@@ -54,11 +54,8 @@ def flex_plan(layout: AttentionLayout, dtype: torch.dtype) -> FlexPlan:
     """Block mask of one microbatch; lists that the layout brings are used if they have the tiles of this bucket."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    batch, queries, keys = layout.shape
-    queries, keys = bucket_length(queries), bucket_length(keys)
-    lists = layout.lists
-    if lists is None or not lists.fit(batch, queries, keys):
-        lists = tile_lists(layout.r, layout.index, layout.key_r, layout.key_index, length=queries, key_length=keys)
+    queries, keys = (bucket_length(length) for length in layout.shape[1:])
+    lists = layout.tile_lists(queries, keys)
     # both directions are at hand: BlockMask.from_kv_blocks would make the second from the first, by sorting
     block_mask = BlockMask(
         (queries, keys),

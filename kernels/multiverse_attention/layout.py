@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tiles import TileLists
+from .tiles import TILE, TileLists, tile_lists
 
 
 @dataclass(eq=False)
@@ -20,7 +20,7 @@ class AttentionLayout:
     queries of this rank, the keys of all); then `index` and `key_index` say where each stands in its sequence.
 
     Raises:
-        ValueError: labels and places do not fit each other.
+        ValueError: labels, places and tile lists do not fit each other.
     """
 
     r: Tensor
@@ -32,7 +32,7 @@ class AttentionLayout:
     key_index: Tensor | None = None
     """int [b, s_k], place of each key in its sequence."""
     lists: TileLists | None = None
-    """Tile lists of these labels, if something made them already (kernels.structure_scan)."""
+    """Tile lists of these labels, without further padding, if something made them already (kernels.structure_scan)."""
     _plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -48,12 +48,24 @@ class AttentionLayout:
             b = self.r.shape[0]
             if self.key_r.dim() != 2 or self.key_r.shape[0] != b or self.key_index.shape != self.key_r.shape:
                 raise ValueError(f"key_r and key_index must be [b, s_k] with b = {b}, got {given}")
+        b, *lengths = self.shape
+        if self.lists is not None and not self.lists.fit(b, *(-(-length // TILE) * TILE for length in lengths)):
+            raise ValueError(
+                f"lists are for {self.lists.shape} tiles of {self.lists.size}, which a layout of {self.shape} does not "
+                "have: make them for its labels, or leave them out"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(b, s_q, s_k)."""
         keys = self.r if self.key_r is None else self.key_r
         return self.r.shape[0], self.r.shape[1], keys.shape[1]
+
+    def tile_lists(self, queries: int, keys: int) -> TileLists:
+        """Tile lists for lengths padded to `queries` and `keys`: the layout's own if they have as many tiles."""
+        if self.lists is not None and self.lists.fit(self.r.shape[0], queries, keys):
+            return self.lists
+        return tile_lists(self.r, self.index, self.key_r, self.key_index, length=queries, key_length=keys)
 
     def check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise ValueError unless q [b, h, s_q, d] and k, v [b, g, s_k, d] fit this layout and h is a multiple of g."""

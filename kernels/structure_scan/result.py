@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..multiverse_attention.tiles import TileLists
 
+NUM_TAGS = 12
 MAX_DEPTH = 8
 """Blocks around a token; deeper documents are laid out as causal and flagged."""
 

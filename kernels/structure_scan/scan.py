@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from .reference import structure_scan_reference
-from .result import StructureScan
+from .result import NUM_TAGS, StructureScan
 
-NUM_TAGS = 12
-"""tags_triton.py has it too, as Triton's constant: this file does without triton."""
 MAX_TOKENS = 1 << 23
 """Tokens of a row: a tag travels as index << 8 | level << 4 | kind in one int32."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import result
+
 THINK = tl.constexpr(0)
 END_THINK = tl.constexpr(1)
 PARALLEL = tl.constexpr(2)
@@ -20,7 +22,7 @@ END_CONCLUSION = tl.constexpr(11)
 BORDER = tl.constexpr(12)
 """In front of the first tag of a response and behind the last."""
 
-NUM_TAGS = tl.constexpr(12)
+NUM_TAGS = tl.constexpr(result.NUM_TAGS)
 
 
 @triton.jit

@@ -63,9 +63,9 @@ def ensure_cuda_rng_states() -> None:
     Nothing here draws from them (no dropout, initial weights come from the CPU), but a tracker that recompute has
     touched counts as initialised, and without these states no further layer could be built.
     """
+    ensure_parallel_state()
     if "model-parallel-rng" not in tensor_parallel.get_cuda_rng_tracker().get_states():
         with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
-            ensure_parallel_state()
             tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 

@@ -163,12 +163,6 @@ def test_lists_from_outside(name, dim) -> None:
         r = labels(1024, 2, seed)
         lists = tiles.tile_lists_reference(tiles.tile_bounds_reference(r))
         check(name, AttentionLayout(r, lists=lists), 8, 2, dim, BF16, seed)
-    misfit = AttentionLayout(r[:, :200], lists=lists)
-    if name == "flash4":
-        with pytest.raises(ValueError, match="do not fit"):
-            check(name, misfit, 8, 2, dim, BF16, 0)
-    else:  # makes its own
-        check(name, misfit, 8, 2, dim, BF16, 0)
 
 
 def test_deterministic_gradients_are_the_same_bits_in_every_run() -> None:

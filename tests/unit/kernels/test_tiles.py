@@ -292,5 +292,10 @@ def test_lists_made_elsewhere_are_used_where_they_fit() -> None:
     assert not lists.fit(2, 384, 256) and not lists.fit(1, 256, 256)
     plan = flex.flex_plan(AttentionLayout(r, lists=lists), torch.float32)
     assert plan.block_mask.kv_indices.data_ptr() == lists.q_partial.indices.data_ptr()
-    other = flex.flex_plan(AttentionLayout(r, lists=tiles.tile_lists(r[:, :100])), torch.float32)
-    assert torch.equal(other.block_mask.kv_num_blocks, lists.q_partial.counts)
+    with pytest.raises(ValueError, match=r"lists are for \(2, 1, 1\) tiles of 128"):
+        AttentionLayout(r, lists=tiles.tile_lists(r[:, :100]))
+    r = random_labels(2049, 7)[None]  # 17 tiles, of which flex's bucket makes 18
+    layout = AttentionLayout(r, lists=tiles.tile_lists(r))
+    assert layout.tile_lists(17 * 128, 17 * 128) is layout.lists
+    own, padded = flex.flex_plan(layout, torch.float32).block_mask, tiles.tile_lists(r, length=18 * 128)
+    assert torch.equal(own.kv_num_blocks, padded.q_partial.counts)
