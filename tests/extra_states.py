@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from megatron_multiverse.model.cpu import device_neutral_cuda
+from megatron_multiverse.model.mcore import ensure_parallel_state
 
 # isort: split
 from megatron.core import dist_checkpointing
@@ -26,6 +30,8 @@ def assert_extra_states_load(folder: Path, modules: Sequence[str], layers: int) 
     }
     wanted["decoder.final_layernorm"] = ShardedObject("decoder.final_layernorm._extra_state", None, (1,), (0,))
     names = set(wanted)
-    with device_neutral_cuda():
+    ensure_parallel_state()
+    # a test before this one may have undone the registration that megatron-core makes when it is imported
+    with device_neutral_cuda(), torch.serialization.safe_globals([Namespace]):
         loaded = dist_checkpointing.load({"model": wanted}, str(folder))["model"]
     assert loaded == dict.fromkeys(names)
