@@ -217,7 +217,7 @@ def chosen(rivals: list[Rival], o: Options, n: int, layout: str) -> list[Rival]:
         names.remove("FA4")
     elif n > LONGEST_DENSE:
         names += ["flex"] + ["FA2", "TransformerEngine"] * (layout == "causal")
-        names += ["FlexAttention"] * (n == LONGEST_FOR_ALL and layout == "long-paths")
+        names += ["FlexAttention"] * (n == LONGEST_FOR_ALL and layout == "realistic")
     else:
         names += ["TransformerEngine arbitrary"]
     return [x for x in rivals if x.name.startswith(tuple(names)) and x.name.startswith(tuple(o.attention or [""]))]
