@@ -11,7 +11,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import AttentionLayout
-from .tiles import TILE, pad_labels, write_order
+from .tiles import TILE, TileList, TileLists, pad_labels, tile_lists, write_order
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ VERSION = "4.0.0b36"
 """Oldest version known to be right: earlier builds raced in the block-sparse backward pass on sm_90. It is also the
 one that flash4_kernels.py was written for."""
 HEAD_DIMS = (64, 128)
+SHORT_TILE = 80
+"""Queries of a tile of our backward pass at d 128: what its registers hold. It takes 64 where tiles are 128 long."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,20 @@ class Flash4Plan:
 
     mask: Any
     labels: list[Tensor]
-    forward: Any
-    backward: Any
+    lists: TileLists
     queries: int
     keys: int
     """Lengths in whole tiles."""
     deterministic: bool
+    ordered: Tensor | None
+    """r [b, s] of tokens in their order."""
+    _backward: dict[int, Any] = field(default_factory=dict)
+
+    def backward(self, head_dim: int) -> Any:
+        """Lists of the backward pass for heads of this width; made when they are needed, and once."""
+        if head_dim not in self._backward:
+            self._backward[head_dim] = _backward_lists(self, head_dim)
+        return self._backward[head_dim]
 
 
 @functools.cache
@@ -115,7 +125,7 @@ def _masks() -> Any:
 def flash4_plan(layout: AttentionLayout, dtype: torch.dtype) -> Flash4Plan:
     """Mask and tile lists of one microbatch.
 
-    Under torch.use_deterministic_algorithms the plan says so and carries the order in which dQ is added.
+    Under torch.use_deterministic_algorithms the plan says so, and its lists carry the order in which dQ is added.
 
     Raises:
         ValueError: deterministic mode with explicit places.
@@ -126,33 +136,37 @@ def flash4_plan(layout: AttentionLayout, dtype: torch.dtype) -> Flash4Plan:
             "torch.use_deterministic_algorithms is on and the layout has an index: flash4 is deterministic only for "
             "tokens in their order; set attention_backend to flex"
         )
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-
     masks = _masks()
     queries, keys = (-(-length // TILE) * TILE for length in layout.shape[1:])
     lists = layout.tile_lists(queries, keys)
-    mask, labels = masks.ordered, [pad_labels(layout.r, queries)]
+    # a short tile may reach beyond the last whole one
+    mask, labels = masks.ordered, [pad_labels(layout.r, queries + SHORT_TILE)]
     if layout.index is not None:
-        mask, labels = masks.permuted, [*labels, pad_labels(layout.index, queries)]
-    if layout.key_r is not None and layout.key_index is not None:
-        mask, labels = masks.other_keys, [*labels, *(pad_labels(x, keys) for x in (layout.key_r, layout.key_index))]
-    order = {}
-    if deterministic:
-        order = dict(zip(("dq_write_order", "dq_write_order_full"), write_order(lists), strict=True)) | {"spt": True}
+        of_queries = [pad_labels(x, queries) for x in (layout.r, layout.index)]
+        of_keys = of_queries
+        if layout.key_r is not None and layout.key_index is not None:
+            of_keys = [pad_labels(x, keys) for x in (layout.key_r, layout.key_index)]
+        mask, labels = masks.placed, [*of_queries, *of_keys]
+    return Flash4Plan(mask, labels, lists, queries, keys, deterministic, layout.r if layout.index is None else None)
 
-    def sparse(partial: Any, full: Any, **rest: Any) -> Any:
-        return BlockSparseTensorsTorch(
-            partial.counts, partial.indices, full.counts, full.indices, block_size=(TILE, TILE), **rest
-        )
 
-    return Flash4Plan(
-        mask=mask,
-        labels=labels,
-        forward=sparse(lists.q_partial, lists.q_full),
-        backward=sparse(lists.k_partial, lists.k_full, **order),
-        queries=queries,
-        keys=keys,
-        deterministic=deterministic,
+def _backward_lists(plan: Flash4Plan, head_dim: int) -> Any:
+    """For each key tile its query tiles, in the order in which the backward pass takes them."""
+    lists = plan.lists
+    if plan.deterministic:
+        order = dict(zip(("dq_write_order", "dq_write_order_full"), write_order(lists), strict=True))
+        return _sparse(lists.k_partial, lists.k_full, TILE, **order, spt=True)
+    if head_dim == 128 and plan.ordered is not None and _ours_fit():
+        lists = tile_lists(plan.ordered, query_size=SHORT_TILE, length=plan.queries)
+    return _sparse(lists.k_partial, lists.k_full, lists.size)
+
+
+def _sparse(partial: TileList, full: TileList, query_size: int, **rest: Any) -> Any:
+    """Lists as FlashAttention 4 wants them."""
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    return BlockSparseTensorsTorch(
+        partial.counts, partial.indices, full.counts, full.indices, block_size=(query_size, TILE), **rest
     )
 
 
@@ -161,6 +175,7 @@ def flash4_attention(q: Tensor, k: Tensor, v: Tensor, plan: Flash4Plan, softmax_
     from flash_attn.cute import flash_attn_func
 
     num_queries = q.shape[2]
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     q, k, v = (_padded(x.transpose(1, 2), length) for x, length in ((q, plan.queries), (k, plan.keys), (v, plan.keys)))
     out = flash_attn_func(
         q,
@@ -172,8 +187,8 @@ def flash4_attention(q: Tensor, k: Tensor, v: Tensor, plan: Flash4Plan, softmax_
         deterministic=plan.deterministic,
         mask_mod=plan.mask,
         aux_tensors=plan.labels,
-        block_sparse_tensors=plan.forward,
-        block_sparse_tensors_bwd=plan.backward,
+        block_sparse_tensors=_sparse(plan.lists.q_partial, plan.lists.q_full, TILE),
+        block_sparse_tensors_bwd=plan.backward(q.shape[-1]) if trains else None,
     )
     out = out[0] if isinstance(out, tuple) else out
     return out[:, :num_queries].transpose(1, 2)

@@ -17,18 +17,8 @@ def ordered(b, h, q, k, seqlen_info, aux):
 
 
 @cute.jit
-def permuted(b, h, q, k, seqlen_info, aux):
-    """The rule where the tokens stand in any order: aux = [r [b, s], index [b, s]]."""
-    r_k = utils.scalar_to_ssa(aux[0][b[0], k[0]], cutlass.Int32)
-    r_q = utils.scalar_to_ssa(aux[0][b[0], q[0]], cutlass.Int32)
-    i_k = utils.scalar_to_ssa(aux[1][b[0], k[0]], cutlass.Int32)
-    i_q = utils.scalar_to_ssa(aux[1][b[0], q[0]], cutlass.Int32)
-    return (i_k <= i_q) & (r_k <= r_q)
-
-
-@cute.jit
-def other_keys(b, h, q, k, seqlen_info, aux):
-    """The rule where keys are other tokens: aux = [r [b, s_q], index [b, s_q], key_r [b, s_k], key_index [b, s_k]]."""
+def placed(b, h, q, k, seqlen_info, aux):
+    """The rule for tokens in any order: aux = [r [b, s_q], index [b, s_q], key_r [b, s_k], key_index [b, s_k]]."""
     r_q = utils.scalar_to_ssa(aux[0][b[0], q[0]], cutlass.Int32)
     i_q = utils.scalar_to_ssa(aux[1][b[0], q[0]], cutlass.Int32)
     r_k = utils.scalar_to_ssa(aux[2][b[0], k[0]], cutlass.Int32)

@@ -51,6 +51,7 @@ class TileLists:
     k_full: TileList
     """For each key tile the query tiles that see it as a whole."""
     size: int
+    """Tokens of a query tile, and of a key tile unless they were asked for otherwise."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -105,14 +106,15 @@ def tile_bounds_reference(r: Tensor, index: Tensor | None = None, *, size: int =
 def tile_classes(bounds: TileBounds, keys: TileBounds | None = None) -> Tensor:
     """EMPTY, PARTIAL or FULL for every tile, uint8 [b, t_q, t_k].
 
-    Without `index` the classes are exact: below the diagonal every key is earlier, so all pairs are visible iff
-    max r_K <= min r_Q and none is iff min r_K > max r_Q. With explicit places FULL is exact and EMPTY is
+    On one set of tiles without `index` the classes are exact: below the diagonal every key is earlier, so all pairs
+    are visible iff max r_K <= min r_Q and none is iff min r_K > max r_Q. Otherwise FULL is exact and EMPTY is
     sufficient: a tile without a visible pair may be PARTIAL, which costs time and no correctness.
-    On one set of tokens the diagonal is PARTIAL, so every row of tiles, padding too, has a key to see.
+    On one set of tiles the diagonal is PARTIAL, so every row of tiles, padding too, has a key to see.
 
     Args:
         bounds: of the queries.
-        keys: of the keys where they are other tokens than the queries; both need an index then.
+        keys: of the keys where they are other tokens than the queries, both with an index then; or the same tokens in
+            tiles of another size, both without.
     """
     one_set = keys is None
     keys = bounds if keys is None else keys
@@ -122,8 +124,8 @@ def tile_classes(bounds: TileBounds, keys: TileBounds | None = None) -> Tensor:
     full = (keys.r_high[:, None, :] <= bounds.r_low[:, :, None]) & whole
     empty = keys.r_low[:, None, :] > bounds.r_high[:, :, None]
     if bounds.index_low is None or bounds.index_high is None:
-        full &= column[None, :] < row[:, None]
-        empty |= column[None, :] > row[:, None]
+        full &= (column[None, :] + 1) * keys.size - 1 <= row[:, None] * bounds.size
+        empty |= column[None, :] * keys.size >= (row[:, None] + 1) * bounds.size
     else:
         assert keys.index_low is not None and keys.index_high is not None
         full &= keys.index_high[:, None, :] <= bounds.index_low[:, :, None]
@@ -160,6 +162,7 @@ def tile_lists(
     key_index: Tensor | None = None,
     *,
     size: int = TILE,
+    query_size: int | None = None,
     length: int = 0,
     key_length: int = 0,
 ) -> TileLists:
@@ -172,21 +175,24 @@ def tile_lists(
             key_index are needed too.
         key_index: int32 [b, s_k] places of the keys.
         size: side of a tile.
+        query_size: tokens of a query tile where it is not as long as a key tile; default `size`.
         length: at least s_q; rounded up to whole tiles. Tiles behind s_q hold padding.
-        key_length: the same for the keys.
+        key_length: the same for the keys; where they are the queries it is `length`.
 
     Returns:
-        Lists over ceil(max(s_q, length) / size) times ceil(max(s_k, key_length) / size) tiles. On CUDA one kernel
-        launch per label tensor and one for the lists, no synchronisation.
+        Lists over ceil(max(s_q, length) / query_size) times ceil(max(s_k, key_length) / size) tiles. On CUDA one
+        kernel launch per label tensor (and per size) and one for the lists, no synchronisation.
     """
     make_bounds, make_lists = tile_bounds_reference, tile_lists_reference
     if r.is_cuda:
         from .tiles_triton import tile_bounds_triton, tile_lists_triton
 
         make_bounds, make_lists = tile_bounds_triton, tile_lists_triton
-    bounds = make_bounds(r, index, size=size, length=length)
-    if key_r is None:
+    bounds = make_bounds(r, index, size=query_size or size, length=length)
+    if key_r is None and bounds.size == size:
         return make_lists(bounds)
+    if key_r is None:
+        key_r, key_index, key_length = r, index, length
     return make_lists(bounds, make_bounds(key_r, key_index, size=size, length=key_length))
 
 
@@ -223,16 +229,18 @@ def tile_classes_brute_force(
     key_index: Tensor | None = None,
     *,
     size: int = TILE,
+    query_size: int | None = None,
 ) -> Tensor:
     """The definition of the classes, from the whole mask of the real tokens; uint8 [b, t_q, t_k]."""
     visible = visibility(r, index, key_r, key_index)[:, 0]
-    rows, columns = (-(-s // size) for s in visible.shape[1:])
+    high = query_size or size
+    rows, columns = -(-visible.shape[1] // high), -(-visible.shape[2] // size)
     classes = torch.empty(r.shape[0], rows, columns, dtype=torch.uint8, device=r.device)
     for q in range(rows):
         for k in range(columns):
-            tile = visible[:, q * size : (q + 1) * size, k * size : (k + 1) * size].flatten(1)
+            tile = visible[:, q * high : (q + 1) * high, k * size : (k + 1) * size].flatten(1)
             kind = torch.where(tile.all(1), FULL, torch.where(tile.any(1), PARTIAL, EMPTY))
             padded_keys = (k + 1) * size > visible.shape[2]
-            diagonal = q == k and key_r is None
+            diagonal = q == k and key_r is None and high == size
             classes[:, q, k] = torch.where(kind == FULL, PARTIAL, kind) if diagonal or padded_keys else kind
     return classes

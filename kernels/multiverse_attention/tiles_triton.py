@@ -12,10 +12,11 @@ from .tiles import FIRST, LAST, TILE, TileBounds, TileList, TileLists
 
 @triton.jit
 def _bounds_kernel(labels_ptr, low_ptr, high_ptr, num_tokens, row_stride, tiles, SIZE: tl.constexpr,
-                   FIRST: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+                   LANES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
     tile, batch = tl.program_id(0), tl.program_id(1)
-    token = tile * SIZE + tl.arange(0, SIZE)
-    real = token < num_tokens
+    lane = tl.arange(0, LANES)
+    token = tile * SIZE + lane
+    real = (token < num_tokens) & (lane < SIZE)
     row = labels_ptr + batch.to(tl.int64) * row_stride
     low = tl.min(tl.load(row + token, mask=real, other=LAST), axis=0)
     high = tl.max(tl.load(row + token, mask=real, other=FIRST), axis=0)
@@ -26,7 +27,8 @@ def _bounds_kernel(labels_ptr, low_ptr, high_ptr, num_tokens, row_stride, tiles,
 @triton.jit
 def _row_of_lists(own, batch, own_r_low, own_r_high, own_i_low, own_i_high, r_low, r_high, i_low, i_high,
                   counts_ptr, indices_ptr, batch_size, rows, columns, whole_keys, OF_QUERY: tl.constexpr,
-                  HAS_INDEX: tl.constexpr, ONE_SET: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+                  HAS_INDEX: tl.constexpr, ONE_SET: tl.constexpr, SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,
+                  CHUNK: tl.constexpr):  # fmt: skip
     """The partial and the full list of tile `own` among `rows`, over the `columns` tiles of the other side."""
     my_r_low, my_r_high = tl.load(own_r_low + batch * rows + own), tl.load(own_r_high + batch * rows + own)
     if HAS_INDEX:
@@ -58,11 +60,11 @@ def _row_of_lists(own, batch, own_r_low, own_r_high, own_i_low, own_i_high, r_lo
                 empty |= my_i_low > o_i_high
         else:
             if OF_QUERY:
-                full &= other < own
-                empty |= other > own
+                full &= (other + 1) * OTHER_SIZE - 1 <= own * SIZE
+                empty |= other * OTHER_SIZE >= (own + 1) * SIZE
             else:
-                full &= own < other
-                empty |= own > other
+                full &= (own + 1) * SIZE - 1 <= other * OTHER_SIZE
+                empty |= own * SIZE >= (other + 1) * OTHER_SIZE
         full = full & (empty == 0) & inside
         partial = (full == 0) & (empty == 0) & inside
         if ONE_SET:
@@ -81,7 +83,8 @@ def _row_of_lists(own, batch, own_r_low, own_r_high, own_i_low, own_i_high, r_lo
 @triton.jit
 def _lists_kernel(q_r_low, q_r_high, q_i_low, q_i_high, k_r_low, k_r_high, k_i_low, k_i_high,
                   q_counts, q_indices, k_counts, k_indices, q_tiles, k_tiles, whole_keys, batch_size,
-                  HAS_INDEX: tl.constexpr, ONE_SET: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+                  HAS_INDEX: tl.constexpr, ONE_SET: tl.constexpr, Q_SIZE: tl.constexpr, K_SIZE: tl.constexpr,
+                  CHUNK: tl.constexpr):  # fmt: skip
     """Program (own tile, batch, side): side 0 lists the key tiles of a query tile, side 1 the other way round.
 
     q_counts [2, b, t_q] and q_indices [2, b, t_q, t_k] hold the partial and the full lists, k_* those of the keys.
@@ -91,16 +94,16 @@ def _lists_kernel(q_r_low, q_r_high, q_i_low, q_i_high, k_r_low, k_r_high, k_i_l
         if own < q_tiles:
             _row_of_lists(own, batch, q_r_low, q_r_high, q_i_low, q_i_high, k_r_low, k_r_high, k_i_low, k_i_high,
                           q_counts, q_indices, batch_size, q_tiles, k_tiles, whole_keys, True,
-                          HAS_INDEX, ONE_SET, CHUNK)  # fmt: skip
+                          HAS_INDEX, ONE_SET, Q_SIZE, K_SIZE, CHUNK)  # fmt: skip
     else:
         if own < k_tiles:
             _row_of_lists(own, batch, k_r_low, k_r_high, k_i_low, k_i_high, q_r_low, q_r_high, q_i_low, q_i_high,
                           k_counts, k_indices, batch_size, k_tiles, q_tiles, whole_keys, False,
-                          HAS_INDEX, ONE_SET, CHUNK)  # fmt: skip
+                          HAS_INDEX, ONE_SET, K_SIZE, Q_SIZE, CHUNK)  # fmt: skip
 
 
 def tile_bounds_triton(r: Tensor, index: Tensor | None = None, *, size: int = TILE, length: int = 0) -> TileBounds:
-    """Same contract as `tile_bounds_reference`; size must be a power of two."""
+    """Same contract as `tile_bounds_reference`."""
     batch, num_tokens = r.shape
     tiles = -(-max(num_tokens, length) // size)
     found: list[Tensor | None] = []
@@ -113,7 +116,8 @@ def tile_bounds_triton(r: Tensor, index: Tensor | None = None, *, size: int = TI
             labels = labels.contiguous()
         low, high = (torch.empty(batch, tiles, dtype=torch.int32, device=r.device) for _ in range(2))
         _bounds_kernel[(tiles, batch)](labels, low, high, num_tokens, labels.stride(0), tiles, SIZE=size,
-                                       FIRST=FIRST, LAST=LAST, num_warps=1)  # fmt: skip
+                                       LANES=triton.next_power_of_2(size), FIRST=FIRST, LAST=LAST,
+                                       num_warps=1)  # fmt: skip
         found += [low, high]
     r_low, r_high, index_low, index_high = found
     assert r_low is not None and r_high is not None
@@ -136,7 +140,8 @@ def tile_lists_triton(bounds: TileBounds, keys: TileBounds | None = None) -> Til
         bounds.r_low, bounds.r_high, bounds.index_low, bounds.index_high,
         keys.r_low, keys.r_high, keys.index_low, keys.index_high, q_counts, q_indices, k_counts, k_indices,
         rows, columns, keys.num_tokens // keys.size, batch,
-        HAS_INDEX=bounds.index_low is not None, ONE_SET=one_set, CHUNK=chunk, num_warps=4,
+        HAS_INDEX=bounds.index_low is not None, ONE_SET=one_set, Q_SIZE=bounds.size, K_SIZE=keys.size, CHUNK=chunk,
+        num_warps=4,
     )  # fmt: skip
     return TileLists(
         TileList(q_counts[0], q_indices[0]), TileList(q_counts[1], q_indices[1]),

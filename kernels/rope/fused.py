@@ -12,25 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fused_qkv import MAX_HEADS_PER_STEP, move_heads
 from .table import rope_table, with_near_heads
-
-MAX_HEADS_PER_STEP = 64
-
-
-@triton.jit
-def _rotate_heads(x_ptr, y_ptr, x_head_stride, cos, sin, heads, HALF: tl.constexpr, LANES: tl.constexpr,
-                  STEP: tl.constexpr):  # fmt: skip
-    lane = tl.arange(0, LANES)[None, :]
-    for start in range(0, heads, STEP):
-        head = start + tl.arange(0, STEP)[:, None]
-        inside = (head < heads) & (lane < HALF)
-        source = x_ptr + head * x_head_stride + lane
-        first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
-        target = y_ptr + head * (2 * HALF) + lane
-        kind = y_ptr.dtype.element_ty
-        tl.store(target, (first * cos - second * sin).to(kind), mask=inside)
-        tl.store(target + HALF, (second * cos + first * sin).to(kind), mask=inside)
 
 
 @triton.jit
@@ -47,10 +30,11 @@ def _rope_kernel(q_ptr, k_ptr, q_out, k_out, table_ptr, batch,
     sin = tl.load(row + HALF + lane, mask=lane < HALF, other=0.0)[None, :]
     if BACKWARD:
         sin = -sin
-    _rotate_heads(q_ptr + s * q_stride_s + b * q_stride_b, q_out + token * (Q_HEADS * 2 * HALF), q_stride_h,
-                  cos, sin, Q_HEADS, HALF, LANES, Q_STEP)  # fmt: skip
-    _rotate_heads(k_ptr + s * k_stride_s + b * k_stride_b, k_out + token * (K_HEADS * 2 * HALF), k_stride_h,
-                  cos, sin, K_HEADS, HALF, LANES, K_STEP)  # fmt: skip
+    width = 2 * HALF
+    move_heads(q_ptr + s * q_stride_s + b * q_stride_b, q_out + token * (Q_HEADS * width), q_stride_h, 0, width, 0,
+               cos, sin, Q_HEADS, 1, HALF, LANES, Q_STEP, True)  # fmt: skip
+    move_heads(k_ptr + s * k_stride_s + b * k_stride_b, k_out + token * (K_HEADS * width), k_stride_h, 0, width, 0,
+               cos, sin, K_HEADS, 1, HALF, LANES, K_STEP, True)  # fmt: skip
 
 
 def _rotate(q: Tensor, k: Tensor, table: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:

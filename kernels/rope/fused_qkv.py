@@ -21,9 +21,10 @@ MAX_HEADS_PER_STEP = 64
 
 
 @triton.jit
-def _move_heads(source, target, s_group, s_head, t_group, t_head, cos, sin, heads, PER_GROUP: tl.constexpr,
-                HALF: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, ROTATE: tl.constexpr):  # fmt: skip
-    """Heads of one token from `source` to `target`; on either side a stride per group and one per head in it."""
+def move_heads(source, target, s_group, s_head, t_group, t_head, cos, sin, heads, PER_GROUP: tl.constexpr,
+               HALF: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, ROTATE: tl.constexpr):  # fmt: skip
+    """Heads of one token from `source` to `target`, rotated or as they are; on either side a stride per group and one
+    per head in it."""
     lane = tl.arange(0, LANES)[None, :]
     kind = target.dtype.element_ty
     for start in range(0, heads, STEP):
@@ -61,15 +62,15 @@ def _qkv_kernel(mixed, q, k, v, table, batch, m_s, m_b, m_g, q_s, q_b, q_h, k_s,
     m_h = 2 * HALF
     mixed_k, mixed_v = mixed + PER_GROUP * m_h, mixed + (PER_GROUP + 1) * m_h
     if BACKWARD:
-        _move_heads(q, mixed, q_h * PER_GROUP, q_h, m_g, m_h, cos, -sin, GROUPS * PER_GROUP, PER_GROUP, HALF, LANES,
-                    Q_STEP, True)  # fmt: skip
-        _move_heads(k, mixed_k, k_h, 0, m_g, 0, cos, -sin, GROUPS, 1, HALF, LANES, K_STEP, True)
-        _move_heads(v, mixed_v, v_h, 0, m_g, 0, cos, sin, GROUPS, 1, HALF, LANES, K_STEP, False)
+        move_heads(q, mixed, q_h * PER_GROUP, q_h, m_g, m_h, cos, -sin, GROUPS * PER_GROUP, PER_GROUP, HALF, LANES,
+                   Q_STEP, True)  # fmt: skip
+        move_heads(k, mixed_k, k_h, 0, m_g, 0, cos, -sin, GROUPS, 1, HALF, LANES, K_STEP, True)
+        move_heads(v, mixed_v, v_h, 0, m_g, 0, cos, sin, GROUPS, 1, HALF, LANES, K_STEP, False)
     else:
-        _move_heads(mixed, q, m_g, m_h, q_h * PER_GROUP, q_h, cos, sin, GROUPS * PER_GROUP, PER_GROUP, HALF, LANES,
-                    Q_STEP, True)  # fmt: skip
-        _move_heads(mixed_k, k, m_g, 0, k_h, 0, cos, sin, GROUPS, 1, HALF, LANES, K_STEP, True)
-        _move_heads(mixed_v, v, m_g, 0, v_h, 0, cos, sin, GROUPS, 1, HALF, LANES, K_STEP, False)
+        move_heads(mixed, q, m_g, m_h, q_h * PER_GROUP, q_h, cos, sin, GROUPS * PER_GROUP, PER_GROUP, HALF, LANES,
+                   Q_STEP, True)  # fmt: skip
+        move_heads(mixed_k, k, m_g, 0, k_h, 0, cos, sin, GROUPS, 1, HALF, LANES, K_STEP, True)
+        move_heads(mixed_v, v, m_g, 0, v_h, 0, cos, sin, GROUPS, 1, HALF, LANES, K_STEP, False)
 
 
 def _launch(mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, backward: bool) -> None:

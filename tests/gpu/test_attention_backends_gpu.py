@@ -245,19 +245,20 @@ def test_tile_lists_equal_the_plain_ones(s, permuted) -> None:
         r, index = r[:, order], order.int().expand(b, -1)
     stale = torch.full((4 * b * (s // 128 + 1) ** 2,), -1, dtype=torch.int32, device="cuda")
     del stale
-    got = tiles.tile_lists(r, index)
-    want = tiles.tile_lists_reference(tiles.tile_bounds_reference(r, index))
-    assert lists_difference(got, want) is None
+    keys = tiles.tile_bounds_reference(r, index)
+    assert lists_difference(tiles.tile_lists(r, index), tiles.tile_lists_reference(keys)) is None
+    short = tiles.tile_bounds_reference(r, index, size=80)
+    assert lists_difference(tiles.tile_lists(r, index, query_size=80), tiles.tile_lists_reference(short, keys)) is None
 
 
 def test_preparing_flash4_does_not_wait_for_the_device() -> None:
     skip_unless("flash4", BF16, 128)
     backend = select_backend("flash4", "cuda", BF16, 128)
     r = labels(1000, 1, 0)
-    backend.prepare(AttentionLayout(r), BF16)
+    backend.prepare(AttentionLayout(r), BF16).backward(128)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        backend.prepare(AttentionLayout(r), BF16)
+        backend.prepare(AttentionLayout(r), BF16).backward(128)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -47,6 +47,11 @@ def check_tiles() -> None:
                     assert (a is None and b is None) or torch.equal(a, b), name
                 lists = tiles_triton.tile_lists_triton(got)
                 assert lists_difference(lists, tiles.tile_lists_reference(want)) is None, length
+                short = tiles.tile_bounds_reference(r, index, size=5, length=padded)
+                got = tiles_triton.tile_bounds_triton(r, index, size=5, length=padded)
+                assert torch.equal(got.r_low, short.r_low) and torch.equal(got.r_high, short.r_high)
+                lists = tiles_triton.tile_lists_triton(short, want)
+                assert lists_difference(lists, tiles.tile_lists_reference(short, want)) is None, length
             if permuted and length > 1:
                 local, places = r[:, : length // 3], index[:, : length // 3]
                 queries = tiles.tile_bounds_reference(local, places, size=8, length=24)

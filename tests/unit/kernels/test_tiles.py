@@ -52,6 +52,20 @@ def test_lists_equal_the_definition(length: int) -> None:
         assert torch.equal(dense_classes(lists, "k"), want)
 
 
+@pytest.mark.parametrize("length", [1, 8, 9, 61, 64, 130])
+@pytest.mark.parametrize("query_size", [5, 16])
+def test_query_tiles_of_another_size_never_lose_a_visible_pair_and_full_is_exact(length: int, query_size: int) -> None:
+    for seed in range(6):
+        r = torch.stack([random_labels(length, seed * 2 + n) for n in range(2)])
+        lists = tiles.tile_lists(r, size=SIZE, query_size=query_size)
+        want = tiles.tile_classes_brute_force(r, size=SIZE, query_size=query_size)
+        assert lists.shape == want.shape and lists.size == query_size
+        for side in ("q", "k"):
+            got = dense_classes(lists, side)
+            assert torch.equal(got == tiles.FULL, want == tiles.FULL)
+            assert not ((got == tiles.EMPTY) & (want != tiles.EMPTY)).any()
+
+
 def test_permuted_tokens_never_lose_a_visible_pair_and_full_is_exact() -> None:
     for seed in range(10):
         order = torch.randperm(61, generator=torch.Generator().manual_seed(seed))
