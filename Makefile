@@ -5,6 +5,7 @@
 #   make test-mcore   all CPU tests with another megatron-core: MCORE=0.19.2 PYTHON=python3.12 (0.17 and later need 3.12)
 #   make lint         formatting, types and the import rules
 #   make bench        the benchmarks that run on a CPU
+#   make bench-gpu    those of the kernels, on a machine with a GPU, with the packages of PYTHON
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -22,7 +23,7 @@ COVERED := structure inference
 MCORE ?= 0.19.2
 MCORE_VENV = .venv-mcore-$(MCORE)
 
-.PHONY: quickstart test test-mcore coverage lint format bench clean
+.PHONY: quickstart test test-mcore coverage lint format bench bench-gpu clean
 
 # Installed again only when what is to be installed changes.
 $(STAMP): setup.py $(CONSTRAINTS)
@@ -60,6 +61,11 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_preprocess.py
+
+bench-gpu:
+	for name in attention structure_scan rope layer plot; do \
+		$(PYTHON) -m megatron_multiverse.kernels.benchmarks.$$name || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) .venv-mcore-* runs build *.egg-info

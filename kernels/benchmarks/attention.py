@@ -4,17 +4,13 @@
 `--attention` choose some, and what they measure replaces those rows alone. A case counts only after its output and
 gradients were compared with float32 math on the same inputs.
 
-These kernels run at the GPU's power limit, and what ran before sets the clock: a kernel timed right after one that
-draws less power looks up to 15 % faster. So every kernel warms up itself, and rounds go in random order.
+The functions take turns in random order and warm up themselves (`turns.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import math
-import random
-import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +23,7 @@ from torch import Tensor
 
 from megatron_multiverse.cli import parse_options
 from megatron_multiverse.kernels.benchmarks.attention_rivals import (
+    DETERMINISTIC,
     Attention,
     Rival,
     block_mask_maker,
@@ -35,6 +32,7 @@ from megatron_multiverse.kernels.benchmarks.attention_rivals import (
 )
 from megatron_multiverse.kernels.benchmarks.layouts import LAYOUTS, make_labels
 from megatron_multiverse.kernels.benchmarks.record import Recorder
+from megatron_multiverse.kernels.benchmarks.turns import Step, in_turns, matmul_rate
 from megatron_multiverse.kernels.multiverse_attention import AttentionLayout, flash4, tile_lists
 
 TOLERANCE = 1e-2
@@ -45,9 +43,6 @@ LONGEST_FOR_ALL = 32768
 """Longer cases run cuDNN and flash4 alone."""
 LONGEST_DENSE = 4096
 """Longest case for attention that holds the whole mask; without FlexAttention."""
-WARM_UP, MEASURED = 25.0, 70.0
-"""Milliseconds of a turn."""
-
 
 KEY = ("tokens", "layout", "attention", "heads", "groups", "dim")
 """What a case is known by."""
@@ -142,46 +137,6 @@ def errors(inputs: Inputs, rivals: list[Rival], labels: Tensor) -> dict[str, tup
     return found
 
 
-@dataclass(frozen=True)
-class Step:
-    """Something to time: `run` on what `prepare` returns, which is not timed."""
-
-    run: Callable[[Any], Any]
-    prepare: Callable[[], Any] = lambda: None
-
-    def __call__(self) -> None:
-        self.run(self.prepare())
-
-
-def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Median time in ms of each step; they take turns in random order, and each turn begins with a warm-up."""
-
-    def timed(step: Step) -> tuple[Any, Any]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        given = step.prepare()
-        start.record()
-        step.run(given)
-        end.record()
-        return start, end
-
-    expected = {}
-    for name, step in steps.items():
-        step()
-        start, end = timed(step)
-        torch.cuda.synchronize()
-        expected[name] = start.elapsed_time(end)
-    order, rng = list(steps), random.Random(0)
-    times: dict[str, list[tuple[Any, Any]]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        rng.shuffle(order)
-        for name in order:
-            for _ in range(math.ceil(WARM_UP / expected[name])):
-                steps[name]()
-            times[name] += [timed(steps[name]) for _ in range(math.ceil(MEASURED / expected[name]))]
-    torch.cuda.synchronize()
-    return {name: statistics.median(start.elapsed_time(end) for start, end in x) for name, x in times.items()}
-
-
 def measure(inputs: Inputs, rivals: list[Rival], rounds: int) -> dict[str, tuple[float, float]]:
     """Median times in ms, (forward, backward), of each attention function."""
     leaves = inputs.q, inputs.k, inputs.v
@@ -204,12 +159,6 @@ def measure(inputs: Inputs, rivals: list[Rival], rounds: int) -> dict[str, tuple
     return {rival.name: (times[f"{rival.name}/f"], times[f"{rival.name}/b"]) for rival in rivals}
 
 
-def matmul_rate() -> float:
-    """TFLOP/s of an 8192^3 bfloat16 product on random numbers."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / 1e9 / in_turns({"matmul": Step(lambda _: a @ b)}, 3)["matmul"]
-
-
 def chosen(rivals: list[Rival], o: Options, n: int, layout: str) -> list[Rival]:
     """The rivals that the options ask for and that this case takes."""
     names = ["cuDNN", "FA4", "flash4"]
@@ -220,6 +169,8 @@ def chosen(rivals: list[Rival], o: Options, n: int, layout: str) -> list[Rival]:
         names += ["FlexAttention"] * (n == LONGEST_FOR_ALL and layout == "realistic")
     else:
         names += ["TransformerEngine arbitrary"]
+    if (n, layout) != (LONGEST_FOR_ALL, "realistic"):
+        rivals = [x for x in rivals if x.name != DETERMINISTIC]
     return [x for x in rivals if x.name.startswith(tuple(names)) and x.name.startswith(tuple(o.attention or [""]))]
 
 

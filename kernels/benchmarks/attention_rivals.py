@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_multiverse.kernels.multiverse_attention import AttentionLayout, flash4, flex
 
+DETERMINISTIC = "flash4, deterministic"
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [1, h, n, d], k [1, g, n, d], v [1, g, n, d]) -> [1, h, n, d]; tensors are views of [n, 1, heads, d]."""
 
@@ -90,6 +91,15 @@ def causal_rivals(q: Tensor, k: Tensor) -> list[Rival]:
     return found
 
 
+def deterministic_plan(layout: AttentionLayout, dtype: torch.dtype) -> flash4.Flash4Plan:
+    """A plan as it is made under torch.use_deterministic_algorithms; it keeps to it outside."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        return flash4.flash4_plan(layout, dtype)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def masked_rivals(r: Tensor, q: Tensor, k: Tensor, arbitrary: bool) -> list[Rival]:
     """Everything that takes the mask of labels r [1, n], n a flex bucket; `arbitrary` adds what holds the mask."""
     layout, n = AttentionLayout(r), r.shape[1]
@@ -109,6 +119,8 @@ def masked_rivals(r: Tensor, q: Tensor, k: Tensor, arbitrary: bool) -> list[Riva
     if flash4.flash4_problem("cuda", q.dtype, q.shape[-1]) is None:
         plan = flash4.flash4_plan(layout, q.dtype)
         found.append(Rival("flash4", lambda q, k, v: flash4.flash4_attention(q, k, v, plan), False))
+        in_order = deterministic_plan(layout, q.dtype)
+        found.append(Rival(DETERMINISTIC, lambda q, k, v: flash4.flash4_attention(q, k, v, in_order), False))
     if arbitrary:
         place = torch.arange(r.shape[1], device=r.device)
         hidden = (place[None] > place[:, None]) | (r[0][None] > r[0][:, None])
