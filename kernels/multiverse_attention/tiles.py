@@ -16,6 +16,8 @@ from .reference import visibility
 
 TILE = 128
 """Side of a tile; what FlashAttention 4 and FlexAttention want on Hopper."""
+MAX_TILES = (1 << 15) - 1
+"""Of a sequence, 4M tokens: kernels keep two counts in an int32. Their lists would take 17 GB."""
 LAST = torch.iinfo(torch.int32).max
 """Label and index of padding: a real query never sees it, padding sees itself."""
 FIRST = torch.iinfo(torch.int32).min

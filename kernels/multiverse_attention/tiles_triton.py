@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
-from .tiles import FIRST, LAST, TILE, TileBounds, TileList, TileLists
+from .tiles import FIRST, LAST, MAX_TILES, TILE, TileBounds, TileList, TileLists
 
 
 @triton.jit
@@ -36,9 +37,14 @@ def _row_of_lists(own, batch, own_r_low, own_r_high, own_i_low, own_i_high, r_lo
     start = batch * columns
     row = batch.to(tl.int64) * rows + own  # of the partial list
     full_row = row + batch_size * rows
-    num_partial = tl.zeros((), tl.int32)
-    num_full = tl.zeros((), tl.int32)
-    for chunk in range(0, columns, CHUNK):
+    found = tl.zeros((), tl.int32)  # partial tiles, and full ones << 16
+    first, last = 0, columns
+    if not HAS_INDEX:  # tiles above the diagonal are empty
+        if OF_QUERY:
+            last = tl.minimum(columns, tl.cdiv((own + 1) * SIZE, OTHER_SIZE))
+        else:
+            first = own * SIZE // OTHER_SIZE // CHUNK * CHUNK
+    for chunk in range(first, last, CHUNK):
         other = chunk + tl.arange(0, CHUNK)
         inside = other < columns
         o_r_low = tl.load(r_low + start + other, mask=inside, other=0)
@@ -70,25 +76,26 @@ def _row_of_lists(own, batch, own_r_low, own_r_high, own_i_low, own_i_high, r_lo
         if ONE_SET:
             full &= other != own
             partial |= other == own
-        place = num_partial + tl.cumsum(partial.to(tl.int32), axis=0) - 1
-        tl.store(indices_ptr + row * columns + place, other, mask=partial)
-        full_place = num_full + tl.cumsum(full.to(tl.int32), axis=0) - 1
-        tl.store(indices_ptr + full_row * columns + full_place, other, mask=full)
-        num_partial += tl.sum(partial.to(tl.int32), axis=0)
-        num_full += tl.sum(full.to(tl.int32), axis=0)
-    tl.store(counts_ptr + row, num_partial)
-    tl.store(counts_ptr + full_row, num_full)
+        both = partial.to(tl.int32) | full.to(tl.int32) << 16
+        place = found + tl.cumsum(both, axis=0) - both
+        tl.store(indices_ptr + row * columns + (place & 0xFFFF), other, mask=partial)
+        tl.store(indices_ptr + full_row * columns + (place >> 16), other, mask=full)
+        found += tl.sum(both, axis=0)
+    tl.store(counts_ptr + row, found & 0xFFFF)
+    tl.store(counts_ptr + full_row, found >> 16)
 
 
 @triton.jit
 def _lists_kernel(q_r_low, q_r_high, q_i_low, q_i_high, k_r_low, k_r_high, k_i_low, k_i_high,
                   q_counts, q_indices, k_counts, k_indices, q_tiles, k_tiles, whole_keys, batch_size,
                   HAS_INDEX: tl.constexpr, ONE_SET: tl.constexpr, Q_SIZE: tl.constexpr, K_SIZE: tl.constexpr,
-                  CHUNK: tl.constexpr):  # fmt: skip
+                  CHUNK: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """Program (own tile, batch, side): side 0 lists the key tiles of a query tile, side 1 the other way round.
 
     q_counts [2, b, t_q] and q_indices [2, b, t_q, t_k] hold the partial and the full lists, k_* those of the keys.
     """
+    if CHAINED:
+        cuda.gdc_wait()
     own, batch, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if side == 0:
         if own < q_tiles:
@@ -124,24 +131,31 @@ def tile_bounds_triton(r: Tensor, index: Tensor | None = None, *, size: int = TI
     return TileBounds(r_low, r_high, index_low, index_high, num_tokens, size)
 
 
-def tile_lists_triton(bounds: TileBounds, keys: TileBounds | None = None) -> TileLists:
-    """Same contract as `tile_lists_reference`."""
+def tile_lists_triton(bounds: TileBounds, keys: TileBounds | None = None, *, chained: bool = False) -> TileLists:
+    """Same contract as `tile_lists_reference`.
+
+    Raises:
+        ValueError: more than MAX_TILES tiles.
+    """
     one_set = keys is None
     keys = bounds if keys is None else keys
     batch, rows = bounds.r_low.shape
     columns = keys.r_low.shape[1]
+    if max(rows, columns) > MAX_TILES:
+        raise ValueError(
+            f"{rows} query tiles and {columns} key tiles: lists go up to {MAX_TILES}; use shorter sequences"
+        )
 
     def space(*shape: int) -> Tensor:
         return torch.empty(2, batch, 1, *shape, dtype=torch.int32, device=bounds.r_low.device)
 
     q_counts, q_indices, k_counts, k_indices = space(rows), space(rows, columns), space(columns), space(columns, rows)
-    chunk = min(1024, triton.next_power_of_2(max(rows, columns)))
     _lists_kernel[(max(rows, columns), batch, 2)](
         bounds.r_low, bounds.r_high, bounds.index_low, bounds.index_high,
         keys.r_low, keys.r_high, keys.index_low, keys.index_high, q_counts, q_indices, k_counts, k_indices,
         rows, columns, keys.num_tokens // keys.size, batch,
-        HAS_INDEX=bounds.index_low is not None, ONE_SET=one_set, Q_SIZE=bounds.size, K_SIZE=keys.size, CHUNK=chunk,
-        num_warps=4,
+        HAS_INDEX=bounds.index_low is not None, ONE_SET=one_set, Q_SIZE=bounds.size, K_SIZE=keys.size, CHUNK=256,
+        CHAINED=chained, num_warps=1, **({"launch_pdl": True} if chained else {}),
     )  # fmt: skip
     return TileLists(
         TileList(q_counts[0], q_indices[0]), TileList(q_counts[1], q_indices[1]),

@@ -1,4 +1,4 @@
-"""The scan on a GPU: five launches, nothing read back to the host, shapes by b, s and D alone."""
+"""The scan on a GPU: four launches, nothing read back to the host, shapes by b, s and D alone."""
 
 from __future__ import annotations
 
@@ -9,55 +9,74 @@ from torch import Tensor
 from ..multiverse_attention.tiles import FIRST, LAST, TILE, TileBounds
 from ..multiverse_attention.tiles_triton import tile_lists_triton
 from .documents_triton import documents_kernel
-from .expand_triton import expand_kernel, order_kernel
+from .expand_triton import expand_kernel
 from .result import MAX_DEPTH, StructureScan
 from .tags_triton import tags_kernel
 
-CHUNK = 512
+CHUNK = 256
 """Tokens per program of the launches over tokens: a multiple of TILE."""
-BLOCK = 256
-"""Tags a document's program takes at a time: one per thread."""
-CHUNKS = 128
-SLOTS = 16
-"""Chunks and tags of a chunk that a document's program copies at a time."""
+BLOCK = 512
+BORDERS = 128
+"""Tags, and borders of a level, that a document's program takes at a time."""
+CHAINED_TILES = 512
+"""Up to so many tiles per row the launch of the tile lists is chained too; more programs would wait longer than it
+saves."""
 
 
 def structure_scan_triton(
-    ids: Tensor, documents: Tensor, tag_ids: Tensor, *, block: int = BLOCK, chunk: int = CHUNK, num_warps: int = 8
+    ids: Tensor,
+    documents: Tensor,
+    tag_ids: Tensor,
+    *,
+    chunk: int = CHUNK,
+    block: int = BLOCK,
+    borders: int = BORDERS,
+    chained: bool | None = None,
 ) -> StructureScan:
-    """Same contract as `structure_scan`. `block`: tags that a program takes at a time."""
+    """Same contract as `structure_scan`.
+
+    Args:
+        chunk, block, borders: see CHUNK, BLOCK and BORDERS.
+        chained: each launch may begin, up to where it needs the results of the one before, while that one still runs;
+            default: on Hopper and newer.
+    """
     batch, num_tokens = ids.shape
     num_documents = documents.shape[1]
     chunks, tiles = num_tokens // chunk + 1, -(-num_tokens // TILE)
-    most_documents = max(32, triton.next_power_of_2(num_documents))  # few values: each compiles again
+    # few values of each: each compiles again
+    most_documents = max(32, triton.next_power_of_2(num_documents))
+    most_chunks = max(64, triton.next_power_of_2(chunks))
+    if chained is None:
+        chained = ids.is_cuda and torch.cuda.get_device_capability(ids.device)[0] >= 9
+    follows = {"CHAINED": True, "launch_pdl": True} if chained else {"CHAINED": False}
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=ids.device)
 
     tags, counts = empty(batch, chunks, chunk), empty(batch, chunks)
-    before = empty(batch, num_tokens + 1, dtype=torch.int16)
+    before = empty(batch, num_tokens + 1)
     rows_of_16 = -(-(num_tokens + 4 * num_documents) // 16)
     capacity = 16 * rows_of_16
-    scratch, shifts = empty(7, batch, capacity), empty(3, batch, capacity)
-    ends, info = empty(batch, capacity), empty(4, batch, num_documents)
+    # what the launches hand on to each other: see the kernels
+    lists, shifts, counted = empty(batch, 4, 8, capacity), empty(batch, 2, capacity), empty(batch, num_documents, 8)
+    marks = empty(batch, num_documents, block + 1)
+    ends, info = empty(batch, capacity), empty(batch, 2, num_documents)
     malformed = empty(batch, num_documents, dtype=torch.uint8)
     position_ids, r, segment_end = (empty(batch, num_tokens) for _ in range(3))
-    r_low, r_high, order = (empty(batch, tiles) for _ in range(3))
+    r_low, r_high = (empty(batch, tiles) for _ in range(2))
 
     tags_kernel[(chunks, batch)](ids, tag_ids, tags, counts, before, num_tokens, ids.stride(0), chunks, CHUNK=chunk,
-                                 num_warps=4)  # fmt: skip
+                                 CHAINED=chained, num_warps=4)  # fmt: skip
     documents_kernel[(num_documents, batch)](
-        documents, tags, counts, before, scratch, shifts, ends, info, malformed, num_documents, num_tokens,
-        rows_of_16, chunks, batch, MAX_DEPTH=MAX_DEPTH, CHUNK=chunk, CHUNKS=CHUNKS, SLOTS=SLOTS, DOCS=most_documents,
-        BLOCK=block, num_warps=num_warps,
+        documents, tags, counts, before, marks, lists, counted, shifts, ends, info, malformed, num_documents,
+        num_tokens, rows_of_16, chunks, MAX_DEPTH=MAX_DEPTH, CHUNK=chunk, CHUNKS=most_chunks, DOCS=most_documents,
+        BLOCK=block, BORDERS=borders, num_warps=8, **follows,
     )  # fmt: skip
     expand_kernel[(-(-num_tokens // chunk), batch)](
-        counts, before, shifts, ends, info, position_ids, r, segment_end, r_low, r_high, num_tokens, rows_of_16,
-        num_documents, chunks, tiles, batch, CHUNK=chunk, CHUNKS=CHUNKS, DOCS=most_documents, TILE=TILE,
-        FIRST=FIRST, LAST=LAST, num_warps=4,
+        documents, counts, before, shifts, ends, info, position_ids, r, segment_end, r_low, r_high, num_tokens,
+        rows_of_16, num_documents, chunks, tiles, CHUNK=chunk, CHUNKS=most_chunks, DOCS=most_documents, TILE=TILE,
+        FIRST=FIRST, LAST=LAST, num_warps=4, **follows,
     )  # fmt: skip
-    lists = tile_lists_triton(TileBounds(r_low, r_high, None, None, num_tokens, TILE))
-    own = 8
-    order_kernel[(-(-tiles // own), batch)](lists.q_partial.counts, lists.q_full.counts, order, tiles, OWN=own,
-                                            CHUNK=256, num_warps=4)  # fmt: skip
-    return StructureScan(position_ids, r, segment_end, malformed.view(torch.bool), lists, order)
+    bounds = TileBounds(r_low, r_high, None, None, num_tokens, TILE)
+    tile_lists = tile_lists_triton(bounds, chained=chained and tiles <= CHAINED_TILES)
+    return StructureScan(position_ids, r, segment_end, malformed.view(torch.bool), tile_lists)

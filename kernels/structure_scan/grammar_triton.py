@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from .tags_triton import (
-    BORDER,
     CONCLUSION,
     END_CONCLUSION,
     END_GOAL,
@@ -15,73 +14,89 @@ from .tags_triton import (
     END_PATH,
     END_THINK,
     GOAL,
+    NONE,
     OUTLINE,
     PARALLEL,
     PATH,
     THINK,
-    index_of,
-    kind_of,
+    is_border,
 )
 
-CLOSED_THINK = tl.constexpr(1 + (1 << 10))
-"""Sum over one <Think> (1) and one </Think> (1 << 10)."""
+CLOSED_THINK = tl.constexpr(1 + 8)
+"""Sum over one <Think> (1) and one </Think> (8). Modulo 256 is enough: the first tag that is one too many breaks a rule
+before a sum can come round."""
+
+_TEXT = (PARALLEL, THINK, END_THINK)
+"""Where text stands, one of these may."""
+_AFTER = {
+    NONE: _TEXT,
+    THINK: _TEXT,
+    END_THINK: _TEXT,
+    PARALLEL: (GOAL,),
+    GOAL: (OUTLINE,),
+    OUTLINE: (END_OUTLINE,),
+    END_OUTLINE: (OUTLINE, END_GOAL),
+    END_GOAL: (PATH,),
+    PATH: (PARALLEL, END_PATH),
+    END_PATH: (PATH, CONCLUSION),
+    CONCLUSION: (END_CONCLUSION,),
+    END_CONCLUSION: (END_PARALLEL,),
+    END_PARALLEL: (*_TEXT, END_PATH),
+}
+"""The tags that may stand behind one of each kind (NONE: the response begins)."""
 
 
-TEXT = tl.constexpr(1 << 2 | 1 << 0 | 1 << 1)
-"""<Parallel> <Think> </Think>, as bits of a mask over kinds. Where text stands, one of these may."""
+def _packed(quarter: int) -> int:
+    """The rows of _AFTER for four kinds, a mask of 16 bits each."""
+    masks = {int(before.value): sum(1 << int(kind.value) for kind in after) for before, after in _AFTER.items()}
+    return sum(masks.get(4 * quarter + k, 0) << (16 * k) for k in range(4))
+
+
+_AFTER_0, _AFTER_4, _AFTER_8, _AFTER_12 = (tl.constexpr(_packed(quarter)) for quarter in range(4))
 
 
 @triton.jit
 def allowed_next(kind):
-    """The tags that may stand behind one of `kind`, as a bit mask over kinds (BORDER: the response begins)."""
-    one = tl.full(kind.shape, 1, tl.int32)
-    mask = tl.where((kind == BORDER) | (kind == THINK) | (kind == END_THINK), TEXT, 0)
-    mask = tl.where(kind == END_PARALLEL, TEXT | one << END_PATH, mask)
-    mask = tl.where(kind == PATH, one << PARALLEL | one << END_PATH, mask)
-    mask = tl.where(kind == END_OUTLINE, one << OUTLINE | one << END_GOAL, mask)
-    mask = tl.where(kind == END_PATH, one << PATH | one << CONCLUSION, mask)
-    mask = tl.where(kind == PARALLEL, one << GOAL, mask)
-    mask = tl.where(kind == GOAL, one << OUTLINE, mask)
-    mask = tl.where(kind == OUTLINE, one << END_OUTLINE, mask)
-    mask = tl.where(kind == END_GOAL, one << PATH, mask)
-    mask = tl.where(kind == CONCLUSION, one << END_CONCLUSION, mask)
-    return tl.where(kind == END_CONCLUSION, one << END_PARALLEL, mask)
+    """The tags that may stand behind one of `kind`, as a bit mask over kinds: a row of _AFTER."""
+    rows = tl.where(kind < 4, _AFTER_0, tl.where(kind < 8, _AFTER_4, tl.where(kind < 12, _AFTER_8, _AFTER_12)))
+    return (rows >> ((kind & 3) * 16).to(tl.int64)).to(tl.int32) & 0xFFFF
 
 
 @triton.jit
-def _add2(a1, b1, a2, b2):
-    return a1 + a2, b1 + b2
+def steps(kind, before):
+    """What each tag adds to its document's level, number of borders and think tags. Sums of up to 1024 tags fit in an
+    int32: levels in 12 bits with a sign, borders in 12, think tags in 8.
 
-
-@triton.jit
-def check_levels(raw, words, steps, n, MAX_DEPTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Find the level of every tag and check order and nesting; returns the deepest, over 8 if a rule is broken.
-
-    words: tags with their level. steps: tokens since the tag before.
+    Args:
+        kind, before: of the tag, and of the tag in front of it (NONE: there is none).
     """
-    lane = tl.arange(0, BLOCK)
-    deepest = tl.zeros((BLOCK,), tl.int32)
-    level0, think0 = 0, 0
-    for t0 in range(0, n, BLOCK):
-        j = t0 + lane
-        word = tl.load(raw + j, mask=j < n, other=BORDER)
-        previous = tl.load(raw + j - 1, mask=(j > 0) & (j < n), other=BORDER)
-        kind, before = kind_of(word), kind_of(previous)
-        step = (kind == PARALLEL).to(tl.int32) - (before == END_PARALLEL).to(tl.int32)
-        is_think = (kind == THINK) | (kind == END_THINK)
-        thought = tl.where(is_think, tl.where(kind == THINK, 1, CLOSED_THINK - 1), 0)
-        level, think = tl.associative_scan((step, thought), 0, _add2)
-        level, think = level0 + level, think0 + think
-        fits = ((allowed_next(before) >> kind) & 1) != 0
-        fits &= tl.where(is_think, level == 0, (level > 0) & (level <= MAX_DEPTH))
-        fits &= (kind != THINK) | (think == 1)
-        fits &= (kind != END_THINK) | (think == CLOSED_THINK)
-        closed = (level - (kind == END_PARALLEL).to(tl.int32) == 0) & ((think == 0) | (think == CLOSED_THINK))
-        fits &= (j != n - 1) | closed
-        deepest = tl.maximum(deepest, tl.where(j < n, tl.where(fits, level, MAX_DEPTH + 1), 0))
-        tl.store(words + j, word | (level & 15) << 4, mask=j < n)
-        tl.store(steps + j, index_of(word) - index_of(previous), mask=j < n)
-        if t0 + BLOCK < n:
-            is_last = lane == BLOCK - 1
-            level0, think0 = tl.reduce((tl.where(is_last, level, 0), tl.where(is_last, think, 0)), 0, _add2)
-    return tl.max(deepest, axis=0)
+    level = (kind == PARALLEL).to(tl.int32) - (before == END_PARALLEL).to(tl.int32)
+    think = (kind == THINK).to(tl.int32) + (CLOSED_THINK - 1) * (kind == END_THINK).to(tl.int32)
+    return level + (is_border(kind).to(tl.int32) << 12) + (think << 24)
+
+
+@triton.jit
+def unpack(sums):
+    """Level, borders and think tags (modulo 256) of sums of `steps`."""
+    level = (sums << 20) >> 20
+    rest = (sums - level) >> 12
+    return level, rest & 0xFFF, (rest >> 12) & 0xFF
+
+
+@triton.jit
+def fits(kind, before, level, think, is_last, MAX_DEPTH: tl.constexpr):
+    """Whether each tag may stand where it stands.
+
+    Args:
+        kind, before: of the tag, and of the tag in front of it (NONE: there is none).
+        level: blocks around the tag, its own included.
+        think: 1 per <Think> and CLOSED_THINK - 1 per </Think>, up to and with this tag.
+        is_last: the response has no further tag.
+    """
+    is_think = (kind == THINK) | (kind == END_THINK)
+    right = ((allowed_next(before) >> kind) & 1) != 0
+    right &= tl.where(is_think, level == 0, (level > 0) & (level <= MAX_DEPTH))
+    right &= (kind != THINK) | (think == 1)
+    right &= (kind != END_THINK) | (think == CLOSED_THINK)
+    closed = (level - (kind == END_PARALLEL).to(tl.int32) == 0) & ((think == 0) | (think == CLOSED_THINK))
+    return right & (closed | (is_last == 0))

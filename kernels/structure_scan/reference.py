@@ -155,7 +155,5 @@ def structure_scan_reference(ids: Tensor, documents: Tensor, tag_ids: Tensor) ->
 
     r = column(1)
     lists = tile_lists_reference(tile_bounds_reference(r, size=TILE))
-    work = (lists.q_partial.counts + lists.q_full.counts)[:, 0]
-    order = work.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     malformed = torch.tensor([flags for _, flags in rows], dtype=torch.bool, device=ids.device)
-    return StructureScan(column(0), r, column(2), malformed, lists, order)
+    return StructureScan(column(0), r, column(2), malformed, lists)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..multiverse_attention.tiles import TileLists
@@ -27,5 +28,9 @@ class StructureScan:
     """bool [b, D]: the response breaks the grammar; the document is laid out as causal."""
     lists: TileLists
     """Tiles that attention visits."""
-    work_order: Tensor
-    """int32 [b, t] query tiles, most tiles to visit first, the earlier first among equals."""
+
+    @property
+    def work_order(self) -> Tensor:
+        """int32 [b, t] query tiles, most tiles to visit first, the earlier first among equals; sorted on demand."""
+        work = (self.lists.q_partial.counts + self.lists.q_full.counts)[:, 0]
+        return work.argsort(dim=-1, descending=True, stable=True).to(torch.int32)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..multiverse_attention.tiles import MAX_TILES, TILE
 from .reference import structure_scan_reference
 from .result import NUM_TAGS, StructureScan
 
-MAX_TOKENS = 1 << 23
-"""Tokens of a row: a tag travels as index << 8 | level << 4 | kind in one int32."""
+MAX_TOKENS = MAX_TILES * TILE
+"""Tokens of a row."""
 
 
 def structure_scan(ids: Tensor, documents: Tensor, tag_ids: Tensor) -> StructureScan:
@@ -54,8 +55,8 @@ def _check(ids: Tensor, documents: Tensor, tag_ids: Tensor) -> None:
                 f"{name} must be an int32 or int64 tensor of {dims} dimensions on {ids.device}, "
                 f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
             )
-    if not 1 <= ids.shape[1] < MAX_TOKENS:
-        raise ValueError(f"ids must have 1 to {MAX_TOKENS - 1} tokens per row, got {ids.shape[1]}")
+    if not 1 <= ids.shape[1] <= MAX_TOKENS:
+        raise ValueError(f"ids must have 1 to {MAX_TOKENS} tokens per row, got {ids.shape[1]}")
     if documents.shape[0] != ids.shape[0] or documents.shape[1] < 1 or documents.shape[2] != 2:
         raise ValueError(f"documents must be [{ids.shape[0]}, D >= 1, 2] like ids, got {tuple(documents.shape)}")
     if tag_ids.shape[0] != NUM_TAGS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from . import result
 
@@ -19,7 +20,7 @@ PATH = tl.constexpr(8)
 END_PATH = tl.constexpr(9)
 CONCLUSION = tl.constexpr(10)
 END_CONCLUSION = tl.constexpr(11)
-BORDER = tl.constexpr(12)
+NONE = tl.constexpr(12)
 """In front of the first tag of a response and behind the last."""
 
 NUM_TAGS = tl.constexpr(result.NUM_TAGS)
@@ -41,35 +42,38 @@ def kind_of(word):
 
 
 @triton.jit
-def level_of(word):
-    """Number of blocks around a packed tag, its own included."""
-    return (word >> 4) & 15
+def index_of(word):
+    """Index of the token of a packed tag."""
+    return word >> 4
 
 
 @triton.jit
-def index_of(word):
-    """Index of the token of a packed tag."""
-    return word >> 8
+def is_border(kind):
+    """Whether positions and labels shift behind a tag of this kind: /Goal and /Path."""
+    return (kind == END_GOAL) | (kind == END_PATH)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "row_stride", "chunks"])
 def tags_kernel(ids_ptr, tag_ids, tags_ptr, counts_ptr, before_ptr, num_tokens, row_stride, chunks,
-                CHUNK: tl.constexpr):  # fmt: skip
+                CHUNK: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """Program (chunk, row): list the tags of the chunk in its own CHUNK slots, and count them before each token.
 
     Args:
         ids_ptr: [b, s] token ids.
-        tags_ptr: int32 [b, chunks, CHUNK] index << 8 | kind of the tags of each chunk, in order.
-        counts_ptr: int32 [b, chunks] tags per chunk.
-        before_ptr: int16 [b, s + 1] tags of the same chunk before a token; chunks = s // CHUNK + 1.
+        tags_ptr: int32 [b, chunks, CHUNK] index << 4 | kind of the tags of each chunk, in order.
+        counts_ptr: int32 [b, chunks] tags of each chunk, and how many of them are borders << 16.
+        before_ptr: int32 [b, s + 1] the same for the tags of the chunk before a token; chunks = s // CHUNK + 1.
+        CHAINED: the next launch may begin while this one runs.
     """
+    if CHAINED:
+        cuda.gdc_launch_dependents()
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     ids = tl.load(ids_ptr + row * row_stride + token, mask=token < num_tokens, other=-1)
     kind = classify(ids, tag_ids)
     is_tag = (kind >= 0) & (token < num_tokens)
-    found = is_tag.to(tl.int32)
+    found = tl.where(is_tag, 1 + (is_border(kind).to(tl.int32) << 16), 0)
     before = tl.cumsum(found, axis=0) - found
-    tl.store(tags_ptr + (row * chunks + chunk) * CHUNK + before, token << 8 | kind, mask=is_tag)
-    tl.store(before_ptr + row * (num_tokens + 1) + token, before.to(tl.int16), mask=token <= num_tokens)
+    tl.store(tags_ptr + (row * chunks + chunk) * CHUNK + (before & 0xFFFF), token << 4 | kind, mask=is_tag)
+    tl.store(before_ptr + row * (num_tokens + 1) + token, before, mask=token <= num_tokens)
     tl.store(counts_ptr + row * chunks + chunk, tl.sum(found, axis=0))

@@ -99,6 +99,16 @@ def test_nothing_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_scans_in_a_row_do_not_disturb_each_other() -> None:
+    """Launches overlap and memory is used again: many scans of different rows, looked at only at the end."""
+    packs = [long_pack(tokens, seed) for tokens in (3000, 16384, 70000) for seed in range(4)]
+    given = [(pack.ids[None].cuda(), pack.documents[None].cuda()) for pack in packs]
+    scans = [structure_scan(*given[turn % len(packs)], TAGS.cuda()) for turn in range(60)]
+    wanted = [structure_scan_reference(pack.ids[None], pack.documents[None], TAGS) for pack in packs]
+    for turn, scan in enumerate(scans):
+        assert_same_scan(scan, wanted[turn % len(packs)])
+
+
 def test_a_captured_scan_follows_its_inputs() -> None:
     packs = [long_pack(8192, seed) for seed in range(4)]
     rows = max(len(pack.documents) for pack in packs)

@@ -25,7 +25,7 @@ TAGS = torch.tensor(TAG_IDS)
 def compare(ids: torch.Tensor, documents: torch.Tensor, *, block: int = 32) -> None:
     """Kernels and reference on ids [b, s] and documents [b, D, 2]."""
     want = structure_scan_reference(ids, documents, TAGS)
-    assert_same_scan(structure_scan_triton(ids, documents, TAGS, block=block, chunk=128), want)
+    assert_same_scan(structure_scan_triton(ids, documents, TAGS, block=block, borders=16, chunk=128), want)
 
 
 def check_random() -> None:

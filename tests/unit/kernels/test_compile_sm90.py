@@ -85,7 +85,7 @@ def launch_structure_scan() -> None:
     from megatron_multiverse.kernels.structure_scan.fused import structure_scan_triton
 
     documents = torch.zeros(1, 8, 2, dtype=torch.int32)
-    structure_scan_triton(torch.zeros(1, TOKENS, dtype=torch.int64), documents, torch.arange(12))
+    structure_scan_triton(torch.zeros(1, TOKENS, dtype=torch.int64), documents, torch.arange(12), chained=True)
 
 
 def resources(ptx: str, folder: Path) -> tuple[int, int]:
@@ -107,7 +107,7 @@ LAUNCHES: dict[Callable[[], None], set[str]] = {
     launch_tiles: {"_bounds_kernel", "_lists_kernel"},
     launch_rope: {"_rope_kernel"},
     launch_rope_qkv: {"_qkv_kernel"},
-    launch_structure_scan: {"tags_kernel", "documents_kernel", "expand_kernel", "order_kernel", "_lists_kernel"},
+    launch_structure_scan: {"tags_kernel", "documents_kernel", "expand_kernel", "_lists_kernel"},
 }
 
 
