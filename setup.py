@@ -38,7 +38,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "gpu": ["triton>=3.6", "transformer-engine[pytorch]>=2.20", "flash-attn-4>=4.0.0b36"],
+        "gpu": ["triton>=3.6", "transformer-engine[pytorch]>=2.20", "flash-attn-4==4.0.0b36"],
         "train": [*TRAIN, "datasets>=3.0", "deepspeed>=0.19"],
         "serve": [
             "jsonargparse[signatures]>=4.40",

@@ -141,7 +141,7 @@ class Decoder:
             torch.tensor([ids], device=self.device),
             torch.from_numpy(positions).long()[None].to(self.device),
             None,
-            packed_seq_params=LayoutParams(r=r),
+            packed_seq_params=LayoutParams.from_labels(r),
         )[0]
         index = {
             (stretch.branch, int(positions[i])): i

@@ -4,13 +4,11 @@
 `--attention` choose some, and what they measure replaces those rows alone. A case counts only after its output and
 gradients were compared with float32 math on the same inputs.
 
-The functions take turns in random order and warm up themselves (`turns.py`).
+The functions take turns in random order and warm up themselves (`timing.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,27 +21,34 @@ from torch import Tensor
 
 from megatron_multiverse.cli import parse_options
 from megatron_multiverse.kernels.benchmarks.attention_rivals import (
-    DETERMINISTIC,
+    MAIN,
+    SHORT,
     Attention,
     Rival,
     block_mask_maker,
+    case_of,
     causal_rivals,
     masked_rivals,
 )
 from megatron_multiverse.kernels.benchmarks.layouts import LAYOUTS, make_labels
 from megatron_multiverse.kernels.benchmarks.record import Recorder
-from megatron_multiverse.kernels.benchmarks.turns import Step, in_turns, matmul_rate
+from megatron_multiverse.kernels.benchmarks.timing import Step, in_turns, matmul_rate
 from megatron_multiverse.kernels.multiverse_attention import AttentionLayout, flash4, tile_lists
 
 TOLERANCE = 1e-2
 """Relative error (norms) of output and gradients in bfloat16 against float32."""
 DATASHEET = 989.0
 """bfloat16 TFLOP/s that NVIDIA states for the H100 and H200 (SXM)."""
-LONGEST_FOR_ALL = 32768
-"""Longer cases run cuDNN and flash4 alone."""
-LONGEST_DENSE = 4096
-"""Longest case for attention that holds the whole mask; without FlexAttention."""
-
+OVER = {"cudnn": "cuDNN causal (SDPA)", "fa4": "FA4 causal", "flex": "flex (our lists)"}
+"""Whose TFLOP/s a row's are held against."""
+NOTE = (
+    "TFLOP/s on visible pairs (plain causal attention: on all causal ones), forward 4 d h pairs, backward 10 d h; "
+    "`over` cuDNN, FA4 and flex: ratio of TFLOP/s to that kernel in the same rounds; speedup: cuDNN causal's time over "
+    "this one's; errors are relative to float32; medians of rounds in which all take turns. prepare_us: once per "
+    "microbatch."
+)
+ROWS_TIMES_KEYS = 2**25
+"""Scores that the check looks at together."""
 KEY = ("tokens", "layout", "attention", "heads", "groups", "dim")
 """What a case is known by."""
 
@@ -98,7 +103,7 @@ def exact_results(inputs: Inputs, labels: Tensor, group: int) -> list[Tensor]:
     k, v = (x.detach()[0, group].float() for x in (inputs.k, inputs.v))
     place, scale = torch.arange(n, device=q.device), q.shape[-1] ** -0.5
     out, dq, dk, dv = torch.empty_like(q), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    step = max(128, 2**25 // n)
+    step = max(128, ROWS_TIMES_KEYS // n)
     for start in range(0, n, step):
         rows, keys = slice(start, min(start + step, n)), slice(0, min(start + step, n))
         seen = (place[None, keys] <= place[rows, None]) & (labels[None, keys] <= labels[rows, None])
@@ -121,9 +126,7 @@ def errors(inputs: Inputs, rivals: list[Rival], labels: Tensor) -> dict[str, tup
     each = inputs.q.shape[1] // inputs.k.shape[1]
     if not rivals:
         return {}
-    groups = (
-        sorted({0, inputs.k.shape[1] - 1}) if inputs.q.shape[2] <= LONGEST_FOR_ALL else [min(1, inputs.k.shape[1] - 1)]
-    )
+    groups = sorted({0, inputs.k.shape[1] - 1}) if inputs.q.shape[2] <= MAIN else [min(1, inputs.k.shape[1] - 1)]
     exact = {group: exact_results(inputs, labels, group) for group in groups}
     found = {}
     for rival in rivals:
@@ -159,28 +162,13 @@ def measure(inputs: Inputs, rivals: list[Rival], rounds: int) -> dict[str, tuple
     return {rival.name: (times[f"{rival.name}/f"], times[f"{rival.name}/b"]) for rival in rivals}
 
 
-def chosen(rivals: list[Rival], o: Options, n: int, layout: str) -> list[Rival]:
-    """The rivals that the options ask for and that this case takes."""
-    names = ["cuDNN", "FA4", "flash4"]
-    if n > LONGEST_FOR_ALL:
-        names.remove("FA4")
-    elif n > LONGEST_DENSE:
-        names += ["flex"] + ["FA2", "TransformerEngine"] * (layout == "causal")
-        names += ["FlexAttention"] * (n == LONGEST_FOR_ALL and layout == "realistic")
-    else:
-        names += ["TransformerEngine arbitrary"]
-    if (n, layout) != (LONGEST_FOR_ALL, "realistic"):
-        rivals = [x for x in rivals if x.name != DETERMINISTIC]
-    return [x for x in rivals if x.name.startswith(tuple(names)) and x.name.startswith(tuple(o.attention or [""]))]
-
-
 def run_case(inputs: Inputs, layout: str, o: Options, recorder: Recorder, matmul: float) -> None:
     """Check and measure all rivals on one layout."""
     n = inputs.q.shape[2]
-    r, pairs = make_labels(layout, n)
-    r, causal_pairs = r.cuda(), n * (n + 1) // 2
-    plain = chosen(causal_rivals(inputs.q, inputs.k), o, n, layout)
-    masked = chosen(masked_rivals(r, inputs.q, inputs.k, n <= LONGEST_DENSE), o, n, layout)
+    (r, pairs), causal_pairs = make_labels(layout, n, "cuda"), n * (n + 1) // 2
+    asked = tuple(o.attention or [""])
+    plain = [x for x in causal_rivals(inputs.q, inputs.k, layout) if x.name.startswith(asked)]
+    masked = [x for x in masked_rivals(inputs.q, inputs.k, r, layout) if x.name.startswith(asked)]
     unchecked = [x for x in plain if x.name not in inputs.causal_errors]
     inputs.causal_errors |= errors(inputs, unchecked, torch.arange(n, device="cuda"))
     found = inputs.causal_errors | errors(inputs, masked, r[0])
@@ -188,7 +176,7 @@ def run_case(inputs: Inputs, layout: str, o: Options, recorder: Recorder, matmul
     for rival in (*plain, *masked):
         if rival not in counted:
             print(f"NOT COUNTED: {rival.name} on {layout} {n}: errors {found[rival.name]}", flush=True)
-    times = measure(inputs, counted, o.rounds if n <= LONGEST_FOR_ALL else 2)
+    times = measure(inputs, counted, o.rounds if n <= MAIN else 2)
     work = 4 * o.dim * o.heads / 1e9
     rates = {}
     for rival in counted:
@@ -200,32 +188,33 @@ def run_case(inputs: Inputs, layout: str, o: Options, recorder: Recorder, matmul
         row |= {"heads": o.heads, "groups": o.groups, "dim": o.dim, "visible": pairs / causal_pairs}
         (row["fwd_ms"], row["bwd_ms"]), rate = times[rival.name], rates[rival.name]
         row["fwd_tflops"], row["bwd_tflops"] = rate
-        for name, other in (("cudnn", "cuDNN causal (SDPA)"), ("fa4", "FA4 causal")):
+        for name, other in OVER.items():
             if other in rates:
                 row |= {f"{k}_over_{name}": x / y for k, x, y in zip(("fwd", "bwd"), rate, rates[other], strict=True)}
+        if (other := OVER["cudnn"]) in times:
+            pairs_of_times = zip(("fwd", "bwd"), times[other], times[rival.name], strict=True)
+            row |= {f"{k}_speedup": theirs / mine for k, theirs, mine in pairs_of_times}
         row |= {"fwd_of_datasheet": rate[0] / DATASHEET, "bwd_of_datasheet": rate[1] / DATASHEET}
         row |= {"fwd_of_matmul": rate[0] / matmul, "bwd_of_matmul": rate[1] / matmul}
         row["out_error"], row["grad_error"] = found[rival.name]
         recorder.add(**row)
 
 
-def preparation_times(n: int) -> dict[str, float]:
+def preparation_times(inputs: Inputs) -> dict[str, float]:
     """Times in us of what is done once per microbatch of the realistic layout."""
-    from triton.testing import do_bench
-
-    r = make_labels("realistic", n)[0].cuda()
+    n, case = inputs.q.shape[2], case_of(inputs.q)
+    r = make_labels("realistic", n, "cuda")[0]
     graph = torch.cuda.CUDAGraph()
     tile_lists(r)
     with torch.cuda.graph(graph):
         tile_lists(r)
     functions: dict[str, Callable[[], Any]] = {"tile lists, graph replay": graph.replay}
-    if flash4.flash4_problem("cuda", torch.bfloat16, 128) is None:
-        functions["flash4 plan from Python"] = lambda: flash4.flash4_plan(AttentionLayout(r), torch.bfloat16).backward(
-            128
-        )
-    if n <= LONGEST_FOR_ALL:
+    if flash4.flash4_problem(case) is None:
+        functions["flash4 plan from Python"] = lambda: flash4.flash4_plan(AttentionLayout(r), case).backward
+    if n <= MAIN:
         functions["create_block_mask, compiled"] = block_mask_maker(r)
-    return {name: 1e3 * do_bench(function, rep=50, return_mode="median") for name, function in functions.items()}
+    steps = {name: Step(lambda _, call=function: call(), calls=10) for name, function in functions.items()}
+    return {name: 1e3 * time for name, time in in_turns(steps, 2).items()}
 
 
 def main() -> None:
@@ -235,20 +224,14 @@ def main() -> None:
     torch._functorch.config.donated_buffer = False  # backward runs repeatedly on one graph
     recorder = Recorder("attention", o.output, o.commit, key=KEY)
     matmul = matmul_rate()
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        recorder.environment["versions"]["transformer-engine"] = importlib.metadata.version("transformer-engine")
     print(f"bfloat16 matmul {matmul:.0f} TFLOP/s, datasheet {DATASHEET:.0f}", flush=True)
     for n in o.lengths:
         inputs = Inputs(n, o.heads, o.groups, o.dim)
-        for layout in o.layouts if LONGEST_DENSE < n <= LONGEST_FOR_ALL else ["realistic"]:
+        for layout in o.layouts if SHORT < n <= MAIN else ["realistic"]:
             run_case(inputs, layout, o, recorder, matmul)
-            recorder.table(
-                "TFLOP/s on visible pairs (plain causal attention: on all causal ones), forward 4 d h pairs, backward "
-                "10 d h; `over` cuDNN and FA4: ratio of TFLOP/s to that causal kernel in the same rounds; errors are "
-                "relative to float32; medians of rounds in which all take turns. prepare_us: once per microbatch."
-            )
-        for name, value in (preparation_times(n) if o.preparation else {}).items():
+        for name, value in (preparation_times(inputs) if o.preparation else {}).items():
             recorder.add(tokens=n, layout="realistic", attention=name, prepare_us=value)
+        recorder.table(NOTE)
         del inputs
         torch.cuda.empty_cache()
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_multiverse.kernels.multiverse_attention import AttentionLayout, flash4, flex
+from megatron_multiverse.kernels.multiverse_attention import AttentionCase, AttentionLayout, flash4, flex
 
-DETERMINISTIC = "flash4, deterministic"
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [1, h, n, d], k [1, g, n, d], v [1, g, n, d]) -> [1, h, n, d]; tensors are views of [n, 1, heads, d]."""
+
+MAIN = 32768
+"""The length that all rivals run at; longer cases run cuDNN and flash4 alone."""
+SHORT = 4096
+"""Longest case for attention that holds the whole mask; FlexAttention is left out there."""
 
 
 @dataclass
@@ -26,7 +29,7 @@ class Rival:
 
     name: str
     call: Attention
-    causal: bool
+    causal: bool = False
     """Plain causal attention: it does the same whatever the layout."""
     keeps_graph: bool = True
     """Whether the backward pass can run twice on one forward pass."""
@@ -50,25 +53,28 @@ def fa4_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
-def transformer_engine(heads: int, groups: int, dim: int, hidden: Tensor | None = None) -> tuple[str, Attention]:
-    """Name and function of TransformerEngine's DotProductAttention: causal, or `arbitrary` with hidden pairs True."""
-    from transformer_engine.pytorch import DotProductAttention
-
-    kind = "causal" if hidden is None else "arbitrary"
-    layer = DotProductAttention(heads, dim, num_gqa_groups=groups, attention_dropout=0.0, attn_mask_type=kind)
+def transformer_engine(q: Tensor, k: Tensor, hidden: Tensor | None = None) -> Rival | None:
+    """TransformerEngine's DotProductAttention: causal, or `arbitrary` with hidden pairs True; None if it is missing."""
+    try:
+        from transformer_engine.pytorch import DotProductAttention
+    except (ImportError, OSError) as error:
+        print(f"without TransformerEngine: {error}", flush=True)
+        return None
+    kind, heads, dim = "causal" if hidden is None else "arbitrary", q.shape[1], q.shape[3]
+    layer = DotProductAttention(heads, dim, num_gqa_groups=k.shape[1], attention_dropout=0.0, attn_mask_type=kind)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = layer(*(x.permute(2, 0, 1, 3) for x in (q, k, v)), attention_mask=hidden, attn_mask_type=kind)
         return out.unflatten(-1, (heads, dim)).permute(1, 2, 0, 3)
 
-    return f"TransformerEngine {kind}", call
+    return Rival(f"TransformerEngine {kind}", call, causal=hidden is None, keeps_graph=False)
 
 
-def block_mask_maker(r: Tensor) -> Callable[[], Any]:
-    """A function that makes the block mask of labels r [1, n] as FlexAttention does itself, by compiled code."""
+def block_mask_maker(r: Tensor, *, compiled: bool = True) -> Callable[[], Any]:
+    """A function that makes the block mask of labels r [1, n] as FlexAttention does itself. What r holds may change."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    create, n = torch.compile(create_block_mask), r.shape[1]
+    create, n = torch.compile(create_block_mask) if compiled else create_block_mask, r.shape[1]
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (r[b, k] <= r[b, q])
@@ -76,60 +82,49 @@ def block_mask_maker(r: Tensor) -> Callable[[], Any]:
     return lambda: create(visible, 1, None, n, n, device="cuda")
 
 
-def causal_rivals(q: Tensor, k: Tensor) -> list[Rival]:
-    """Everything that knows plain causal attention."""
-    found = [
-        Rival("cuDNN causal (SDPA)", sdpa_causal(SDPBackend.CUDNN_ATTENTION), True),
-        Rival("FA2 causal (SDPA)", sdpa_causal(SDPBackend.FLASH_ATTENTION), True),
-    ]
-    if flash4.flash4_problem("cuda", q.dtype, q.shape[-1]) is None:
-        found.append(Rival("FA4 causal", fa4_causal, True))
-    try:
-        found.append(Rival(*transformer_engine(q.shape[1], k.shape[1], q.shape[-1]), True, keeps_graph=False))
-    except (ImportError, OSError) as error:
-        print(f"without TransformerEngine: {error}", flush=True)
-    return found
+def causal_rivals(q: Tensor, k: Tensor, layout: str) -> Iterator[Rival]:
+    """Plain causal attention, as far as it is run beside a layout of this length."""
+    n = q.shape[2]
+    yield Rival("cuDNN causal (SDPA)", sdpa_causal(SDPBackend.CUDNN_ATTENTION), causal=True)
+    if n <= MAIN and flash4.flash4_problem(case_of(q)) is None:
+        yield Rival("FA4 causal", fa4_causal, causal=True)
+    if SHORT < n <= MAIN and layout == "causal":
+        yield Rival("FA2 causal (SDPA)", sdpa_causal(SDPBackend.FLASH_ATTENTION), causal=True)
+        if found := transformer_engine(q, k):
+            yield found
 
 
-def deterministic_plan(layout: AttentionLayout, dtype: torch.dtype) -> flash4.Flash4Plan:
-    """A plan as it is made under torch.use_deterministic_algorithms; it keeps to it outside."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        return flash4.flash4_plan(layout, dtype)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def masked_rivals(r: Tensor, q: Tensor, k: Tensor, arbitrary: bool) -> list[Rival]:
-    """Everything that takes the mask of labels r [1, n], n a flex bucket; `arbitrary` adds what holds the mask."""
-    layout, n = AttentionLayout(r), r.shape[1]
-    ours = flex.flex_plan(layout, q.dtype)
-
-    def flex_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flex.flex_attention(q, k, v, theirs())
-
-    @functools.cache
-    def theirs() -> Any:
-        return flex.FlexPlan(block_mask_maker(r)(), n, n)
-
-    found = [
-        Rival("FlexAttention, create_block_mask", flex_alone, False),
-        Rival("flex (our lists)", lambda q, k, v: flex.flex_attention(q, k, v, ours), False),
-    ]
-    if flash4.flash4_problem("cuda", q.dtype, q.shape[-1]) is None:
-        plan = flash4.flash4_plan(layout, q.dtype)
-        found.append(Rival("flash4", lambda q, k, v: flash4.flash4_attention(q, k, v, plan), False))
-        in_order = deterministic_plan(layout, q.dtype)
-        found.append(Rival(DETERMINISTIC, lambda q, k, v: flash4.flash4_attention(q, k, v, in_order), False))
-    if arbitrary:
-        place = torch.arange(r.shape[1], device=r.device)
+def masked_rivals(q: Tensor, k: Tensor, r: Tensor, layout: str) -> Iterator[Rival]:
+    """What takes the mask of labels r [1, n] (n a flex bucket), as far as it is run on a layout of this length."""
+    labels, n, case = AttentionLayout(r), r.shape[1], case_of(q)
+    if flash4.flash4_problem(case) is None:
+        yield flash4_rival("flash4", labels, case)
+        if (n, layout) == (MAIN, "realistic"):
+            in_order = AttentionCase(case.device_type, case.dtype, case.head_dim, deterministic=True)
+            yield flash4_rival("flash4, deterministic", labels, in_order)
+    if SHORT < n <= MAIN:
+        yield flex_rival("flex (our lists)", lambda: flex.flex_plan(labels, case))
+    if (n, layout) == (MAIN, "realistic"):
+        yield flex_rival("FlexAttention, create_block_mask", lambda: flex.FlexPlan(block_mask_maker(r)(), n, n))
+    if n <= SHORT:
+        place = torch.arange(n, device=r.device)
         hidden = (place[None] > place[:, None]) | (r[0][None] > r[0][:, None])
-        with contextlib.suppress(ImportError, OSError):
-            found.append(
-                Rival(
-                    *transformer_engine(q.shape[1], k.shape[1], q.shape[-1], hidden[None, None]),
-                    False,
-                    keeps_graph=False,
-                )
-            )
-    return found
+        if found := transformer_engine(q, k, hidden[None, None]):
+            yield found
+
+
+def case_of(q: Tensor) -> AttentionCase:
+    """What our backends are asked for."""
+    return AttentionCase(q.device.type, q.dtype, q.shape[-1])
+
+
+def flash4_rival(name: str, layout: AttentionLayout, case: AttentionCase) -> Rival:
+    """Our backend with a plan made once."""
+    plan = flash4.flash4_plan(layout, case)
+    return Rival(name, lambda q, k, v: flash4.flash4_attention(q, k, v, plan))
+
+
+def flex_rival(name: str, make_plan: Callable[[], flex.FlexPlan]) -> Rival:
+    """FlexAttention with a plan made at its first call."""
+    plan = functools.cache(make_plan)
+    return Rival(name, lambda q, k, v: flex.flex_attention(q, k, v, plan()))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.metadata
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +23,7 @@ from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.benchmarks.layouts import make_labels
 from megatron_multiverse.kernels.benchmarks.record import Recorder
+from megatron_multiverse.kernels.benchmarks.timing import Step, in_turns
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import transformer_config
 from megatron_multiverse.model.layer_specs import choose_transformer_impl, get_gpt_layer_spec
@@ -56,8 +56,8 @@ class Options:
     """Length of the sequence that is timed."""
     check_tokens: int = 4096
     """Length of the one that is checked."""
-    repeats: int = 6
-    """Timed steps of each case."""
+    rounds: int = 5
+    """How often each case gets its turn."""
     modes: list[str] = field(default_factory=lambda: list(MODES))
     """Any of the modes named in MODES."""
     output: str | None = None
@@ -75,7 +75,6 @@ class Case:
     block: Any
     call: Callable[[Any, Tensor, str], Tensor]
     """(block, hidden [s, 1, hidden_size], layout) -> output."""
-    times: list[float] = field(default_factory=list)
 
 
 def build_block(model: ModelConfig, layers: LayerConfig, spec: Any, dtype: torch.dtype, **settings: Any) -> Any:
@@ -90,7 +89,7 @@ def build_block(model: ModelConfig, layers: LayerConfig, spec: Any, dtype: torch
     return TransformerBlock(config, TransformerBlockSubmodules(layer_specs=[spec]), post_layer_norm=False).cuda()
 
 
-def call_ours(block: Any, hidden: Tensor, layout: str, backend: str = "auto") -> Tensor:
+def call_ours(block: Any, hidden: Tensor, layout: str, backend: str = "flash4") -> Tensor:
     """Everything a forward pass makes is made here: tile lists and rotary table, for this one layer."""
     from megatron_multiverse.model.attention import LayoutParams
     from megatron_multiverse.model.rotary import PositionIdRotary
@@ -98,7 +97,9 @@ def call_ours(block: Any, hidden: Tensor, layout: str, backend: str = "auto") ->
     r = labels(layout, len(hidden))
     ids = torch.arange(len(hidden), device="cuda")[None]  # what they are changes neither work nor memory
     table = PositionIdRotary(block.config.kv_channels, 1e6).table(ids)
-    out: Tensor = block(hidden, None, packed_seq_params=LayoutParams(r=r, rotary_table=table, backend=backend))
+    params = LayoutParams.from_labels(r, backend=backend)
+    params.rotary_table = table
+    out: Tensor = block(hidden, None, packed_seq_params=params)
     return out
 
 
@@ -114,7 +115,7 @@ _MADE: dict[Any, Tensor] = {}
 def labels(layout: str, tokens: int) -> Tensor:
     """r of a layout on the GPU, made once (in training the scan or the loader brings it)."""
     if (layout, tokens) not in _MADE:
-        _MADE[layout, tokens] = make_labels(layout, tokens)[0].cuda()
+        _MADE[layout, tokens] = make_labels(layout, tokens, "cuda")[0]
     return _MADE[layout, tokens]
 
 
@@ -208,7 +209,7 @@ def make_cases(model: ModelConfig, layers: LayerConfig) -> list[Case]:
         block = build_block(model, layers, spec, BF16, bias_dropout_fusion=True, **settings)
         cases.append(Case(f"stock, {name}", "causal", block, call_stock))
     block = build_block(model, layers, get_gpt_layer_spec("transformer_engine"), BF16)
-    return cases + [Case("ours", layout, block, call_ours) for layout in ("causal", "realistic")]
+    return cases + [Case("ours, flash4", layout, block, call_ours) for layout in ("causal", "realistic")]
 
 
 def peak_memory(case: Case, hidden: Tensor, upstream: Tensor) -> float:
@@ -225,17 +226,10 @@ def peak_memory(case: Case, hidden: Tensor, upstream: Tensor) -> float:
     return (torch.cuda.max_memory_allocated() - before + own) / 2**30
 
 
-def measure(cases: list[Case], hidden: Tensor, upstream: Tensor, repeats: int) -> None:
-    """Times of all cases, one step of each after the other, so that all see the same clocks."""
-    for repeat in range(repeats + 1):
-        for case in cases:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run(case, hidden, upstream)
-            end.record()
-            torch.cuda.synchronize()
-            if repeat:
-                case.times.append(start.elapsed_time(end))
+def measure(cases: list[Case], hidden: Tensor, upstream: Tensor, rounds: int) -> list[float]:
+    """Milliseconds of a step of each case; they take turns."""
+    steps = {f"{k}": Step(lambda _, case=case: run(case, hidden, upstream)) for k, case in enumerate(cases)}
+    return list(in_turns(steps, rounds).values())
 
 
 def main() -> None:
@@ -246,8 +240,6 @@ def main() -> None:
     version = importlib.metadata.version("megatron-core")
     key = ("mode", "layer", "layout", "tokens")
     recorder = Recorder(f"layer_mcore_{version}", o.output, o.commit, key=key)
-    for package in ("transformer-engine", "megatron-core"):
-        recorder.environment["versions"][package] = importlib.metadata.version(package)
     model = dataclasses.replace(preset("qwen2.5-7b"), num_layers=1)
     weights: dict[str, Tensor] = {}
     exact: dict[str, dict[str, Tensor]] = {}
@@ -286,23 +278,29 @@ def run_mode(
             print(f"NOT COUNTED: {mode}, {case.name}, {case.layout}: error {error:.2e}", flush=True)
     hidden, upstream = draw(o.tokens, model.hidden_size)
     memory = [peak_memory(case, hidden, upstream) for case, _ in counted]
-    measure([case for case, _ in counted], hidden, upstream, o.repeats)
-    record(recorder, mode, counted, memory, o.tokens)
+    times = measure([case for case, _ in counted], hidden, upstream, o.rounds)
+    record(recorder, mode, counted, times, memory, o.tokens)
 
 
-def record(recorder: Recorder, mode: str, counted: list[tuple[Case, float]], memory: list[float], tokens: int) -> None:
+def record(
+    recorder: Recorder,
+    mode: str,
+    counted: list[tuple[Case, float]],
+    times: list[float],
+    memory: list[float],
+    tokens: int,
+) -> None:
     """Write the rows of one mode."""
-    medians = [statistics.median(case.times) for case, _ in counted]
     stock = [n for n, (case, _) in enumerate(counted) if case.name.startswith("stock")]
-    fastest, leanest = (min((values[n] for n in stock), default=None) for values in (medians, memory))
+    fastest, leanest = (min((values[n] for n in stock), default=None) for values in (times, memory))
     for n, (case, error) in enumerate(counted):
         recorder.add(
             mode=mode,
             layer=case.name,
             layout=case.layout,
             tokens=tokens,
-            ms=medians[n],
-            time_ratio=medians[n] / fastest if fastest else None,
+            ms=times[n],
+            time_ratio=times[n] / fastest if fastest else None,
             peak_gib=memory[n],
             memory_ratio=memory[n] / leanest if leanest else None,
             error=error,

@@ -1,4 +1,7 @@
-"""Label layouts of the benchmarks: what real microbatches look like, and the extremes."""
+"""Token ids of the benchmarks: what real microbatches look like, and the extremes.
+
+Labels come from the one rule (`structure_scan_reference`), visible pairs from counting them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Spans = list[tuple[int, int]]
+from megatron_multiverse.kernels.multiverse_attention import count_visible_pairs
+from megatron_multiverse.kernels.structure_scan import structure_scan_reference
+
+Ids = list[int]
 Quantiles = tuple[tuple[float, float], ...]
 
 # Statistics of 24 documents of the Multiverse data: 185 blocks, 434 paths, tokens counted as characters / 4.
@@ -31,22 +37,29 @@ DOCUMENTS = (
 )  # fmt: skip
 """Tokens of each of the documents."""
 
+TAG_IDS = tuple(range(1000, 1012))
+"""In the order of `structure.tags.TAGS`."""
+WORD = 7
+"""The id of every token of text."""
+_, _, *_BLOCK_TAGS = TAG_IDS
 
-class Labels:
-    """Collects r and the number of visible pairs of one sequence of n tokens."""
 
-    def __init__(self, n: int) -> None:
-        self.r = torch.arange(n, dtype=torch.int64)
-        self.pairs = n * (n + 1) // 2
-        self.in_paths = 0
-        """Tokens in paths of outer blocks."""
+def text(count: int) -> Ids:
+    """Plain tokens."""
+    return [WORD] * max(0, count)
 
-    def block(self, spans: Spans) -> None:
-        """Add a block whose paths are the adjoining spans; inner blocks may come before or after."""
-        start, end = spans[0][0], spans[-1][1]
-        for a, b in spans:
-            self.r[a:b] += (end - b) - (a - start)
-        self.pairs -= ((end - start) ** 2 - sum((b - a) ** 2 for a, b in spans)) // 2
+
+def block(paths: list[Ids], *, outline: int = 20, conclusion: int = 60) -> Ids:
+    """One parallel block around what its paths hold."""
+    (parallel, end_parallel, goal, end_goal, outline_tag, end_outline,
+     path_tag, end_path, conclusion_tag, end_conclusion) = _BLOCK_TAGS  # fmt: skip
+    ids = [parallel, WORD, goal, WORD]
+    for _ in paths:
+        ids += [outline_tag, *text(outline), end_outline, WORD]
+    ids += [end_goal]
+    for path in paths:
+        ids += [WORD, path_tag, *path, end_path]
+    return [*ids, WORD, conclusion_tag, *text(conclusion), end_conclusion, WORD, end_parallel]
 
 
 def draw(rng: random.Random, quantiles: Quantiles) -> int:
@@ -59,99 +72,79 @@ def draw(rng: random.Random, quantiles: Quantiles) -> int:
     raise AssertionError("quantiles end with 1")
 
 
-def _paths(rng: random.Random, start: int, quantiles: Quantiles) -> Spans:
-    """Adjoining paths from `start` on."""
+def _paths(rng: random.Random, quantiles: Quantiles) -> list[Ids]:
+    """Paths of a block with the statistics of the data, without what may be nested in them; three of a path's tokens
+    are its gap and tags."""
     count = rng.choices(list(PATHS_PER_BLOCK), list(PATHS_PER_BLOCK.values()))[0]
-    spans: Spans = []
-    for _ in range(count):
-        end = start + draw(rng, quantiles)
-        spans.append((start, end))
-        start = end
-    return spans
+    return [text(draw(rng, quantiles) - 3) for _ in range(count)]
 
 
-def document(labels: Labels, rng: random.Random, start: int, end: int) -> None:
-    """One document with the statistics of the data in the tokens from start to end."""
-    i = start
+def document(rng: random.Random, n: int) -> Ids:
+    """n tokens with the statistics of the data."""
+    ids: Ids = []
     while True:
-        i += round(rng.expovariate(1 / TEXT))
-        spans = _paths(rng, i, PATH)
-        goal = sum(draw(rng, OUTLINE) for _ in spans)
-        spans = [(a + goal, b + goal) for a, b in spans]
-        i = spans[-1][1] + draw(rng, CONCLUSION)
-        if i > end:
-            return
-        labels.block(spans)
-        labels.in_paths += spans[-1][1] - spans[0][0]
-        for a, b in spans:
-            inner = _paths(rng, a + sum(draw(rng, OUTLINE) for _ in range(2)), NESTED_PATH)
-            if inner[-1][1] + draw(rng, CONCLUSION) < b and rng.random() < HAS_NESTED:
-                labels.block(inner)
+        paths = _paths(rng, PATH)
+        for k, path in enumerate(paths):
+            inner = block(_paths(rng, NESTED_PATH), outline=draw(rng, OUTLINE), conclusion=draw(rng, CONCLUSION))
+            if len(inner) + 8 < len(path) and rng.random() < HAS_NESTED:
+                paths[k] = [WORD, *inner, *text(len(path) - len(inner) - 1)]
+        piece = text(round(rng.expovariate(1 / TEXT)))
+        piece += block(paths, outline=draw(rng, OUTLINE), conclusion=draw(rng, CONCLUSION))
+        if len(ids) + len(piece) > n:
+            return ids + text(n - len(ids))
+        ids += piece
 
 
-def _causal(n: int, labels: Labels) -> None:
-    """No tags."""
-
-
-def _realistic(n: int, labels: Labels) -> None:
+def _realistic(n: int) -> list[Ids]:
     """One long document with the statistics of the data."""
-    document(labels, random.Random(0), 0, n)
+    return [document(random.Random(0), n)]
 
 
-def _long_paths(n: int, labels: Labels) -> None:
+def _long_paths(n: int) -> list[Ids]:
     """Harder than the data: 2 to 5 paths of 300 to 1200 tokens with text between them and one nested block each."""
-    rng, i = random.Random(0), 400
-    while i < n - max(1500, n // 6):
-        i += rng.randint(300, 900)
-        spans: Spans = []
-        for _ in range(rng.randint(2, 5)):
-            length = rng.randint(300, 1200)
-            spans.append((i, i + length))
-            i += length
-        if i > n - 100:
-            break
-        labels.block(spans)
-        a, b = spans[0]
-        third = (b - a) // 3
-        labels.block([(a + third // 2, a + third), (a + third, a + 2 * third)])
-        i += rng.randint(60, 200)
+    rng, ids = random.Random(0), text(400)
+    while True:
+        paths = [text(rng.randint(300, 1200)) for _ in range(rng.randint(2, 5))]
+        third = len(paths[0]) // 3
+        paths[0] = text(third // 2) + block([text(third // 2), text(third)], outline=4, conclusion=10)
+        piece = text(rng.randint(300, 900)) + block(paths)
+        if len(ids) + len(piece) > n:
+            return [ids + text(n - len(ids))]
+        ids += piece
 
 
-def _wide(n: int, labels: Labels) -> None:
+def _wide(n: int) -> list[Ids]:
     """One block of 8 paths over 7/8 of the sequence."""
-    length, start = n * 7 // 64, n // 16
-    labels.block([(start + k * length, start + (k + 1) * length) for k in range(8)])
+    ids = text(n // 16 - 250) + block([text(n * 7 // 64 - 3)] * 8)
+    return [ids + text(n - len(ids))]
 
 
-def _deep(n: int, labels: Labels) -> None:
+def _deep(n: int) -> list[Ids]:
     """Blocks of 3 paths, nested 3 deep."""
 
-    def nest(start: int, end: int, depth: int) -> None:
-        third = (end - start) // 4
-        spans = [(start + (k + 1) * third, start + (k + 2) * third) for k in range(3)]
-        labels.block(spans)
-        if depth > 1:
-            for a, b in spans:
-                nest(a, b, depth - 1)
+    def nest(room: int, depth: int) -> Ids:
+        if depth == 0:
+            return text(room)
+        inner = (room - 200) // 4
+        return text(inner) + block([nest(inner, depth - 1) for _ in range(3)])
 
-    nest(0, n, 3)
-
-
-def _packed(n: int, labels: Labels) -> None:
-    """Documents of the lengths of the data, one after the other; the last one is cut."""
-    rng, start = random.Random(1), 0
-    ends: list[int] = []
-    while start < n:
-        ends.append(min(start + rng.choice(DOCUMENTS), n))
-        start = ends[-1]
-    documents = list(zip([0, *ends], ends, strict=False))
-    labels.block(documents)
-    for start, end in documents:
-        document(labels, rng, start, end)
+    ids = nest(n, 3)
+    return [ids + text(n - len(ids))]
 
 
-LAYOUTS: dict[str, Callable[[int, Labels], None]] = {
-    "causal": _causal,
+def _packed(n: int) -> list[Ids]:
+    """Documents of the data's lengths with its statistics, the last one shorter."""
+    rng, parts, room = random.Random(0), [], n
+    for length in itertools.cycle(DOCUMENTS):
+        parts.append(document(rng, min(length, room)))
+        room -= len(parts[-1])
+        if room == 0:
+            return parts
+    raise AssertionError("a cycle does not end")
+
+
+LAYOUTS: dict[str, Callable[[int], list[Ids]]] = {
+    "causal": lambda n: [text(n)],
     "realistic": _realistic,
     "long-paths": _long_paths,
     "wide": _wide,
@@ -160,8 +153,19 @@ LAYOUTS: dict[str, Callable[[int, Labels], None]] = {
 }
 
 
-def make_labels(name: str, n: int) -> tuple[Tensor, int]:
-    """r int32 [1, n] on the CPU and the number of visible pairs of layout `name`."""
-    labels = Labels(n)
-    LAYOUTS[name](n, labels)
-    return labels.r[None].int(), labels.pairs
+def make_ids(name: str, n: int, *, rows: int = 32) -> tuple[Tensor, Tensor]:
+    """ids int64 [1, n] and documents int32 [1, rows, 2] on the CPU of layout `name`; responses start at once."""
+    parts = LAYOUTS[name](n)
+    ids = [token for part in parts for token in part]
+    if len(ids) != n:
+        raise ValueError(f"layout {name} does not fit in {n} tokens, only in more")
+    starts = [sum(map(len, parts[:k])) for k in range(len(parts))]
+    starts += [n] * (rows - len(starts))
+    documents = torch.tensor([[start, start] for start in starts], dtype=torch.int32)
+    return torch.tensor(ids)[None], documents[None]
+
+
+def make_labels(name: str, n: int, device: str = "cpu") -> tuple[Tensor, int]:
+    """r int32 [1, n] on the device and the number of visible pairs of layout `name`."""
+    r = structure_scan_reference(*make_ids(name, n), torch.tensor(TAG_IDS)).r.to(device)
+    return r, int(count_visible_pairs(r))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_multiverse.cli import parse_options
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.benchmarks.record import RESULTS
 
 COLORS = {
@@ -30,16 +31,19 @@ class Options:
     input: str | None = None
     """Results of benchmarks/attention.py, JSON lines; default those of this repository."""
     tokens: int = 32768
+    heads: int = 40
+    groups: int = 8
+    dim: int = 128
     output: str | None = None
     """PNG file; default beside the input."""
 
 
-def read(file: Path, tokens: int) -> Rows:
-    """The rows of one length."""
+def read(file: Path, **shape: int) -> Rows:
+    """The rows of one length and shape."""
     rows: Rows = {}
     for line in file.read_text().splitlines():
         row = json.loads(line)
-        if row["tokens"] == tokens and "fwd_tflops" in row:
+        if "fwd_tflops" in row and all(row[name] == value for name, value in shape.items()):
             rows.setdefault(row["layout"], {})[row["attention"]] = row
     return rows
 
@@ -90,12 +94,15 @@ def main() -> None:
     """Draw one length of the attention results."""
     o = parse_options(Options)
     file = Path(o.input) if o.input else sorted(RESULTS.glob("attention_*.jsonl"))[-1]
-    rows = read(file, o.tokens)
+    shape = {"tokens": o.tokens, "heads": o.heads, "groups": o.groups, "dim": o.dim}
+    rows = read(file, **shape)
+    if not rows:
+        raise ConfigError(f"{file} has no rows of {shape}: run the benchmark of attention for them")
     first = next(iter(next(iter(rows.values())).values()))
-    shape = f"{first['heads']} query and {first['groups']} key/value heads, d {first['dim']}, bfloat16"
+    heads = f"{o.heads} query and {o.groups} key/value heads, d {o.dim}, bfloat16"
     commits = ", ".join(dict.fromkeys(str(row["commit"]) for each in rows.values() for row in each.values()))
     target = Path(o.output) if o.output else file.with_name(f"{file.stem}_{o.tokens}.png")
-    title = f"Attention over {o.tokens} tokens on one {first['gpu']}: {shape}; commit {commits}"
+    title = f"Attention over {o.tokens} tokens on one {first['gpu']}: {heads}; commit {commits}"
     figure(rows, title).savefig(target, dpi=110)
     print(target)
 

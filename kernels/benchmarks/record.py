@@ -1,4 +1,4 @@
-"""Where and how results are written: one JSON line per case, and a markdown table of the run."""
+"""Where and how results are written: one JSON line per case, and a markdown table of all of them."""
 
 from __future__ import annotations
 
@@ -15,30 +15,34 @@ import torch
 from megatron_multiverse.errors import ConfigError
 
 RESULTS = Path(__file__).parent / "results"
-ENVIRONMENT = ("gpu", "versions", "commit", "date", "command", "note")
+ENVIRONMENT = ("gpu", "versions", "commit", "date", "command")
+PACKAGES = ("torch", "triton", "flash-attn-4", "transformer-engine", "megatron-core")
 
 
-def environment() -> dict[str, Any]:
-    """GPU, versions, commit ("-dirty" behind it if tracked files differ from it), date and command of this run.
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """GPU, versions, commit, date and command of this run.
+
+    Args:
+        commit: of a tree without git; else git says it, with "-dirty" behind it if tracked files differ.
 
     Raises:
         ConfigError: no GPU.
     """
     if not torch.cuda.is_available():
         raise ConfigError("this benchmark needs a CUDA GPU, none is visible: run it on a machine that has one")
-    versions: dict[str, str | None] = {}
-    for package in ("torch", "triton", "flash-attn-4"):
+    versions: dict[str, str] = {}
+    for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    commit = _git("rev-parse", "--short", "HEAD") or None
-    if commit and _git("status", "--porcelain", "--untracked-files=no"):
-        commit += "-dirty"
+            continue
+    head = _git("rev-parse", "--short", "HEAD")
+    if head and _git("status", "--porcelain", "--untracked-files=no"):
+        head += "-dirty"
     return {
         "gpu": torch.cuda.get_device_name(),
         "versions": versions,
-        "commit": commit,
+        "commit": head or commit,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": "python -m megatron_multiverse.kernels.benchmarks."
         + " ".join([Path(sys.argv[0]).stem, *_arguments()]),
@@ -65,15 +69,14 @@ def _arguments() -> list[str]:
 class Recorder:
     """Collects the rows of one benchmark and writes them as they come.
 
-    Rows of earlier runs stay until a row of the same case, which is one with equal `key` fields, replaces them. A row
-    may have a `note` (by hand, about how it came about); the table prints the notes of its rows below.
+    Rows of earlier runs stay until a row of the same case, which is one with equal `key` fields, replaces them.
     """
 
     def __init__(self, name: str, folder: str | None, commit: str | None, *, key: tuple[str, ...]) -> None:
         self.key = key
         self.folder = Path(folder) if folder else RESULTS
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.environment = environment() | ({"commit": commit} if commit else {})
+        self.environment = environment(commit)
         self.stem = f"{name}_{self.environment['gpu'].replace('NVIDIA ', '').replace(' ', '_').lower()}"
         self.lines = self.folder / f"{self.stem}.jsonl"
         earlier = self.lines.read_text().splitlines() if self.lines.exists() else []
@@ -92,14 +95,14 @@ class Recorder:
         print(row, flush=True)
 
     def table(self, note: str) -> None:
-        """Write the markdown table of all rows in the file: `note` above, the rows' own notes below."""
+        """Write the markdown table of all rows in the file: `note` above, and below how each run was made."""
         rows = [{k: v for k, v in x.items() if k not in ENVIRONMENT or k == "commit"} for x in self.records.values()]
         columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "commit"] + ["commit"]
-        e = self.environment
-        versions = ", ".join(f"{k} {v}" for k, v in e["versions"].items() if v)
-        lines = [f"{e['gpu']}, {versions}, {e['date']}; each row names its commit", "", f"`{e['command']}`", "", note]
-        lines += ["", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines = [self.environment["gpu"], "", note, ""]
+        lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         lines += ["| " + " | ".join(str(row.get(key, "")) for key in columns) + " |" for row in rows]
-        notes = dict.fromkeys((x["commit"], x["note"]) for x in self.records.values() if x.get("note"))
-        lines += ["", *(f"- Rows of {commit}: {text}" for commit, text in notes)] if notes else []
-        (self.folder / f"{self.stem}.md").write_text("\n".join(lines) + "\n")
+        runs = dict.fromkeys(
+            f"- {x['commit']}, {x['date']}, {', '.join(f'{k} {v}' for k, v in x['versions'].items())}: `{x['command']}`"
+            for x in self.records.values()
+        )
+        (self.folder / f"{self.stem}.md").write_text("\n".join([*lines, "", *runs]) + "\n")

@@ -6,10 +6,9 @@ TransformerEngine's kernels take positions 0..s-1 alone and make sines and cosin
 
 from __future__ import annotations
 
-import importlib.metadata
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from megatron_multiverse.cli import parse_options
 from megatron_multiverse.kernels.benchmarks.record import Recorder
+from megatron_multiverse.kernels.benchmarks.timing import Step, in_turns
 from megatron_multiverse.kernels.rope import (
     inverse_frequencies,
     rope_angles,
@@ -67,11 +67,7 @@ def main() -> None:
     o = parse_options(Options)
     recorder = Recorder("rope", o.output, o.commit, key=("case", "tokens", "heads", "groups", "dim"))
     cases = [*pair_cases(o), *qkv_cases(o)]
-    if any(case.name.startswith("TransformerEngine") for case in cases):
-        recorder.environment["versions"]["transformer-engine"] = importlib.metadata.version("transformer-engine")
-    copies: dict[str, float] = {}
-    for case in cases:
-        measure(case, recorder, copies, o)
+    measure(cases, recorder, o)
     recorder.table(
         "`q and k`: two tensors in, two out. `qkv`: the mixed projection in, q, k and v out (backward the reverse). "
         "TB/s count each element read once and written once; tables are extra. Share is that of the copy's bandwidth."
@@ -146,49 +142,56 @@ def qkv_cases(o: Options) -> list[Case]:
     return cases
 
 
-def measure(case: Case, recorder: Recorder, copies: dict[str, float], o: Options) -> None:
-    """Check a case against float64, then record its times."""
-    error = None
-    if case.exact:
-        out = case.function()
-        got = (*out, *torch.autograd.grad(out, case.inputs, case.grads, retain_graph=True))
-        error = max(float((x.detach().double() - y).norm() / y.norm()) for x, y in zip(got, case.exact, strict=True))
-        if not error < TOLERANCE:
-            print(f"NOT COUNTED: {case.name}: error {error:.2e}", flush=True)
-            return
-    moved = 2 * sum(x.nbytes for x in case.inputs)
-    with torch.no_grad():
-        forward = timed(case.function)
-    copy = copies.setdefault(case.copied, forward)
-    row = {"case": case.name, "tokens": o.tokens, "heads": o.heads, "groups": o.groups, "dim": o.dim}
-    row |= {"fwd_us": 1e3 * forward, "fwd_tb_s": moved / forward / 1e9, "fwd_share": copy / forward}
-    if case.exact:
-        out = case.function()
-        backward = timed(lambda: torch.autograd.grad(out, case.inputs, case.grads, retain_graph=True))
-        row |= {"bwd_us": 1e3 * backward, "bwd_tb_s": moved / backward / 1e9, "bwd_share": copy / backward}
-        row |= {"error": error}
-    recorder.add(**row)
+def error_of(case: Case) -> float:
+    """Worst relative error of outputs and gradients against float64; 0 for a copy."""
+    if not case.exact:
+        return 0.0
+    out = case.function()
+    got = (*out, *torch.autograd.grad(out, case.inputs, case.grads))
+    return max(float((x.detach().double() - y).norm() / y.norm()) for x, y in zip(got, case.exact, strict=True))
 
 
-def timed(function: Callable[[], Any], calls: int = 4, repeats: int = 30) -> float:
-    """Median milliseconds of a call on the device.
+def measure(cases: list[Case], recorder: Recorder, o: Options) -> None:
+    """Check all cases against float64, then time those that passed, in turns, and record them.
 
-    The calls are queued behind a kernel that only waits: a backward pass of 200 us takes about as long to launch, and
-    in a real layer it waits behind others too. Tensors are far larger than the L2 cache.
+    Tensors are far larger than the L2 cache.
     """
-    for _ in range(3):
-        function()
-    events = []
-    for _ in range(repeats):
-        torch.cuda._sleep(5_000_000)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            function()
-        end.record()
-        events.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) / calls
+    errors = {case.name: error_of(case) for case in cases}
+    counted = [case for case in cases if errors[case.name] < TOLERANCE]
+    print(
+        *(f"NOT COUNTED: {x.name}: error {errors[x.name]:.2e}\n" for x in cases if x not in counted), end="", flush=True
+    )
+    steps: dict[str, Step] = {}
+    for case in counted:
+        steps[f"{case.name}/f"] = Step(partial(forward, case), calls=4, behind_wait=True)
+        if case.exact:
+            out = case.function()
+            steps[f"{case.name}/b"] = Step(partial(backward, case, out), calls=4, behind_wait=True)
+    times = in_turns(steps, 3)
+    for case in counted:
+        moved, copy = 2 * sum(x.nbytes for x in case.inputs), times[f"copy, {case.copied}/f"]
+        row: dict[str, Any] = {
+            "case": case.name,
+            "tokens": o.tokens,
+            "heads": o.heads,
+            "groups": o.groups,
+            "dim": o.dim,
+        }
+        for name in ("fwd", "bwd") if case.exact else ("fwd",):
+            time = times[f"{case.name}/{name[0]}"]
+            row |= {f"{name}_us": 1e3 * time, f"{name}_tb_s": moved / time / 1e9, f"{name}_share": copy / time}
+        recorder.add(**row, error=errors[case.name])
+
+
+@torch.no_grad()
+def forward(case: Case, _: Any = None) -> None:
+    """One rotation."""
+    case.function()
+
+
+def backward(case: Case, out: Any, _: Any = None) -> None:
+    """Its gradients."""
+    torch.autograd.grad(out, case.inputs, case.grads, retain_graph=True)
 
 
 def draw(*shape: int, seed: int) -> Tensor:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_multiverse.cli import parse_options
+from megatron_multiverse.kernels.benchmarks.attention_rivals import block_mask_maker
+from megatron_multiverse.kernels.benchmarks.layouts import LAYOUTS, TAG_IDS, make_ids
 from megatron_multiverse.kernels.benchmarks.record import Recorder
-from megatron_multiverse.kernels.benchmarks.tagged import TAG_IDS, TAGGED, make_ids
+from megatron_multiverse.kernels.benchmarks.timing import Step, in_turns
 from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan, structure_scan_reference
 
 NOTE = (
@@ -66,44 +66,15 @@ class BlockMaskRival:
     """create_block_mask for the same mask, from the labels the scan made. Compiled once: the labels lie in place."""
 
     def __init__(self, tokens: int) -> None:
-        from torch.nn.attention import flex_attention
+        self.r = torch.zeros(1, tokens, dtype=torch.int32, device="cuda")
+        self.compiled, self.eager = (block_mask_maker(self.r, compiled=compiled) for compiled in (True, False))
 
-        r = self.r = torch.zeros(tokens, dtype=torch.int32, device="cuda")
-
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (k <= q) & (r[k] <= r[q])
-
-        compiled = torch.compile(flex_attention.create_block_mask)
-        self.eager = partial(flex_attention.create_block_mask, visible, None, None, tokens, tokens, device="cuda")
-        self.compiled = partial(compiled, visible, None, None, tokens, tokens, device="cuda")
-
-    def measure(self, scan: StructureScan) -> dict[str, float] | None:
-        """Times of both forms; None if its tiles are not those of the scan."""
-        self.r.copy_(scan.r[0])
+    def fits(self, scan: StructureScan) -> bool:
+        """Take the labels of a scan; whether the tiles are the same."""
+        self.r.copy_(scan.r)
         mask = self.compiled()
         tiles = scan.lists.q_partial.counts + scan.lists.q_full.counts
-        if mask.full_kv_num_blocks is None or not torch.equal(mask.kv_num_blocks + mask.full_kv_num_blocks, tiles):
-            return None
-        return {
-            "block_mask_us": timed(self.eager, repeats=3, calls=2),
-            "block_mask_compiled_us": timed(self.compiled, repeats=7),
-            "block_mask_kernels_us": device_time(self.compiled),
-        }
-
-
-def timed(function: Callable[[], Any], *, repeats: int = 15, calls: int = 20) -> float:
-    """Median microseconds of one call, over `repeats` groups of `calls`."""
-    function()
-    groups = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(calls):
-            function()
-        end.record()
-        end.synchronize()
-        groups.append(1e3 * begin.elapsed_time(end) / calls)
-    return statistics.median(groups)
+        return mask.full_kv_num_blocks is not None and torch.equal(mask.kv_num_blocks + mask.full_kv_num_blocks, tiles)
 
 
 def device_time(function: Callable[[], Any], *, calls: int = 5) -> float:
@@ -136,18 +107,26 @@ def measure(case: Case, rival: BlockMaskRival | None) -> dict[str, Any] | None:
     if not case.is_right(scan):
         print(f"NOT COUNTED: {case.name} at {case.tokens} differs from the reference", flush=True)
         return None
-    row: dict[str, Any] = {"layout": case.name, "tokens": case.tokens, "tags": case.num_tags}
     one, ten = graph_of(call), graph_of(call, 10)
-    row |= {"scan_graph_us": timed(one.replay), "scan_in_graph_us": timed(ten.replay) / 10, "scan_us": timed(call)}
-    if rival is None:
-        return row
-    times = rival.measure(scan)
-    if times is None:
+    steps = {
+        "scan_graph_us": Step(lambda _: one.replay(), calls=20),
+        "scan_in_graph_us": Step(lambda _: ten.replay(), calls=4),
+        "scan_us": Step(lambda _: call(), calls=20),
+    }
+    if rival is not None and not rival.fits(scan):
         print(f"NOT COUNTED: create_block_mask of {case.name} at {case.tokens} has other tiles", flush=True)
-        return row
-    row |= times
-    for name in ("compiled", "kernels"):
-        row[f"times_faster_{name}"] = times[f"block_mask_{name}_us"] / row["scan_graph_us"]
+        rival = None
+    if rival is not None:
+        compiled, eager = rival.compiled, rival.eager
+        steps["block_mask_compiled_us"] = Step(lambda _: compiled(), calls=4)
+        steps["block_mask_us"] = Step(lambda _: eager())
+    row: dict[str, Any] = {"layout": case.name, "tokens": case.tokens, "tags": case.num_tags}
+    row |= {name: 1e3 * time for name, time in in_turns(steps, 3).items()}
+    row["scan_in_graph_us"] /= 10
+    if rival is not None:
+        row["block_mask_kernels_us"] = device_time(rival.compiled)
+        for name in ("compiled", "kernels"):
+            row[f"times_faster_{name}"] = row[f"block_mask_{name}_us"] / row["scan_graph_us"]
     return row
 
 
@@ -157,7 +136,7 @@ def main() -> None:
     recorder = Recorder("structure_scan", o.output, o.commit, key=("layout", "tokens"))
     rival = BlockMaskRival(o.rival_tokens)
     for tokens in map(int, o.tokens.split(",")):
-        for name in TAGGED:
+        for name in LAYOUTS:
             row = measure(Case(name, tokens), rival if tokens == o.rival_tokens else None)
             if row is not None:
                 recorder.add(**row)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import AttentionLayout
+from .layout import AttentionCase, AttentionLayout
 from .reference import visibility
 
 
@@ -23,7 +23,7 @@ class DensePlan:
     so that nothing becomes NaN, and its output is set to 0."""
 
 
-def dense_plan(layout: AttentionLayout, dtype: torch.dtype) -> DensePlan:
+def dense_plan(layout: AttentionLayout, case: AttentionCase) -> DensePlan:
     """The mask of one microbatch; tile lists are of no use here.
 
     SDPA's CUDA kernels take additive masks only and would convert a boolean one again in every layer, and keep
@@ -35,7 +35,7 @@ def dense_plan(layout: AttentionLayout, dtype: torch.dtype) -> DensePlan:
         sees_any = visible.any(-1, keepdim=True)
         visible |= ~sees_any
     if visible.is_cuda:
-        hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        hidden = torch.zeros(visible.shape, dtype=case.dtype, device=visible.device)
         return DensePlan(hidden.masked_fill_(~visible, -torch.inf), sees_any)
     return DensePlan(visible, sees_any)
 

@@ -9,8 +9,8 @@ no result. It replaces, by subclassing, the three places in which generality cos
 - `LabelBackward` does not look up the number of a query tile before its first product, and adds dQ in a fixed order
   when asked to (`deterministic`), which FlashAttention 4 does for lists of tiles on sm_100 alone.
 
-Only flash4.py imports this, and only where the version of flash_attn.cute is the one this was written for (another one
-may lack what is imported here); `install` connects it.
+Only flash4.py imports this, and only with the version of flash_attn.cute that it was written for; `install` connects
+it.
 """
 
 import dataclasses
@@ -29,9 +29,26 @@ from flash_attn.cute.named_barrier import NamedBarrierBwd
 from flash_attn.cute.tile_scheduler import SingleTileScheduler, WorkTileInfo
 from quack import copy_utils, layout_utils
 
-from . import flash4_masks
 
-OURS = (flash4_masks.ordered,)
+@cute.jit
+def ordered(b, h, q, k, seqlen_info, aux):
+    """The rule where queries and keys are the tokens in their order: aux = [r [b, s]]."""
+    r_k = utils.scalar_to_ssa(aux[0][b[0], k[0]], cutlass.Int32)
+    r_q = utils.scalar_to_ssa(aux[0][b[0], q[0]], cutlass.Int32)
+    return (k <= q) & (r_k <= r_q)
+
+
+@cute.jit
+def placed(b, h, q, k, seqlen_info, aux):
+    """The rule for tokens in any order: aux = [r [b, s_q], index [b, s_q], key_r [b, s_k], key_index [b, s_k]]."""
+    r_q = utils.scalar_to_ssa(aux[0][b[0], q[0]], cutlass.Int32)
+    i_q = utils.scalar_to_ssa(aux[1][b[0], q[0]], cutlass.Int32)
+    r_k = utils.scalar_to_ssa(aux[2][b[0], k[0]], cutlass.Int32)
+    i_k = utils.scalar_to_ssa(aux[3][b[0], k[0]], cutlass.Int32)
+    return (i_k <= i_q) & (r_k <= r_q)
+
+
+OURS = (ordered,)
 """The rules that get our kernels; the others run in FlashAttention 4's own."""
 
 
@@ -238,12 +255,10 @@ def _backward(*args, mask_mod=None, **kwargs):
 
 def install() -> None:
     """Let FlashAttention 4 build our kernels where the mask is one of `OURS`, and its own everywhere else."""
-    version = hashlib.sha256()
-    for file in (__file__, flash4_masks.__file__):
-        with open(file, "rb") as source:
-            version.update(source.read())
+    with open(__file__, "rb") as source:
+        version = hashlib.sha256(source.read()).hexdigest()
     for rule in OURS:
         # FlashAttention 4 knows a compiled kernel by the hash of its mask; ours depend on the rest of this file, too
-        rule.__cute_hash__ = f"{rule.__name__} {version.hexdigest()}"
+        rule.__cute_hash__ = f"{rule.__name__} {version}"
     interface.FlashAttentionForwardSm90 = _forward
     interface.FlashAttentionBackwardSm90 = _backward

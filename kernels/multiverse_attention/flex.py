@@ -7,6 +7,7 @@ does not compile again for each value, and the mask is a tensor, so a changing l
 from __future__ import annotations
 
 import functools
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import AttentionLayout
+from .layout import AttentionCase, AttentionLayout
 from .tiles import TILE, pad_labels
 
 BUCKETS_PER_OCTAVE = 8
@@ -32,14 +33,16 @@ class FlexPlan:
     """Lengths of the buckets."""
 
 
-def flex_problem(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def flex_problem(case: AttentionCase) -> str | None:
     """Why this backend cannot run, or None."""
-    if device_type != "cuda":
-        return f"FlexAttention's kernels need a CUDA device, got {device_type}"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"FlexAttention takes bfloat16, float16 and float32, got {dtype}"
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        return f"FlexAttention takes head widths that are powers of two from 16, got {head_dim}"
+    if case.device_type != "cuda":
+        return f"FlexAttention's kernels need a CUDA device, got {case.device_type}"
+    if case.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"FlexAttention takes bfloat16, float16 and float32, got {case.dtype}"
+    if case.head_dim < 16 or case.head_dim & (case.head_dim - 1):
+        return f"FlexAttention takes head widths that are powers of two from 16, got {case.head_dim}"
+    if importlib.util.find_spec("triton") is None:
+        return "FlexAttention's kernels need Triton, which is not installed (pip install 'megatron-multiverse[gpu]')"
     return None
 
 
@@ -50,7 +53,7 @@ def bucket_length(num_tokens: int) -> int:
     return -(-num_tokens // step) * step
 
 
-def flex_plan(layout: AttentionLayout, dtype: torch.dtype) -> FlexPlan:
+def flex_plan(layout: AttentionLayout, case: AttentionCase) -> FlexPlan:
     """Block mask of one microbatch; lists that the layout brings are used if they have the tiles of this bucket."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -61,7 +64,7 @@ def flex_plan(layout: AttentionLayout, dtype: torch.dtype) -> FlexPlan:
         (queries, keys),
         lists.q_partial.counts, lists.q_partial.indices, lists.q_full.counts, lists.q_full.indices,
         lists.k_partial.counts, lists.k_partial.indices, lists.k_full.counts, lists.k_full.indices,
-        (lists.size, lists.size),
+        (lists.query_size, lists.key_size),
         _mask_mod(layout, queries, keys),
     )  # fmt: skip
     return FlexPlan(block_mask, queries, keys)

@@ -12,12 +12,28 @@ from torch import Tensor
 from .tiles import TILE, TileLists, tile_lists
 
 
+@dataclass(frozen=True)
+class AttentionCase:
+    """What a backend must cope with; one that cannot says why."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+    deterministic: bool = False
+    """torch.use_deterministic_algorithms is on: the same bits in every run."""
+    placed: bool = False
+    """The layout has an `index`."""
+
+
 @dataclass(eq=False)
 class AttentionLayout:
     """Labels and places of queries and keys; the backend's plan made from them is kept and shared by all layers.
 
     Without `key_r` queries and keys are the same tokens. With it they are other tokens (context parallelism: the
-    queries of this rank, the keys of all); then `index` and `key_index` say where each stands in its sequence.
+    queries of this rank, the keys of all); then `index` and `key_index` say where each stands in its row.
+
+    Places count from 0 to the end of the *packed* row, whatever documents are in it. They are not position ids, which
+    begin again in each document and are shared by sibling paths: with those, documents would see each other.
 
     Raises:
         ValueError: labels, places and tile lists do not fit each other.
@@ -26,11 +42,11 @@ class AttentionLayout:
     r: Tensor
     """int labels [b, s_q], see README.md."""
     index: Tensor | None = None
-    """int [b, s_q], place of each query in its sequence; None means 0..s_q-1."""
+    """int [b, s_q], place of each query in its packed row; None means 0..s_q-1."""
     key_r: Tensor | None = None
     """int labels [b, s_k] of the keys."""
     key_index: Tensor | None = None
-    """int [b, s_k], place of each key in its sequence."""
+    """int [b, s_k], place of each key in its packed row."""
     lists: TileLists | None = None
     """Tile lists of these labels, without further padding, if something made them already (kernels.structure_scan)."""
     _plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
@@ -51,8 +67,8 @@ class AttentionLayout:
         b, *lengths = self.shape
         if self.lists is not None and not self.lists.fit(b, *(-(-length // TILE) * TILE for length in lengths)):
             raise ValueError(
-                f"lists are for {self.lists.shape} tiles of {self.lists.size}, which a layout of {self.shape} does not "
-                "have: make them for its labels, or leave them out"
+                f"lists are for {self.lists.shape} tiles of {self.lists.query_size}; a layout of {self.shape} needs "
+                "others: make them for its labels, or leave them out"
             )
 
     @property
@@ -78,9 +94,8 @@ class AttentionLayout:
         if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
             raise ValueError(f"{shapes}; the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key heads")
 
-    def plan(self, prepare: Callable[[AttentionLayout, torch.dtype], Any], dtype: torch.dtype) -> Any:
-        """What a backend's `prepare(self, dtype)` makes of this layout; made once."""
-        key = (prepare, dtype, torch.are_deterministic_algorithms_enabled())
-        if key not in self._plans:
-            self._plans[key] = prepare(self, dtype)
-        return self._plans[key]
+    def plan(self, prepare: Callable[[AttentionLayout, AttentionCase], Any], case: AttentionCase) -> Any:
+        """What a backend's `prepare(self, case)` makes of this layout; made once."""
+        if (prepare, case) not in self._plans:
+            self._plans[prepare, case] = prepare(self, case)
+        return self._plans[prepare, case]

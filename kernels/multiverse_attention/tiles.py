@@ -52,8 +52,10 @@ class TileLists:
     """For each key tile the query tiles that see it in part."""
     k_full: TileList
     """For each key tile the query tiles that see it as a whole."""
-    size: int
-    """Tokens of a query tile, and of a key tile unless they were asked for otherwise."""
+    query_size: int
+    """Tokens of a query tile."""
+    key_size: int
+    """Tokens of a key tile."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -62,7 +64,8 @@ class TileLists:
 
     def fit(self, batch: int, queries: int, keys: int) -> bool:
         """Whether they are lists for a batch padded to `queries` and `keys` tokens, by shape."""
-        return self.shape == (batch, queries // TILE, keys // TILE) and self.size == TILE
+        sizes = self.query_size, self.key_size
+        return self.shape == (batch, queries // TILE, keys // TILE) and sizes == (TILE, TILE)
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,9 @@ def tile_lists_reference(bounds: TileBounds, keys: TileBounds | None = None) -> 
     """The lists by plain torch, on any device."""
     classes = tile_classes(bounds, keys)
     partial, full = classes == PARTIAL, classes == FULL
+    sizes = bounds.size, (keys or bounds).size
     of_keys = partial.transpose(1, 2), full.transpose(1, 2)
-    return TileLists(compact(partial), compact(full), compact(of_keys[0]), compact(of_keys[1]), bounds.size)
+    return TileLists(compact(partial), compact(full), compact(of_keys[0]), compact(of_keys[1]), *sizes)
 
 
 def tile_lists(

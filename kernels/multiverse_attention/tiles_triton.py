@@ -159,5 +159,5 @@ def tile_lists_triton(bounds: TileBounds, keys: TileBounds | None = None, *, cha
     )  # fmt: skip
     return TileLists(
         TileList(q_counts[0], q_indices[0]), TileList(q_counts[1], q_indices[1]),
-        TileList(k_counts[0], k_indices[0]), TileList(k_counts[1], k_indices[1]), bounds.size,
+        TileList(k_counts[0], k_indices[0]), TileList(k_counts[1], k_indices[1]), bounds.size, keys.size,
     )  # fmt: skip

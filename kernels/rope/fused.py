@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .fused_qkv import MAX_HEADS_PER_STEP, move_heads
-from .table import rope_table, with_near_heads
+from .table import with_near_heads
 
 
 @triton.jit
@@ -89,8 +89,3 @@ def rope_fused(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"table must be float32 {(b, s, dim)} by rope_table, got {table.dtype} {tuple(table.shape)}")
     rotated: tuple[Tensor, Tensor] = _Rope.apply(q, k, table)
     return rotated
-
-
-def rope(q: Tensor, k: Tensor, position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """`rope_fused` for a single layer: makes the table from position_ids [b, s] and inv_freq [dim / 2]."""
-    return rope_fused(q, k, rope_table(position_ids, inv_freq))

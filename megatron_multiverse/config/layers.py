@@ -6,18 +6,22 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_multiverse.config.strict import check
+from megatron_multiverse.config.strict import check, check_choices
 
 RECOMPUTABLE = ("core_attn", "mlp", "layernorm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """Layer spec, FP8 and activation recompute, in megatron-core's names."""
+    """Attention kernel, layer spec, FP8 and activation recompute, in megatron-core's names."""
+
+    attention_backend: Literal["auto", "flash4", "flex", "dense"] = "auto"
+    """Attention kernel: FlashAttention 4 (Hopper), FlexAttention (other GPUs), a dense mask (everywhere, float32 too);
+    auto takes the fastest that runs, and logs why."""
 
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers of TransformerEngine or plain ones; auto takes TransformerEngine on CUDA where it is installed and the
-    matrix products are bf16 or fp16, and logs why."""
+    matrix products are bf16, and logs why."""
     fp8: Literal["e4m3", "hybrid"] | None = None
     """FP8 matrix products in the linear layers (TransformerEngine): e4m3 throughout, or hybrid with e5m2 gradients;
     attention, embedding and output layer stay bf16. Unset for none."""
@@ -36,17 +40,7 @@ class LayerConfig:
     themselves."""
 
     def __post_init__(self) -> None:
-        choices = {
-            "transformer_impl": ("auto", "local", "transformer_engine"),
-            "fp8": (None, "e4m3", "hybrid"),
-            "fp8_recipe": ("tensorwise", "blockwise"),
-            "recompute_granularity": (None, "selective", "full"),
-            "recompute_method": ("uniform", "block"),
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            shown = ", ".join(str(choice) for choice in allowed)
-            check(value in allowed, f"layers.{name} is {value!r}, allowed: {shown}")
+        check_choices(self, "layers.")
         check(
             self.fp8 is None or self.transformer_impl != "local",
             "layers.fp8 needs TransformerEngine's layers: set layers.transformer_impl to auto or transformer_engine",

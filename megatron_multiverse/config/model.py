@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_multiverse.config.strict import check, dataclass_from_mapping
+from megatron_multiverse.config.strict import check, check_choices, dataclass_from_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,7 @@ class RopeScaling:
     """llama3: context length before stretching."""
 
     def __post_init__(self) -> None:
-        kinds = ("linear", "llama3")
-        check(self.rope_type in kinds, f"rope_scaling.rope_type is {self.rope_type!r}, allowed: {', '.join(kinds)}")
+        check_choices(self, "rope_scaling.")
         check(self.factor >= 1, f"rope_scaling.factor must be at least 1, got {self.factor}")
         low, high = self.low_freq_factor, self.high_freq_factor
         check(0 < low < high, f"rope_scaling: 0 < low_freq_factor ({low}) < high_freq_factor ({high}) must hold")
@@ -68,8 +67,6 @@ class ModelConfig:
     """RMSNorm on each query and key head (Qwen3)."""
     share_embeddings_and_output_weights: bool = True
     """Tied input and output embeddings."""
-    attention_backend: str = "auto"
-    """Attention implementation, see `model/backends.py`; "auto" picks one and logs why."""
 
     def __post_init__(self) -> None:
         for field_ in dataclasses.fields(self):

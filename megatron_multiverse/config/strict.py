@@ -21,6 +21,22 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def check_choices(config: Any, where: str) -> None:
+    """Raise ConfigError unless every field of a dataclass that is a Literal (or None) holds one of its values.
+
+    Python does not look at annotations, and dataclasses are also built directly.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        literals = [part for part in parts if typing.get_origin(part) is typing.Literal]
+        if literals:
+            allowed = [value for part in literals for value in typing.get_args(part)]
+            allowed += [None] if type(None) in parts else []
+            value = getattr(config, name)
+            shown = ", ".join(map(str, allowed))
+            check(value in allowed, f"{where}{name} is {value!r}, allowed: {shown}")
+
+
 def dataclass_from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """Build a (nested) dataclass; every key must be a field and every value must fit its type.
 

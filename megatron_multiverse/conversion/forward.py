@@ -87,7 +87,7 @@ def rank_logits(open_source: Callable[[], Source], tp: int, pp: int, inputs: Inp
     order = torch.arange(inputs.input_ids.shape[1]).expand_as(inputs.input_ids)
     passes: dict[Mask, tuple[Tensor, LayoutParams]] = {
         "causal": (order, LayoutParams.causal(inputs.input_ids)),
-        "multiverse": (inputs.position_ids, LayoutParams(r=inputs.r)),
+        "multiverse": (inputs.position_ids, LayoutParams.from_labels(inputs.r)),
     }
     found = {
         mask: pipeline_logits(model, inputs.input_ids, positions, params)

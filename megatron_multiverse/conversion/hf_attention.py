@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.model.backends import AttentionLayout, select_backend
+from megatron_multiverse.kernels.multiverse_attention import AttentionLayout
+from megatron_multiverse.kernels.multiverse_attention import multiverse_attention as attend
 from megatron_multiverse.structure import StructureVocab, layout, parse
 
 NAME = "multiverse"
 IGNORED_LABEL = -100
-# What the backend made of the labels of a forward pass: made by its first layer, shared by the others, freed with r.
-_plans: MutableMapping[Tensor, tuple[torch.dtype, Any]] = WeakTensorKeyDictionary()
+# Keeps what the backend makes of the labels of a forward pass: by its first layer, for all others, freed with r.
+_layouts: MutableMapping[Tensor, AttentionLayout] = WeakTensorKeyDictionary()
 
 
 def register_attention() -> None:
@@ -117,11 +118,9 @@ def multiverse_attention(
             "the Multiverse mask goes with neither padding in attention_mask (make padding a document of its own, "
             f"structure.padding_layout) nor dropout ({dropout}) nor a sliding window ({sliding_window})"
         )
-    backend = select_backend("auto", query.device.type, query.dtype, query.shape[-1])
-    if r not in _plans or _plans[r][0] != query.dtype:
-        _plans[r] = (query.dtype, backend.prepare(AttentionLayout(r), query.dtype))
-    plan = _plans[r][1]
-    return backend.attend(query, key, value, plan, scaling).transpose(1, 2).contiguous(), None
+    if r not in _layouts:
+        _layouts[r] = AttentionLayout(r.detach())  # another tensor: a value that held its key would keep both
+    return attend(query, key, value, _layouts[r], softmax_scale=scaling).transpose(1, 2).contiguous(), None
 
 
 def _padding_only(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

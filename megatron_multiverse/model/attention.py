@@ -18,8 +18,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.multiverse_attention import AttentionLayout, TileLists, count_visible_pairs
-from megatron_multiverse.model.backends import multiverse_attention
+from megatron_multiverse.kernels.multiverse_attention import (
+    AttentionLayout,
+    count_visible_pairs,
+    multiverse_attention,
+)
 
 
 @dataclass
@@ -50,46 +53,62 @@ class LayoutParams(AttentionParams):
     """Attention over the tokens of this very forward pass, seen according to their labels r.
 
     The backend's plan (for the dense one: the mask [b, 1, s, s]) is made at the first layer, shared by all
-    layers and freed with this object: make one per microbatch and do not keep it.
+    layers and freed with the layout: make one per microbatch and do not keep it.
     """
 
-    r: Tensor | None = None
-    """int labels [b, s] (structure.Layout.r)."""
-    index: Tensor | None = None
-    """int [b, s], place of each token in its sequence; None means 0..s-1."""
-    key_r: Tensor | None = None
-    """int labels [b, s_k] of the keys where they are other tokens than the queries (context parallelism)."""
-    key_index: Tensor | None = None
-    """int [b, s_k], places of such keys; index is needed then, too."""
-    lists: TileLists | None = None
-    """Tile lists of these labels for ceil(s / 128) tiles, if something made them already (kernels.structure_scan)."""
-    backend: str = "auto"
-    """Name in model/backends.py."""
-    _layout: AttentionLayout | None = field(default=None, init=False, repr=False)
+    layout: AttentionLayout | None = field(default=None, kw_only=True)
+    """Labels, places and tile lists."""
+    backend: str = field(default="auto", kw_only=True)
+    """A name in `kernels.multiverse_attention.BACKENDS`, or auto."""
+
+    @classmethod
+    def from_labels(cls, r: Tensor, *, backend: str = "auto", **rest: Any) -> LayoutParams:
+        """For labels r [b, s]; `rest`: other fields of AttentionLayout."""
+        return cls(layout=AttentionLayout(r, **rest), backend=backend)
 
     @classmethod
     def causal(cls, input_ids: Tensor, backend: str = "auto") -> LayoutParams:
         """Plain causal attention over input_ids [b, s]."""
         index = torch.arange(input_ids.shape[1], dtype=torch.int32, device=input_ids.device)
-        return cls(r=index.expand(input_ids.shape[0], -1), backend=backend)
+        return cls.from_labels(index.expand(input_ids.shape[0], -1), backend=backend)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float) -> Tensor:
         """See AttentionParams.attend."""
-        if self._layout is None:
-            want = (query.shape[1], query.shape[0])
-            if self.r is None or self.r.shape != want:
-                given = None if self.r is None else tuple(self.r.shape)
-                raise ConfigError(f"LayoutParams.r must be [b, s] = {want}, got {given}")
-            self._layout = AttentionLayout(self.r, self.index, self.key_r, self.key_index, self.lists)
+        want = query.shape[1], query.shape[0], key.shape[0]
+        if self.layout is None or self.layout.shape != want:
+            given = None if self.layout is None else self.layout.shape
+            raise ConfigError(f"the layout of LayoutParams must be for (b, s_q, s_k) = {want}, got {given}")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = multiverse_attention(q, k, v, self._layout, softmax_scale=softmax_scale, backend=self.backend)
+        out: Tensor = multiverse_attention(q, k, v, self.layout, softmax_scale=softmax_scale, backend=self.backend)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def num_visible_pairs(self) -> Tensor:
         """Number of visible (query, key) pairs over the batch, int64 scalar on the device."""
-        assert self.r is not None and self.key_r is None
-        pairs: Tensor = count_visible_pairs(self.r, self.index)
+        assert self.layout is not None and self.layout.key_r is None
+        pairs: Tensor = count_visible_pairs(self.layout.r, self.layout.index)
         return pairs
+
+
+def refuse_what_is_not_there(config: TransformerConfig) -> None:
+    """Raise ConfigError for settings of megatron-core that our layers would ignore.
+
+    megatron-core's own default for both dropouts is 0.1.
+    """
+    asked = {
+        "hidden_dropout": config.hidden_dropout,
+        "attention_dropout": config.attention_dropout,
+        "window_size": getattr(config, "window_size", None),
+        "softmax_type": getattr(config, "softmax_type", "vanilla") != "vanilla",
+        "qk_clip": getattr(config, "qk_clip", False),
+        "attention_output_gate": getattr(config, "attention_output_gate", False),
+        "multi_latent_attention": getattr(config, "multi_latent_attention", False),
+    }
+    if wrong := [name for name, value in asked.items() if value]:
+        given = ", ".join(f"{name} {getattr(config, name)!r}" for name in wrong)
+        raise ConfigError(
+            f"Multiverse attention and its layers have no {', '.join(wrong)} (given: {given}): set the dropouts to 0.0 "
+            "and leave the others unset"
+        )
 
 
 class CoreAttention(MegatronModule):  # type: ignore[misc]
@@ -105,6 +124,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         super().__init__(config=config)
+        refuse_what_is_not_there(config)
         self.layer_number = layer_number
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
 
@@ -119,6 +139,8 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """See AttentionParams.attend; attention_mask must be None, the params say what is seen."""
+        if attention_bias is not None:
+            raise ConfigError("Multiverse attention takes no attention_bias: leave it out")
         params = require_attention_params(packed_seq_params, attention_mask)
         return params.attend(query, key, value, layer_number=self.layer_number, softmax_scale=self.softmax_scale)
 
@@ -130,7 +152,7 @@ def require_attention_params(
     if isinstance(packed_seq_params, AttentionParams) and attention_mask is None:
         return packed_seq_params
     raise ConfigError(
-        "call the model with attention_mask=None and packed_seq_params=LayoutParams(r=...) "
+        "call the model with attention_mask=None and packed_seq_params=LayoutParams.from_labels(r) "
         f"(LayoutParams.causal for plain text); got {type(packed_seq_params).__name__} and "
         f"attention_mask={'None' if attention_mask is None else 'a tensor'}"
     )

@@ -119,7 +119,7 @@ def build_gpt_model(
 ) -> GPTModel:
     """Build a model with fresh weights, or this rank's part of it under tensor and pipeline parallelism.
 
-    Call it as `model(input_ids, position_ids, None, packed_seq_params=LayoutParams(r=r))` -> logits
+    Call it as `model(input_ids, position_ids, None, packed_seq_params=LayoutParams.from_labels(r))` -> logits
     [b, s, vocab]; with `labels=...` it returns the loss of each token [b, s] instead.
 
     Args:

@@ -37,7 +37,11 @@ def get_gpt_layer_spec(transformer_impl: str, *, qk_layernorm: bool = False) -> 
     Args:
         transformer_impl: "local" or "transformer_engine", see `choose_transformer_impl`.
         qk_layernorm: RMSNorm on each query and key head (Qwen3).
+
+    Raises:
+        ConfigError: any other transformer_impl.
     """
+    _check_impl(transformer_impl)
     if transformer_impl == "transformer_engine":
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
         attention = spec.submodules.self_attention.submodules
@@ -57,8 +61,17 @@ def get_gpt_layer_spec(transformer_impl: str, *, qk_layernorm: bool = False) -> 
 
 
 def get_final_norm(transformer_impl: str) -> type:
-    """The norm behind the last layer."""
+    """The norm behind the last layer. Raises ConfigError as `get_gpt_layer_spec` does."""
+    _check_impl(transformer_impl)
     return mcore_te.TENorm if transformer_impl == "transformer_engine" else RMSNorm
+
+
+def _check_impl(transformer_impl: str) -> None:
+    if transformer_impl not in ("local", "transformer_engine"):
+        raise ConfigError(
+            f"transformer_impl is {transformer_impl!r}, allowed: local, transformer_engine (choose_transformer_impl "
+            "turns auto into one of them)"
+        )
 
 
 def choose_transformer_impl(layers: LayerConfig, device: torch.device, compute_dtype: torch.dtype) -> str:

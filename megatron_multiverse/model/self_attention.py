@@ -30,7 +30,15 @@ class SelfAttention(McoreSelfAttention):  # type: ignore[misc]
         """See megatron-core; called again by activation recompute, with the same params."""
         params = require_attention_params(packed_seq_params)
         if params.rotary_table is None:
-            raise ConfigError("the params have no rotary table: call the whole model, whose forward hook makes it")
+            raise ConfigError(
+                "the params have no rotary_table: call the whole model, whose forward hook makes it (build_gpt_model "
+                "installs it, install_rotary does for a model of yours), or set it to PositionIdRotary(...).table(ids)"
+            )
+        if kwargs.get("rotary_pos_emb") is not None:
+            raise ConfigError(
+                "these layers rotate by position ids; a rotary_pos_emb would rotate once more: build GPTModel with "
+                "position_embedding_type='none'"
+            )
         self._rotary_table = params.rotary_table
         try:
             out: tuple[Tensor, Tensor] = super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
@@ -41,7 +49,7 @@ class SelfAttention(McoreSelfAttention):  # type: ignore[misc]
     def get_query_key_value_tensors(self, *args: Any, split_qkv: bool = True, **kwargs: Any) -> Any:
         """q [s, b, h, d] and k [s, b, g, d], both rotated, and v [s, b, g, d]; megatron-core's own asks for no more."""
         table = self._rotary_table
-        assert table is not None and split_qkv and not self.config.attention_output_gate
+        assert table is not None and split_qkv
         between = [norm for norm in (self.q_layernorm, self.k_layernorm) if not isinstance(norm, IdentityOp | None)]
         # With fewer groups than tensor parallel ranks megatron-core gathers the projection and takes its part.
         if between or self.config.num_query_groups < self.world_size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_multiverse.config import TrainConfig
 from megatron_multiverse.training.layouts import Layouts, to_device
 
 Microbatch = dict[str, Tensor]
@@ -107,11 +109,17 @@ def validate(
 
 
 @contextlib.contextmanager
-def tf32(dtype: str) -> Iterator[None]:
-    """Let float32 matrix products use TF32 on GPUs that have it, for the length of the block."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if dtype == "float32" else before)
+def arithmetic(config: TrainConfig) -> Iterator[None]:
+    """How numbers are computed, for the length of the block: TF32 for dtype float32 on GPUs that have it, and
+    algorithms that give the same bits in every run if the config asks for them."""
+    precision = torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.set_float32_matmul_precision("high" if config.dtype == "float32" else precision)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; its deterministic choice
+        torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])

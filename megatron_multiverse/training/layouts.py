@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_multiverse.errors import TrainingError
 from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan
 from megatron_multiverse.model.attention import LayoutParams
+from megatron_multiverse.structure import Tag
 from megatron_multiverse.training.metrics import MetricsWriter
 
 logger = logging.getLogger(__name__)
@@ -28,13 +29,18 @@ class Layouts:
         loader: `SFTLoader`. One without `tag_ids`, or whose batches hold no ``documents``, is taken at its word:
             ``position_ids`` and ``r`` of the batch count on every device.
         device: where the model runs.
+        malformed: what to do with documents that the scan cannot read although the loader let them pass: refuse
+            (the run stops) or causal (they are named).
     """
 
-    def __init__(self, loader: Any, device: torch.device) -> None:
+    def __init__(self, loader: Any, device: torch.device, malformed: str = "refuse") -> None:
         self._loader = loader
-        tag_ids = getattr(loader, "tag_ids", None) if device.type == "cuda" else None
-        self._tag_ids = None if tag_ids is None else torch.tensor(tag_ids, dtype=torch.int32, device=device)
-        self._checked = False
+        self._malformed = malformed
+        tag_ids = getattr(loader, "tag_ids", None)
+        self._parallel_id = None if tag_ids is None else tag_ids[Tag.PARALLEL]
+        scans = tag_ids is not None and device.type == "cuda"
+        self._tag_ids = torch.tensor(tag_ids, dtype=torch.int32, device=device) if scans else None
+        self._compared, self._compared_block = False, False
         self._told: set[int] = set()
         self._parsed: list[tuple[Tensor, Tensor]] = []  # (sample ids, flags) of microbatches, on the host
         self._scanned: list[tuple[Tensor, Tensor]] = []  # the same by the scan, flags on the device
@@ -52,21 +58,38 @@ class Layouts:
             self._parsed.append((batch["sample_ids"], batch["malformed"]))
         if self._tag_ids is None or "documents" not in batch:
             r = to_device(batch["r"], device)
-            return to_device(batch["position_ids"], device), LayoutParams(r=r, backend=backend)
+            return to_device(batch["position_ids"], device), LayoutParams.from_labels(r, backend=backend)
         scan = structure_scan(input_ids, to_device(batch["documents"], device), self._tag_ids)
         self._scanned.append((batch["sample_ids"], scan.malformed))
-        if not self._checked:
+        self._compare(scan, batch)
+        return scan.position_ids, LayoutParams.from_labels(scan.r, lists=scan.lists, backend=backend)
+
+    def _compare(self, scan: StructureScan, batch: dict[str, Tensor]) -> None:
+        """Hold the scan of a run's first microbatch, and of the first one with a block, against the loader's layout."""
+        if self._compared_block:
+            return
+        has_block = self._parallel_id in batch["input_ids"]
+        if has_block or not self._compared:
             raise_unless_equal(scan, batch)
-            self._checked = True
-        return scan.position_ids, LayoutParams(r=scan.r, lists=scan.lists, backend=backend)
+            self._compared, self._compared_block = True, has_block
 
     def report(self, step: int, metrics: MetricsWriter) -> None:
-        """Name each document, once per process, that was laid out as plain text (waits for the device)."""
+        """Name each document, once per process, that was laid out as plain text (waits for the device).
+
+        Raises:
+            TrainingError: the scan could not read a document, and such are to be refused.
+        """
         for sample in _flagged(self._parsed):
             self._tell(sample, step, metrics, "parser", self._loader.sample_problem(sample) or "malformed")
         for sample in _flagged(self._scanned):
             name = self._loader.sample_name(sample)
-            problem = f"{name}: the scan on the GPU cannot read the structure that the parser accepted"
+            problem = f"{name}: the scan on the GPU cannot read the structure that the loader let pass"
+            if self._malformed == "refuse":
+                raise TrainingError(
+                    f"{problem}, and data.malformed is refuse: mend the sample, or set data.malformed to causal, which "
+                    "trains it as plain text. If tools/preprocess_data.py accepted it, the kernels do not work with "
+                    "this GPU or this version of Triton"
+                )
             self._tell(sample, step, metrics, "scan", problem)
         self._parsed.clear()
         self._scanned.clear()
@@ -81,7 +104,7 @@ class Layouts:
 
 
 def raise_unless_equal(scan: StructureScan, batch: dict[str, Tensor]) -> None:
-    """The scan of a run's first microbatch must be what the loader computed on the host (waits for the device).
+    """A scan must be what the loader computed on the host (waits for the device).
 
     Raises:
         TrainingError: it is not: the kernels do not work with this GPU, driver or version of Triton.
@@ -91,7 +114,7 @@ def raise_unless_equal(scan: StructureScan, batch: dict[str, Tensor]) -> None:
         return
     flagged = int(scan.malformed.sum())
     raise TrainingError(
-        "structure_scan and the loader disagree about the first microbatch (positions or labels; the scan could not "
+        "structure_scan and the loader disagree about a microbatch (positions or labels; the scan could not "
         f"read {flagged} documents that the parser accepted), which no data can cause: the kernels do not work with "
         "this GPU or this version of Triton. Run `pytest -m gpu tests/gpu/test_structure_scan_gpu.py` there and "
         "install triton>=3.6"

@@ -93,7 +93,7 @@ class MetricsWriter:
         self._file.write(json.dumps(record) + "\n")
 
     def start(self, step: int, resumed: bool, model: ModelConfig, layers: LayerConfig) -> None:
-        """What runs from this step on; `layers` as built, `attention_backend` as configured."""
+        """What runs from this step on; `layers` without any "auto"."""
         self.write(
             "start",
             step,
@@ -102,7 +102,7 @@ class MetricsWriter:
             transformer_impl=layers.transformer_impl,
             fp8=layers.fp8,
             fp8_recipe=layers.fp8_recipe if layers.fp8 else None,
-            attention_backend=model.attention_backend,
+            attention_backend=layers.attention_backend,
         )
 
     def train(self, step: int, numbers: dict[str, float | None], lr: float, consumed_samples: int) -> None:

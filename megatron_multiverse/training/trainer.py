@@ -23,12 +23,13 @@ from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig, ch
 from megatron_multiverse.conversion.load import load_checkpoint
 from megatron_multiverse.errors import ConfigError, TrainingError
 from megatron_multiverse.files import write_json_atomic
+from megatron_multiverse.kernels.multiverse_attention import AttentionCase, choose_backend
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import save_model
 from megatron_multiverse.training.checkpoint import CheckpointManager, Stateful, TrainState
 from megatron_multiverse.training.flops import peak_tflops
-from megatron_multiverse.training.forward import Microbatch, forward_backward, tf32, validate
+from megatron_multiverse.training.forward import Microbatch, arithmetic, forward_backward, validate
 from megatron_multiverse.training.layouts import Layouts
 from megatron_multiverse.training.metrics import MetricsWriter, StepMeter, last_start
 from megatron_multiverse.training.optim import NonFiniteGuard, build_optimizer, build_scheduler, clip_gradients
@@ -82,17 +83,17 @@ def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loade
     state = TrainState(model, optimizer, scheduler, loader)
     checkpoints = CheckpointManager(config.checkpoint)
     resumed = checkpoints.resume(state)
-    layers = layers_that_run(config.layers, model)
+    layers = layers_that_run(config, model, model_config, device)
     write_run_config(dataclasses.replace(config, layers=layers), model_config, checkpoints.folder, state.step)
     if resumed:
         warn_of_other_layers(last_start(checkpoints.folder), layers)
     metrics = MetricsWriter(checkpoints.folder, config.train_iters)
     metrics.start(state.step, resumed, model_config, layers)
     guard, meter, saved_step = NonFiniteGuard(device), StepMeter(device), state.step
-    layouts, valid_layouts = Layouts(loader, device), Layouts(valid_loader, device)
-    peak, backend = peak_tflops(device, config.dtype, config.log.peak_tflops), model_config.attention_backend
+    layouts, valid_layouts = (Layouts(x, device, config.data.malformed) for x in (loader, valid_loader))
+    peak, backend = peak_tflops(device, config.dtype, config.log.peak_tflops), layers.attention_backend
 
-    with StopSignals() as stop, tf32(config.dtype), contextlib.closing(stream(loader)) as batches:
+    with StopSignals() as stop, arithmetic(config), contextlib.closing(stream(loader)) as batches:
         while state.step < config.train_iters and not stop:
             waiting = time.perf_counter()
             microbatches = [next(batches) for _ in range(config.data.num_microbatches)]
@@ -165,8 +166,7 @@ def choose_device(name: str) -> torch.device:
 
 def create_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, ModelConfig]:
     """A fresh model from `config.model` or `config.model_preset`, or the saved one that `config.init_from` names."""
-    dtype = torch.float64 if config.dtype == "float64" else torch.float32
-    compute_dtype = torch.bfloat16 if config.dtype == "bf16" else dtype
+    dtype, compute_dtype = dtypes(config)
     if config.init_from is not None:
         model, model_config = load_checkpoint(
             config.init_from, dtype=dtype, device=device, layers=config.layers, compute_dtype=compute_dtype
@@ -186,21 +186,36 @@ def create_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, 
     return model, model_config
 
 
-def layers_that_run(layers: LayerConfig, model: nn.Module) -> LayerConfig:
-    """The settings with "auto" replaced by what the model was built with."""
+def dtypes(config: TrainConfig) -> tuple[torch.dtype, torch.dtype]:
+    """Of the weights, and of the matrix products."""
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    return dtype, torch.bfloat16 if config.dtype == "bf16" else dtype
+
+
+def layers_that_run(
+    config: TrainConfig, model: nn.Module, model_config: ModelConfig, device: torch.device
+) -> LayerConfig:
+    """The settings with "auto" replaced by what runs.
+
+    Raises:
+        ConfigError: the attention backend that was asked for cannot run here.
+    """
+    layers = config.layers
     built = getattr(getattr(model, "config", None), "transformer_impl", layers.transformer_impl)
-    return dataclasses.replace(layers, transformer_impl=built)
+    case = AttentionCase(device.type, dtypes(config)[1], model_config.kv_channels, deterministic=config.deterministic)
+    backend = choose_backend(layers.attention_backend, case)
+    return dataclasses.replace(layers, transformer_impl=built, attention_backend=backend)
 
 
 def warn_of_other_layers(before: dict[str, Any] | None, layers: LayerConfig) -> None:
     """A run may go on with other layers, but its numbers are then not those of an uninterrupted one."""
-    was = (before or {}).get("transformer_impl", layers.transformer_impl)
-    if was != layers.transformer_impl:
-        logger.warning(
-            "the steps so far ran with layers.transformer_impl %s, this run goes on with %s: losses differ by rounding",
-            was,
-            layers.transformer_impl,
-        )
+    for name in ("transformer_impl", "attention_backend"):
+        was, now = (before or {}).get(name, getattr(layers, name)), getattr(layers, name)
+        if was != now:
+            logger.warning(
+                "the steps so far ran with layers.%s %s, this run goes on with %s: losses differ by rounding",
+                name, was, now,
+            )  # fmt: skip
 
 
 def write_run_config(config: TrainConfig, model_config: ModelConfig, folder: Path, step: int) -> None:

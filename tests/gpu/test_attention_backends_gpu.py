@@ -6,21 +6,27 @@ Compiling takes most of the time; with pytest-xdist four processes share it: `py
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 
 import pytest
 import torch
 from random_layouts import random_labels
+from random_tags import TAG_IDS, random_pack
 from scan_checks import lists_difference
 
 from megatron_multiverse.kernels.multiverse_attention import (
+    BACKENDS,
+    AttentionCase,
     AttentionLayout,
-    flash4_problem,
+    choose_backend,
+    flash4,
+    multiverse_attention,
     multiverse_attention_reference,
     tiles,
     visibility,
 )
-from megatron_multiverse.model.backends import multiverse_attention, select_backend
+from megatron_multiverse.kernels.structure_scan import structure_scan
 
 if torch.cuda.is_available():
     # Before torch loads its cuDNN: megatron-core imports TransformerEngine, which fails on symbols of another one then.
@@ -33,10 +39,18 @@ BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {BF16: 1e-2, FP16: 2e-3}
 
 
+MAY_LACK_FLASH4 = os.environ.get("MULTIVERSE_WITHOUT_FLASH4") == "1"
+"""On Hopper a broken installation of flash-attn-4 fails these tests, unless this says that it is not there."""
+
+
 def skip_unless(name: str, dtype: torch.dtype, dim: int) -> None:
-    if name == "flash4" and (problem := flash4_problem("cuda", dtype, dim)):
+    if name == "auto":
+        return
+    case = AttentionCase("cuda", dtype, dim)
+    problem = BACKENDS[name].problem(case)
+    if problem and name == "flash4" and (MAY_LACK_FLASH4 or torch.cuda.get_device_capability()[0] != 9):
         pytest.skip(problem)
-    select_backend(name, "cuda", dtype, dim)
+    choose_backend(name, case)
 
 
 def draw(s: int, b: int, heads: int, dim: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -72,7 +86,7 @@ def compare(got, want, dtype, note) -> None:
         assert worst < 6 * TOLERANCE[dtype] * max(scale, 1.0), (kind, note, worst)
 
 
-def check(name, layout: AttentionLayout, h, g, dim, dtype, seed) -> None:
+def check(name, layout: AttentionLayout, h, g, dim, dtype, seed, scale=None) -> None:
     """Output and all gradients against float64 by explicit matrices."""
     skip_unless(name, dtype, dim)
     b, s_q, s_k = layout.shape
@@ -81,11 +95,11 @@ def check(name, layout: AttentionLayout, h, g, dim, dtype, seed) -> None:
     upstream = draw(s_q, b, h, dim, dtype, seed + 3)
     poison_lists(layout)
     poison(*inputs, upstream)
-    out = multiverse_attention(*inputs, layout, backend=name)
+    out = multiverse_attention(*inputs, layout, softmax_scale=scale, backend=name)
     grads = torch.autograd.grad(out, inputs, upstream)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     visible = visibility(layout.r, layout.index, layout.key_r, layout.key_index)
-    want = multiverse_attention_reference(*exact, visible)
+    want = multiverse_attention_reference(*exact, visible, scale)
     want_grads = torch.autograd.grad(want, exact, upstream.double())
     compare((out, *grads), (want, *want_grads), dtype, (layout.shape, seed))
     lonely = ~visible.any(-1)[:, 0]  # [b, s_q]
@@ -108,6 +122,19 @@ def test_flash4_equals_float64_on_random_trees(h, g, dim, dtype) -> None:
         check("flash4", AttentionLayout(labels(s, 2, seed)), h, g, dim, dtype, seed)
 
 
+@pytest.mark.parametrize(("h", "g", "dim", "dtype"), [(4, 4, 64, BF16), (4, 1, 128, FP16), (8, 2, 64, FP16)])
+def test_flash4_takes_other_widths_and_dtypes(h, g, dim, dtype) -> None:
+    """A single tile among the lengths, and tokens in any order."""
+    for seed, s in enumerate((100, 128, 700)):
+        check("flash4", AttentionLayout(labels(s, 2, seed)), h, g, dim, dtype, seed)
+    check("flash4", AttentionLayout(*shuffled(700, 1)), h, g, dim, dtype, 1)
+
+
+@pytest.mark.parametrize("name", ["flash4", "flex", "dense"])
+def test_the_scale_of_the_scores_is_taken(name) -> None:
+    check(name, AttentionLayout(labels(1000, 2, 1)), 8, 2, 64, BF16, 1, scale=0.3)
+
+
 def test_flash4_takes_groups_that_do_not_divide_a_tile() -> None:
     for seed in range(4):
         check("flash4", AttentionLayout(labels(500 + 60 * seed, 2, seed)), 10, 2, 128, BF16, seed)
@@ -120,7 +147,7 @@ def test_flex_equals_float64_on_random_trees() -> None:
         check("flex", AttentionLayout(labels(rng.randint(897, 1024), 2, seed)), 8, 2, 64, BF16, seed)
 
 
-BACKENDS = [("flash4", 128), ("flex", 64), ("dense", 64)]
+KINDS = [("flash4", 128), ("flex", 64), ("dense", 64)]
 
 
 def shuffled(s: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,13 +158,13 @@ def shuffled(s: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return labels(s, 2, seed)[:, order.cuda()], order.int().cuda().expand(2, -1)
 
 
-@pytest.mark.parametrize(("name", "dim"), BACKENDS)
+@pytest.mark.parametrize(("name", "dim"), KINDS)
 def test_permuted_tokens(name, dim) -> None:
     for seed in range(10):
         check(name, AttentionLayout(*shuffled(1000, seed)), 8, 2, dim, BF16, seed)
 
 
-@pytest.mark.parametrize(("name", "dim"), BACKENDS)
+@pytest.mark.parametrize(("name", "dim"), KINDS)
 def test_local_queries_see_all_keys(name, dim) -> None:
     """Context parallelism: a slice of the queries against all keys."""
     for seed in range(10):
@@ -146,7 +173,7 @@ def test_local_queries_see_all_keys(name, dim) -> None:
         check(name, AttentionLayout(r[:, part], index[:, part], r, index), 8, 2, dim, BF16, seed)
 
 
-@pytest.mark.parametrize(("name", "dim"), BACKENDS)
+@pytest.mark.parametrize(("name", "dim"), KINDS)
 def test_queries_that_see_nothing_get_zeros(name, dim) -> None:
     """The first queries of a sequence against its middle: whole tiles see nothing."""
     for seed in range(3):
@@ -158,31 +185,53 @@ def test_queries_that_see_nothing_get_zeros(name, dim) -> None:
 
 
 @pytest.mark.parametrize(("name", "dim"), [("flash4", 128), ("flex", 64)])
-def test_lists_from_outside(name, dim) -> None:
+def test_lists_of_a_scan_are_used_and_right(name, dim) -> None:
+    """The scan's own lists; those of other labels give another result."""
     for seed in range(3):
-        r = labels(1024, 2, seed)
-        lists = tiles.tile_lists_reference(tiles.tile_bounds_reference(r))
-        check(name, AttentionLayout(r, lists=lists), 8, 2, dim, BF16, seed)
+        pack = random_pack(seed, depth=3)
+        ids, spans = pack.ids[None, :1024].cuda(), pack.documents[None].cuda()
+        ids = torch.nn.functional.pad(ids, (0, 1024 - ids.shape[1]), value=40)
+        scan = structure_scan(ids, spans, torch.tensor(TAG_IDS, device="cuda"))
+        check(name, AttentionLayout(scan.r, lists=scan.lists), 8, 2, dim, BF16, seed)
+    r, none = torch.arange(1024, device="cuda")[None], torch.arange(1024, 0, -1, device="cuda")[None]
+    q, k, v = (draw(1024, 1, heads, dim, BF16, heads) for heads in (8, 2, 2))
+    right, wrong = (
+        multiverse_attention(q, k, v, AttentionLayout(r, lists=tiles.tile_lists(x)), backend=name) for x in (r, none)
+    )
+    assert (right[:, :, 256:] - wrong[:, :, 256:]).abs().max() > 0.1
 
 
-def test_deterministic_gradients_are_the_same_bits_in_every_run() -> None:
-    h, g, dim = 8, 2, 128
-    skip_unless("flash4", BF16, dim)
+@contextlib.contextmanager
+def deterministic():
     torch.use_deterministic_algorithms(True)
     try:
-        for seed in range(4):
-            check("flash4", AttentionLayout(labels(700 + 100 * seed, 2, seed)), h, g, dim, BF16, seed)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("h", "g", "dim", "dtype"), [(8, 2, 128, BF16), (10, 2, 128, BF16), (4, 4, 64, BF16), (4, 1, 64, FP16)]
+)
+def test_deterministic_gradients_are_the_same_bits_in_every_run(h, g, dim, dtype) -> None:
+    skip_unless("flash4", dtype, dim)
+    with deterministic():
+        for seed in range(3):
+            check("flash4", AttentionLayout(labels(700 + 100 * seed, 2, seed)), h, g, dim, dtype, seed)
         r = labels(8192, 2, 5)
-        inputs = [draw(8192, 2, heads, dim, BF16, heads).requires_grad_() for heads in (h, g, g)]
-        upstream = draw(8192, 2, h, dim, BF16, 9)
+        inputs = [draw(8192, 2, heads, dim, dtype, heads).requires_grad_() for heads in (h, g, g)]
+        upstream = draw(8192, 2, h, dim, dtype, 9)
         runs = []
         for _ in range(5):
             out = multiverse_attention(*inputs, AttentionLayout(r), backend="auto")
             runs.append((out, *torch.autograd.grad(out, inputs, upstream)))
         for run in runs[1:]:
             assert all(torch.equal(x, y) for x, y in zip(run, runs[0], strict=True))
-    finally:
-        torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_attention_of_tokens_in_any_order_takes_flex() -> None:
+    with deterministic():
+        check("auto", AttentionLayout(*shuffled(1000, 1)), 8, 2, 64, BF16, 1)
 
 
 def test_131072_tokens() -> None:
@@ -253,12 +302,11 @@ def test_tile_lists_equal_the_plain_ones(s, permuted) -> None:
 
 def test_preparing_flash4_does_not_wait_for_the_device() -> None:
     skip_unless("flash4", BF16, 128)
-    backend = select_backend("flash4", "cuda", BF16, 128)
-    r = labels(1000, 1, 0)
-    backend.prepare(AttentionLayout(r), BF16).backward(128)
+    case, r = AttentionCase("cuda", BF16, 128), labels(1000, 1, 0)
+    assert flash4.flash4_plan(AttentionLayout(r), case).backward is not None
     torch.cuda.set_sync_debug_mode("error")
     try:
-        backend.prepare(AttentionLayout(r), BF16).backward(128)
+        assert flash4.flash4_plan(AttentionLayout(r), case).backward is not None
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -276,7 +324,7 @@ def test_training_losses_agree_across_backends() -> None:
         num_layers=2, hidden_size=256, ffn_hidden_size=512, num_attention_heads=8, num_query_groups=2, kv_channels=64,
         vocab_size=128, max_sequence_length=512,
     )  # fmt: skip
-    names = ["dense", "flex"] + ["flash4"] * (flash4_problem("cuda", BF16, 64) is None)
+    names = ["dense", "flex"] + ["flash4"] * (BACKENDS["flash4"].problem(AttentionCase("cuda", BF16, 64)) is None)
     curves = {}
     for name in names:
         model = build_gpt_model(config, dtype=BF16, device="cuda", seed=1)
@@ -286,7 +334,7 @@ def test_training_losses_agree_across_backends() -> None:
             generator = torch.Generator().manual_seed(step % 4)
             ids = torch.randint(0, 128, (2, 384), generator=generator).cuda()
             positions = torch.arange(384).expand(2, -1).cuda()
-            params = LayoutParams(r=labels(384, 2, step % 4), backend=name)
+            params = LayoutParams.from_labels(labels(384, 2, step % 4), backend=name)
             loss = model(ids, positions, None, packed_seq_params=params, labels=ids.roll(-1, 1)).mean()
             optimizer.zero_grad()
             loss.backward()

@@ -53,9 +53,9 @@ def run(model, data, *, backend: str = "auto", autocast: bool = False):
     model.zero_grad()
     precision = [torch.autocast("cuda", BF16) if autocast else contextlib.nullcontext() for _ in range(3)]
     with torch.no_grad(), precision[0]:
-        logits = model(ids, positions, None, packed_seq_params=LayoutParams(r=r, backend=backend))
+        logits = model(ids, positions, None, packed_seq_params=LayoutParams.from_labels(r, backend=backend))
     with precision[1]:
-        params = LayoutParams(r=r, backend=backend)
+        params = LayoutParams.from_labels(r, backend=backend)
         loss = model(ids, positions, None, packed_seq_params=params, labels=ids.roll(-1, 1)).mean()
     with precision[2] if model.config.recompute_granularity else contextlib.nullcontext():
         loss.backward()
@@ -145,7 +145,7 @@ def test_fp8_trains_like_bf16(fp8, recipe) -> None:
         for step in range(60):
             ids, positions, r = (x.cuda() for x in batch(step % 2))
             with torch.autocast("cuda", BF16):
-                params = LayoutParams(r=r)
+                params = LayoutParams.from_labels(r)
                 loss = model(ids, positions, None, packed_seq_params=params, labels=ids.roll(-1, 1)).mean()
             optimizer.zero_grad()
             loss.backward()

@@ -163,12 +163,13 @@ def test_the_trainer_takes_the_scan_and_names_what_it_cannot_read(tmp_path: Path
     pack = next(pack for pack in (random_pack(seed) for seed in range(50)) if sum(pack.malformed) == 1)
     bad = pack.malformed.index(True)
     batch = {
+        "input_ids": pack.ids[None],
         "documents": pack.documents[None],
         "sample_ids": torch.arange(len(pack.malformed))[None] + 70,
         "position_ids": torch.from_numpy(pack.layout.position_ids)[None],
         "r": torch.from_numpy(pack.layout.r)[None],
     }
-    layouts = Layouts(OneBatch(), torch.device("cuda"))
+    layouts = Layouts(OneBatch(), torch.device("cuda"), "causal")
     ids = pack.ids[None].cuda()
     layouts.place(batch, ids, "auto")
     torch.cuda.set_sync_debug_mode("error")
@@ -176,8 +177,8 @@ def test_the_trainer_takes_the_scan_and_names_what_it_cannot_read(tmp_path: Path
         position_ids, params = layouts.place(batch, ids, "auto")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert isinstance(params, LayoutParams) and params.lists is not None
-    assert torch.equal(position_ids.cpu(), batch["position_ids"]) and torch.equal(params.r.cpu(), batch["r"])
+    assert isinstance(params, LayoutParams) and params.layout.lists is not None
+    assert torch.equal(position_ids.cpu(), batch["position_ids"]) and torch.equal(params.layout.r.cpu(), batch["r"])
     metrics = MetricsWriter(tmp_path, 1)
     layouts.report(3, metrics)
     lines = metrics.path.read_text().splitlines()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_multiverse.config import TrainConfig
+from megatron_multiverse.kernels.multiverse_attention import BACKENDS, AttentionCase
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import qwen3
 from megatron_multiverse.model.gpt import build_gpt_model
@@ -67,20 +69,29 @@ def test_logits_equal_the_cpu(dtype: torch.dtype, atol: float) -> None:
         model = build_gpt_model(MODEL, dtype=dtype, device=device, seed=1)
         ids, positions, r = (batch[name].to(device) for name in ("input_ids", "position_ids", "r"))
         with torch.no_grad():
-            outputs.append(model(ids, positions, None, packed_seq_params=LayoutParams(r=r)).cpu())
+            outputs.append(model(ids, positions, None, packed_seq_params=LayoutParams.from_labels(r)).cpu())
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bf16"])
-def test_a_resumed_run_is_bit_equal(tmp_path: Path, dtype: str) -> None:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        train(config(tmp_path / "a", dtype=dtype), Loader())
-        train(config(tmp_path / "b", dtype=dtype), Loader())
-        assert (tmp_path / "b" / "iter_0000003").is_dir()
-        (tmp_path / "b" / "latest_checkpointed_iteration.txt").write_text("3\n")
-        train(config(tmp_path / "b", dtype=dtype), Loader())
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.mark.parametrize(
+    ("dtype", "kv_channels", "layers", "backend"),
+    [
+        ("float32", 16, {}, "dense"),
+        ("bf16", 16, {}, "flex"),
+        ("bf16", 64, {}, "flash4"),
+        ("bf16", 64, {"recompute_granularity": "full"}, "flash4"),
+    ],
+)
+def test_a_resumed_deterministic_run_is_bit_equal(tmp_path: Path, dtype, kv_channels, layers, backend) -> None:
+    if backend == "flash4" and (problem := BACKENDS["flash4"].problem(AttentionCase("cuda", torch.bfloat16, 64))):
+        pytest.skip(problem)
+    model = dataclasses.replace(MODEL, kv_channels=kv_channels)
+    settings = {"dtype": dtype, "deterministic": True, "model": model, "layers": layers}
+    for run in "abb":
+        if (tmp_path / run).exists():
+            assert (tmp_path / run / "iter_0000003").is_dir()
+            (tmp_path / run / "latest_checkpointed_iteration.txt").write_text("3\n")
+        train(config(tmp_path / run, **settings), Loader())
     a, b = (weight_state(load_model(tmp_path / run / "model")[0]) for run in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert f'"attention_backend": "{backend}"' in (tmp_path / "a" / "metrics.jsonl").read_text()

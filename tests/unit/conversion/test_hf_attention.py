@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
+from megatron_multiverse.conversion import hf_attention
 from megatron_multiverse.conversion.hf_attention import model_inputs, register_attention
 from megatron_multiverse.errors import ConfigError, StructureError
 from megatron_multiverse.model.attention import LayoutParams
@@ -54,7 +57,7 @@ def test_loss_and_gradients_equal_our_model(models) -> None:
     got = hf(**inputs)
     got.loss.backward()
     ids, labels = inputs["input_ids"], inputs["labels"]
-    params = LayoutParams(r=inputs["r"])
+    params = LayoutParams.from_labels(inputs["r"])
     per_token = ours(ids, inputs["position_ids"], None, packed_seq_params=params, labels=labels.clamp(0).roll(-1, 1))
     trained = (labels != -100).roll(-1, 1)
     assert not trained[0, -1] and 10 < trained.sum() < ids.numel()
@@ -72,7 +75,7 @@ def test_logits_equal_our_model_and_differ_from_plain_causal(models) -> None:
     del inputs["labels"]
     with torch.no_grad():
         got = hf(**inputs).logits
-        params = LayoutParams(r=inputs["r"])
+        params = LayoutParams.from_labels(inputs["r"])
         want = ours(inputs["input_ids"], inputs["position_ids"], None, packed_seq_params=params)
         hf.set_attn_implementation("sdpa")
         causal = hf(inputs["input_ids"], use_cache=False).logits
@@ -80,6 +83,18 @@ def test_logits_equal_our_model_and_differ_from_plain_causal(models) -> None:
     scale = want.abs().max()
     assert (got - want).abs().max() <= 1e-5 * scale
     assert (causal - want).abs().max() > 1e-2 * scale
+
+
+def test_a_layout_lives_as_long_as_the_labels_of_its_pass(models) -> None:
+    hf, _ = models
+    inputs = model_inputs([0, 0], response(), VOCAB)
+    before = len(hf_attention._layouts)
+    with torch.no_grad():
+        hf(**inputs)
+    assert len(hf_attention._layouts) == before + 1
+    del inputs
+    gc.collect()
+    assert len(hf_attention._layouts) == before
 
 
 def test_checkpointed_training_gives_the_same_gradient(models) -> None:

@@ -188,7 +188,7 @@ def forward_logits(model: nn.Module, prompt: Sequence[int], result: Result) -> T
     """Logits [prompt + answer, vocab] of one teacher-forced forward over the layout that structure/ gives."""
     ids = [*prompt, *result.token_ids]
     plan = layout(parse(ids, VOCAB, prompt_length=len(prompt), strict=False))
-    params = LayoutParams(r=torch.from_numpy(plan.r)[None].long(), backend="dense")
+    params = LayoutParams.from_labels(torch.from_numpy(plan.r)[None].long(), backend="dense")
     positions = torch.from_numpy(plan.position_ids)[None].long()
     with torch.no_grad():
         return model(torch.tensor([ids]), positions, None, packed_seq_params=params)[0]

@@ -12,7 +12,7 @@ import torch
 
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.benchmarks import record
-from megatron_multiverse.kernels.benchmarks.layouts import LAYOUTS, Labels, Spans, document, make_labels
+from megatron_multiverse.kernels.benchmarks.layouts import LAYOUTS, TAG_IDS, document, make_labels
 from megatron_multiverse.kernels.multiverse_attention import visibility
 
 
@@ -29,30 +29,30 @@ def test_the_recorded_command_can_be_run_elsewhere(monkeypatch: pytest.MonkeyPat
     assert record._arguments() == ["--lengths", "512", "--dim", "64"]
 
 
-class Counted(Labels):
-    def __init__(self, n: int) -> None:
-        super().__init__(n)
-        self.paths: list[int] = []
-        self.outer = self.nested = self.end = 0
-
-    def block(self, spans: Spans) -> None:
-        self.paths += [b - a for a, b in spans]
-        inside = spans[-1][1] <= self.end
-        self.outer, self.nested = self.outer + (not inside), self.nested + inside
-        self.end = max(self.end, spans[-1][1])
-        super().block(spans)
-
-
 def test_the_realistic_document_has_the_statistics_of_the_data() -> None:
     """24 documents: a path has 169 tokens in the mean and 56 in the median, a block 2.35 paths, 52 of 185 blocks are
     nested, 41 % of the tokens stand in paths."""
-    labels = Counted(2_000_000)
-    document(labels, random.Random(1), 0, 2_000_000)
-    assert statistics.mean(labels.paths) == pytest.approx(169, rel=0.1)
-    assert statistics.median(labels.paths) == pytest.approx(56, rel=0.1)
-    assert len(labels.paths) / (labels.outer + labels.nested) == pytest.approx(2.35, rel=0.05)
-    assert labels.nested / labels.outer == pytest.approx(52 / 133, rel=0.1)
-    assert labels.in_paths / 2_000_000 == pytest.approx(0.41, rel=0.05)
+    n = 400_000
+    ids = document(random.Random(1), n)
+    parallel, end_parallel, end_goal, end_path = (TAG_IDS[tag] for tag in (2, 3, 5, 9))
+    paths, begins, blocks, nested, in_paths, depth = [], [], 0, 0, 0, 0
+    for i, token in enumerate(ids):
+        if token == parallel:
+            blocks, nested, depth = blocks + 1, nested + (depth > 0), depth + 1
+        elif token == end_parallel:
+            depth -= 1
+            begins.pop()
+        elif token == end_goal:
+            begins.append(i + 1)
+        elif token == end_path:
+            paths.append(i + 1 - begins[-1])
+            in_paths += paths[-1] if depth == 1 else 0
+            begins[-1] = i + 1
+    assert statistics.mean(paths) == pytest.approx(169, rel=0.1)
+    assert statistics.median(paths) == pytest.approx(56, rel=0.1)
+    assert len(paths) / blocks == pytest.approx(2.35, rel=0.05)
+    assert nested / (blocks - nested) == pytest.approx(52 / 133, rel=0.1)
+    assert in_paths / n == pytest.approx(0.41, rel=0.07)
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
@@ -60,7 +60,8 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 
 def test_running_a_case_again_replaces_that_case_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "environment", lambda: {"gpu": "NVIDIA X", "versions": {}, "command": "c", "date": "d"})
+    made = {"gpu": "NVIDIA X", "versions": {"torch": "2"}, "command": "c", "date": "d"}
+    monkeypatch.setattr(record, "environment", lambda commit: made | {"commit": commit})
     first = record.Recorder("speed", str(tmp_path), "one", key=("case", "tokens"))
     first.add(case="a", tokens=8, ms=1.0)
     first.add(case="b", tokens=8, ms=2.0, tags=6)
@@ -72,18 +73,7 @@ def test_running_a_case_again_replaces_that_case_alone(tmp_path: Path, monkeypat
     assert got == [("a", 8, 1.0, "one"), ("b", 8, 3.0, "two"), ("b", 16, 4.0, "two")]
     table = (tmp_path / "speed_x.md").read_text()
     assert "| a | 8 | 1.0 |  | one |" in table and "| b | 16 | 4.0 |  | two |" in table
-
-
-def test_notes_of_rows_outlive_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "environment", lambda: {"gpu": "X", "versions": {}, "command": "c", "date": "d"})
-    old = {"case": "a", "ms": 1.0, "commit": "one", "note": "by hand"}
-    (tmp_path / "speed_x.jsonl").write_text(json.dumps(old) + "\n")
-    recorder = record.Recorder("speed", str(tmp_path), "two", key=("case",))
-    recorder.add(case="b", ms=2.0)
-    recorder.table("note")
-    text = (tmp_path / "speed_x.md").read_text()
-    assert "- Rows of one: by hand" in text and "Rows of two" not in text and "| a | 1.0 | one |" in text
-    assert rows(tmp_path / "speed_x.jsonl")[0] == old
+    assert table.endswith("- one, d, torch 2: `c`\n- two, d, torch 2: `c`\n")
 
 
 def test_a_benchmark_without_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,9 +82,11 @@ def test_a_benchmark_without_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.M
         record.Recorder("speed", str(tmp_path), None, key=("case",))
 
 
-@pytest.mark.parametrize(("changes", "commit"), [("", "abc"), (" M file", "abc-dirty")])
-def test_a_changed_working_tree_is_named(changes: str, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("head", "changes", "commit"), [("abc", "", "abc"), ("abc", " M file", "abc-dirty"), ("", "", "told")]
+)
+def test_a_changed_working_tree_is_named(head: str, changes: str, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X")
-    monkeypatch.setattr(record, "_git", lambda verb, *rest: {"rev-parse": "abc", "status": changes}[verb])
-    assert record.environment()["commit"] == commit
+    monkeypatch.setattr(record, "_git", lambda verb, *rest: {"rev-parse": head, "status": changes}[verb])
+    assert record.environment("told")["commit"] == commit

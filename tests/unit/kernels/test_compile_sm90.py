@@ -62,6 +62,7 @@ def launch_tiles() -> None:
         bounds = tiles_triton.tile_bounds_triton(r, index)
         tiles_triton.tile_lists_triton(bounds)
     tiles_triton.tile_lists_triton(tiles_triton.tile_bounds_triton(r[:, :8192], r[:, :8192]), bounds)
+    tiles_triton.tile_lists_triton(tiles_triton.tile_bounds_triton(r, size=80), tiles_triton.tile_bounds_triton(r))
 
 
 def launch_rope() -> None:

@@ -25,8 +25,8 @@ from random_tags import (
 )
 
 from megatron_multiverse.kernels import structure_scan as package
-from megatron_multiverse.kernels.benchmarks.tagged import TAG_IDS as BENCHMARK_TAGS
-from megatron_multiverse.kernels.benchmarks.tagged import TAGGED, make_ids
+from megatron_multiverse.kernels.benchmarks.layouts import LAYOUTS, make_ids
+from megatron_multiverse.kernels.benchmarks.layouts import TAG_IDS as BENCHMARK_TAGS
 from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan, structure_scan_reference
 from megatron_multiverse.kernels.structure_scan.reference import END_CONCLUSION, THINK
 from megatron_multiverse.kernels.structure_scan.scan import narrow
@@ -154,7 +154,7 @@ def test_shapes_that_do_not_fit_are_refused(
         structure_scan(ids, documents, tags)
 
 
-@pytest.mark.parametrize("name", TAGGED)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_benchmark_ids_are_well_formed_and_fill_the_row(name: str) -> None:
     ids, documents = make_ids(name, 8192, rows=8)
     scan = structure_scan(ids, documents, torch.tensor(BENCHMARK_TAGS))

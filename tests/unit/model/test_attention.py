@@ -7,11 +7,11 @@ import torch
 
 from megatron_multiverse.kernels.multiverse_attention import (
     AttentionLayout,
+    multiverse_attention,
     multiverse_attention_reference,
     visibility,
 )
 from megatron_multiverse.model.attention import LayoutParams
-from megatron_multiverse.model.backends import multiverse_attention
 
 
 def by_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: AttentionLayout) -> torch.Tensor:
@@ -85,13 +85,12 @@ def test_visibility_equals_the_structure_package() -> None:
 
 
 def test_mask_is_built_once_for_all_layers_and_freed_with_the_params() -> None:
-    params = LayoutParams(r=torch.arange(6, dtype=torch.int32)[None])
+    params = LayoutParams.from_labels(torch.arange(6, dtype=torch.int32)[None])
     q = torch.randn(6, 1, 2, 4)
     first = params.attend(q, q, q, layer_number=1, softmax_scale=0.5)
-    assert params._layout is not None
-    (plan,) = params._layout._plans.values()
+    (plan,) = params.layout._plans.values()
     params.attend(q, q, q, layer_number=2, softmax_scale=0.5)
-    assert list(params._layout._plans.values()) == [plan] and plan.mask.dtype == torch.bool
+    assert list(params.layout._plans.values()) == [plan] and plan.mask.dtype == torch.bool
     assert first.shape == (6, 1, 8)
     mask = weakref.ref(plan.mask)
     del plan, params

@@ -56,9 +56,9 @@ def test_logits_equal_transformers(name: str) -> None:
     ids, position_ids, r = random_batch(1)
     with torch.no_grad():
         want = hf(input_ids=ids, position_ids=position_ids, attention_mask=oracle_mask(r)).logits
-        got = model(ids, position_ids, None, packed_seq_params=LayoutParams(r=r))
+        got = model(ids, position_ids, None, packed_seq_params=LayoutParams.from_labels(r))
         other_r = model(ids, position_ids, None, packed_seq_params=LayoutParams.causal(ids))
-        other_ids = model(ids, position_ids.flip(1), None, packed_seq_params=LayoutParams(r=r))
+        other_ids = model(ids, position_ids.flip(1), None, packed_seq_params=LayoutParams.from_labels(r))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     assert (other_r - want).abs().max() > 1e-3  # the comparison can see a wrong mask
     assert (other_ids - want).abs().max() > 1e-3  # and wrong positions
@@ -70,14 +70,14 @@ def test_float64_is_float64_throughout() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     ids, position_ids, r = random_batch(2, b=1)
     with torch.no_grad():
-        alone = model(ids, position_ids, None, packed_seq_params=LayoutParams(r=r))
+        alone = model(ids, position_ids, None, packed_seq_params=LayoutParams.from_labels(r))
         twice = model(
             ids.repeat(2, 1),
             position_ids.repeat(2, 1),
             None,
-            packed_seq_params=LayoutParams(r=r.repeat(2, 1)),
+            packed_seq_params=LayoutParams.from_labels(r.repeat(2, 1)),
         )
-        moved = model(ids, position_ids + 100, None, packed_seq_params=LayoutParams(r=r))
+        moved = model(ids, position_ids + 100, None, packed_seq_params=LayoutParams.from_labels(r))
     assert alone.dtype == torch.float64
     torch.testing.assert_close(twice[1:], alone, rtol=0, atol=1e-12)
     torch.testing.assert_close(moved, alone, rtol=0, atol=1e-11)  # rotary depends on differences alone
@@ -92,7 +92,7 @@ def test_gradients_equal_transformers() -> None:
     ids, position_ids, r = random_batch(3)
     logits = hf(input_ids=ids, position_ids=position_ids, attention_mask=oracle_mask(r)).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten()).backward()
-    loss = model(ids, position_ids, None, packed_seq_params=LayoutParams(r=r), labels=ids.roll(-1, 1)).mean()
+    loss = model(ids, position_ids, None, packed_seq_params=LayoutParams.from_labels(r), labels=ids.roll(-1, 1)).mean()
     loss.backward()
     torch.testing.assert_close(
         model.embedding.word_embeddings.weight.grad, hf.model.embed_tokens.weight.grad, rtol=0, atol=1e-6
@@ -118,10 +118,10 @@ def test_wrong_calls_are_explained() -> None:
     ids, position_ids, r = random_batch(4)
     with pytest.raises(ConfigError, match="LayoutParams"):
         model(ids, position_ids, None)
-    with pytest.raises(ConfigError, match=r"\(2, 24\)"):
-        model(ids, position_ids, None, packed_seq_params=LayoutParams(r=r[:, :-1]))
+    with pytest.raises(ConfigError, match=r"\(2, 24, 24\), got \(2, 23, 23\)"):
+        model(ids, position_ids, None, packed_seq_params=LayoutParams.from_labels(r[:, :-1]))
     with pytest.raises(ConfigError, match="unknown attention_backend 'flesh'"):
-        model(ids, position_ids, None, packed_seq_params=LayoutParams(r=r, backend="flesh"))
+        model(ids, position_ids, None, packed_seq_params=LayoutParams.from_labels(r, backend="flesh"))
 
 
 def test_llama_scaling_and_biases_everywhere_equal_transformers() -> None:
@@ -139,10 +139,10 @@ def test_llama_scaling_and_biases_everywhere_equal_transformers() -> None:
     ids, position_ids, r = random_batch(5)
     with torch.no_grad():
         want = hf(input_ids=ids, position_ids=position_ids, attention_mask=oracle_mask(r)).logits
-        got = model(ids, position_ids, None, packed_seq_params=LayoutParams(r=r))
+        got = model(ids, position_ids, None, packed_seq_params=LayoutParams.from_labels(r))
         plain = build_gpt_model(dataclasses.replace(config, rope_scaling=None))
         load_weights(plain, weights, source="transformers")
-        unscaled = plain(ids, position_ids, None, packed_seq_params=LayoutParams(r=r))
+        unscaled = plain(ids, position_ids, None, packed_seq_params=LayoutParams.from_labels(r))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     assert (unscaled - want).abs().max() > 3e-5
 

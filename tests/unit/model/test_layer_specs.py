@@ -97,10 +97,10 @@ def test_what_transformer_engine_cannot_do_is_refused(installed, monkeypatch) ->
     ("settings", "message"),
     [
         ({"transformer_impl": "te"}, "allowed: auto, local, transformer_engine"),
-        ({"fp8": "e5m2"}, "allowed: None, e4m3, hybrid"),
+        ({"fp8": "e5m2"}, "allowed: e4m3, hybrid, None"),
         ({"fp8": "hybrid", "transformer_impl": "local"}, "needs TransformerEngine's layers"),
         ({"fp8_recipe": "delayed"}, "allowed: tensorwise, blockwise"),
-        ({"recompute_granularity": "some"}, "allowed: None, selective, full"),
+        ({"recompute_granularity": "some"}, "allowed: selective, full, None"),
         ({"recompute_modules": ("mlp", "moe")}, r"\['moe'\] unknown, allowed: core_attn, mlp, layernorm"),
         ({"recompute_num_layers": 0}, "at least 1, got 0"),
         ({"fp8_recipe": "blockwise"}, r"fp8_recipe 'blockwise' has no effect without layers.fp8 e4m3 or hybrid"),

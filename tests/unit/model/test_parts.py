@@ -8,10 +8,11 @@ import torch
 
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.rope import inverse_frequencies, rope_angles, rope_reference
-from megatron_multiverse.model.attention import LayoutParams
+from megatron_multiverse.model.attention import CoreAttention, LayoutParams
 from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.model.families import preset, qwen2, qwen3
 from megatron_multiverse.model.gpt import build_gpt_model, transformer_config
+from megatron_multiverse.model.layer_specs import get_final_norm, get_gpt_layer_spec
 from megatron_multiverse.model.norm import RMSNorm
 from megatron_multiverse.model.residual import residual_add
 from megatron_multiverse.model.rotary import PositionIdRotary
@@ -76,8 +77,30 @@ def test_positions_come_from_the_pass_alone() -> None:
     assert torch.equal(first, again) and not torch.allclose(first, second, atol=1e-3)
     with pytest.raises(ConfigError, match="position_ids are missing"):
         model(ids, None, None, packed_seq_params=params)
-    with pytest.raises(ConfigError, match="no rotary table"):
+    with pytest.raises(ConfigError, match="no rotary_table"):
         model.decoder(torch.zeros(8, 1, 64), None, packed_seq_params=LayoutParams.causal(ids))
+
+
+def test_what_our_layers_do_not_have_is_refused() -> None:
+    """megatron-core's own defaults for dropout among it, and a rotation beside ours."""
+    for name, value in (("hidden_dropout", 0.1), ("attention_dropout", 0.1), ("window_size", (2, 0))):
+        config = transformer_config(preset("tiny"), torch.float32)
+        setattr(config, name, value)
+        with pytest.raises(ConfigError, match=rf"have no {name} \(given: {name} "):
+            CoreAttention(config, 1, None, "self")
+    model = build_gpt_model(preset("tiny"))
+    ids, x = torch.arange(8)[None], torch.zeros(8, 1, 64)
+    params = LayoutParams.causal(ids)
+    params.rotary_table = PositionIdRotary(model.config.kv_channels, 1e6).table(ids)
+    with pytest.raises(ConfigError, match="position_embedding_type='none'"):
+        model.decoder(x, None, rotary_pos_emb=torch.zeros(8, 1, 1, model.config.kv_channels), packed_seq_params=params)
+    attention = model.decoder.layers[0].self_attention.core_attention
+    with pytest.raises(ConfigError, match="no attention_bias"):
+        attention(x, x, x, None, attention_bias=x, packed_seq_params=params)
+    for impl in ("auto", "transformer_engin"):
+        for function in (get_gpt_layer_spec, get_final_norm):
+            with pytest.raises(ConfigError, match=f"{impl!r}, allowed: local, transformer_engine"):
+                function(impl)
 
 
 def test_norm_and_residual_keep_their_precision() -> None:
@@ -124,5 +147,5 @@ def test_attention_runs_in_the_dtype_of_autocast() -> None:
 
     ids = torch.arange(8)[None]
     with torch.autocast("cpu", torch.bfloat16):
-        model(ids, ids, None, packed_seq_params=Params(r=ids.int()))
+        model(ids, ids, None, packed_seq_params=Params.from_labels(ids.int()))
     assert seen == [torch.bfloat16] * 3

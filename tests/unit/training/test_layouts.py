@@ -151,19 +151,39 @@ def test_an_interrupted_run_has_named_what_it_does_not_see_again(
 def test_what_the_scan_alone_cannot_read_is_named_too(dataset: SFTDataset, tmp_path: Path) -> None:
     """A loader that hands a broken response to the scan; on the CPU, where the scan is the reference."""
     loader = make_loader(dataset)
-    layouts = Layouts(loader, torch.device("cpu"))
-    layouts._tag_ids = torch.tensor(dataset.structure_vocab.tag_ids)
+    layouts, strict = (Layouts(loader, torch.device("cpu"), policy) for policy in ("causal", "refuse"))
+    layouts._tag_ids = strict._tag_ids = torch.tensor(dataset.structure_vocab.tag_ids)
     batches = [b for b in islice(loader, loader.batches_per_epoch) if b["malformed"].any()]
     broken = set()
     for batch in batches:
         flags = batch.pop("malformed")
         batch["documents"][..., 1] = torch.where(flags, batch["documents"][..., 0], batch["documents"][..., 1])
         position_ids, params = layouts.place(batch, batch["input_ids"], "dense")
-        assert torch.equal(position_ids.long(), batch["position_ids"]) and params.lists is not None
-        assert torch.equal(params.r, batch["r"])
+        assert torch.equal(position_ids.long(), batch["position_ids"]) and params.layout.lists is not None
+        assert torch.equal(params.layout.r, batch["r"])
+        strict.place(batch, batch["input_ids"], "dense")
         broken |= set(batch["sample_ids"][flags].tolist())
     metrics = MetricsWriter(tmp_path, 1)
     for step in (1, 2):
         layouts.report(step, metrics)
     assert {(r["sample_id"], r["found_by"], r["step"]) for r in records(tmp_path)} == {(k, "scan", 1) for k in broken}
     assert len(records(tmp_path)) == len(broken)
+    with pytest.raises(TrainingError, match=rf"{loader.sample_name(min(broken))}: .*data.malformed is refuse"):
+        strict.report(1, metrics)
+
+
+def test_the_scan_is_compared_until_a_block_was_among_the_tokens(
+    dataset: SFTDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+    monkeypatch.setattr(
+        "megatron_multiverse.training.layouts.raise_unless_equal", lambda scan, batch: compared.append(1)
+    )
+    loader = make_loader(dataset)
+    layouts = Layouts(loader, torch.device("cpu"), "causal")
+    layouts._tag_ids = torch.tensor(dataset.structure_vocab.tag_ids)
+    blocks = [dict(batch) for batch in islice(loader, 3)]
+    plain = blocks[0] | {"input_ids": torch.full_like(blocks[0]["input_ids"], FIRST_WORD)}
+    for batch, wanted in ((plain, 1), (plain, 1), (blocks[1], 2), (plain, 2), (blocks[2], 2)):
+        layouts.place(batch, batch["input_ids"], "dense")
+        assert len(compared) == wanted

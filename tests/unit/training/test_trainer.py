@@ -90,7 +90,7 @@ def test_a_run_says_which_layers_ran_and_warns_when_they_change(
     train(config(tmp_path, train_iters=3), SyntheticLoader())
     (start,) = records(tmp_path, "start")
     shown = [start[key] for key in ("transformer_impl", "fp8", "fp8_recipe", "attention_backend")]
-    assert shown == ["local", None, None, "auto"]
+    assert shown == ["local", None, None, "dense"]
     assert json.loads((tmp_path / "config.json").read_text())["layers"]["transformer_impl"] == "local"  # not "auto"
     train(config(tmp_path, train_iters=4), SyntheticLoader())
     assert "transformer_impl" not in caplog.text
@@ -98,6 +98,27 @@ def test_a_run_says_which_layers_ran_and_warns_when_they_change(
     file.write_text(file.read_text().replace('"local"', '"transformer_engine"') + '{"kind": "sta\n')
     train(config(tmp_path, train_iters=5), SyntheticLoader())
     assert "ran with layers.transformer_impl transformer_engine, this run goes on with local" in caplog.text
+
+
+def test_an_attention_backend_that_cannot_run_stops_the_run_before_its_first_step(tmp_path: Path) -> None:
+    loader = SyntheticLoader()
+    with pytest.raises(ConfigError, match="attention_backend 'flash4' cannot run here"):
+        train(config(tmp_path, **{"layers.attention_backend": "flash4"}), loader)
+    assert not loader.seen and not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_deterministic_run_asks_for_it_and_puts_it_back(tmp_path: Path) -> None:
+    seen = []
+
+    class Loader(SyntheticLoader):
+        def batch(self, number: int) -> dict[str, torch.Tensor]:
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return super().batch(number)
+
+    for wanted in (True, False):
+        train(config(tmp_path / str(wanted), train_iters=3, deterministic=wanted), Loader())
+        assert seen and set(seen) == {wanted} and not torch.are_deterministic_algorithms_enabled()
+        seen.clear()
 
 
 def test_loss_is_a_mean_over_the_tokens_of_the_whole_step() -> None:

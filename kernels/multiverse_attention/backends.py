@@ -1,8 +1,8 @@
 """The one place that chooses the attention backend. The choice and its reason are logged once per process.
 
 A backend has two halves: `prepare` turns the labels of a microbatch into whatever the kernel wants (a mask, tile
-lists), once for all layers; `attend` is called by every layer. To add one: write its kernel in
-kernels/multiverse_attention, register it in `BACKENDS`, let `_auto` pick it.
+lists), once for all layers; `attend` is called by every layer. To add one: write its kernel beside this file, register
+it in `BACKENDS` before those that are slower.
 """
 
 from __future__ import annotations
@@ -17,24 +17,16 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.multiverse_attention import (
-    AttentionLayout as AttentionLayout,
-)
-from megatron_multiverse.kernels.multiverse_attention import (
-    dense_attention,
-    dense_plan,
-    flash4_attention,
-    flash4_plan,
-    flash4_problem,
-    flex_attention,
-    flex_plan,
-    flex_problem,
-)
+
+from .dense import dense_attention, dense_plan
+from .flash4 import flash4_attention, flash4_plan, flash4_problem
+from .flex import flex_attention, flex_plan, flex_problem
+from .layout import AttentionCase, AttentionLayout
 
 logger = logging.getLogger(__name__)
 
 
-def _no_problem(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def _no_problem(case: AttentionCase) -> str | None:
     return None
 
 
@@ -42,12 +34,12 @@ def _no_problem(device_type: str, dtype: torch.dtype, head_dim: int) -> str | No
 class AttentionBackend:
     """One way to compute attention under the visibility rule."""
 
-    prepare: Callable[[AttentionLayout, torch.dtype], Any]
-    """(layout, dtype of q) -> plan, made once per microbatch."""
+    prepare: Callable[[AttentionLayout, AttentionCase], Any]
+    """(layout, case) -> plan, made once per microbatch."""
     attend: Callable[[Tensor, Tensor, Tensor, Any, float | None], Tensor]
     """(q [b, h, s_q, d], k, v [b, g, s_k, d], plan, softmax_scale) -> [b, h, s_q, d]."""
-    problem: Callable[[str, torch.dtype, int], str | None] = _no_problem
-    """(device type, dtype, d) -> why this backend cannot run there, or None."""
+    problem: Callable[[AttentionCase], str | None] = _no_problem
+    """Why this backend cannot run, or None."""
 
 
 BACKENDS: dict[str, AttentionBackend] = {
@@ -85,44 +77,52 @@ def multiverse_attention(
         ConfigError: the backend does not exist or cannot run here.
         ValueError: the shapes do not fit the layout.
     """
-    chosen = select_backend(backend, q.device.type, q.dtype, q.shape[-1])
+    case = AttentionCase(
+        q.device.type,
+        q.dtype,
+        q.shape[-1],
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        placed=layout.index is not None,
+    )
+    chosen = BACKENDS[choose_backend(backend, case)]
     layout.check(q, k, v)
-    return chosen.attend(q, k, v, layout.plan(chosen.prepare, q.dtype), softmax_scale)
+    return chosen.attend(q, k, v, layout.plan(chosen.prepare, case), softmax_scale)
 
 
-def _auto(device_type: str, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+@functools.cache
+def choose_backend(name: str, case: AttentionCase) -> str:
+    """The backend called `name`, or the name of the best one for this case if it is "auto".
+
+    Raises:
+        ConfigError: no backend of that name, or it cannot run here; the message says why.
+    """
+    reason = "asked for"
+    if name == "auto":
+        name, reason = _auto(case)
+    if name not in BACKENDS:
+        raise ConfigError(f"unknown attention_backend {name!r}, allowed: auto, {', '.join(BACKENDS)}")
+    problem = BACKENDS[name].problem(case)
+    if problem is not None:
+        raise ConfigError(f"attention_backend {name!r} cannot run here: {problem}; or set attention_backend to auto")
+    _log_once(name, reason)
+    return name
+
+
+def _auto(case: AttentionCase) -> tuple[str, str]:
     """Name of the backend for "auto", and the reason."""
-    if device_type == "cpu":
+    if case.device_type == "cpu":
         return "dense", "on the CPU"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "dense", f"{dtype} is for exactness, not for speed"
+    if case.dtype not in (torch.bfloat16, torch.float16):
+        return "dense", f"{case.dtype} is for exactness, not for speed"
     reasons: list[str] = []
     for name, backend in BACKENDS.items():
-        problem = backend.problem(device_type, dtype, head_dim)
+        problem = backend.problem(case)
         if problem is None:
             return name, "; ".join(["the fastest that runs here", *reasons])
         reasons.append(f"not {name}: {problem}")
     raise AssertionError("dense runs everywhere")
 
 
-def select_backend(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    """Return the backend called `name`, or the best one for device, dtype and head width if name is "auto".
-
-    Raises:
-        ConfigError: no backend of that name, or it cannot run here; the message says why.
-    """
-    return _select(name, device_type, dtype, head_dim, torch.are_deterministic_algorithms_enabled())
-
-
 @functools.cache
-def _select(name: str, device_type: str, dtype: torch.dtype, head_dim: int, deterministic: bool) -> AttentionBackend:
-    reason = "asked for"
-    if name == "auto":
-        name, reason = _auto(device_type, dtype, head_dim)
-    if name not in BACKENDS:
-        raise ConfigError(f"unknown attention_backend {name!r}, allowed: auto, {', '.join(BACKENDS)}")
-    problem = BACKENDS[name].problem(device_type, dtype, head_dim)
-    if problem is not None:
-        raise ConfigError(f"attention_backend {name!r} cannot run here: {problem}; or set attention_backend to auto")
+def _log_once(name: str, reason: str) -> None:
     logger.info("attention backend: %s (%s)", name, reason)
-    return BACKENDS[name]

@@ -25,6 +25,11 @@ class Step:
 
     run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
+    calls: int = 1
+    """How often `run` is called between two events; the time is that of one call."""
+    behind_wait: bool = False
+    """Queue the calls behind a kernel that only waits: short ones take longer to launch than to run, and in a real
+    program they wait behind others too."""
 
     def __call__(self) -> None:
         self.run(self.prepare())
@@ -32,31 +37,38 @@ class Step:
 
 def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     """Median time in ms of each step; they take turns in random order, and each turn begins with a warm-up."""
-
-    def timed(step: Step) -> tuple[Any, Any]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        given = step.prepare()
-        start.record()
-        step.run(given)
-        end.record()
-        return start, end
-
     expected = {}
     for name, step in steps.items():
         step()
-        start, end = timed(step)
-        torch.cuda.synchronize()
-        expected[name] = start.elapsed_time(end)
+        expected[name] = _read(_timed(step)) * step.calls
     order, rng = list(steps), random.Random(0)
-    times: dict[str, list[tuple[Any, Any]]] = {name: [] for name in steps}
+    times: dict[str, list[Any]] = {name: [] for name in steps}
     for _ in range(rounds):
         rng.shuffle(order)
         for name in order:
-            for _ in range(math.ceil(WARM_UP / expected[name])):
+            for _ in range(math.ceil(WARM_UP / expected[name] * steps[name].calls)):
                 steps[name]()
-            times[name] += [timed(steps[name]) for _ in range(math.ceil(MEASURED / expected[name]))]
-    torch.cuda.synchronize()
-    return {name: statistics.median(start.elapsed_time(end) for start, end in x) for name, x in times.items()}
+            times[name] += [_timed(steps[name]) for _ in range(math.ceil(MEASURED / expected[name]))]
+        torch.cuda.synchronize()
+    return {name: statistics.median(map(_read, timed)) for name, timed in times.items()}
+
+
+def _timed(step: Step) -> tuple[Any, Any, int]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    given = [step.prepare() for _ in range(step.calls)]
+    if step.behind_wait:
+        torch.cuda._sleep(2_000_000)
+    start.record()
+    for one in given:
+        step.run(one)
+    end.record()
+    return start, end, step.calls
+
+
+def _read(timed: tuple[Any, Any, int]) -> float:
+    start, end, calls = timed
+    end.synchronize()
+    return float(start.elapsed_time(end)) / calls
 
 
 def matmul_rate() -> float:
