@@ -132,7 +132,8 @@ def tile_bounds_triton(r: Tensor, index: Tensor | None = None, *, size: int = TI
 
 
 def tile_lists_triton(bounds: TileBounds, keys: TileBounds | None = None, *, chained: bool = False) -> TileLists:
-    """Same contract as `tile_lists_reference`.
+    """Same contract as `tile_lists_reference`. `chained`: the launch may begin while the one before still runs, which
+    makes the bounds and must be one that signals (Hopper and newer).
 
     Raises:
         ValueError: more than MAX_TILES tiles.

@@ -16,33 +16,35 @@ def expand_kernel(documents, counts, before, shifts, ends, info, position_ids, r
                   DOCS: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
                   CHAINED: tl.constexpr):  # fmt: skip
     """Program (chunk, row). Inputs: see `documents_kernel`; outputs int32 [b, s] and [b, tiles]."""
+    tl.static_assert((CHUNK % TILE == 0) & (CHUNK < 65536), "a chunk is whole tiles, and counts tags in 16 bits")
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     real = token < num_tokens
+    # what launch 1 wrote is there, but the L1 cache may hold what stood there before: hence .cg
     rank = tl.load(before + row * (num_tokens + 1) + token, mask=real, other=0, cache_modifier=".cg") >> 16
     other = tl.arange(0, CHUNKS)
     count = tl.load(counts + row * chunks + other, mask=other < chunk, other=0, cache_modifier=".cg")
     rank += tl.sum(count >> 16, axis=0)
     starts = document_starts(documents + row * num_documents * 2, num_documents, num_tokens, DOCS)
-    rows = tl.arange(0, DOCS)
+    number = tl.arange(0, DOCS)
     first_doc = tl.sum((starts <= chunk * CHUNK).to(tl.int32), axis=0) - 1
     last_doc = tl.sum((starts < tl.minimum(chunk * CHUNK + CHUNK, num_tokens)).to(tl.int32), axis=0) - 1
     doc = tl.full((CHUNK,), 0, tl.int32) + first_doc
-    start = tl.full((CHUNK,), 0, tl.int32) + tl.sum(tl.where(rows == first_doc, starts, 0), axis=0)
+    start = tl.full((CHUNK,), 0, tl.int32) + tl.sum(tl.where(number == first_doc, starts, 0), axis=0)
     end = tl.full((CHUNK,), 0, tl.int32) + num_tokens
     for d in range(first_doc + 1, last_doc + 2):
-        border = tl.min(tl.where(rows == d, starts, num_tokens), axis=0)
-        begun = border <= token
+        next_start = tl.min(tl.where(number == d, starts, num_tokens), axis=0)
+        begun = next_start <= token
         doc += begun.to(tl.int32)
-        start, end = tl.where(begun, border, start), tl.where(begun, end, tl.minimum(end, border))
+        start, end = tl.where(begun, next_start, start), tl.where(begun, end, tl.minimum(end, next_start))
     if CHAINED:  # launch 1 has ended, launch 2 may not have
         cuda.gdc_wait()
-    first = tl.load(info + row * 2 * num_documents + doc, mask=real, other=0)
-    borders = tl.load(info + (row * 2 + 1) * num_documents + doc, mask=real, other=0)
+    first_border = tl.load(info + row * 2 * num_documents + doc, mask=real, other=0)
+    num_borders = tl.load(info + (row * 2 + 1) * num_documents + doc, mask=real, other=0)
 
     base = row * num_tokens
     capacity = rows_of_16 * 16
-    segment = place_of(first, doc) + tl.minimum(tl.maximum(rank - first, 0), borders)
+    segment = place_of(first_border, doc) + tl.minimum(tl.maximum(rank - first_border, 0), num_borders)
     shifts += row * 2 * capacity
     position = tl.load(shifts + segment, mask=real, other=0)
     r = tl.load(shifts + capacity + segment, mask=real, other=0)

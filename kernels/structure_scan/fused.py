@@ -58,7 +58,11 @@ def structure_scan_triton(
     rows_of_16 = -(-(num_tokens + 4 * num_documents) // 16)
     capacity = 16 * rows_of_16
     # what the launches hand on to each other: see the kernels
-    lists, shifts, counted = empty(batch, 4, 8, capacity), empty(batch, 2, capacity), empty(batch, num_documents, 8)
+    lists, shifts, counted = (
+        empty(batch, 4, MAX_DEPTH, capacity),
+        empty(batch, 2, capacity),
+        empty(batch, num_documents, MAX_DEPTH),
+    )
     marks = empty(batch, num_documents, block + 1)
     ends, info = empty(batch, capacity), empty(batch, 2, num_documents)
     malformed = empty(batch, num_documents, dtype=torch.uint8)

@@ -65,7 +65,7 @@ def allowed_next(kind):
 @triton.jit
 def steps(kind, before):
     """What each tag adds to its document's level, number of borders and think tags. Sums of up to 1024 tags fit in an
-    int32: levels in 12 bits with a sign, borders in 12, think tags in 8.
+    int32: levels in 12 bits with a sign, borders in 12, think tags in 8, which may overflow (CLOSED_THINK says why).
 
     Args:
         kind, before: of the tag, and of the tag in front of it (NONE: there is none).

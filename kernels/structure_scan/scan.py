@@ -25,7 +25,7 @@ def structure_scan(ids: Tensor, documents: Tensor, tag_ids: Tensor) -> Structure
         tag_ids: int [12], the ids of the tags in the order of `structure.tags.TAGS`.
 
     Returns:
-        Positions, labels, segment ends, tile lists and tile order. A document whose tags break the grammar, or
+        Positions, labels, segment ends and tile lists. A document whose tags break the grammar, or
         nest deeper than 8, is laid out as causal and flagged. On CUDA nothing waits for the device, and shapes
         depend on b, s and D alone, so that a call can be captured in a CUDA graph.
 

@@ -46,6 +46,23 @@ def check_malformed() -> None:
         compare(pack.ids[None], pack.documents[None])
 
 
+def check_counts() -> None:
+    """Blocks that have not as many paths as outlines, also where another block makes up for it: outer and inner, and two
+    in a row. One document each, in one row."""
+
+    def block(outlines: int, paths: list[list[int]]) -> list[int]:
+        inside = [tag for path in paths for tag in (8, *path, 9)]
+        return [2, 4, *[6, 7] * outlines, 5, *inside, 10, 11, 3]
+
+    counts = [(a, b) for a in (1, 2, 3) for b in (1, 2, 3)]
+    documents = [block(*outer[:1], [block(*inner[:1], [[]] * inner[1]), *[[]] * (outer[1] - 1)]) for outer in counts
+                 for inner in ((1, 1), (2, 1), (1, 2), (3, 2))]  # fmt: skip
+    documents += [block(a, [[]] * b) + block(c, [[]] * d) for a, b in counts[:6] for c, d in ((2, 2), (1, 3), (3, 1))]
+    pack = make_pack([([], write(random.Random(k), tags, text=1)) for k, tags in enumerate(documents)])
+    assert 10 < sum(pack.malformed) < len(documents) - 5
+    compare(pack.ids[None], pack.documents[None])
+
+
 def check_extremes() -> None:
     """Depth 8 and 9, tags alone, no tags, one token, a batch of two rows, many documents."""
     rng = random.Random(3)
@@ -79,6 +96,7 @@ if __name__ == "__main__":
     {
         "random": check_random,
         "malformed": check_malformed,
+        "counts": check_counts,
         "extremes": check_extremes,
         "bad_inputs": check_bad_inputs,
     }[sys.argv[1]]()

@@ -163,7 +163,7 @@ def test_benchmark_ids_are_well_formed_and_fill_the_row(name: str) -> None:
     assert documents[0, 0].tolist() == [0, 0] and documents[0, -1].tolist() == [8192, 8192]
 
 
-@pytest.mark.parametrize("check", ["random", "malformed", "extremes", "bad_inputs"])
+@pytest.mark.parametrize("check", ["random", "malformed", "counts", "extremes", "bad_inputs"])
 def test_kernels_equal_the_reference_in_the_interpreter(check: str) -> None:
     pytest.importorskip("triton")
     program = Path(__file__).parent / "interpreted_scan.py"
