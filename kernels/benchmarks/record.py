@@ -23,7 +23,8 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     """GPU, versions, commit, date and command of this run.
 
     Args:
-        commit: of a tree without git; else git says it, with "-dirty" behind it if tracked files differ.
+        commit: of the tree that runs, where git does not know it (a copy); else git says it, with "-dirty" behind it
+            if tracked files differ.
 
     Raises:
         ConfigError: no GPU.
@@ -42,7 +43,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     return {
         "gpu": torch.cuda.get_device_name(),
         "versions": versions,
-        "commit": head or commit,
+        "commit": commit or head,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": "python -m megatron_multiverse.kernels.benchmarks."
         + " ".join([Path(sys.argv[0]).stem, *_arguments()]),

@@ -46,10 +46,10 @@ def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         rng.shuffle(order)
         for name in order:
+            torch.cuda.synchronize()  # or what is launched from Python would be timed behind another's queue
             for _ in range(math.ceil(WARM_UP / expected[name] * steps[name].calls)):
                 steps[name]()
             times[name] += [_timed(steps[name]) for _ in range(math.ceil(MEASURED / expected[name]))]
-        torch.cuda.synchronize()
     return {name: statistics.median(map(_read, timed)) for name, timed in times.items()}
 
 

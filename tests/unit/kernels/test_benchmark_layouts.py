@@ -83,10 +83,12 @@ def test_a_benchmark_without_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("head", "changes", "commit"), [("abc", "", "abc"), ("abc", " M file", "abc-dirty"), ("", "", "told")]
+    ("told", "changes", "commit"), [(None, "", "abc"), (None, " M file", "abc-dirty"), ("def", " M file", "def")]
 )
-def test_a_changed_working_tree_is_named(head: str, changes: str, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_working_tree_is_named(
+    told: str | None, changes: str, commit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X")
-    monkeypatch.setattr(record, "_git", lambda verb, *rest: {"rev-parse": head, "status": changes}[verb])
-    assert record.environment("told")["commit"] == commit
+    monkeypatch.setattr(record, "_git", lambda verb, *rest: {"rev-parse": "abc", "status": changes}[verb])
+    assert record.environment(told)["commit"] == commit
