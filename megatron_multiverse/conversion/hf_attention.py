@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.multiverse_attention import AttentionLayout
-from megatron_multiverse.kernels.multiverse_attention import multiverse_attention as attend
+from megatron_multiverse.kernels.multiverse_attention import AttentionLayout, multiverse_attention
 from megatron_multiverse.structure import StructureVocab, layout, parse
 
 NAME = "multiverse"
@@ -38,7 +37,7 @@ def register_attention() -> None:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.register(NAME, multiverse_attention)
+    AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, _padding_only)
 
 
@@ -71,7 +70,7 @@ def model_inputs(
     }
 
 
-def multiverse_attention(
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -120,7 +119,8 @@ def multiverse_attention(
         )
     if r not in _layouts:
         _layouts[r] = AttentionLayout(r.detach())  # another tensor: a value that held its key would keep both
-    return attend(query, key, value, _layouts[r], softmax_scale=scaling).transpose(1, 2).contiguous(), None
+    out = multiverse_attention(query, key, value, _layouts[r], softmax_scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _padding_only(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
