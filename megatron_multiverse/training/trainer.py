@@ -91,7 +91,7 @@ def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loade
     metrics.start(state.step, resumed, model_config, layers)
     guard, meter, saved_step = NonFiniteGuard(device), StepMeter(device), state.step
     layouts, valid_layouts = (Layouts(x, device, config.data.malformed) for x in (loader, valid_loader))
-    peak, backend = peak_tflops(device, config.dtype, config.log.peak_tflops), layers.attention_backend
+    peak, backend = peak_tflops(device, config.dtype, config.log.peak_tflops), config.layers.attention_backend
 
     with StopSignals() as stop, arithmetic(config), contextlib.closing(stream(loader)) as batches:
         while state.step < config.train_iters and not stop:
