@@ -155,7 +155,7 @@ def documents_kernel(documents, tags, counts, before, marks, lists, counted, shi
             extra: at /Path positions minus tokens of the blocks in the path, at /Goal the outlines of the block.
             around: at the last /Path of a block the number, on the level above, of the border that ends the path around
                 the block.
-        counted: int32 [b, D, 8] borders of each level.
+        counted: int32 [b, D, 8] borders of each level among the tags of the blocks so far.
         shifts: int32 [b, 2, capacity] before each border, and behind the last: position - index and r - index, both
             beside the document's own.
         ends: int32 [b, capacity] index behind each border, then the end of the document.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from megatron_multiverse.config import ModelConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError, TrainingError
+from megatron_multiverse.kernels.multiverse_attention import backends
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import load_model, save_model, weight_state
@@ -93,11 +95,20 @@ def test_a_run_says_which_layers_ran_and_warns_when_they_change(
     assert shown == ["local", None, None, "dense"]
     assert json.loads((tmp_path / "config.json").read_text())["layers"]["transformer_impl"] == "local"  # not "auto"
     train(config(tmp_path, train_iters=4), SyntheticLoader())
-    assert "transformer_impl" not in caplog.text and "dense (asked for)" not in caplog.text
+    assert "transformer_impl" not in caplog.text
     file = tmp_path / "metrics.jsonl"
     file.write_text(file.read_text().replace('"local"', '"transformer_engine"') + '{"kind": "sta\n')
     train(config(tmp_path, train_iters=5), SyntheticLoader())
     assert "ran with layers.transformer_impl transformer_engine, this run goes on with local" in caplog.text
+
+
+def test_the_attention_backend_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backends.choose_backend.cache_clear()
+    backends._log_once.cache_clear()
+    with caplog.at_level(logging.INFO):
+        train(config(tmp_path, train_iters=3), SyntheticLoader())
+    told = [message for message in caplog.messages if message.startswith("attention backend")]
+    assert told == ["attention backend: dense (on the CPU)"]
 
 
 def test_an_attention_backend_that_cannot_run_stops_the_run_before_its_first_step(tmp_path: Path) -> None:
