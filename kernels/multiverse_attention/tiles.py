@@ -67,6 +67,16 @@ class TileLists:
         sizes = self.query_size, self.key_size
         return self.shape == (batch, queries // TILE, keys // TILE) and sizes == (TILE, TILE)
 
+    def difference(self, other: TileLists) -> str | None:
+        """Name of the first list in which they differ, wherever they lie; entries behind the counts are free."""
+        for name in ("q_partial", "q_full", "k_partial", "k_full"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if not torch.equal(mine.counts.cpu(), theirs.counts.cpu()):
+                return f"{name}.counts"
+            if not torch.equal(mine.valid().cpu(), theirs.valid().cpu()):
+                return f"{name}.indices"
+        return None
+
 
 @dataclass(frozen=True)
 class TileBounds:

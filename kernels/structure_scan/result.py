@@ -34,3 +34,11 @@ class StructureScan:
         """int32 [b, t] query tiles, most tiles to visit first, the earlier first among equals; sorted on demand."""
         work = (self.lists.q_partial.counts + self.lists.q_full.counts)[:, 0]
         return work.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+
+    def difference(self, other: StructureScan) -> str | None:
+        """Name of the first field in which they differ, wherever they lie, or None."""
+        for name in ("malformed", "position_ids", "r", "segment_end", "work_order"):
+            mine, theirs = getattr(self, name).cpu(), getattr(other, name).cpu()
+            if mine.dtype != theirs.dtype or not torch.equal(mine, theirs):
+                return name
+        return self.lists.difference(other.lists)

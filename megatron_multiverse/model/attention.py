@@ -56,7 +56,7 @@ class LayoutParams(AttentionParams):
     layers and freed with the layout: make one per microbatch and do not keep it.
     """
 
-    layout: AttentionLayout | None = field(default=None, kw_only=True)
+    layout: AttentionLayout = field(kw_only=True)
     """Labels, places and tile lists."""
     backend: str = field(default="auto", kw_only=True)
     """A name in `kernels.multiverse_attention.BACKENDS`, or auto."""
@@ -75,16 +75,15 @@ class LayoutParams(AttentionParams):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float) -> Tensor:
         """See AttentionParams.attend."""
         want = query.shape[1], query.shape[0], key.shape[0]
-        if self.layout is None or self.layout.shape != want:
-            given = None if self.layout is None else self.layout.shape
-            raise ConfigError(f"the layout of LayoutParams must be for (b, s_q, s_k) = {want}, got {given}")
+        if self.layout.shape != want:
+            raise ConfigError(f"the layout of LayoutParams must be for (b, s_q, s_k) = {want}, got {self.layout.shape}")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out: Tensor = multiverse_attention(q, k, v, self.layout, softmax_scale=softmax_scale, backend=self.backend)
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def num_visible_pairs(self) -> Tensor:
         """Number of visible (query, key) pairs over the batch, int64 scalar on the device."""
-        assert self.layout is not None and self.layout.key_r is None
+        assert self.layout.key_r is None
         pairs: Tensor = count_visible_pairs(self.layout.r, self.layout.index)
         return pairs
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.kernels.multiverse_attention import AttentionCase, choose_backend
 from megatron_multiverse.model.mcore import ensure_cuda_rng_states, ensure_parallel_state  # first: imports quietly
 
 # isort: split
@@ -128,7 +129,8 @@ def build_gpt_model(
         device: where the weights go.
         seed: seed of the initial weights; torch's global generator is left as it was.
         initialize: False skips the random initialisation (weights are about to be loaded).
-        layers: layer spec, FP8, recompute; default: TransformerEngine where it runs, no FP8, no recompute.
+        layers: layer spec, FP8, recompute; default: TransformerEngine where it runs, no FP8, no recompute. Its
+            attention_backend is only checked here; LayoutParams bring it.
         compute_dtype: dtype of the matrix products if autocast makes it another than `dtype`.
 
     Returns:
@@ -137,8 +139,10 @@ def build_gpt_model(
     Raises:
         ConfigError: what `layers` asks for cannot run on `device`.
     """
-    layers = layers or LayerConfig()
-    impl = choose_transformer_impl(layers, torch.device(device), compute_dtype or dtype)
+    layers, where = layers or LayerConfig(), torch.device(device)
+    if layers.attention_backend != "auto":
+        choose_backend(layers.attention_backend, AttentionCase(where.type, compute_dtype or dtype, config.kv_channels))
+    impl = choose_transformer_impl(layers, where, compute_dtype or dtype)
     mcore_config = transformer_config(config, dtype, initialize, layers, impl)
     spec = get_gpt_layer_spec(impl, qk_layernorm=config.qk_layernorm)
     block = TransformerBlockSubmodules(

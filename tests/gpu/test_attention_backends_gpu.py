@@ -13,7 +13,6 @@ import pytest
 import torch
 from random_layouts import random_labels
 from random_tags import TAG_IDS, random_pack
-from scan_checks import lists_difference
 
 from megatron_multiverse.kernels.multiverse_attention import (
     BACKENDS,
@@ -295,9 +294,9 @@ def test_tile_lists_equal_the_plain_ones(s, permuted) -> None:
     stale = torch.full((4 * b * (s // 128 + 1) ** 2,), -1, dtype=torch.int32, device="cuda")
     del stale
     keys = tiles.tile_bounds_reference(r, index)
-    assert lists_difference(tiles.tile_lists(r, index), tiles.tile_lists_reference(keys)) is None
+    assert tiles.tile_lists(r, index).difference(tiles.tile_lists_reference(keys)) is None
     short = tiles.tile_bounds_reference(r, index, size=80)
-    assert lists_difference(tiles.tile_lists(r, index, query_size=80), tiles.tile_lists_reference(short, keys)) is None
+    assert tiles.tile_lists(r, index, query_size=80).difference(tiles.tile_lists_reference(short, keys)) is None
 
 
 def test_preparing_flash4_does_not_wait_for_the_device() -> None:

@@ -19,7 +19,6 @@ from megatron_multiverse.training.forward import masked_loss_sum
 from megatron_multiverse.training.layouts import Layouts
 from megatron_multiverse.training.metrics import MetricsWriter
 from tests.random_tags import TAG_IDS, VOCAB, Pack, damage, deep_tags, make_pack, random_pack, random_tags, words, write
-from tests.scan_checks import assert_same_scan
 from tests.unit.data.test_sft_dataset import write_documents
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -36,7 +35,7 @@ def poison(value: int) -> None:
 def compare(ids: torch.Tensor, documents: torch.Tensor) -> None:
     """Kernels against reference on ids [b, s], documents [b, D, 2]."""
     got = structure_scan(ids.cuda(), documents.cuda(), TAGS.cuda())
-    assert_same_scan(got, structure_scan_reference(ids, documents, TAGS))
+    assert got.difference(structure_scan_reference(ids, documents, TAGS)) is None
 
 
 @pytest.mark.parametrize("depth", range(1, 9))
@@ -106,7 +105,7 @@ def test_scans_in_a_row_do_not_disturb_each_other() -> None:
     scans = [structure_scan(*given[turn % len(packs)], TAGS.cuda()) for turn in range(60)]
     wanted = [structure_scan_reference(pack.ids[None], pack.documents[None], TAGS) for pack in packs]
     for turn, scan in enumerate(scans):
-        assert_same_scan(scan, wanted[turn % len(packs)])
+        assert scan.difference(wanted[turn % len(packs)]) is None
 
 
 def test_a_captured_scan_follows_its_inputs() -> None:
@@ -127,7 +126,7 @@ def test_a_captured_scan_follows_its_inputs() -> None:
         spans.copy_(documents[number : number + 1])
         graph.replay()
         want = structure_scan_reference(packs[number].ids[None], documents[number : number + 1], TAGS)
-        assert_same_scan(scan, want)
+        assert scan.difference(want) is None
 
 
 def test_a_model_has_the_same_loss_by_scan_and_by_loader(tmp_path: Path) -> None:

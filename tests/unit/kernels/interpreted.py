@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from random_layouts import random_labels
-from scan_checks import lists_difference
 
 from megatron_multiverse.kernels.multiverse_attention import tiles, tiles_triton
 from megatron_multiverse.kernels.rope import (
@@ -46,17 +45,17 @@ def check_tiles() -> None:
                     a, b = getattr(want, name), getattr(got, name)
                     assert (a is None and b is None) or torch.equal(a, b), name
                 lists = tiles_triton.tile_lists_triton(got)
-                assert lists_difference(lists, tiles.tile_lists_reference(want)) is None, length
+                assert lists.difference(tiles.tile_lists_reference(want)) is None, length
                 short = tiles.tile_bounds_reference(r, index, size=5, length=padded)
                 got = tiles_triton.tile_bounds_triton(r, index, size=5, length=padded)
                 assert torch.equal(got.r_low, short.r_low) and torch.equal(got.r_high, short.r_high)
                 lists = tiles_triton.tile_lists_triton(short, want)
-                assert lists_difference(lists, tiles.tile_lists_reference(short, want)) is None, length
+                assert lists.difference(tiles.tile_lists_reference(short, want)) is None, length
             if permuted and length > 1:
                 local, places = r[:, : length // 3], index[:, : length // 3]
                 queries = tiles.tile_bounds_reference(local, places, size=8, length=24)
                 lists = tiles_triton.tile_lists_triton(queries, want)
-                assert lists_difference(lists, tiles.tile_lists_reference(queries, want)) is None, length
+                assert lists.difference(tiles.tile_lists_reference(queries, want)) is None, length
 
 
 def check_rope() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -100,6 +101,21 @@ def test_nesting_deeper_than_eight_is_causal_and_flagged(depth: int) -> None:
     assert_is_layout(scan, pack)
     assert bool(scan.malformed.any()) == (depth == 9)
     assert (scan.position_ids[0].tolist() == list(range(len(pack.ids)))) == (depth == 9)
+
+
+def test_a_difference_between_scans_is_named() -> None:
+    """Whatever stands behind the counts of a list makes none."""
+    pack = random_pack(2, depth=3)
+    scan, other = scan_pack(pack), scan_pack(pack)
+    other.lists.q_full.indices.masked_fill_(other.lists.q_full.valid() < 0, 99)
+    assert scan.difference(other) is None
+    other.lists.k_partial.indices[0, 0, 0, 0] += 1
+    assert scan.difference(other) == "k_partial.indices"
+    other.lists.q_partial.counts[0, 0, 0] += 1
+    assert scan.difference(other) in ("work_order", "q_partial.counts")
+    other.segment_end[0, 0] += 1
+    assert scan.difference(other) == "segment_end"
+    assert scan.difference(dataclasses.replace(scan, r=scan.r.long())) == "r"
 
 
 def test_labels_of_a_row_are_ranks() -> None:

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from megatron_multiverse.config import LayerConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.rope import inverse_frequencies, rope_angles, rope_reference
 from megatron_multiverse.model.attention import CoreAttention, LayoutParams
@@ -97,6 +98,8 @@ def test_what_our_layers_do_not_have_is_refused() -> None:
     attention = model.decoder.layers[0].self_attention.core_attention
     with pytest.raises(ConfigError, match="no attention_bias"):
         attention(x, x, x, None, attention_bias=x, packed_seq_params=params)
+    with pytest.raises(ConfigError, match="attention_backend 'flash4' cannot run here"):
+        build_gpt_model(preset("tiny"), layers=LayerConfig(attention_backend="flash4"))
     for impl in ("auto", "transformer_engin"):
         for function in (get_gpt_layer_spec, get_final_norm):
             with pytest.raises(ConfigError, match=f"{impl!r}, allowed: local, transformer_engine"):

@@ -97,9 +97,11 @@ def test_a_run_says_which_layers_ran_and_warns_when_they_change(
     train(config(tmp_path, train_iters=4), SyntheticLoader())
     assert "transformer_impl" not in caplog.text
     file = tmp_path / "metrics.jsonl"
-    file.write_text(file.read_text().replace('"local"', '"transformer_engine"') + '{"kind": "sta\n')
+    text = file.read_text().replace('"local"', '"transformer_engine"').replace('"dense"', '"flex"')
+    file.write_text(text + '{"kind": "sta\n')
     train(config(tmp_path, train_iters=5), SyntheticLoader())
     assert "ran with layers.transformer_impl transformer_engine, this run goes on with local" in caplog.text
+    assert "ran with layers.attention_backend flex, this run goes on with dense" in caplog.text
 
 
 def test_the_attention_backend_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
