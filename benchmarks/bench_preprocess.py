@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_multiverse.cli import parse_options
-from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess
+from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
 from megatron_multiverse.data.readers import trajectory_files
 from megatron_multiverse.data.tokenizers import build_tokenizer
 
@@ -84,7 +84,7 @@ def _encode(line: str) -> tuple[list[int], list[int], int]:
 
 def run_ours(config: BenchConfig) -> None:
     """What tools/preprocess_data.py does behind its command line."""
-    preprocess(
+    preprocess_data(
         PreprocessConfig(
             input=config.trajectories,
             output_prefix=config.output,

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from megatron_multiverse.structure import Document, layout, pack_layouts
+from megatron_multiverse.structure import Document, lay_out, pack_layouts
 from megatron_multiverse.structure.tree import BlockSpan, PathSpan
 
 
@@ -33,5 +33,5 @@ def random_labels(num_tokens: int, seed: int, *, max_documents: int = 3, depth: 
     borders = [0, *sorted(rng.sample(range(1, num_tokens), count - 1)), num_tokens]
     parts = []
     for a, b in pairwise(borders):
-        parts.append(layout(Document(b - a, 0, _blocks(rng, 0, b - a, depth))))
+        parts.append(lay_out(Document(b - a, 0, _blocks(rng, 0, b - a, depth))))
     return torch.from_numpy(pack_layouts(parts).r)

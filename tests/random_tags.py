@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megatron_multiverse.errors import StructureError
-from megatron_multiverse.structure import MAX_DEPTH, Document, Layout, StructureVocab, Tag, layout, pack_layouts, parse
+from megatron_multiverse.structure import MAX_DEPTH, Document, Layout, StructureVocab, Tag, lay_out, pack_layouts, parse
 
 NEWLINE, FIRST_LABEL, FIRST_WORD, VOCAB_SIZE = 20, 21, 40, 200
 TAG_IDS = (7, 3, 150, 4, 11, 2, 19, 199, 0, 13, 90, 5)
@@ -125,7 +125,7 @@ def make_pack(responses: list[tuple[list[int], list[int]]], unused: int = 0) -> 
             bad = any(depth > MAX_DEPTH for depth, _ in tree.walk())
         except StructureError:
             bad = True
-        layouts.append(layout(Document(len(whole), len(prompt)) if bad else tree))
+        layouts.append(lay_out(Document(len(whole), len(prompt)) if bad else tree))
         malformed.append(bad)
         ids += whole
     rows += [(len(ids), len(ids))] * unused

@@ -14,15 +14,15 @@ import sys
 # Huge pages for large tensors; with small ones most of the time goes into page faults. Must come before torch.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+from megatron_multiverse.checkpoints.convert import ConvertConfig, convert_checkpoint
 from megatron_multiverse.cli import parse_options
-from megatron_multiverse.conversion.convert import ConvertConfig, convert
 from megatron_multiverse.errors import MultiverseError
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        result = convert(parse_options(ConvertConfig))
+        result = convert_checkpoint(parse_options(ConvertConfig))
     except MultiverseError as error:
         sys.exit(f"error: {error}")
     rate = (result.num_bytes - result.resumed_bytes) / max(result.seconds, 1e-9) / 1e9

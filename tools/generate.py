@@ -17,7 +17,7 @@ from megatron_multiverse.errors import MultiverseError
 
 
 def main() -> None:
-    from megatron_multiverse.inference.generate import GenerateConfig, generate, write_answers
+    from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
 
     config = parse_options(GenerateConfig)
     refused = 0
@@ -26,7 +26,7 @@ def main() -> None:
             answered, refused = write_answers(config)
             print(f"wrote {answered} answers to {config.output}")
         else:
-            for row in generate(config):
+            for row in generate_answers(config):
                 if "text" not in row:
                     refused += 1
                     print(f"-- row {row['index']}: {row['error']}", file=sys.stderr)

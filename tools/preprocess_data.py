@@ -11,7 +11,7 @@ import logging
 import sys
 
 from megatron_multiverse.cli import parse_options
-from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess
+from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
 from megatron_multiverse.errors import MultiverseError
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config = parse_options(PreprocessConfig)
     try:
-        result = preprocess(config)
+        result = preprocess_data(config)
     except MultiverseError as error:
         sys.exit(f"error: {error}")
     totals, seconds = result.totals, max(result.seconds, 1e-9)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from megatron_multiverse.cli import parse_options
 from megatron_multiverse.errors import MultiverseError
-from megatron_multiverse.evaluation.figures import draw_positions, draw_timeline, draw_visibility
-from megatron_multiverse.evaluation.load import load_view
-from megatron_multiverse.evaluation.view import ideal_timeline, sequential_timeline
-from megatron_multiverse.structure import statistics
+from megatron_multiverse.structure import measure
+from megatron_multiverse.views.figures import draw_positions, draw_timeline, draw_visibility
+from megatron_multiverse.views.sample import load_view
+from megatron_multiverse.views.view import ideal_timeline, sequential_timeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def main() -> None:
     draw_visibility(view, options.output_dir / "visibility.png")
     draw_positions(view, options.output_dir / "positions.png")
     draw_timeline(ideal_timeline(view), options.output_dir / "timeline.png", sequential=sequential_timeline(view))
-    for name, value in dataclasses.asdict(statistics(view.document)).items():
+    for name, value in dataclasses.asdict(measure(view.document)).items():
         print(f"{name:<16} {value:.3f}" if isinstance(value, float) else f"{name:<16} {value}")
     for code, count in view.document.malformed.items():
         print(f"malformed        {code} ({count})")

@@ -15,7 +15,7 @@ from megatron_multiverse.errors import MultiverseError
 
 
 def main() -> None:
-    from megatron_multiverse.conversion.verify import VerifyOptions, report_lines, verify
+    from megatron_multiverse.checkpoints.verify import VerifyOptions, report_lines, verify_checkpoints
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     arguments = sys.argv[1:]
@@ -23,7 +23,7 @@ def main() -> None:
         arguments = ["--first", arguments[0], "--second", *arguments[1:]]
     options = parse_options(VerifyOptions, arguments)
     try:
-        result = verify(options)
+        result = verify_checkpoints(options)
     except MultiverseError as error:
         sys.exit(f"error: {error}")
     for line in report_lines(result):

@@ -12,14 +12,14 @@ import torch
 from task import Problem, check_answer, render_autoregressive, render_parallel
 from torch import Tensor
 
-from megatron_multiverse.conversion.load import load_checkpoint
+from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.data.tokenizers import build_tokenizer
-from megatron_multiverse.evaluation.view import stretches
 from megatron_multiverse.inference import CounterSampler, Engine, Request, Result
 from megatron_multiverse.inference.branch import Branch
 from megatron_multiverse.inference.request_state import TokenCallback
 from megatron_multiverse.model.attention import LayoutParams
-from megatron_multiverse.structure import layout, parse
+from megatron_multiverse.structure import lay_out, parse
+from megatron_multiverse.views.view import stretches
 
 MAX_TOKENS = 3800
 Mode = Literal["parallel", "sequential", "autoregressive"]
@@ -132,11 +132,11 @@ class Decoder:
     def _difference(self, prompt: list[int], result: Result) -> float:
         ids = [*prompt, *result.token_ids]
         document = parse(ids, self.tokenizer.structure_vocab, prompt_length=len(prompt), strict=False)
-        where = layout(document)
-        positions = where.position_ids
+        layout = lay_out(document)
+        positions = layout.position_ids
         if positions[len(prompt) :].tolist() != result.position_ids:
             raise RuntimeError("the engine and the layout disagree about positions; this is a bug")
-        r = torch.from_numpy(where.r)[None].to(self.device)
+        r = torch.from_numpy(layout.r)[None].to(self.device)
         forward = self.model(
             torch.tensor([ids], device=self.device),
             torch.from_numpy(positions).long()[None].to(self.device),

@@ -10,9 +10,9 @@ from typing import Any
 from decode import Answers, Decoder, Mode
 from task import Problem, render_parallel, sample_problem
 
-from megatron_multiverse.evaluation.figures import draw_timeline
-from megatron_multiverse.evaluation.terminal import LiveBranches
 from megatron_multiverse.structure import Block, parse_text
+from megatron_multiverse.views.figures import draw_timeline
+from megatron_multiverse.views.terminal import LiveBranches
 
 MODES: tuple[Mode, ...] = ("parallel", "sequential", "autoregressive")
 Report = dict[str, Any]

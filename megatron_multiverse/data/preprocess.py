@@ -105,7 +105,7 @@ class _Plan:
         return self.part(number).with_suffix(".json").is_file()
 
 
-def preprocess(config: PreprocessConfig) -> PreprocessResult:
+def preprocess_data(config: PreprocessConfig) -> PreprocessResult:
     """Run to the end, or go on where an earlier run stopped.
 
     Raises:

@@ -18,7 +18,7 @@ from megatron_multiverse.structure import (
     Document,
     Layout,
     StructureVocab,
-    layout,
+    lay_out,
     pack_layouts,
     padding_layout,
     parse,
@@ -91,12 +91,12 @@ class SFTDataset:
             )
         except StructureError as error:
             if self.malformed == "causal":
-                return Sample(ids, layout(Document(len(ids), len(prompt))), index, str(error))
+                return Sample(ids, lay_out(Document(len(ids), len(prompt))), index, str(error))
             raise DataError(
                 f"{error}; make the files again with tools/preprocess_data.py and the tokenizer of this run, or set "
                 "data.malformed to causal to train such documents as plain text"
             ) from error
-        return Sample(ids, layout(tree), index)
+        return Sample(ids, lay_out(tree), index)
 
     def name(self, index: int) -> str:
         """Prefix and number of document `index`, as errors and reports name it."""

@@ -20,7 +20,7 @@ from megatron_multiverse.data.report import Totals
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import StructureError
 from megatron_multiverse.files import write_json_atomic
-from megatron_multiverse.structure import MAX_DEPTH, parse, statistics
+from megatron_multiverse.structure import MAX_DEPTH, measure, parse
 
 _BATCH_BYTES = 1 << 20
 _BATCH_ROWS = 256
@@ -112,7 +112,7 @@ class _ShardJob:
             return
         self.writer.add(np.array(prompt_ids, dtype=np.int64), np.concatenate((array, self.eod)))
         self.totals.text_bytes += len(prompt.encode()) + len(response.encode())
-        self.totals.add_document(len(prompt_ids), len(ids), statistics(document))
+        self.totals.add_document(len(prompt_ids), len(ids), measure(document))
 
     def _reject(self, row: RawRow, code: str, message: str, **position: int | None) -> None:
         self.totals.rejected[code] += 1

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from tqdm import tqdm
 
-from megatron_multiverse.conversion.load import load_checkpoint
+from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.data.readers import open_source, read_rows
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.errors import DataError, GenerationError, MultiverseError
@@ -97,14 +97,14 @@ def write_answers(config: GenerateConfig) -> tuple[int, int]:
         raise GenerationError(f"--output {config.output} is the input; give it another name")
     answered = refused = 0
     with config.output.open("w", encoding="utf-8") as file:
-        for row in generate(config):
+        for row in generate_answers(config):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             answered, refused = answered + ("text" in row), refused + ("text" not in row)
     return answered, refused
 
 
-def generate(config: GenerateConfig) -> Iterator[dict[str, Any]]:
+def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
     """Answer the prompts of `config`.
 
     Yields:

@@ -125,7 +125,7 @@ class _Builder:
         return longest
 
 
-def layout(document: Document) -> Layout:
+def lay_out(document: Document) -> Layout:
     """Positions, visibility labels and loss ranges of one sample."""
     builder = _Builder()
     n = document.num_tokens
@@ -147,7 +147,7 @@ def layout(document: Document) -> Layout:
 
 def padding_layout(num_tokens: int) -> Layout:
     """A document without targets, for the padding behind a pack."""
-    return layout(Document(num_tokens, prompt_length=num_tokens))
+    return lay_out(Document(num_tokens, prompt_length=num_tokens))
 
 
 def pack_layouts(layouts: Sequence[Layout]) -> Layout:

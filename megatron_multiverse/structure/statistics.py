@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_multiverse.structure.layout import layout
+from megatron_multiverse.structure.layout import lay_out
 from megatron_multiverse.structure.tree import BlockSpan, Document, PathSpan
 
 
@@ -29,11 +29,11 @@ class Statistics:
     saves against writing the same text sequentially."""
 
 
-def statistics(document: Document) -> Statistics:
+def measure(document: Document) -> Statistics:
     """Measure the response of one sample."""
     num_tokens = document.num_tokens - document.prompt_length
-    where = layout(document)
-    end_position = int(where.position_ids[-1]) + 1 if document.num_tokens else 0
+    layout = lay_out(document)
+    end_position = int(layout.position_ids[-1]) + 1 if document.num_tokens else 0
     critical_tokens = end_position - document.prompt_length
     blocks = list(document.walk())
     in_paths = sum(block.region_end - block.goal_end for block in document.blocks)

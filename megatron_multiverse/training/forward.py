@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_multiverse.config import TrainConfig
-from megatron_multiverse.training.layouts import Layouts, to_device
+from megatron_multiverse.training.placement import TokenPlacer, to_device
 
 Microbatch = dict[str, Tensor]
 """input_ids, labels, position_ids, r [b, s] int; loss_mask [b, s] float, 1 where labels are trained. And what tells
@@ -53,11 +53,11 @@ def backward_precision(model: nn.Module, dtype: str, device: torch.device) -> co
 
 
 def masked_loss_sum(
-    model: nn.Module, batch: Microbatch, device: torch.device, backend: str, layouts: Layouts | None = None
+    model: nn.Module, batch: Microbatch, device: torch.device, backend: str, layouts: TokenPlacer | None = None
 ) -> tuple[Tensor, Tensor]:
     """Loss summed over the trained tokens of one microbatch, and its number of visible pairs."""
     ids, labels, loss_mask = (to_device(batch[name], device) for name in ("input_ids", "labels", "loss_mask"))
-    position_ids, params = (layouts or Layouts(None, device)).place(batch, ids, backend)
+    position_ids, params = (layouts or TokenPlacer(None, device)).place(batch, ids, backend)
     per_token = model(ids, position_ids, attention_mask=None, labels=labels, packed_seq_params=params)
     return (per_token * loss_mask).sum(), params.num_visible_pairs()
 
@@ -68,7 +68,7 @@ def forward_backward(
     device: torch.device,
     dtype: str,
     backend: str,
-    layouts: Layouts | None = None,
+    layouts: TokenPlacer | None = None,
 ) -> StepResult:
     """Gradients of the mean loss over *all* trained tokens of the step, added to the parameters' `.grad`.
 
@@ -97,7 +97,7 @@ def validate(
     device: torch.device,
     dtype: str,
     backend: str,
-    layouts: Layouts | None = None,
+    layouts: TokenPlacer | None = None,
 ) -> tuple[float, int]:
     """Mean loss over the trained tokens of the first `iters` microbatches, and how many tokens that were."""
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig, check_sequence_length
-from megatron_multiverse.conversion.load import load_checkpoint
 from megatron_multiverse.errors import ConfigError, TrainingError
 from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.kernels.multiverse_attention import AttentionCase, choose_backend
@@ -30,9 +30,9 @@ from megatron_multiverse.model.weights import save_model
 from megatron_multiverse.training.checkpoint import CheckpointManager, Stateful, TrainState
 from megatron_multiverse.training.flops import peak_tflops
 from megatron_multiverse.training.forward import Microbatch, arithmetic, forward_backward, validate
-from megatron_multiverse.training.layouts import Layouts
 from megatron_multiverse.training.metrics import MetricsWriter, StepMeter, last_start
 from megatron_multiverse.training.optim import NonFiniteGuard, build_optimizer, build_scheduler, clip_gradients
+from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.training.seeds import seed_everything
 from megatron_multiverse.training.signals import StopSignals, hold_signals
 
@@ -90,7 +90,7 @@ def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loade
     metrics = MetricsWriter(checkpoints.folder, config.train_iters)
     metrics.start(state.step, resumed, model_config, layers)
     guard, meter, saved_step = NonFiniteGuard(device), StepMeter(device), state.step
-    layouts, valid_layouts = (Layouts(x, device, config.data.malformed) for x in (loader, valid_loader))
+    layouts, valid_layouts = (TokenPlacer(x, device, config.data.malformed) for x in (loader, valid_loader))
     peak, backend = peak_tflops(device, config.dtype, config.log.peak_tflops), config.layers.attention_backend
 
     with StopSignals() as stop, arithmetic(config), contextlib.closing(stream(loader)) as batches:
@@ -240,7 +240,7 @@ def run_validation(
     config: TrainConfig,
     model: nn.Module,
     loader: Loader,
-    layouts: Layouts,
+    layouts: TokenPlacer,
     device: torch.device,
     backend: str,
     metrics: MetricsWriter,

@@ -270,13 +270,15 @@ def test_the_stock_model_loads_what_we_write(layers, tmp_path: Path) -> None:
     """megatron-core's loader, strict, extra states included: a converted folder, and checkpoints of training."""
     from megatron.core import dist_checkpointing
 
-    from megatron_multiverse.conversion.convert import ConvertConfig, convert
+    from megatron_multiverse.checkpoints.convert import ConvertConfig, convert_checkpoint
 
     config = qwen3(**SHAPE)
     ours = build("qwen3", layers or LOCAL)
     if layers is None:
         save_model(ours, config, tmp_path / "model")
-        convert(ConvertConfig(from_="mcore", to="mcore", load=str(tmp_path / "model"), save=str(tmp_path / "out")))
+        convert_checkpoint(
+            ConvertConfig(from_="mcore", to="mcore", load=str(tmp_path / "model"), save=str(tmp_path / "out"))
+        )
         folder = tmp_path / "out" / "release"
     else:
         settings = train_config(tmp_path / "out", transformer_impl=layers.transformer_impl)

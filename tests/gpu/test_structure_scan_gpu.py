@@ -16,8 +16,8 @@ from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import qwen3
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.training.forward import masked_loss_sum
-from megatron_multiverse.training.layouts import Layouts
 from megatron_multiverse.training.metrics import MetricsWriter
+from megatron_multiverse.training.placement import TokenPlacer
 from tests.random_tags import TAG_IDS, VOCAB, Pack, damage, deep_tags, make_pack, random_pack, random_tags, words, write
 from tests.unit.data.test_sft_dataset import write_documents
 
@@ -144,7 +144,9 @@ def test_a_model_has_the_same_loss_by_scan_and_by_loader(tmp_path: Path) -> None
     device = torch.device("cuda")
     model = build_gpt_model(shape, dtype=torch.float32, device=device)
     batch = next(iter(loader))
-    losses = [masked_loss_sum(model, batch, device, "dense", layouts) for layouts in (Layouts(loader, device), None)]
+    losses = [
+        masked_loss_sum(model, batch, device, "dense", layouts) for layouts in (TokenPlacer(loader, device), None)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
     assert float(losses[0][0]) > 0
 
@@ -168,7 +170,7 @@ def test_the_trainer_takes_the_scan_and_names_what_it_cannot_read(tmp_path: Path
         "position_ids": torch.from_numpy(pack.layout.position_ids)[None],
         "r": torch.from_numpy(pack.layout.r)[None],
     }
-    layouts = Layouts(OneBatch(), torch.device("cuda"), "causal")
+    layouts = TokenPlacer(OneBatch(), torch.device("cuda"), "causal")
     ids = pack.ids[None].cuda()
     layouts.place(batch, ids, "auto")
     torch.cuda.set_sync_debug_mode("error")

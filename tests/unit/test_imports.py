@@ -23,10 +23,10 @@ ALLOWED = {
     "kernels": {"errors"},
     "data": {"errors", "config", "files", "structure", "cli"},
     "model": {"errors", "config", "files", "structure", "kernels"},
-    "conversion": {"errors", "config", "files", "structure", "kernels", "data", "model"},
-    "training": {"errors", "config", "files", "structure", "kernels", "data", "model", "conversion"},
-    "inference": {"errors", "config", "files", "structure", "kernels", "data", "model", "conversion"},
-    "evaluation": {"errors", "config", "files", "structure", "data", "model", "inference"},
+    "checkpoints": {"errors", "config", "files", "structure", "kernels", "data", "model"},
+    "training": {"errors", "config", "files", "structure", "kernels", "data", "model", "checkpoints"},
+    "inference": {"errors", "config", "files", "structure", "kernels", "data", "model", "checkpoints"},
+    "views": {"errors", "config", "files", "structure", "data", "model", "inference"},
 }
 NO_TORCH = {"errors", "config", "files", "structure"}
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_multiverse.data.indexed_writer import ShardWriter, join_shards, optimal_dtype
-from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess
+from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.structure import Block, render
 from tests.unit.data.conftest import SEQUENTIAL, TRAJECTORY, train_sentencepiece
@@ -61,7 +61,7 @@ def test_bytes_equal_megatron_core(tmp_path, hf_folder, sentencepiece_file, monk
     rows = [*_rows(20), {"prompt": "", "response": SEQUENTIAL}]
     model = hf_folder if kind == "HuggingFaceTokenizer" else sentencepiece_file
     source = _write_rows(tmp_path / "rows.jsonl", rows)
-    preprocess(_config(source, tmp_path / "out", model, tokenizer_type=kind, append_eod=append_eod, workers=2))
+    preprocess_data(_config(source, tmp_path / "out", model, tokenizer_type=kind, append_eod=append_eod, workers=2))
     tokenizer = build_tokenizer(kind, model)
     tail = [tokenizer.eod] if append_eod else []
     documents = [(tokenizer.tokenize(r["prompt"]), tokenizer.tokenize(r["response"]) + tail) for r in rows]
@@ -95,7 +95,7 @@ def test_real_trajectories_all_pass_and_decode_byte_for_byte(tmp_path, samples_f
     from megatron_multiverse.data.readers import trajectory_files
     from megatron_multiverse.data.tokenizers import build_tokenizer
 
-    result = preprocess(_config(samples_folder, tmp_path / "out", hf_folder, append_eod=True))
+    result = preprocess_data(_config(samples_folder, tmp_path / "out", hf_folder, append_eod=True))
     files = trajectory_files(samples_folder)
     assert (result.totals.documents, result.totals.rejected.total()) == (len(files), 0)
     assert result.totals.blocks > len(files)
@@ -162,7 +162,7 @@ def test_malformed_rows_are_rejected_with_their_position_and_all_others_written(
     with source.open("a") as stream:
         stream.write("\n{broken\n")
     config = _config(source, tmp_path / "out", hf_folder, max_rejected=len(BREAKS), workers=2)
-    result = preprocess(config)
+    result = preprocess_data(config)
     assert result.totals.documents == len(BREAKS)
     assert result.too_many_rejected
     report = [json.loads(line) for line in (tmp_path / "out_rejected.jsonl").read_text().splitlines()]
@@ -185,9 +185,9 @@ def test_malformed_rows_are_rejected_with_their_position_and_all_others_written(
 
 def test_second_run_has_nothing_to_do(tmp_path, hf_folder):
     source = _write_rows(tmp_path / "rows.jsonl", _rows(5))
-    first = preprocess(_config(source, tmp_path / "out", hf_folder))
+    first = preprocess_data(_config(source, tmp_path / "out", hf_folder))
     before = os.stat(tmp_path / "out.bin").st_mtime_ns
-    second = preprocess(_config(source, tmp_path / "out", hf_folder))
+    second = preprocess_data(_config(source, tmp_path / "out", hf_folder))
     assert os.stat(tmp_path / "out.bin").st_mtime_ns == before
     assert second.totals == first.totals
     assert not (tmp_path / "out.shards").exists()
@@ -229,16 +229,16 @@ def test_help_teaches_without_torch(tmp_path):
 def test_wrong_tokenizer_is_a_clear_error(tmp_path, hf_folder):
     source = _write_rows(tmp_path / "rows.jsonl", _rows(1))
     with pytest.raises(ConfigError, match="must be one of"):
-        preprocess(_config(source, tmp_path / "out", hf_folder, tokenizer_type="GPT2BPETokenizer"))
+        preprocess_data(_config(source, tmp_path / "out", hf_folder, tokenizer_type="GPT2BPETokenizer"))
 
 
 def test_end_token_and_template_must_exist(tmp_path, hf_folder):
     source = _write_rows(tmp_path / "rows.jsonl", _rows(1))
     (tmp_path / "tokenizer.json").write_bytes((hf_folder / "tokenizer.json").read_bytes())
     with pytest.raises(ConfigError, match="names no end token"):
-        preprocess(_config(source, tmp_path / "out", tmp_path, append_eod=True))
+        preprocess_data(_config(source, tmp_path / "out", tmp_path, append_eod=True))
     with pytest.raises(ConfigError, match="no chat template"):
-        preprocess(_config(source, tmp_path / "out", hf_folder, chat_template="always"))
+        preprocess_data(_config(source, tmp_path / "out", hf_folder, chat_template="always"))
 
 
 def test_question_rows_go_through_the_chat_template(tmp_path, hf_folder):
@@ -250,7 +250,7 @@ def test_question_rows_go_through_the_chat_template(tmp_path, hf_folder):
     (tmp_path / "chat" / "chat_template.jinja").write_text("{% for m in messages %}<u>{{ m.content }}{% endfor %}<a>")
     row = {"question": "1+2?", "deepseek_thinking_trajectory": "three", "deepseek_attempt": "3", "solution": "3"}
     source = _write_rows(tmp_path / "rows.jsonl", [row])
-    preprocess(_config(source, tmp_path / "out", tmp_path / "chat"))
+    preprocess_data(_config(source, tmp_path / "out", tmp_path / "chat"))
     tokenizer = build_tokenizer("HuggingFaceTokenizer", hf_folder)
     dataset = IndexedDataset(str(tmp_path / "out"))  # its arrays are views that die with it
     prompt, response = (tokenizer.detokenize(ids.tolist()) for ids in dataset[0:2])
@@ -262,6 +262,6 @@ def test_question_rows_go_through_the_chat_template(tmp_path, hf_folder):
 def test_tokenizer_that_changes_text_is_reported(tmp_path, rule, changed):
     model = train_sentencepiece(tmp_path / "sp", normalization_rule_name=rule)
     source = _write_rows(tmp_path / "rows.jsonl", [{"prompt": "", "response": "x\u00b2 is \uff11"}])
-    result = preprocess(_config(source, tmp_path / "out", model, tokenizer_type="SentencePieceTokenizer"))
+    result = preprocess_data(_config(source, tmp_path / "out", model, tokenizer_type="SentencePieceTokenizer"))
     assert result.totals.changed_texts == changed
     assert any("do not decode to themselves" in line for line in result.totals.lines()) == bool(changed)

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from megatron_multiverse.data import preprocess as module
-from megatron_multiverse.data.preprocess import preprocess
+from megatron_multiverse.data.preprocess import preprocess_data
 from megatron_multiverse.errors import DataError
 from tests.unit.data.test_preprocess import ROOT, TOOL, _bytes, _config, _rows, _write_rows
 
@@ -20,13 +20,13 @@ from tests.unit.data.test_preprocess import ROOT, TOOL, _bytes, _config, _rows, 
 @pytest.mark.parametrize("damage", ["", '{"key": "ab', "[]", "{}"])
 def test_damaged_manifest_and_plan_count_as_absent(tmp_path, hf_folder, damage):
     source = _write_rows(tmp_path / "rows.jsonl", _rows(5))
-    first = preprocess(_config(source, tmp_path / "out", hf_folder))
+    first = preprocess_data(_config(source, tmp_path / "out", hf_folder))
     whole = _bytes(tmp_path / "out")
     (tmp_path / "out_manifest.json").write_text(damage)
     (tmp_path / "out.shards").mkdir()
     (tmp_path / "out.shards" / "plan.json").write_text(damage)
     (tmp_path / "out.shards" / "00000.json").write_text("{}")  # of a run that cannot be told from another
-    second = preprocess(_config(source, tmp_path / "out", hf_folder))
+    second = preprocess_data(_config(source, tmp_path / "out", hf_folder))
     assert second.reused_shards == 0 and second.totals == first.totals and _bytes(tmp_path / "out") == whole
     assert json.loads((tmp_path / "out_manifest.json").read_text())["totals"]["documents"] == 5
 
@@ -35,7 +35,7 @@ def test_damaged_manifest_and_plan_count_as_absent(tmp_path, hf_folder, damage):
 def test_no_manifest_vouches_for_files_of_a_run_that_was_cut_off(tmp_path, hf_folder, monkeypatch, crash_in):
     """The files of an older run are half replaced: the next run must not find them finished."""
     source = _write_rows(tmp_path / "rows.jsonl", _rows(5))
-    preprocess(_config(source, tmp_path / "out", hf_folder))
+    preprocess_data(_config(source, tmp_path / "out", hf_folder))
     old = _bytes(tmp_path / "out")
     original = getattr(module, crash_in)
 
@@ -46,10 +46,10 @@ def test_no_manifest_vouches_for_files_of_a_run_that_was_cut_off(tmp_path, hf_fo
 
     monkeypatch.setattr(module, crash_in, dies)
     with pytest.raises(KeyboardInterrupt):
-        preprocess(_config(source, tmp_path / "out", hf_folder, append_eod=True))
+        preprocess_data(_config(source, tmp_path / "out", hf_folder, append_eod=True))
     assert not (tmp_path / "out_manifest.json").exists()
     monkeypatch.undo()
-    preprocess(_config(source, tmp_path / "out", hf_folder))  # what the old manifest promised
+    preprocess_data(_config(source, tmp_path / "out", hf_folder))  # what the old manifest promised
     assert _bytes(tmp_path / "out") == old
 
 
@@ -65,7 +65,7 @@ def test_failed_shard_is_named_and_only_unfinished_shards_are_redone(tmp_path, h
 
     monkeypatch.setattr(module, "process_shard", fails_late)
     with pytest.raises(DataError, match=r"rows\.jsonl \[\d+, \d+\): disk full"):
-        preprocess(_config(source, tmp_path / "out", hf_folder))
+        preprocess_data(_config(source, tmp_path / "out", hf_folder))
     finished = sorted((tmp_path / "out.shards").glob("*[0-9].json"))
     assert finished and not (tmp_path / "out.bin").exists()
     times = [file.stat().st_mtime_ns for file in finished]
@@ -76,11 +76,11 @@ def test_failed_shard_is_named_and_only_unfinished_shards_are_redone(tmp_path, h
         original(shard, path, *args, **kwargs)
 
     monkeypatch.setattr(module, "process_shard", counts)
-    result = preprocess(_config(source, tmp_path / "out", hf_folder, workers=2))
+    result = preprocess_data(_config(source, tmp_path / "out", hf_folder, workers=2))
     redone = sorted(tmp_path.glob("redone-*"))
     assert result.reused_shards == len(times)
     assert {f.name.removeprefix("redone-") for f in redone}.isdisjoint({f.stem for f in finished})
-    preprocess(_config(source, tmp_path / "whole", hf_folder))
+    preprocess_data(_config(source, tmp_path / "whole", hf_folder))
     assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
 
 
@@ -88,7 +88,7 @@ def test_killed_worker_is_a_clear_error(tmp_path, hf_folder, monkeypatch):
     monkeypatch.setattr(module, "process_shard", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     source = _write_rows(tmp_path / "rows.jsonl", _rows(2))
     with pytest.raises(DataError, match=r"worker process was killed .* run the same command again"):
-        preprocess(_config(source, tmp_path / "out", hf_folder))
+        preprocess_data(_config(source, tmp_path / "out", hf_folder))
 
 
 @pytest.mark.parametrize("change", ["input", "settings"])
@@ -96,11 +96,11 @@ def test_changed_run_begins_anew(tmp_path, hf_folder, monkeypatch, change):
     source = _write_rows(tmp_path / "rows.jsonl", _rows(4))
     monkeypatch.setattr(module, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        preprocess(_config(source, tmp_path / "out", hf_folder))
+        preprocess_data(_config(source, tmp_path / "out", hf_folder))
     monkeypatch.undo()
     if change == "input":
         _write_rows(source, _rows(5))
-    result = preprocess(_config(source, tmp_path / "out", hf_folder, append_eod=change == "settings"))
+    result = preprocess_data(_config(source, tmp_path / "out", hf_folder, append_eod=change == "settings"))
     assert result.reused_shards == 0
 
 
@@ -121,5 +121,5 @@ def test_killed_run_resumes_to_the_same_bytes(tmp_path, hf_folder):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "going on: " in done.stderr
-    preprocess(_config(source, tmp_path / "whole", hf_folder, workers=2))
+    preprocess_data(_config(source, tmp_path / "whole", hf_folder, workers=2))
     assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_multiverse.structure import layout, parse
+from megatron_multiverse.structure import lay_out, parse
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
@@ -46,7 +46,7 @@ def test_every_decode_step_agrees_with_one_forward_pass(decoder: Decoder) -> Non
     report = measure_logits(decoder, [problem])
     result = decoder.answer([problem], "parallel").results[0]
     vocab, prompt = decoder.tokenizer.structure_vocab, decoder.prompt_ids(problem, "parallel")
-    forced = layout(parse([*prompt, *result.token_ids], vocab, prompt_length=len(prompt))).forced
+    forced = lay_out(parse([*prompt, *result.token_ids], vocab, prompt_length=len(prompt))).forced
     assert 0 < report["max_abs_logit_difference"] < 1e-3
     # Sampled are all tokens but the forced ones, and the end of text.
     assert report["logit_rows_compared"] == len(result.token_ids) - (forced[:, 1] - forced[:, 0]).sum() + 1

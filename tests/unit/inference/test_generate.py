@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_multiverse.errors import DataError, GenerationError
-from megatron_multiverse.inference.generate import GenerateConfig, generate, write_answers
+from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
 
 ROOT = Path(__file__).parents[3]
 MODEL = ROOT / "examples" / "quickstart" / "model"
@@ -20,8 +20,8 @@ PROMPT = "Work out A = 914 * 2; B = 1849 + 24. Think step by step and in paralle
 
 def test_parallel_and_sequential_answers_are_the_same_text():
     options = {"load": MODEL, "prompt": PROMPT, "max_tokens": 600, "device": "cpu"}
-    parallel = next(generate(GenerateConfig(**options)))
-    sequential = next(generate(GenerateConfig(**options, sequential=True, page_size=1)))
+    parallel = next(generate_answers(GenerateConfig(**options)))
+    sequential = next(generate_answers(GenerateConfig(**options, sequential=True, page_size=1)))
     assert parallel["text"] == sequential["text"]
     assert parallel["prompt"] == PROMPT
     assert parallel["tokens"] <= 600
@@ -58,7 +58,7 @@ def test_the_tool_reads_and_writes_jsonl(tmp_path):
 @pytest.mark.parametrize("prompts", [{}, {"prompt": "a", "input": Path("b.jsonl")}])
 def test_exactly_one_source_of_prompts(prompts):
     with pytest.raises(GenerationError, match="give either --prompt TEXT or --input"):
-        next(generate(GenerateConfig(load=MODEL, **prompts)))
+        next(generate_answers(GenerateConfig(load=MODEL, **prompts)))
 
 
 def test_rows_that_cannot_be_answered_say_why_and_the_others_are_answered(tmp_path):
@@ -80,7 +80,7 @@ def test_rows_are_written_as_they_finish(tmp_path):
     prompts = [PROMPT.replace("1849 + 24", "(48 + 76) - (13 * 4); C = 583 + 967"), PROMPT]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     config = GenerateConfig(load=MODEL, input=tmp_path / "in.jsonl", max_tokens=600)
-    first, second = generate(config)
+    first, second = generate_answers(config)
     assert first["prompt"] == prompts[first["index"]]
     assert (first["index"], second["index"]) == (1, 0)
     assert first["decode_steps"] < second["decode_steps"]
@@ -96,7 +96,7 @@ def test_rows_are_written_as_they_finish(tmp_path):
         raise Interrupted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_multiverse.inference.generate.generate", rows_then_interrupt)
+        patch.setattr("megatron_multiverse.inference.generate.generate_answers", rows_then_interrupt)
         with pytest.raises(Interrupted):
             write_answers(replace(config, output=out))
     assert json.loads(seen[0])["text"] == first["text"]
@@ -114,39 +114,39 @@ def test_an_output_that_cannot_be_written_shows_before_the_model_is_loaded(tmp_p
 
 def test_an_input_that_is_not_there_or_empty(tmp_path):
     with pytest.raises(DataError, match="no such file or folder"):
-        next(generate(GenerateConfig(load=MODEL, input=tmp_path / "nope.jsonl")))
+        next(generate_answers(GenerateConfig(load=MODEL, input=tmp_path / "nope.jsonl")))
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="no prompts"):
-        next(generate(GenerateConfig(load=MODEL, input=tmp_path / "empty.jsonl")))
+        next(generate_answers(GenerateConfig(load=MODEL, input=tmp_path / "empty.jsonl")))
 
 
 def test_several_samples_of_a_prompt_differ_and_repeat():
     options = {"load": MODEL, "prompt": PROMPT, "max_tokens": 40, "temperature": 3.0, "num_samples": 3}
-    texts = {row["sample"]: row["text"] for row in generate(GenerateConfig(**options))}
+    texts = {row["sample"]: row["text"] for row in generate_answers(GenerateConfig(**options))}
     assert sorted(texts) == [0, 1, 2]
     assert len(set(texts.values())) == 3
-    again = generate(GenerateConfig(**options, prefix_pages=8, page_size=4))
+    again = generate_answers(GenerateConfig(**options, prefix_pages=8, page_size=4))
     assert {row["sample"]: row["text"] for row in again} == texts
     with pytest.raises(GenerationError, match="num_samples is 2 at temperature"):
-        next(generate(GenerateConfig(load=MODEL, prompt=PROMPT, num_samples=2)))
+        next(generate_answers(GenerateConfig(load=MODEL, prompt=PROMPT, num_samples=2)))
 
 
 def test_limits_and_stop_tokens_reach_the_engine():
     options = {"load": MODEL, "prompt": PROMPT, "max_tokens": 600}
-    free = next(generate(GenerateConfig(**options)))
+    free = next(generate_answers(GenerateConfig(**options)))
     assert free["blocks"]
-    assert next(generate(GenerateConfig(**options, max_depth=0)))["blocks"] == []
-    assert next(generate(GenerateConfig(**options, max_paths=1)))["malformed"]["too_many_paths"] >= 1
-    stopped = next(generate(GenerateConfig(**options, stop=["<Parallel>"])))
+    assert next(generate_answers(GenerateConfig(**options, max_depth=0)))["blocks"] == []
+    assert next(generate_answers(GenerateConfig(**options, max_paths=1)))["malformed"]["too_many_paths"] >= 1
+    stopped = next(generate_answers(GenerateConfig(**options, stop=["<Parallel>"])))
     assert stopped["finish_reason"] == "stop"
     assert free["text"].startswith(stopped["text"])
     assert "<Parallel>" not in stopped["text"]
-    assert next(generate(GenerateConfig(**options, ignore_eos=True)))["finish_reason"] == "length"
+    assert next(generate_answers(GenerateConfig(**options, ignore_eos=True)))["finish_reason"] == "length"
     with pytest.raises(GenerationError, match=r"--stop 'two words of text' is \d+ tokens"):
-        next(generate(GenerateConfig(**options, stop=["two words of text"])))
+        next(generate_answers(GenerateConfig(**options, stop=["two words of text"])))
 
 
 def test_the_chat_template_wraps_the_prompt():
     """The quickstart's tokenizer has none and says so."""
     with pytest.raises(ValueError, match="chat template"):
-        next(generate(GenerateConfig(load=MODEL, prompt="a", chat=True)))
+        next(generate_answers(GenerateConfig(load=MODEL, prompt="a", chat=True)))

@@ -14,7 +14,7 @@ from megatron_multiverse.inference import Engine, Request, Result
 from megatron_multiverse.inference.branch import Branch
 from megatron_multiverse.inference.preemption import preempt
 from megatron_multiverse.model.attention import AttentionParams, LayoutParams
-from megatron_multiverse.structure import TAGS, StructureVocab, Tag, layout, parse
+from megatron_multiverse.structure import TAGS, StructureVocab, Tag, lay_out, parse
 
 torch.set_num_threads(1)
 
@@ -187,7 +187,7 @@ def own_indices(branch: Branch, start: int, table: dict[tuple[tuple[tuple[int, i
 def forward_logits(model: nn.Module, prompt: Sequence[int], result: Result) -> Tensor:
     """Logits [prompt + answer, vocab] of one teacher-forced forward over the layout that structure/ gives."""
     ids = [*prompt, *result.token_ids]
-    plan = layout(parse(ids, VOCAB, prompt_length=len(prompt), strict=False))
+    plan = lay_out(parse(ids, VOCAB, prompt_length=len(prompt), strict=False))
     params = LayoutParams.from_labels(torch.from_numpy(plan.r)[None].long(), backend="dense")
     positions = torch.from_numpy(plan.position_ids)[None].long()
     with torch.no_grad():
@@ -196,7 +196,7 @@ def forward_logits(model: nn.Module, prompt: Sequence[int], result: Result) -> T
 
 def structure_positions(prompt: Sequence[int], result: Result) -> list[int]:
     ids = np.array([*prompt, *result.token_ids])
-    return layout(parse(ids, VOCAB, prompt_length=len(prompt), strict=False)).position_ids[len(prompt) :].tolist()
+    return lay_out(parse(ids, VOCAB, prompt_length=len(prompt), strict=False)).position_ids[len(prompt) :].tolist()
 
 
 def largest_difference(

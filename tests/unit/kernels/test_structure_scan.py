@@ -31,7 +31,7 @@ from megatron_multiverse.kernels.benchmarks.layouts import TAG_IDS as BENCHMARK_
 from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan, structure_scan_reference
 from megatron_multiverse.kernels.structure_scan.reference import END_CONCLUSION, THINK
 from megatron_multiverse.kernels.structure_scan.scan import narrow
-from megatron_multiverse.structure import MAX_DEPTH, TAGS, StructureVocab, Tag, layout, pack_layouts, parse
+from megatron_multiverse.structure import MAX_DEPTH, TAGS, StructureVocab, Tag, lay_out, pack_layouts, parse
 
 TAG_TENSOR = torch.tensor(TAG_IDS)
 CASES = json.loads((Path(__file__).parents[2] / "golden" / "layout_cases.json").read_text())
@@ -61,7 +61,7 @@ def test_reference_equals_the_golden_cases(case: dict) -> None:
     starts = case["document_starts"]
     borders = [*starts, len(ids)]
     parts = [
-        layout(parse(ids[start:end], vocab, prompt_length=prompt))
+        lay_out(parse(ids[start:end], vocab, prompt_length=prompt))
         for start, end, prompt in zip(borders, borders[1:], case["prompt_lengths"], strict=False)
     ]
     documents = [[start, start + prompt] for start, prompt in zip(starts, case["prompt_lengths"], strict=True)]

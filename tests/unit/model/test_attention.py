@@ -77,7 +77,7 @@ def test_visibility_equals_the_structure_package() -> None:
         newline, tag["</Parallel>"],
     ]  # fmt: skip
     document = structure.parse([0, *block, x], vocab, prompt_length=1)
-    layout = structure.pack_layouts([structure.layout(document)] * 2)
+    layout = structure.pack_layouts([structure.lay_out(document)] * 2)
     want = torch.from_numpy(structure.visible_matrix(layout))
     got = visibility(torch.from_numpy(layout.r)[None])[0, 0]
     assert torch.equal(got, want)

@@ -13,7 +13,7 @@ from megatron_multiverse.structure import (
     TAGS,
     Layout,
     StructureVocab,
-    layout,
+    lay_out,
     pack_layouts,
     parse,
     visible_matrix,
@@ -28,7 +28,7 @@ def case_layouts(case: dict[str, Any]) -> Layout:
     ids = [pieces.index(token) for token in case["tokens"]]
     borders = [*case["document_starts"], len(ids)]
     parts = [
-        layout(parse(ids[start:end], vocab, prompt_length=prompt))
+        lay_out(parse(ids[start:end], vocab, prompt_length=prompt))
         for start, end, prompt in zip(borders, borders[1:], case["prompt_lengths"], strict=False)
     ]
     return pack_layouts(parts)
@@ -36,7 +36,7 @@ def case_layouts(case: dict[str, Any]) -> Layout:
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_layout_equals_golden_case(case: dict[str, Any]) -> None:
-    where = case_layouts(case)
+    layout = case_layouts(case)
     n = len(case["tokens"])
     hidden = np.zeros((n, n), dtype=bool)
     for query, ranges in enumerate(case["hidden_key_ranges"]):
@@ -44,8 +44,8 @@ def test_layout_equals_golden_case(case: dict[str, Any]) -> None:
             hidden[query, start:end] = True
     documents = np.searchsorted(case["document_starts"], np.arange(n), side="right")
     expected = np.tril(~hidden) & (documents[:, None] == documents[None, :])
-    assert where.position_ids.tolist() == case["position_ids"]
-    assert np.array_equal(visible_matrix(where), expected)
-    assert where.num_visible_pairs == expected.sum()
-    assert where.loss_mask().astype(int).tolist() == case["loss_mask"]
-    assert where.loss_mask(train_forced_tokens=True).astype(int).tolist() == case["loss_mask_with_forced"]
+    assert layout.position_ids.tolist() == case["position_ids"]
+    assert np.array_equal(visible_matrix(layout), expected)
+    assert layout.num_visible_pairs == expected.sum()
+    assert layout.loss_mask().astype(int).tolist() == case["loss_mask"]
+    assert layout.loss_mask(train_forced_tokens=True).astype(int).tolist() == case["loss_mask_with_forced"]

@@ -16,7 +16,7 @@ from megatron_multiverse.structure import (
     StructureMachine,
     StructureVocab,
     Tag,
-    layout,
+    lay_out,
     parse,
     parse_text,
     visible_matrix,
@@ -118,7 +118,7 @@ def test_tags_in_the_prompt_are_inert() -> None:
     prompt = ids_of("<Path>a</Goal><Parallel>")
     document = parse([*prompt, *ids_of(GOOD)], VOCAB, prompt_length=len(prompt))
     assert document.blocks[0].start == len(prompt) + 4
-    mask = layout(document).loss_mask()
+    mask = lay_out(document).loss_mask()
     assert not mask[: len(prompt)].any()
 
 
@@ -230,16 +230,16 @@ def check_tolerant(ids: list[int]) -> None:
     machine.finish()
     assert machine.blocks == document.blocks
     assert machine.malformed == document.malformed
-    where = layout(document)
-    visible = visible_matrix(where)
+    layout = lay_out(document)
+    visible = visible_matrix(layout)
     assert visible.diagonal().all()
-    assert where.num_visible_pairs == visible.sum()
-    assert where.position_ids.shape == (len(ids),)
-    assert (where.position_ids >= 0).all()
+    assert layout.num_visible_pairs == visible.sum()
+    assert layout.position_ids.shape == (len(ids),)
+    assert (layout.position_ids >= 0).all()
     # A token's position is the length of the longest chain of visible tokens before it.
     for i in range(len(ids)):
         before = np.flatnonzero(visible[i, :i])
-        assert where.position_ids[i] == (where.position_ids[before].max() + 1 if before.size else 0)
+        assert layout.position_ids[i] == (layout.position_ids[before].max() + 1 if before.size else 0)
     for _, block in document.walk():
         assert block.start < block.goal_end <= block.paths[0].start
         assert all(a.end == b.start for a, b in zip(block.paths, block.paths[1:], strict=False))

@@ -18,13 +18,13 @@ from megatron_multiverse.structure import (
     Document,
     Parts,
     StructureVocab,
-    layout,
+    lay_out,
+    measure,
     pack_layouts,
     padding_layout,
     parse,
     parse_text,
     render,
-    statistics,
     visible_matrix,
 )
 
@@ -94,19 +94,19 @@ def slow_positions(visible: np.ndarray) -> list[int]:
 def test_positions_and_labels_equal_the_slow_definitions(parts: Parts, prompt_length: int) -> None:
     ids = [CHARACTERS.index("q")] * prompt_length + characters(render(parts))
     document = parse(ids, VOCAB, prompt_length=prompt_length)
-    where = layout(document)
+    layout = lay_out(document)
     visible = slow_visible(document)
-    assert np.array_equal(visible_matrix(where), visible)
-    assert where.position_ids.tolist() == slow_positions(visible)
-    counts = statistics(document)
-    assert counts.critical_tokens == len(set(where.position_ids[prompt_length:].tolist()))
+    assert np.array_equal(visible_matrix(layout), visible)
+    assert layout.position_ids.tolist() == slow_positions(visible)
+    counts = measure(document)
+    assert counts.critical_tokens == len(set(layout.position_ids[prompt_length:].tolist()))
     assert counts.blocks == sum(1 for _ in document.walk())
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(trees(2), min_size=1, max_size=3), st.integers(0, 5))
 def test_packed_documents_never_see_each_other(rows: list[Parts], padding: int) -> None:
-    layouts = [layout(parse(characters(render(parts)), VOCAB)) for parts in rows]
+    layouts = [lay_out(parse(characters(render(parts)), VOCAB)) for parts in rows]
     pack = pack_layouts([*layouts, padding_layout(padding)])
     visible = visible_matrix(pack)
     start = 0
@@ -125,9 +125,9 @@ def test_packed_documents_never_see_each_other(rows: list[Parts], padding: int) 
 def test_visibility_survives_any_permutation() -> None:
     """Context parallelism moves tokens; index and r travel with them."""
     block = Block(("a", "b"), (("a", Block(("c",), (("d",),), "e")), ("f",)), "g")
-    where = layout(parse(characters(render(("x", block, "y"))), VOCAB))
-    visible, r = visible_matrix(where), where.r
-    order = np.random.default_rng(0).permutation(where.num_tokens)
+    layout = lay_out(parse(characters(render(("x", block, "y"))), VOCAB))
+    visible, r = visible_matrix(layout), layout.r
+    order = np.random.default_rng(0).permutation(layout.num_tokens)
     moved = (order[None, :] <= order[:, None]) & (r[order][None, :] <= r[order][:, None])
     assert np.array_equal(moved, visible[np.ix_(order, order)])
 
@@ -139,7 +139,7 @@ def test_a_label_without_blank_is_text_side_only() -> None:
 
 def test_statistics_of_a_small_block() -> None:
     document = parse(characters(render(("x", Block(("a", "b"), (("cc",), ("d",)), "e")))), VOCAB)
-    counts = statistics(document)
+    counts = measure(document)
     assert (counts.blocks, counts.paths, counts.depth) == (1, 2, 1)
     # A path is newline, tag, newline, "1: cc", newline, tag: 10 tokens and 9; they run beside each other.
     assert counts.num_tokens - counts.critical_tokens == 9

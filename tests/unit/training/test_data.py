@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_multiverse.config import DataConfig
-from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess
+from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.training.data import build_loaders, check_tokenizer
@@ -24,7 +24,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
     options = PreprocessConfig(
         input=str(folder / "rows.jsonl"), output_prefix=str(folder / "set"), tokenizer_model=str(TOKENIZER), workers=1
     )
-    preprocess(options)
+    preprocess_data(options)
     return str(folder / "set")
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_multiverse.config import TrainConfig
-from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess
+from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
 from megatron_multiverse.kernels.multiverse_attention import backends
 from megatron_multiverse.training.trainer import train
 
@@ -64,7 +64,7 @@ def test_twenty_steps_on_real_trajectories(
 ) -> None:
     texts = [file.read_text(encoding="utf-8") for file in sorted(samples_folder.glob("*.xml"))]
     tokenizer = train_bpe(texts, tmp_path / "tokenizer")
-    done = preprocess(
+    done = preprocess_data(
         PreprocessConfig(
             input=str(samples_folder),
             output_prefix=str(tmp_path / "set"),

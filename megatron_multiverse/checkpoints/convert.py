@@ -1,0 +1,287 @@
+"""The driver behind tools/convert_checkpoint.py: any source to any target, one tensor at a time.
+
+The output is written to `SAVE.partial`, unit by unit; each finished unit is flushed and noted. When all are done the
+folder is renamed to `SAVE`. So a run that is killed goes on with the first unfinished unit, and nothing half-written
+ever stands under the target's name. One thread reads (and checks) the next tensor while the last one is written,
+another flushes a finished unit while the next one is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+import megatron_multiverse
+from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource
+from megatron_multiverse.checkpoints.endpoints import DTypeName, Source, Target
+from megatron_multiverse.checkpoints.hf_assets import (
+    copy_assets,
+    save_tokenizer,
+    write_generation_config,
+    write_model_card,
+)
+from megatron_multiverse.checkpoints.hf_endpoint import HFSource, HFTarget
+from megatron_multiverse.checkpoints.legacy import LegacyTarget, TransformerImpl
+from megatron_multiverse.checkpoints.manifest import Manifest
+from megatron_multiverse.checkpoints.mcore_source import MODEL_CONFIG_FILE, POINTER_FILE, RECORD_FILE, McoreSource
+from megatron_multiverse.checkpoints.model_folder import ModelFolderSource, is_model_folder
+from megatron_multiverse.checkpoints.names import Entry
+from megatron_multiverse.checkpoints.progress import ProgressLine
+from megatron_multiverse.checkpoints.raw import check_finite
+from megatron_multiverse.checkpoints.tensors import check_divisible
+from megatron_multiverse.checkpoints.torch_dist import TorchDistTarget
+from megatron_multiverse.errors import CheckpointError, ConfigError
+from megatron_multiverse.files import flush
+
+logger = logging.getLogger(__name__)
+
+Side = Literal["hf", "mcore"]
+RELEASE = "release"  # Megatron's name for weights without training state
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Convert a checkpoint between Hugging Face and megatron-core, on a CPU."""
+
+    from_: Side
+    """Kind of the input: hf (safetensors and config.json), or mcore (torch_dist, mp_rank_XX or a model folder)."""
+    to: Side
+    """Kind of the output. The same kind again rewrites it with another cut, dtype or vocabulary."""
+    load: str
+    """Input folder."""
+    save: str
+    """Output folder; must not exist. A run that was interrupted continues in SAVE.partial."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that each matrix is cut for (mcore; torch_dist can still be loaded at any other size)."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are divided into (mcore; matters for --ckpt-format torch only)."""
+    ckpt_format: Literal["torch_dist", "torch"] = "torch_dist"
+    """Layout of mcore output: torch_dist, or torch for older Megatron (mp_rank_XX files)."""
+    transformer_impl: TransformerImpl = "transformer_engine"
+    """Whose parameter names --ckpt-format torch writes; torch_dist has one naming for both."""
+    make_vocab_size_divisible_by: int = 1
+    """Pad the vocabulary (mcore) to a multiple of this times the tensor parallel size, as Megatron does."""
+    vocab_size: int | None = None
+    """Real rows of an mcore input's vocabulary, if it does not say; further rows are padding and dropped."""
+    dtype: DTypeName = "keep"
+    """Dtype of the output: keep, float32, bfloat16 or float16."""
+    family: Literal["qwen2", "qwen3", "llama"] | None = None
+    """Architecture; found out by itself for hf input and for mcore input that came from it."""
+    model_config: str | None = None
+    """Shape of an mcore input that does not carry it: a model_config.json, a config.json or a folder with one."""
+    add_control_tokens: bool = False
+    """Add the twelve structure tags to tokenizer and vocabulary."""
+    tokenizer_model: str | None = None
+    """Folder of the tokenizer, if it is not in the input folder."""
+    shard_size: float = 2.0
+    """Largest output file in GB (1e9 bytes); also what an interrupted run may have to do again."""
+    trust_pickle: bool = False
+    """Load pickles without restrictions. They can run any code: only for files you wrote yourself."""
+    allow_non_finite: bool = False
+    """Convert tensors with NaN or infinite values too, instead of stopping."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "make_vocab_size_divisible_by"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.shard_size <= 0:
+            raise ConfigError(f"shard_size must be positive, got {self.shard_size}")
+        if Path(self.load).resolve() == Path(self.save).resolve():
+            raise ConfigError(f"load and save are the same folder ({self.load})")
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What a conversion did."""
+
+    folder: Path
+    num_bytes: int
+    """Size of the weights written, earlier runs included."""
+    resumed_bytes: int
+    """The part of it that an earlier run wrote."""
+    units: int
+    """Units (files, or pipeline stages) in all."""
+    resumed_units: int
+    """Units that an earlier run had finished."""
+    seconds: float
+
+
+def convert_checkpoint(config: ConvertConfig) -> ConvertResult:
+    """Convert a checkpoint.
+
+    Raises:
+        ConfigError: an option does not fit the model, the model is not supported, or the disk is too small.
+        CheckpointError: the input is damaged or incomplete; nothing stands under the output's name.
+    """
+    started = time.perf_counter()
+    save = Path(config.save)
+    if save.exists() and (not save.is_dir() or any(save.iterdir())):
+        raise CheckpointError(f"{save} already exists: choose another --save or remove it")
+    source = open_source(config)
+    padded = padded_vocab_size(config, source)
+    target = open_target(config, source, padded)
+    unfinished = save.with_name(save.name + ".partial")
+    with Manifest(unfinished, fingerprint(config, source)) as manifest:
+        weights = unfinished if config.to == "hf" else unfinished / RELEASE
+        resumed = sum(unit.name in manifest.finished for unit in target.units)
+        if resumed:
+            logger.info("continuing in %s: %d of %d units are finished", unfinished, resumed, len(target.units))
+        resumed_bytes = manifest.finished_bytes()
+        check_disk_space(unfinished, target.total_bytes - resumed_bytes)
+        _write_units(config, source, target, manifest, weights)
+        _finish(config, source, target, manifest, weights, padded)
+        num_bytes = manifest.finished_bytes()
+    for path in unfinished.rglob("*"):
+        flush(path)
+    if save.exists():
+        save.rmdir()
+    os.rename(unfinished, save)
+    flush(save.parent)
+    return ConvertResult(save, num_bytes, resumed_bytes, len(target.units), resumed, time.perf_counter() - started)
+
+
+def open_source(config: ConvertConfig) -> Source:
+    """The input; every header is read and checked, no tensor is."""
+    source: Source
+    if config.from_ == "hf":
+        source = HFSource(config.load, config.family)
+    elif is_model_folder(config.load):
+        source = ModelFolderSource(config.load, config.family)
+    else:
+        source = McoreSource(config.load, config.family, config.model_config, config.vocab_size, config.trust_pickle)
+    return ControlTokenSource(source, config.tokenizer_model) if config.add_control_tokens else source
+
+
+def padded_vocab_size(config: ConvertConfig, source: Source) -> int:
+    """Rows of the vocabulary matrices of the output."""
+    if config.to == "hf":
+        return source.config.vocab_size
+    multiple = config.make_vocab_size_divisible_by * config.tensor_model_parallel_size
+    return -(-source.config.vocab_size // multiple) * multiple
+
+
+def open_target(config: ConvertConfig, source: Source, padded: int) -> Target:
+    """The output's layout; nothing is written yet."""
+    shard_size = int(config.shard_size * 1e9)
+    if config.to == "hf":
+        return HFTarget(source, config.dtype, shard_size)
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    check_divisible(dataclasses.replace(source.config, vocab_size=padded), tp, pp)
+    if config.ckpt_format == "torch_dist":
+        return TorchDistTarget(source, config.dtype, shard_size, tp=tp, pp=pp, padded_vocab_size=padded)
+    return LegacyTarget(
+        source, config.dtype, tp=tp, pp=pp, padded_vocab_size=padded, transformer_impl=config.transformer_impl
+    )
+
+
+def fingerprint(config: ConvertConfig, source: Source) -> dict[str, Any]:
+    """Everything that the output depends on: options, input files by size and time of change, version."""
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("save", "trust_pickle")}
+    files = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files}
+    return {"version": megatron_multiverse.__version__, "options": options, "files": files}
+
+
+def check_disk_space(folder: Path, needed: int) -> None:
+    """Raise ConfigError unless `needed` bytes (and a little) are free where `folder` lies."""
+    free = shutil.disk_usage(folder).free
+    if needed * 1.01 > free:
+        raise ConfigError(
+            f"{folder} needs {needed / 1e9:.1f} GB more, the disk has {free / 1e9:.1f} GB free: "
+            "free some space or save elsewhere"
+        )
+
+
+def _write_units(config: ConvertConfig, source: Source, target: Target, manifest: Manifest, weights: Path) -> None:
+    weights.mkdir(exist_ok=True)
+    prefix = "" if weights == manifest.folder else f"{RELEASE}/"
+    line = ProgressLine(target.total_bytes, manifest.finished_bytes())
+    with line, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as flusher:
+        flushed: Future[None] | None = None
+        for unit in target.units:
+            if unit.name in manifest.finished:
+                continue
+            read = partial(_checked_read, config, source)
+            record = target.write(unit, line.counted(prefetched(unit.entries, read, reader)), weights)
+            files = {prefix + name: size for name, size in record["files"].items()}
+            if flushed is not None:
+                flushed.result()
+            flushed = flusher.submit(manifest.add, unit.name, {**record, "files": files})
+        if flushed is not None:
+            flushed.result()
+
+
+def _checked_read(config: ConvertConfig, source: Source, entry: Entry) -> Tensor:
+    tensor = source.read(entry)
+    if not config.allow_non_finite:
+        check_finite(tensor, file=source.where(entry), name=_name(config, entry))
+    return tensor
+
+
+def _name(config: ConvertConfig, entry: Entry) -> str:
+    """A tensor by the name it has in the input."""
+    return " or ".join(name for name, _ in entry.hf) if config.from_ == "hf" else entry.mcore
+
+
+def prefetched(entries: Iterable[Entry], read: Any, pool: ThreadPoolExecutor) -> Iterator[tuple[Entry, Tensor]]:
+    """Entries with their tensors; the next one is read while the caller works on the last."""
+    waiting = iter(entries)
+    current = next(waiting, None)
+    future = pool.submit(read, current) if current is not None else None
+    while current is not None and future is not None:
+        tensor = future.result()
+        following = next(waiting, None)
+        future = pool.submit(read, following) if following is not None else None
+        yield current, tensor
+        del tensor  # or it would live until the next one is there
+        current = following
+
+
+def _finish(
+    config: ConvertConfig, source: Source, target: Target, manifest: Manifest, weights: Path, padded: int
+) -> None:
+    """Everything but the weights, then the folder is complete."""
+    folder = manifest.folder
+    target.finish([manifest.finished[unit.name] for unit in target.units], weights)
+    copy_assets(config.tokenizer_model or source.folder, folder)
+    record = conversion_record(config, source, padded)
+    if isinstance(source, ControlTokenSource):
+        save_tokenizer(source.tokenizer, folder)
+    if config.to == "hf":
+        write_generation_config(folder)
+        provenance = {k: record[k] for k in ("source", "source_kind", "control_tokens")}
+        write_model_card(folder, Path(config.save).name, source.config, source.family.architecture, provenance)
+    else:
+        dataclasses.replace(source.config, vocab_size=padded).to_json(folder / MODEL_CONFIG_FILE)
+        (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (folder / POINTER_FILE).write_text(f"{RELEASE}\n", encoding="utf-8")
+    manifest.remove()
+
+
+def conversion_record(config: ConvertConfig, source: Source, padded: int) -> dict[str, Any]:
+    """Where a checkpoint came from, and what the way back needs (conversion.json)."""
+    return {
+        "converter": f"megatron-multiverse {megatron_multiverse.__version__}",
+        "source": Path(config.load).resolve().name,
+        "source_kind": config.from_,
+        "family": source.family.name,
+        "vocab_size": source.config.vocab_size,
+        "padded_vocab_size": padded,
+        "control_tokens": source.plan.record() if isinstance(source, ControlTokenSource) else None,
+        "tensor_model_parallel_size": config.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
+        "ckpt_format": config.ckpt_format,
+        "model_config": dataclasses.asdict(dataclasses.replace(source.config, vocab_size=padded)),
+        "hf_config": source.hf_config,
+    }

@@ -1,0 +1,96 @@
+"""Logits of a checkpoint on fixed ids: by transformers, and by our model over tensor and pipeline ranks.
+
+Both under plain causal attention and under the Multiverse mask of a sample with nested blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_multiverse.checkpoints.endpoints import Source
+from megatron_multiverse.checkpoints.load import model_from_source
+from megatron_multiverse.checkpoints.ranks import pipeline_logits, set_parallel_sizes
+from megatron_multiverse.structure.layout import lay_out, pack_layouts
+from megatron_multiverse.structure.tree import BlockSpan, Document, PathSpan
+
+Mask = Literal["causal", "multiverse"]
+MASKS: tuple[Mask, ...] = ("causal", "multiverse")
+Logits = dict[Mask, Tensor]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One batch of a sample with nested blocks, and one of packed samples; int64 [2, s]."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    r: Tensor
+
+
+def fixed_inputs(ids: Sequence[int], *, seed: int = 0) -> Inputs:
+    """The same random tokens out of `ids` on every machine, laid out as Multiverse samples.
+
+    The layout does not ask what a token is, so a vocabulary without tags can be tested too.
+    """
+    inner = BlockSpan(12, goal_end=15, paths=[PathSpan(15, 18, 15), PathSpan(18, 23, 18)], forced_end=24, end=26)
+    paths = [PathSpan(8, 28, 9, blocks=[inner]), PathSpan(28, 33, 29), PathSpan(33, 42, 34)]
+    outer = BlockSpan(3, goal_end=8, paths=paths, forced_end=43, end=45)
+    nested = lay_out(Document(48, prompt_length=2, blocks=[outer]))
+    flat = lay_out(Document(20, blocks=[BlockSpan(1, 4, [PathSpan(4, 9, 5), PathSpan(9, 14, 10)], 15, 17)]))
+    rows = [nested, pack_layouts([flat, lay_out(Document(28))])]
+    choice = torch.randint(0, len(ids), (2, 48), generator=torch.Generator().manual_seed(seed))
+    return Inputs(
+        input_ids=torch.tensor(list(ids))[choice],
+        position_ids=torch.stack([torch.from_numpy(row.position_ids).long() for row in rows]),
+        r=torch.stack([torch.from_numpy(row.r).long() for row in rows]),
+    )
+
+
+@torch.no_grad()
+def transformers_logits(folder: str | Path, inputs: Inputs) -> Logits:
+    """float32 logits [2, s, rows] by transformers' own model, loaded from a Hugging Face folder."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_multiverse.checkpoints.hf_attention import register_attention
+
+    register_attention()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    causal = model(inputs.input_ids, use_cache=False).logits
+    model.set_attn_implementation("multiverse")
+    structured = model(inputs.input_ids, position_ids=inputs.position_ids, r=inputs.r, use_cache=False).logits
+    return {"causal": causal, "multiverse": structured}
+
+
+@torch.no_grad()
+def rank_logits(open_source: Callable[[], Source], tp: int, pp: int, inputs: Inputs) -> Logits:
+    """Logits by our model over the ranks of this process group; all ranks call this.
+
+    Args:
+        open_source: opens the checkpoint.
+        tp: tensor-parallel size.
+        pp: pipeline-parallel size.
+        inputs: the batch.
+
+    Returns:
+        Logits [2, s, vocab] on the ranks of the last stage, nothing on the others.
+    """
+    from megatron_multiverse.model.attention import LayoutParams
+
+    set_parallel_sizes(tp, pp)
+    model = model_from_source(open_source()).eval()
+    order = torch.arange(inputs.input_ids.shape[1]).expand_as(inputs.input_ids)
+    passes: dict[Mask, tuple[Tensor, LayoutParams]] = {
+        "causal": (order, LayoutParams.causal(inputs.input_ids)),
+        "multiverse": (inputs.position_ids, LayoutParams.from_labels(inputs.r)),
+    }
+    found = {
+        mask: pipeline_logits(model, inputs.input_ids, positions, params)
+        for mask, (positions, params) in passes.items()
+    }
+    return {mask: logits for mask, logits in found.items() if logits is not None}

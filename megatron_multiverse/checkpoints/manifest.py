@@ -1,0 +1,104 @@
+"""What of a conversion is finished: one JSON line per unit, behind a line that says what is being converted.
+
+Files are flushed to disk before their unit's line is, so a line that can be read vouches for its files.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_multiverse.checkpoints.endpoints import Record
+from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.files import flush
+
+MANIFEST_FILE = "conversion_progress.jsonl"
+
+
+class Manifest:
+    """The finished units of a folder; only one process at a time may hold it.
+
+    Args:
+        folder: the unfinished output, created if missing. What it holds of another conversion is deleted.
+        fingerprint: everything that the output depends on, as JSON values.
+
+    Raises:
+        CheckpointError: another process is writing there.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+        self.folder = folder
+        self.finished: dict[str, Record] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._stream = open(folder / MANIFEST_FILE, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._stream.close()
+            raise CheckpointError(f"{folder} is being written by another conversion: wait for it or stop it") from None
+        lines = self._read_lines()
+        if lines and lines[0] == json.loads(json.dumps(fingerprint)):
+            self.finished = {line["unit"]: line for line in lines[1:] if self._is_whole(line)}
+            return
+        self._clear()
+        self._append(fingerprint)
+
+    def _read_lines(self) -> list[dict[str, Any]]:
+        self._stream.seek(0)
+        lines = []
+        for text in self._stream:
+            if not text.endswith("\n"):
+                self._stream.write("\n")  # cut short by a crash; keep it out of the next line
+                break
+            if text.strip():
+                try:
+                    lines.append(json.loads(text))
+                except ValueError:
+                    continue  # the rest of a line that was cut short: its unit is written again
+        return lines
+
+    def _is_whole(self, record: Record) -> bool:
+        files = ((self.folder / name, size) for name, size in record["files"].items())
+        return all(file.is_file() and file.stat().st_size == size for file, size in files)
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != MANIFEST_FILE:
+                path.unlink()
+        self._stream.truncate(0)
+
+    def _append(self, value: dict[str, Any]) -> None:
+        self._stream.seek(0, os.SEEK_END)
+        self._stream.write(json.dumps(value) + "\n")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def add(self, unit: str, record: Record) -> None:
+        """Flush the files of a unit, then note that it is finished."""
+        for name in record["files"]:
+            flush(self.folder / name)
+        self.finished[unit] = {"unit": unit, **record}
+        self._append(self.finished[unit])
+
+    def finished_bytes(self) -> int:
+        """Bytes of all finished files."""
+        return sum(size for record in self.finished.values() for size in record["files"].values())
+
+    def remove(self) -> None:
+        """Delete the manifest: the folder is complete."""
+        (self.folder / MANIFEST_FILE).unlink()
+
+    def __enter__(self) -> Manifest:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stream.close()

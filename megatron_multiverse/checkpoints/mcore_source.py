@@ -1,0 +1,172 @@
+"""A megatron-core checkpoint as a source, whatever its layout: torch_dist or mp_rank_XX files.
+
+The folder may be the one given to Megatron's --save (it names its newest checkpoint in
+latest_checkpointed_iteration.txt) or one checkpoint in it. The model's shape comes, in this order, from --model-config,
+from conversion.json (written by this converter), from model_config.json (written by this trainer), and from the
+`args` that Megatron-LM puts into its checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_multiverse.checkpoints.families import FAMILIES
+from megatron_multiverse.checkpoints.hf_config import family_for, hf_config_to_model_config
+from megatron_multiverse.checkpoints.legacy import LegacyReader, is_legacy
+from megatron_multiverse.checkpoints.megatron_args import config_from_args
+from megatron_multiverse.checkpoints.names import Entry, Family, entries
+from megatron_multiverse.checkpoints.torch_dist import TorchDistReader
+from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.config.strict import dataclass_from_mapping
+from megatron_multiverse.errors import CheckpointError, ConfigError
+
+POINTER_FILE = "latest_checkpointed_iteration.txt"
+RECORD_FILE = "conversion.json"
+MODEL_CONFIG_FILE = "model_config.json"
+
+
+def checkpoint_folder(folder: str | Path) -> Path:
+    """The newest checkpoint of a --save folder, or the folder itself if it is a checkpoint.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    path = Path(folder)
+    if (path / ".metadata").is_file() or (path / "metadata.json").is_file() or is_legacy(path):
+        return path
+    pointer = path / POINTER_FILE
+    if not pointer.is_file():
+        raise CheckpointError(f"{path} is no megatron-core checkpoint: no {POINTER_FILE}, .metadata or mp_rank folders")
+    text = pointer.read_text().strip()
+    inner = path / (f"iter_{int(text):07d}" if text.isdigit() else text)
+    if not inner.is_dir():
+        raise CheckpointError(f"{pointer} names {text!r}, but {inner} does not exist: name a checkpoint that does")
+    return inner
+
+
+class McoreSource:
+    """A megatron-core checkpoint.
+
+    Args:
+        folder: see above.
+        family: name of the family; default the recorded one, or the one with the model's biases and norms.
+        config: a model_config.json or Hugging Face config.json with the model's shape; default see above.
+        vocab_size: real rows of the vocabulary; further rows are padding and dropped. Default: as recorded, else all.
+        trust_pickle: load pickles without restrictions.
+
+    Raises:
+        CheckpointError: files or tensors are missing, too many or damaged.
+        ConfigError: the model is not supported, or its shape is unknown.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        family: str | None = None,
+        config: str | Path | None = None,
+        vocab_size: int | None = None,
+        trust_pickle: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        inner = checkpoint_folder(folder)
+        self.reader: TorchDistReader | LegacyReader
+        if is_legacy(inner):
+            self.reader = LegacyReader(inner, trust_pickle)
+            args = self.reader.args
+        else:
+            self.reader = TorchDistReader(inner, trust_pickle)
+            args = self.reader.common.get("args")
+        self.files = self.reader.files
+        record = _first_json(RECORD_FILE, inner, inner.parent)
+        self.hf_config: dict[str, Any] | None = record.get("hf_config")
+        stored = _model_config(inner, Path(config) if config else None, record, args)
+        named = family or record.get("family")
+        self.family: Family = _named(named) if named else family_for(stored)
+        rows = vocab_size or record.get("vocab_size") or stored.vocab_size
+        self.config: ModelConfig = dataclasses.replace(stored, vocab_size=rows)
+        self._entries = entries(self.family, self.config)
+        self._check()
+
+    def _check(self) -> None:
+        """Every tensor of the table is there with its shape, and nothing else is."""
+        for entry in self._entries:
+            shape = self.reader.shape(entry)
+            enough = entry.rule == "vocab" and shape[0] >= entry.shape[0]
+            if (shape[1:] if enough else shape) != (entry.shape[1:] if enough else entry.shape):
+                raise CheckpointError(
+                    f"{self.reader.where(entry)}: tensor {entry.mcore} has shape {list(shape)}, "
+                    f"the model's config asks for {list(entry.shape)}"
+                )
+        reader, known = self.reader, {entry.mcore for entry in self._entries}
+        if isinstance(reader, TorchDistReader):
+            known = {reader.key(entry) for entry in self._entries}
+        tied = self.config.share_embeddings_and_output_weights
+        extra = sorted(reader.keys() - known - ({"output_layer.weight"} if tied else set()))
+        if extra:
+            raise CheckpointError(
+                f"{reader.file_of(extra[0])}: tensor {extra[0]} is not part of a dense {self.family.name} model "
+                f"({len(extra)} such tensors); experts, adapters and further heads cannot be converted"
+            )
+
+    def entries(self) -> list[Entry]:
+        """All tensors, in the order of the network."""
+        return self._entries
+
+    def where(self, entry: Entry) -> Path:
+        """A file that holds a part of the tensor."""
+        return self.reader.where(entry)
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        """Dtype on disk."""
+        return self.reader.dtype(entry)
+
+    def read(self, entry: Entry) -> Tensor:
+        """One whole tensor, vocabulary padding cut off."""
+        return self.reader.read(entry)[: entry.shape[0]]
+
+
+def _named(name: str) -> Family:
+    if name not in FAMILIES:
+        raise ConfigError(f"unknown family {name!r}, supported: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _first_json(name: str, *folders: Path) -> dict[str, Any]:
+    """The first such file in the folders; empty if there is none."""
+    for folder in folders:
+        file = folder / name
+        if file.is_file():
+            try:
+                values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(f"{file} is not valid JSON ({error})") from error
+            return values
+    return {}
+
+
+def _model_config(inner: Path, given: Path | None, record: dict[str, Any], args: Any) -> ModelConfig:
+    """The shape as stored, padding rows included where the file knows of them."""
+    if given is not None:
+        values = _first_json(given.name, given.parent) if given.is_file() else _first_json("config.json", given)
+        if not values:
+            raise ConfigError(f"--model-config {given} is neither a file nor a folder with a config.json")
+        if "model_type" in values:
+            return hf_config_to_model_config(values)
+        return dataclass_from_mapping(ModelConfig, values, where=str(given))
+    if record:
+        return dataclass_from_mapping(ModelConfig, record["model_config"], where=RECORD_FILE)
+    for folder in (inner, inner.parent):
+        if (folder / MODEL_CONFIG_FILE).is_file():
+            return ModelConfig.from_json(folder / MODEL_CONFIG_FILE)
+    if args is not None:
+        return config_from_args(args, where=str(inner))
+    raise ConfigError(
+        f"{inner} does not say what model it holds (no {RECORD_FILE}, no {MODEL_CONFIG_FILE}, no args): give "
+        "--model-config with a model_config.json or the config.json of the Hugging Face model"
+    )

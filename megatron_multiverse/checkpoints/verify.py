@@ -1,0 +1,257 @@
+"""Proves that two checkpoints are the same model: every tensor bit for bit, and the logits on fixed ids.
+
+The logits of transformers' own model are compared with those of ours, under plain causal attention and under the
+Multiverse mask, for every way of cutting our model over tensor and pipeline ranks that is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource
+from megatron_multiverse.checkpoints.endpoints import DTypeName, Source, target_dtype
+from megatron_multiverse.checkpoints.forward import (
+    MASKS,
+    Inputs,
+    Logits,
+    fixed_inputs,
+    rank_logits,
+    transformers_logits,
+)
+from megatron_multiverse.checkpoints.hf_endpoint import HFSource
+from megatron_multiverse.checkpoints.load import open_checkpoint
+from megatron_multiverse.checkpoints.ranks import run_ranks
+from megatron_multiverse.checkpoints.tensors import check_divisible, split
+from megatron_multiverse.errors import CheckpointError, ConfigError
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Compare two checkpoints of one model, in any of the layouts that can be converted."""
+
+    first: Path
+    """The original."""
+    second: Path
+    """What was made of it."""
+    add_control_tokens: bool = False
+    """The second was made with --add-control-tokens: expect those rows."""
+    dtype: DTypeName = "keep"
+    """The second was made with this --dtype: expect tensors rounded to it."""
+    layouts: list[str] = field(default_factory=lambda: ["1x1", "2x1", "1x2"])
+    """Tensor x pipeline parallel sizes to compute logits with; ranks are processes of this machine."""
+    tolerance: float = 1e-4
+    """Largest allowed difference of a logit, relative to the largest logit."""
+    no_logits: bool = False
+    """Compare tensors only: for models that do not fit into memory in float32."""
+    report: Path | None = None
+    """Write the figures here as JSON."""
+    trust_pickle: bool = False
+    """Open checkpoints that contain pickles, which can run any code."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Logits of one checkpoint in one layout."""
+
+    folder: Path
+    tp: int
+    pp: int
+    inputs: Inputs
+    trust_pickle: bool = False
+
+
+def verify_checkpoints(options: VerifyOptions) -> Result:
+    """Compare; the result is made of JSON values, `equal` says whether everything agreed.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read.
+        ConfigError: a checkpoint describes a model that is not supported, or a layout is not TPxPP.
+    """
+    start = time.perf_counter()
+    sizes = [parse_layout(text) for text in options.layouts]
+    first, second = (
+        open_checkpoint(path, trust_pickle=options.trust_pickle) for path in (options.first, options.second)
+    )
+    plan = ControlTokenSource(first).plan if options.add_control_tokens else None
+    expected: Source = ControlTokenSource(first) if options.add_control_tokens else first
+    config = compare_configs(expected, second)
+    tensors = compare_tensors(expected, second, options.dtype) if not config else []
+    logits: list[Result] = []
+    if not options.no_logits and not config:
+        changed = set() if plan is None else set(plan.pieces)
+        logits = compare_logits(first, second, sizes, options, changed)
+    return {
+        "first": str(options.first),
+        "second": str(options.second),
+        "equal": not config and not tensors and all(row["equal"] for row in logits),
+        "config_differences": config,
+        "tensors_compared": 0 if config else sum(len(entry.hf) for entry in second.entries()),
+        "tensor_differences": tensors,
+        "logits": logits,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def parse_layout(text: str) -> tuple[int, int]:
+    """ "2x1" -> tensor parallel size 2, pipeline parallel size 1."""
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"layout {text!r} must be TENSORxPIPELINE sizes, e.g. 2x1")
+    return int(parts[0]), int(parts[1])
+
+
+def compare_configs(expected: Source, found: Source) -> dict[str, list[Any]]:
+    """Fields of the model's shape that differ, as [expected, found]."""
+    mine, theirs = (dataclasses.asdict(source.config) | {"family": source.family.name} for source in (expected, found))
+    return {key: [mine[key], theirs[key]] for key in mine if mine[key] != theirs[key]}
+
+
+def compare_tensors(expected: Source, found: Source, dtype: DTypeName = "keep") -> list[Result]:
+    """Tensors that are not equal bit for bit, by their Hugging Face names."""
+    differences = []
+    for entry in expected.entries():
+        want = expected.read(entry).to(target_dtype(expected, entry, dtype))
+        got = found.read(entry)
+        if want.dtype == got.dtype and same_bits(want, got):
+            continue
+        pairs = zip(entry.hf, split(entry, want, expected.config), split(entry, got, found.config), strict=True)
+        differences += [_difference(name, *pair) for (name, _), *pair in pairs]
+    return [row for row in differences if row]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype agree in every bit (NaN equals the same NaN, 0 differs from -0)."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    kind = kinds[a.element_size()]
+    return a.shape == b.shape and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+
+
+def _difference(name: str, want: Tensor, got: Tensor) -> Result:
+    if want.dtype != got.dtype:
+        return {"tensor": name, "reason": f"dtype {got.dtype}, expected {want.dtype}"}
+    if same_bits(want, got):
+        return {}
+    difference = (want.double() - got.double()).abs()
+    values = int((difference != 0).sum())
+    return {
+        "tensor": name,
+        "reason": f"{values} of {want.numel()} values differ" if values else "only the signs of zeros or NaNs differ",
+        "max_abs_difference": float(difference.max()),
+        "first_row": int(difference.reshape(len(difference), -1).amax(1).gt(0).int().argmax()),
+    }
+
+
+def compare_logits(
+    first: Source, second: Source, sizes: Sequence[tuple[int, int]], options: VerifyOptions, changed: set[int]
+) -> list[Result]:
+    """Logits in each layout against transformers, or against our own model where neither checkpoint is Hugging Face's.
+
+    Args:
+        first: the original.
+        second: what was made of it.
+        sizes: (tensor, pipeline) parallel sizes.
+        options: tolerance and the like.
+        changed: ids whose rows differ on purpose.
+    """
+    reference, tested = (second, first) if is_hf(second) and not is_hf(first) else (first, second)
+    rows = min(first.config.vocab_size, second.config.vocab_size)
+    kept = [token for token in range(rows) if token not in changed]
+    inputs = fixed_inputs(kept)
+    if is_hf(reference):
+        by, wanted = "transformers", transformers_logits(reference.folder, inputs)
+    else:
+        by, wanted = "1x1", layout_logits([Job(reference.folder, 1, 1, inputs, options.trust_pickle)])[0]
+    impossible = {size: reason for size in sizes if (reason := _impossible(tested, *size))}
+    jobs = [Job(tested.folder, *size, inputs, options.trust_pickle) for size in sizes if size not in impossible]
+    results = []
+    for job, found in zip(jobs, layout_logits(jobs), strict=True):
+        for mask in MASKS:
+            error = relative_error(wanted[mask][..., kept], found[mask][..., kept])
+            row = {"layout": f"{job.tp}x{job.pp}", "mask": mask, "reference": by, "relative_error": error}
+            results.append(row | {"equal": error <= options.tolerance})
+    skipped = [
+        {"layout": f"{tp}x{pp}", "mask": "all", "equal": True, "skipped": reason}
+        for (tp, pp), reason in impossible.items()
+    ]
+    if skipped and not results:
+        raise CheckpointError(f"none of the layouts is possible: {skipped[0]['skipped']}")
+    return results + skipped
+
+
+def relative_error(want: Tensor, got: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value; infinite if anything is not finite."""
+    error = float((want - got).abs().max() / want.abs().max())
+    return error if torch.isfinite(torch.tensor(error)) else float("inf")
+
+
+def is_hf(source: Source) -> bool:
+    """Whether transformers can open the checkpoint."""
+    return isinstance(source, HFSource)
+
+
+def layout_logits(jobs: Sequence[Job]) -> list[Logits]:
+    """Logits of every job, in the order of jobs; jobs with the same number of ranks share their processes."""
+    results: dict[int, Logits] = {}
+    for world_size in sorted({job.tp * job.pp for job in jobs}):
+        chosen = {k: job for k, job in enumerate(jobs) if job.tp * job.pp == world_size}
+        last_rank = run_ranks(_run_jobs, world_size, list(chosen.values()))[-1]
+        results |= dict(zip(chosen, last_rank, strict=True))
+    return [results[k] for k in range(len(jobs))]
+
+
+def _run_jobs(jobs: Sequence[Job]) -> list[Logits]:
+    """On each rank; the last one is on the last stage and has all logits."""
+    found = []
+    for job in jobs:
+        opener = functools.partial(open_checkpoint, job.folder, trust_pickle=job.trust_pickle)
+        found.append(rank_logits(opener, job.tp, job.pp, job.inputs))
+    last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+    return found if last else []
+
+
+def _padded(source: Source, tp: int) -> int:
+    return -(-source.config.vocab_size // tp) * tp
+
+
+def _impossible(source: Source, tp: int, pp: int) -> str | None:
+    """Why the model cannot be cut this way, or None."""
+    try:
+        check_divisible(dataclasses.replace(source.config, vocab_size=_padded(source, tp)), tp, pp)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def report_lines(result: Result) -> Iterator[str]:
+    """The result for people."""
+    yield f"first    {result['first']}"
+    yield f"second   {result['second']}"
+    for key, (want, got) in result["config_differences"].items():
+        yield f"DIFFERENT {key}: {want} in the first, {got} in the second"
+    different = result["tensor_differences"]
+    yield f"tensors  {result['tensors_compared']} compared, {len(different)} different"
+    for row in different[:20]:
+        yield f"DIFFERENT {row['tensor']}: {row['reason']}"
+    if len(different) > 20:
+        yield f"... and {len(different) - 20} more, see --report"
+    for row in result["logits"]:
+        if "skipped" in row:
+            yield f"logits   {row['layout']} not possible: {row['skipped']}"
+        else:
+            verdict = "equal" if row["equal"] else "DIFFERENT"
+            yield (
+                f"logits   {row['layout']} {row['mask']:<10} {verdict}: relative error {row['relative_error']:.1e} "
+                f"to {row['reference']}"
+            )
+    yield f"{'EQUAL' if result['equal'] else 'DIFFERENT'} ({result['seconds']} s)"

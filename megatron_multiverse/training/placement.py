@@ -1,0 +1,137 @@
+"""Where the tokens of a microbatch stand: scanned on the GPU, or as the loader computed it.
+
+On CUDA `kernels.structure_scan` makes positions, labels and tile lists from the token ids, with nothing read back;
+elsewhere the loader's arrays serve. Both come from the same rule (structure/layout.py) and agree. Documents that are
+laid out as plain text because their structure cannot be read are remembered, and named when the run reports.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_multiverse.errors import TrainingError
+from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan
+from megatron_multiverse.model.attention import LayoutParams
+from megatron_multiverse.structure import Tag
+from megatron_multiverse.training.metrics import MetricsWriter
+
+logger = logging.getLogger(__name__)
+
+
+class TokenPlacer:
+    """Lays out the microbatches of one loader.
+
+    Args:
+        loader: `SFTLoader`. One without `tag_ids`, or whose batches hold no ``documents``, is taken at its word:
+            ``position_ids`` and ``r`` of the batch count on every device.
+        device: where the model runs.
+        malformed: what to do with documents that the scan cannot read although the loader let them pass: refuse
+            (the run stops) or causal (they are named).
+    """
+
+    def __init__(self, loader: Any, device: torch.device, malformed: str = "refuse") -> None:
+        self._loader = loader
+        self._malformed = malformed
+        tag_ids = getattr(loader, "tag_ids", None)
+        self._parallel_id = None if tag_ids is None else tag_ids[Tag.PARALLEL]
+        scans = tag_ids is not None and device.type == "cuda"
+        self._tag_ids = torch.tensor(tag_ids, dtype=torch.int32, device=device) if scans else None
+        self._compared, self._compared_block = False, False
+        self._told: set[int] = set()
+        self._parsed: list[tuple[Tensor, Tensor]] = []  # (sample ids, flags) of microbatches, on the host
+        self._scanned: list[tuple[Tensor, Tensor]] = []  # the same by the scan, flags on the device
+
+    def place(self, batch: dict[str, Tensor], input_ids: Tensor, backend: str) -> tuple[Tensor, LayoutParams]:
+        """Position ids [b, s] and what attention sees.
+
+        Args:
+            batch: the microbatch on the host, see `SFTLoader`.
+            input_ids: its token ids on the device.
+            backend: attention backend.
+        """
+        device = input_ids.device
+        if "malformed" in batch:
+            self._parsed.append((batch["sample_ids"], batch["malformed"]))
+        if self._tag_ids is None or "documents" not in batch:
+            r = to_device(batch["r"], device)
+            return to_device(batch["position_ids"], device), LayoutParams.from_labels(r, backend=backend)
+        scan = structure_scan(input_ids, to_device(batch["documents"], device), self._tag_ids)
+        self._scanned.append((batch["sample_ids"], scan.malformed))
+        self._compare(scan, batch)
+        return scan.position_ids, LayoutParams.from_labels(scan.r, lists=scan.lists, backend=backend)
+
+    def _compare(self, scan: StructureScan, batch: dict[str, Tensor]) -> None:
+        """Hold the scan of a run's first microbatch, and of the first one with a block, against the loader's layout."""
+        if self._compared_block:
+            return
+        has_block = self._parallel_id in batch["input_ids"]
+        if has_block or not self._compared:
+            raise_unless_equal(scan, batch)
+            self._compared, self._compared_block = True, has_block
+
+    def report(self, step: int, metrics: MetricsWriter) -> None:
+        """Name each document, once per process, that was laid out as plain text (waits for the device).
+
+        Raises:
+            TrainingError: the scan could not read a document, and such are to be refused.
+        """
+        for sample in _flagged(self._parsed):
+            self._tell(sample, step, metrics, "parser", self._loader.sample_problem(sample) or "malformed")
+        for sample in _flagged(self._scanned):
+            name = self._loader.sample_name(sample)
+            problem = f"{name}: the scan on the GPU cannot read the structure that the loader let pass"
+            if self._malformed == "refuse":
+                raise TrainingError(
+                    f"{problem}, and data.malformed is refuse: mend the sample, or set data.malformed to causal, which "
+                    "trains it as plain text. If tools/preprocess_data.py accepted it, the kernels do not work with "
+                    "this GPU or this version of Triton"
+                )
+            self._tell(sample, step, metrics, "scan", problem)
+        self._parsed.clear()
+        self._scanned.clear()
+
+    def _tell(self, sample: int, step: int, metrics: MetricsWriter, found_by: str, problem: str) -> None:
+        if sample in self._told:
+            return
+        self._told.add(sample)
+        logger.warning("%s; trained as plain causal text", problem)
+        name = self._loader.sample_name(sample)
+        metrics.write("malformed", step, sample=name, sample_id=sample, found_by=found_by, problem=problem)
+
+
+def raise_unless_equal(scan: StructureScan, batch: dict[str, Tensor]) -> None:
+    """A scan must be what the loader computed on the host (waits for the device).
+
+    Raises:
+        TrainingError: it is not: the kernels do not work with this GPU, driver or version of Triton.
+    """
+    pairs = (scan.r, batch["r"]), (scan.position_ids, batch["position_ids"])
+    if all(torch.equal(mine.cpu().long(), theirs.cpu().long()) for mine, theirs in pairs):
+        return
+    flagged = int(scan.malformed.sum())
+    raise TrainingError(
+        "structure_scan and the loader disagree about a microbatch (positions or labels; the scan could not "
+        f"read {flagged} documents that the parser accepted), which no data can cause: the kernels do not work with "
+        "this GPU or this version of Triton. Run `pytest -m gpu tests/gpu/test_structure_scan_gpu.py` there and "
+        "install triton>=3.6"
+    )
+
+
+def _flagged(seen: list[tuple[Tensor, Tensor]]) -> list[int]:
+    """The sample ids whose flag is set, without repetition."""
+    if not seen:
+        return []
+    ids = torch.cat([samples.flatten() for samples, _ in seen])
+    flags = torch.cat([flags.flatten() for _, flags in seen]).cpu()
+    return sorted({int(sample) for sample in ids[flags] if sample >= 0})
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device. From pinned memory, since a copy from pageable memory waits for earlier kernels."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

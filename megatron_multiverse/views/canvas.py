@@ -1,0 +1,50 @@
+"""What all figures share: colours, axes without a display, writing PNGs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_multiverse.views.view import branch_depth
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DEPTH_COLORS = ("#5b6577", "#2b78d0", "#ee8a2a", "#2f9e6e", "#a05bc4")
+
+
+def color(branch: str) -> str:
+    """Colour of a branch: its depth."""
+    return DEPTH_COLORS[branch_depth(branch) % len(DEPTH_COLORS)]
+
+
+def subplots(height: float, ratios: Sequence[float], *, width: float = 11.0) -> tuple[Figure, list[Axes]]:
+    """Empty axes, one below the other, with heights in the given ratios (inches for the whole figure)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(ratios),
+        1,
+        figsize=(width, height),
+        sharex=len(ratios) > 1,
+        squeeze=False,
+        gridspec_kw={"height_ratios": list(ratios)},
+        layout="constrained",
+    )
+    for axis in axes[:, 0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes[:, 0])
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write the figure as PNG, making the folder if need be, and free it."""
+    import matplotlib.pyplot as plt
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

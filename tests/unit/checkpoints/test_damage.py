@@ -1,0 +1,200 @@
+"""Damaged or unsuitable input: a clear error with file and tensor, and nothing under the target's name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_multiverse.errors import CheckpointError, ConfigError
+from tests.unit.checkpoints.test_convert import assert_same, hf_folder, run
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    return hf_folder(tmp_path / "hf")
+
+
+def refused(folder: Path, match: str, error: type[Exception] = CheckpointError, **options: object) -> None:
+    target = folder.parent / "out"
+    with pytest.raises(error, match=match):
+        run(folder, target, **options)
+    assert not target.exists()
+
+
+def change(folder: Path, name: str, tensor: torch.Tensor | None) -> Path:
+    """Replace (or remove) a tensor in its file; returns the file."""
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        if name in tensors:
+            if tensor is None:
+                del tensors[name]
+            else:
+                tensors[name] = tensor
+            save_file(tensors, file)
+            return file
+    raise AssertionError(name)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **changes}))
+
+
+def test_missing_shard(hf: Path) -> None:
+    file = sorted(hf.glob("*.safetensors"))[2]
+    name = next(iter(load_file(file)))
+    file.unlink()
+    refused(hf, rf"{file.name} is missing.*{name.rsplit('.', 2)[0]}")
+
+
+def test_truncated_shard(hf: Path) -> None:
+    file = sorted(hf.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-5])
+    refused(hf, rf"{file.name}: tensor \S+ should end at byte \d+, the file has \d+; it is truncated")
+    file.write_bytes(file.read_bytes()[:40])
+    refused(hf, rf"{file.name}: no complete safetensors header")
+
+
+def test_wrong_shape(hf: Path) -> None:
+    file = change(hf, "model.layers.1.mlp.up_proj.weight", torch.zeros(47, 36))
+    refused(hf, rf"{file.name}: tensor model.layers.1.mlp.up_proj.weight has shape \[47, 36\].*asks for \[48, 36\]")
+
+
+def test_missing_and_extra_tensor(hf: Path) -> None:
+    index = hf / "model.safetensors.index.json"
+    change(hf, "model.norm.weight", None)
+    refused(hf, "names model.norm.weight in model-.*does not hold it")
+    values = json.loads(index.read_text())
+    del values["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(values))
+    refused(hf, r"has no tensor model\.norm\.weight in any of its \d+ files")
+
+
+def test_extra_tensor(hf: Path) -> None:
+    first = sorted(hf.glob("*.safetensors"))[0]
+    save_file({**load_file(first), "model.layers.0.mlp.gate.weight": torch.zeros(3)}, first)
+    refused(hf, rf"{first.name}: tensor model.layers.0.mlp.gate.weight is not part of the architecture")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_non_finite_values(hf: Path, value: float, dtype: torch.dtype) -> None:
+    for file in hf.glob("*.safetensors"):
+        save_file({n: t.to(dtype) for n, t in load_file(file).items()}, file)
+    bad = torch.ones(36, 48, dtype=dtype)
+    bad[20, 30] = value
+    file = change(hf, "model.layers.1.mlp.down_proj.weight", bad)
+    refused(hf, rf"{file.name}: tensor model.layers.1.mlp.down_proj.weight holds NaN or infinite")
+    run(hf, hf.parent / "allowed", allow_non_finite=True)
+    run(hf.parent / "allowed", hf.parent / "back", "mcore", "hf", allow_non_finite=True)
+    assert (hf.parent / "back/config.json").is_file()
+
+
+def test_large_finite_values_are_no_damage(hf: Path) -> None:
+    change(hf, "model.layers.1.mlp.down_proj.weight", torch.full((36, 48), 3e38))
+    run(hf, hf.parent / "out")
+
+
+def test_wrong_family_and_unsupported_architectures(hf: Path) -> None:
+    refused(hf, "holds a qwen2 model, --family says llama", ConfigError, family="llama")
+    for changes, message in [
+        ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM"),
+        ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
+        ({"num_experts": 8}, r"num_experts \(8\)"),
+        ({"use_sliding_window": True, "sliding_window": 128}, r"use_sliding_window \(128\)"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": None}, "rope scaling 'yarn'"),
+        ({"hidden_act": "gelu"}, r"hidden_act \('gelu'\)"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"vocab_size": None}, "lacks vocab_size"),
+    ]:
+        before = (hf / "config.json").read_text()
+        edit_config(hf, **changes)
+        refused(hf, message, ConfigError)
+        (hf / "config.json").write_text(before)
+
+
+def test_sizes_that_do_not_divide(hf: Path) -> None:
+    refused(hf, r"num_query_groups \(3\) is not divisible", ConfigError, tensor_model_parallel_size=2)
+    refused(hf, r"num_layers \(2\) is not divisible", ConfigError, pipeline_model_parallel_size=3)
+
+
+def test_existing_target_is_left_alone(hf: Path) -> None:
+    (hf.parent / "out").mkdir()
+    (hf.parent / "out/mine").write_text("x")
+    with pytest.raises(CheckpointError, match="already exists"):
+        run(hf, hf.parent / "out")
+    assert [p.name for p in (hf.parent / "out").iterdir()] == ["mine"]
+
+
+def test_damaged_torch_dist(hf: Path) -> None:
+    mcore, out = hf.parent / "mcore", hf.parent / "back"
+    run(hf, mcore, shard_size=20e-6)
+    file = mcore / "release/__0_1.distcp"
+    whole = file.read_bytes()
+    for damage, message in [
+        (lambda: file.write_bytes(whole[:-9]), r"__0_1.distcp has \d+ bytes, .metadata asks for \d+ \(decoder"),
+        (lambda: file.unlink(), r"__0_1.distcp is missing, .metadata names it for decoder"),
+        (lambda: file.write_bytes(bytes(len(whole))), r"__0_1.distcp is damaged or truncated"),
+    ]:
+        damage()
+        with pytest.raises(CheckpointError, match=message):
+            run(mcore, out, "mcore", "hf")
+        assert not out.exists()
+        file.write_bytes(whole)
+    metadata = mcore / "release/.metadata"
+    metadata.write_bytes(metadata.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"\.metadata is damaged"):
+        run(mcore, out, "mcore", "hf")
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("pwned"),))
+
+
+def test_no_pickle_runs_without_being_trusted(
+    hf: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(hf.parent)
+    run(hf, hf.parent / "dist")
+    run(hf, hf.parent / "legacy", ckpt_format="torch")
+    legacy = hf.parent / "legacy/release/mp_rank_00/model_optim_rng.pt"
+    content = torch.load(legacy, weights_only=False)
+    torch.save({**content, "extra": Evil()}, legacy)
+    (hf.parent / "dist/release/.metadata").write_bytes(pickle.dumps(Evil()))
+    for name in ("dist", "legacy"):
+        with pytest.raises(CheckpointError, match="trust-pickle"):
+            run(hf.parent / name, hf.parent / "out", "mcore", "hf")
+    assert not Path("pwned").exists()
+    run(hf.parent / "legacy", hf.parent / "out", "mcore", "hf", trust_pickle=True)
+    assert Path("pwned").exists() and "--trust-pickle" in caplog.text
+    assert_same(hf, hf.parent / "out")
+
+
+def test_legacy_files_of_megatron_itself_are_read(hf: Path) -> None:
+    """With args and without conversion.json, as Megatron-LM writes them; then a rank is lost."""
+    mcore = hf.parent / "mcore"
+    run(hf, mcore, ckpt_format="torch", tensor_model_parallel_size=3, pipeline_model_parallel_size=2)
+    for name in ("conversion.json", "model_config.json"):
+        (mcore / name).unlink()
+    run(mcore, hf.parent / "padded", "mcore", "hf")
+    run(mcore, hf.parent / "back", "mcore", "hf", vocab_size=50)
+    assert_same(hf, hf.parent / "back")
+    file = mcore / "release/mp_rank_01_001/model_optim_rng.pt"
+    with torch.serialization.safe_globals([Namespace]):
+        content = torch.load(file, weights_only=True)
+    assert isinstance(content["args"], Namespace)
+    file.write_bytes(file.read_bytes()[:-300])
+    with pytest.raises(CheckpointError, match=r"mp_rank_01_001/model_optim_rng.pt is damaged or truncated"):
+        run(mcore, hf.parent / "out", "mcore", "hf")
+    file.unlink()
+    with pytest.raises(CheckpointError, match="mp_rank_01_001 has neither"):
+        run(mcore, hf.parent / "out", "mcore", "hf")

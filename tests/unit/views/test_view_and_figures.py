@@ -1,0 +1,115 @@
+"""Views of samples, their timelines, and pictures that can be opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_multiverse.errors import DataError, StructureError
+from megatron_multiverse.structure import Block, render, visible_matrix
+from megatron_multiverse.views.figures import draw_positions, draw_timeline, draw_visibility
+from megatron_multiverse.views.sample import load_view
+from megatron_multiverse.views.view import (
+    SampleView,
+    ideal_timeline,
+    sequential_timeline,
+    stretches,
+    view_text,
+)
+
+ROOT = Path(__file__).parents[3]
+EXAMPLE = ROOT / "docs" / "images" / "example.txt"
+
+
+@pytest.fixture
+def view() -> SampleView:
+    return load_view(str(EXAMPLE), strict=True)
+
+
+def test_pieces_are_the_text(view: SampleView) -> None:
+    assert "".join(view.pieces) == EXAMPLE.read_text().rstrip("\n")
+
+
+def test_stretches_cover_the_text_branch_by_branch(view: SampleView) -> None:
+    assert [s.branch for s in view.stretches] == ["", "1", "2", "2.1", "2.2", "2", ""]
+    ends = [0, *(s.end for s in view.stretches)]
+    assert [s.start for s in view.stretches] == ends[:-1] and ends[-1] == len(view.pieces)
+    for stretch in view.stretches:
+        text = "".join(view.pieces[stretch.start : stretch.end])
+        assert text.startswith("\n<Path>\n" + stretch.branch + ":") or stretch.branch in ("", "2")
+
+
+def test_tokens_of_different_branches_see_each_other_as_the_tree_says(view: SampleView) -> None:
+    visible = visible_matrix(view.layout)
+    first = {stretch.branch: stretch for stretch in reversed(view.stretches)}
+    for looking, looked_at, expected in (("2", "1", False), ("2.2", "2.1", False), ("2.1", "2", True), ("1", "", True)):
+        one, other = first[looking], first[looked_at]
+        assert visible[one.start : one.end, other.start : other.end].all() == expected
+        assert visible[one.start : one.end, other.start : other.end].any() == expected
+
+
+def test_ideal_timeline_takes_as_many_steps_as_the_longest_chain(view: SampleView) -> None:
+    spans, one_by_one = ideal_timeline(view), sequential_timeline(view)
+    assert max(span.end for span in spans) == view.layout.position_ids[-1] + 1 < len(view.pieces)
+    assert max(span.end for span in one_by_one) == sum(span.tokens for span in spans) == len(view.pieces)
+    siblings = [span for span in spans if span.branch in ("2.1", "2.2")]
+    assert siblings[0].start == siblings[1].start and siblings[0].block == siblings[1].block != 0
+
+
+def test_prompt_takes_no_steps_and_its_tags_mean_nothing() -> None:
+    view = view_text("fine", prompt="say <Path> twice")
+    assert [(s.branch, s.start, s.end) for s in view.stretches] == [("", 0, len(view.pieces))]
+    assert [(span.start, span.end) for span in ideal_timeline(view)] == [(0, 1)]
+
+
+def test_repeated_blocks_have_their_own_numbers() -> None:
+    block = Block(("a", "b"), (("x",), ("y y y",)), "z")
+    view = view_text(render((block, "then", block)), strict=True)
+    assert [s.block for s in stretches(view.document) if s.branch == "1"] == [1, 2]
+
+
+def test_figures_are_pictures_with_something_on_them(view: SampleView, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    draw_visibility(view, tmp_path / "visibility.png")
+    draw_positions(view, tmp_path / "positions.png")
+    labels = {"2.1": "tens"}
+    draw_timeline(ideal_timeline(view), tmp_path / "new" / "t.png", sequential=sequential_timeline(view), labels=labels)
+    draw_timeline(ideal_timeline(view), tmp_path / "alone.png")
+    for path in (tmp_path / "visibility.png", tmp_path / "positions.png", tmp_path / "new" / "t.png"):
+        pixels = imread(path)[..., :3].reshape(-1, 3)
+        blue, orange = (
+            np.abs(pixels - np.array(color)).max(1) < 0.05 for color in ((0.17, 0.47, 0.82), (0.93, 0.54, 0.16))
+        )
+        assert blue.sum() > 200 and orange.sum() > 100
+        assert path.stat().st_size < 150_000
+
+
+def test_timeline_refuses_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        draw_timeline([], tmp_path / "x.png")
+
+
+def test_load_view_reads_rows_and_says_what_is_missing(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    text = EXAMPLE.read_text().rstrip("\n")
+    rows.write_text("".join(json.dumps({"prompt": f"p{k}", "response": text}) + "\n" for k in range(2)))
+    plain, cut = (
+        load_view(str(rows), 1),
+        load_view(str(rows), 1, tokenizer_model=str(ROOT / "examples/quickstart/model")),
+    )
+    assert plain.pieces[0] == "p1" and plain.document.prompt_length == 1
+    assert "".join(cut.pieces) == "p1" + text and len(cut.pieces) > len(plain.pieces)
+    assert [s.branch for s in cut.stretches] == [s.branch for s in plain.stretches]
+    with pytest.raises(DataError, match="no row 2"):
+        load_view(str(rows), 2)
+    with pytest.raises(DataError, match="no file"):
+        load_view(str(tmp_path / "none.txt"))
+    broken = tmp_path / "broken.txt"
+    broken.write_text(text.replace("</Goal>", "", 1))
+    with pytest.raises(StructureError, match=r"broken\.txt"):
+        load_view(str(broken), strict=True)
+    assert load_view(str(broken)).document.malformed
