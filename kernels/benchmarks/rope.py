@@ -24,8 +24,8 @@ from megatron_multiverse.kernels.rope import (
     rope_table,
     rotate_qkv_by_table,
 )
-from megatron_multiverse.kernels.rope.fused import rope_fused
-from megatron_multiverse.kernels.rope.fused_qkv import rope_qkv_fused
+from megatron_multiverse.kernels.rope.triton_rotate import rotate_triton
+from megatron_multiverse.kernels.rope.triton_qkv import split_and_rotate_triton
 
 TOLERANCE = 4e-3
 """Relative error in bfloat16 against float64."""
@@ -92,7 +92,7 @@ def pair_cases(o: Options) -> list[Case]:
         Case("copy, q and k", lambda: target.copy_(both), (both,), (), [], kind),
         Case("megatron-core unfused, q and k", lambda: [rope_reference(x, angles) for x in tensors], tensors, grads,
              exact(angles), kind),
-        Case("ours, q and k", lambda: rope_fused(q, k, table), tensors, grads, exact(angles), kind),
+        Case("ours, q and k", lambda: rotate_triton(q, k, table), tensors, grads, exact(angles), kind),
     ]  # fmt: skip
     te = transformer_engine_rope() if o.transformer_engine else None
     if te is not None:
@@ -123,13 +123,13 @@ def qkv_cases(o: Options) -> list[Case]:
 
     def split() -> tuple[Tensor, ...]:
         q, k, v = mixed.split(widths, dim=-1)
-        return (*rope_fused(q.reshape(o.tokens, 1, o.heads, o.dim), k, table), v)
+        return (*rotate_triton(q.reshape(o.tokens, 1, o.heads, o.dim), k, table), v)
 
     kind, tensors = "qkv", (mixed,)
     cases = [
         Case("copy, qkv", lambda: target.copy_(source), (source,), (), [], kind),
         Case("split, then ours for q and k", split, tensors, grads, exact(table), kind),
-        Case("ours, qkv", lambda: rope_qkv_fused(mixed, table), tensors, grads, exact(table), kind),
+        Case("ours, qkv", lambda: split_and_rotate_triton(mixed, table), tensors, grads, exact(table), kind),
     ]
     te = transformer_engine_rope() if o.transformer_engine else None
     if te is not None:

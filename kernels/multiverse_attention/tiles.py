@@ -201,7 +201,7 @@ def tile_lists(
     """
     make_bounds, make_lists = tile_bounds_reference, tile_lists_reference
     if r.is_cuda:
-        from .tiles_triton import tile_bounds_triton, tile_lists_triton
+        from .triton_tiles import tile_bounds_triton, tile_lists_triton
 
         make_bounds, make_lists = tile_bounds_triton, tile_lists_triton
     bounds = make_bounds(r, index, size=query_size or size, length=length)

@@ -55,18 +55,3 @@ def check_qkv(mixed: Tensor, table: Tensor) -> None:
             "mixed [s, b, g, (h / g + 2) * dim] and table [b, s, dim] do not fit: "
             f"{tuple(mixed.shape)}, {tuple(table.shape)}"
         )
-
-
-MAX_OFFSET = 2**31 - 1
-
-
-def heads_fit(x: Tensor) -> bool:
-    """Whether a kernel can walk the heads of a token: x [s, b, heads, width] has its last stride 1, and no element of
-    a token lies more than `MAX_OFFSET` elements behind its first (offsets within a token are int32)."""
-    heads, width = x.shape[2:]
-    return x.stride(3) == 1 and max(heads - 1, 0) * x.stride(2) + max(width - 1, 0) <= MAX_OFFSET
-
-
-def with_near_heads(x: Tensor) -> Tensor:
-    """x [s, b, heads, width] itself if `heads_fit`, else a contiguous copy."""
-    return x if heads_fit(x) else x.contiguous()

@@ -19,8 +19,6 @@ from megatron_multiverse.kernels.rope import (
     inverse_frequencies,
     llama3_frequencies,
     rope_table,
-    rotate_by_table,
-    rotate_qkv_by_table,
 )
 from megatron_multiverse.model.attention import AttentionParams
 
@@ -78,29 +76,3 @@ def install_rotary(model: nn.Module, rotary: PositionIdRotary) -> None:
             params.rotary_table = rotary.table(ids)
 
     model.register_forward_pre_hook(hand_over, with_kwargs=True)
-
-
-def rotate(query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate query [s, b, h, d] and key [s, b, g, d] by a table [b, s, d]: one kernel on a GPU."""
-    if _has_kernel(query):
-        from megatron_multiverse.kernels.rope.fused import rope_fused
-
-        rotated: tuple[Tensor, Tensor] = rope_fused(query, key, table)
-        return rotated
-    return rotate_by_table(query, table), rotate_by_table(key, table)
-
-
-def split_and_rotate(mixed: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k (rotated) and v of the mixed projection [s, b, g, (h / g + 2) * d]: one kernel on a GPU."""
-    if _has_kernel(mixed):
-        from megatron_multiverse.kernels.rope.fused_qkv import rope_qkv_fused
-
-        split: tuple[Tensor, Tensor, Tensor] = rope_qkv_fused(mixed, table)
-        return split
-    plain: tuple[Tensor, Tensor, Tensor] = rotate_qkv_by_table(mixed, table)
-    return plain
-
-
-def _has_kernel(x: Tensor) -> bool:
-    """The kernels are for GPUs and compute in float32; float64 models are for exactness."""
-    return x.is_cuda and x.dtype != torch.float64

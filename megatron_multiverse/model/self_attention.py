@@ -15,8 +15,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
 from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.kernels.rope import rotate, split_and_rotate
 from megatron_multiverse.model.attention import require_attention_params
-from megatron_multiverse.model.rotary import rotate, split_and_rotate
 
 
 class SelfAttention(McoreSelfAttention):  # type: ignore[misc]

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 6e-4), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize(("s", "b", "h", "g", "dim"), [(257, 2, 40, 8, 128), (33, 1, 7, 1, 64), (5, 3, 70, 2, 96)])
 def test_rotation_and_gradients_equal_float64(dtype, tolerance, s, b, h, g, dim) -> None:
-    from megatron_multiverse.kernels.rope.fused import rope_fused
+    from megatron_multiverse.kernels.rope.triton_rotate import rotate_triton
 
     generator = torch.Generator("cuda").manual_seed(0)
     ids = torch.randint(0, 131_072, (b, s), generator=generator, device="cuda")
@@ -29,7 +29,7 @@ def test_rotation_and_gradients_equal_float64(dtype, tolerance, s, b, h, g, dim)
     poison = [torch.full((s, b, n, dim), float("nan"), dtype=dtype, device="cuda") for n in (h, g, h, g)]
     del poison
     q, k, _ = mixed.split([h, g, g], dim=2)
-    out = rope_fused(q, k, rope_table(ids, inv_freq))
+    out = rotate_triton(q, k, rope_table(ids, inv_freq))
     torch.autograd.backward(out, upstream)
     angles = rope_angles(ids, inv_freq).double()
     exact = mixed.detach().double().requires_grad_()
@@ -46,7 +46,7 @@ def test_rotation_and_gradients_equal_float64(dtype, tolerance, s, b, h, g, dim)
     ("s", "b", "g", "per_group", "dim"), [(257, 2, 8, 5, 128), (33, 1, 4, 7, 128), (5, 3, 1, 70, 96), (64, 2, 3, 1, 64)]
 )
 def test_fused_split_and_its_gradient_equal_float64(dtype, tolerance, s, b, g, per_group, dim) -> None:
-    from megatron_multiverse.kernels.rope.fused_qkv import rope_qkv_fused
+    from megatron_multiverse.kernels.rope.triton_qkv import split_and_rotate_triton
 
     generator = torch.Generator("cuda").manual_seed(0)
     ids = torch.randint(0, 131_072, (b, s), generator=generator, device="cuda")
@@ -61,7 +61,7 @@ def test_fused_split_and_its_gradient_equal_float64(dtype, tolerance, s, b, g, p
     poison = [torch.full((s, b, n, dim), float("nan"), dtype=dtype, device="cuda") for n in (g * per_group, g, g)]
     poison += [torch.full_like(mixed, float("nan"))]
     del poison
-    out = rope_qkv_fused(mixed, table)
+    out = split_and_rotate_triton(mixed, table)
     torch.autograd.backward(out, upstream)
     exact = mixed.detach().double().requires_grad_()
     want = rotate_qkv_by_table(exact, table.double())

@@ -15,17 +15,17 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from random_layouts import random_labels
 
-from megatron_multiverse.kernels.multiverse_attention import tiles, tiles_triton
+from megatron_multiverse.kernels.multiverse_attention import tiles, triton_tiles
 from megatron_multiverse.kernels.rope import (
-    fused,
-    fused_qkv,
     inverse_frequencies,
     rope_angles,
     rope_reference,
     rope_table,
     rotate_qkv_by_table,
+    strides,
 )
-from megatron_multiverse.kernels.rope import table as rope_tables
+from megatron_multiverse.kernels.rope.triton_qkv import split_and_rotate_triton
+from megatron_multiverse.kernels.rope.triton_rotate import rotate_triton
 
 torch.set_num_threads(1)
 
@@ -40,21 +40,21 @@ def check_tiles() -> None:
                 r, index = r[:, order], order.int().expand(2, -1)
             for padded in (0, 160):
                 want = tiles.tile_bounds_reference(r, index, size=8, length=padded)
-                got = tiles_triton.tile_bounds_triton(r, index, size=8, length=padded)
+                got = triton_tiles.tile_bounds_triton(r, index, size=8, length=padded)
                 for name in ("r_low", "r_high", "index_low", "index_high"):
                     a, b = getattr(want, name), getattr(got, name)
                     assert (a is None and b is None) or torch.equal(a, b), name
-                lists = tiles_triton.tile_lists_triton(got)
+                lists = triton_tiles.tile_lists_triton(got)
                 assert lists.difference(tiles.tile_lists_reference(want)) is None, length
                 short = tiles.tile_bounds_reference(r, index, size=5, length=padded)
-                got = tiles_triton.tile_bounds_triton(r, index, size=5, length=padded)
+                got = triton_tiles.tile_bounds_triton(r, index, size=5, length=padded)
                 assert torch.equal(got.r_low, short.r_low) and torch.equal(got.r_high, short.r_high)
-                lists = tiles_triton.tile_lists_triton(short, want)
+                lists = triton_tiles.tile_lists_triton(short, want)
                 assert lists.difference(tiles.tile_lists_reference(short, want)) is None, length
             if permuted and length > 1:
                 local, places = r[:, : length // 3], index[:, : length // 3]
                 queries = tiles.tile_bounds_reference(local, places, size=8, length=24)
-                lists = tiles_triton.tile_lists_triton(queries, want)
+                lists = triton_tiles.tile_lists_triton(queries, want)
                 assert lists.difference(tiles.tile_lists_reference(queries, want)) is None, length
 
 
@@ -66,7 +66,7 @@ def check_rope() -> None:
         inv_freq = inverse_frequencies(dim, 1e6, "cpu", torch.float32)
         mixed = torch.randn(s, b, h + g, dim + 4, generator=generator).requires_grad_()
         q, k = mixed[..., :dim].split([h, g], dim=2)
-        out = fused.rope_fused(q, k, rope_table(ids, inv_freq))
+        out = rotate_triton(q, k, rope_table(ids, inv_freq))
         angles = rope_angles(ids, inv_freq).double()
         exact = mixed.detach().double().requires_grad_()
         want = [rope_reference(x, angles) for x in exact[..., :dim].split([h, g], dim=2)]
@@ -76,7 +76,7 @@ def check_rope() -> None:
         for x, y in zip(out, want, strict=True):
             torch.testing.assert_close(x.double(), y, rtol=0, atol=2e-6)
         torch.testing.assert_close(mixed.grad.double(), exact.grad, rtol=0, atol=2e-6)
-        halves = fused.rope_fused(q.detach().half(), k.detach().half(), rope_table(ids, inv_freq))
+        halves = rotate_triton(q.detach().half(), k.detach().half(), rope_table(ids, inv_freq))
         for x, y in zip(halves, want, strict=True):
             torch.testing.assert_close(x.double(), y, rtol=2e-3, atol=4e-3)
 
@@ -89,7 +89,7 @@ def check_rope_qkv() -> None:
         ids = torch.randint(0, 131_072, (b, s), generator=generator)
         table = rope_table(ids, inverse_frequencies(dim, 1e6, "cpu", torch.float32))
         mixed = torch.randn(s, b, g, (per_group + 2) * dim, generator=generator).requires_grad_()
-        out = fused_qkv.rope_qkv_fused(mixed, table)
+        out = split_and_rotate_triton(mixed, table)
         exact = mixed.detach().double().requires_grad_()
         want = rotate_qkv_by_table(exact, table.double())
         upstream = [torch.randn(*x.shape[2:], s, b, generator=generator).permute(2, 3, 0, 1) for x in out]
@@ -99,7 +99,7 @@ def check_rope_qkv() -> None:
         for x, y in zip((*out, mixed.grad), (*want, exact.grad), strict=True):
             assert x.is_contiguous() and x.shape == y.shape
             torch.testing.assert_close(x.double(), y, rtol=0, atol=2e-6)
-        halves = fused_qkv.rope_qkv_fused(mixed.detach().half(), table)
+        halves = split_and_rotate_triton(mixed.detach().half(), table)
         for x, y in zip(halves, want, strict=True):
             torch.testing.assert_close(x.double(), y, rtol=2e-3, atol=4e-3)
 
@@ -112,13 +112,13 @@ def check_far_heads() -> None:
     # heads in front of tokens: heads are far apart
     q, k = (torch.randn(heads, 5, 1, 8, generator=generator).permute(1, 2, 0, 3) for heads in (4, 2))
     mixed = torch.randn(2, 5, 1, 32, generator=generator).permute(1, 2, 0, 3)
-    want = (*fused.rope_fused(q, k, table), *fused_qkv.rope_qkv_fused(mixed, table))
-    limit, rope_tables.MAX_OFFSET = rope_tables.MAX_OFFSET, 40
+    want = (*rotate_triton(q, k, table), *split_and_rotate_triton(mixed, table))
+    limit, strides.MAX_OFFSET = strides.MAX_OFFSET, 40
     try:
-        assert not any(map(rope_tables.heads_fit, (q, k, mixed))) and rope_tables.heads_fit(k.contiguous())
-        got = (*fused.rope_fused(q, k, table), *fused_qkv.rope_qkv_fused(mixed, table))
+        assert not any(map(strides.heads_fit, (q, k, mixed))) and strides.heads_fit(k.contiguous())
+        got = (*rotate_triton(q, k, table), *split_and_rotate_triton(mixed, table))
     finally:
-        rope_tables.MAX_OFFSET = limit
+        strides.MAX_OFFSET = limit
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 

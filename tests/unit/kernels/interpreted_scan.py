@@ -14,7 +14,7 @@ import torch
 from random_tags import TAG_IDS, damage, deep_tags, make_pack, random_pack, random_tags, words, write
 
 from megatron_multiverse.kernels.structure_scan import structure_scan_reference
-from megatron_multiverse.kernels.structure_scan.fused import structure_scan_triton
+from megatron_multiverse.kernels.structure_scan.triton_scan import structure_scan_triton
 from megatron_multiverse.structure import Tag
 
 torch.set_num_threads(1)

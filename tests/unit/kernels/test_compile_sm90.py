@@ -55,35 +55,35 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiled:
 
 
 def launch_tiles() -> None:
-    from megatron_multiverse.kernels.multiverse_attention import tiles_triton
+    from megatron_multiverse.kernels.multiverse_attention import triton_tiles
 
     r = torch.zeros(1, TOKENS, dtype=torch.int32)
     for index in (None, r):
-        bounds = tiles_triton.tile_bounds_triton(r, index)
-        tiles_triton.tile_lists_triton(bounds)
-    tiles_triton.tile_lists_triton(tiles_triton.tile_bounds_triton(r[:, :8192], r[:, :8192]), bounds)
-    tiles_triton.tile_lists_triton(tiles_triton.tile_bounds_triton(r, size=80), tiles_triton.tile_bounds_triton(r))
+        bounds = triton_tiles.tile_bounds_triton(r, index)
+        triton_tiles.tile_lists_triton(bounds)
+    triton_tiles.tile_lists_triton(triton_tiles.tile_bounds_triton(r[:, :8192], r[:, :8192]), bounds)
+    triton_tiles.tile_lists_triton(triton_tiles.tile_bounds_triton(r, size=80), triton_tiles.tile_bounds_triton(r))
 
 
 def launch_rope() -> None:
-    from megatron_multiverse.kernels.rope.fused import rope_fused
+    from megatron_multiverse.kernels.rope.triton_rotate import rotate_triton
 
     for dim in (64, 128):
         q, k = (torch.zeros(16, 1, heads, dim, dtype=torch.bfloat16).requires_grad_() for heads in (40, 8))
-        out = rope_fused(q, k, torch.zeros(1, 16, dim))
+        out = rotate_triton(q, k, torch.zeros(1, 16, dim))
         torch.autograd.grad(out, (q, k), out)
 
 
 def launch_rope_qkv() -> None:
-    from megatron_multiverse.kernels.rope.fused_qkv import rope_qkv_fused
+    from megatron_multiverse.kernels.rope.triton_qkv import split_and_rotate_triton
 
     mixed = torch.zeros(16, 1, 8, 7 * 128, dtype=torch.bfloat16).requires_grad_()
-    out = rope_qkv_fused(mixed, torch.zeros(1, 16, 128))
+    out = split_and_rotate_triton(mixed, torch.zeros(1, 16, 128))
     torch.autograd.grad(out, mixed, out)
 
 
 def launch_structure_scan() -> None:
-    from megatron_multiverse.kernels.structure_scan.fused import structure_scan_triton
+    from megatron_multiverse.kernels.structure_scan.triton_scan import structure_scan_triton
 
     documents = torch.zeros(1, 8, 2, dtype=torch.int32)
     structure_scan_triton(torch.zeros(1, TOKENS, dtype=torch.int64), documents, torch.arange(12), chained=True)

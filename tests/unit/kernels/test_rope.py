@@ -11,7 +11,7 @@ from megatron_multiverse.kernels.rope import (
     rope_reference,
     rope_table,
     rotate_by_table,
-    table,
+    strides,
 )
 
 
@@ -40,11 +40,11 @@ def test_heads_further_apart_than_int32_are_copied_together(stride: int, fits: b
     """On the meta device, which has strides and no memory."""
     x = torch.empty_strided((2, 1, 4, 8), (2**33, 2**33, stride, 1), dtype=torch.bfloat16, device="meta")
     assert (3 * stride + 7 <= 2**31 - 1) == fits
-    assert table.heads_fit(x) == fits
-    assert (table.with_near_heads(x) is x) == fits
-    assert table.heads_fit(table.with_near_heads(x))
+    assert strides.heads_fit(x) == fits
+    assert (strides.with_near_heads(x) is x) == fits
+    assert strides.heads_fit(strides.with_near_heads(x))
 
 
 def test_elements_of_a_head_that_are_apart_are_copied_together() -> None:
     x = torch.randn(2, 1, 8, 4).transpose(2, 3)
-    assert not table.heads_fit(x) and table.with_near_heads(x).is_contiguous()
+    assert not strides.heads_fit(x) and strides.with_near_heads(x).is_contiguous()

@@ -7,11 +7,11 @@ import triton
 from torch import Tensor
 
 from ..multiverse_attention.tiles import FIRST, LAST, TILE, TileBounds
-from ..multiverse_attention.tiles_triton import tile_lists_triton
-from .documents_triton import documents_kernel
-from .expand_triton import expand_kernel
+from ..multiverse_attention.triton_tiles import tile_lists_triton
+from .triton_documents import documents_kernel
+from .triton_expand import expand_kernel
 from .result import MAX_DEPTH, StructureScan
-from .tags_triton import tags_kernel
+from .triton_tags import tags_kernel
 
 CHUNK = 256
 """Tokens per program of the launches over tokens: a multiple of TILE."""

@@ -1,7 +1,7 @@
 """Launch 2 of the scan: one program per document checks its tags and computes what every border shifts.
 
 Tags are read in blocks with carries, so a document may hold any number of them. Borders are then measured level by
-level, the deepest first (`borders_triton.py`).
+level, the deepest first (`triton_borders.py`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from .borders_triton import LEVELS, list_borders, measure, on_level, ones, sum_up
-from .grammar_triton import fits, steps, unpack
-from .tags_triton import GOAL, NONE, is_border, kind_of
+from .triton_borders import LEVELS, list_borders, measure, on_level, ones, sum_up
+from .triton_grammar import fits, steps, unpack
+from .triton_tags import GOAL, NONE, is_border, kind_of
 
 
 @triton.jit

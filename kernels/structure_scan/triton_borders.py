@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import result
-from .tags_triton import CONCLUSION, END_GOAL, END_PATH, index_of
+from .triton_tags import CONCLUSION, END_GOAL, END_PATH, index_of
 
 LEVELS = tl.constexpr(result.MAX_DEPTH)
 

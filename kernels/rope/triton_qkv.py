@@ -15,42 +15,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .table import check_qkv, with_near_heads
-
-MAX_HEADS_PER_STEP = 64
-
-
-@triton.jit
-def move_heads(source, target, s_group, s_head, t_group, t_head, cos, sin, heads, PER_GROUP: tl.constexpr,
-               HALF: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, ROTATE: tl.constexpr):  # fmt: skip
-    """Heads of one token from `source` to `target`, rotated or as they are; on either side a stride per group and one
-    per head in it."""
-    lane = tl.arange(0, LANES)[None, :]
-    kind = target.dtype.element_ty
-    for start in range(0, heads, STEP):
-        head = start + tl.arange(0, STEP)[:, None]
-        inside = (head < heads) & (lane < HALF)
-        group, place = head // PER_GROUP, head % PER_GROUP
-        src = source + group * s_group + place * s_head + lane
-        dst = target + group * t_group + place * t_head + lane
-        first = tl.load(src, mask=inside, other=0.0)
-        second = tl.load(src + HALF, mask=inside, other=0.0)
-        if ROTATE:
-            a, b = first.to(tl.float32), second.to(tl.float32)
-            tl.store(dst, (a * cos - b * sin).to(kind), mask=inside)
-            tl.store(dst + HALF, (b * cos + a * sin).to(kind), mask=inside)
-        else:
-            tl.store(dst, first, mask=inside)
-            tl.store(dst + HALF, second, mask=inside)
+from .strides import with_near_heads
+from .table import check_qkv
+from .triton_heads import heads_per_step, move_heads
 
 
 @triton.jit
 def _qkv_kernel(mixed, q, k, v, table, batch, m_s, m_b, m_g, q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, t_b, t_s,
                 GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr,
                 Q_STEP: tl.constexpr, K_STEP: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
-    """One program per token. Forward: mixed to q, k, v. Backward: the gradients q, k, v to that of mixed."""
+    """One program per token. Forward: from mixed to q, k and v. Backward: from the gradients q, k, v to that of mixed.
+
+    The name of a stride ends in its axis: `m_s`, `m_b` and `m_g` lead in mixed to the next token, row of the batch and
+    group, `q_h` leads to the next head of q, `t_b` and `t_s` belong to the table.
+    """
+    # Tokens are numbered like the rows of a contiguous [s, b, ...] tensor. int64, because a token's start may lie more
+    # than 2^31 elements into the tensor.
     token = tl.program_id(0).to(tl.int64)
     s, b = token // batch, token % batch
+    # A row of the table holds HALF cosines, then HALF sines. LANES is HALF rounded up to a power of two, which Triton
+    # wants; the mask leaves the lanes beyond HALF alone.
     lane = tl.arange(0, LANES)
     row = table + b * t_b + s * t_s
     cos = tl.load(row + lane, mask=lane < HALF, other=0.0)[None, :]
@@ -59,8 +43,10 @@ def _qkv_kernel(mixed, q, k, v, table, batch, m_s, m_b, m_g, q_s, q_b, q_h, k_s,
     q += s * q_s + b * q_b
     k += s * k_s + b * k_b
     v += s * v_s + b * v_b
+    # In a group of mixed the queries stand first, then the key, then the value, each `m_h` elements wide.
     m_h = 2 * HALF
     mixed_k, mixed_v = mixed + PER_GROUP * m_h, mixed + (PER_GROUP + 1) * m_h
+    # The same three moves either way. The gradient of a rotation is the rotation by the negative angle, hence -sin.
     if BACKWARD:
         move_heads(q, mixed, q_h * PER_GROUP, q_h, m_g, m_h, cos, -sin, GROUPS * PER_GROUP, PER_GROUP, HALF, LANES,
                    Q_STEP, True)  # fmt: skip
@@ -76,7 +62,7 @@ def _qkv_kernel(mixed, q, k, v, table, batch, m_s, m_b, m_g, q_s, q_b, q_h, k_s,
 def _launch(mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, backward: bool) -> None:
     s, b, groups, _ = mixed.shape
     heads, dim = q.shape[2:]
-    q_step, k_step = (min(MAX_HEADS_PER_STEP, triton.next_power_of_2(n)) for n in (heads, groups))
+    q_step, k_step = heads_per_step(heads), heads_per_step(groups)
     _qkv_kernel[(s * b,)](
         mixed, q, k, v, table, b, *mixed.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *table.stride()[:2], GROUPS=groups, PER_GROUP=heads // groups, HALF=dim // 2,
@@ -85,7 +71,8 @@ def _launch(mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, ba
 
 
 class _RopeQKV(torch.autograd.Function):
-    """Split and rotate by +angle; backward rotates by -angle and joins. Only the table is kept."""
+    """Forward splits and rotates by the angle, backward rotates by its negative and writes the three gradients side by
+    side. Only the table is saved for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, mixed: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +95,7 @@ class _RopeQKV(torch.autograd.Function):
         return dmixed, None
 
 
-def rope_qkv_fused(mixed: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_and_rotate_triton(mixed: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Split the mixed projection into q, k, v and rotate q and k, in one launch; `rotate_qkv_by_table` says what.
 
     Args:

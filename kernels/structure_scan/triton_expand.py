@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from .documents_triton import document_starts, place_of
+from .triton_documents import document_starts, place_of
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rows_of_16", "num_documents", "chunks", "tiles"])

@@ -1,4 +1,4 @@
-"""q and k rotated in one launch, forward and backward; `reference.py` has the definition.
+"""q and k rotated in one launch, forward and backward; `reference.py` holds the definition.
 
 Arithmetic is float32 whatever the dtype of q and k (megatron-core's unfused path rounds cosines and sines to it).
 """
@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fused_qkv import MAX_HEADS_PER_STEP, move_heads
-from .table import with_near_heads
+from .strides import with_near_heads
+from .triton_heads import heads_per_step, move_heads
 
 
 @triton.jit
@@ -21,16 +21,25 @@ def _rope_kernel(q_ptr, k_ptr, q_out, k_out, table_ptr, batch,
                  q_stride_s, q_stride_b, q_stride_h, k_stride_s, k_stride_b, k_stride_h, t_stride_b, t_stride_s,
                  Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr,
                  Q_STEP: tl.constexpr, K_STEP: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
-    """One program per token: all heads of q and of k."""
+    """One program per token: all heads of q and of k.
+
+    `q_stride_s`, `_b` and `_h` are q's strides of tokens, batch and heads; the outputs are contiguous.
+    """
+    # Tokens are numbered like the rows of the contiguous outputs. int64, because a token's start may lie more than 2^31
+    # elements into the tensor.
     token = tl.program_id(0).to(tl.int64)
     s, b = token // batch, token % batch
+    # A row of the table holds HALF cosines, then HALF sines. LANES is HALF rounded up to a power of two, which Triton
+    # wants; the mask leaves the lanes beyond HALF alone.
     lane = tl.arange(0, LANES)
     row = table_ptr + b * t_stride_b + s * t_stride_s
     cos = tl.load(row + lane, mask=lane < HALF, other=0.0)[None, :]
     sin = tl.load(row + HALF + lane, mask=lane < HALF, other=0.0)[None, :]
+    # The gradient of a rotation is the rotation by the negative angle.
     if BACKWARD:
         sin = -sin
     width = 2 * HALF
+    # There are no groups here: every head is a group of one.
     move_heads(q_ptr + s * q_stride_s + b * q_stride_b, q_out + token * (Q_HEADS * width), q_stride_h, 0, width, 0,
                cos, sin, Q_HEADS, 1, HALF, LANES, Q_STEP, True)  # fmt: skip
     move_heads(k_ptr + s * k_stride_s + b * k_stride_b, k_out + token * (K_HEADS * width), k_stride_h, 0, width, 0,
@@ -42,7 +51,7 @@ def _rotate(q: Tensor, k: Tensor, table: Tensor, *, backward: bool) -> tuple[Ten
     k_heads, half = k.shape[2], dim // 2
     q, k = with_near_heads(q), with_near_heads(k)
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    q_step, k_step = (min(MAX_HEADS_PER_STEP, triton.next_power_of_2(n)) for n in (q_heads, k_heads))
+    q_step, k_step = heads_per_step(q_heads), heads_per_step(k_heads)
     _rope_kernel[(s * b,)](
         q, k, q_out, k_out, table, b, *q.stride()[:3], *k.stride()[:3], *table.stride()[:2],
         Q_HEADS=q_heads, K_HEADS=k_heads, HALF=half, LANES=triton.next_power_of_2(half),
@@ -52,7 +61,7 @@ def _rotate(q: Tensor, k: Tensor, table: Tensor, *, backward: bool) -> tuple[Ten
 
 
 class _Rope(torch.autograd.Function):
-    """Rotation by +angle forward, by -angle backward; only the table is kept."""
+    """Forward rotates by the angle, backward by its negative. Only the table is saved for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,11 +75,11 @@ class _Rope(torch.autograd.Function):
         return dq, dk, None
 
 
-def rope_fused(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def rotate_triton(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate q and k by the table of their tokens, in one launch.
 
     Args:
-        q: [s, b, h, dim], float32, float16 or bfloat16; any strides, the last one 1 for speed.
+        q: [s, b, h, dim], float32, float16 or bfloat16. Strides are free; a last stride other than 1 costs a copy.
         k: [s, b, g, dim], like q.
         table: float32 [b, s, dim] by `rope_table`; it takes no gradient.
 

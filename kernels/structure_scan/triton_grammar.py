@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tags_triton import (
+from .triton_tags import (
     CONCLUSION,
     END_CONCLUSION,
     END_GOAL,
