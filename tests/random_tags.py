@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from megatron_multiverse.errors import StructureError
@@ -106,11 +105,6 @@ class Pack:
     layout: Layout
     malformed: list[bool]
     """Of all D rows."""
-
-    def segment_end(self) -> torch.Tensor:
-        """int32 [s] from the rows of the layout."""
-        starts = np.append(self.layout.segments[:, 0], self.layout.num_tokens)
-        return torch.from_numpy(np.repeat(starts[1:], np.diff(starts)).astype(np.int32))
 
 
 def make_pack(responses: list[tuple[list[int], list[int]]], unused: int = 0) -> Pack:

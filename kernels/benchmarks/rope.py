@@ -24,8 +24,8 @@ from megatron_multiverse.kernels.rope import (
     rope_table,
     rotate_qkv_by_table,
 )
-from megatron_multiverse.kernels.rope.triton_rotate import rotate_triton
 from megatron_multiverse.kernels.rope.triton_qkv import split_and_rotate_triton
+from megatron_multiverse.kernels.rope.triton_rotate import rotate_triton
 
 TOLERANCE = 4e-3
 """Relative error in bfloat16 against float64."""

@@ -17,7 +17,7 @@ from megatron_multiverse.kernels.benchmarks.timing import Step, in_turns
 from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan, structure_scan_reference
 
 NOTE = (
-    "Microseconds, medians. scan: token ids to positions, labels, segment ends and tile lists of queries and keys; "
+    "Microseconds, medians. scan: token ids to positions, labels and tile lists of queries and keys; "
     "graph: by replay of a CUDA graph that holds one call, in_graph: a tenth of one that holds ten, else called from "
     "Python. block_mask: create_block_mask, labels (which it cannot make) to tile lists: eager, compiled, and the "
     "device time of the compiled one's kernels alone; times_faster: those two over scan_graph. A row counts only if "

@@ -1,63 +1,32 @@
-"""The one function of this folder."""
+"""What a structure scan returns."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..multiverse_attention.tiles import MAX_TILES, TILE
-from .reference import structure_scan_reference
-from .result import NUM_TAGS, StructureScan
-
-MAX_TOKENS = MAX_TILES * TILE
-"""Tokens of a row."""
+from ..multiverse_attention.tiles import TileLists
 
 
-def structure_scan(ids: Tensor, documents: Tensor, tag_ids: Tensor) -> StructureScan:
-    """Find the structure of packed documents and lay out their tokens.
+@dataclass(frozen=True)
+class StructureScan:
+    """Where the tokens of a batch stand. Shapes: b rows, s tokens, D documents."""
 
-    Args:
-        ids: int [b, s] token ids, any values.
-        documents: int32 or int64 [b, D, 2], per document its start and where its response starts, in text order; a
-            document ends where the next one starts, the last one at s. Unused rows are (s, s). Tags before the response
-            starts are inert. Starts are taken as sorted and within [0, s] whatever they are (the largest so far
-            counts), and the first document starts at 0.
-        tag_ids: int [12], the ids of the tags in the order of `structure.tags.TAGS`.
+    position_ids: Tensor
+    """int32 [b, s], from 0 in each document."""
+    r: Tensor
+    """int32 [b, s] visibility label: query i sees key j iff j <= i and r[j] <= r[i]."""
+    malformed: Tensor
+    """bool [b, D]: the response breaks the grammar, so the document is laid out as plain causal text."""
+    lists: TileLists
+    """The tiles of the score matrix that attention visits."""
 
-    Returns:
-        Positions, labels, segment ends and tile lists. A document whose tags break the grammar, or
-        nest deeper than 8, is laid out as causal and flagged. On CUDA nothing waits for the device, and shapes
-        depend on b, s and D alone, so that a call can be captured in a CUDA graph.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit.
-    """
-    _check(ids, documents, tag_ids)
-    if ids.is_cuda:
-        from .fused import structure_scan_triton
-
-        ids = ids if ids.stride(1) == 1 else ids.contiguous()
-        return structure_scan_triton(ids, narrow(documents, ids.shape[1]), tag_ids.contiguous())
-    return structure_scan_reference(ids, documents, tag_ids)
-
-
-def narrow(documents: Tensor, num_tokens: int) -> Tensor:
-    """documents as contiguous int32; int64 is clamped to [0, s] first, which is how either is read, for it to fit."""
-    if documents.dtype == torch.int64:
-        documents = documents.clamp(0, num_tokens)
-    return documents.to(torch.int32).contiguous()
-
-
-def _check(ids: Tensor, documents: Tensor, tag_ids: Tensor) -> None:
-    for name, tensor, dims in (("ids", ids, 2), ("documents", documents, 3), ("tag_ids", tag_ids, 1)):
-        if tensor.dim() != dims or tensor.dtype not in (torch.int32, torch.int64) or tensor.device != ids.device:
-            raise ValueError(
-                f"{name} must be an int32 or int64 tensor of {dims} dimensions on {ids.device}, "
-                f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-            )
-    if not 1 <= ids.shape[1] <= MAX_TOKENS:
-        raise ValueError(f"ids must have 1 to {MAX_TOKENS} tokens per row, got {ids.shape[1]}")
-    if documents.shape[0] != ids.shape[0] or documents.shape[1] < 1 or documents.shape[2] != 2:
-        raise ValueError(f"documents must be [{ids.shape[0]}, D >= 1, 2] like ids, got {tuple(documents.shape)}")
-    if tag_ids.shape[0] != NUM_TAGS:
-        raise ValueError(f"tag_ids must hold {NUM_TAGS} ids, got {tag_ids.shape[0]}")
+    def difference(self, other: StructureScan) -> str | None:
+        """Name of the first field in which two scans differ, or None. They may lie on different devices."""
+        for name in ("malformed", "position_ids", "r"):
+            mine, theirs = getattr(self, name).cpu(), getattr(other, name).cpu()
+            if mine.dtype != theirs.dtype or not torch.equal(mine, theirs):
+                return name
+        return self.lists.difference(other.lists)

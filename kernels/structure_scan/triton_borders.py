@@ -9,10 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import result
+from megatron_multiverse.structure import MAX_DEPTH
+
 from .triton_tags import CONCLUSION, END_GOAL, END_PATH, index_of
 
-LEVELS = tl.constexpr(result.MAX_DEPTH)
+LEVELS = tl.constexpr(MAX_DEPTH)
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def arrays(lists, stride):
 
 
 @triton.jit
-def list_borders(word, kind, border, known, slot, rank, outlines, shallow, deep, earlier, lists, counted, shifts, ends,
+def list_borders(word, kind, border, known, slot, rank, outlines, shallow, deep, earlier, lists, counted, shifts,
                  stride):  # fmt: skip
     """Write the borders among a block of tags into the lists of their levels.
 
@@ -66,7 +67,6 @@ def list_borders(word, kind, border, known, slot, rank, outlines, shallow, deep,
     tl.store(word_at + mine, index_of(word) << 1 | (kind == END_PATH).to(tl.int32), mask=listed)
     tl.store(rank_at + mine, rank - 1, mask=listed)
     tl.store(extra_at + mine, tl.where(forks, outlines, 0), mask=listed)
-    tl.store(ends + rank - 1, index_of(word) + 1, mask=listed)
     tl.store(shifts + rank - 1, 0, mask=forks)
     tl.store(shifts + stride + rank - 1, 0, mask=forks)
     # behind a block the next border on the level above ends the path around it; `mine` is the block's last /Path

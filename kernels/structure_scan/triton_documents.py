@@ -88,7 +88,7 @@ def _pick(tags, counts, begins, marks, inside, CHUNKS: tl.constexpr, CHUNK: tl.c
 
 
 @triton.jit
-def _read(tags, counts, begins, n, lists, counted, shifts, ends, marks, stride, MAX_DEPTH: tl.constexpr,
+def _read(tags, counts, begins, n, lists, counted, shifts, marks, stride, MAX_DEPTH: tl.constexpr,
           CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Read the tags of a document and list the borders of each level.
 
@@ -121,7 +121,7 @@ def _read(tags, counts, begins, n, lists, counted, shifts, ends, marks, stride, 
             deep, all_deep = tl.cumsum(one_deep, axis=0), tl.sum(one_deep, axis=0)
         # between <Goal> and </Goal> stand outlines alone, two tags each
         list_borders(word, kind, border, known, slot, rank, (j - goal - 1) // 2, shallow, deep, t0 > 0, lists, counted,
-                     shifts, ends, stride)  # fmt: skip
+                     shifts, stride)  # fmt: skip
         if t0 + BLOCK < n:
             level8 = tl.arange(0, LEVELS)
             seen = tl.load(counted + level8, mask=t0 > 0, other=0)
@@ -138,7 +138,7 @@ def _read(tags, counts, begins, n, lists, counted, shifts, ends, marks, stride, 
 
 
 @triton.jit(do_not_specialize=["num_documents", "num_tokens", "rows_of_16", "chunks"])
-def documents_kernel(documents, tags, counts, before, marks, lists, counted, shifts, ends, info, malformed,
+def documents_kernel(documents, tags, counts, before, marks, lists, counted, shifts, info, malformed,
                      num_documents, num_tokens, rows_of_16, chunks, MAX_DEPTH: tl.constexpr, CHUNK: tl.constexpr,
                      CHUNKS: tl.constexpr, DOCS: tl.constexpr, BLOCK: tl.constexpr, BORDERS: tl.constexpr,
                      CHAINED: tl.constexpr):  # fmt: skip
@@ -158,7 +158,6 @@ def documents_kernel(documents, tags, counts, before, marks, lists, counted, shi
         counted: int32 [b, D, 8] borders of each level among the tags of the blocks so far.
         shifts: int32 [b, 2, capacity] before each border, and behind the last: position - index and r - index, both
             beside the document's own.
-        ends: int32 [b, capacity] index behind each border, then the end of the document.
         info: int32 [b, 2, D] number in its row of the first border, number of borders (0 if causal).
         malformed: uint8 [b, D].
         BLOCK, BORDERS: tags and borders that are taken at a time.
@@ -199,10 +198,9 @@ def documents_kernel(documents, tags, counts, before, marks, lists, counted, shi
     place = place_of(first_border, doc)
     lists += row * 4 * LEVELS * capacity + place
     shifts += row * 2 * capacity + place
-    ends += row * capacity + place
     counted += (row * num_documents + doc) * LEVELS
     marks += (row * num_documents + doc) * (BLOCK + 1)
-    depth, shallow, deep = _read(tags + row * chunks * CHUNK, count, begins, n, lists, counted, shifts, ends, marks,
+    depth, shallow, deep = _read(tags + row * chunks * CHUNK, count, begins, n, lists, counted, shifts, marks,
                                  capacity, MAX_DEPTH, CHUNKS, CHUNK, BLOCK)  # fmt: skip
     tl.debug_barrier()
     unequal = tl.zeros((BORDERS,), tl.int32)
@@ -213,7 +211,6 @@ def documents_kernel(documents, tags, counts, before, marks, lists, counted, shi
         tl.debug_barrier()
     broken = sum_up(shifts, capacity, num_borders, unequal, BORDERS) | (depth > MAX_DEPTH)
     num_borders = tl.where(broken, 0, num_borders)
-    tl.store(ends + num_borders, end)
     info += row * 2 * num_documents + doc
     tl.store(info, first_border)
     tl.store(info + num_documents, num_borders)

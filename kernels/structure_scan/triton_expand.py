@@ -11,10 +11,9 @@ from .triton_documents import document_starts, place_of
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rows_of_16", "num_documents", "chunks", "tiles"])
-def expand_kernel(documents, counts, before, shifts, ends, info, position_ids, r_out, segment_end, r_low, r_high,
-                  num_tokens, rows_of_16, num_documents, chunks, tiles, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-                  DOCS: tl.constexpr, TILE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-                  CHAINED: tl.constexpr):  # fmt: skip
+def expand_kernel(documents, counts, before, shifts, info, position_ids, r_out, r_low, r_high, num_tokens, rows_of_16,
+                  num_documents, chunks, tiles, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, DOCS: tl.constexpr,
+                  TILE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """Program (chunk, row). Inputs: see `documents_kernel`; outputs int32 [b, s] and [b, tiles]."""
     tl.static_assert((CHUNK % TILE == 0) & (CHUNK < 65536), "a chunk is whole tiles, and counts tags in 16 bits")
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -48,11 +47,9 @@ def expand_kernel(documents, counts, before, shifts, ends, info, position_ids, r
     shifts += row * 2 * capacity
     position = tl.load(shifts + segment, mask=real, other=0)
     r = tl.load(shifts + capacity + segment, mask=real, other=0)
-    close = tl.load(ends + row * capacity + segment, mask=real, other=0)
     r += token + (num_tokens - end) - start
     tl.store(position_ids + base + token, token - start + position, mask=real)
     tl.store(r_out + base + token, r, mask=real)
-    tl.store(segment_end + base + token, close, mask=real)
 
     if CHAINED:
         cuda.gdc_launch_dependents()

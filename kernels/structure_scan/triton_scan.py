@@ -6,11 +6,13 @@ import torch
 import triton
 from torch import Tensor
 
+from megatron_multiverse.structure import MAX_DEPTH
+
 from ..multiverse_attention.tiles import FIRST, LAST, TILE, TileBounds
 from ..multiverse_attention.triton_tiles import tile_lists_triton
+from .scan import StructureScan
 from .triton_documents import documents_kernel
 from .triton_expand import expand_kernel
-from .result import MAX_DEPTH, StructureScan
 from .triton_tags import tags_kernel
 
 CHUNK = 256
@@ -64,23 +66,23 @@ def structure_scan_triton(
         empty(batch, num_documents, MAX_DEPTH),
     )
     marks = empty(batch, num_documents, block + 1)
-    ends, info = empty(batch, capacity), empty(batch, 2, num_documents)
+    info = empty(batch, 2, num_documents)
     malformed = empty(batch, num_documents, dtype=torch.uint8)
-    position_ids, r, segment_end = (empty(batch, num_tokens) for _ in range(3))
+    position_ids, r = (empty(batch, num_tokens) for _ in range(2))
     r_low, r_high = (empty(batch, tiles) for _ in range(2))
 
     tags_kernel[(chunks, batch)](ids, tag_ids, tags, counts, before, num_tokens, ids.stride(0), chunks, CHUNK=chunk,
                                  CHAINED=chained, num_warps=4)  # fmt: skip
     documents_kernel[(num_documents, batch)](
-        documents, tags, counts, before, marks, lists, counted, shifts, ends, info, malformed, num_documents,
+        documents, tags, counts, before, marks, lists, counted, shifts, info, malformed, num_documents,
         num_tokens, rows_of_16, chunks, MAX_DEPTH=MAX_DEPTH, CHUNK=chunk, CHUNKS=most_chunks, DOCS=most_documents,
         BLOCK=block, BORDERS=borders, num_warps=8, **follows,
     )  # fmt: skip
     expand_kernel[(-(-num_tokens // chunk), batch)](
-        documents, counts, before, shifts, ends, info, position_ids, r, segment_end, r_low, r_high, num_tokens,
+        documents, counts, before, shifts, info, position_ids, r, r_low, r_high, num_tokens,
         rows_of_16, num_documents, chunks, tiles, CHUNK=chunk, CHUNKS=most_chunks, DOCS=most_documents, TILE=TILE,
         FIRST=FIRST, LAST=LAST, num_warps=4, **follows,
     )  # fmt: skip
     bounds = TileBounds(r_low, r_high, None, None, num_tokens, TILE)
     tile_lists = tile_lists_triton(bounds, chained=chained and tiles <= CHAINED_TILES)
-    return StructureScan(position_ids, r, segment_end, malformed.view(torch.bool), tile_lists)
+    return StructureScan(position_ids, r, malformed.view(torch.bool), tile_lists)

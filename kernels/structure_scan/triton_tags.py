@@ -6,24 +6,24 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from . import result
+from megatron_multiverse.structure import TAGS, Tag
 
-THINK = tl.constexpr(0)
-END_THINK = tl.constexpr(1)
-PARALLEL = tl.constexpr(2)
-END_PARALLEL = tl.constexpr(3)
-GOAL = tl.constexpr(4)
-END_GOAL = tl.constexpr(5)
-OUTLINE = tl.constexpr(6)
-END_OUTLINE = tl.constexpr(7)
-PATH = tl.constexpr(8)
-END_PATH = tl.constexpr(9)
-CONCLUSION = tl.constexpr(10)
-END_CONCLUSION = tl.constexpr(11)
-NONE = tl.constexpr(12)
-"""In front of the first tag of a response and behind the last."""
-
-NUM_TAGS = tl.constexpr(result.NUM_TAGS)
+# The kind of a tag is its number in structure.Tag. A kernel can read a global only if it is a constexpr.
+THINK = tl.constexpr(int(Tag.THINK))
+END_THINK = tl.constexpr(int(Tag.END_THINK))
+PARALLEL = tl.constexpr(int(Tag.PARALLEL))
+END_PARALLEL = tl.constexpr(int(Tag.END_PARALLEL))
+GOAL = tl.constexpr(int(Tag.GOAL))
+END_GOAL = tl.constexpr(int(Tag.END_GOAL))
+OUTLINE = tl.constexpr(int(Tag.OUTLINE))
+END_OUTLINE = tl.constexpr(int(Tag.END_OUTLINE))
+PATH = tl.constexpr(int(Tag.PATH))
+END_PATH = tl.constexpr(int(Tag.END_PATH))
+CONCLUSION = tl.constexpr(int(Tag.CONCLUSION))
+END_CONCLUSION = tl.constexpr(int(Tag.END_CONCLUSION))
+NUM_TAGS = tl.constexpr(len(TAGS))
+NONE = tl.constexpr(len(TAGS))
+"""What stands before the first tag of a response and after the last."""
 
 
 @triton.jit

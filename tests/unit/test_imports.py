@@ -20,7 +20,7 @@ ALLOWED = {
     "config": {"errors"},
     "files": set(),
     "structure": {"errors"},
-    "kernels": {"errors"},
+    "kernels": {"errors", "structure"},
     "data": {"errors", "config", "files", "structure", "cli"},
     "model": {"errors", "config", "files", "structure", "kernels"},
     "checkpoints": {"errors", "config", "files", "structure", "kernels", "data", "model"},

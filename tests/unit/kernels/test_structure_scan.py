@@ -25,13 +25,15 @@ from random_tags import (
     write,
 )
 
-from megatron_multiverse.kernels import structure_scan as package
 from megatron_multiverse.kernels.benchmarks.layouts import LAYOUTS, make_ids
 from megatron_multiverse.kernels.benchmarks.layouts import TAG_IDS as BENCHMARK_TAGS
-from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan, structure_scan_reference
-from megatron_multiverse.kernels.structure_scan.reference import END_CONCLUSION, THINK
-from megatron_multiverse.kernels.structure_scan.scan import narrow
-from megatron_multiverse.structure import MAX_DEPTH, TAGS, StructureVocab, Tag, lay_out, pack_layouts, parse
+from megatron_multiverse.kernels.structure_scan import (
+    StructureScan,
+    narrow,
+    structure_scan,
+    structure_scan_reference,
+)
+from megatron_multiverse.structure import MAX_DEPTH, TAGS, StructureVocab, lay_out, pack_layouts, parse
 
 TAG_TENSOR = torch.tensor(TAG_IDS)
 CASES = json.loads((Path(__file__).parents[2] / "golden" / "layout_cases.json").read_text())
@@ -45,12 +47,6 @@ def assert_is_layout(scan: StructureScan, pack: Pack) -> None:
     assert scan.malformed[0].tolist() == pack.malformed
     assert torch.equal(scan.position_ids[0], torch.from_numpy(pack.layout.position_ids))
     assert torch.equal(scan.r[0], torch.from_numpy(pack.layout.r))
-    assert torch.equal(scan.segment_end[0], pack.segment_end())
-
-
-def test_kinds_are_those_of_the_structure_package() -> None:
-    assert (THINK, END_CONCLUSION) == (Tag.THINK, Tag.END_CONCLUSION)
-    assert package.MAX_DEPTH == MAX_DEPTH
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
@@ -94,13 +90,13 @@ def test_reference_agrees_with_the_strict_parser_about_damaged_tags() -> None:
     assert 100 < sum(judged) < 300
 
 
-@pytest.mark.parametrize("depth", [8, 9])
-def test_nesting_deeper_than_eight_is_causal_and_flagged(depth: int) -> None:
+@pytest.mark.parametrize("depth", [MAX_DEPTH, MAX_DEPTH + 1])
+def test_nesting_deeper_than_allowed_is_causal_and_flagged(depth: int) -> None:
     pack = make_pack([([], write(random.Random(0), deep_tags(depth)))])
     scan = scan_pack(pack)
     assert_is_layout(scan, pack)
-    assert bool(scan.malformed.any()) == (depth == 9)
-    assert (scan.position_ids[0].tolist() == list(range(len(pack.ids)))) == (depth == 9)
+    assert bool(scan.malformed.any()) == (depth > MAX_DEPTH)
+    assert (scan.position_ids[0].tolist() == list(range(len(pack.ids)))) == (depth > MAX_DEPTH)
 
 
 def test_a_difference_between_scans_is_named() -> None:
@@ -112,9 +108,9 @@ def test_a_difference_between_scans_is_named() -> None:
     other.lists.k_partial.indices[0, 0, 0, 0] += 1
     assert scan.difference(other) == "k_partial.indices"
     other.lists.q_partial.counts[0, 0, 0] += 1
-    assert scan.difference(other) in ("work_order", "q_partial.counts")
-    other.segment_end[0, 0] += 1
-    assert scan.difference(other) == "segment_end"
+    assert scan.difference(other) == "q_partial.counts"
+    other.position_ids[0, 0] += 1
+    assert scan.difference(other) == "position_ids"
     assert scan.difference(dataclasses.replace(scan, r=scan.r.long())) == "r"
 
 
@@ -137,7 +133,7 @@ def test_documents_are_read_as_sorted_and_inside() -> None:
     s = ids.shape[1]
     clean = structure_scan(ids, torch.tensor([[[0, 0], [10, 12], [10, 10], [s, s]]]), TAG_TENSOR)
     wild = structure_scan(ids, torch.tensor([[[4, -7], [10, 12], [3, 2], [s + 9, -(2**30)]]]), TAG_TENSOR)
-    for name in ("position_ids", "r", "segment_end", "malformed"):
+    for name in ("position_ids", "r", "malformed"):
         assert torch.equal(getattr(clean, name), getattr(wild, name)), name
 
 
@@ -148,7 +144,7 @@ def test_wide_integers_mean_the_same_as_int32() -> None:
     wild = torch.tensor([[[-(2**40), 2**32 + 3], [10, 2**33], [2**32 + 5, -(2**34)]]])
     assert narrow(wild, s).tolist() == [[[0, s], [10, s], [s, 0]]] and narrow(wild, s).dtype == torch.int32
     assert narrow(wild[:, :, :1].int(), s).dtype == torch.int32
-    for name in ("position_ids", "r", "segment_end", "malformed"):
+    for name in ("position_ids", "r", "malformed"):
         want = getattr(structure_scan(ids, wild, TAG_TENSOR), name)
         assert torch.equal(getattr(structure_scan(ids, narrow(wild, s), TAG_TENSOR), name), want), name
 
@@ -175,7 +171,7 @@ def test_benchmark_ids_are_well_formed_and_fill_the_row(name: str) -> None:
     ids, documents = make_ids(name, 8192, rows=8)
     scan = structure_scan(ids, documents, torch.tensor(BENCHMARK_TAGS))
     assert ids.shape == (1, 8192) and not scan.malformed.any()
-    assert bool((scan.segment_end < 8192).any()) == (name != "causal")
+    assert (scan.position_ids[0].tolist() == list(range(8192))) == (name == "causal")
     assert documents[0, 0].tolist() == [0, 0] and documents[0, -1].tolist() == [8192, 8192]
 
 
