@@ -64,7 +64,7 @@ bench: $(STAMP)
 
 bench-gpu:
 	for name in attention structure_scan rope layer plot; do \
-		$(PYTHON) -m megatron_multiverse.kernels.benchmarks.$$name || exit 1; \
+		$(PYTHON) -m benchmarks.kernels.$$name || exit 1; \
 	done
 
 clean:

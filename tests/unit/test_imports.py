@@ -54,7 +54,7 @@ def source_of(node: ast.ImportFrom, path: Path) -> str:
 
 def files_of(part: str) -> list[Path]:
     if part == "kernels":
-        return [path for path in (ROOT / "kernels").rglob("*.py") if "benchmarks" not in path.parts]
+        return sorted((ROOT / "kernels").rglob("*.py"))
     single = PACKAGE / f"{part}.py"
     return [single] if single.exists() else sorted((PACKAGE / part).rglob("*.py"))
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.kernels import attention as benchmark
+from benchmarks.kernels import plot
+from benchmarks.kernels.attention_rivals import Rival
+from benchmarks.kernels.cases import make_labels
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.benchmarks import attention as benchmark
-from megatron_multiverse.kernels.benchmarks import plot
-from megatron_multiverse.kernels.benchmarks.attention_rivals import Rival
-from megatron_multiverse.kernels.benchmarks.layouts import make_labels
 from megatron_multiverse.kernels.multiverse_attention import multiverse_attention_reference, visibility
 
 

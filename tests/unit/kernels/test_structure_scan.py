@@ -25,8 +25,8 @@ from random_tags import (
     write,
 )
 
-from megatron_multiverse.kernels.benchmarks.layouts import LAYOUTS, make_ids
-from megatron_multiverse.kernels.benchmarks.layouts import TAG_IDS as BENCHMARK_TAGS
+from benchmarks.kernels.cases import CASES, make_ids
+from benchmarks.kernels.cases import TAG_IDS as BENCHMARK_TAGS
 from megatron_multiverse.kernels.structure_scan import (
     StructureScan,
     narrow,
@@ -36,7 +36,7 @@ from megatron_multiverse.kernels.structure_scan import (
 from megatron_multiverse.structure import MAX_DEPTH, TAGS, StructureVocab, lay_out, pack_layouts, parse
 
 TAG_TENSOR = torch.tensor(TAG_IDS)
-CASES = json.loads((Path(__file__).parents[2] / "golden" / "layout_cases.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "layout_cases.json").read_text())
 
 
 def scan_pack(pack: Pack) -> StructureScan:
@@ -49,7 +49,7 @@ def assert_is_layout(scan: StructureScan, pack: Pack) -> None:
     assert torch.equal(scan.r[0], torch.from_numpy(pack.layout.r))
 
 
-@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+@pytest.mark.parametrize("case", GOLDEN, ids=range(len(GOLDEN)))
 def test_reference_equals_the_golden_cases(case: dict) -> None:
     pieces = sorted(set(case["tokens"]) | set(TAGS) | {"\n"})
     vocab = StructureVocab.from_pieces(pieces)
@@ -166,7 +166,7 @@ def test_shapes_that_do_not_fit_are_refused(
         structure_scan(ids, documents, tags)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
 def test_benchmark_ids_are_well_formed_and_fill_the_row(name: str) -> None:
     ids, documents = make_ids(name, 8192, rows=8)
     scan = structure_scan(ids, documents, torch.tensor(BENCHMARK_TAGS))

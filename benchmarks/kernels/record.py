@@ -45,8 +45,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "versions": versions,
         "commit": commit or head,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "python -m megatron_multiverse.kernels.benchmarks."
-        + " ".join([Path(sys.argv[0]).stem, *_arguments()]),
+        "command": "python -m benchmarks.kernels." + " ".join([Path(sys.argv[0]).stem, *_arguments()]),
     }
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.kernels import record
+from benchmarks.kernels.cases import CASES, TAG_IDS, document, make_labels
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.benchmarks import record
-from megatron_multiverse.kernels.benchmarks.layouts import LAYOUTS, TAG_IDS, document, make_labels
 from megatron_multiverse.kernels.multiverse_attention import visibility
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
 def test_pairs_that_throughput_is_counted_on_are_those_of_the_mask(name: str) -> None:
     r, pairs = make_labels(name, 8192)
     assert len(set(r[0].tolist())) == 8192

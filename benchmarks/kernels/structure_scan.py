@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.kernels.attention_rivals import block_mask_maker
+from benchmarks.kernels.cases import CASES, TAG_IDS, make_ids
+from benchmarks.kernels.record import Recorder
+from benchmarks.kernels.timing import Step, in_turns
 from megatron_multiverse.cli import parse_options
-from megatron_multiverse.kernels.benchmarks.attention_rivals import block_mask_maker
-from megatron_multiverse.kernels.benchmarks.layouts import LAYOUTS, TAG_IDS, make_ids
-from megatron_multiverse.kernels.benchmarks.record import Recorder
-from megatron_multiverse.kernels.benchmarks.timing import Step, in_turns
 from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan, structure_scan_reference
 
 NOTE = (
@@ -34,7 +34,7 @@ class Options:
     rival_length: int = 32768
     """The length at which create_block_mask runs too; it evaluates every pair."""
     output: str | None = None
-    """Folder; default kernels/benchmarks/results."""
+    """Folder; default benchmarks/kernels/results."""
     commit: str | None = None
     """Commit to record; default that of the working tree."""
 
@@ -125,7 +125,7 @@ def main() -> None:
     recorder = Recorder("structure_scan", o.output, o.commit, key=("layout", "tokens"))
     rival = BlockMaskRival(o.rival_length)
     for tokens in o.lengths:
-        for name in LAYOUTS:
+        for name in CASES:
             row = measure(Case(name, tokens), rival if tokens == o.rival_length else None)
             if row is not None:
                 recorder.add(**row)

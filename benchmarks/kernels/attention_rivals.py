@@ -1,4 +1,4 @@
-"""The attention functions that benchmarks/attention.py measures, ours and the rivals, on the same tensors."""
+"""The attention functions that attention.py measures, ours and the rivals, on the same tensors."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.cases import make_labels
+from benchmarks.kernels.record import Recorder
+from benchmarks.kernels.timing import Step, in_turns
 from megatron_multiverse.cli import parse_options
 from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.benchmarks.layouts import make_labels
-from megatron_multiverse.kernels.benchmarks.record import Recorder
-from megatron_multiverse.kernels.benchmarks.timing import Step, in_turns
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import transformer_config
 from megatron_multiverse.model.layer_specs import choose_transformer_impl, get_gpt_layer_spec
@@ -61,7 +61,7 @@ class Options:
     modes: list[str] = field(default_factory=lambda: list(MODES))
     """Any of the modes named in MODES."""
     output: str | None = None
-    """Folder; default kernels/benchmarks/results."""
+    """Folder; default benchmarks/kernels/results."""
     commit: str | None = None
     """Commit to record; default that of the working tree."""
 

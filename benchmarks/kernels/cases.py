@@ -1,4 +1,4 @@
-"""Token ids of the benchmarks: what real microbatches look like, and the extremes.
+"""The cases that benchmarks run on, as token ids: what real microbatches look like, and the extremes.
 
 Labels come from the one rule (`structure_scan_reference`), visible pairs from counting them.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_multiverse.kernels.multiverse_attention import count_visible_pairs
 from megatron_multiverse.kernels.structure_scan import structure_scan_reference
+from megatron_multiverse.structure import TAGS
 
 Ids = list[int]
 Quantiles = tuple[tuple[float, float], ...]
@@ -37,8 +38,8 @@ DOCUMENTS = (
 )  # fmt: skip
 """Tokens of each of the documents."""
 
-TAG_IDS = tuple(range(1000, 1012))
-"""In the order of `structure.tags.TAGS`."""
+TAG_IDS = tuple(range(1000, 1000 + len(TAGS)))
+"""In the order of `structure.TAGS`."""
 WORD = 7
 """The id of every token of text."""
 _, _, *_BLOCK_TAGS = TAG_IDS
@@ -143,7 +144,7 @@ def _packed(n: int) -> list[Ids]:
     raise AssertionError("a cycle does not end")
 
 
-LAYOUTS: dict[str, Callable[[int], list[Ids]]] = {
+CASES: dict[str, Callable[[int], list[Ids]]] = {
     "causal": lambda n: [text(n)],
     "realistic": _realistic,
     "long-paths": _long_paths,
@@ -151,14 +152,15 @@ LAYOUTS: dict[str, Callable[[int], list[Ids]]] = {
     "deep": _deep,
     "packed": _packed,
 }
+"""Name -> number of tokens -> the ids of each packed document. Results call a case by the column `layout`."""
 
 
 def make_ids(name: str, n: int, *, rows: int = 32) -> tuple[Tensor, Tensor]:
-    """ids int64 [1, n] and documents int32 [1, rows, 2] on the CPU of layout `name`; responses start at once."""
-    parts = LAYOUTS[name](n)
+    """ids int64 [1, n] and documents int32 [1, rows, 2] of case `name`, on the CPU; no document has a prompt."""
+    parts = CASES[name](n)
     ids = [token for part in parts for token in part]
     if len(ids) != n:
-        raise ValueError(f"layout {name} does not fit in {n} tokens, only in more")
+        raise ValueError(f"case {name} needs more than {n} tokens: give a larger length")
     starts = [sum(map(len, parts[:k])) for k in range(len(parts))]
     starts += [n] * (rows - len(starts))
     documents = torch.tensor([[start, start] for start in starts], dtype=torch.int32)
@@ -166,6 +168,6 @@ def make_ids(name: str, n: int, *, rows: int = 32) -> tuple[Tensor, Tensor]:
 
 
 def make_labels(name: str, n: int, device: str = "cpu") -> tuple[Tensor, int]:
-    """r int32 [1, n] on the device and the number of visible pairs of layout `name`."""
+    """r int32 [1, n] of case `name` on the device, and the number of its visible pairs."""
     r = structure_scan_reference(*make_ids(name, n), torch.tensor(TAG_IDS)).r.to(device)
     return r, int(count_visible_pairs(r))

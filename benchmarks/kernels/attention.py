@@ -1,6 +1,6 @@
 """Attention under the Multiverse mask beside its rivals, on one GPU, in one run.
 
-`python -m megatron_multiverse.kernels.benchmarks.attention` runs every case; `--layouts`, `--lengths` and
+`python -m benchmarks.kernels.attention` runs every case; `--cases`, `--lengths` and
 `--attention` choose some, and what they measure replaces those rows alone. A case counts only after its output and
 gradients were compared with float32 math on the same inputs.
 
@@ -19,8 +19,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from megatron_multiverse.cli import parse_options
-from megatron_multiverse.kernels.benchmarks.attention_rivals import (
+from benchmarks.kernels.attention_rivals import (
     MAIN,
     SHORT,
     Attention,
@@ -30,9 +29,10 @@ from megatron_multiverse.kernels.benchmarks.attention_rivals import (
     causal_rivals,
     masked_rivals,
 )
-from megatron_multiverse.kernels.benchmarks.layouts import LAYOUTS, make_labels
-from megatron_multiverse.kernels.benchmarks.record import Recorder
-from megatron_multiverse.kernels.benchmarks.timing import Step, in_turns, matmul_rate
+from benchmarks.kernels.cases import CASES, make_labels
+from benchmarks.kernels.record import Recorder
+from benchmarks.kernels.timing import Step, in_turns, matmul_rate
+from megatron_multiverse.cli import parse_options
 from megatron_multiverse.kernels.multiverse_attention import AttentionLayout, flash4, tile_lists
 
 TOLERANCE = 1e-2
@@ -58,8 +58,9 @@ class Options:
     """What to measure."""
 
     lengths: list[int] = field(default_factory=lambda: [4096, 16384, 32768, 131072])
-    """Tokens. The shortest and the longest take the realistic layout alone."""
-    layouts: list[str] = field(default_factory=lambda: list(LAYOUTS))
+    """Tokens. The shortest and the longest run the realistic case alone."""
+    cases: list[str] = field(default_factory=lambda: list(CASES))
+    """Names in `cases.CASES`."""
     attention: list[str] = field(default_factory=list)
     """Beginnings of the names of what to measure; default everything."""
     heads: int = 40
@@ -70,7 +71,7 @@ class Options:
     preparation: bool = True
     """Also time what is done once per microbatch."""
     output: str | None = None
-    """Folder; default kernels/benchmarks/results."""
+    """Folder; default benchmarks/kernels/results."""
     commit: str | None = None
     """Commit to record; default that of the working tree."""
 
@@ -227,7 +228,7 @@ def main() -> None:
     print(f"bfloat16 matmul {matmul:.0f} TFLOP/s, datasheet {DATASHEET:.0f}", flush=True)
     for n in o.lengths:
         inputs = Inputs(n, o.heads, o.groups, o.dim)
-        for layout in o.layouts if SHORT < n <= MAIN else ["realistic"]:
+        for layout in o.cases if SHORT < n <= MAIN else ["realistic"]:
             run_case(inputs, layout, o, recorder, matmul)
         for name, value in (preparation_times(inputs) if o.preparation else {}).items():
             recorder.add(tokens=n, layout="realistic", attention=name, prepare_us=value)

@@ -1,4 +1,4 @@
-"""Bar charts of benchmarks/results: `python -m megatron_multiverse.kernels.benchmarks.plot`."""
+"""Bar charts of the results of attention.py: `python -m benchmarks.kernels.plot`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kernels.record import RESULTS
 from megatron_multiverse.cli import parse_options
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.benchmarks.record import RESULTS
 
 COLORS = {
     "FA2 causal (SDPA)": "#c9c9c9",
@@ -29,7 +29,7 @@ class Options:
     """What to draw."""
 
     input: str | None = None
-    """Results of benchmarks/attention.py, JSON lines; default those of this repository."""
+    """Results of attention.py, JSON lines; default those of this repository."""
     tokens: int = 32768
     heads: int = 40
     groups: int = 8

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.record import Recorder
+from benchmarks.kernels.timing import Step, in_turns
 from megatron_multiverse.cli import parse_options
-from megatron_multiverse.kernels.benchmarks.record import Recorder
-from megatron_multiverse.kernels.benchmarks.timing import Step, in_turns
 from megatron_multiverse.kernels.rope import (
     inverse_frequencies,
     rope_angles,
@@ -43,7 +43,7 @@ class Options:
     transformer_engine: bool = True
     """Also measure TransformerEngine's kernels, if it is installed (importing it takes ten seconds)."""
     output: str | None = None
-    """Folder; default kernels/benchmarks/results."""
+    """Folder; default benchmarks/kernels/results."""
     commit: str | None = None
     """Commit to record; default that of the working tree."""
 

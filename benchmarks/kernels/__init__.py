@@ -1,0 +1,1 @@
+"""Benchmarks of the kernels beside their rivals: `python -m benchmarks.kernels.attention`."""
