@@ -7,8 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from megatron_multiverse.structure import Document, lay_out, pack_layouts
-from megatron_multiverse.structure.tree import BlockSpan, PathSpan
+from megatron_multiverse.structure import BlockSpan, Document, PathSpan, lay_out, pack_layouts
 
 
 def _blocks(rng: random.Random, start: int, end: int, depth: int) -> list[BlockSpan]:

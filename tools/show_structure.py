@@ -15,8 +15,8 @@ from megatron_multiverse.cli import parse_options
 from megatron_multiverse.errors import MultiverseError
 from megatron_multiverse.structure import measure
 from megatron_multiverse.views.figures import draw_positions, draw_timeline, draw_visibility
-from megatron_multiverse.views.sample import load_view
-from megatron_multiverse.views.view import ideal_timeline, sequential_timeline
+from megatron_multiverse.views.sample_file import load_view
+from megatron_multiverse.views.sample_view import ideal_timeline, sequential_timeline
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from megatron_multiverse.inference.branch import Branch
 from megatron_multiverse.inference.request_state import TokenCallback
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.structure import lay_out, parse
-from megatron_multiverse.views.view import stretches
+from megatron_multiverse.views.sample_view import stretches
 
 MAX_TOKENS = 3800
 Mode = Literal["parallel", "sequential", "autoregressive"]

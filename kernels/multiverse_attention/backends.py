@@ -1,8 +1,8 @@
-"""The one place that chooses the attention backend. The choice and its reason are logged once per process.
+"""The table of attention backends, and the one place that chooses among them.
 
-A backend has two halves: `prepare` turns the labels of a microbatch into whatever the kernel wants (a mask, tile
-lists), once for all layers; `attend` is called by every layer. To add one: write its kernel beside this file, register
-it in `BACKENDS` before those that are slower.
+A backend has two halves. `prepare` turns the labels of a microbatch into whatever its kernel wants (a mask, tile
+lists), once for all layers; `attend` is called by every layer. To add a backend, write its module beside this file and
+put it into `BACKENDS` before those that are slower. The choice and its reason are logged once per process.
 """
 
 from __future__ import annotations
@@ -48,45 +48,6 @@ BACKENDS: dict[str, AttentionBackend] = {
     "dense": AttentionBackend(dense_plan, dense_attention),
 }
 """Fastest first: "auto" takes the first that can run."""
-
-
-def multiverse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: AttentionLayout,
-    *,
-    softmax_scale: float | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Attention under the visibility rule: query i sees key j iff j is not later and no block has them in
-    different paths.
-
-    Args:
-        q: [b, h, s_q, d], rotated.
-        k: [b, g, s_k, d], rotated; head i of q uses head i // (h / g).
-        v: [b, g, s_k, d].
-        layout: labels of the tokens; hand the same object to every layer of a microbatch.
-        softmax_scale: factor on the scores; default d ** -0.5.
-        backend: a name in `BACKENDS`, or "auto" for the fastest that runs here.
-
-    Returns:
-        [b, h, s_q, d] in q's dtype; 0 for a query that sees no key.
-
-    Raises:
-        ConfigError: the backend does not exist or cannot run here.
-        ValueError: the shapes do not fit the layout.
-    """
-    case = AttentionCase(
-        q.device.type,
-        q.dtype,
-        q.shape[-1],
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        placed=layout.index is not None,
-    )
-    chosen = BACKENDS[choose_backend(backend, case)]
-    layout.check(q, k, v)
-    return chosen.attend(q, k, v, layout.plan(chosen.prepare, case), softmax_scale)
 
 
 @functools.cache

@@ -16,8 +16,8 @@ from torch import Tensor
 from megatron_multiverse.checkpoints.endpoints import Source
 from megatron_multiverse.checkpoints.load import model_from_source
 from megatron_multiverse.checkpoints.ranks import pipeline_logits, set_parallel_sizes
+from megatron_multiverse.structure import BlockSpan, Document, PathSpan
 from megatron_multiverse.structure.layout import lay_out, pack_layouts
-from megatron_multiverse.structure.tree import BlockSpan, Document, PathSpan
 
 Mask = Literal["causal", "multiverse"]
 MASKS: tuple[Mask, ...] = ("causal", "multiverse")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from megatron_multiverse.structure.document import BlockSpan
 from megatron_multiverse.structure.tags import StructureVocab, Tag
-from megatron_multiverse.structure.tree import BlockSpan
 
 
 class Event(Enum):

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_multiverse.structure.tree import BlockSpan, Document
+from megatron_multiverse.structure.document import BlockSpan, Document
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]

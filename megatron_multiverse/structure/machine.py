@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from megatron_multiverse.structure.document import BlockSpan, PathSpan
 from megatron_multiverse.structure.frames import (
     CLOSERS,
     GAP_PHASES,
@@ -31,7 +32,6 @@ from megatron_multiverse.structure.frames import (
     Problem,
 )
 from megatron_multiverse.structure.tags import StructureVocab, Tag
-from megatron_multiverse.structure.tree import BlockSpan, PathSpan
 
 
 class StructureMachine:

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_multiverse.errors import StructureError
+from megatron_multiverse.structure.document import Document
 from megatron_multiverse.structure.machine import StructureMachine
 from megatron_multiverse.structure.tags import StructureVocab
-from megatron_multiverse.structure.tree import Document
 
 
 def parse(

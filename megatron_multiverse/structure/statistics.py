@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_multiverse.structure.document import BlockSpan, Document, PathSpan
 from megatron_multiverse.structure.layout import lay_out
-from megatron_multiverse.structure.tree import BlockSpan, Document, PathSpan
 
 
 @dataclass(frozen=True)

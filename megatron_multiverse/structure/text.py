@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_multiverse.errors import StructureError
+from megatron_multiverse.structure.document import BlockSpan
 from megatron_multiverse.structure.parser import parse
 from megatron_multiverse.structure.tags import TAGS, StructureVocab
-from megatron_multiverse.structure.tree import BlockSpan
 
 Parts = tuple["str | Block", ...]
 """Text and blocks in turn, each beginning on a line of its own; strings carry no newline at their ends for that."""

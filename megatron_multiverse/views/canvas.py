@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_multiverse.views.view import branch_depth
+from megatron_multiverse.views.sample_view import branch_depth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,12 +14,12 @@ import numpy as np
 
 from megatron_multiverse.structure import TAGS, BlockSpan, visible_matrix
 from megatron_multiverse.views.canvas import DEPTH_COLORS, color, save, subplots
-from megatron_multiverse.views.view import BranchSpan, SampleView, Stretch, branch_depth
+from megatron_multiverse.views.sample_view import SampleView, Stretch, branch_depth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from megatron_multiverse.inference.result import TimelineSpan
+    from megatron_multiverse.inference import TimelineSpan
 
 HIDDEN_COLOR, FUTURE_COLOR = "#f3c6c6", "#ffffff"
 MOST_LABELLED_TOKENS = 130
@@ -27,17 +27,17 @@ MOST_LABELLED_TOKENS = 130
 
 
 def draw_timeline(
-    spans: Sequence[TimelineSpan | BranchSpan],
+    spans: Sequence[TimelineSpan],
     path: str | Path,
     *,
-    sequential: Sequence[TimelineSpan | BranchSpan] = (),
+    sequential: Sequence[TimelineSpan] = (),
     labels: Mapping[str, str] | None = None,
     title: str = "Branches over decode steps",
 ) -> None:
     """Draw one lane per branch, with forks and joins, and below it the same text decoded sequentially.
 
     Args:
-        spans: `Result.timeline` of the engine, or `view.ideal_timeline`.
+        spans: `Result.timeline` of the engine, or `sample_view.ideal_timeline`.
         path: PNG file to write.
         sequential: the timeline of the same request with one branch at a time.
         labels: text beside a lane, by branch name (for example the outline).
@@ -150,11 +150,9 @@ def draw_positions(view: SampleView, path: str | Path, *, title: str = "Position
     save(figure, path)
 
 
-def _draw_lanes(
-    axis: Axes, spans: Sequence[TimelineSpan | BranchSpan], lanes: Sequence[str], labels: Mapping[str, str]
-) -> None:
+def _draw_lanes(axis: Axes, spans: Sequence[TimelineSpan], lanes: Sequence[str], labels: Mapping[str, str]) -> None:
     row = {lane: number for number, lane in enumerate(lanes)}
-    blocks: dict[int, list[TimelineSpan | BranchSpan]] = {}
+    blocks: dict[int, list[TimelineSpan]] = {}
     for span in spans:
         if span.block:
             blocks.setdefault(span.block, []).append(span)
@@ -185,7 +183,7 @@ def _draw_lanes(
     axis.tick_params(axis="y", length=0)
 
 
-def _draw_sequential(axis: Axes, spans: Sequence[TimelineSpan | BranchSpan]) -> None:
+def _draw_sequential(axis: Axes, spans: Sequence[TimelineSpan]) -> None:
     longest = max(span.end for span in spans)
     for span in spans:
         width = span.end - span.start
@@ -249,7 +247,7 @@ def _mark_tags(axis: Axes, view: SampleView, positions: Any, few: bool) -> None:
 
 
 def _mark_levels(axis: Axes, block: BlockSpan, positions: Any) -> None:
-    """Level lines: where all paths of the block start, and where the text goes on behind the longest."""
+    """Draw two level lines: at the position where all paths of the block start, and where the longest of them ends."""
     longest = max(block.paths, key=lambda path: int(positions[path.end - 1]))
     for first, last, level in (
         (block.goal_end, block.paths[-1].start, positions[block.goal_end]),

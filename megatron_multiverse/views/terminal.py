@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from megatron_multiverse.inference import IncrementalDetokenizer
 from megatron_multiverse.structure import TAGS
 
 if TYPE_CHECKING:
@@ -18,20 +19,22 @@ BORDERS = ("white", "blue", "dark_orange", "green", "magenta")
 
 @dataclass
 class _Node:
-    """One branch on the screen: its text, and between its texts the blocks it forked."""
+    """One branch on the screen."""
 
     name: str
-    ids: list[int] = field(default_factory=list)
+    detokenizer: IncrementalDetokenizer
     items: list[str | list[_Node]] = field(default_factory=list)
+    """What it wrote: texts, and between them the blocks it forked."""
     ended: bool = False
     printed: int = 0
+    """Lines that are printed already, where the output is not a terminal."""
 
 
 class LiveBranches:
     """Shows the branches of one request while they are decoded. Pass `on_token` to `Engine.generate`.
 
     Use as a context manager. In a terminal the branches stand side by side in columns that open at a fork and
-    close at a join; if the output is not a terminal, each finished line is printed behind its branch's name.
+    close at a join; if the output is not a terminal, each finished line is printed after the name of its branch.
 
     Args:
         detokenize: ids -> text, tags kept.
@@ -54,7 +57,7 @@ class LiveBranches:
         self._detokenize = detokenize
         self._output = output or sys.stdout
         self._title = title
-        self._root = _Node("")
+        self._root = _Node("", IncrementalDetokenizer(detokenize))
         self._nodes: dict[str, _Node] = {"": self._root}
         self._num_tokens = 0
         console = Console(file=self._output)
@@ -74,6 +77,9 @@ class LiveBranches:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for node in self._nodes.values():
+            if rest := node.detokenizer.finish():  # a character that was cut off
+                self._append(node, rest)
         if self._live is not None:
             self._live.stop()
             return
@@ -81,15 +87,10 @@ class LiveBranches:
             self._print_lines(node, final=True)
 
     def on_token(self, request: int, branch: str, ids: Sequence[int]) -> None:
-        """Take what a branch wrote; the engine's callback. `request` is not looked at: show one at a time."""
+        """Take what a branch wrote; the engine calls this. `request` is ignored, so show one request at a time."""
         node = self._node(branch)
-        text = self._text_of(node, ids)
-        if node.items and isinstance(node.items[-1], str):
-            node.items[-1] += text
-        else:
-            for child in self._children(node):
-                child.ended = True
-            node.items.append(text)
+        text = node.detokenizer.push(ids)
+        self._append(node, text)
         if text.endswith("</Path>"):
             node.ended = True
         self._num_tokens += len(ids)
@@ -107,23 +108,27 @@ class LiveBranches:
         foot = Text(f"{self._num_tokens} tokens{writing}", style="dim")
         return Group(*head, *self._body(self._root), foot)
 
+    def _append(self, node: _Node, text: str) -> None:
+        if node.items and isinstance(node.items[-1], str):
+            node.items[-1] += text
+            return
+        # The branch writes again, so the paths of the block it forked last are over.
+        for child in self._children(node):
+            child.ended = True
+        node.items.append(text)
+
     def _node(self, branch: str) -> _Node:
         node = self._nodes.get(branch)
         if node is not None and (not node.ended or not branch):
             return node
         parent = self._node(branch.rpartition(".")[0])
-        node = self._nodes[branch] = _Node(branch)
+        node = self._nodes[branch] = _Node(branch, IncrementalDetokenizer(self._detokenize))
         siblings = parent.items[-1] if parent.items and isinstance(parent.items[-1], list) else None
         if siblings is None or any(other.name == branch for other in siblings):
             siblings = []
             parent.items.append(siblings)
         siblings.append(node)
         return node
-
-    def _text_of(self, node: _Node, ids: Sequence[int]) -> str:
-        before = self._detokenize(node.ids)
-        node.ids += ids
-        return self._detokenize(node.ids)[len(before) :]
 
     def _children(self, node: _Node) -> list[_Node]:
         return node.items[-1] if node.items and isinstance(node.items[-1], list) else []

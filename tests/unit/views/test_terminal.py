@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
+from collections.abc import Sequence
 
 from megatron_multiverse.structure import Block, render
+from megatron_multiverse.views.sample_view import view_text
 from megatron_multiverse.views.terminal import LiveBranches
-from megatron_multiverse.views.view import view_text
 
 INNER = Block(("tens", "ones"), (("thirty",), ("nine",)), "both")
 TEXT = render(("start", Block(("left", "right"), (("forty-two",), ("split", INNER, "together")), "done"), "end"))
@@ -30,6 +32,15 @@ def vocabulary() -> tuple[dict[str, int], list[str]]:
     return {piece: k for k, piece in enumerate(pieces)}, pieces
 
 
+def shown(live: LiveBranches) -> str:
+    """The screen as text."""
+    from rich.console import Console
+
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(live.render())
+    return console.export_text()
+
+
 def test_plain_output_names_the_branch_of_each_line_and_loses_none() -> None:
     ids, pieces = vocabulary()
     output = io.StringIO()
@@ -45,14 +56,10 @@ def test_plain_output_names_the_branch_of_each_line_and_loses_none() -> None:
 
 
 def test_columns_stand_side_by_side_with_nested_ones_inside() -> None:
-    from rich.console import Console
-
     ids, pieces = vocabulary()
     live = LiveBranches(lambda tokens: "".join(pieces[t] for t in tokens), output=io.StringIO())
     grow(live, ids)
-    console = Console(width=100, file=io.StringIO(), record=True)
-    console.print(live.render())
-    screen = console.export_text().splitlines()
+    screen = shown(live).splitlines()
     top = next(line for line in screen if "path 1 " in line)
     assert "path 2 " in top
     nested = next(line for line in screen if "path 2.1" in line)
@@ -64,9 +71,44 @@ def test_a_second_block_opens_new_columns() -> None:
     ids, pieces = vocabulary()
     live = LiveBranches(lambda tokens: "".join(pieces[t] for t in tokens), output=io.StringIO())
     grow(live, ids, rounds=2)
-    from rich.console import Console
-
-    console = Console(width=100, file=io.StringIO(), record=True)
-    console.print(live.render())
-    screen = console.export_text()
+    screen = shown(live)
     assert screen.count("path 1 ") == 2 and screen.count("forty-two") == 2
+
+
+def test_characters_of_several_tokens_appear_whole() -> None:
+    """Every token is one byte, so an accented letter takes two tokens and an emoji four; two branches write in turn."""
+
+    def detokenize(ids: Sequence[int]) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    texts = {"1": "\n<Path>\n1: naïve 🙂 ok\n</Path>", "2": "\n<Path>\n2: déjà 👍🏽 vu\n</Path>"}
+    output = io.StringIO()
+    seen = []
+    with LiveBranches(detokenize, output=output) as live:
+        for pair in itertools.zip_longest(*(text.encode() for text in texts.values())):
+            for branch, token in zip(texts, pair, strict=True):
+                if token is not None:
+                    live.on_token(0, branch, [token])
+                    seen.append(shown(live))
+        live.on_token(0, "", list("end 🙂".encode())[:-1])
+    lines = output.getvalue().splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("path")] == [
+        "1: naïve 🙂 ok",
+        "2: déjà 👍🏽 vu",
+    ]
+    assert not any("\ufffd" in screen for screen in seen)
+    assert "naïve 🙂 ok" in seen[-1] and "déjà 👍🏽 vu" in seen[-1]
+    assert lines[-1].endswith("end \ufffd")  # cut off for good: the text ends inside a character
+
+
+def test_a_long_branch_is_not_decoded_again_for_each_token() -> None:
+    lengths = []
+
+    def detokenize(ids: Sequence[int]) -> str:
+        lengths.append(len(ids))
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    with LiveBranches(detokenize, output=io.StringIO()) as live:
+        for token in b"word " * 200:
+            live.on_token(0, "", [token])
+    assert max(lengths) < 10

@@ -11,8 +11,8 @@ import pytest
 from megatron_multiverse.errors import DataError, StructureError
 from megatron_multiverse.structure import Block, render, visible_matrix
 from megatron_multiverse.views.figures import draw_positions, draw_timeline, draw_visibility
-from megatron_multiverse.views.sample import load_view
-from megatron_multiverse.views.view import (
+from megatron_multiverse.views.sample_file import load_view
+from megatron_multiverse.views.sample_view import (
     SampleView,
     ideal_timeline,
     sequential_timeline,

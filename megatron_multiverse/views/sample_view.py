@@ -5,21 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from megatron_multiverse.inference import TimelineSpan
 from megatron_multiverse.structure import TAGS, BlockSpan, Document, Layout, StructureVocab, lay_out, parse
 
 _WORDS = re.compile("|".join([*map(re.escape, TAGS), r"\n", r"(?<=\n)[0-9][0-9.]*:", r" *[^\s<]+", r"[\s<]"]))
-
-
-class BranchSpan(NamedTuple):
-    """A stretch of steps in which one branch runs; the same fields as the engine's `TimelineSpan`."""
-
-    branch: str
-    block: int
-    start: int
-    end: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -29,7 +19,7 @@ class Stretch:
     branch: str
     """"" for the root, "2.1" for the first path of a block in the second path."""
     block: int
-    """Number of the block the branch belongs to, in text order; 0 for the root."""
+    """Number of the block that the branch belongs to, in text order; 0 for the root."""
     start: int
     end: int
 
@@ -44,7 +34,7 @@ class SampleView:
     """What the figures draw."""
 
     pieces: Sequence[str]
-    """Text of each token."""
+    """The text of each token."""
     document: Document
     layout: Layout
     stretches: Sequence[Stretch]
@@ -115,7 +105,7 @@ def stretches(document: Document) -> list[Stretch]:
     return found
 
 
-def ideal_timeline(view: SampleView) -> list[BranchSpan]:
+def ideal_timeline(view: SampleView) -> list[TimelineSpan]:
     """When each branch runs if every branch writes one token per step: the step is the position."""
     positions = view.layout.position_ids
     first = view.document.prompt_length
@@ -125,15 +115,15 @@ def ideal_timeline(view: SampleView) -> list[BranchSpan]:
         if start < stretch.end:
             begin = int(positions[start]) - first
             tokens = stretch.end - start
-            spans.append(BranchSpan(stretch.branch, stretch.block, begin, begin + tokens, tokens))
+            spans.append(TimelineSpan(stretch.branch, stretch.block, begin, begin + tokens, tokens))
     return spans
 
 
-def sequential_timeline(view: SampleView) -> list[BranchSpan]:
+def sequential_timeline(view: SampleView) -> list[TimelineSpan]:
     """When each branch runs if the tokens are written one after the other in text order."""
     first = view.document.prompt_length
     return [
-        BranchSpan(s.branch, s.block, max(s.start, first) - first, s.end - first, s.end - max(s.start, first))
+        TimelineSpan(s.branch, s.block, max(s.start, first) - first, s.end - first, s.end - max(s.start, first))
         for s in view.stretches
         if s.end > first
     ]

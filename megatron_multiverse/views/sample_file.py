@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_multiverse.errors import DataError
-from megatron_multiverse.views.view import SampleView, view_ids, view_text
+from megatron_multiverse.views.sample_view import SampleView, view_ids, view_text
 
 
 def load_view(
