@@ -1,4 +1,15 @@
-"""Tags, grammar, positions and visibility: the one definition that everything else takes its truth from."""
+"""The structure of a Multiverse text: its tags, its grammar, and what they mean for positions, visibility and loss.
+
+A response is text in which a *block* splits the work: its goal announces one *path* per outline, the paths are written
+at the same time and do not see each other, and a conclusion, which sees all of them, follows (arXiv 2506.09991). This
+package is the one definition of that. Data, kernels, training and decoding all ask here, so they agree token for token.
+It works on token ids and plain integers, and does not import torch.
+
+Read in this order: `tags.py` (the twelve tags, and what must be known of a vocabulary), `document.py` (where blocks and
+paths stand), `machine.py` (the grammar, one token at a time), `parser.py` (a whole sample), `layout.py` (positions,
+visibility labels, loss). `text.py` writes and reads trajectories as strings, `statistics.py` measures how parallel one
+is. docs/structure.md explains the same with pictures.
+"""
 
 from megatron_multiverse.structure.document import BlockSpan, Document, PathSpan
 from megatron_multiverse.structure.frames import Event, Outline

@@ -1,4 +1,4 @@
-"""What the grammar keeps of an open block, and the words it uses for what it reads."""
+"""What the state machine keeps of an open block, and the words it uses for what it reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Event(Enum):
     TAG = auto()
     """A tag in its place."""
     FORK = auto()
-    """`</Goal>` closed a valid goal: the paths of `machine.outlines` can run."""
+    """`</Goal>` closed a valid goal: the paths announced in `machine.outlines` can run."""
     PATH_END = auto()
     """`</Path>` closed a path."""
     BLOCK_END = auto()
@@ -28,7 +28,7 @@ class Event(Enum):
 
 @dataclass(frozen=True)
 class Outline:
-    """One announced path: its label as text and as the ids to be forced at the start of the path."""
+    """One announced path: its label as text, and as the ids that the engine writes at the start of the path."""
 
     label: str
     label_ids: tuple[int, ...]
@@ -36,7 +36,7 @@ class Outline:
 
 @dataclass(frozen=True)
 class Problem:
-    """The first broken rule: its code, where, what was found, what the grammar expected."""
+    """A broken rule: its code, where it was broken, what was found there and what the grammar expected."""
 
     code: str
     token_index: int
@@ -45,6 +45,8 @@ class Problem:
 
 
 class Phase(Enum):
+    """Where in an open block the stream stands; the value says what may come next, for messages."""
+
     HEAD = "<Goal> after a newline"
     GOAL = "<Outline> or </Goal>, each after one newline"
     OUTLINE = "</Outline>"
@@ -58,6 +60,7 @@ class Phase(Enum):
 
 
 GAP_PHASES = frozenset({Phase.HEAD, Phase.GOAL, Phase.PATHS, Phase.AFTER})
+"""The phases between two tags, where exactly one newline may stand and no text."""
 
 
 @dataclass
@@ -66,27 +69,36 @@ class Frame:
 
     span: BlockSpan
     prefix: str
-    """What labels of this block start with: ``""`` or ``"2."``."""
+    """What the labels of this block start with: ``""`` outside of paths, ``"2."`` in path 2."""
     phase: Phase = Phase.HEAD
     outlines: list[Outline] = field(default_factory=list)
     gap: int = 0
-    """Newlines since the last tag; -1 once anything else was seen in the gap."""
+    """Newlines since the last tag; -1 after anything else in this gap, which has been counted as broken then."""
 
     @property
     def gap_rule(self) -> str:
         """What the grammar expects in the current gap."""
         return f"{self.phase.value}, with exactly one newline in the gap"
 
+    @property
+    def expected_label(self) -> str:
+        """The label that the outline or path just opened should have."""
+        if self.phase is Phase.OUTLINE:
+            return f"{self.prefix}{len(self.outlines)}:"
+        # A path repeats the label of its outline. One path too many has no outline, so it is numbered on.
+        k = len(self.span.paths)
+        return self.outlines[k - 1].label if k <= len(self.outlines) else f"{self.prefix}{k}:"
+
 
 class LabelReader:
-    """Reads the newline and the label, e.g. ``2.1:``, behind `<Outline>` or `<Path>`."""
+    """Reads the newline and the label, e.g. ``2.1:``, that follow `<Outline>` or `<Path>`."""
 
     def __init__(self, vocab: StructureVocab) -> None:
         self.vocab = vocab
         self.text = ""
         self.ids: list[int] = []
         self.fault: str | None = None
-        """What stands where the label should, once that is known."""
+        """What stands there instead of a label, if there is none."""
         self._newline_read = False
 
     def push(self, token_id: int) -> bool:
@@ -114,3 +126,4 @@ CLOSERS: dict[Phase, list[Tag]] = {
     Phase.CONCLUSION: [Tag.END_CONCLUSION, Tag.END_PARALLEL],
     Phase.AFTER: [Tag.END_PARALLEL],
 }
+"""The tags that close a block which is open in this phase."""

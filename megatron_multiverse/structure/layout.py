@@ -1,19 +1,21 @@
 """Positions, visibility and loss of a sample: the one definition that data, training and serving share.
 
-Positions. With g the position of `</Goal>`, the first token of every path (its gap newline) has position g + 1;
-inside a path positions count up; the first token behind the last `</Path>` has the largest position of any
-`</Path>` + 1. Nested blocks are resolved first. Packed documents restart at 0.
+Positions. Let g be the position of `</Goal>`. The first token of every path (its gap newline) has position g + 1, and
+inside a path positions count up. The first token after the last `</Path>` has the largest position of any `</Path>`,
+plus 1. Nested blocks are resolved first. Each document of a pack starts at 0 again.
 
-Visibility. Query i sees key j iff j is not later than i and no block holds them in different paths. A sample is a
-series-parallel order, so one integer label per token decides it at any depth::
+Visibility. Query i sees key j iff j is not later than i and no block holds them in different paths. The tokens of a
+sample form a series-parallel order, so one integer label r per token decides this at any depth::
 
     r(i) = i + sum over the blocks around i of [(E - e) - (s - S)]      [S, E) path region, [s, e) the path of i
     visible(i, j) = j <= i and r(j) <= r(i)
 
-r is the rank of a token when the siblings of every block stand in reverse order: a token of a later sibling has the
-larger index but the smaller r, so neither sees the other. Packed documents are siblings of one outer block.
+r is the rank of a token when the paths of every block are read in reverse order. Of two tokens in sibling paths, the
+one in the later path has the larger index but the smaller r, so neither sees the other. Packed documents are paths of
+one outer block that never joins.
 
-Both numbers are `index + constant` on each segment between structural borders, which is how they are stored.
+Position and r are `index + constant` on each segment between two borders (a `</Goal>` or a `</Path>`), which is how
+they are stored.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Layout:
 
     Attributes:
         num_tokens: N.
-        segments: int64 [S, 3], rows (first index, position - index, r - index), first indices increasing.
+        segments: int64 [S, 3], one row (first index, position - index, r - index) per segment, in text order.
         forced: int64 [F, 2], half-open index ranges that the engine writes instead of sampling.
         breaks: int64 [B], indices whose predecessor in the sequence is not their predecessor in the tree.
         prompts: int64 [D, 2], half-open index ranges of the prompts (one per document).
@@ -69,9 +71,9 @@ class Layout:
     def loss_mask(self, *, train_forced_tokens: bool = False) -> BoolArray:
         """True where the token is trained as a target, shape [N].
 
-        Prompt tokens and tokens whose predecessor in the sequence is not the one in the tree never are; tokens
-        the engine forces (gap newline, `<Path>`, newline and label, newline and `<Conclusion>`) only on request:
-        with its siblings hidden a path cannot know its own number.
+        Never trained are prompt tokens, and tokens whose predecessor in the sequence is not their predecessor in the
+        tree. Tokens that the engine writes (gap newline, `<Path>`, newline and label, newline and `<Conclusion>`) are
+        trained only on request: a path does not see its siblings, so it cannot know its own number.
         """
         mask = np.ones(self.num_tokens, dtype=np.bool_)
         mask[self.breaks] = False
@@ -84,7 +86,7 @@ class Layout:
 
 
 class _Builder:
-    """Walks the tree once and collects segments, forced ranges and breaks."""
+    """Walks the tree of blocks and paths once and collects segments, forced ranges, breaks and hidden pairs."""
 
     def __init__(self) -> None:
         self.segments: list[tuple[int, int, int]] = []
@@ -93,7 +95,11 @@ class _Builder:
         self.hidden_pairs = 0
 
     def text(self, start: int, end: int, blocks: list[BlockSpan], position_shift: int, r_shift: int) -> int:
-        """Lay out [start, end) with its blocks; returns the position behind its last token."""
+        """Lay out tokens [start, end) with their blocks; returns the position that would follow the last token.
+
+        `position_shift` and `r_shift` are position - index and r - index at `start`. Every block that is passed leaves
+        r_shift as it was, and changes position_shift: its region counts as its longest path alone.
+        """
         cursor = start
         for block in blocks:
             if not block.paths:
@@ -104,13 +110,16 @@ class _Builder:
             longest = self._paths(block, anchor, r_shift)
             position_shift = longest - region_end
             cursor = region_end
+            # What follows the last </Path> in the text follows all paths in the tree.
             if cursor < end:
                 self.breaks.append(cursor)
         self.segments.append((cursor, position_shift, r_shift))
         return end + position_shift
 
     def _paths(self, block: BlockSpan, anchor: int, r_shift: int) -> int:
+        """Lay out the paths of a block, each from position `anchor` on; returns the position after the longest."""
         region_start, region_end = block.goal_end, block.region_end
+        # Hidden are the pairs of tokens in different paths: all pairs of the region less those inside a path, halved.
         longest, pairs = anchor, (region_end - region_start) ** 2
         for k, path in enumerate(block.paths):
             r = r_shift + (region_end - path.end) - (path.start - region_start)
@@ -130,11 +139,9 @@ def lay_out(document: Document) -> Layout:
     builder = _Builder()
     n = document.num_tokens
     builder.text(0, n, document.blocks, 0, 0)
-    segments = [
-        row
-        for row, behind in zip(builder.segments, [*builder.segments[1:], (n, 0, 0)], strict=True)
-        if row[0] < behind[0]
-    ]
+    # A segment is empty where the text ends with the last </Path> of a block that was cut off.
+    following = [*builder.segments[1:], (n, 0, 0)]
+    segments = [row for row, after in zip(builder.segments, following, strict=True) if row[0] < after[0]]
     return Layout(
         num_tokens=n,
         segments=np.array(segments, dtype=np.int64).reshape(-1, 3),
@@ -146,17 +153,17 @@ def lay_out(document: Document) -> Layout:
 
 
 def padding_layout(num_tokens: int) -> Layout:
-    """A document without targets, for the padding behind a pack."""
+    """A document without targets, for the padding at the end of a pack."""
     return lay_out(Document(num_tokens, prompt_length=num_tokens))
 
 
 def pack_layouts(layouts: Sequence[Layout]) -> Layout:
-    """The layout of documents that stand one behind the other and never see each other."""
+    """The layout of documents that stand one after the other in a row and never see each other."""
     starts = np.concatenate(([0], np.cumsum([part.num_tokens for part in layouts])))
     total = int(starts[-1])
     segments = []
     for start, end, part in zip(starts[:-1], starts[1:], layouts, strict=True):
-        # A document is a branch of one outer block that never joins: S = 0, E = total, [s, e) = the document.
+        # A document is a path of one outer block that never joins: S = 0, E = total, [s, e) = the document.
         segments.append(part.segments + np.array([start, -start, (total - end) - start]))
     return Layout(
         num_tokens=total,
@@ -169,6 +176,6 @@ def pack_layouts(layouts: Sequence[Layout]) -> Layout:
 
 
 def visible_matrix(layout: Layout) -> BoolArray:
-    """The mask written out, [N, N], True where query (row) sees key (column): for tests and pictures only."""
+    """The mask written out, [N, N], True where the query (row) sees the key (column). For tests and pictures only."""
     index, r = np.arange(layout.num_tokens), layout.r
     return (index[None, :] <= index[:, None]) & (r[None, :] <= r[:, None])

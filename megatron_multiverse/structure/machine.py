@@ -1,8 +1,9 @@
 """The grammar of parallel blocks as an incremental state machine over token ids.
 
-One machine reads one stream: a whole response (preprocessing, `parser.parse`) or one branch of a running
-generation (`inference`). It never fails: a broken rule is counted in `malformed`, the tokens stay in the stream as
-plain text, and `problem` keeps the first one, from which the strict parser makes an error.
+One machine reads one stream of tokens: a whole response (in `parser.parse`, for preprocessing) or one branch of a
+running generation (in the engine, where `fork` makes the machines of the paths). It never raises: a broken rule is
+counted in `malformed`, its tokens stay in the stream as plain text, and `problem` keeps the first one, from which the
+strict parser makes an error.
 
 What it accepts (arXiv 2506.09991, section 3; Multiverse-1K spells it with one newline in each gap)::
 
@@ -12,8 +13,13 @@ What it accepts (arXiv 2506.09991, section 3; Multiverse-1K spells it with one n
     outline   := <Outline> \\n label token* </Outline>
     path      := <Path> \\n label text </Path>
 
-Tolerance: a header (up to `</Goal>`) that meets a tag it cannot take is given up, and the tag is read again as part
-of the enclosing text; a conclusion that meets one is closed; any other misplaced tag is plain text.
+What happens to a tag out of place depends on where the stream stands. In the header of a block (up to `</Goal>`) the
+block is given up, so its tags become plain text, and the tag is read again as part of the text around. In a conclusion
+the block is closed there, and the tag is read again. Anywhere else the tag is plain text.
+
+How it works: `_stack` holds the open blocks, outermost first, each with its phase. `push` sends a plain token to the
+gap or the label it stands in, and a tag to the handler of the innermost block's phase (`_HANDLERS`), or to
+`_tag_in_text` outside of blocks and inside paths.
 """
 
 from __future__ import annotations
@@ -48,17 +54,22 @@ class StructureMachine:
         self.max_depth = max_depth
         self.max_paths = max_paths
         self.malformed: Counter[str] = Counter()
+        """How often each rule was broken, by its code."""
         self.problem: Problem | None = None
+        """The first broken rule."""
         self.num_tokens = 0
+        """Tokens read so far, which is the index of the next one. The parser starts at the prompt's length."""
         self.blocks: list[BlockSpan] = []
+        """Closed blocks of this stream, outermost only; inner ones hang at their paths."""
         self.ended = False
-        """A child machine saw its `</Path>`."""
+        """A machine made by `fork` has read the `</Path>` of its path."""
         self._stack: list[Frame] = []
-        self._think = 0  # 0 never opened, 1 open, 2 closed
-        self._base_depth = 0
+        self._think = 0  # 0: <Think> has not come, 1: it is open, 2: it is closed
+        # A machine made by `fork` begins inside a path, at this depth and with this label.
         self._in_path = False
+        self._base_depth = 0
         self._base_label = ""
-        self._label: LabelReader | None = None  # while a label is due
+        self._label: LabelReader | None = None  # set while a label is being read
         self._last: int | None = None
 
     @property
@@ -73,11 +84,11 @@ class StructureMachine:
 
     @property
     def watching(self) -> bool:
-        """Whether the next plain token matters (inside a gap or a label); else it can be skipped."""
+        """Whether the next plain token counts, because it stands in a gap or a label; if not, it can be skipped."""
         return self._label is not None or (bool(self._stack) and self._stack[-1].phase in GAP_PHASES)
 
     def skip(self, count: int, last_id: int) -> None:
-        """Take `count` plain tokens at once, the last of them `last_id`. Only while not `watching`."""
+        """Take `count` plain tokens at once, the last of them `last_id`. Allowed only while not `watching`."""
         self.num_tokens += count
         self._last = last_id
 
@@ -90,7 +101,7 @@ class StructureMachine:
         return event
 
     def fork(self, k: int) -> StructureMachine:
-        """A machine for path `k` of the block that just forked; push the path's tokens, gap newline first."""
+        """A machine for path `k` (from 0) of the block that just forked. Push it the path's tokens, gap newline first."""
         child = StructureMachine(self.vocab, max_depth=self.max_depth, max_paths=self.max_paths)
         child._base_depth = self.depth + 1
         child._in_path = True
@@ -98,13 +109,14 @@ class StructureMachine:
         return child
 
     def join(self) -> None:
-        """All paths of the block ran in child machines and ended; push the conclusion next."""
+        """All paths of the block ran in machines of their own and ended. Push the conclusion to this one next."""
         frame = self._stack[-1]
+        # This stream holds none of their tokens, so their spans are empty; the grammar only asks how many there were.
         for outline in frame.outlines:
             frame.span.paths.append(PathSpan(self.num_tokens, self.num_tokens, self.num_tokens, outline.label))
 
     def closing_ids(self) -> list[int]:
-        """Ids that close, innermost first, everything this stream has open (each tag on a line of its own)."""
+        """The ids that close everything this stream has open, innermost first, each tag on a line of its own."""
         tags: list[Tag] = []
         for frame in reversed(self._stack):
             tags += CLOSERS[frame.phase]
@@ -120,7 +132,7 @@ class StructureMachine:
         return ids
 
     def finish(self) -> None:
-        """The stream is over: count what is still open and give up headers that never forked."""
+        """The stream is over: count what is still open, close blocks that have paths, and give up the others."""
         for frame in reversed(list(self._stack)):
             self._note("unclosed", "the end of the text", frame.phase.value)
             if not frame.span.paths:
@@ -141,6 +153,7 @@ class StructureMachine:
         return Event.TEXT
 
     def _read_gap(self, frame: Frame, token_id: int) -> None:
+        """A plain token between two tags: one newline is right; anything else is counted, once per gap."""
         if token_id == self.vocab.newline_id and frame.gap == 0:
             frame.gap = 1
             return
@@ -148,14 +161,15 @@ class StructureMachine:
             found = "a second newline" if token_id == self.vocab.newline_id else "text"
             self._note("gap", found, frame.gap_rule)
             frame.gap = -1
+        # Text after </Conclusion> cannot belong to the block, so the block ends before it.
         if frame.phase is Phase.AFTER:
             self._close(self.num_tokens)
 
     def _end_label(self, label: LabelReader) -> None:
-        """The label is complete or missing; check it against the order of the block."""
+        """The label is complete, or known to be missing: check it and note it at its outline or path."""
         self._label = None
         frame = self._stack[-1] if self._stack else None
-        expected = self._expected_label(frame)
+        expected = self._base_label if frame is None else frame.expected_label
         if label.fault is not None:
             self._note("label", label.fault, f"a newline and a label such as {expected}")
             return
@@ -167,15 +181,9 @@ class StructureMachine:
             frame.span.paths[-1].label = label.text
             frame.span.paths[-1].forced_end = self.num_tokens + 1
 
-    def _expected_label(self, frame: Frame | None) -> str:
-        if frame is None:
-            return self._base_label
-        if frame.phase is Phase.OUTLINE:
-            return f"{frame.prefix}{len(frame.outlines)}:"
-        k = len(frame.span.paths)
-        return frame.outlines[k - 1].label if k <= len(frame.outlines) else f"{frame.prefix}{k}:"
-
     def _tag(self, tag: Tag) -> Event:
+        """Read a tag. Handlers that give a block up or close it early call this again with the same tag."""
+        # A tag ends a label that is still being read.
         if self._label is not None:
             self._label.fault = f"{tag.text} instead of a label"
             self._end_label(self._label)
@@ -187,9 +195,11 @@ class StructureMachine:
         return _HANDLERS[phase](self, self._stack[-1], tag)
 
     def _tag_in_text(self, tag: Tag) -> Event:
+        """A tag where text is free: outside of blocks, or in the path of the block `frame`."""
         frame = self._stack[-1] if self._stack else None
         if tag is Tag.PARALLEL:
             return self._open_block(frame)
+        # In a machine made by `fork` the stream itself is the path: it starts with the gap newline and <Path>.
         if frame is None and self._in_path and not self.ended:
             if tag is Tag.PATH and self.num_tokens <= 1:
                 self._label = LabelReader(self.vocab)
@@ -201,6 +211,7 @@ class StructureMachine:
             frame.span.paths[-1].end = self.num_tokens + 1
             frame.phase, frame.gap = Phase.PATHS, 0
             return Event.PATH_END
+        # <Think> and </Think> may come once each, in this order, and outside of blocks alone.
         if tag in (Tag.THINK, Tag.END_THINK) and frame is None and not self._in_path:
             due = Tag.THINK if self._think == 0 else Tag.END_THINK
             if tag is due and self._think < 2:
@@ -236,6 +247,13 @@ class StructureMachine:
         return self._give_up(frame, tag)
 
     def _fork_point(self, frame: Frame) -> Event:
+        """`</Goal>` has come: the block forks if its goal can be carried out.
+
+        Every outline becomes a path whose first tokens the engine writes, so there must be at least one outline, each
+        with the ids of a label, and no more than the engine can run. A goal that fails is given up, and the header
+        stays in the stream as plain text: unlike other broken headers it had come to its last tag, so nothing is read
+        again.
+        """
         count = len(frame.outlines)
         if count == 0:
             code, expected = "no_outline", "at least one <Outline> before </Goal>"
@@ -244,6 +262,7 @@ class StructureMachine:
         elif self.max_paths is not None and count > self.max_paths:
             code, expected = "too_many_paths", f"at most {self.max_paths} outlines"
         else:
+            # `num_tokens` is still the index of </Goal> itself; the paths start after it.
             frame.phase, frame.gap = Phase.PATHS, 0
             frame.span.goal_end = self.num_tokens + 1
             return Event.FORK
@@ -258,6 +277,10 @@ class StructureMachine:
         return self._give_up(frame, tag)
 
     def _tag_between_paths(self, frame: Frame, tag: Tag) -> Event:
+        """A tag after `</Goal>` or after a `</Path>`: the next path, or the end of the paths.
+
+        Once there is a path the block is real and is kept, whatever comes; too many or too few paths are only counted.
+        """
         span = frame.span
         if tag is Tag.PATH:
             self._check_gap(frame, tag)
@@ -267,11 +290,14 @@ class StructureMachine:
                     f"path {len(span.paths) + 1}",
                     f"{len(frame.outlines)} paths, one per outline",
                 )
+            # The gap newline before <Path> is the path's first token, so it starts where the goal or the path before
+            # ended. Its end is known at its </Path>. `forced_end` moves on when the label has been read.
             start = span.region_end if span.paths else span.goal_end
             span.paths.append(PathSpan(start, -1, self.num_tokens + 1))
             frame.phase = Phase.PATH
             self._label = LabelReader(self.vocab)
             return Event.TAG
+        # Without a path there is nothing to conclude, and the block is given up like a broken header.
         if not span.paths:
             return self._give_up(frame, tag)
         if tag is Tag.CONCLUSION:
@@ -281,6 +307,7 @@ class StructureMachine:
             frame.phase = Phase.CONCLUSION
             span.forced_end = self.num_tokens + 1
             return Event.TAG
+        # The conclusion may be missing: the block is closed all the same, and counted.
         if tag is Tag.END_PARALLEL:
             self._note("no_conclusion", tag.text, frame.phase.value)
             self._close(self.num_tokens + 1)
@@ -302,10 +329,10 @@ class StructureMachine:
 
     def _check_gap(self, frame: Frame, tag: Tag) -> None:
         if frame.gap == 0:
-            self._note("gap", f"{tag.text} right behind a tag", f"one newline before {tag.text}")
+            self._note("gap", f"{tag.text} directly after a tag", f"one newline before {tag.text}")
 
     def _give_up(self, frame: Frame, tag: Tag) -> Event:
-        """The open header cannot take `tag`: the header becomes plain text and `tag` is read again."""
+        """The open header cannot take `tag`: the header becomes plain text, and `tag` is read again."""
         self._note("broken_header", tag.text, frame.phase.value)
         self._drop()
         return self._tag(tag)
@@ -329,11 +356,12 @@ class StructureMachine:
             self.problem = Problem(code, self.num_tokens, found, expected)
 
     def _drop(self) -> None:
+        """Forget the innermost block: its tokens are plain text now."""
         self._stack.pop()
         self._label = None
 
     def _close(self, end: int) -> None:
-        """Take the innermost block from the stack into the path, or the text, that holds it."""
+        """The innermost block ends before token `end`: move it from the stack to the path or text that holds it."""
         span = self._stack.pop().span
         span.end = end
         (self._stack[-1].span.paths[-1].blocks if self._stack else self.blocks).append(span)

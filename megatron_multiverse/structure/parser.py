@@ -1,4 +1,4 @@
-"""From token ids to the spans of blocks and paths, strictly or tolerantly."""
+"""From the token ids of a whole sample to the spans of its blocks and paths, strictly or tolerantly."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def parse(
     machine.num_tokens = prompt_length
     tag_indices = vocab.find_tags(array[prompt_length:]) + prompt_length
     position = prompt_length
+    # Tokens count one by one only in gaps and labels, where the machine is watching. All other text up to the next tag
+    # is skipped at once.
     for next_tag in [*tag_indices.tolist(), len(array)]:
         while position < next_tag and machine.watching:
             machine.push(int(array[position]))

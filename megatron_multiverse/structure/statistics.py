@@ -1,4 +1,4 @@
-"""How parallel a sample is, and whether it pays."""
+"""How parallel a sample is, and whether the structure pays for itself."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Statistics:
     depth: int
     """Deepest nesting of blocks; 0 without a block."""
     in_path_share: float
-    """Share of the response that stands inside paths."""
+    """Tokens inside paths / num_tokens, nested blocks included."""
     critical_tokens: int
-    """Length of the longest chain of tokens that must follow one another."""
+    """Length of the longest chain of tokens that must follow one another: the steps a parallel decoder needs."""
     num_parallel: float
-    """num_tokens / critical_tokens. Counts tags, outlines and conclusions as output."""
+    """num_tokens / critical_tokens. Tags, outlines and conclusions count as output here."""
     net_gain: float
-    """Response without tags, goals and conclusions / critical_tokens: below 1 the structure costs more than it
-    saves against writing the same text sequentially."""
+    """Tokens of the response without tags, goals and conclusions / critical_tokens. Below 1 the structure takes more
+    steps than writing the same text sequentially would."""
 
 
 def measure(document: Document) -> Statistics:
@@ -51,7 +51,7 @@ def measure(document: Document) -> Statistics:
 
 
 def _structure_tokens(block: BlockSpan) -> int:
-    """Tokens of one block, inner blocks aside, that its plain sequential text would not have."""
+    """Tokens of one block, without those of inner blocks, that the same text written sequentially would not have."""
     goal = block.goal_end - block.start
     conclusion = block.end - block.region_end
     return goal + conclusion + sum(_path_tags(path) for path in block.paths)

@@ -1,4 +1,5 @@
-"""The twelve control tags of Multiverse and what the grammar needs to know of a vocabulary."""
+"""The twelve tags of Multiverse, and what the grammar needs to know of a vocabulary: which ids are which tags, which is
+the newline, and which can spell a label."""
 
 from __future__ import annotations
 
@@ -29,13 +30,14 @@ TAGS: tuple[str, ...] = (
 """Literal tags in the order in which the official tokenizer adds them (arXiv 2506.09991, code release)."""
 
 MAX_DEPTH = 8
-"""Deepest nesting of blocks in data: what the kernels of `structure_scan` lay out."""
+"""Deepest nesting of blocks that data may have. A deeper sample is refused by preprocessing, and a kernel that lays out
+its tokens treats it as plain text."""
 
 _LABEL_PIECE = re.compile(r"[0-9.]+:?|:")
 
 
 class Tag(IntEnum):
-    """Index of a tag in `TAGS`."""
+    """The kind of a tag: its index in `TAGS`."""
 
     THINK = 0
     END_THINK = 1
@@ -52,6 +54,7 @@ class Tag(IntEnum):
 
     @property
     def text(self) -> str:
+        """The tag as written, e.g. ``</Path>``."""
         return TAGS[self]
 
 
@@ -85,12 +88,12 @@ class StructureVocab:
         object.__setattr__(self, "_is_tag", table)
 
     def find_tags(self, ids: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-        """Indices of the tags in `ids` [N], by a table: several times faster than `np.isin`."""
+        """Indices of the tags in `ids` [N], increasing. Looking up a table is several times faster than `np.isin`."""
         return np.flatnonzero(self._is_tag[np.minimum(ids, len(self._is_tag) - 1)])
 
     @classmethod
     def from_pieces(cls, id_to_text: Mapping[int, str] | Sequence[str], *, eos_id: int | None = None) -> StructureVocab:
-        """Find tags, newline and label pieces in a vocabulary.
+        """Find the tags, the newline and the pieces of labels in a vocabulary.
 
         Args:
             id_to_text: for every token id the exact text it decodes to.

@@ -1,7 +1,7 @@
-"""The text side of the structure: trajectories as trees of strings, to canonical text and back.
+"""Trajectories as trees of strings: `render` writes them as canonical text, `parse_text` reads that back.
 
-Canonical text is that of Multiverse-1K: each tag alone on its line, one newline in each structural gap, labels
-``1:``, ``2:``, nested ``2.1:``.
+Canonical text is spelled like Multiverse-1K: each tag is alone on its line, one newline fills each gap between tags,
+and labels are ``1:``, ``2:``, in nested blocks ``2.1:``.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from megatron_multiverse.structure.parser import parse
 from megatron_multiverse.structure.tags import TAGS, StructureVocab
 
 Parts = tuple["str | Block", ...]
-"""Text and blocks in turn, each beginning on a line of its own; strings carry no newline at their ends for that."""
+"""Text and blocks in turn. Each part starts on its own line; the newline between two parts is not in the strings."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A parallel block; labels are not written, they follow from the place in the tree."""
+    """A parallel block. Labels are not stored, since they follow from the place in the tree."""
 
     outlines: tuple[str, ...]
+    """One per path."""
     paths: tuple[Parts, ...]
     conclusion: str
 
@@ -32,8 +33,8 @@ def render(parts: Sequence[str | Block], *, prefix: str = "") -> str:
     """Canonical text of a trajectory.
 
     Args:
-        parts: text and blocks; neighbours are put on separate lines.
-        prefix: what the labels of its blocks start with (``"2."`` inside path 2).
+        parts: text and blocks; each is put on lines of its own.
+        prefix: what the labels of its blocks start with, ``"2."`` inside path 2.
     """
     return "\n".join(part if isinstance(part, str) else _render_block(part, prefix) for part in parts)
 
@@ -54,7 +55,10 @@ _NEWLINE, _WORD, _FIRST_LABEL = len(TAGS), len(TAGS) + 1, len(TAGS) + 2
 
 
 def _lex(text: str) -> tuple[list[int], list[int], StructureVocab]:
-    """Pseudo tokens (tags, newlines, labels, other runs of text), their offsets, and the vocabulary of both."""
+    """Cut text into tokens that the grammar can read: tags, newlines, labels and other runs of text.
+
+    Returns their ids, the character at which each begins, and the vocabulary of these ids.
+    """
     fixed = {tag: k for k, tag in enumerate(TAGS)} | {"\n": _NEWLINE}
     labels: dict[str, int] = {}
     ids, offsets = [], []
@@ -70,14 +74,14 @@ def _lex(text: str) -> tuple[list[int], list[int], StructureVocab]:
 
 
 def parse_text(text: str, *, sample: str | None = None) -> Parts:
-    """The tree of a canonical trajectory; the inverse of `render`.
+    """Read canonical text into a tree: the inverse of `render`.
 
     Args:
         text: a response, e.g. the content of a Multiverse-1K row.
         sample: name of the sample for the error.
 
     Raises:
-        StructureError: the text breaks the grammar; says the character position.
+        StructureError: the text breaks the grammar; the message names the character where it does.
     """
     ids, offsets, vocab = _lex(text)
     offsets.append(len(text))
@@ -91,7 +95,7 @@ def parse_text(text: str, *, sample: str | None = None) -> Parts:
 
 
 class _Reader:
-    """Cuts the strings of a tree out of the text."""
+    """Cuts the strings of a tree out of the text. `offsets[i]` is the character at which token i begins."""
 
     def __init__(self, text: str, offsets: list[int]) -> None:
         self.text = text
@@ -115,7 +119,7 @@ class _Reader:
         outlines = tuple(re.findall(r"<Outline>\n[0-9.]+: ?(.*?)\n</Outline>", goal, flags=re.DOTALL))
         paths = []
         for path in block.paths:
-            begin = path.forced_end  # behind the label; the label's blank belongs to it
+            begin = path.forced_end  # the text begins after the label and its blank, which is cut off below
             parts = self.parts(begin, path.end - 2, path.blocks)
             head = parts[0]
             paths.append((head[1:], *parts[1:]) if isinstance(head, str) and head[:1] == " " else parts)
