@@ -19,15 +19,15 @@ class DensePlan:
     mask: Tensor
     """[b, 1, s_q, s_k]: boolean on the CPU, additive (0 or -inf) on CUDA."""
     sees_any: Tensor | None = None
-    """bool [b, 1, s_q, 1] where keys are other tokens than the queries; the mask lets a query that sees none see all,
-    so that nothing becomes NaN, and its output is set to 0."""
+    """bool [b, 1, s_q, 1], if keys are other tokens than the queries. The softmax of a fully masked row would be NaN,
+    so the mask shows such a query all keys, and its output is set to 0 afterwards."""
 
 
 def dense_plan(layout: AttentionLayout, case: AttentionCase) -> DensePlan:
-    """The mask of one microbatch; tile lists are of no use here.
+    """The mask of one microbatch. Tile lists are of no use here.
 
-    SDPA's CUDA kernels take additive masks only and would convert a boolean one again in every layer, and keep
-    every copy for the backward pass.
+    SDPA's CUDA kernels take additive masks only. They would convert a boolean one again in every layer, and keep every
+    copy for the backward pass.
     """
     visible = visibility(layout.r, layout.index, layout.key_r, layout.key_index)
     sees_any = None

@@ -1,8 +1,8 @@
 """FlashAttention 4 backend (flash_attn.cute, package flash-attn-4): its mask_mod and block-sparse lists on Hopper.
 
-Kernels are compiled at the first call of each kind (head width, dtype, grouping), 4 to 8 s; other lengths and
-layouts do not compile again. Lengths are padded to whole tiles. What we put into its kernels stands in
-flash4_kernels.py, which reaches into the package's internals: hence one exact version of it.
+A kernel is compiled at the first call of its kind (head width, dtype, grouping), which takes 4 to 8 s; other lengths
+and layouts compile nothing again. Lengths are padded to whole tiles. flash4_kernels.py holds the parts of the kernels
+that are ours. It reaches into the package's internals, so it needs one exact version.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from .tiles import TILE, TileList, TileLists, pad_labels, tile_lists, write_orde
 
 PACKAGE = "flash-attn-4"
 VERSION = "4.0.0b36"
-"""The one version that flash4_kernels.py was written for and tested with. (Earlier builds raced in the block-sparse
-backward pass on sm_90.)"""
+"""The one version that flash4_kernels.py was written for and tested with. Earlier builds have a data race in the
+block-sparse backward pass on sm_90."""
 HEAD_DIMS = (64, 128)
 SHORT_TILE = 80
-"""Queries of a tile of our backward pass at d 128: what its registers hold. It takes 64 where tiles are 128 long."""
+"""Query tile of the backward pass at head width 128. 80 rows fit into its registers; with lists for tiles of 128 the
+kernel would fall back to 64."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Flash4Plan:
     """Lengths in whole tiles."""
     case: AttentionCase
     ordered: Tensor | None
-    """r [b, s] of tokens in their order."""
+    """r [b, s] if queries and keys are the same tokens in their order, else None."""
 
     @functools.cached_property
     def backward(self) -> Any:
-        """Lists of the backward pass; made when they are needed, and once."""
+        """Tile lists of the backward pass, made once and only if they are needed."""
         return _backward_lists(self)
 
 
@@ -62,7 +63,7 @@ def _missing() -> str | None:
     for module in ("flash_attn.cute", "cutlass", "quack"):
         try:
             problem = None if importlib.util.find_spec(module) else "it is not there"
-        except Exception as error:  # looking for a submodule imports what it lies in: a FlashAttention 2, say
+        except Exception as error:  # find_spec imports the parent package, which may be a broken FlashAttention 2
             problem = f"{type(error).__name__}: {error}"
         if problem:
             return f"{PACKAGE} {found} is installed, but not its module {module} ({problem}): {wanted}"
@@ -98,12 +99,12 @@ def _kernels() -> Any:
 
 
 def flash4_plan(layout: AttentionLayout, case: AttentionCase) -> Flash4Plan:
-    """Mask and tile lists of one microbatch; in a deterministic case they carry the order in which dQ is added."""
+    """Mask and tile lists of one microbatch."""
     rules = _kernels()
     queries, keys = (-(-length // TILE) * TILE for length in layout.shape[1:])
     lists = layout.tile_lists(queries, keys)
     if layout.index is None:
-        # a short tile may reach beyond the last whole one
+        # A tile of SHORT_TILE queries may reach beyond the last whole tile.
         labels = [pad_labels(layout.r, queries + SHORT_TILE)]
         return Flash4Plan(rules.ordered, labels, lists, queries, keys, case, layout.r)
     of_queries = [pad_labels(x, queries) for x in (layout.r, layout.index)]
@@ -114,7 +115,7 @@ def flash4_plan(layout: AttentionLayout, case: AttentionCase) -> Flash4Plan:
 
 
 def _backward_lists(plan: Flash4Plan) -> Any:
-    """For each key tile its query tiles, in the order in which the backward pass takes them."""
+    """For each key tile its query tiles. In a deterministic case the order in which dQ is added comes with them."""
     lists = plan.lists
     if plan.case.deterministic:
         order = dict(zip(("dq_write_order", "dq_write_order_full"), write_order(lists), strict=True))
@@ -145,7 +146,8 @@ def flash4_attention(q: Tensor, k: Tensor, v: Tensor, plan: Flash4Plan, softmax_
         k,
         v,
         softmax_scale=softmax_scale,
-        # the query heads of a group in one tile; where they do not fill it evenly their loads cost more than it saves
+        # pack_gqa puts the query heads of a group into one tile. Where they do not fill it evenly, loading them costs
+        # more than this saves.
         pack_gqa=TILE % (q.shape[2] // k.shape[2]) == 0,
         deterministic=plan.case.deterministic,
         mask_mod=plan.mask,
@@ -158,5 +160,5 @@ def flash4_attention(q: Tensor, k: Tensor, v: Tensor, plan: Flash4Plan, softmax_
 
 
 def _padded(x: Tensor, length: int) -> Tensor:
-    """x [b, s, h, d] with zeros behind s up to `length`."""
+    """x [b, s, h, d], zeros appended up to `length` tokens."""
     return x if x.shape[1] == length else F.pad(x, (0, 0, 0, 0, 0, length - x.shape[1]))

@@ -1,7 +1,7 @@
-"""Where our rule enters FlashAttention 4's kernels on sm_90. README.md has what each of these brings.
+"""Our parts of FlashAttention 4's kernels on sm_90. README.md says what each of them brings.
 
-FlashAttention 4 compiles any `mask_mod` into its kernels and walks any lists of tiles, and what stands here changes
-no result. It replaces, by subclassing, the three places in which generality costs time or is missing:
+FlashAttention 4 compiles any `mask_mod` into its kernels and walks any lists of tiles. Nothing here changes a result.
+Subclasses replace the three places where that generality costs time, or where something is missing:
 
 - `LabelMask` applies the rule to a tile of scores: one load per label and thread, no division to wrap indices, no
   test against the length (labels are padded), nothing at all in tiles that are visible as a whole;
@@ -55,9 +55,9 @@ OURS = (ordered,)
 class LabelMask(AttentionMask):  # type: ignore[misc]
     """The rule `ordered` on the accumulator of one tile.
 
-    The accumulator has few rows and many columns per thread, or the other way round when it is transposed
-    (`swap_AB`, the backward pass). Labels of the few are kept in registers, a label of the many is loaded when its
-    turn comes, and its place is a compile-time offset.
+    In the forward pass a thread holds few rows (queries) and many columns (keys) of the accumulator; in the backward
+    pass the accumulator is transposed (`swap_AB`), and it is the other way round. The labels of the few stay in
+    registers. The labels of the many are loaded one after the other, each at a compile-time offset from the first.
     """
 
     @cute.jit
@@ -141,8 +141,8 @@ class LongestFirst(SingleTileScheduler):  # type: ignore[misc]
 
 
 class EveryQueryTile(BlockInfo):  # type: ignore[misc]
-    """The lists hold tiles inside the length alone. With a bound that the compiler can see is never reached it drops
-    the test for it, and with the test the wait for the tile's number."""
+    """Lifts the bound on query tiles, which our lists never exceed. The compiler sees that the bound returned here is
+    never reached and removes the range check, and with it the wait for the load of the tile's number."""
 
     def get_m_block_min_max(self, *args, **kwargs):
         """First and last + 1 query tile that a key tile may meet."""

@@ -1,4 +1,4 @@
-"""FlexAttention backend: torch's own Triton kernels over our tile lists. CUDA; any head width they take.
+"""FlexAttention backend: torch's own Triton kernels over our tile lists. It runs on CUDA.
 
 The kernels are compiled once per shape. Lengths are rounded up to a few buckets per octave, so a changing length
 does not compile again for each value, and the mask is a tensor, so a changing layout never does.
@@ -20,7 +20,7 @@ from .tiles import TILE, pad_labels
 
 BUCKETS_PER_OCTAVE = 8
 MAX_SHAPES = 64
-"""Compiled variants that may live side by side (torch's own limit is 8, too few for the buckets of two octaves)."""
+"""How many compiled variants torch may keep. Its own limit, 8, is too low for the buckets of two octaves."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ def flex_problem(case: AttentionCase) -> str | None:
 
 
 def bucket_length(num_tokens: int) -> int:
-    """The length to pad to: a multiple of TILE, at most 12.5 % longer where buckets are wider than a tile."""
+    """The length to pad to: the next multiple of TILE, or for long sequences of a bucket that adds at most 12.5 %."""
     octave = 1 << max(num_tokens - 1, 1).bit_length()
     step = max(TILE, octave // (2 * BUCKETS_PER_OCTAVE))
     return -(-num_tokens // step) * step
 
 
 def flex_plan(layout: AttentionLayout, case: AttentionCase) -> FlexPlan:
-    """Block mask of one microbatch; lists that the layout brings are used if they have the tiles of this bucket."""
+    """The block mask of one microbatch. Tile lists that the layout brings are used if they fit this bucket."""
     from torch.nn.attention.flex_attention import BlockMask
 
     queries, keys = (bucket_length(length) for length in layout.shape[1:])
     lists = layout.tile_lists(queries, keys)
-    # both directions are at hand: BlockMask.from_kv_blocks would make the second from the first, by sorting
+    # We have the lists of both directions. BlockMask.from_kv_blocks would sort the first to make the second.
     block_mask = BlockMask(
         (queries, keys),
         lists.q_partial.counts, lists.q_partial.indices, lists.q_full.counts, lists.q_full.indices,
@@ -71,7 +71,7 @@ def flex_plan(layout: AttentionLayout, case: AttentionCase) -> FlexPlan:
 
 
 def _mask_mod(layout: AttentionLayout, queries: int, keys: int) -> Any:
-    """The rule as FlexAttention wants it."""
+    """The visibility rule as a function of single indices, which FlexAttention compiles into its kernels."""
     r = pad_labels(layout.r, queries)
     if layout.index is None:
 
@@ -95,7 +95,7 @@ def _compiled() -> Any:
 
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, MAX_SHAPES)
-    # fullgraph: running out of variants must be an error, not attention by explicit score matrices
+    # Without fullgraph, running out of variants would silently fall back to attention by explicit score matrices.
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
@@ -109,5 +109,5 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, softmax_scal
 
 
 def _padded(x: Tensor, length: int) -> Tensor:
-    """x [b, h, s, d] with zeros behind s up to `length`."""
+    """x [b, h, s, d], zeros appended up to `length` tokens."""
     return x if x.shape[2] == length else F.pad(x, (0, 0, 0, length - x.shape[2]))

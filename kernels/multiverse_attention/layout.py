@@ -1,4 +1,4 @@
-"""What one microbatch attends to, for every backend."""
+"""What one microbatch attends to, in the form that every backend takes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .tiles import TILE, TileLists, tile_lists
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """What a backend must cope with; one that cannot says why."""
+    """The circumstances of a call; a backend that cannot cope with them says why."""
 
     device_type: str
     dtype: torch.dtype
     head_dim: int
     deterministic: bool = False
-    """torch.use_deterministic_algorithms is on: the same bits in every run."""
+    """torch.use_deterministic_algorithms is on, which asks for the same bits in every run."""
     placed: bool = False
     """The layout has an `index`."""
 
 
 @dataclass(eq=False)
 class AttentionLayout:
-    """Labels and places of queries and keys; the backend's plan made from them is kept and shared by all layers.
+    """Labels and places of queries and keys. It keeps the plan that a backend makes from them, for all layers.
 
-    Without `key_r` queries and keys are the same tokens. With it they are other tokens (context parallelism: the
-    queries of this rank, the keys of all); then `index` and `key_index` say where each stands in its row.
+    Without `key_r` queries and keys are the same tokens. With it they are different ones (context parallelism: the
+    queries of this rank, the keys of all ranks); then `index` and `key_index` say where each stands in its row.
 
     Places count from 0 to the end of the *packed* row, whatever documents are in it. They are not position ids, which
     begin again in each document and are shared by sibling paths: with those, documents would see each other.
@@ -48,7 +48,7 @@ class AttentionLayout:
     key_index: Tensor | None = None
     """int [b, s_k], place of each key in its packed row."""
     lists: TileLists | None = None
-    """Tile lists of these labels, without further padding, if something made them already (kernels.structure_scan)."""
+    """Tile lists of these labels, padded to whole tiles only, if they were made already (by `structure_scan`)."""
     _plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class AttentionLayout:
         if self.lists is not None and not self.lists.fit(b, *(-(-length // TILE) * TILE for length in lengths)):
             raise ValueError(
                 f"lists are for {self.lists.shape} tiles of {self.lists.query_size}; a layout of {self.shape} needs "
-                "others: make them for its labels, or leave them out"
+                "others: make them for its labels, or leave lists out"
             )
 
     @property
@@ -78,7 +78,7 @@ class AttentionLayout:
         return self.r.shape[0], self.r.shape[1], keys.shape[1]
 
     def tile_lists(self, queries: int, keys: int) -> TileLists:
-        """Tile lists for lengths padded to `queries` and `keys`: the layout's own if they have as many tiles."""
+        """Tile lists for lengths padded to `queries` and `keys`: the layout's own if they fit, else new ones."""
         if self.lists is not None and self.lists.fit(self.r.shape[0], queries, keys):
             return self.lists
         return tile_lists(self.r, self.index, self.key_r, self.key_index, length=queries, key_length=keys)
@@ -95,7 +95,7 @@ class AttentionLayout:
             raise ValueError(f"{shapes}; the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key heads")
 
     def plan(self, prepare: Callable[[AttentionLayout, AttentionCase], Any], case: AttentionCase) -> Any:
-        """What a backend's `prepare(self, case)` makes of this layout; made once."""
+        """What a backend's `prepare` makes of this layout in this case: made at the first call, then kept."""
         if (prepare, case) not in self._plans:
             self._plans[prepare, case] = prepare(self, case)
         return self._plans[prepare, case]

@@ -1,4 +1,4 @@
-"""The definition, written for reading.
+"""The definition of the mask and of attention under it, written for reading.
 
 Shapes: b batch, h query heads, g key/value heads, s tokens, d head width.
 """
@@ -16,7 +16,8 @@ def visibility(
 
     Args:
         r: int labels [b, s_q], one per query; see README.md.
-        index: int [b, s_q], place of each query in its sequence; default 0..s_q-1 (needed when permuted).
+        index: int [b, s_q], place of each query in its sequence; default 0..s_q-1. A permuted
+            sequence needs it.
         key_r: int labels [b, s_k] of the keys, where they are other tokens than the queries (context
             parallelism: local queries, all keys); then index and key_index are needed too.
         key_index: int [b, s_k], places of the keys.
@@ -40,7 +41,7 @@ def count_visible_pairs(r: Tensor, index: Tensor | None = None, *, rows: int = 1
     Args:
         r: int labels [b, s].
         index: int [b, s], see `visibility`.
-        rows: queries looked at together; memory is b * rows * s bytes, never the whole mask.
+        rows: how many queries to look at together. This takes b * rows * s bytes, and never the whole mask.
     """
     num_tokens = r.shape[1]
     places = torch.arange(num_tokens, device=r.device)[None] if index is None else index

@@ -1,4 +1,4 @@
-"""Which tiles of the score matrix are fully visible, partly visible or empty: what the fast backends walk over.
+"""Which tiles of the score matrix are fully visible, partly visible or empty. The fast backends walk over these lists.
 
 Everything stays on the device; nothing is read back to the host, and shapes depend on the length alone.
 Queries and keys are the same tokens, or (context parallelism) two sets that bring their own labels and indices.
@@ -15,27 +15,28 @@ from torch import Tensor
 from .reference import visibility
 
 TILE = 128
-"""Side of a tile; what FlashAttention 4 and FlexAttention want on Hopper."""
+"""Side of a tile, as FlashAttention 4 and FlexAttention want it on Hopper."""
 MAX_TILES = (1 << 15) - 1
-"""Of a sequence, 4M tokens: kernels keep two counts in an int32. Their lists would take 17 GB."""
+"""Most tiles of a sequence (4M tokens): kernels pack two counts into an int32. Lists of that many would take 17 GB."""
 LAST = torch.iinfo(torch.int32).max
-"""Label and index of padding: a real query never sees it, padding sees itself."""
+"""Label and index of padding: no real query sees such a key, and a padded query sees at least itself."""
 FIRST = torch.iinfo(torch.int32).min
+"""Counts as the largest label of a tile that holds nothing but padding."""
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class TileList:
-    """For each row of tiles (or column) the tiles of one class."""
+    """For each query tile the key tiles of one class, or for each key tile the query tiles."""
 
     counts: Tensor
     """int32 [b, 1, t_q], for key tiles [b, 1, t_k]."""
     indices: Tensor
     """int32 [b, 1, t_q, t_k], for key tiles [b, 1, t_k, t_q]; the first `counts` entries of a row are valid and
-    increase, what stands behind them is unspecified."""
+    increase, the others are unspecified."""
 
     def valid(self) -> Tensor:
-        """The indices with -1 behind the counts: what two lists are compared by."""
+        """The indices, with -1 in place of the unspecified entries, so that two lists can be compared."""
         place = torch.arange(self.indices.shape[-1], device=self.indices.device)
         return self.indices.masked_fill(place >= self.counts[..., None], -1)
 
@@ -45,7 +46,8 @@ class TileLists:
     """The tiles that attention visits, shared by all heads and layers of a microbatch."""
 
     q_partial: TileList
-    """For each query tile the key tiles that are visible in part (on one set of tokens the diagonal always is)."""
+    """For each query tile the key tiles that are visible in part. If queries and keys are the same tokens, the diagonal
+    tile counts as one of them."""
     q_full: TileList
     """For each query tile the key tiles that are visible as a whole."""
     k_partial: TileList
@@ -63,12 +65,13 @@ class TileLists:
         return self.q_partial.counts.shape[0], self.q_partial.counts.shape[-1], self.k_partial.counts.shape[-1]
 
     def fit(self, batch: int, queries: int, keys: int) -> bool:
-        """Whether they are lists for a batch padded to `queries` and `keys` tokens, by shape."""
+        """Whether these lists have the shape of a batch padded to `queries` and `keys` tokens."""
         sizes = self.query_size, self.key_size
         return self.shape == (batch, queries // TILE, keys // TILE) and sizes == (TILE, TILE)
 
     def difference(self, other: TileLists) -> str | None:
-        """Name of the first list in which they differ, wherever they lie; entries behind the counts are free."""
+        """Name of the first list in which two sets of lists differ, or None. They may lie on different devices, and
+        unspecified entries may differ."""
         for name in ("q_partial", "q_full", "k_partial", "k_full"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if not torch.equal(mine.counts.cpu(), theirs.counts.cpu()):
@@ -190,10 +193,10 @@ def tile_lists(
         key_r: int32 [b, s_k] labels of the keys where they are other tokens than the queries; then index and
             key_index are needed too.
         key_index: int32 [b, s_k] places of the keys.
-        size: side of a tile.
-        query_size: tokens of a query tile where it is not as long as a key tile; default `size`.
-        length: at least s_q; rounded up to whole tiles. Tiles behind s_q hold padding.
-        key_length: the same for the keys; where they are the queries it is `length`.
+        size: tokens of a key tile.
+        query_size: tokens of a query tile, if not `size`.
+        length: make tiles for at least this many queries; those after s_q are padding.
+        key_length: the same for the keys, if they are other tokens than the queries.
 
     Returns:
         Lists over ceil(max(s_q, length) / query_size) times ceil(max(s_k, key_length) / size) tiles. On CUDA one
@@ -213,13 +216,14 @@ def tile_lists(
 
 
 def write_order(lists: TileLists) -> tuple[Tensor, Tensor]:
-    """For each entry (key tile n, query tile m) of the lists of key tiles: how many larger key tiles m meets.
+    """The order in which key tiles add to the dQ of a query tile, so that the sum is the same bits in every run.
 
-    Adding the gradients of a query tile in this order makes them the same in every run. From the largest key tile
-    on, since every key tile starts with its diagonal: then the one before has just passed. Plain torch, any device.
+    For each entry (key tile n, query tile m) of the lists of key tiles it is the number of larger key tiles that m
+    meets, so key tiles add in descending order. Each key tile starts at its diagonal tile and goes on to later queries,
+    so the larger key tile has already gone past query tile m, and nobody waits. Plain torch, on any device.
 
     Returns:
-        int32 tensors like `k_partial.indices` and `k_full.indices`, unspecified behind the counts.
+        int32 tensors like `k_partial.indices` and `k_full.indices`; entries after the counts are unspecified.
     """
     batch, rows, columns = lists.shape
     device = lists.q_partial.counts.device
@@ -247,7 +251,7 @@ def tile_classes_brute_force(
     size: int = TILE,
     query_size: int | None = None,
 ) -> Tensor:
-    """The definition of the classes, from the whole mask of the real tokens; uint8 [b, t_q, t_k]."""
+    """The definition of the classes, uint8 [b, t_q, t_k], from the whole mask of the real tokens; for tests."""
     visible = visibility(r, index, key_r, key_index)[:, 0]
     high = query_size or size
     rows, columns = -(-visible.shape[1] // high), -(-visible.shape[2] // size)

@@ -1,4 +1,4 @@
-"""Tile bounds and tile lists in one Triton launch each; `tiles.py` has the definition."""
+"""Tile bounds and tile lists in one Triton launch each; `tiles.py` holds the definition."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from .tiles import FIRST, LAST, MAX_TILES, TILE, TileBounds, TileList, TileLists
 @triton.jit
 def _bounds_kernel(labels_ptr, low_ptr, high_ptr, num_tokens, row_stride, tiles, SIZE: tl.constexpr,
                    LANES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+    """Program (tile, row): the smallest and the largest label of the real tokens of one tile of SIZE tokens."""
+    # LANES is SIZE rounded up to a power of two. Padding never decides: it counts as LAST for the minimum and as FIRST
+    # for the maximum.
     tile, batch = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, LANES)
     token = tile * SIZE + lane
@@ -30,16 +33,35 @@ def _row_of_lists(own, batch, own_r_low, own_r_high, own_i_low, own_i_high, r_lo
                   counts_ptr, indices_ptr, batch_size, rows, columns, whole_keys, OF_QUERY: tl.constexpr,
                   HAS_INDEX: tl.constexpr, ONE_SET: tl.constexpr, SIZE: tl.constexpr, OTHER_SIZE: tl.constexpr,
                   CHUNK: tl.constexpr):  # fmt: skip
-    """The partial and the full list of tile `own` among `rows`, over the `columns` tiles of the other side."""
+    """Write the partial and the full list of one tile: the tiles of the other side that it meets.
+
+    The same code lists the key tiles of a query tile (OF_QUERY) and the query tiles of a key tile; the tests below are
+    those of `tiles.tile_classes`, seen from either side.
+
+    Args:
+        own, batch: number of the tile among the `rows` tiles of its side, and the row of the batch.
+        own_r_low, own_r_high, own_i_low, own_i_high: bounds of r and of index, int32 [b, rows], of the tile's side.
+        r_low, r_high, i_low, i_high: the same of the other side, [b, columns].
+        counts_ptr, indices_ptr: the lists, [2, b, rows] and [2, b, rows, columns], first the partial ones.
+        whole_keys: key tiles without padding.
+        HAS_INDEX: tokens have an index; otherwise they stand in their order, and i_low and i_high are not read.
+        ONE_SET: queries and keys are the same tokens in tiles of the same size.
+        SIZE, OTHER_SIZE: tokens of a tile, of this side and of the other.
+        CHUNK: tiles of the other side that are looked at together.
+    """
     my_r_low, my_r_high = tl.load(own_r_low + batch * rows + own), tl.load(own_r_high + batch * rows + own)
     if HAS_INDEX:
         my_i_low, my_i_high = tl.load(own_i_low + batch * rows + own), tl.load(own_i_high + batch * rows + own)
     start = batch * columns
-    row = batch.to(tl.int64) * rows + own  # of the partial list
+    # The rows of the two lists that are written. int64, since [b, rows, columns] may have more than 2^31 entries.
+    row = batch.to(tl.int64) * rows + own
     full_row = row + batch_size * rows
-    found = tl.zeros((), tl.int32)  # partial tiles, and full ones << 16
+    # Two counts in one number, so that one prefix sum serves both lists: partial tiles, and full ones << 16.
+    found = tl.zeros((), tl.int32)
+    # Tokens in their order: tiles above the diagonal are empty, so a query tile looks no further than its own last
+    # token, and a key tile starts at its own first token, rounded down to a whole chunk.
     first, last = 0, columns
-    if not HAS_INDEX:  # tiles above the diagonal are empty
+    if not HAS_INDEX:
         if OF_QUERY:
             last = tl.minimum(columns, tl.cdiv((own + 1) * SIZE, OTHER_SIZE))
         else:
@@ -49,12 +71,15 @@ def _row_of_lists(own, batch, own_r_low, own_r_high, own_i_low, own_i_high, r_lo
         inside = other < columns
         o_r_low = tl.load(r_low + start + other, mask=inside, other=0)
         o_r_high = tl.load(r_high + start + other, mask=inside, other=0)
+        # By r alone: a tile is full if the largest r of its keys is not above the smallest r of its queries, and empty
+        # if the smallest r of its keys is above the largest r of its queries. A key tile with padding is never full.
         if OF_QUERY:
             full, empty = o_r_high <= my_r_low, o_r_low > my_r_high
-            full &= other < whole_keys  # no padding among the keys
+            full &= other < whole_keys
         else:
             full, empty = my_r_high <= o_r_low, my_r_low > o_r_high
             full &= own < whole_keys
+        # The same by the order of the tokens: by their index, or by where the tiles begin and end.
         if HAS_INDEX:
             o_i_low = tl.load(i_low + start + other, mask=inside, other=0)
             o_i_high = tl.load(i_high + start + other, mask=inside, other=0)
@@ -71,11 +96,14 @@ def _row_of_lists(own, batch, own_r_low, own_r_high, own_i_low, own_i_high, r_lo
             else:
                 full &= (own + 1) * SIZE - 1 <= other * OTHER_SIZE
                 empty |= own * SIZE >= (other + 1) * OTHER_SIZE
+        # What is neither full nor empty is partial; so is the diagonal, so that every query meets
+        # itself.
         full = full & (empty == 0) & inside
         partial = (full == 0) & (empty == 0) & inside
         if ONE_SET:
             full &= other != own
             partial |= other == own
+        # The exclusive prefix sum is the place of each tile in its list.
         both = partial.to(tl.int32) | full.to(tl.int32) << 16
         place = found + tl.cumsum(both, axis=0) - both
         tl.store(indices_ptr + row * columns + (place & 0xFFFF), other, mask=partial)
@@ -92,8 +120,10 @@ def _lists_kernel(q_r_low, q_r_high, q_i_low, q_i_high, k_r_low, k_r_high, k_i_l
                   CHUNK: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
     """Program (own tile, batch, side): side 0 lists the key tiles of a query tile, side 1 the other way round.
 
-    q_counts [2, b, t_q] and q_indices [2, b, t_q, t_k] hold the partial and the full lists, k_* those of the keys.
+    q_counts [2, b, t_q] and q_indices [2, b, t_q, t_k] hold the partial and the full lists of the query tiles, k_*
+    those of the key tiles. The grid is as long as the longer side, so some programs of the other side do nothing.
     """
+    # The bounds come from the launch before, which may still run.
     if CHAINED:
         cuda.gdc_wait()
     own, batch, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -132,8 +162,11 @@ def tile_bounds_triton(r: Tensor, index: Tensor | None = None, *, size: int = TI
 
 
 def tile_lists_triton(bounds: TileBounds, keys: TileBounds | None = None, *, chained: bool = False) -> TileLists:
-    """Same contract as `tile_lists_reference`. `chained`: the launch may begin while the one before still runs, which
-    makes the bounds and must be one that signals (Hopper and newer).
+    """Same contract as `tile_lists_reference`.
+
+    Args:
+        chained: the launch may begin while the one before, which makes the bounds, still runs. That one must signal
+            when this one may start (programmatic dependent launch, on Hopper and newer).
 
     Raises:
         ValueError: more than MAX_TILES tiles.

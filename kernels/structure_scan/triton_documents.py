@@ -1,7 +1,7 @@
-"""Launch 2 of the scan: one program per document checks its tags and computes what every border shifts.
+"""Launch 2 of the scan: one program per document checks its tags and computes by how much each border shifts.
 
-Tags are read in blocks with carries, so a document may hold any number of them. Borders are then measured level by
-level, the deepest first (`triton_borders.py`).
+The program reads BLOCK tags at a time and carries sums over, so a document may hold any number of tags. Then it
+measures the borders level by level, the deepest first (`triton_borders.py`).
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from .triton_tags import GOAL, NONE, is_border, kind_of
 
 @triton.jit
 def place_of(first, doc):
-    """Where in its row the borders of a document are kept, their first one being the row's border number `first`.
+    """Where in its row of scratch memory a document keeps its borders, of which the first is number `first` of the row.
 
-    A multiple of 4 (rows of scratch begin at multiples of 16); behind those of all documents before, with one more
-    place for each.
+    Documents keep them one after the other, each with one more place for what holds after its last border. Every place
+    is a multiple of 4, for aligned access; rows begin at multiples of 16.
     """
     return ((first + 3) // 4 + doc) * 4
 
 
 @triton.jit
 def document_starts(documents, num_documents, num_tokens, DOCS: tl.constexpr):
-    """int32 [DOCS]: where each document starts, whatever the input says: within [0, s] and not before the one in front
-    of it; the first one at 0, and s behind the last.
+    """int32 [DOCS]: where each document starts, and s after the last one.
 
-    Read while the launch before still runs, so past the L1 cache: it may hold what stood there for an earlier launch.
+    Whatever the input says, starts lie within [0, s], none comes before the one in front of it, and the first is 0.
+    They are read with .cg, past the L1 cache: the launch before may still run, and the cache may hold what stood there
+    for an earlier one.
     """
     doc = tl.arange(0, DOCS)
     given = tl.load(documents + doc * 2, mask=(doc < num_documents) & (doc > 0), other=0, cache_modifier=".cg")
@@ -65,17 +66,21 @@ def _most_and_sum(most1, sum1, most2, sum2):
 
 @triton.jit
 def _pick(tags, counts, begins, marks, inside, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of the row's tags, and the tag in front of each (that of the first is not looked up).
+    """BLOCK tags of the row, one per lane, and the tag before each (for the first lane it is not looked up).
 
-    Every chunk leaves a mark at the lane where its tags begin: where tags would have to begin for this chunk's to be in
-    place. Marks grow from chunk to chunk, so the last one in front of a lane is the largest.
+    Each chunk has its tags at the start of CHUNK slots of its own, and lanes are to get them without the gaps. So every
+    chunk stores a mark at the lane its tags begin at: mark = (slot of its first tag) - (that lane), so that mark + lane
+    is the slot of a lane's tag. Marks grow from chunk to chunk, so a running maximum hands each lane the mark of the
+    last chunk that began at or before it.
 
     Args:
-        counts, begins: [CHUNKS] tags of each chunk, and the lane of the first one.
-        marks: int32 [BLOCK] of memory.
+        counts, begins: [CHUNKS] number of tags of each chunk, and the lane of the first one; negative if that tag was
+            among earlier ones.
+        marks: int32 [BLOCK] of scratch memory.
         inside: the lanes that have a tag.
     """
     lane, chunk = tl.arange(0, BLOCK), tl.arange(0, CHUNKS)
+    # Lanes and chunks are different threads, so marks go through memory, with barriers between the steps.
     tl.store(marks + lane, 0)
     tl.debug_barrier()
     here = (counts > 0) & (begins < BLOCK) & (begins + counts > 0)
@@ -90,13 +95,14 @@ def _pick(tags, counts, begins, marks, inside, CHUNKS: tl.constexpr, CHUNK: tl.c
 @triton.jit
 def _read(tags, counts, begins, n, lists, counted, shifts, marks, stride, MAX_DEPTH: tl.constexpr,
           CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Read the tags of a document and list the borders of each level.
+    """Read the n tags of a document, check them, and list the borders of each level.
 
-    Returns the deepest level, above MAX_DEPTH if a rule is broken, and sums of `ones` over the last BLOCK tags;
-    `counted` has those before.
+    Returns the deepest level, above MAX_DEPTH if a rule is broken, and how many borders of each level the last BLOCK
+    tags hold, as sums of `ones`; `counted` has those of all tags before.
     """
     tl.static_assert(BLOCK < 1024, "fields of ones hold less than 1024")
     lane = tl.arange(0, BLOCK)
+    # Carries: what holds after the tags of earlier turns. goal0 is the number of the last <Goal>, last0 the last tag.
     deepest, level0, think0, rank0, goal0, last0 = 0, 0, 0, 0, 0, NONE
     all_shallow, all_deep = 0, tl.full((), 0, tl.int64)
     for t0 in range(0, n, BLOCK):
@@ -106,10 +112,13 @@ def _read(tags, counts, begins, n, lists, counted, shifts, marks, stride, MAX_DE
         previous = tl.where(lane == 0, last0, previous)
         kind, before = kind_of(word), kind_of(previous)
         border = is_border(kind)
+        # One scan for all running numbers of a tag: level, borders, think tags, and the last <Goal> at or before it.
         sums, goal = tl.associative_scan((steps(kind, before), tl.where(kind == GOAL, j, 0)), 0, _add_and_latest)
         level, rank, think = unpack(sums)
         level, rank, think, goal = level0 + level, rank0 + rank, (think0 + think) & 0xFF, tl.maximum(goal0, goal)
         right = fits(kind, before, level, think, j == n - 1, MAX_DEPTH)
+        # The level of a malformed document may be anything. The mask keeps its slot among the lists there are; `known`
+        # keeps its borders out of them.
         slot = (level - 1) & (LEVELS - 1)
         known = (level > 0) & (level <= LEVELS) & inside
         one, one_deep = ones(border & known, slot)
@@ -117,14 +126,16 @@ def _read(tags, counts, begins, n, lists, counted, shifts, marks, stride, MAX_DE
         reached, all_shallow = tl.reduce((reached, one), 0, _most_and_sum)
         deepest = tl.maximum(deepest, reached)
         shallow, deep, all_deep = tl.cumsum(one, axis=0), one_deep * 0, tl.full((), 0, tl.int64)
+        # Fields of the deeper levels are summed only where a document reaches them.
         if reached > 3:
             deep, all_deep = tl.cumsum(one_deep, axis=0), tl.sum(one_deep, axis=0)
-        # between <Goal> and </Goal> stand outlines alone, two tags each
+        # Nothing but outlines, of two tags each, stands between <Goal> and </Goal>.
         list_borders(word, kind, border, known, slot, rank, (j - goal - 1) // 2, shallow, deep, t0 > 0, lists, counted,
                      shifts, stride)  # fmt: skip
         if t0 + BLOCK < n:
-            level8 = tl.arange(0, LEVELS)
-            seen = tl.load(counted + level8, mask=t0 > 0, other=0)
+            # More tags follow: carry what the last lane knows, and count the borders of each level in `counted`.
+            each_level = tl.arange(0, LEVELS)
+            seen = tl.load(counted + each_level, mask=t0 > 0, other=0)
             at_end = lane == BLOCK - 1
             sums0, goal0, last0 = tl.reduce(
                 (tl.where(at_end, sums, 0), tl.where(at_end, goal, 0), tl.where(at_end, word, 0)), 0, _add3
@@ -132,7 +143,7 @@ def _read(tags, counts, begins, n, lists, counted, shifts, marks, stride, MAX_DE
             up, more, thought = unpack(sums0)
             level0, rank0, think0 = level0 + up, rank0 + more, think0 + thought
             tl.debug_barrier()
-            tl.store(counted + level8, seen + on_level(all_shallow, all_deep, level8))
+            tl.store(counted + each_level, seen + on_level(all_shallow, all_deep, each_level))
             tl.debug_barrier()
     return deepest, all_shallow, all_deep
 
@@ -146,22 +157,22 @@ def documents_kernel(documents, tags, counts, before, marks, lists, counted, shi
 
     Args:
         documents: int32 [b, D, 2], DOCS >= D; tags, counts, before: see `tags_kernel`, CHUNKS >= chunks.
-        marks: int32 [b, D, BLOCK + 1], see `_pick`. An odd distance, so that no access is vectorised: all tensors over
-            tags then have one layout in registers, and none has to be converted through shared memory.
-        lists: int32 [b, 4, 8, capacity], capacity = 16 * rows_of_16 >= s + 4 D: for each level its borders in order,
-            a document's from `place_of` on:
+        marks: int32 [b, D, BLOCK + 1], see `_pick`. The odd stride keeps accesses from being vectorised. So all tensors
+            over tags have the same layout in registers, and none is converted through shared memory.
+        lists: int32 [b, 4, MAX_DEPTH, capacity], capacity = 16 * rows_of_16 >= s + 4 D. For each level its borders in
+            text order, those of a document from `place_of` on. The four parts:
             word: index << 1, + 1 for a /Path.
-            rank: number of the border among all of the document.
-            extra: at /Path positions minus tokens of the blocks in the path, at /Goal the outlines of the block.
-            around: at the last /Path of a block the number, on the level above, of the border that ends the path around
-                the block.
-        counted: int32 [b, D, 8] borders of each level among the tags of the blocks so far.
-        shifts: int32 [b, 2, capacity] before each border, and behind the last: position - index and r - index, both
-            beside the document's own.
-        info: int32 [b, 2, D] number in its row of the first border, number of borders (0 if causal).
+            rank: number of the border among all borders of the document.
+            extra: at /Path positions less tokens of the blocks in the path; at /Goal the outlines of the block.
+            around: at the last /Path of a block, the /Path that ends the path around the block, as its place in the list
+                of the level above.
+        counted: int32 [b, D, MAX_DEPTH] borders of each level among the tags read so far.
+        shifts: int32 [b, 2, capacity] position - index and r - index, before each border and after the last one; those
+            of the document itself (its start, the documents after it) are added in launch 3.
+        info: int32 [b, 2, D] number in the row of the document's first border; number of its borders, 0 if malformed.
         malformed: uint8 [b, D].
-        BLOCK, BORDERS: tags and borders that are taken at a time.
-        CHAINED: launched while the launch before still runs.
+        BLOCK, BORDERS: how many tags, and borders of a level, are taken at a time.
+        CHAINED: this launch may begin while the one before still runs.
     """
     tl.static_assert(MAX_DEPTH <= LEVELS, "there is one list of borders per level")
     doc, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -173,7 +184,10 @@ def documents_kernel(documents, tags, counts, before, marks, lists, counted, shi
     response = tl.minimum(tl.maximum(response, start), end)
     if CHAINED:
         cuda.gdc_wait()
-        cuda.gdc_launch_dependents()  # behind the wait: what starts now may read what launch 1 wrote
+        # Launch 3 reads what launch 1 wrote without a wait, so it may start only now, after launch 1 has ended.
+        cuda.gdc_launch_dependents()
+    # Find the document's tags: those of the chunks it touches, less those of its first chunk that stand before the
+    # response, and those of its last chunk that stand after its end.
     chunk = tl.arange(0, CHUNKS)
     both = tl.load(counts + row * chunks + chunk, mask=chunk < chunks, other=0)
     before += row * (num_tokens + 1)
@@ -203,6 +217,8 @@ def documents_kernel(documents, tags, counts, before, marks, lists, counted, shi
     depth, shallow, deep = _read(tags + row * chunks * CHUNK, count, begins, n, lists, counted, shifts, marks,
                                  capacity, MAX_DEPTH, CHUNKS, CHUNK, BLOCK)  # fmt: skip
     tl.debug_barrier()
+    # Level by level, the deepest first: what a level's blocks are worth is added to the paths of the level above. A
+    # malformed document (depth > MAX_DEPTH) is not measured.
     unequal = tl.zeros((BORDERS,), tl.int32)
     for up in range(0, tl.where(depth > MAX_DEPTH, 0, depth)):
         slot = depth - up - 1

@@ -1,5 +1,5 @@
-"""Launch 3 of the scan: what the borders shift becomes positions, labels and segment ends of all tokens, and bounds of
-the labels of each tile. Launch 4 is the kernel of multiverse_attention that makes tile lists."""
+"""Launch 3 of the scan: the shifts of the borders become positions and labels of all tokens, and the smallest and
+largest label of each tile. Launch 4 is the kernel of multiverse_attention that makes tile lists from these."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ def expand_kernel(documents, counts, before, shifts, info, position_ids, r_out, 
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     real = token < num_tokens
-    # what launch 1 wrote is there, but the L1 cache may hold what stood there before: hence .cg
+    # rank: how many borders of the row stand before the token, those before the chunk and those in it. Launch 1 has
+    # written the counts, but the L1 cache may hold what stood there before; .cg reads past it.
     rank = tl.load(before + row * (num_tokens + 1) + token, mask=real, other=0, cache_modifier=".cg") >> 16
     other = tl.arange(0, CHUNKS)
     count = tl.load(counts + row * chunks + other, mask=other < chunk, other=0, cache_modifier=".cg")
     rank += tl.sum(count >> 16, axis=0)
+    # Find the document of each token. A chunk touches few documents, so a loop over those is enough; the first one that
+    # reaches into the chunk is the starting value.
     starts = document_starts(documents + row * num_documents * 2, num_documents, num_tokens, DOCS)
     number = tl.arange(0, DOCS)
     first_doc = tl.sum((starts <= chunk * CHUNK).to(tl.int32), axis=0) - 1
@@ -36,17 +39,21 @@ def expand_kernel(documents, counts, before, shifts, info, position_ids, r_out, 
         begun = next_start <= token
         doc += begun.to(tl.int32)
         start, end = tl.where(begun, next_start, start), tl.where(begun, end, tl.minimum(end, next_start))
-    if CHAINED:  # launch 1 has ended, launch 2 may not have
+    # So far only launch 1 was needed, which has ended. What follows needs launch 2, which may still run.
+    if CHAINED:
         cuda.gdc_wait()
     first_border = tl.load(info + row * 2 * num_documents + doc, mask=real, other=0)
     num_borders = tl.load(info + (row * 2 + 1) * num_documents + doc, mask=real, other=0)
 
     base = row * num_tokens
     capacity = rows_of_16 * 16
+    # A document keeps the shifts before each of its borders and after the last one, so a token takes the entry numbered
+    # by the borders before it in the document. A malformed document says that it has 0 borders, and keeps a 0 there.
     segment = place_of(first_border, doc) + tl.minimum(tl.maximum(rank - first_border, 0), num_borders)
     shifts += row * 2 * capacity
     position = tl.load(shifts + segment, mask=real, other=0)
     r = tl.load(shifts + capacity + segment, mask=real, other=0)
+    # The row itself is a block whose paths are the documents: S = 0, E = num_tokens, [s, e) = [start, end).
     r += token + (num_tokens - end) - start
     tl.store(position_ids + base + token, token - start + position, mask=real)
     tl.store(r_out + base + token, r, mask=real)

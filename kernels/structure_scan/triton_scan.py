@@ -1,4 +1,4 @@
-"""The scan on a GPU: four launches, nothing read back to the host, shapes by b, s and D alone."""
+"""The scan on a GPU: four launches, nothing read back to the host, shapes that depend on b, s and D alone."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ CHUNK = 256
 """Tokens per program of the launches over tokens: a multiple of TILE."""
 BLOCK = 512
 BORDERS = 128
-"""Tags, and borders of a level, that a document's program takes at a time."""
+"""How many tags, and borders of a level, the program of a document takes at a time."""
 CHAINED_TILES = 512
-"""Up to so many tiles per row the launch of the tile lists is chained too; more programs would wait longer than it
-saves."""
+"""Up to this many tiles per row the launch of the tile lists is chained, too. With more, its programs would wait on the
+GPU for longer than the early launch saves."""
 
 
 def structure_scan_triton(
@@ -39,13 +39,13 @@ def structure_scan_triton(
 
     Args:
         chunk, block, borders: see CHUNK, BLOCK and BORDERS.
-        chained: each launch may begin, up to where it needs the results of the one before, while that one still runs;
-            default: on Hopper and newer.
+        chained: each launch may begin while the one before still runs, and waits where it needs its results
+            (programmatic dependent launch); default: on Hopper and newer.
     """
     batch, num_tokens = ids.shape
     num_documents = documents.shape[1]
     chunks, tiles = num_tokens // chunk + 1, -(-num_tokens // TILE)
-    # few values of each: each compiles again
+    # Each value of these compiles the kernels again, so they are rounded up to a few powers of two.
     most_documents = max(32, triton.next_power_of_2(num_documents))
     most_chunks = max(64, triton.next_power_of_2(chunks))
     if chained is None:
@@ -59,7 +59,7 @@ def structure_scan_triton(
     before = empty(batch, num_tokens + 1)
     rows_of_16 = -(-(num_tokens + 4 * num_documents) // 16)
     capacity = 16 * rows_of_16
-    # what the launches hand on to each other: see the kernels
+    # What the launches hand on to each other; `documents_kernel` and `tags_kernel` say what it holds.
     lists, shifts, counted = (
         empty(batch, 4, MAX_DEPTH, capacity),
         empty(batch, 2, capacity),

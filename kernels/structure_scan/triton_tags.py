@@ -1,4 +1,4 @@
-"""Launch 1 of the scan: every chunk of tokens lists the tags it holds. And the words that tags are packed into."""
+"""Launch 1 of the scan: every chunk of tokens lists its tags. A tag is packed into one int32, index << 4 | kind."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ NONE = tl.constexpr(len(TAGS))
 
 @triton.jit
 def classify(ids, tag_ids):
-    """Kind of every id, -1 for text; compares alone, so that no id can lead a load astray."""
+    """Kind of every id, -1 for text. It compares instead of looking up a table, which a wild id could index out of
+    bounds."""
     kind = tl.full(ids.shape, -1, tl.int32)
     for k in tl.static_range(NUM_TAGS):
         kind = tl.where(ids == tl.load(tag_ids + k), k, kind)
@@ -49,7 +50,7 @@ def index_of(word):
 
 @triton.jit
 def is_border(kind):
-    """Whether positions and labels shift behind a tag of this kind: /Goal and /Path."""
+    """Whether positions and labels shift after a tag of this kind: /Goal and /Path."""
     return (kind == END_GOAL) | (kind == END_PATH)
 
 
@@ -62,7 +63,8 @@ def tags_kernel(ids_ptr, tag_ids, tags_ptr, counts_ptr, before_ptr, num_tokens, 
         ids_ptr: [b, s] token ids.
         tags_ptr: int32 [b, chunks, CHUNK] index << 4 | kind of the tags of each chunk, in order.
         counts_ptr: int32 [b, chunks] tags of each chunk, and how many of them are borders << 16.
-        before_ptr: int32 [b, s + 1] the same for the tags of the chunk before a token; chunks = s // CHUNK + 1.
+        before_ptr: int32 [b, s + 1] the same two counts, of those tags of a token's chunk that stand before the token.
+            Place s is there for documents that end at s, hence chunks = s // CHUNK + 1.
         CHAINED: the next launch may begin while this one runs.
     """
     if CHAINED:
@@ -72,6 +74,7 @@ def tags_kernel(ids_ptr, tag_ids, tags_ptr, counts_ptr, before_ptr, num_tokens, 
     ids = tl.load(ids_ptr + row * row_stride + token, mask=token < num_tokens, other=-1)
     kind = classify(ids, tag_ids)
     is_tag = (kind >= 0) & (token < num_tokens)
+    # One sum counts both: tags in the low half, borders in the high half. The exclusive sum is also the slot of a tag.
     found = tl.where(is_tag, 1 + (is_border(kind).to(tl.int32) << 16), 0)
     before = tl.cumsum(found, axis=0) - found
     tl.store(tags_ptr + (row * chunks + chunk) * CHUNK + (before & 0xFFFF), token << 4 | kind, mask=is_tag)

@@ -101,7 +101,7 @@ class StructureMachine:
         return event
 
     def fork(self, k: int) -> StructureMachine:
-        """A machine for path `k` (from 0) of the block that just forked. Push it the path's tokens, gap newline first."""
+        """A machine for path `k` (from 0) of the block that just forked. Push it the path, gap newline first."""
         child = StructureMachine(self.vocab, max_depth=self.max_depth, max_paths=self.max_paths)
         child._base_depth = self.depth + 1
         child._in_path = True
