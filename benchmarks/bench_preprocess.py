@@ -47,9 +47,9 @@ class BenchConfig:
     megabytes: int = 20
     """Size of the input."""
     workers: int = 2
-    """Worker processes of both."""
+    """Worker processes, for both of them."""
     repeats: int = 3
-    """Each is run so often, in turn; the fastest run counts."""
+    """How often each of them runs, in turn; the fastest run counts."""
     run: Literal["all", "ours", "pool", "megatron"] = "all"
     """Used by the script itself: run one of them only, on the rows in --trajectories."""
     output: str = ""
@@ -83,7 +83,7 @@ def _encode(line: str) -> tuple[list[int], list[int], int]:
 
 
 def run_ours(config: BenchConfig) -> None:
-    """What tools/preprocess_data.py does behind its command line."""
+    """What tools/preprocess_data.py does once its command line is read."""
     preprocess_data(
         PreprocessConfig(
             input=config.trajectories,

@@ -40,7 +40,7 @@ TOLERANCE = 1e-2
 DATASHEET = 989.0
 """bfloat16 TFLOP/s that NVIDIA states for the H100 and H200 (SXM)."""
 OVER = {"cudnn": "cuDNN causal (SDPA)", "fa4": "FA4 causal", "flex": "flex (our lists)"}
-"""Whose TFLOP/s a row's are held against."""
+"""The rivals that each row is compared with, by TFLOP/s."""
 NOTE = (
     "TFLOP/s on visible pairs (plain causal attention: on all causal ones), forward 4 d h pairs, backward 10 d h; "
     "`over` cuDNN, FA4 and flex: ratio of TFLOP/s to that kernel in the same rounds; speedup: cuDNN causal's time over "
@@ -48,9 +48,9 @@ NOTE = (
     "microbatch."
 )
 ROWS_TIMES_KEYS = 2**25
-"""Scores that the check looks at together."""
+"""How many scores the check computes at a time."""
 KEY = ("tokens", "layout", "attention", "heads", "groups", "dim")
-"""What a case is known by."""
+"""The columns that identify a row: measuring the same again replaces it."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Options:
     cases: list[str] = field(default_factory=lambda: list(CASES))
     """Names in `cases.CASES`."""
     attention: list[str] = field(default_factory=list)
-    """Beginnings of the names of what to measure; default everything."""
+    """What to measure, by the beginnings of names; default everything."""
     heads: int = 40
     groups: int = 8
     dim: int = 128

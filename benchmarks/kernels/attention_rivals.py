@@ -18,9 +18,9 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [1, h, n, d], k [1, g, n, d], v [1, g, n, d]) -> [1, h, n, d]; tensors are views of [n, 1, heads, d]."""
 
 MAIN = 32768
-"""The length that all rivals run at; longer cases run cuDNN and flash4 alone."""
+"""The length at which all rivals run. At larger ones only cuDNN and flash4 do."""
 SHORT = 4096
-"""Longest case for attention that holds the whole mask; FlexAttention is left out there."""
+"""The largest length for attention that holds the whole mask. FlexAttention is left out there."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Rival:
     name: str
     call: Attention
     causal: bool = False
-    """Plain causal attention: it does the same whatever the layout."""
+    """Plain causal attention, which does the same in every case."""
     keeps_graph: bool = True
     """Whether the backward pass can run twice on one forward pass."""
 
@@ -83,7 +83,7 @@ def block_mask_maker(r: Tensor, *, compiled: bool = True) -> Callable[[], Any]:
 
 
 def causal_rivals(q: Tensor, k: Tensor, layout: str) -> Iterator[Rival]:
-    """Plain causal attention, as far as it is run beside a layout of this length."""
+    """Plain causal attention, as far as it is run beside this case at this length."""
     n = q.shape[2]
     yield Rival("cuDNN causal (SDPA)", sdpa_causal(SDPBackend.CUDNN_ATTENTION), causal=True)
     if n <= MAIN and flash4.flash4_problem(case_of(q)) is None:
@@ -95,7 +95,8 @@ def causal_rivals(q: Tensor, k: Tensor, layout: str) -> Iterator[Rival]:
 
 
 def masked_rivals(q: Tensor, k: Tensor, r: Tensor, layout: str) -> Iterator[Rival]:
-    """What takes the mask of labels r [1, n] (n a flex bucket), as far as it is run on a layout of this length."""
+    """Attention under the mask of labels r [1, n], as far as it is run on this case at this length. n must be a length
+    that FlexAttention does not pad."""
     labels, n, case = AttentionLayout(r), r.shape[1], case_of(q)
     if flash4.flash4_problem(case) is None:
         yield flash4_rival("flash4", labels, case)
@@ -114,7 +115,7 @@ def masked_rivals(q: Tensor, k: Tensor, r: Tensor, layout: str) -> Iterator[Riva
 
 
 def case_of(q: Tensor) -> AttentionCase:
-    """What our backends are asked for."""
+    """The case that our backends are asked about for q."""
     return AttentionCase(q.device.type, q.dtype, q.shape[-1])
 
 

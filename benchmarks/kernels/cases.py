@@ -21,17 +21,18 @@ Ids = list[int]
 Quantiles = tuple[tuple[float, float], ...]
 
 # Statistics of 24 documents of the Multiverse data: 185 blocks, 434 paths, tokens counted as characters / 4.
-# Lengths are (share of the cases, tokens); between two points the logarithm is interpolated. The last point of the
-# first two is set so that the mean is that of the data, whose longest path (4737) is one of its kind.
+# Lengths are given as points (share of all lengths below, tokens), between which the logarithm is interpolated. The
+# last point of the first two is chosen so that the mean is that of the data, whose longest path (4737 tokens) is an
+# outlier.
 PATH: Quantiles = ((0, 8), (0.05, 19), (0.25, 34), (0.5, 79), (0.75, 232), (0.95, 864), (1, 2300))
 NESTED_PATH: Quantiles = ((0, 4), (0.05, 7), (0.25, 14), (0.5, 28), (0.75, 48), (0.95, 148), (1, 240))
 OUTLINE: Quantiles = ((0, 8), (0.05, 10), (0.25, 16), (0.5, 20), (0.75, 28), (0.95, 49), (1, 94))
 CONCLUSION: Quantiles = ((0, 12), (0.05, 21), (0.25, 30), (0.5, 47), (0.75, 77), (0.95, 130), (1, 322))
 PATHS_PER_BLOCK = {1: 1, 2: 137, 3: 36, 4: 7, 5: 3, 8: 1}
 HAS_NESTED = 0.57
-"""Share of the paths with room for a block that have one; makes 52 of 185 blocks nested ones, as in the data."""
+"""Share of the paths with room for a block that have one. It makes 52 of 185 blocks nested ones, as in the data."""
 TEXT = 640
-"""Mean tokens between two blocks; leaves 41 % of the tokens in paths, as in the data."""
+"""Mean number of tokens between two blocks. It leaves 41 % of the tokens in paths, as in the data."""
 DOCUMENTS = (
     10300, 4600, 6800, 3300, 2200, 4300, 8800, 13300, 7900, 7400, 4800, 13400,
     4500, 5100, 5000, 10100, 5900, 2900, 5100, 8200, 9100, 9200, 7200, 9700,
@@ -74,8 +75,8 @@ def draw(rng: random.Random, quantiles: Quantiles) -> int:
 
 
 def _paths(rng: random.Random, quantiles: Quantiles) -> list[Ids]:
-    """Paths of a block with the statistics of the data, without what may be nested in them; three of a path's tokens
-    are its gap and tags."""
+    """Paths of a block with the statistics of the data, without nested blocks. Three tokens of a path are its gap and
+    its tags, which `block` adds."""
     count = rng.choices(list(PATHS_PER_BLOCK), list(PATHS_PER_BLOCK.values()))[0]
     return [text(draw(rng, quantiles) - 3) for _ in range(count)]
 

@@ -1,9 +1,10 @@
 """One transformer layer of Qwen2.5-7B's shape under Multiverse attention beside megatron-core's stock layer with plain
 causal attention: time and memory of forward and backward, on one GPU, in one run.
 
-Ours is charged all that a real model makes once per microbatch for all its layers (tile lists, rotary table). The
-stock layer runs with every rotary implementation megatron-core has; ratios are against its fastest.
-A case counts only if a shorter sequence through the same layer agrees with a float32 layer, gradients included.
+The time of our layer includes all that a real model computes once per microbatch for all its layers: tile lists and
+rotary table. The stock layer runs with every rotary implementation that megatron-core has; ratios are against its
+fastest. A case counts only if a shorter sequence through the same layer agrees with a float32 layer, gradients
+included.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from megatron_multiverse.model.mcore import ensure_cuda_rng_states
 from megatron_multiverse.model.weight_names import is_extra_state, plain_name
 
 TOLERANCE = {"bf16": 2e-2, "fp8": 2e-1}
-"""Relative errors (Frobenius) against float32: output, gradient of the input and of every weight. A wrong mask shows
-in bf16 (`float32_results` makes sure of that); what FP8 is allowed is too wide for it, but its attention is bf16's."""
+"""Allowed relative errors (Frobenius) against float32, of the output and of the gradients of input and weights. In bf16
+a wrong mask exceeds this, as `float32_results` checks. In FP8 it might not, but attention is computed in bf16 there."""
 TE, BF16 = LayerConfig(transformer_impl="transformer_engine"), torch.bfloat16
 MODES = {
     "bf16": TE,
@@ -45,7 +46,7 @@ STOCK_ROTARY: dict[str, dict[str, bool]] = {
     "TE rope": {"apply_rope_fusion": True},
     "unfused rope": {},
 }
-"""megatron-core's settings; the unfused one, never the fastest, is timed in bf16 alone."""
+"""megatron-core's settings. The unfused rotation is never the fastest, so it is timed in bf16 only."""
 
 
 @dataclass
@@ -90,12 +91,12 @@ def build_block(model: ModelConfig, layers: LayerConfig, spec: Any, dtype: torch
 
 
 def call_ours(block: Any, hidden: Tensor, layout: str, backend: str = "flash4") -> Tensor:
-    """Everything a forward pass makes is made here: tile lists and rotary table, for this one layer."""
+    """Our layer, and for this one layer all that a forward pass computes once: tile lists and rotary table."""
     from megatron_multiverse.model.attention import LayoutParams
     from megatron_multiverse.model.rotary import PositionIdRotary
 
     r = labels(layout, len(hidden))
-    ids = torch.arange(len(hidden), device="cuda")[None]  # what they are changes neither work nor memory
+    ids = torch.arange(len(hidden), device="cuda")[None]  # any ids would do: they change neither work nor memory
     table = PositionIdRotary(block.config.kv_channels, 1e6).table(ids)
     params = LayoutParams.from_labels(r, backend=backend)
     params.rotary_table = table

@@ -1,4 +1,4 @@
-"""Where and how results are written: one JSON line per case, and a markdown table of all of them."""
+"""How results are written: one JSON line per case, and a markdown table of all of them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     """GPU, versions, commit, date and command of this run.
 
     Args:
-        commit: of the tree that runs, where git does not know it (a copy); else git says it, with "-dirty" behind it
-            if tracked files differ.
+        commit: commit of the code that runs, for a copy that is no git checkout. By default git says it, and "-dirty"
+            is appended if tracked files differ.
 
     Raises:
         ConfigError: no GPU.
@@ -88,14 +88,14 @@ class Recorder:
         return tuple(record.get(name) for name in self.key)
 
     def add(self, **row: Any) -> None:
-        """Record one measured case; measured values are floats and are rounded to what the clock can tell."""
+        """Record one measured case. Floats are measured values and keep four digits, as the clock does."""
         row = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
         self.records[self._case(row)] = row | self.environment
         self.lines.write_text("".join(json.dumps(record) + "\n" for record in self.records.values()))
         print(row, flush=True)
 
     def table(self, note: str) -> None:
-        """Write the markdown table of all rows in the file: `note` above, and below how each run was made."""
+        """Write all rows as a markdown table, with `note` above it and below it how each run was made."""
         rows = [{k: v for k, v in x.items() if k not in ENVIRONMENT or k == "commit"} for x in self.records.values()]
         columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "commit"] + ["commit"]
         lines = [self.environment["gpu"], "", note, ""]

@@ -1,7 +1,7 @@
-"""The fused rotations beside megatron-core's unfused one, TransformerEngine's fused ones and a plain copy of the same
-bytes, on one GPU, in one run.
+"""Our rotary kernels beside megatron-core's unfused rotation, TransformerEngine's fused ones and a plain copy of the
+same bytes, on one GPU, in one run.
 
-TransformerEngine's kernels take positions 0..s-1 alone and make sines and cosines anew at every call.
+TransformerEngine's kernels take only the positions 0..s-1 and compute sines and cosines at every call.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Options:
     heads: int = 40
     groups: int = 8
     dim: int = 128
-    """Of one head; tokens, heads and groups are those of q and k."""
+    """Width of a head. tokens, heads and groups are those of q and k."""
     transformer_engine: bool = True
     """Also measure TransformerEngine's kernels, if it is installed (importing it takes ten seconds)."""
     output: str | None = None
@@ -161,10 +161,10 @@ def measure(cases: list[Case], recorder: Recorder, o: Options) -> None:
     )
     steps: dict[str, Step] = {}
     for case in counted:
-        steps[f"{case.name}/f"] = Step(partial(forward, case), calls=4, behind_wait=True)
+        steps[f"{case.name}/f"] = Step(partial(forward, case), calls=4, after_wait=True)
         if case.exact:
             out = case.function()
-            steps[f"{case.name}/b"] = Step(partial(backward, case, out), calls=4, behind_wait=True)
+            steps[f"{case.name}/b"] = Step(partial(backward, case, out), calls=4, after_wait=True)
     times = in_turns(steps, 3)
     for case in counted:
         moved, copy = 2 * sum(x.nbytes for x in case.inputs), times[f"copy, {case.copied}/f"]

@@ -1,4 +1,4 @@
-"""The scan beside FlexAttention's create_block_mask, which makes part of what it makes, on one GPU, in one run."""
+"""The scan beside FlexAttention's create_block_mask, which makes the tile lists alone, on one GPU, in one run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Options:
     lengths: list[int] = field(default_factory=lambda: [32768, 131072])
     """Tokens."""
     rival_length: int = 32768
-    """The length at which create_block_mask runs too; it evaluates every pair."""
+    """The length at which create_block_mask runs, too. It evaluates every pair of tokens, so longer takes long."""
     output: str | None = None
     """Folder; default benchmarks/kernels/results."""
     commit: str | None = None
@@ -40,7 +40,7 @@ class Options:
 
 
 class Case:
-    """One layout of one length, with what is right for it."""
+    """A case of one length, with the result that is right for it."""
 
     def __init__(self, name: str, tokens: int) -> None:
         self.name, self.tokens = name, tokens
@@ -52,14 +52,14 @@ class Case:
 
 
 class BlockMaskRival:
-    """create_block_mask for the same mask, from the labels the scan made. Compiled once: the labels lie in place."""
+    """create_block_mask from the labels that the scan made. Compiled once, since labels are copied in place."""
 
     def __init__(self, tokens: int) -> None:
         self.r = torch.zeros(1, tokens, dtype=torch.int32, device="cuda")
         self.compiled, self.eager = (block_mask_maker(self.r, compiled=compiled) for compiled in (True, False))
 
     def fits(self, scan: StructureScan) -> bool:
-        """Take the labels of a scan; whether the tiles are the same."""
+        """Take the labels of a scan, and say whether both visit the same tiles."""
         self.r.copy_(scan.r)
         mask = self.compiled()
         tiles = scan.lists.q_partial.counts + scan.lists.q_full.counts
@@ -67,7 +67,7 @@ class BlockMaskRival:
 
 
 def device_time(function: Callable[[], Any], *, calls: int = 5) -> float:
-    """Microseconds that the kernels of one call run, without what lies between them."""
+    """Microseconds that the kernels of one call run, without the gaps between them."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -79,7 +79,7 @@ def device_time(function: Callable[[], Any], *, calls: int = 5) -> float:
 
 
 def graph_of(function: Callable[[], Any], calls: int = 1) -> torch.cuda.CUDAGraph:
-    """Some calls, captured."""
+    """A CUDA graph of some calls."""
     function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -1,7 +1,8 @@
-"""Timing of rivals in turns.
+"""Timing of rivals that take turns.
 
-Kernels of matrix products run at the GPU's power limit, and what ran before sets the clock: a kernel timed right after
-one that draws less power looks up to 15 % faster. So every kernel warms up itself, and rounds go in random order.
+Matrix products run at the GPU's power limit, so the clock rate depends on what ran before: a kernel timed directly
+after one that draws less power looks up to 15 % faster. So every kernel warms up itself, and the order is random in
+each round.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class Step:
     prepare: Callable[[], Any] = lambda: None
     calls: int = 1
     """How often `run` is called between two events; the time is that of one call."""
-    behind_wait: bool = False
-    """Queue the calls behind a kernel that only waits: short ones take longer to launch than to run, and in a real
-    program they wait behind others too."""
+    after_wait: bool = False
+    """Launch the calls while a kernel that only waits keeps the GPU busy. Short calls take longer to launch than to
+    run, and in a real program they wait in the queue, too."""
 
     def __call__(self) -> None:
         self.run(self.prepare())
@@ -46,7 +47,7 @@ def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         rng.shuffle(order)
         for name in order:
-            torch.cuda.synchronize()  # or what is launched from Python would be timed behind another's queue
+            torch.cuda.synchronize()  # the queue of the step before must not delay this one
             for _ in range(math.ceil(WARM_UP / expected[name] * steps[name].calls)):
                 steps[name]()
             times[name] += [_timed(steps[name]) for _ in range(math.ceil(MEASURED / expected[name]))]
@@ -56,7 +57,7 @@ def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, float]:
 def _timed(step: Step) -> tuple[Any, Any, int]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     given = [step.prepare() for _ in range(step.calls)]
-    if step.behind_wait:
+    if step.after_wait:
         torch.cuda._sleep(2_000_000)
     start.record()
     for one in given:

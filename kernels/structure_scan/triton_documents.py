@@ -164,8 +164,8 @@ def documents_kernel(documents, tags, counts, before, marks, lists, counted, shi
             word: index << 1, + 1 for a /Path.
             rank: number of the border among all borders of the document.
             extra: at /Path positions less tokens of the blocks in the path; at /Goal the outlines of the block.
-            around: at the last /Path of a block, the /Path that ends the path around the block, as its place in the list
-                of the level above.
+            around: at the last /Path of a block, where in the list of the level above the /Path stands that ends the
+                path around the block.
         counted: int32 [b, D, MAX_DEPTH] borders of each level among the tags read so far.
         shifts: int32 [b, 2, capacity] position - index and r - index, before each border and after the last one; those
             of the document itself (its start, the documents after it) are added in launch 3.
