@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, choose_backend
+from .choose_tiles import tile_lists
 from .layout import AttentionCase, AttentionLayout
 from .reference import count_visible_pairs, multiverse_attention_reference, visibility
-from .tiles import TileLists, tile_lists
+from .tiles import TileLists
 
 
 def multiverse_attention(

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .choose_tiles import tile_lists
 from .layout import AttentionCase, AttentionLayout
-from .tiles import TILE, TileList, TileLists, pad_labels, tile_lists, write_order
+from .tiles import TILE, TileList, TileLists, pad_labels, write_order
 
 PACKAGE = "flash-attn-4"
 VERSION = "4.0.0b36"

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tiles import TILE, TileLists, tile_lists
+from .choose_tiles import tile_lists
+from .tiles import TILE, TileLists
 
 
 @dataclass(frozen=True)

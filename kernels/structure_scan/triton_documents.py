@@ -101,6 +101,7 @@ def _read(tags, counts, begins, n, lists, counted, shifts, marks, stride, MAX_DE
     tags hold, as sums of `ones`; `counted` has those of all tags before.
     """
     tl.static_assert(BLOCK < 1024, "fields of ones hold less than 1024")
+    tl.static_assert(LEVELS == 8, "ones has fields for 8 levels")
     lane = tl.arange(0, BLOCK)
     # Carries: what holds after the tags of earlier turns. goal0 is the number of the last <Goal>, last0 the last tag.
     deepest, level0, think0, rank0, goal0, last0 = 0, 0, 0, 0, 0, NONE

@@ -22,6 +22,7 @@ from megatron_multiverse.kernels.multiverse_attention import (
     flash4,
     multiverse_attention,
     multiverse_attention_reference,
+    tile_lists,
     tiles,
     visibility,
 )
@@ -66,7 +67,7 @@ def poison(*like: torch.Tensor) -> None:
 
 
 def poison_lists(layout: AttentionLayout) -> None:
-    """What stands behind the counts of lists is unspecified: make it absurd."""
+    """Entries of lists after their counts are unspecified: make them absurd."""
     b, *lengths = layout.shape
     rows, columns = (-(-s // tiles.TILE) + 1 for s in lengths)
     stale = [torch.full((size,), 10**8, dtype=torch.int32, device="cuda") for size in (rows * columns * b * 2,) * 4]
@@ -195,7 +196,7 @@ def test_lists_of_a_scan_are_used_and_right(name, dim) -> None:
     r, none = torch.arange(1024, device="cuda")[None], torch.arange(1024, 0, -1, device="cuda")[None]
     q, k, v = (draw(1024, 1, heads, dim, BF16, heads) for heads in (8, 2, 2))
     right, wrong = (
-        multiverse_attention(q, k, v, AttentionLayout(r, lists=tiles.tile_lists(x)), backend=name) for x in (r, none)
+        multiverse_attention(q, k, v, AttentionLayout(r, lists=tile_lists(x)), backend=name) for x in (r, none)
     )
     assert (right[:, :, 256:] - wrong[:, :, 256:]).abs().max() > 0.1
 
@@ -294,9 +295,9 @@ def test_tile_lists_equal_the_plain_ones(s, permuted) -> None:
     stale = torch.full((4 * b * (s // 128 + 1) ** 2,), -1, dtype=torch.int32, device="cuda")
     del stale
     keys = tiles.tile_bounds_reference(r, index)
-    assert tiles.tile_lists(r, index).difference(tiles.tile_lists_reference(keys)) is None
+    assert tile_lists(r, index).difference(tiles.tile_lists_reference(keys)) is None
     short = tiles.tile_bounds_reference(r, index, size=80)
-    assert tiles.tile_lists(r, index, query_size=80).difference(tiles.tile_lists_reference(short, keys)) is None
+    assert tile_lists(r, index, query_size=80).difference(tiles.tile_lists_reference(short, keys)) is None
 
 
 def test_preparing_flash4_does_not_wait_for_the_device() -> None:

@@ -53,7 +53,7 @@ def test_fused_split_and_its_gradient_equal_float64(dtype, tolerance, s, b, g, p
     table = rope_table(ids, inverse_frequencies(dim, 1e6, "cuda", torch.float32))
     width = (per_group + 2) * dim
     mixed = torch.randn(s, b, g, width, generator=generator, device="cuda").to(dtype).requires_grad_()
-    # as attention hands gradients over: [b, heads, s, dim] behind a permutation
+    # Gradients as attention hands them over: permuted views of [b, heads, s, dim].
     upstream = [
         torch.randn(b, n, s, dim, generator=generator, device="cuda").to(dtype).permute(2, 0, 1, 3)
         for n in (g * per_group, g, g)

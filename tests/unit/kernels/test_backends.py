@@ -22,7 +22,7 @@ from megatron_multiverse.kernels.multiverse_attention import (
     flex,
     multiverse_attention,
     multiverse_attention_reference,
-    tiles,
+    tile_lists,
     visibility,
 )
 
@@ -220,15 +220,15 @@ def test_auto_takes_the_fastest_that_runs_and_says_why(
 
 def test_lists_made_elsewhere_are_used_where_they_fit() -> None:
     r = torch.stack([random_labels(200, seed) for seed in range(2)])
-    lists = tiles.tile_lists(r)
+    lists = tile_lists(r)
     assert lists.shape == (2, 2, 2) and lists.fit(2, 256, 256)
     assert not lists.fit(2, 384, 256) and not lists.fit(1, 256, 256)
     plan = flex.flex_plan(AttentionLayout(r, lists=lists), CPU)
     assert plan.block_mask.kv_indices.data_ptr() == lists.q_partial.indices.data_ptr()
     with pytest.raises(ValueError, match=r"lists are for \(2, 1, 1\) tiles of 128"):
-        AttentionLayout(r, lists=tiles.tile_lists(r[:, :100]))
+        AttentionLayout(r, lists=tile_lists(r[:, :100]))
     r = random_labels(2049, 7)[None]  # 17 tiles, of which flex's bucket makes 18
-    layout = AttentionLayout(r, lists=tiles.tile_lists(r))
+    layout = AttentionLayout(r, lists=tile_lists(r))
     assert layout.tile_lists(17 * 128, 17 * 128) is layout.lists
-    own, padded = flex.flex_plan(layout, CPU).block_mask, tiles.tile_lists(r, length=18 * 128)
+    own, padded = flex.flex_plan(layout, CPU).block_mask, tile_lists(r, length=18 * 128)
     assert torch.equal(own.kv_num_blocks, padded.q_partial.counts)

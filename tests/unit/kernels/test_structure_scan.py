@@ -100,7 +100,7 @@ def test_nesting_deeper_than_allowed_is_causal_and_flagged(depth: int) -> None:
 
 
 def test_a_difference_between_scans_is_named() -> None:
-    """Whatever stands behind the counts of a list makes none."""
+    """Entries of a list after its count make none."""
     pack = random_pack(2, depth=3)
     scan, other = scan_pack(pack), scan_pack(pack)
     other.lists.q_full.indices.masked_fill_(other.lists.q_full.valid() < 0, 99)

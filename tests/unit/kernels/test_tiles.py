@@ -6,7 +6,7 @@ import pytest
 import torch
 from random_layouts import random_labels
 
-from megatron_multiverse.kernels.multiverse_attention import count_visible_pairs, flex, tiles, visibility
+from megatron_multiverse.kernels.multiverse_attention import count_visible_pairs, flex, tile_lists, tiles, visibility
 
 SIZE = 8
 
@@ -30,7 +30,7 @@ def dense_classes(lists: tiles.TileLists, side: str) -> torch.Tensor:
 def test_lists_equal_the_definition(length: int) -> None:
     for seed in range(6):
         r = torch.stack([random_labels(length, seed * 2 + n) for n in range(2)])
-        lists = tiles.tile_lists(r, size=SIZE)
+        lists = tile_lists(r, size=SIZE)
         want = tiles.tile_classes_brute_force(r, size=SIZE)
         assert torch.equal(dense_classes(lists, "q"), want)
         assert torch.equal(dense_classes(lists, "k"), want)
@@ -41,7 +41,7 @@ def test_lists_equal_the_definition(length: int) -> None:
 def test_query_tiles_of_another_size_never_lose_a_visible_pair_and_full_is_exact(length: int, query_size: int) -> None:
     for seed in range(6):
         r = torch.stack([random_labels(length, seed * 2 + n) for n in range(2)])
-        lists = tiles.tile_lists(r, size=SIZE, query_size=query_size)
+        lists = tile_lists(r, size=SIZE, query_size=query_size)
         want = tiles.tile_classes_brute_force(r, size=SIZE, query_size=query_size)
         assert lists.shape == want.shape and (lists.query_size, lists.key_size) == (query_size, SIZE)
         for side in ("q", "k"):
@@ -56,7 +56,7 @@ def test_permuted_tokens_never_lose_a_visible_pair_and_full_is_exact() -> None:
         if seed % 2:  # chunks in another order, as context parallelism deals them out
             order = torch.cat(torch.arange(61).chunk(5)[::-1])
         r, index = random_labels(61, seed)[order][None], order[None].int()
-        got = dense_classes(tiles.tile_lists(r, index, size=SIZE), "q")
+        got = dense_classes(tile_lists(r, index, size=SIZE), "q")
         want = tiles.tile_classes_brute_force(r, index, size=SIZE)
         assert torch.equal(got == tiles.FULL, want == tiles.FULL)
         assert not ((got == tiles.EMPTY) & (want != tiles.EMPTY)).any()
@@ -67,7 +67,7 @@ def test_keys_of_other_tokens_never_lose_a_visible_pair_and_full_is_exact() -> N
         order = torch.cat(torch.arange(61).chunk(5)[::-1])
         r, index = random_labels(61, seed)[order][None], order[None].int()
         local = slice(7 * (seed % 3), 7 * (seed % 3) + 20)
-        lists = tiles.tile_lists(r[:, local], index[:, local], r, index, size=SIZE)
+        lists = tile_lists(r[:, local], index[:, local], r, index, size=SIZE)
         want = tiles.tile_classes_brute_force(r[:, local], index[:, local], r, index, size=SIZE)
         assert lists.shape == (1, 3, 8)
         for side in ("q", "k"):
@@ -78,7 +78,7 @@ def test_keys_of_other_tokens_never_lose_a_visible_pair_and_full_is_exact() -> N
 
 def test_tiles_of_padding_are_visited_on_the_diagonal_alone() -> None:
     r = random_labels(20, 0)[None]
-    classes = dense_classes(tiles.tile_lists(r, size=SIZE, length=40), "q")
+    classes = dense_classes(tile_lists(r, size=SIZE, length=40), "q")
     assert classes.shape == (1, 5, 5)
     assert torch.equal(classes[:, :3, :3], tiles.tile_classes_brute_force(r, size=SIZE))
     assert torch.equal(classes[0, 3:], torch.eye(5, dtype=torch.uint8)[3:] * tiles.PARTIAL)
@@ -106,7 +106,7 @@ def test_buckets_are_few_and_waste_little() -> None:
 def test_the_order_of_writing_counts_larger_key_tiles() -> None:
     for seed in range(5):
         r = torch.stack([random_labels(90, seed * 2 + n) for n in range(2)])
-        lists = tiles.tile_lists(r, size=SIZE)
+        lists = tile_lists(r, size=SIZE)
         met = dense_classes(lists, "q") != tiles.EMPTY
         orders = tiles.write_order(lists)
         for found, order in zip((lists.k_partial, lists.k_full), orders, strict=True):
