@@ -130,7 +130,7 @@ def _read(tags, counts, begins, n, lists, counted, shifts, marks, stride, MAX_DE
         # Fields of the deeper levels are summed only where a document reaches them.
         if reached > 3:
             deep, all_deep = tl.cumsum(one_deep, axis=0), tl.sum(one_deep, axis=0)
-        # Nothing but outlines, of two tags each, stands between <Goal> and </Goal>.
+        # Only outlines, of two tags each, stand between <Goal> and </Goal>, so their number is half that of the tags.
         list_borders(word, kind, border, known, slot, rank, (j - goal - 1) // 2, shallow, deep, t0 > 0, lists, counted,
                      shifts, stride)  # fmt: skip
         if t0 + BLOCK < n:

@@ -7,8 +7,8 @@ It works on token ids and plain integers, and does not import torch.
 
 Read in this order: `tags.py` (the twelve tags, and what must be known of a vocabulary), `document.py` (where blocks and
 paths stand), `machine.py` (the grammar, one token at a time), `parser.py` (a whole sample), `layout.py` (positions,
-visibility labels, loss). `text.py` writes and reads trajectories as strings, `statistics.py` measures how parallel one
-is. docs/structure.md explains the same with pictures.
+visibility labels, loss). `trajectory.py` writes and reads trajectories as strings, `statistics.py` measures how
+parallel a sample is. docs/structure.md explains the same with pictures.
 """
 
 from megatron_multiverse.structure.document import BlockSpan, Document, PathSpan
@@ -18,7 +18,7 @@ from megatron_multiverse.structure.machine import StructureMachine
 from megatron_multiverse.structure.parser import parse
 from megatron_multiverse.structure.statistics import Statistics, measure
 from megatron_multiverse.structure.tags import MAX_DEPTH, TAGS, StructureVocab, Tag
-from megatron_multiverse.structure.text import Block, Parts, parse_text, render
+from megatron_multiverse.structure.trajectory import Block, Parts, parse_text, render
 
 __all__ = [
     "MAX_DEPTH",
