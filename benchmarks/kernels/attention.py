@@ -214,7 +214,7 @@ def preparation_times(inputs: Inputs) -> dict[str, float]:
         functions["flash4 plan from Python"] = lambda: flash4.flash4_plan(AttentionLayout(r), case).backward
     if n <= MAIN:
         functions["create_block_mask, compiled"] = block_mask_maker(r)
-    steps = {name: Step(lambda _, call=function: call(), calls=10) for name, function in functions.items()}
+    steps = {name: Step.of(function, calls=10) for name, function in functions.items()}
     return {name: 1e3 * time for name, time in in_turns(steps, 2).items()}
 
 

@@ -14,6 +14,7 @@ import gc
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -229,7 +230,7 @@ def peak_memory(case: Case, hidden: Tensor, upstream: Tensor) -> float:
 
 def measure(cases: list[Case], hidden: Tensor, upstream: Tensor, rounds: int) -> list[float]:
     """Milliseconds of a step of each case; they take turns."""
-    steps = {f"{k}": Step(lambda _, case=case: run(case, hidden, upstream)) for k, case in enumerate(cases)}
+    steps = {f"{k}": Step.of(partial(run, case, hidden, upstream)) for k, case in enumerate(cases)}
     return list(in_turns(steps, rounds).values())
 
 

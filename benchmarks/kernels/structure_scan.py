@@ -98,17 +98,17 @@ def measure(case: Case, rival: BlockMaskRival | None) -> dict[str, Any] | None:
         return None
     one, ten = graph_of(call), graph_of(call, 10)
     steps = {
-        "scan_graph_us": Step(lambda _: one.replay(), calls=20),
-        "scan_in_graph_us": Step(lambda _: ten.replay(), calls=4),
-        "scan_us": Step(lambda _: call(), calls=20),
+        "scan_graph_us": Step.of(one.replay, calls=20),
+        "scan_in_graph_us": Step.of(ten.replay, calls=4),
+        "scan_us": Step.of(call, calls=20),
     }
     if rival is not None and not rival.fits(scan):
         print(f"NOT COUNTED: create_block_mask of {case.name} at {case.tokens} has other tiles", flush=True)
         rival = None
     if rival is not None:
         compiled, eager = rival.compiled, rival.eager
-        steps["block_mask_compiled_us"] = Step(lambda _: compiled(), calls=4)
-        steps["block_mask_us"] = Step(lambda _: eager())
+        steps["block_mask_compiled_us"] = Step.of(compiled, calls=4)
+        steps["block_mask_us"] = Step.of(eager)
     row: dict[str, Any] = {"layout": case.name, "tokens": case.tokens, "tags": case.num_tags}
     row |= {name: 1e3 * time for name, time in in_turns(steps, 3).items()}
     row["scan_in_graph_us"] /= 10

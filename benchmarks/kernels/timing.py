@@ -32,6 +32,11 @@ class Step:
     """Launch the calls while a kernel that only waits keeps the GPU busy. Short calls take longer to launch than to
     run, and in a real program they wait in the queue, too."""
 
+    @classmethod
+    def of(cls, call: Callable[[], Any], *, calls: int = 1) -> Step:
+        """A step without preparation."""
+        return cls(lambda _: call(), calls=calls)
+
     def __call__(self) -> None:
         self.run(self.prepare())
 
@@ -75,4 +80,4 @@ def _read(timed: tuple[Any, Any, int]) -> float:
 def matmul_rate() -> float:
     """TFLOP/s of an 8192^3 bfloat16 product on random numbers."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / 1e9 / in_turns({"matmul": Step(lambda _: a @ b)}, 3)["matmul"]
+    return 2 * 8192**3 / 1e9 / in_turns({"matmul": Step.of(lambda: a @ b)}, 3)["matmul"]
