@@ -43,7 +43,7 @@ class GenerateOptions:
     split: Split = "train"
     """Split to draw from; the splits never share a problem."""
     workers: int = 0
-    """Processes; 0 takes one per core for large files and none beside this one for small ones."""
+    """Processes. 0 means one per core for a large file, and only this one for a small file."""
 
     def __post_init__(self) -> None:
         if self.num_rows < 1 or not 1 <= self.min_expressions <= self.max_expressions:
