@@ -28,7 +28,7 @@ from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import transformer_config
 from megatron_multiverse.model.layer_specs import choose_transformer_impl, get_gpt_layer_spec
 from megatron_multiverse.model.mcore import ensure_cuda_rng_states
-from megatron_multiverse.model.weight_names import is_extra_state, plain_name
+from megatron_multiverse.weight_names import is_extra_state, plain_name
 
 TOLERANCE = {"bf16": 2e-2, "fp8": 2e-1}
 """Relative errors (Frobenius) against float32: output, gradient of the input and of every weight. A wrong mask shows

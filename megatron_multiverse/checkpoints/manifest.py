@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_multiverse.checkpoints.endpoints import Record
+from megatron_multiverse.checkpoints.protocols import Record
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.files import flush
 

@@ -1,11 +1,11 @@
 """Configuration: frozen dataclasses that check themselves (`model.py`, `layers.py`, `train.py`), read strictly."""
 
+from megatron_multiverse.config.choices import DType, TokenizerType
 from megatron_multiverse.config.layers import LayerConfig
 from megatron_multiverse.config.model import ModelConfig, RopeScaling, pad_vocab_size
 from megatron_multiverse.config.train import (
     CheckpointConfig,
     DataConfig,
-    DType,
     LogConfig,
     OptimConfig,
     TrainConfig,
@@ -21,6 +21,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RopeScaling",
+    "TokenizerType",
     "TrainConfig",
     "check_sequence_length",
     "pad_vocab_size",

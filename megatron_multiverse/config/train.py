@@ -1,7 +1,7 @@
 """Configuration of a training run: frozen dataclasses that check themselves. Imports no torch.
 
-`TrainConfig` nests the others. It is read from YAML with dotted overrides, by jsonargparse (the scripts)
-or by `TrainConfig.from_yaml`. Unknown keys are errors; every error names the value and what is allowed.
+`TrainConfig` nests the others. The scripts read it from YAML with dotted overrides (`cli.parse_options`). Unknown
+keys are errors; every error names the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from megatron_multiverse.config.choices import DType, TokenizerType
 from megatron_multiverse.config.layers import LayerConfig
 from megatron_multiverse.config.model import ModelConfig
-from megatron_multiverse.config.strict import check, check_choices, dataclass_from_mapping, read_yaml
-
-DType = Literal["float32", "bf16", "float64"]
+from megatron_multiverse.config.strict import check, check_choices, dataclass_from_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +63,7 @@ class DataConfig:
     """.bin/.idx prefixes written by tools/preprocess_data.py."""
     valid_prefixes: tuple[str, ...] = ()
     """Prefixes of the validation set; empty switches validation off."""
-    tokenizer_type: str = "HuggingFaceTokenizer"
+    tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
     """HuggingFaceTokenizer or SentencePieceTokenizer."""
     tokenizer_model: str = ""
     """Folder, name or model file of the tokenizer that wrote the data (its tag ids are needed)."""
@@ -203,11 +201,6 @@ class TrainConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Build from nested mappings; unknown, missing and mistyped keys raise ConfigError."""
         return dataclass_from_mapping(cls, values, where="config")
-
-    @classmethod
-    def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
-        """Read a YAML file; `overrides` maps dotted names to values, e.g. {"optim.lr": 1e-3}."""
-        return cls.from_dict(read_yaml(path, overrides or {}))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values that `from_dict` reads back."""

@@ -105,12 +105,6 @@ class SFTLoader:
         return self._epoch
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Batches of the current epoch on each rank; packing makes epochs differ slightly."""
-        packs = len(self._packing.packs)
-        return packs // self.packs_per_step if self.tail == "drop" else -(-packs // self.packs_per_step)
-
-    @property
     def tag_ids(self) -> tuple[int, ...]:
         """The ids in which structure is written, in the order of `structure.TAGS`."""
         return self.dataset.structure_vocab.tag_ids

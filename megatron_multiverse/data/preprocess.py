@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_multiverse.config import TokenizerType
 from megatron_multiverse.data.indexed_writer import join_shards, optimal_dtype
-from megatron_multiverse.data.progress import Progress, ProgressLine
+from megatron_multiverse.data.progress import Progress
 from megatron_multiverse.data.prompts import (
     TRAJECTORY_COLUMNS,
     ChatTemplate,
@@ -37,6 +38,7 @@ from megatron_multiverse.data.shard_worker import Recipe, process_shard
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.files import write_json_atomic
+from megatron_multiverse.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class PreprocessConfig:
     *.txt; the prompt of NAME.xml in NAME.prompt.txt), or Hugging Face hub name."""
     output_prefix: str
     """Path of the output without suffix: PREFIX.bin, PREFIX.idx, PREFIX_manifest.json, PREFIX_rejected.jsonl."""
-    tokenizer_type: str = "HuggingFaceTokenizer"
+    tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
     """HuggingFaceTokenizer or SentencePieceTokenizer; both get the 12 structure tags as one token each."""
     tokenizer_model: str
     """Folder or file of the tokenizer, or Hugging Face hub name."""
@@ -227,7 +229,7 @@ def _run_workers(plan: _Plan, todo: list[int], recipe: Recipe, tokenizer: Multiv
         futures = {executor.submit(_work, plan.source.shards[k], plan.part(k)): k for k in todo}
         waiting: set[Future[None]] = set(futures)
         # Behind the forks: the progress bar has a thread.
-        with ProgressLine(sum(plan.source.shards[k].num_bytes for k in todo)) as line:
+        with ProgressLine("preprocess", sum(plan.source.shards[k].num_bytes for k in todo), items="docs") as line:
             while waiting:
                 finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
                 line.show(*progress.values)

@@ -11,14 +11,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from megatron_multiverse.config import TokenizerType
 from megatron_multiverse.data.hf_tokenizer_files import content, default_template, load_hf_backend
 from megatron_multiverse.data.sentencepiece_model import add_user_defined_symbols, keep_blanks
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.structure import TAGS, StructureVocab
 
-TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
 _PROBE = "\n".join(TAGS)
 _CHUNK_CHARACTERS = 16_384
 
@@ -233,7 +233,7 @@ class SentencePieceTokenizer(MultiverseTokenizer):
         return piece.replace("\u2581", " ")
 
 
-def build_tokenizer(tokenizer_type: str, tokenizer_model: str | Path) -> MultiverseTokenizer:
+def build_tokenizer(tokenizer_type: TokenizerType, tokenizer_model: str | Path) -> MultiverseTokenizer:
     """Load a tokenizer by Megatron's flags.
 
     Args:
@@ -247,7 +247,7 @@ def build_tokenizer(tokenizer_type: str, tokenizer_model: str | Path) -> Multive
         return HuggingFaceTokenizer(tokenizer_model)
     if tokenizer_type == "SentencePieceTokenizer":
         return SentencePieceTokenizer(tokenizer_model)
-    raise ConfigError(f"tokenizer_type ({tokenizer_type}) must be one of {', '.join(TOKENIZER_TYPES)}")
+    raise ConfigError(f"tokenizer_type ({tokenizer_type}) must be one of {', '.join(get_args(TokenizerType))}")
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[tuple[int, int]]:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
-from megatron_multiverse.config import LayerConfig, ModelConfig
-from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.multiverse_attention import AttentionCase, choose_backend
-from megatron_multiverse.model.mcore import ensure_cuda_rng_states, ensure_parallel_state  # first: imports quietly
-
-# isort: split
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_multiverse.config import LayerConfig, ModelConfig
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.kernels.multiverse_attention import AttentionCase, choose_backend
 from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.model.layer_specs import choose_transformer_impl, get_final_norm, get_gpt_layer_spec
+from megatron_multiverse.model.mcore import ensure_cuda_rng_states, ensure_parallel_state
 from megatron_multiverse.model.rotary import PositionIdRotary, install_rotary
 
 
@@ -165,3 +163,8 @@ def build_gpt_model(
     angles = torch.float64 if dtype == torch.float64 else torch.float32
     install_rotary(model, PositionIdRotary(config.kv_channels, config.rotary_base, angles, config.rope_scaling))
     return model.to(device)
+
+
+def first_layer_of(model: GPTModel) -> int:
+    """Number of layers on the pipeline stages before this rank's part of the model, as megatron-core divides them."""
+    return int(get_transformer_layer_offset(model.config, vp_stage=model.vp_stage))

@@ -57,6 +57,27 @@ def ensure_parallel_state() -> None:
         parallel_state.initialize_model_parallel()
 
 
+def tensor_parallel_place() -> tuple[int, int]:
+    """Number of tensor parallel ranks, and which of them this one is."""
+    ensure_parallel_state()
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+
+
+def set_parallel_sizes(tensor: int, pipeline: int) -> None:
+    """Divide the ranks of the process group into tensor and pipeline groups anew.
+
+    Args:
+        tensor: tensor parallel size.
+        pipeline: pipeline parallel size; the world size must be `tensor * pipeline`.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+
+
 def ensure_cuda_rng_states() -> None:
     """Give megatron-core's tracker of CUDA generators the states that TransformerEngine's layers ask for.
 

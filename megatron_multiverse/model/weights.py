@@ -9,14 +9,13 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from megatron_multiverse.config import LayerConfig, ModelConfig
+from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.files import flush
-from megatron_multiverse.model.gpt import build_gpt_model
-from megatron_multiverse.model.weight_names import is_extra_state, plain_name
+from megatron_multiverse.weight_names import is_extra_state, plain_name
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -28,7 +27,7 @@ def weight_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_model(model: nn.Module, config: ModelConfig, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write the weights and the config.
+    """Write the weights and the config; `checkpoints.load.load_checkpoint` reads them.
 
     Args:
         model: the model.
@@ -48,34 +47,6 @@ def save_model(model: nn.Module, config: ModelConfig, folder: str | Path, *, dty
     os.replace(weights_part, path / WEIGHTS_FILE)
     os.replace(config_part, path / CONFIG_FILE)
     flush(path)
-
-
-def load_model(
-    folder: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    layers: LayerConfig | None = None,
-    compute_dtype: torch.dtype | None = None,
-) -> tuple[nn.Module, ModelConfig]:
-    """Read what `save_model` wrote; the arguments are those of `build_gpt_model`.
-
-    Returns:
-        The model, its weights converted to `dtype`, and its config.
-
-    Raises:
-        CheckpointError: files are missing, or the weights do not fit the config.
-    """
-    path = Path(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path} has no {name}: a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    config = ModelConfig.from_json(path / CONFIG_FILE)
-    model = build_gpt_model(
-        config, dtype=dtype, device=device, initialize=False, layers=layers, compute_dtype=compute_dtype
-    )
-    load_weights(model, load_file(path / WEIGHTS_FILE), source=str(path))
-    return model, config
 
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], *, source: str) -> None:

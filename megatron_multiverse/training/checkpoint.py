@@ -32,22 +32,21 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import nn
 
+from megatron_multiverse.checkpoints.run_files import ITERATION_GLOB, POINTER_FILE, iteration_folder, step_of
 from megatron_multiverse.config import CheckpointConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.files import flush, write_text_atomic
 from megatron_multiverse.model.cpu import device_neutral_cuda
-from megatron_multiverse.model.weight_names import (
+from megatron_multiverse.training.seeds import rng_state, set_rng_state
+from megatron_multiverse.training.signals import hold_signals
+from megatron_multiverse.weight_names import (
     FINAL_EXTRA_STATE,
     extra_state_modules,
     is_extra_state,
     layer_extra_state,
 )
-from megatron_multiverse.training.seeds import rng_state, set_rng_state
-from megatron_multiverse.training.signals import hold_signals
 
 logger = logging.getLogger(__name__)
-
-POINTER_FILE = "latest_checkpointed_iteration.txt"
 
 
 class Stateful(Protocol):
@@ -195,7 +194,11 @@ class CheckpointManager:
 
     def folder_of(self, step: int) -> Path:
         """Folder of the checkpoint of a step."""
-        return self.folder / f"iter_{step:07d}"
+        return self.folder / iteration_folder(step)
+
+    def _left_over(self, suffix: str) -> Iterator[Path]:
+        """Folders that a save which was cut off has left."""
+        return self.folder.glob(ITERATION_GLOB + suffix)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None.
@@ -239,7 +242,7 @@ class CheckpointManager:
         target = self.folder_of(state.step)
         partial, replaced = (target.with_name(target.name + suffix) for suffix in (".partial", ".replaced"))
         self._recover()
-        for leftover in (*self.folder.glob("iter_*.partial"), *self.folder.glob("iter_*.replaced")):
+        for leftover in (*self._left_over(".partial"), *self._left_over(".replaced")):
             shutil.rmtree(leftover)
         partial.mkdir()
         write(state, partial)
@@ -259,7 +262,7 @@ class CheckpointManager:
 
     def _recover(self) -> None:
         """Put a checkpoint back if a crash came between its stepping aside and its replacement."""
-        for replaced in self.folder.glob("iter_*.replaced"):
+        for replaced in self._left_over(".replaced"):
             target = replaced.with_suffix("")
             if not target.exists():
                 os.rename(replaced, target)
@@ -270,7 +273,7 @@ class CheckpointManager:
         """Delete all but the newest `keep_last` checkpoints."""
         if self.config.keep_last == 0:
             return
-        steps = sorted(int(f.name[5:]) for f in self.folder.glob("iter_*") if f.name[5:].isdigit())
+        steps = sorted(step for f in self.folder.glob(ITERATION_GLOB) if (step := step_of(f.name)) is not None)
         for step in [s for s in steps if s != newest][: max(0, len(steps) - self.config.keep_last)]:
             doomed = self.folder / f"{self.folder_of(step).name}.partial"  # never half a checkpoint under a whole name
             os.rename(self.folder_of(step), doomed)

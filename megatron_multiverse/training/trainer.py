@@ -20,10 +20,12 @@ import torch
 from torch import nn
 
 from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE
 from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig, check_sequence_length
-from megatron_multiverse.errors import ConfigError, TrainingError
+from megatron_multiverse.errors import TrainingError
 from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.kernels.multiverse_attention import AttentionCase, choose_backend
+from megatron_multiverse.model.device import choose_device
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import save_model
@@ -56,7 +58,7 @@ class TrainResult:
     stopped_by: str | None
     """Name of the signal that stopped the run, None if it finished."""
     model_folder: Path | None
-    """Folder of the final weights (load_model reads it), None if the run was stopped."""
+    """Folder of the final weights (load_checkpoint reads it), None if the run was stopped."""
 
 
 def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loader | None = None) -> TrainResult:
@@ -157,13 +159,6 @@ def is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called "auto", "cpu" or "cuda". Raises ConfigError for cuda without a GPU."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch sees no GPU: set device to cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def create_model(config: TrainConfig, device: torch.device) -> tuple[nn.Module, ModelConfig]:
     """A fresh model from `config.model` or `config.model_preset`, or the saved one that `config.init_from` names."""
     dtype, compute_dtype = dtypes(config)
@@ -220,7 +215,7 @@ def warn_of_other_layers(before: dict[str, Any] | None, layers: LayerConfig) -> 
 
 def write_run_config(config: TrainConfig, model_config: ModelConfig, folder: Path, step: int) -> None:
     """Keep the config that runs beside the checkpoints: the newest, and which one was in force from which step on."""
-    write_json_atomic(folder / "model_config.json", dataclasses.asdict(model_config))
+    write_json_atomic(folder / MODEL_CONFIG_FILE, dataclasses.asdict(model_config))
     for name in ("config.json", f"config_{step:07d}.json"):
         write_json_atomic(folder / name, config.to_dict())
 

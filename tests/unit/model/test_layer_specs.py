@@ -18,8 +18,8 @@ from megatron_multiverse.model import gpt, layer_specs
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model, transformer_config
 from megatron_multiverse.model.layer_specs import choose_transformer_impl
-from megatron_multiverse.model.weight_names import FUSED_NORMS, fused_name, is_extra_state, plain_name
 from megatron_multiverse.model.weights import load_weights, weight_state
+from megatron_multiverse.weight_names import FUSED_NORMS, fused_name, is_extra_state, plain_name
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF, FULL = torch.bfloat16, torch.float32

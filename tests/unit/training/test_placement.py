@@ -95,7 +95,7 @@ def test_training_names_each_plain_document_once(
 ) -> None:
     length = {"model.max_sequence_length": SEQ_LENGTH, "data.seq_length": SEQ_LENGTH, "model.vocab_size": 200}
     loader = make_loader(dataset)
-    steps = 2 * loader.batches_per_epoch
+    steps = 2 * len(list(make_loader(dataset, epochs=1)))
     with caplog.at_level(logging.WARNING):
         train(config(tmp_path, train_iters=steps, **length, **{"log.log_interval": 3}), loader)
     broken = [k for k in range(len(dataset)) if dataset[k].problem is not None]
@@ -127,7 +127,7 @@ def test_an_interrupted_run_has_named_what_it_does_not_see_again(
     settings: dict = {"model.max_sequence_length": SEQ_LENGTH, "data.seq_length": SEQ_LENGTH, "model.vocab_size": 200}
     settings |= {"log.log_interval": 1000, "checkpoint.save_interval": 2, "optim.lr_warmup_iters": 0}
     make = functools.partial(CrashingLoader, dataset, seq_length=SEQ_LENGTH, micro_batch_size=1, pad=FIRST_WORD)
-    steps = make().batches_per_epoch  # of two microbatches each
+    steps = len(list(make(epochs=1)))  # of two microbatches each
     trained = [row["sample_ids"][row["malformed"]] for row in islice(make(), 2 * steps)]
     run = config(tmp_path, train_iters=steps, **settings)
     loader = make()
@@ -153,7 +153,7 @@ def test_what_the_scan_alone_cannot_read_is_named_too(dataset: SFTDataset, tmp_p
     loader = make_loader(dataset)
     layouts, strict = (TokenPlacer(loader, torch.device("cpu"), policy) for policy in ("causal", "refuse"))
     layouts._tag_ids = strict._tag_ids = torch.tensor(dataset.structure_vocab.tag_ids)
-    batches = [b for b in islice(loader, loader.batches_per_epoch) if b["malformed"].any()]
+    batches = [b for b in make_loader(dataset, epochs=1) if b["malformed"].any()]
     broken = set()
     for batch in batches:
         flags = batch.pop("malformed")

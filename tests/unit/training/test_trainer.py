@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import ModelConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError, TrainingError
 from megatron_multiverse.kernels.multiverse_attention import backends
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
-from megatron_multiverse.model.weights import load_model, save_model, weight_state
+from megatron_multiverse.model.weights import save_model, weight_state
 from megatron_multiverse.training import forward
 from megatron_multiverse.training.forward import forward_backward, masked_loss_sum
 from megatron_multiverse.training.trainer import train
@@ -77,7 +78,7 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path
 
     assert finished.step == 6 and finished.stopped_by is None
     assert first.seen + second.seen == straight.seen == list(range(12))
-    models = [load_model(tmp_path / run / "model")[0] for run in "ab"]
+    models = [load_checkpoint(tmp_path / run / "model")[0] for run in "ab"]
     for name, tensor in weight_state(models[0]).items():
         assert torch.equal(tensor, weight_state(models[1])[name]), name
     for key in ("loss", "lr", "grad_norm", "consumed_samples"):
@@ -163,7 +164,7 @@ def test_gradient_accumulation_equals_one_large_microbatch(tmp_path: Path) -> No
             return {name: torch.cat([h[name] for h in halves]) for name in halves[0]}
 
     train(config(tmp_path / "one", train_iters=3, **{"data.micro_batch_size": 4}), Joined())
-    models = [load_model(tmp_path / run / "model")[0] for run in ("one", "two")]
+    models = [load_checkpoint(tmp_path / run / "model")[0] for run in ("one", "two")]
     for name, tensor in weight_state(models[0]).items():
         torch.testing.assert_close(tensor, weight_state(models[1])[name], rtol=1e-4, atol=1e-5)
 
@@ -208,7 +209,7 @@ def test_init_from_continues_a_saved_model(tmp_path: Path) -> None:
     save_model(model, first.model, tmp_path / "base")
     changes = {"model": None, "init_from": str(tmp_path / "base"), "train_iters": 1, "optim.lr_warmup_iters": 0}
     train(config(tmp_path / "b", **changes, **{"optim.lr": 1e-12}), SyntheticLoader())
-    trained, got = load_model(tmp_path / "b" / "model")
+    trained, got = load_checkpoint(tmp_path / "b" / "model")
     assert got == first.model
     for name, tensor in weight_state(model).items():
         torch.testing.assert_close(tensor, weight_state(trained)[name], rtol=0, atol=1e-6)
@@ -228,7 +229,7 @@ def test_the_settings_of_every_part_of_a_run_are_kept(tmp_path: Path) -> None:
 def test_a_preset_is_reached_by_its_name(tmp_path: Path) -> None:
     changes = {"model": None, "model_preset": "tiny", "train_iters": 1, "optim.lr_warmup_iters": 0}
     train(config(tmp_path, **changes), SyntheticLoader())
-    assert load_model(tmp_path / "model")[1] == preset("tiny")
+    assert load_checkpoint(tmp_path / "model")[1] == preset("tiny")
     with pytest.raises(ConfigError, match=r"unknown model preset 'qwen9', allowed: .*qwen2\.5-7b"):
         train(config(tmp_path / "b", **changes | {"model_preset": "qwen9"}), SyntheticLoader())
     with pytest.raises(ConfigError, match=r"seq_length \(2048\) must not exceed model\.max_sequence_length \(1024\)"):

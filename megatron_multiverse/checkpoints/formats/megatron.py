@@ -1,4 +1,4 @@
-"""A megatron-core checkpoint as a source, whatever its layout: torch_dist or mp_rank_XX files.
+"""A Megatron checkpoint as a source, in either of its formats: torch_dist or mp_rank_XX files.
 
 The folder may be the one given to Megatron's --save (it names its newest checkpoint in
 latest_checkpointed_iteration.txt) or one checkpoint in it. The model's shape comes, in this order, from --model-config,
@@ -16,19 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_multiverse.checkpoints.families import FAMILIES
-from megatron_multiverse.checkpoints.hf_config import family_for, hf_config_to_model_config
-from megatron_multiverse.checkpoints.legacy import LegacyReader, is_legacy
-from megatron_multiverse.checkpoints.megatron_args import config_from_args
-from megatron_multiverse.checkpoints.names import Entry, Family, entries
-from megatron_multiverse.checkpoints.torch_dist import TorchDistReader
+from megatron_multiverse.checkpoints.completeness import StoredTensor, check_complete
+from megatron_multiverse.checkpoints.formats.hf_config import hf_config_to_model_config
+from megatron_multiverse.checkpoints.formats.legacy import LegacyReader, is_legacy
+from megatron_multiverse.checkpoints.formats.megatron_args import config_from_args
+from megatron_multiverse.checkpoints.formats.torch_dist import TorchDistReader
+from megatron_multiverse.checkpoints.names.registry import find_family
+from megatron_multiverse.checkpoints.names.table import Entry, Family, entries
+from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, POINTER_FILE, RECORD_FILE, iteration_folder
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.config.strict import dataclass_from_mapping
 from megatron_multiverse.errors import CheckpointError, ConfigError
 
-POINTER_FILE = "latest_checkpointed_iteration.txt"
-RECORD_FILE = "conversion.json"
-MODEL_CONFIG_FILE = "model_config.json"
+
+def is_megatron(folder: str | Path) -> bool:
+    """Whether the folder is a Megatron checkpoint, or the folder of a run that has one."""
+    path = Path(folder)
+    return (path / POINTER_FILE).is_file() or _is_one_checkpoint(path)
+
+
+def _is_one_checkpoint(path: Path) -> bool:
+    return (path / ".metadata").is_file() or (path / "metadata.json").is_file() or is_legacy(path)
 
 
 def checkpoint_folder(folder: str | Path) -> Path:
@@ -38,13 +46,13 @@ def checkpoint_folder(folder: str | Path) -> Path:
         CheckpointError: it is neither.
     """
     path = Path(folder)
-    if (path / ".metadata").is_file() or (path / "metadata.json").is_file() or is_legacy(path):
+    if _is_one_checkpoint(path):
         return path
     pointer = path / POINTER_FILE
     if not pointer.is_file():
         raise CheckpointError(f"{path} is no megatron-core checkpoint: no {POINTER_FILE}, .metadata or mp_rank folders")
     text = pointer.read_text().strip()
-    inner = path / (f"iter_{int(text):07d}" if text.isdigit() else text)
+    inner = path / (iteration_folder(int(text)) if text.isdigit() else text)
     if not inner.is_dir():
         raise CheckpointError(f"{pointer} names {text!r}, but {inner} does not exist: name a checkpoint that does")
     return inner
@@ -86,33 +94,24 @@ class McoreSource:
         record = _first_json(RECORD_FILE, inner, inner.parent)
         self.hf_config: dict[str, Any] | None = record.get("hf_config")
         stored = _model_config(inner, Path(config) if config else None, record, args)
-        named = family or record.get("family")
-        self.family: Family = _named(named) if named else family_for(stored)
+        self.family: Family = find_family(family or record.get("family"), stored)
         rows = vocab_size or record.get("vocab_size") or stored.vocab_size
         self.config: ModelConfig = dataclasses.replace(stored, vocab_size=rows)
         self._entries = entries(self.family, self.config)
         self._check()
 
     def _check(self) -> None:
-        """Every tensor of the table is there with its shape, and nothing else is."""
+        """Every tensor of the name table is there, and nothing else; the vocabulary may have rows of padding."""
+        needed = []
         for entry in self._entries:
-            shape = self.reader.shape(entry)
-            enough = entry.rule == "vocab" and shape[0] >= entry.shape[0]
-            if (shape[1:] if enough else shape) != (entry.shape[1:] if enough else entry.shape):
-                raise CheckpointError(
-                    f"{self.reader.where(entry)}: tensor {entry.mcore} has shape {list(shape)}, "
-                    f"the model's config asks for {list(entry.shape)}"
-                )
-        reader, known = self.reader, {entry.mcore for entry in self._entries}
-        if isinstance(reader, TorchDistReader):
-            known = {reader.key(entry) for entry in self._entries}
-        tied = self.config.share_embeddings_and_output_weights
-        extra = sorted(reader.keys() - known - ({"output_layer.weight"} if tied else set()))
-        if extra:
-            raise CheckpointError(
-                f"{reader.file_of(extra[0])}: tensor {extra[0]} is not part of a dense {self.family.name} model "
-                f"({len(extra)} such tensors); experts, adapters and further heads cannot be converted"
-            )
+            shape, wanted = self.reader.shape(entry), entry.shape
+            if entry.rule == "vocab":
+                wanted = (max(shape[0], wanted[0]), *wanted[1:])
+            needed.append(StoredTensor(self.reader.key(entry), self.reader.where(entry), shape, wanted))
+        present = self.reader.keys()
+        if self.config.share_embeddings_and_output_weights:
+            present.discard("output_layer.weight")  # the copy that the last pipeline stage keeps
+        check_complete(needed, present, self.reader.file_of, self.family)
 
     def entries(self) -> list[Entry]:
         """All tensors, in the order of the network."""
@@ -129,12 +128,6 @@ class McoreSource:
     def read(self, entry: Entry) -> Tensor:
         """One whole tensor, vocabulary padding cut off."""
         return self.reader.read(entry)[: entry.shape[0]]
-
-
-def _named(name: str) -> Family:
-    if name not in FAMILIES:
-        raise ConfigError(f"unknown family {name!r}, supported: {', '.join(FAMILIES)}")
-    return FAMILIES[name]
 
 
 def _first_json(name: str, *folders: Path) -> dict[str, Any]:

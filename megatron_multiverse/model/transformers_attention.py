@@ -2,7 +2,7 @@
 
 A plain AutoModelForCausalLM then trains or scores with the visibility, positions and loss of the structure package:
 
-    from megatron_multiverse.checkpoints.hf_attention import model_inputs, register_attention
+    from megatron_multiverse.model.transformers_attention import model_inputs, register_attention
     register_attention()
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="multiverse")
     inputs = model_inputs(prompt_ids, response_ids, tokenizer.structure_vocab)

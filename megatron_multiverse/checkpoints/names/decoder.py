@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_multiverse.checkpoints.names import Row
+from megatron_multiverse.checkpoints.names.table import Row
 
 LAYER, HF = "decoder.layers.{i}.", "model.layers.{i}."
 ATTENTION, HF_ATTENTION = LAYER + "self_attention.", HF + "self_attn."

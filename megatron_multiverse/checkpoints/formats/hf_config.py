@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_multiverse.checkpoints.families import FAMILIES
-from megatron_multiverse.checkpoints.names import Family
+from megatron_multiverse.checkpoints.names.registry import FAMILIES
+from megatron_multiverse.checkpoints.names.table import Family
 from megatron_multiverse.config import ModelConfig, RopeScaling
 from megatron_multiverse.errors import CheckpointError, ConfigError
 
@@ -130,18 +130,6 @@ def model_config_to_hf(config: ModelConfig, family: Family, *, dtype: str = "bfl
     elif config.add_bias_linear:
         raise ConfigError(f"the model has biases on every linear layer, {family.architecture} has none")
     return {**values, **dict(family.extra)}
-
-
-def family_for(config: ModelConfig) -> Family:
-    """The family with the biases and norms of this model. Raises ConfigError if there is none."""
-    for family in FAMILIES.values():
-        same = (family.add_qkv_bias, family.qk_layernorm) == (config.add_qkv_bias, config.qk_layernorm)
-        if same and (family.add_bias_linear or not config.add_bias_linear):
-            return family
-    raise ConfigError(
-        f"no family has add_qkv_bias={config.add_qkv_bias} and qk_layernorm={config.qk_layernorm}; "
-        f"supported: {', '.join(FAMILIES)}"
-    )
 
 
 def _refuse_unsupported(values: Mapping[str, Any], biased: bool) -> None:

@@ -6,12 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_multiverse.checkpoints.families import FAMILIES
-from megatron_multiverse.checkpoints.hf_config import hf_config_to_model_config, model_config_to_hf, read_hf_config
-from megatron_multiverse.checkpoints.hf_io import HFReader
-from megatron_multiverse.checkpoints.names import entries
-from megatron_multiverse.checkpoints.stream import hf_state_from_mcore, mcore_state_from_hf
+from megatron_multiverse.checkpoints.formats.hf_config import (
+    hf_config_to_model_config,
+    model_config_to_hf,
+    read_hf_config,
+)
+from megatron_multiverse.checkpoints.names.registry import FAMILIES
+from megatron_multiverse.checkpoints.names.rules import split
+from megatron_multiverse.checkpoints.names.table import Family, entries
 from megatron_multiverse.config import ModelConfig
+from tests.unit.checkpoints.hf_folders import mcore_tensors
 from tests.unit.model.hf import hf_model, mcore_weights
 
 
@@ -30,21 +34,29 @@ def shape(tied: bool, **changes: object) -> ModelConfig:
     return ModelConfig(**{**values, **changes})
 
 
+def split_again(state: dict[str, torch.Tensor], config: ModelConfig, family: Family) -> dict[str, torch.Tensor]:
+    """The Hugging Face tensors of megatron-core's, by name."""
+    plan = {entry.mcore: entry for entry in entries(family, config)}
+    assert state.keys() == plan.keys()
+    parts = ((plan[name].hf, split(plan[name], tensor, config)) for name, tensor in state.items())
+    return {name: part for names, tensors in parts for (name, _), part in zip(names, tensors, strict=True)}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_streams_are_inverse_and_equal_the_reference(tmp_path: Path, name: str, tied: bool) -> None:
+def test_merging_and_splitting_are_inverse_and_equal_the_reference(tmp_path: Path, name: str, tied: bool) -> None:
     family = FAMILIES[name]
     given = shape(tied, add_qkv_bias=family.add_qkv_bias, qk_layernorm=family.qk_layernorm)
     model = hf_model(family.model_type, given)
     model.save_pretrained(tmp_path)
     config = hf_config_to_model_config(read_hf_config(tmp_path))
     assert config == given
-    state = dict(mcore_state_from_hf(HFReader(tmp_path)))
+    state = mcore_tensors(tmp_path)
     reference = mcore_weights(model, config)
     assert state.keys() == reference.keys()
     for key, tensor in reference.items():
         assert torch.equal(state[key], tensor), key
-    back = dict(hf_state_from_mcore(state.items(), config, family))
+    back = split_again(state, config, family)
     original = load_file(tmp_path / "model.safetensors")
     assert back.keys() == original.keys()
     for key, tensor in original.items():

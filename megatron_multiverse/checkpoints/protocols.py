@@ -1,7 +1,8 @@
-"""What the driver needs of a place to read from and of a place to write to.
+"""What every format offers: a `Source` is a checkpoint that is read, a `Target` one that is written.
 
-Between the two travel whole megatron-core tensors (local spec's names, vocabulary without padding), so every source
-goes with every target: Hugging Face and megatron-core, and megatron-core in another layout or another cut.
+Whole megatron-core tensors travel between the two (names of the local spec, vocabulary without padding), so every
+source goes with every target: Hugging Face and megatron-core, and megatron-core in another format or cut for other
+parallel sizes.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from megatron_multiverse.checkpoints.names import Entry, Family
-from megatron_multiverse.checkpoints.raw import byte_size
+from megatron_multiverse.checkpoints.formats.raw import byte_size
+from megatron_multiverse.checkpoints.names.table import Entry, Family
 from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.dtypes import DTYPES
 
-DTypeName = Literal["keep", "float32", "bfloat16", "float16"]
+DTypeName = Literal["keep", "float32", "bf16", "float16"]
+Side = Literal["hf", "mcore"]
+"""Kind of a checkpoint: Hugging Face, or megatron-core with the trainer's model folders."""
 Record = dict[str, Any]
 Stream = Iterable[tuple[Entry, Tensor]]
 
@@ -93,7 +97,7 @@ class Target(Protocol):
 
 def target_dtype(source: Source, entry: Entry, name: DTypeName) -> torch.dtype:
     """Dtype that the tensor is written in."""
-    return source.dtype(entry) if name == "keep" else getattr(torch, name)
+    return source.dtype(entry) if name == "keep" else DTYPES[name]
 
 
 def group(entries: Iterable[Entry], sizes: Iterable[int], limit: int) -> Iterator[list[Entry]]:

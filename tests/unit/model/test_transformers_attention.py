@@ -5,12 +5,12 @@ import gc
 import pytest
 import torch
 
-from megatron_multiverse.checkpoints import hf_attention
-from megatron_multiverse.checkpoints.hf_attention import model_inputs, register_attention
 from megatron_multiverse.errors import ConfigError, StructureError
+from megatron_multiverse.model import transformers_attention
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import qwen3
 from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.model.transformers_attention import model_inputs, register_attention
 from megatron_multiverse.model.weights import load_weights
 from megatron_multiverse.structure import TAGS, StructureVocab
 from tests.unit.model.hf import hf_model, mcore_weights
@@ -88,13 +88,13 @@ def test_logits_equal_our_model_and_differ_from_plain_causal(models) -> None:
 def test_a_layout_lives_as_long_as_the_labels_of_its_pass(models) -> None:
     hf, _ = models
     inputs = model_inputs([0, 0], response(), VOCAB)
-    before = len(hf_attention._layouts)
+    before = len(transformers_attention._layouts)
     with torch.no_grad():
         hf(**inputs)
-    assert len(hf_attention._layouts) == before + 1
+    assert len(transformers_attention._layouts) == before + 1
     del inputs
     gc.collect()
-    assert len(hf_attention._layouts) == before
+    assert len(transformers_attention._layouts) == before
 
 
 def test_checkpointed_training_gives_the_same_gradient(models) -> None:

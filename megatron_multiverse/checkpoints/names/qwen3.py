@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_multiverse.checkpoints.families.common import ATTENTION, DECODER, HF_ATTENTION
-from megatron_multiverse.checkpoints.names import Family, Row
+from megatron_multiverse.checkpoints.names.decoder import ATTENTION, DECODER, HF_ATTENTION
+from megatron_multiverse.checkpoints.names.table import Family, Row
 
 QWEN3 = Family(
     name="qwen3",

@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks of this machine, and a forward pass over them. For checking, not training."""
+"""Runs a function on several gloo ranks, all processes of this machine: for checks and tests, not for training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.errors import RankError
 
-_PRELOAD = ["megatron_multiverse.model.gpt"]  # seconds to import: done once, the ranks are forked from there
+# Importing megatron-core takes seconds: it is done once, in the process that the ranks are forked from.
+_PRELOAD = ["megatron_multiverse.model.gpt"]
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 900.0) -> list[Any]:
@@ -35,7 +35,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         What each rank returned, in the order of ranks.
 
     Raises:
-        CheckpointError: a rank raised (with its traceback), died, or time is up; the others are ended first.
+        RankError: a rank raised (with its traceback), died, or time is up; the others are ended first.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -66,16 +66,16 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
         ready = wait([pipe for pipe in pipes if pipe not in results], max(0.0, deadline - time.monotonic()))
         if not ready:
             missing = [rank for rank, pipe in enumerate(pipes) if pipe not in results]
-            raise CheckpointError(f"ranks {missing} of {len(pipes)} did not finish within {timeout:.0f} s")
+            raise RankError(f"ranks {missing} of {len(pipes)} did not finish within {timeout:.0f} s")
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = pipes.index(pipe)
             try:
                 failure, results[pipe] = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                raise CheckpointError(f"rank {rank} of {len(pipes)} died without a word (out of memory?)") from None
+                raise RankError(f"rank {rank} of {len(pipes)} died without a word (out of memory?)") from None
             if failure is not None:
-                raise CheckpointError(f"rank {rank} of {len(pipes)} failed:\n{failure}")
+                raise RankError(f"rank {rank} of {len(pipes)} failed:\n{failure}")
     return [results[pipe] for pipe in pipes]
 
 
@@ -109,43 +109,3 @@ def _rank(
     writer.close()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-def set_parallel_sizes(tensor: int, pipeline: int) -> None:
-    """Lay megatron-core's groups over the ranks anew; the world size must be `tensor * pipeline`."""
-    from megatron.core import parallel_state
-
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
-
-
-@torch.no_grad()
-def pipeline_logits(model: Any, input_ids: Tensor, position_ids: Tensor, params: Any) -> Tensor | None:
-    """A forward pass of a model that is spread over tensor and pipeline ranks.
-
-    Args:
-        model: this rank's part (model.gpt.build_gpt_model).
-        input_ids: [b, s].
-        position_ids: [b, s].
-        params: AttentionParams of this pass.
-
-    Returns:
-        All logits [b, s, vocab] on the last pipeline stage, None on the others.
-    """
-    from megatron.core import parallel_state
-
-    if not parallel_state.is_pipeline_first_stage():
-        weight = next(model.parameters())
-        hidden = torch.empty(input_ids.shape[1], input_ids.shape[0], model.config.hidden_size, dtype=weight.dtype)
-        torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
-        model.set_input_tensor(hidden)
-    out: Tensor = model(input_ids, position_ids, None, packed_seq_params=params)
-    if not parallel_state.is_pipeline_last_stage():
-        torch.distributed.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
-        return None
-    # Not megatron-core's gather: it allocates on the GPU whenever there is one.
-    group = parallel_state.get_tensor_model_parallel_group()
-    parts = [torch.empty_like(out) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, out.contiguous(), group=group)
-    return torch.cat(parts, dim=-1)

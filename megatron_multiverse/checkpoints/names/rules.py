@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_multiverse.checkpoints.names import Entry, Rule
+from megatron_multiverse.checkpoints.names.table import Entry, Rule
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import ConfigError
 
@@ -34,7 +34,7 @@ def split(entry: Entry, tensor: Tensor, config: ModelConfig) -> list[Tensor]:
         return [part.flatten(0, 1) for part in torch.split(grouped, list(sizes), dim=1)]
     if entry.rule == "gate_up":
         return list(tensor.chunk(2))
-    return [tensor[: entry.hf[0][1][0]]]
+    return [tensor]
 
 
 def check_divisible(config: ModelConfig, tp: int, pp: int) -> None:

@@ -1,7 +1,7 @@
 """One set of weight names, whichever layer spec a model was built with. Imports no torch.
 
-TransformerEngine fuses each norm with the linear layer behind it, so with that spec the norm's weight has another
-name. Model folders and the name tables of conversion use the names of the local spec ("plain"); `torch_dist`
+TransformerEngine fuses each norm with the linear layer that follows it, so with that spec the norm's weight has
+another name. Model folders and the name tables of checkpoints use the names of the local spec ("plain"); `torch_dist`
 checkpoints use the fused ones, which megatron-core itself writes there for both specs.
 """
 
@@ -15,11 +15,12 @@ FUSED_NORMS = {
 }
 """Plain name to fused name, below a layer's prefix."""
 
-
+CORE_ATTENTION = "self_attention.core_attention"
+"""The one module below with an extra state in TransformerEngine's spec alone."""
 _WITH_EXTRA_STATE = (
     "self_attention.linear_proj",
     "self_attention.linear_qkv",
-    "self_attention.core_attention",
+    CORE_ATTENTION,
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
@@ -43,7 +44,7 @@ def layer_extra_state(module: str) -> str:
 
 
 FINAL_EXTRA_STATE = "decoder.final_layernorm._extra_state"
-"""The same of the norm behind the last layer (TransformerEngine's spec)."""
+"""The same of the norm after the last layer (TransformerEngine's spec)."""
 
 
 def fused_name(name: str) -> str:

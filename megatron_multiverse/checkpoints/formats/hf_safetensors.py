@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_multiverse.checkpoints.names import Shape
-from megatron_multiverse.checkpoints.raw import as_bytes, byte_size, read_tensor
+from megatron_multiverse.checkpoints.formats.raw import as_bytes, byte_size, read_tensor
+from megatron_multiverse.checkpoints.names.table import Shape
 from megatron_multiverse.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FILE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FILE_DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def read_header(file: Path) -> dict[str, Location]:
     places = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] not in FILE_DTYPES:
             raise CheckpointError(
-                f"{file}: tensor {name} has dtype {entry['dtype']}, supported: {', '.join(DTYPES)}; "
+                f"{file}: tensor {name} has dtype {entry['dtype']}, supported: {', '.join(FILE_DTYPES)}; "
                 "quantised checkpoints have to be dequantised first"
             )
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        dtype, shape = FILE_DTYPES[entry["dtype"]], tuple(entry["shape"])
         if end - begin != byte_size(dtype, shape) or 8 + length + end > size:
             raise CheckpointError(
                 f"{file}: tensor {name} should end at byte {8 + length + end}, the file has {size}; "
@@ -151,7 +151,7 @@ def write_safetensors(
     end = 0
     for name, (dtype, shape) in places.items():
         begin, end = end, end + byte_size(dtype, shape)
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": FILE_DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     expected = iter(places.items())

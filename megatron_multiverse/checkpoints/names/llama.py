@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_multiverse.checkpoints.families.common import (
+from megatron_multiverse.checkpoints.names.decoder import (
     ATTENTION,
     DECODER,
     HF,
@@ -10,7 +10,7 @@ from megatron_multiverse.checkpoints.families.common import (
     LAYER,
     QKV_BIAS_PARTS,
 )
-from megatron_multiverse.checkpoints.names import Family, Row
+from megatron_multiverse.checkpoints.names.table import Family, Row
 
 GATE_UP_BIAS_PARTS = ((HF + "mlp.gate_proj.bias", "ffn"), (HF + "mlp.up_proj.bias", "ffn"))
 

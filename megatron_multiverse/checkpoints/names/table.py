@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_multiverse.config import ModelConfig
-from megatron_multiverse.model.weight_names import fused_name
+from megatron_multiverse.weight_names import fused_name
 
 Rule = Literal["replicated", "vocab", "row", "qkv", "gate_up"]
 Shape = tuple[int, ...]
@@ -76,21 +76,15 @@ class Entry:
     """Layer number, None for embedding, final norm and output layer."""
 
 
-def entries(family: Family, config: ModelConfig, hf_vocab_size: int | None = None) -> list[Entry]:
-    """Every tensor of a model, in the order of the network: embedding, layers, final norm, output layer.
-
-    Args:
-        family: the family's table.
-        config: shape of the model; its vocab_size is the number of rows on the megatron-core side.
-        hf_vocab_size: rows of the vocabulary matrices on the Hugging Face side; default the same.
-    """
+def entries(family: Family, config: ModelConfig) -> list[Entry]:
+    """Every tensor of a model, in the order of the network: embedding, layers, final norm, output layer."""
     sizes = {
         "hidden": config.hidden_size,
         "ffn": config.ffn_hidden_size,
         "q": config.num_attention_heads * config.kv_channels,
         "kv": config.num_query_groups * config.kv_channels,
         "head": config.kv_channels,
-        "vocab": hf_vocab_size or config.vocab_size,
+        "vocab": config.vocab_size,
     }
     return [_entry(row, layer, sizes, config) for row, layer in _placed(family, config)]
 
@@ -115,7 +109,7 @@ def _placed(family: Family, config: ModelConfig) -> Iterator[tuple[Row, int | No
 
 def _entry(row: Row, layer: int | None, sizes: dict[str, int], config: ModelConfig) -> Entry:
     hf = tuple((name.replace("{i}", str(layer)), tuple(sizes[d] for d in dims.split())) for name, dims in row.hf)
-    rows = config.vocab_size if row.rule == "vocab" else sum(shape[0] for _, shape in hf)
+    rows = sum(shape[0] for _, shape in hf)
     return Entry(row.mcore.replace("{i}", str(layer)), row.rule, hf, (rows, *hf[0][1][1:]), layer)
 
 

@@ -1,4 +1,4 @@
-"""Megatron's older layout, one torch.save file per rank: `mp_rank_00/model_optim_rng.pt`, `mp_rank_00_001/...`.
+"""Megatron's older format, one torch.save file per rank: `mp_rank_00/model_optim_rng.pt`, `mp_rank_00_001/...`.
 
 A file is laid out first, its tensors left empty, and then filled tensor by tensor at their places; it is read the
 same way. So memory holds one tensor, not a rank's whole model. (The archive's checksums are not filled in; torch does
@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_multiverse.checkpoints.endpoints import (
+from megatron_multiverse.checkpoints.formats.megatron_args import args_from_config
+from megatron_multiverse.checkpoints.formats.pickles import load_torch_file, storage_offset
+from megatron_multiverse.checkpoints.formats.raw import as_bytes, read_tensor
+from megatron_multiverse.checkpoints.names.rules import join, slices
+from megatron_multiverse.checkpoints.names.table import Entry, Shape
+from megatron_multiverse.checkpoints.protocols import (
     DTypeName,
     Record,
     Source,
@@ -27,23 +32,12 @@ from megatron_multiverse.checkpoints.endpoints import (
     pad_rows,
     target_dtype,
 )
-from megatron_multiverse.checkpoints.megatron_args import args_from_config
-from megatron_multiverse.checkpoints.names import Entry, Shape
-from megatron_multiverse.checkpoints.pickles import load_torch_file, storage_offset
-from megatron_multiverse.checkpoints.raw import as_bytes, read_tensor
-from megatron_multiverse.checkpoints.tensors import join, slices
 from megatron_multiverse.errors import CheckpointError
-from megatron_multiverse.model.weight_names import FUSED_NORMS, fused_name
+from megatron_multiverse.weight_names import CORE_ATTENTION, extra_state_modules, fused_name, plain_name
 
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?$")
 FILE_NAMES = ("model_optim_rng.pt", "model_rng.pt")
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-EXTRA_STATE_LAYERS = (
-    "self_attention.linear_proj",
-    "self_attention.linear_qkv",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
 TransformerImpl = Literal["transformer_engine", "local"]
 
 
@@ -102,7 +96,7 @@ class LegacyReader:
             if match := LAYER.match(name):
                 layers.add(int(match[1]))
                 name = f"decoder.layers.{first_layer + int(match[1])}.{name[match.end() :]}"
-            self._note(file, _local_name(name), tensor)
+            self._note(file, plain_name(name), tensor)
         return len(layers)
 
     def _note(self, file: Path, name: str, tensor: Tensor) -> None:
@@ -116,6 +110,10 @@ class LegacyReader:
     def keys(self) -> set[str]:
         """Names of the model's tensors, local spec."""
         return set(self.places)
+
+    def key(self, entry: Entry) -> str:
+        """Key under which the tensor is noted here."""
+        return entry.mcore
 
     def file_of(self, key: str) -> Path:
         """A file that holds a part of the tensor of this name."""
@@ -222,16 +220,16 @@ class LegacyTarget:
                     shape[1 if entry.rule == "row" else 0] //= self.tp
                 model[self._name(entry, stage)] = torch.empty(shape, dtype=self.dtypes[entry.mcore])
         for layer in range(self.source.config.num_layers // self.pp):
-            extra = [f"{m}._extra_state" for m in EXTRA_STATE_LAYERS]
-            extra += ["self_attention.core_attention._extra_state"] * self.fused
-            model |= {f"decoder.layers.{layer}.{name}": None for name in extra}
+            for module in extra_state_modules(qk_layernorm=False):
+                if self.fused or module != CORE_ATTENTION:
+                    model[f"decoder.layers.{layer}.{module}._extra_state"] = None
         dtype = self.dtypes[unit.entries[0].mcore]
         args = args_from_config(self.source.config, padded_vocab_size=self.padded, tp=self.tp, pp=self.pp, dtype=dtype)
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save({"model": model, "args": args, "checkpoint_version": 3.0, "iteration": 0}, file)
 
     def finish(self, records: list[Record], folder: Path) -> None:
-        """Nothing spans the files of this layout."""
+        """Nothing spans the files of this format."""
 
 
 def _rank_file(folder: Path) -> Path:
@@ -243,12 +241,6 @@ def _rank_file(folder: Path) -> Path:
 
 def _rank_name(tensor_rank: int, pipeline_rank: int, pp: int) -> str:
     return f"mp_rank_{tensor_rank:02d}" + (f"_{pipeline_rank:03d}" if pp > 1 else "")
-
-
-def _local_name(name: str) -> str:
-    for local, fused in FUSED_NORMS.items():
-        name = name.replace(fused, local)
-    return name
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

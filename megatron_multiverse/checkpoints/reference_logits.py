@@ -13,9 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_multiverse.checkpoints.endpoints import Source
 from megatron_multiverse.checkpoints.load import model_from_source
-from megatron_multiverse.checkpoints.ranks import pipeline_logits, set_parallel_sizes
+from megatron_multiverse.checkpoints.protocols import Source
+from megatron_multiverse.model.attention import LayoutParams
+from megatron_multiverse.model.mcore import set_parallel_sizes
+from megatron_multiverse.model.transformers_attention import register_attention
 from megatron_multiverse.structure.layout import lay_out, pack_layouts
 from megatron_multiverse.structure.tree import BlockSpan, Document, PathSpan
 
@@ -57,8 +59,6 @@ def transformers_logits(folder: str | Path, inputs: Inputs) -> Logits:
     """float32 logits [2, s, rows] by transformers' own model, loaded from a Hugging Face folder."""
     from transformers import AutoModelForCausalLM
 
-    from megatron_multiverse.checkpoints.hf_attention import register_attention
-
     register_attention()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     causal = model(inputs.input_ids, use_cache=False).logits
@@ -80,10 +80,8 @@ def rank_logits(open_source: Callable[[], Source], tp: int, pp: int, inputs: Inp
     Returns:
         Logits [2, s, vocab] on the ranks of the last stage, nothing on the others.
     """
-    from megatron_multiverse.model.attention import LayoutParams
-
     set_parallel_sizes(tp, pp)
-    model = model_from_source(open_source()).eval()
+    model = model_from_source(open_source())[0].eval()
     order = torch.arange(inputs.input_ids.shape[1]).expand_as(inputs.input_ids)
     passes: dict[Mask, tuple[Tensor, LayoutParams]] = {
         "causal": (order, LayoutParams.causal(inputs.input_ids)),
@@ -94,3 +92,34 @@ def rank_logits(open_source: Callable[[], Source], tp: int, pp: int, inputs: Inp
         for mask, (positions, params) in passes.items()
     }
     return {mask: logits for mask, logits in found.items() if logits is not None}
+
+
+@torch.no_grad()
+def pipeline_logits(model: Any, input_ids: Tensor, position_ids: Tensor, params: Any) -> Tensor | None:
+    """A forward pass of a model that is spread over tensor and pipeline ranks.
+
+    Args:
+        model: this rank's part (model.gpt.build_gpt_model).
+        input_ids: [b, s].
+        position_ids: [b, s].
+        params: AttentionParams of this pass.
+
+    Returns:
+        All logits [b, s, vocab] on the last pipeline stage, None on the others.
+    """
+    from megatron.core import parallel_state
+
+    if not parallel_state.is_pipeline_first_stage():
+        weight = next(model.parameters())
+        hidden = torch.empty(input_ids.shape[1], input_ids.shape[0], model.config.hidden_size, dtype=weight.dtype)
+        torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+        model.set_input_tensor(hidden)
+    out: Tensor = model(input_ids, position_ids, None, packed_seq_params=params)
+    if not parallel_state.is_pipeline_last_stage():
+        torch.distributed.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        return None
+    # Not megatron-core's gather: it allocates on the GPU whenever there is one.
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(out) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, out.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)

@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_multiverse.checkpoints.families import FAMILIES
-from megatron_multiverse.checkpoints.hf_config import family_for, read_hf_config
-from megatron_multiverse.checkpoints.hf_io import SINGLE_FILE, HFReader
-from megatron_multiverse.checkpoints.names import Entry, Family, entries
+from megatron_multiverse.checkpoints.completeness import StoredTensor, check_complete
+from megatron_multiverse.checkpoints.formats.hf_config import read_hf_config
+from megatron_multiverse.checkpoints.formats.hf_safetensors import HFReader
+from megatron_multiverse.checkpoints.names.registry import find_family
+from megatron_multiverse.checkpoints.names.table import Entry, Family, entries
 from megatron_multiverse.config import ModelConfig
-from megatron_multiverse.errors import CheckpointError, ConfigError
 
 
 def is_model_folder(folder: str | Path) -> bool:
-    """Whether `folder` holds config.json in our form beside model.safetensors."""
-    path = Path(folder)
-    both = (path / "config.json").is_file() and (path / SINGLE_FILE).is_file()
-    return both and "model_type" not in read_hf_config(path)
+    """Whether config.json in `folder` is a ModelConfig, not a config of Hugging Face."""
+    if not (Path(folder) / "config.json").is_file():
+        return False
+    values = read_hf_config(folder)
+    return "model_type" not in values and "num_layers" in values
 
 
 class ModelFolderSource:
@@ -34,23 +35,16 @@ class ModelFolderSource:
     def __init__(self, folder: str | Path, family: str | None = None) -> None:
         self.folder = Path(folder)
         self.config = ModelConfig.from_json(self.folder / "config.json")
-        if family is not None and family not in FAMILIES:
-            raise ConfigError(f"unknown family {family!r}, supported: {', '.join(FAMILIES)}")
-        self.family: Family = FAMILIES[family] if family else family_for(self.config)
+        self.family: Family = find_family(family, self.config)
         self.hf_config: dict[str, Any] | None = None
         self.reader = HFReader(folder)
         self.files = self.reader.files
         self._entries = entries(self.family, self.config)
-        for entry in self._entries:
-            shape = self.reader.location(entry.mcore).shape
-            if shape != entry.shape:
-                raise CheckpointError(
-                    f"{self.files[0]}: tensor {entry.mcore} has shape {list(shape)}, config.json asks for "
-                    f"{list(entry.shape)}"
-                )
-        extra = sorted(self.reader.names() - {entry.mcore for entry in self._entries})
-        if extra:
-            raise CheckpointError(f"{self.files[0]}: tensor {extra[0]} is not part of a {self.family.name} model")
+        needed = [
+            StoredTensor(entry.mcore, self.files[0], self.reader.location(entry.mcore).shape, entry.shape)
+            for entry in self._entries
+        ]
+        check_complete(needed, self.reader.names(), lambda name: self.files[0], self.family)
 
     def entries(self) -> list[Entry]:
         """All tensors, in the order of the network."""

@@ -1,4 +1,4 @@
-"""megatron-core's `torch_dist` layout (torch.distributed.checkpoint files), read and written tensor by tensor.
+"""megatron-core's `torch_dist` format (torch.distributed.checkpoint files), read and written tensor by tensor.
 
 A folder holds `.metadata` (which slice of which tensor lies where), `metadata.json`, `common.pt` (args and the like;
 from megatron-core 0.19 on they lie among the tensors instead) and `.distcp` files: torch.save archives of one slice
@@ -32,7 +32,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_multiverse.checkpoints.endpoints import (
+from megatron_multiverse.checkpoints.formats.megatron_args import args_from_config
+from megatron_multiverse.checkpoints.formats.pickles import load_metadata, load_torch_file, storage_offset
+from megatron_multiverse.checkpoints.formats.raw import read_tensor
+from megatron_multiverse.checkpoints.names.rules import slices
+from megatron_multiverse.checkpoints.names.table import Entry, Shape, dist_key
+from megatron_multiverse.checkpoints.protocols import (
     DTypeName,
     Record,
     Source,
@@ -43,13 +48,8 @@ from megatron_multiverse.checkpoints.endpoints import (
     pad_rows,
     target_dtype,
 )
-from megatron_multiverse.checkpoints.megatron_args import args_from_config
-from megatron_multiverse.checkpoints.names import Entry, Shape, dist_key
-from megatron_multiverse.checkpoints.pickles import load_metadata, load_torch_file, storage_offset
-from megatron_multiverse.checkpoints.raw import read_tensor
-from megatron_multiverse.checkpoints.tensors import slices
 from megatron_multiverse.errors import CheckpointError
-from megatron_multiverse.model.weight_names import FINAL_EXTRA_STATE, extra_state_modules, fused_name, layer_extra_state
+from megatron_multiverse.weight_names import FINAL_EXTRA_STATE, extra_state_modules, fused_name, layer_extra_state
 
 COMMON_STATE = "common_state/shard_0_1"
 METADATA_JSON = {

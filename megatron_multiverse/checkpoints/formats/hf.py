@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_multiverse.checkpoints.endpoints import (
+from megatron_multiverse.checkpoints.completeness import StoredTensor, check_complete
+from megatron_multiverse.checkpoints.formats.hf_config import (
+    family_of,
+    hf_config_to_model_config,
+    model_config_to_hf,
+    read_hf_config,
+)
+from megatron_multiverse.checkpoints.formats.hf_safetensors import SINGLE_FILE, HFReader, write_index, write_safetensors
+from megatron_multiverse.checkpoints.names.rules import merge, split
+from megatron_multiverse.checkpoints.names.table import Entry, Family, entries
+from megatron_multiverse.checkpoints.protocols import (
     DTypeName,
     Record,
     Source,
@@ -20,16 +30,6 @@ from megatron_multiverse.checkpoints.endpoints import (
     group,
     target_dtype,
 )
-from megatron_multiverse.checkpoints.hf_config import (
-    family_of,
-    hf_config_to_model_config,
-    model_config_to_hf,
-    read_hf_config,
-)
-from megatron_multiverse.checkpoints.hf_io import SINGLE_FILE, HFReader, write_index, write_safetensors
-from megatron_multiverse.checkpoints.names import Entry, Family, entries
-from megatron_multiverse.checkpoints.stream import check_hf_tensors
-from megatron_multiverse.checkpoints.tensors import merge, split
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
 
@@ -56,7 +56,17 @@ class HFSource:
         self.reader = HFReader(folder)
         self.files = self.reader.files
         self._entries = entries(self.family, self.config)
-        check_hf_tensors(self.reader, self._entries)
+        self._check()
+
+    def _check(self) -> None:
+        """Every tensor of the name table is there, and nothing else but what older transformers wrote."""
+        shapes = {name: shape for entry in self._entries for name, shape in entry.hf}
+        places = {name: self.reader.location(name) for name in shapes}
+        needed = [StoredTensor(name, places[name].file, places[name].shape, shapes[name]) for name in shapes]
+        present = {name for name in self.reader.names() if not name.endswith("rotary_emb.inv_freq")}
+        if "lm_head.weight" not in shapes:
+            present.discard("lm_head.weight")  # a copy of the tied embedding
+        check_complete(needed, present, lambda name: self.reader.location(name).file, self.family)
 
     def entries(self) -> list[Entry]:
         """All tensors, in the order of the network."""
