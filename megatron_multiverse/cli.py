@@ -59,7 +59,7 @@ def _underscored(argument: str) -> str:
 
 
 def _with_values(cls: type[Any], args: list[str]) -> list[str]:
-    """Give bare switches their value and gather the words behind a list flag into one YAML list."""
+    """Give bare switches their value and gather the words after a list flag into one YAML list."""
     kinds = {f"--{field.name}": str(field.type) for field in dataclasses.fields(cls)}
     result: list[str] = []
     position = 0

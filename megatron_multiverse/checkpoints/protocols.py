@@ -7,7 +7,8 @@ parallel sizes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,7 +16,6 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from megatron_multiverse.checkpoints.formats.raw import byte_size
 from megatron_multiverse.checkpoints.names.table import Entry, Family
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.dtypes import DTYPES
@@ -112,6 +112,11 @@ def group(entries: Iterable[Entry], sizes: Iterable[int], limit: int) -> Iterato
         used += size
     if current:
         yield current
+
+
+def byte_size(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * dtype.itemsize
 
 
 def entry_bytes(entry: Entry, dtype: torch.dtype) -> int:

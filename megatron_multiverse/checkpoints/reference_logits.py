@@ -1,6 +1,6 @@
-"""Logits of a checkpoint on fixed ids: by transformers, and by our model over tensor and pipeline ranks.
+"""Logits of a checkpoint on fixed ids, by transformers' own model and by ours over tensor and pipeline ranks.
 
-Both under plain causal attention and under the Multiverse mask of a sample with nested blocks.
+Both models run twice: under plain causal attention, and under the Multiverse mask of a sample with nested blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_multiverse.checkpoints.load import model_from_source
 from megatron_multiverse.checkpoints.protocols import Source
-from megatron_multiverse.model.attention import LayoutParams
+from megatron_multiverse.model.attention import AttentionParams, LayoutParams
 from megatron_multiverse.model.mcore import set_parallel_sizes
 from megatron_multiverse.model.transformers_attention import register_attention
 from megatron_multiverse.structure.layout import lay_out, pack_layouts
@@ -38,7 +38,7 @@ class Inputs:
 def fixed_inputs(ids: Sequence[int], *, seed: int = 0) -> Inputs:
     """The same random tokens out of `ids` on every machine, laid out as Multiverse samples.
 
-    The layout does not ask what a token is, so a vocabulary without tags can be tested too.
+    Where the blocks stand is fixed here, not read from tags, so a vocabulary without tags can be tested too.
     """
     inner = BlockSpan(12, goal_end=15, paths=[PathSpan(15, 18, 15), PathSpan(18, 23, 18)], forced_end=24, end=26)
     paths = [PathSpan(8, 28, 9, blocks=[inner]), PathSpan(28, 33, 29), PathSpan(33, 42, 34)]
@@ -95,14 +95,14 @@ def rank_logits(open_source: Callable[[], Source], tp: int, pp: int, inputs: Inp
 
 
 @torch.no_grad()
-def pipeline_logits(model: Any, input_ids: Tensor, position_ids: Tensor, params: Any) -> Tensor | None:
+def pipeline_logits(model: Any, input_ids: Tensor, position_ids: Tensor, params: AttentionParams) -> Tensor | None:
     """A forward pass of a model that is spread over tensor and pipeline ranks.
 
     Args:
         model: this rank's part (model.gpt.build_gpt_model).
         input_ids: [b, s].
         position_ids: [b, s].
-        params: AttentionParams of this pass.
+        params: what this pass attends to.
 
     Returns:
         All logits [b, s, vocab] on the last pipeline stage, None on the others.

@@ -68,7 +68,7 @@ def transformer_config(
         bias_activation_fusion=transformer_impl == "transformer_engine",
         fp8=layers.fp8,
         fp8_recipe=layers.fp8_recipe,
-        # Else the FP8 weights of the first microbatch are used until somebody says that the weights have changed.
+        # Otherwise the FP8 weights of the first microbatch stay in use until TransformerEngine is told of new ones.
         disable_parameter_transpose_cache=True,
         recompute_granularity=layers.recompute_granularity,
         recompute_method=layers.recompute_method if full else None,
@@ -97,7 +97,7 @@ def _check_fp8_widths(config: ModelConfig, tp: int) -> None:
 
 
 def _check_recompute_chunks(chunk: int, num_layers: int) -> None:
-    """megatron-core runs over the last layer if the chunks of uniform recompute do not come out even."""
+    """Chunks of uniform recompute must divide the layers: megatron-core's last chunk would run past the last layer."""
     if num_layers % chunk:
         allowed = ", ".join(str(n) for n in range(1, num_layers + 1) if num_layers % n == 0)
         raise ConfigError(
@@ -137,10 +137,10 @@ def build_gpt_model(
     Raises:
         ConfigError: what `layers` asks for cannot run on `device`.
     """
-    layers, where = layers or LayerConfig(), torch.device(device)
+    layers, device = layers or LayerConfig(), torch.device(device)
     if layers.attention_backend != "auto":
-        choose_backend(layers.attention_backend, AttentionCase(where.type, compute_dtype or dtype, config.kv_channels))
-    impl = choose_transformer_impl(layers, where, compute_dtype or dtype)
+        choose_backend(layers.attention_backend, AttentionCase(device.type, compute_dtype or dtype, config.kv_channels))
+    impl = choose_transformer_impl(layers, device, compute_dtype or dtype)
     mcore_config = transformer_config(config, dtype, initialize, layers, impl)
     spec = get_gpt_layer_spec(impl, qk_layernorm=config.qk_layernorm)
     block = TransformerBlockSubmodules(

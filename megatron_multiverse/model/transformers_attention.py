@@ -28,7 +28,7 @@ from megatron_multiverse.structure import StructureVocab, lay_out, parse
 
 NAME = "multiverse"
 IGNORED_LABEL = -100
-# Keeps what the backend makes of the labels of a forward pass: by its first layer, for all others, freed with r.
+# The layout of a forward pass, by its labels: the first layer makes it, the others use it, and it goes when r goes.
 _layouts: MutableMapping[Tensor, AttentionLayout] = WeakTensorKeyDictionary()
 
 
@@ -118,11 +118,15 @@ def attention_forward(
             f"structure.padding_layout) nor dropout ({dropout}) nor a sliding window ({sliding_window})"
         )
     if r not in _layouts:
-        _layouts[r] = AttentionLayout(r.detach())  # another tensor: a value that held its key would keep both
+        # The dictionary is weak in its keys only: a value that referred to r itself would keep the entry for ever.
+        _layouts[r] = AttentionLayout(r.detach())
     out = multiverse_attention(query, key, value, _layouts[r], softmax_scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _padding_only(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """transformers' mask hook. It would guess packed documents from positions that go back; r knows better."""
+    """The mask that transformers asks for before the first layer: none, unless there is padding (refused later).
+
+    transformers' own masks would take every step back in the positions for the start of a packed document.
+    """
     return None if attention_mask is None or bool(attention_mask.all()) else attention_mask

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from megatron_multiverse.config import ModelConfig
-from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.files import flush
 from megatron_multiverse.weight_names import is_extra_state, plain_name
 
@@ -47,25 +46,3 @@ def save_model(model: nn.Module, config: ModelConfig, folder: str | Path, *, dty
     os.replace(weights_part, path / WEIGHTS_FILE)
     os.replace(config_part, path / CONFIG_FILE)
     flush(path)
-
-
-def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], *, source: str) -> None:
-    """Copy `tensors` into the model, all names and shapes must fit.
-
-    Raises:
-        CheckpointError: naming the first misfits and `source`.
-    """
-    wanted = weight_state(model)
-    problems = [f"missing {name}" for name in wanted.keys() - tensors.keys()]
-    problems += [f"unexpected {name}" for name in tensors.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, the config asks for {list(wanted[name].shape)}"
-        for name in wanted.keys() & tensors.keys()
-        if tensors[name].shape != wanted[name].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:5])
-        raise CheckpointError(f"{source}: weights do not fit the config ({len(problems)} problems): {shown}")
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(tensors[name])

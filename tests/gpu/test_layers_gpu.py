@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from copied_weights import copy_weights
 from random_layouts import random_labels
 
 pytest.importorskip("megatron.core")
@@ -20,7 +21,7 @@ from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import llama3, qwen2, qwen3
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.layer_specs import transformer_engine_problem
-from megatron_multiverse.model.weights import load_weights, save_model, weight_state
+from megatron_multiverse.model.weights import save_model, weight_state
 from megatron_multiverse.weight_names import plain_name
 
 PROBLEM = transformer_engine_problem(torch.device("cuda")) if torch.cuda.is_available() else "needs CUDA"
@@ -75,10 +76,6 @@ def assert_close(got, want, logits: float, grads: float) -> None:
     assert worst[0] < grads, worst
 
 
-def copy_weights(model, source) -> None:
-    load_weights(model, weight_state(source), source="the other spec")
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_specs_agree_in_float32(family) -> None:
     """Same seed, same weights; local on the CPU (plain rotation), local and TransformerEngine on the GPU (kernels).
@@ -96,7 +93,7 @@ def test_te_with_the_fast_backend_equals_local_dense(family, autocast) -> None:
     """bf16 weights, and float32 weights under autocast: within 1.5 % (logits) and 4 % (each gradient) of float32."""
     reference = build(family, LOCAL)
     model = build(family, TE, FP32 if autocast else BF16, compute_dtype=BF16)
-    copy_weights(model, reference)
+    copy_weights(model, weight_state(reference))
     for seed in (1, 2):
         want = run(reference, batch(seed), backend="dense")
         assert_close(run(model, batch(seed), autocast=autocast), want, 1.5e-2, 4e-2)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_multiverse.checkpoints.formats.raw import as_bytes, byte_size, read_tensor
+from megatron_multiverse.checkpoints.formats.raw import as_bytes, read_tensor
 from megatron_multiverse.checkpoints.names.table import Shape
+from megatron_multiverse.checkpoints.protocols import byte_size
 from megatron_multiverse.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"

@@ -40,17 +40,18 @@ def _is_one_checkpoint(path: Path) -> bool:
 
 
 def checkpoint_folder(folder: str | Path) -> Path:
-    """The newest checkpoint of a --save folder, or the folder itself if it is a checkpoint.
+    """The newest checkpoint of a run's folder, or the folder itself if it is a checkpoint.
+
+    Args:
+        folder: one of the two, see `is_megatron`.
 
     Raises:
-        CheckpointError: it is neither.
+        CheckpointError: the pointer file names a checkpoint that is not there.
     """
     path = Path(folder)
     if _is_one_checkpoint(path):
         return path
     pointer = path / POINTER_FILE
-    if not pointer.is_file():
-        raise CheckpointError(f"{path} is no megatron-core checkpoint: no {POINTER_FILE}, .metadata or mp_rank folders")
     text = pointer.read_text().strip()
     inner = path / (iteration_folder(int(text)) if text.isdigit() else text)
     if not inner.is_dir():
@@ -62,7 +63,7 @@ class McoreSource:
     """A megatron-core checkpoint.
 
     Args:
-        folder: see above.
+        folder: see above; `is_megatron` must hold.
         family: name of the family; default the recorded one, or the one with the model's biases and norms.
         config: a model_config.json or Hugging Face config.json with the model's shape; default see above.
         vocab_size: real rows of the vocabulary; further rows are padding and dropped. Default: as recorded, else all.

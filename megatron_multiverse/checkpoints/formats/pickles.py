@@ -52,6 +52,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in ALLOWED.get(module, ()):
             raise CheckpointError(f"{self.file}: asks for {module}.{name}, which no checkpoint metadata needs; {HINT}")
+        if module.startswith("megatron."):
+            from megatron_multiverse.model import mcore  # noqa: F401  imports megatron-core without its warnings
         return super().find_class(module, name)
 
 

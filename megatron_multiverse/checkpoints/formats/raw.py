@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,11 +40,6 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, row by row, without a copy if it is contiguous."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def byte_size(dtype: torch.dtype, shape: Sequence[int]) -> int:
-    """Bytes of a tensor."""
-    return math.prod(shape) * dtype.itemsize
 
 
 def check_finite(tensor: Tensor, *, file: Path, name: str) -> None:

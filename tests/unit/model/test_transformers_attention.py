@@ -11,8 +11,8 @@ from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import qwen3
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.transformers_attention import model_inputs, register_attention
-from megatron_multiverse.model.weights import load_weights
 from megatron_multiverse.structure import TAGS, StructureVocab
+from tests.copied_weights import copy_weights
 from tests.unit.model.hf import hf_model, mcore_weights
 
 VOCAB = StructureVocab.from_pieces(["a", *TAGS, "\n", "1:", "2:", "x", "y"])
@@ -47,7 +47,7 @@ def models():
         torch.nn.init.normal_(parameter, 0.0 if parameter.ndim > 1 else 1.0, 0.2)
     hf.set_attn_implementation("multiverse")
     ours = build_gpt_model(config)
-    load_weights(ours, mcore_weights(hf, config), source="transformers")
+    copy_weights(ours, mcore_weights(hf, config))
     return hf, ours
 
 
