@@ -73,7 +73,7 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
             try:
                 failure, results[pipe] = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                raise RankError(f"rank {rank} of {len(pipes)} died without a word (out of memory?)") from None
+                raise RankError(f"rank {rank} of {len(pipes)} died without an error message: out of memory?") from None
             if failure is not None:
                 raise RankError(f"rank {rank} of {len(pipes)} failed:\n{failure}")
     return [results[pipe] for pipe in pipes]
@@ -89,7 +89,9 @@ def _rank(
     args: tuple[Any, ...],
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
-    warnings.filterwarnings("ignore", message="When using async grad allreduce")  # nothing is trained here
+    warnings.filterwarnings(
+        "ignore", message="When using async grad allreduce"
+    )  # a warning about training; nothing is trained here
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     try:
         torch.distributed.init_process_group(
@@ -102,7 +104,7 @@ def _rank(
         result = function(*args)
     except Exception:
         writer.send_bytes(pickle.dumps((traceback.format_exc(), None)))
-        # No tidy end: the process group would wait for ranks that wait for this one.
+        # At once: destroying the process group would wait for ranks that wait for this one.
         os._exit(1)
     # Not `send`: it would pass tensors as handles into the memory of this process, which is about to end.
     writer.send_bytes(pickle.dumps((None, result)))

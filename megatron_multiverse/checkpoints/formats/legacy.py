@@ -1,8 +1,8 @@
 """Megatron's older format, one torch.save file per rank: `mp_rank_00/model_optim_rng.pt`, `mp_rank_00_001/...`.
 
-A file is laid out first, its tensors left empty, and then filled tensor by tensor at their places; it is read the
-same way. So memory holds one tensor, not a rank's whole model. (The archive's checksums are not filled in; torch does
-not check them.)
+A file is first written with room for its tensors, and then filled tensor by tensor; it is read tensor by tensor too.
+So memory holds one tensor, not a rank's whole model. (The archive's checksums are not filled in; torch does not check
+them.)
 """
 
 from __future__ import annotations
@@ -180,12 +180,12 @@ class LegacyTarget:
         self.total_bytes = sum(entry_bytes(e, self.dtypes[e.mcore]) * n for e, n in copies)
 
     def write(self, unit: Unit, tensors: Stream, folder: Path) -> Record:
-        """Lay the files of one stage out and fill them."""
+        """Write the files of one stage with room for their tensors, then fill them."""
         stage = self.units.index(unit)
         files = [folder / _rank_name(rank, stage, self.pp) / FILE_NAMES[0] for rank in range(self.tp)]
         for file in files:
             file.parent.mkdir(exist_ok=True)
-            self._lay_out(file, unit, stage)
+            self._write_empty(file, unit, stage)
         offsets = [
             {n: storage_offset(t) for n, t in load_torch_file(file)["model"].items() if t is not None} for file in files
         ]
@@ -209,8 +209,8 @@ class LegacyTarget:
         name = entry.mcore.replace(f".layers.{entry.layer}.", f".layers.{local}.", 1)
         return fused_name(name) if self.fused else name
 
-    def _lay_out(self, file: Path, unit: Unit, stage: int) -> None:
-        """Write the file of a rank with room for its tensors (their sizes are the same on all ranks)."""
+    def _write_empty(self, file: Path, unit: Unit, stage: int) -> None:
+        """Write the file of one rank, its tensors without values (their sizes are the same on all ranks)."""
         model: dict[str, Any] = {}
         with FakeTensorMode():
             for entry in unit.entries:

@@ -1,8 +1,8 @@
 """The pickles that are part of Megatron's formats, read without running code from them.
 
-`.metadata` of a torch_dist checkpoint is a pickle by format, and `common.pt` and `mp_rank_XX` files hold one. The
-first is read by an unpickler that knows only torch's metadata classes; the others by torch's weights-only
-unpickler, plus argparse.Namespace. With `trust_pickle` plain pickle is used, which runs whatever the file says.
+`.metadata` of a torch_dist checkpoint is a pickle, and `common.pt` and `mp_rank_XX` files contain one. The first is
+read by an unpickler that knows only torch's and megatron-core's metadata classes; the others by torch's weights-only
+unpickler, which allows argparse.Namespace too. With `trust_pickle` plain pickle is used, which runs any code in a file.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def load_torch_file(file: Path, trust_pickle: bool = False, *, part: Any = None)
         logger.warning("%s: loading a pickle without restrictions, because --trust-pickle is set", file)
     try:
         known = torch.serialization.get_safe_globals()
-        # Leaving the block would also take away what others (megatron-core) have registered for good.
+        # Only what is not registered yet: at its end the block removes its names, and megatron-core needs Namespace.
         with torch.serialization.safe_globals([kind for kind in (Namespace, SimpleNamespace) if kind not in known]):
             return torch.load(part or file, weights_only=not trust_pickle, map_location="meta")
     except pickle.UnpicklingError as error:

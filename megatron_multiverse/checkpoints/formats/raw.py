@@ -45,8 +45,8 @@ def as_bytes(tensor: Tensor) -> memoryview:
 def check_finite(tensor: Tensor, *, file: Path, name: str) -> None:
     """Raise CheckpointError if the tensor holds NaN or infinity.
 
-    The sum of a slice tells (it costs a tenth of looking at every element); a sum that merely overflows is ruled
-    out by the exact test.
+    A slice with such a value has a sum that is not finite, and summing costs a tenth of testing every element. Only
+    where the sum is not finite every element is tested, since a sum of finite values can overflow.
     """
     if not tensor.is_floating_point():
         return

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from megatron_multiverse.checkpoints.convert import ConvertConfig, ConvertResult, convert_checkpoint
 from megatron_multiverse.checkpoints.names.registry import FAMILIES
+from megatron_multiverse.checkpoints.verify import VerifyOptions
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import weight_state
@@ -127,3 +129,10 @@ def test_published_configs_are_understood_and_written_back(values: dict[str, obj
     config = hf_config_to_model_config(values)
     assert config.num_parameters == parameters
     assert hf_config_to_model_config(model_config_to_hf(config, family_of(values))) == config
+
+
+def test_one_spelling_of_dtypes() -> None:
+    with pytest.raises(ConfigError, match="dtype is 'bfloat16', allowed: keep, float32, bf16, float16"):
+        ConvertConfig(from_="hf", to="mcore", load="a", save="b", dtype="bfloat16")
+    with pytest.raises(ConfigError, match="dtype is 'bfloat16', allowed: keep, float32, bf16, float16"):
+        VerifyOptions(first=Path("a"), second=Path("b"), dtype="bfloat16")
