@@ -89,9 +89,8 @@ def _rank(
     args: tuple[Any, ...],
 ) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
-    warnings.filterwarnings(
-        "ignore", message="When using async grad allreduce"
-    )  # a warning about training; nothing is trained here
+    # megatron-core warns of settings that slow training down; nothing is trained here.
+    warnings.filterwarnings("ignore", message="When using async grad allreduce")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     try:
         torch.distributed.init_process_group(
