@@ -77,7 +77,7 @@ class ConvertConfig:
     dtype: DTypeName = "keep"
     """Dtype of the output: keep, float32, bf16 or float16."""
     family: Literal["qwen2", "qwen3", "llama"] | None = None
-    """Architecture; found out by itself for hf input and for mcore input that came from it."""
+    """Architecture; needed only for mcore input that was not converted from hf and fits several."""
     model_config: str | None = None
     """Shape of an mcore input that does not carry it: a model_config.json, a config.json or a folder with one."""
     add_control_tokens: bool = False
@@ -85,7 +85,7 @@ class ConvertConfig:
     tokenizer_model: str | None = None
     """Folder of the tokenizer, if it is not in the input folder."""
     shard_size: float = 2.0
-    """Largest output file in GB (1e9 bytes); also what an interrupted run may have to do again."""
+    """Largest output file in GB (1e9 bytes); an interrupted run may have to write that much again."""
     trust_pickle: bool = False
     """Load pickles without restrictions. They can run any code: only for files you wrote yourself."""
     allow_non_finite: bool = False
@@ -224,7 +224,7 @@ def _write_units(config: ConvertConfig, source: Source, target: Target, manifest
 
 
 def _counted(line: ProgressLine, tensors: Stream) -> Iterator[tuple[Entry, Tensor]]:
-    """The same stream; what the caller has taken and come back from is shown as done."""
+    """The same stream; a tensor counts as done when the caller asks for the next one."""
     for entry, tensor in tensors:
         size = tensor.nbytes
         yield entry, tensor
@@ -261,7 +261,7 @@ def prefetched(entries: Iterable[Entry], read: Any, pool: ThreadPoolExecutor) ->
 def _finish(
     config: ConvertConfig, source: Source, target: Target, manifest: Manifest, weights: Path, padded: int
 ) -> None:
-    """Everything but the weights, then the folder is complete."""
+    """Write everything but the weights; the folder is complete then."""
     folder = manifest.folder
     target.finish([manifest.finished[unit.name] for unit in target.units], weights)
     copy_assets(config.tokenizer_model or source.folder, folder)

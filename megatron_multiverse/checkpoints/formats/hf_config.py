@@ -1,4 +1,4 @@
-"""config.json of Hugging Face <-> ModelConfig. What a converted model could not compute is refused by name."""
+"""config.json of Hugging Face <-> ModelConfig. Settings that our model lacks are refused by name."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_multiverse.checkpoints.convert import ConvertConfig, convert_checkpoint
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.checkpoints.reference_logits import pipeline_logits
 from megatron_multiverse.checkpoints.sources import open_checkpoint
@@ -81,3 +82,11 @@ def test_a_folder_of_another_kind_is_named(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "empty")
     with pytest.raises(CheckpointError, match="is no folder"):
         open_checkpoint(tmp_path / "missing")
+
+
+def test_a_run_folder_is_a_megatron_checkpoint(tmp_path: Path) -> None:
+    """The trainer keeps its own config.json there, which describes no model."""
+    save_hf_model(tmp_path / "hf", "qwen2")
+    convert_checkpoint(ConvertConfig(from_="hf", to="mcore", load=str(tmp_path / "hf"), save=str(tmp_path / "run")))
+    (tmp_path / "run" / "config.json").write_text('{"train_iters": 1}')
+    assert open_checkpoint(tmp_path / "run").config == open_checkpoint(tmp_path / "hf").config
