@@ -1,5 +1,6 @@
-"""Configuration: frozen dataclasses that check themselves (`model.py`, `layers.py`, `train.py`), read strictly."""
+"""Configuration: frozen dataclasses that check themselves (model, layers, train, engine), read strictly."""
 
+from megatron_multiverse.config.engine import EngineConfig, SamplingParams
 from megatron_multiverse.config.layers import LayerConfig
 from megatron_multiverse.config.model import ModelConfig, RopeScaling, pad_vocab_size
 from megatron_multiverse.config.train import (
@@ -16,11 +17,13 @@ __all__ = [
     "CheckpointConfig",
     "DType",
     "DataConfig",
+    "EngineConfig",
     "LayerConfig",
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
     "RopeScaling",
+    "SamplingParams",
     "TrainConfig",
     "check_sequence_length",
     "pad_vocab_size",
