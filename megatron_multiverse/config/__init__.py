@@ -1,8 +1,9 @@
-"""Configuration: frozen dataclasses that check themselves (model, layers, train, engine), read strictly."""
+"""Configuration: frozen dataclasses that check themselves (model, layers, parallel, train, engine), read strictly."""
 
 from megatron_multiverse.config.engine import EngineConfig, SamplingParams
 from megatron_multiverse.config.layers import LayerConfig
 from megatron_multiverse.config.model import ModelConfig, RopeScaling, pad_vocab_size
+from megatron_multiverse.config.parallel import ParallelConfig
 from megatron_multiverse.config.train import (
     CheckpointConfig,
     DataConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParallelConfig",
     "RopeScaling",
     "SamplingParams",
     "TrainConfig",

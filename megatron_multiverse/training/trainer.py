@@ -96,7 +96,7 @@ def train(config: TrainConfig, loader: Loader | None = None, valid_loader: Loade
     with StopSignals() as stop, arithmetic(config), contextlib.closing(stream(loader)) as batches:
         while state.step < config.train_iters and not stop:
             waiting = time.perf_counter()
-            microbatches = [next(batches) for _ in range(config.data.num_microbatches)]
+            microbatches = [next(batches) for _ in range(config.num_microbatches)]
             meter.waited_s += time.perf_counter() - waiting
 
             state.step += 1
