@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.multiverse_attention import AttentionCase, choose_backend
+from megatron_multiverse.kernels.multiverse_attention import AttentionCase, check_backend
 from megatron_multiverse.model.mcore import ensure_cuda_rng_states, ensure_parallel_state  # first: imports quietly
 
 # isort: split
@@ -82,6 +82,13 @@ def transformer_config(
     return mcore_config
 
 
+def attention_case(
+    config: ModelConfig, device: torch.device, compute_dtype: torch.dtype, *, deterministic: bool = False
+) -> AttentionCase:
+    """What a model asks of its attention backend: its head width, on a device, with matrix products of a dtype."""
+    return AttentionCase(device.type, compute_dtype, config.kv_channels, deterministic=deterministic)
+
+
 def _check_fp8_widths(config: ModelConfig, tp: int) -> None:
     """Rows and columns of every matrix of the four linear layers must be multiples of 16 on each of `tp` ranks."""
     heads, groups = config.num_attention_heads, config.num_query_groups
@@ -141,7 +148,8 @@ def build_gpt_model(
     """
     layers, where = layers or LayerConfig(), torch.device(device)
     if layers.attention_backend != "auto":
-        choose_backend(layers.attention_backend, AttentionCase(where.type, compute_dtype or dtype, config.kv_channels))
+        case = attention_case(config, where, compute_dtype or dtype)
+        check_backend(layers.attention_backend, case)
     impl = choose_transformer_impl(layers, where, compute_dtype or dtype)
     mcore_config = transformer_config(config, dtype, initialize, layers, impl)
     spec = get_gpt_layer_spec(impl, qk_layernorm=config.qk_layernorm)

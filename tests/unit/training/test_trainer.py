@@ -106,6 +106,7 @@ def test_a_run_says_which_layers_ran_and_warns_when_they_change(
 
 def test_the_attention_backend_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     backends.choose_backend.cache_clear()
+    backends.check_backend.cache_clear()
     backends._log_once.cache_clear()
     with caplog.at_level(logging.INFO):
         train(config(tmp_path, train_iters=3), SyntheticLoader())
