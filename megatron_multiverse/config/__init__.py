@@ -1,4 +1,8 @@
-"""Configuration: frozen dataclasses that check themselves (model, layers, parallel, train, engine), read strictly."""
+"""Configuration: frozen dataclasses that check themselves, read strictly.
+
+`model.py` is the shape of a model, `layers.py` how it is computed, `parallel.py` over which ranks, `train.py` a run;
+`engine.py` is an inference engine and what one request asks of it.
+"""
 
 from megatron_multiverse.config.engine import EngineConfig, SamplingParams
 from megatron_multiverse.config.layers import LayerConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_multiverse.training import trainer
+from megatron_multiverse.training import one_process
 from megatron_multiverse.training.signals import EXIT_CODE_STOPPED, StopSignals, hold_signals
 from megatron_multiverse.training.trainer import train
 
@@ -65,13 +65,13 @@ def test_a_signal_while_the_final_weights_are_written_does_not_cut_them_off(
 ) -> None:
     outside: list[int] = []
     before = signal.signal(number, lambda received, frame: outside.append(received))
-    original = trainer.save_model
+    original = one_process.save_model
 
     def signalled(*args: object) -> None:
         os.kill(os.getpid(), number)
         original(*args)
 
-    monkeypatch.setattr(trainer, "save_model", signalled)
+    monkeypatch.setattr(one_process, "save_model", signalled)
     try:
         result = train(config(tmp_path, train_iters=3), SyntheticLoader())
     finally:

@@ -17,11 +17,10 @@ from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import load_model, save_model, weight_state
 from megatron_multiverse.training import forward
 from megatron_multiverse.training.forward import forward_backward, masked_loss_sum
+from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.training.trainer import train
 
 from .synthetic import SyntheticLoader, config
-
-CPU = torch.device("cpu")
 
 
 def records(folder: Path, kind: str) -> list[dict]:
@@ -141,11 +140,12 @@ def test_loss_is_a_mean_over_the_tokens_of_the_whole_step() -> None:
     batches = [loader.batch(0), loader.batch(1)]  # few and many trained tokens
     counts = [b["loss_mask"].sum().item() for b in batches]
     assert counts[1] > 1.5 * counts[0]
-    result = forward_backward(model, batches, CPU, "float64", "auto")
+    placer = TokenPlacer(loader, torch.device("cpu"), "dense")
+    result = forward_backward(model, batches, placer, "float64")
     got = [p.grad.clone() for p in model.parameters()]
 
     model.zero_grad()
-    sums = [masked_loss_sum(model, b, CPU, "auto")[0] for b in batches]
+    sums = [masked_loss_sum(model, b, placer)[0] for b in batches]
     (sum(sums) / sum(counts)).backward()
     torch.testing.assert_close(result.loss, (sum(sums) / sum(counts)).float())
     assert result.loss_tokens == sum(counts)
