@@ -130,7 +130,11 @@ class TrainEngine(Protocol):
         ...
 
     def save_model(self, folder: Path) -> None:
-        """Write the weights alone, as a model folder; with several ranks each gives its part."""
+        """Write the weights alone; with several ranks each gives its part.
+
+        Args:
+            folder: made if it is missing; files of an earlier save in it are replaced.
+        """
         ...
 
 
