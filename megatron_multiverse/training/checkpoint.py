@@ -2,11 +2,11 @@
 
 A run folder holds `iter_0000100/`, `iter_0000200/`, ... and `latest_checkpointed_iteration.txt` (Megatron's names).
 A checkpoint is written to `iter_0000200.partial`, flushed to disk, renamed, and only then named in the pointer file,
-so a crash at any moment leaves a complete checkpoint in force; the next save replaces what a crash left. A step that
-is saved again steps aside as `iter_0000200.replaced` until the new one stands.
+so a crash at any moment leaves a complete checkpoint in force; the next save clears away what a crash left. Where a
+step is saved again, its old checkpoint is renamed to `iter_0000200.replaced` until the new one is in force.
 
-Saving starts a helper process (megatron-core does), which imports the main script: a script that trains must have
-the `if __name__ == "__main__":` guard, or it would train again inside the helper.
+megatron-core saves through a process of its own, which imports the main script: a script that trains must have the
+`if __name__ == "__main__":` guard, or it would train again inside that process.
 """
 
 from __future__ import annotations
@@ -130,31 +130,45 @@ class CheckpointManager:
         return True
 
     def save(self, state: TrainState, write: Callable[[TrainState, Path], None] = save_state) -> Path:
-        """Write a checkpoint of the state's step and make it the newest one."""
+        """Write a checkpoint of the state's step and make it the newest one.
+
+        `write` is for all ranks of a run, each of which writes its part. What comes before and after it works on
+        folders, and is for one rank alone.
+        """
         started = time.perf_counter()
         target = self.folder_of(state.step)
-        partial, replaced = (target.with_name(target.name + suffix) for suffix in (".partial", ".replaced"))
+        partial = self._make_partial(target)
+        write(state, partial)
+        self._put_in_force(partial, target, state.step)
+        logger.info("saved %s in %.1f s", target, time.perf_counter() - started)
+        return target
+
+    def _make_partial(self, target: Path) -> Path:
+        """An empty folder for a checkpoint in the making, after what a crash left has been cleared away."""
         self._recover()
         for leftover in (*self.folder.glob("iter_*.partial"), *self.folder.glob("iter_*.replaced")):
             shutil.rmtree(leftover)
+        partial = target.with_name(target.name + ".partial")
         partial.mkdir()
-        write(state, partial)
+        return partial
+
+    def _put_in_force(self, partial: Path, target: Path, step: int) -> None:
+        """Give a written checkpoint its name and point at it, so that a crash in between loses nothing."""
         for file in partial.rglob("*"):
             flush(file)
         flush(partial)
+        replaced = target.with_name(target.name + ".replaced")
         if target.exists():  # the same step again, e.g. after a run went back to an older checkpoint
             os.rename(target, replaced)
         os.rename(partial, target)
         flush(self.folder)  # the pointer must not reach the disk before the name it holds
-        write_text_atomic(self.folder / POINTER_FILE, f"{state.step}\n")
+        write_text_atomic(self.folder / POINTER_FILE, f"{step}\n")
         if replaced.exists():
             shutil.rmtree(replaced)
-        self._prune(state.step)
-        logger.info("saved %s in %.1f s", target, time.perf_counter() - started)
-        return target
+        self._prune(step)
 
     def _recover(self) -> None:
-        """Put a checkpoint back if a crash came between its stepping aside and its replacement."""
+        """Put a replaced checkpoint back if a crash came before the new one of its step had its name."""
         for replaced in self.folder.glob("iter_*.replaced"):
             target = replaced.with_suffix("")
             if not target.exists():
@@ -168,6 +182,8 @@ class CheckpointManager:
             return
         steps = sorted(int(f.name[5:]) for f in self.folder.glob("iter_*") if f.name[5:].isdigit())
         for step in [s for s in steps if s != newest][: max(0, len(steps) - self.config.keep_last)]:
-            doomed = self.folder / f"{self.folder_of(step).name}.partial"  # never half a checkpoint under a whole name
+            doomed = (
+                self.folder / f"{self.folder_of(step).name}.partial"
+            )  # a crash must not leave half of it under its name
             os.rename(self.folder_of(step), doomed)
             shutil.rmtree(doomed)
