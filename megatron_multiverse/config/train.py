@@ -70,7 +70,7 @@ class DataConfig:
     tokenizer_type: str = "HuggingFaceTokenizer"
     """HuggingFaceTokenizer or SentencePieceTokenizer."""
     tokenizer_model: str = ""
-    """Folder, name or model file of the tokenizer that wrote the data (its tag ids are needed)."""
+    """Folder, hub name or model file of the tokenizer that wrote the data; the ids of the tags are read from it."""
     seq_length: int = 2048
     """Tokens per packed row."""
     micro_batch_size: int = 1
@@ -80,10 +80,11 @@ class DataConfig:
     train_forced_tokens: bool = False
     """Also train the tokens the engine forces (path labels and the like); see docs/decisions.md, entry 3."""
     overlong: Literal["drop", "refuse"] = "refuse"
-    """Samples longer than seq_length: refuse raises with the sample number, drop skips and counts them."""
+    """What happens to samples longer than seq_length: refuse raises with the sample number, drop skips and counts
+    them."""
     malformed: Literal["refuse", "causal"] = "refuse"
-    """Samples whose structure breaks the grammar: refuse raises with the sample number, causal trains them as plain
-    text and reports each."""
+    """What happens to samples whose structure breaks the grammar: refuse raises with the sample number, causal trains
+    them as plain text and reports each."""
     num_workers: int = 2
     """Loader processes; 0 loads in the training process."""
 

@@ -98,7 +98,7 @@ def arithmetic(config: TrainConfig) -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_float32_matmul_precision("high" if config.dtype == "float32" else precision)
     if config.deterministic:
-        # cuBLAS reads this when it starts; with it, cuBLAS gives the same bits in every run.
+        # cuBLAS reads this when it starts. With it, it gives the same bits in every run.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -1,6 +1,6 @@
 """What a run reports: metrics.jsonl (always) and a log line, from numbers gathered on the device.
 
-`StepMeter` adds up on the device; reading it is the only thing that waits for the device, and happens at log steps.
+`StepMeter` adds up on the device. Only reading it waits for the device, and that happens at log steps.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, train
         end_wd=config.weight_decay,
         wd_incr_steps=decay_iters,
         wd_incr_style="constant",
-        # a resumed run follows its config; only the step count comes from the checkpoint
+        # A resumed run follows its config; only the step count comes from the checkpoint.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
         wsd_decay_steps=config.lr_wsd_decay_iters or max(1, decay_iters // 10),
@@ -86,8 +86,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip_grad: float) -> Tens
 class NonFiniteGuard:
     """Skips, on the device, every update from the first non-finite loss or gradient on.
 
-    The host learns of it at the next log step or checkpoint, without a sync per step; because updates are skipped
-    until then, the weights are still those from before the bad step.
+    The host learns of it at the next log step or checkpoint, so no step waits for the device. Updates are skipped
+    until then, so the weights are still those from before the bad step.
     """
 
     def __init__(self, device: torch.device) -> None:

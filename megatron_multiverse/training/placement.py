@@ -1,8 +1,8 @@
 """Where the tokens of a microbatch stand: scanned on the GPU, or as the loader computed it.
 
 On CUDA `kernels.structure_scan` makes positions, labels and tile lists from the token ids, with nothing read back;
-elsewhere the loader's arrays serve. Both come from the same rule (structure/layout.py) and agree. Documents that are
-laid out as plain text because their structure cannot be read are remembered, and named when the run reports.
+elsewhere the loader's arrays are used. Both follow the same rule (structure/layout.py) and agree. Documents that are
+laid out as plain text, because their structure cannot be read, are remembered and named at the next `report`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class TokenPlacer:
         return scan.position_ids, LayoutParams.from_labels(scan.r, lists=scan.lists, backend=self._backend)
 
     def _compare(self, scan: StructureScan, batch: Microbatch) -> None:
-        """Hold the scan of a run's first microbatch, and of the first one with a block, against the loader's layout."""
+        """Compare scan and loader on the first microbatch of a run, and on the first one that has a block."""
         if self._compared_block:
             return
         assert self._loader.tag_ids is not None  # without them nothing is scanned

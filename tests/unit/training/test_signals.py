@@ -41,7 +41,7 @@ def train_until_stopped(save: str) -> None:
 
 
 def test_a_signal_to_every_process_of_the_job_saves_and_stops(tmp_path: Path) -> None:
-    """Loader worker and checkpoint helper get the signal too, as under SLURM, and must survive it."""
+    """The loader's worker and the process that saves get the signal too, as under SLURM, and must survive it."""
     code = f"from training.test_signals import train_until_stopped; train_until_stopped({str(tmp_path)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=TESTS, start_new_session=True)
     try:
