@@ -92,7 +92,7 @@ class MultiverseTokenizer(ABC):
         return {}
 
     def _finish(self, id_to_text: list[str]) -> None:
-        """Keep the table, after a check: encoding must give each tag one token, and decoding must give the text back."""
+        """Keep the table after a check: encoding must give each tag one token, and decoding must give the text back."""
         self.id_to_text = id_to_text
         found = self.tokenize(_PROBE)
         if self.detokenize(found) != _PROBE or len(found) != 2 * len(TAGS) - 1:

@@ -137,7 +137,7 @@ def build_gpt_model(
         seed: seed of the initial weights; torch's global generator is left as it was.
         initialize: False skips the random initialisation (weights are about to be loaded).
         layers: layer spec, FP8, recompute; default: TransformerEngine where it runs, no FP8, no recompute. Its
-            attention_backend is only checked here; LayoutParams bring it.
+            attention_backend is only checked here: the LayoutParams of each pass name the one that runs.
         compute_dtype: dtype of the matrix products if autocast makes it another than `dtype`.
 
     Returns:

@@ -26,8 +26,8 @@ from megatron_multiverse.training.microbatches import Loader, Microbatch
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did, over all microbatches and ranks. Tensors are scalars that stay on the device."""
+class LossSums:
+    """Sums over the microbatches of one step. Tensors are scalars that stay on the device."""
 
     loss_sum: Tensor
     """Sum of the loss over all trained tokens."""
@@ -37,6 +37,17 @@ class StepResult:
     """All tokens, padding included."""
     visible_pairs: Tensor
     """(query, key) pairs that attention computed, per layer and head."""
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss over the trained tokens: what is differentiated."""
+        return self.loss_sum / max(1, self.loss_tokens)
+
+
+@dataclass(frozen=True)
+class StepResult(LossSums):
+    """What one optimizer step did, summed over all ranks."""
+
     grad_norm: Tensor
     """Norm of the whole gradient before clipping."""
 

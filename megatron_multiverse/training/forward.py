@@ -5,31 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_multiverse.config import TrainConfig
+from megatron_multiverse.training.engine import LossSums
 from megatron_multiverse.training.microbatches import Microbatch
 from megatron_multiverse.training.placement import TokenPlacer, to_device
-
-
-@dataclass(frozen=True)
-class LossSums:
-    """Sums over the microbatches of one step; tensors are scalars that stay on the device."""
-
-    loss_sum: Tensor
-    """Sum of the loss over all trained tokens."""
-    loss: Tensor
-    """loss_sum / loss_tokens: what was differentiated."""
-    loss_tokens: int
-    """Trained tokens."""
-    tokens: int
-    """All tokens, padding included."""
-    visible_pairs: Tensor
-    """(query, key) pairs that attention computed, per layer and head."""
 
 
 def precision(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -74,7 +58,7 @@ def forward_backward(model: nn.Module, microbatches: Sequence[Microbatch], place
         loss_sum += batch_sum.detach()
         pairs += batch_pairs
     tokens = sum(batch["input_ids"].numel() for batch in microbatches)
-    return LossSums(loss_sum, loss_sum / max(1, loss_tokens), loss_tokens, tokens, pairs)
+    return LossSums(loss_sum, loss_tokens, tokens, pairs)
 
 
 @torch.no_grad()

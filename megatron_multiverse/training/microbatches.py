@@ -51,9 +51,9 @@ class Loader(Protocol):
 
 
 def stream(loader: Loader) -> Generator[Microbatch, None, None]:
-    """The microbatches of a loader. Its worker processes start with the first one and end when it is closed.
+    """The microbatches of a loader. Its worker processes start with the first one.
 
-    The workers do not hear SIGTERM, by which Python would end them at exit: whoever iterates must close.
+    Close the generator to end them: they do not react to SIGTERM, by which Python would end them at exit.
     """
     batches = iter(loader)
     with hold_signals():

@@ -81,7 +81,7 @@ class OneProcessEngine:
         grad_norm = clip_gradients(self.model.parameters(), self.config.optim.clip_grad)
         self._guard.step(self.optimizer, self.scheduler.num_steps, sums.loss, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(sums.loss_sum, sums.loss_tokens, sums.tokens, sums.visible_pairs, grad_norm)
+        return StepResult(**vars(sums), grad_norm=grad_norm)
 
     def validate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
         """See `TrainEngine.validate`."""

@@ -152,12 +152,15 @@ def test_a_model_has_the_same_loss_by_scan_and_by_loader(tmp_path: Path) -> None
 
 
 class OneBatch:
-    """Stands for an SFTLoader."""
+    """What a TokenPlacer asks of its loader."""
 
     tag_ids = TAG_IDS
 
-    def sample_name(self, sample: int) -> str:
-        return f"set document {sample}"
+    def sample_name(self, sample_id: int) -> str:
+        return f"set document {sample_id}"
+
+    def sample_problem(self, sample_id: int) -> str | None:
+        return None
 
 
 def test_the_trainer_takes_the_scan_and_names_what_it_cannot_read(tmp_path: Path) -> None:
