@@ -131,6 +131,9 @@ class TrainEngine(Protocol):
     def load(self, state: dict[str, Any], folder: Path) -> None:
         """Take over what a checkpoint holds: the tensors of `state(is_loading=True)`, filled, and the plain values.
 
+        Every rank gets its own part of the tensors and the same plain values. Megatron hands them to the model's and
+        the optimizer's `load_state_dict`, DeepSpeed copies them into its flat buffers.
+
         Args:
             state: may hold more than this engine's part.
             folder: where it comes from, for error messages.

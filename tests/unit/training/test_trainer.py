@@ -11,11 +11,12 @@ import torch
 
 from megatron_multiverse.config import ModelConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError, TrainingError
-from megatron_multiverse.kernels.multiverse_attention import backends
+from megatron_multiverse.kernels.multiverse_attention import AttentionCase, backends
+from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import load_model, save_model, weight_state
-from megatron_multiverse.training import forward
+from megatron_multiverse.training import forward, trainer
 from megatron_multiverse.training.forward import forward_backward, masked_loss_sum
 from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.training.trainer import train
@@ -101,6 +102,28 @@ def test_a_run_says_which_layers_ran_and_warns_when_they_change(
     train(config(tmp_path, train_iters=5), SyntheticLoader())
     assert "ran with layers.transformer_impl transformer_engine, this run goes on with local" in caplog.text
     assert "ran with layers.attention_backend flex, this run goes on with dense" in caplog.text
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_attention_backend_that_runs_is_the_one_chosen_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    """Chosen once, knowing whether the run is deterministic; no layer chooses again."""
+    cases, ran, attend = [], [], LayoutParams.attend
+
+    def choose(name: str, case: AttentionCase) -> str:
+        cases.append(case)
+        return backends.choose_backend(name, case)
+
+    def noted(params: LayoutParams, *args: torch.Tensor, **settings: float) -> torch.Tensor:
+        ran.append(params.backend)
+        return attend(params, *args, **settings)
+
+    monkeypatch.setattr(trainer, "choose_backend", choose)
+    monkeypatch.setattr(LayoutParams, "attend", noted)
+    train(config(tmp_path, train_iters=3, deterministic=deterministic), SyntheticLoader())
+    assert cases == [AttentionCase("cpu", torch.float32, 8, deterministic=deterministic)]
+    assert len(ran) == 6 and {*ran, records(tmp_path, "start")[0]["attention_backend"]} == {"dense"}
 
 
 def test_the_attention_backend_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
