@@ -5,7 +5,7 @@ Importing this needs torch alone; Triton, FlexAttention and FlashAttention 4 loa
 
 from __future__ import annotations
 
-from .backends import BACKENDS, choose_backend, multiverse_attention
+from .backends import BACKENDS, check_backend, choose_backend, multiverse_attention
 from .layout import AttentionCase, AttentionLayout
 from .reference import count_visible_pairs, multiverse_attention_reference, visibility
 from .tiles import TileLists, tile_lists
@@ -15,6 +15,7 @@ __all__ = [
     "AttentionCase",
     "AttentionLayout",
     "TileLists",
+    "check_backend",
     "choose_backend",
     "count_visible_pairs",
     "multiverse_attention",

@@ -1,4 +1,4 @@
-"""Rows to Megatron's .bin/.idx: the engine behind tools/preprocess_data.py.
+"""Rows to Megatron's .bin/.idx: what tools/preprocess_data.py runs.
 
 The input is cut into shards. Workers write finished shards into OUTPUT_PREFIX.shards/; the parent shows progress and
 at the end joins them. A run that was stopped goes on with the shards that are not finished; a run with other input,
@@ -65,14 +65,14 @@ class PreprocessConfig:
     workers: int = 0
     """Worker processes; 0 takes one per available CPU core."""
     append_eod: bool = False
-    """Put the end-of-document token behind each response."""
+    """Put the end-of-document token after each response."""
     json_keys: list[str] | None = None
     """One key (response), two (prompt response) or three (question trajectory answer). Without it the columns of
     Multiverse-1K, of s1K-1.1, or prompt and response are found by name."""
     prompt: str = ""
     """Prompt of trajectory files that have no sidecar NAME.prompt.txt; empty means no prompt."""
     prompt_suffix: PromptSuffix = "auto"
-    """Sentence behind the prompt that asks for parallel or sequential thinking. auto: by the trajectory, for
+    """Sentence after the prompt that asks for parallel or sequential thinking. auto: by the trajectory, for
     question columns only."""
     chat_template: ChatTemplate = "auto"
     """Wrap the prompt in the tokenizer's chat template. auto: for question columns only."""
@@ -176,7 +176,7 @@ def _finished_run(output_prefix: str, manifest_path: Path, key: str) -> Totals |
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of ours; {} if there is none or it cannot be read: its work is then done again."""
+    """The JSON object in a file that a run wrote; {} if there is none or it is damaged, and its work is done again."""
     if not path.is_file():
         return {}
     try:
@@ -228,7 +228,7 @@ def _run_workers(plan: _Plan, todo: list[int], recipe: Recipe, tokenizer: Multiv
     with executor:
         futures = {executor.submit(_work, plan.source.shards[k], plan.part(k)): k for k in todo}
         waiting: set[Future[None]] = set(futures)
-        # Behind the forks: the progress bar has a thread.
+        # After the workers are forked: the progress bar has a thread, and a fork copies no threads.
         with ProgressLine("preprocess", sum(plan.source.shards[k].num_bytes for k in todo), items="docs") as line:
             while waiting:
                 finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
@@ -252,9 +252,9 @@ def _check(future: Future[None], shard: Shard, executor: ProcessPoolExecutor) ->
 
 
 def _join(plan: _Plan, config: PreprocessConfig, tokenizer: MultiverseTokenizer, manifest_path: Path) -> Totals:
-    """Shards to the final files; the shards go last, so that a run stopped here can go on too."""
+    """Join the shards into the final files. The shards are deleted last, so that a run stopped here can go on too."""
     numbers = range(len(plan.source.shards))
-    manifest_path.unlink(missing_ok=True)  # it vouches for the files that are replaced now
+    manifest_path.unlink(missing_ok=True)  # it describes the files that are replaced now
     join_shards([plan.part(k) for k in numbers], config.output_prefix, optimal_dtype(tokenizer.vocab_size))
     totals = Totals()
     rejected_path = Path(f"{config.output_prefix}_rejected.jsonl")

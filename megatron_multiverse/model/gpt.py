@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.multiverse_attention import AttentionCase, choose_backend
+from megatron_multiverse.kernels.multiverse_attention import AttentionCase, check_backend
 from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.model.layer_specs import choose_transformer_impl, get_final_norm, get_gpt_layer_spec
 from megatron_multiverse.model.mcore import ensure_cuda_rng_states, ensure_parallel_state
@@ -80,6 +80,13 @@ def transformer_config(
     return mcore_config
 
 
+def attention_case(
+    config: ModelConfig, device: torch.device, compute_dtype: torch.dtype, *, deterministic: bool = False
+) -> AttentionCase:
+    """What a model asks of its attention backend: its head width, on a device, with matrix products of a dtype."""
+    return AttentionCase(device.type, compute_dtype, config.kv_channels, deterministic=deterministic)
+
+
 def _check_fp8_widths(config: ModelConfig, tp: int) -> None:
     """Rows and columns of every matrix of the four linear layers must be multiples of 16 on each of `tp` ranks."""
     heads, groups = config.num_attention_heads, config.num_query_groups
@@ -128,7 +135,7 @@ def build_gpt_model(
         seed: seed of the initial weights; torch's global generator is left as it was.
         initialize: False skips the random initialisation (weights are about to be loaded).
         layers: layer spec, FP8, recompute; default: TransformerEngine where it runs, no FP8, no recompute. Its
-            attention_backend is only checked here; LayoutParams bring it.
+            attention_backend is only checked here: the LayoutParams of each pass name the one that runs.
         compute_dtype: dtype of the matrix products if autocast makes it another than `dtype`.
 
     Returns:
@@ -139,7 +146,7 @@ def build_gpt_model(
     """
     layers, device = layers or LayerConfig(), torch.device(device)
     if layers.attention_backend != "auto":
-        choose_backend(layers.attention_backend, AttentionCase(device.type, compute_dtype or dtype, config.kv_channels))
+        check_backend(layers.attention_backend, attention_case(config, device, compute_dtype or dtype))
     impl = choose_transformer_impl(layers, device, compute_dtype or dtype)
     mcore_config = transformer_config(config, dtype, initialize, layers, impl)
     spec = get_gpt_layer_spec(impl, qk_layernorm=config.qk_layernorm)

@@ -192,6 +192,7 @@ def test_weights_saved_from_one_spec_load_in_the_other(family, tmp_path: Path) -
 class Loader:
     """Microbatch number n depends on n alone."""
 
+    tag_ids = None
     position = 0
 
     def __iter__(self):
@@ -201,6 +202,12 @@ class Loader:
             mask = (torch.arange(64) % 3 > 0).float().repeat(2, 1)
             yield {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": mask,
                    "position_ids": positions[:, :-1], "r": r[:, :-1]}  # fmt: skip
+
+    def sample_name(self, sample_id):
+        return f"sample {sample_id}"
+
+    def sample_problem(self, sample_id):
+        return None
 
     def state_dict(self):
         return {"position": self.position}

@@ -28,6 +28,7 @@ MODEL = qwen3(
 class Loader:
     """Microbatch number n depends on n alone."""
 
+    tag_ids = None
     position = 0
 
     def __iter__(self):
@@ -42,6 +43,12 @@ class Loader:
                 "position_ids": torch.randint(0, 64, (4, 64), generator=g),
                 "r": torch.stack([torch.randperm(64, generator=g) for _ in range(4)]).int(),
             }
+
+    def sample_name(self, sample_id):
+        return f"sample {sample_id}"
+
+    def sample_problem(self, sample_id):
+        return None
 
     def state_dict(self):
         return {"position": self.position}

@@ -42,7 +42,7 @@ def test_vocabularies_are_padded_as_megatron_does() -> None:
 def test_round_trip_through_plain_values_and_json(tmp_path: Path) -> None:
     config = TrainConfig.from_dict(values(**{"optim.lr": 3e-4}))
     assert TrainConfig.from_dict(config.to_dict()) == config
-    assert config.data.num_microbatches == 4
+    assert config.num_microbatches == 4
     config.model.to_json(tmp_path / "config.json")
     assert ModelConfig.from_json(tmp_path / "config.json") == config.model
 
@@ -72,6 +72,11 @@ def test_round_trip_through_plain_values_and_json(tmp_path: Path) -> None:
         ("model.hidden_size", 0, r"model.hidden_size must be at least 1, got 0"),
         ("init_from", "folder", r"exactly one of `model`"),
         ("model", None, r"exactly one of `model`"),
+        ("parallel.tensor_model_parallel_size", 2, r"tensor_model_parallel_size is 2, but .* one process so far"),
+        ("parallel.pipeline_model_parallel_size", 2, r"pipeline_model_parallel_size is 2"),
+        ("parallel.context_parallel_size", 0, r"context_parallel_size must be at least 1, got 0"),
+        ("parallel.sequence_parallel", True, r"sequence_parallel has no effect without .* set it to false"),
+        ("parallel.data_parallel_size", 2, r"parallel\.data_parallel_size: unknown key"),
         ("dtype", "fp8", r"'fp8', allowed: float32, bf16, float64"),
         ("checkpoint.save", "", r"checkpoint.save is empty"),
     ],
@@ -79,6 +84,14 @@ def test_round_trip_through_plain_values_and_json(tmp_path: Path) -> None:
 def test_wrong_values_are_named(dotted: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig.from_dict(values(**{dotted: value}))
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them would train alone and write into the same folder."""
+    assert TrainConfig.from_dict(values()).parallel.data_parallel_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 8, but training runs in one process so far"):
+        TrainConfig.from_dict(values())
 
 
 def test_missing_keys_are_named() -> None:

@@ -112,7 +112,7 @@ def test_second_iterator_goes_on(dataset):
     _assert_equal(_take(loader, 2) + _take(loader, 3), _take(_loader(dataset), 5))
 
 
-def test_ranks_share_the_global_batches(dataset):
+def test_ranks_share_each_stretch_of_packs(dataset):
     whole = _take(_loader(dataset, micro_batch_size=4, epochs=2), None)
     ranks = [_take(_loader(dataset, data_parallel_rank=k, data_parallel_size=2, epochs=2), None) for k in (0, 1)]
     joined = [{name: torch.cat([a[name], b[name]]) for name in a} for a, b in zip(*ranks, strict=True)]

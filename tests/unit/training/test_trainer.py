@@ -12,17 +12,17 @@ import torch
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import ModelConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError, TrainingError
-from megatron_multiverse.kernels.multiverse_attention import backends
+from megatron_multiverse.kernels.multiverse_attention import AttentionCase, backends
+from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import save_model, weight_state
-from megatron_multiverse.training import forward
+from megatron_multiverse.training import forward, trainer
 from megatron_multiverse.training.forward import forward_backward, masked_loss_sum
+from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.training.trainer import train
 
 from .synthetic import SyntheticLoader, config
-
-CPU = torch.device("cpu")
 
 
 def records(folder: Path, kind: str) -> list[dict]:
@@ -105,8 +105,31 @@ def test_a_run_says_which_layers_ran_and_warns_when_they_change(
     assert "ran with layers.attention_backend flex, this run goes on with dense" in caplog.text
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_attention_backend_that_runs_is_the_one_chosen_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    """Chosen once, knowing whether the run is deterministic; no layer chooses again."""
+    cases, ran, attend = [], [], LayoutParams.attend
+
+    def choose(name: str, case: AttentionCase) -> str:
+        cases.append(case)
+        return backends.choose_backend(name, case)
+
+    def noted(params: LayoutParams, *args: torch.Tensor, **settings: float) -> torch.Tensor:
+        ran.append(params.backend)
+        return attend(params, *args, **settings)
+
+    monkeypatch.setattr(trainer, "choose_backend", choose)
+    monkeypatch.setattr(LayoutParams, "attend", noted)
+    train(config(tmp_path, train_iters=3, deterministic=deterministic), SyntheticLoader())
+    assert cases == [AttentionCase("cpu", torch.float32, 8, deterministic=deterministic)]
+    assert len(ran) == 6 and {*ran, records(tmp_path, "start")[0]["attention_backend"]} == {"dense"}
+
+
 def test_the_attention_backend_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     backends.choose_backend.cache_clear()
+    backends.check_backend.cache_clear()
     backends._log_once.cache_clear()
     with caplog.at_level(logging.INFO):
         train(config(tmp_path, train_iters=3), SyntheticLoader())
@@ -141,11 +164,12 @@ def test_loss_is_a_mean_over_the_tokens_of_the_whole_step() -> None:
     batches = [loader.batch(0), loader.batch(1)]  # few and many trained tokens
     counts = [b["loss_mask"].sum().item() for b in batches]
     assert counts[1] > 1.5 * counts[0]
-    result = forward_backward(model, batches, CPU, "float64", "auto")
+    placer = TokenPlacer(loader, torch.device("cpu"), "dense")
+    result = forward_backward(model, batches, placer, "float64")
     got = [p.grad.clone() for p in model.parameters()]
 
     model.zero_grad()
-    sums = [masked_loss_sum(model, b, CPU, "auto")[0] for b in batches]
+    sums = [masked_loss_sum(model, b, placer)[0] for b in batches]
     (sum(sums) / sum(counts)).backward()
     torch.testing.assert_close(result.loss, (sum(sums) / sum(counts)).float())
     assert result.loss_tokens == sum(counts)

@@ -7,16 +7,14 @@ of the batch, on how many branches ran at once, or on preemption.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_multiverse.inference.branch import Branch
+from megatron_multiverse.inference.step.plan import SamplingArrays
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: splitmix64's increment
 
@@ -24,14 +22,22 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: splitmix64's incr
 class Sampler(Protocol):
     """Anything that picks one token per row."""
 
-    def __call__(self, logits: Tensor, branches: Sequence[Branch]) -> Tensor:
-        """logits [rows, vocab] of `branches` -> int64 [rows]."""
+    def __call__(self, logits: Tensor, sampling: SamplingArrays) -> tuple[Tensor, Tensor]:
+        """logits [rows, vocab] -> tokens int64 [rows] and their log-probabilities [rows], see `token_logprobs`."""
 
 
-def branch_key(seed: int, sample: int, path: Sequence[tuple[int, int]]) -> int:
-    """Key of a branch as signed 64 bit: `path` lists (block in its parent, path in the block), outermost first."""
-    digest = hashlib.blake2b(repr((seed, sample, tuple(path))).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of each row's token under the model's own distribution (temperature 1, nothing filtered).
+
+    Args:
+        logits: [rows, vocab].
+        tokens: int64 [rows].
+
+    Returns:
+        [rows], float32 or wider; not finite where the logits are not.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.gather(1, tokens[:, None])[:, 0] - wide.logsumexp(-1)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -87,22 +93,18 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
 class CounterSampler:
     """Greedy at temperature 0; else temperature, top-k, top-p and Gumbel-max."""
 
-    def __call__(self, logits: Tensor, branches: Sequence[Branch]) -> Tensor:
+    def __call__(self, logits: Tensor, sampling: SamplingArrays) -> tuple[Tensor, Tensor]:
         """See Sampler."""
-        params = [branch.request.params for branch in branches]
-        greedy = logits.argmax(-1)
-        if all(p.temperature == 0 for p in params):
-            return greedy
+        tokens = logits.argmax(-1)
+        if (sampling.temperature > 0).any():
 
-        def column(values: list[float] | list[int], dtype: type = np.float64) -> Tensor:
-            return torch.from_numpy(np.array(values, dtype=dtype)).to(logits.device)
+            def column(values: npt.NDArray[np.generic]) -> Tensor:
+                return torch.from_numpy(values).to(logits.device)
 
-        temperature = column([p.temperature for p in params])
-        scaled = logits.double() / temperature.clamp(min=1e-6)[:, None]
-        if any(p.top_k > 0 or p.top_p < 1 for p in params):
-            top_k = column([p.top_k for p in params], np.int64)
-            scaled = filter_logits(scaled, top_k, column([p.top_p for p in params]))
-        keys = column([b.key for b in branches], np.int64)
-        indices = column([b.num_sampled for b in branches], np.int64)
-        drawn = (scaled + gumbel_noise(keys, indices, logits.shape[-1])).argmax(-1)
-        return torch.where(temperature == 0, greedy, drawn)
+            temperature = column(sampling.temperature)
+            scaled = logits.double() / temperature.clamp(min=1e-6)[:, None]
+            if (sampling.top_k > 0).any() or (sampling.top_p < 1).any():
+                scaled = filter_logits(scaled, column(sampling.top_k), column(sampling.top_p))
+            noise = gumbel_noise(column(sampling.keys), column(sampling.indices), logits.shape[-1])
+            tokens = torch.where(temperature == 0, tokens, (scaled + noise).argmax(-1))
+        return tokens, token_logprobs(logits, tokens)

@@ -7,30 +7,17 @@ closes the structure is reserved from the start: a branch stops while its closin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from megatron_multiverse.inference.text.branch import Branch, Budget
+from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.structure import Tag
 
-if TYPE_CHECKING:
-    from megatron_multiverse.inference.branch import Branch
-    from megatron_multiverse.inference.request import Request
-
 MAX_GROWTH = 3
-"""A tag can add at most this many ids to what must be closed: a newline, its closer, the newline before the next."""
+"""Opening a tag may need three more closing ids: a newline, its closing tag, the newline before the next one."""
 
 MOST_CLOSERS = 32
-"""No branch ever has that much to close (its machine holds one block at most), so no exact count is needed."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The two limits of a branch."""
-
-    tokens: int
-    """Tokens of the branch and of everything it forks."""
-    position: int
-    """Position behind its last token: the longest chain."""
+"""No branch ever has that many ids to close (its machine holds one block at most), so with more room than this no
+exact count is needed."""
 
 
 def whole_budget(request: Request, max_position: int) -> Budget:
@@ -38,11 +25,11 @@ def whole_budget(request: Request, max_position: int) -> Budget:
 
     Args:
         request: names the limits.
-        max_position: positions the model was built for.
+        max_position: positions the model can take.
     """
-    prompt = len(request.prompt_ids)
-    chain = request.max_tokens if request.max_critical_tokens is None else request.max_critical_tokens
-    return Budget(request.max_tokens, min(prompt + chain, max_position))
+    sampling, prompt = request.sampling, len(request.prompt_ids)
+    chain = sampling.max_tokens if sampling.max_critical_tokens is None else sampling.max_critical_tokens
+    return Budget(sampling.max_tokens, min(prompt + chain, max_position))
 
 
 def room(branch: Branch) -> int:
@@ -52,9 +39,6 @@ def room(branch: Branch) -> int:
 
 def fits(branch: Branch, token: int) -> bool:
     """Whether `token` and whatever then closes the branch stay within the budget."""
-    left = room(branch)
-    if left > MOST_CLOSERS:
-        return True
     closing = branch.machine.closing_ids()
     vocab = branch.machine.vocab
     tag = vocab.tag_of.get(token)
@@ -63,9 +47,9 @@ def fits(branch: Branch, token: int) -> bool:
     elif closing and closing[0] == token:
         growth = -1
     else:
-        # Behind a newline the first closer needs none; behind anything else it does.
+        # After a newline the first closing tag needs none before it; after anything else it does.
         growth = int(bool(closing) and closing[0] != vocab.newline_id and token != vocab.newline_id)
-    return 1 + len(closing) + growth <= left
+    return 1 + len(closing) + growth <= room(branch)
 
 
 def exhausted(branch: Branch) -> bool:
@@ -77,7 +61,7 @@ def exhausted(branch: Branch) -> bool:
 def shares(branch: Branch, prefixes: Sequence[Sequence[int]]) -> list[Budget] | None:
     """Budgets of the paths of a block, or None if they cannot even be opened and closed.
 
-    Equal shares; what a path leaves over comes back at the join, for the text behind the block.
+    Equal shares; what a path leaves over comes back at the join, for the text after the block.
 
     Args:
         branch: wrote the `</Goal>` of the block.

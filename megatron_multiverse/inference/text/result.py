@@ -1,4 +1,4 @@
-"""What comes out of the engine."""
+"""What comes out of the engine: the answer as text order has it, with everything known about each token."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ class BranchResult:
     """One path of a block; tokens [start, end) of the answer."""
 
     name: str
+    path: tuple[tuple[int, int], ...]
+    """(block in its parent, path in that block), both from 0, from the root down: unlike the name it is unique."""
     outline: str
     """Its label as written."""
     start: int
@@ -48,26 +50,42 @@ class BlockResult:
 
 @dataclass
 class Result:
-    """The answer to one request."""
+    """The answer to one request. Lists over its tokens are in text order, without the end-of-document id."""
 
     request_id: int
+    prompt_ids: list[int]
     token_ids: list[int]
-    """The answer in text order, without the end-of-document id."""
     position_ids: list[int]
-    """Position of each token of the answer (the prompt takes 0 .. prompt - 1)."""
+    """Position of each token (the prompt takes 0 .. prompt - 1)."""
+    logprobs: list[float | None]
+    """Log-probability of each token the model drew, under its own distribution (temperature 1, nothing filtered);
+    None for tokens the engine forced."""
+    labels: list[int]
+    """Visibility label r of each token as training has it: token i sees an earlier token j iff r[j] <= r[i]. The
+    prompt's labels are 0 .. prompt - 1."""
+    parents: list[int]
+    """Index of the token before each token on its own branch (for the first token of a path: on the branch that
+    forked), -1 for the last of the prompt. A sampled token was drawn from the logits of its parent."""
     blocks: list[BlockResult]
     finish_reason: FinishReason
     critical_tokens: int
     """Tokens on the longest chain."""
     decode_steps: int
-    """Forward passes that advanced the answer."""
+    """Forward passes that gave the answer a token."""
     malformed: Counter[str]
     """How often the output broke the grammar (codes of structure.StructureMachine) and what the engine did
     about it (`forced_close`, `fork_refused`)."""
     timeline: list[TimelineSpan]
+    cached_tokens: int = 0
+    """Tokens of the prompt that the prefix cache had."""
     preemptions: int = 0
     error: str = ""
     """Why, if finish_reason is "error" or memory ran out."""
+
+    @property
+    def sampled(self) -> list[bool]:
+        """For each token whether the model drew it; the engine forced the others."""
+        return [logprob is not None for logprob in self.logprobs]
 
     @property
     def num_parallel(self) -> float:
