@@ -27,12 +27,12 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the tool does; before t
 
 import torch
 
-from megatron_multiverse.checkpoints.endpoints import entry_bytes, group
-from megatron_multiverse.checkpoints.families import FAMILIES
-from megatron_multiverse.checkpoints.hf_config import model_config_to_hf
-from megatron_multiverse.checkpoints.hf_io import HFReader, write_index, write_safetensors
+from megatron_multiverse.checkpoints.formats.hf_config import model_config_to_hf
+from megatron_multiverse.checkpoints.formats.hf_safetensors import HFReader, write_index, write_safetensors
 from megatron_multiverse.checkpoints.manifest import MANIFEST_FILE
-from megatron_multiverse.checkpoints.names import entries
+from megatron_multiverse.checkpoints.names.registry import FAMILIES
+from megatron_multiverse.checkpoints.names.table import entries
+from megatron_multiverse.checkpoints.protocols import entry_bytes, group
 from megatron_multiverse.cli import parse_options
 from megatron_multiverse.files import flush
 from megatron_multiverse.model.families import qwen2

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_multiverse.cli import parse_options
+from megatron_multiverse.config import TokenizerType
 from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
 from megatron_multiverse.data.readers import trajectory_files
 from megatron_multiverse.data.tokenizers import build_tokenizer
@@ -40,7 +41,7 @@ class BenchConfig:
     trajectories: str = ""
     """Folder of trajectory files (*.xml, *.txt), repeated until the input is large enough; empty takes rows of the
     quickstart, whose texts are short and full of tags."""
-    tokenizer_type: str = "HuggingFaceTokenizer"
+    tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
     """HuggingFaceTokenizer or SentencePieceTokenizer."""
     tokenizer_model: str = ""
     """Tokenizer; empty trains a byte-level BPE with 16,000 tokens on the trajectories (or takes the quickstart's)."""
@@ -59,7 +60,7 @@ class BenchConfig:
 _tokenizer: Any = None
 
 
-def _start_worker(run: str, tokenizer_type: str, tokenizer_model: str) -> None:
+def _start_worker(run: str, tokenizer_type: TokenizerType, tokenizer_model: str) -> None:
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if run == "megatron":

@@ -7,6 +7,7 @@ import json
 import keyword
 import re
 import sys
+import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -17,8 +18,8 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
     """Options of the running script: an instance of the dataclass `cls`.
 
     Flags may be written as Megatron does: with hyphens (``--num-rows``) or underscores, switches without a value
-    (``--append-eod``), lists as several words (``--json-keys prompt response``). Wrong flags and values end the
-    script with a message.
+    (``--append-eod``), lists as several words (``--json-keys prompt response``), fields of a nested dataclass after a
+    dot (``--sampling.top-k 5``). Wrong flags and values end the script with a message.
 
     Args:
         cls: a dataclass whose fields are the flags.
@@ -46,7 +47,7 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
 
 
 def _hyphenated(text: str) -> str:
-    return re.sub(r"--[a-z][a-z0-9_]*", lambda flag: "--" + flag.group()[2:].rstrip("_").replace("_", "-"), text)
+    return re.sub(r"--[a-z][a-z0-9_.]*", lambda flag: "--" + flag.group()[2:].rstrip("_").replace("_", "-"), text)
 
 
 def _underscored(argument: str) -> str:
@@ -59,8 +60,8 @@ def _underscored(argument: str) -> str:
 
 
 def _with_values(cls: type[Any], args: list[str]) -> list[str]:
-    """Give bare switches their value and gather the words behind a list flag into one YAML list."""
-    kinds = {f"--{field.name}": str(field.type) for field in dataclasses.fields(cls)}
+    """Give bare switches their value and gather the words after a list flag into one YAML list."""
+    kinds = _kinds(cls, "--")
     result: list[str] = []
     position = 0
     while position < len(args):
@@ -72,9 +73,18 @@ def _with_values(cls: type[Any], args: list[str]) -> list[str]:
         kind = kinds.get(flag, "")
         if kind.endswith("bool") and not words:
             result.append(f"{flag}=true")
-        elif kind.startswith("list[") and words and not words[0].startswith("["):
+        elif kind.startswith(("list[", "tuple[")) and words and not words[0].startswith("["):
             result.append(f"{flag}={json.dumps(words)}")
         else:
             result += [flag, *words]
         position = end
     return result
+
+
+def _kinds(cls: type[Any], prefix: str) -> dict[str, str]:
+    """Flag to annotation, the flags of nested dataclasses (``--sampling.top_k``) included."""
+    kinds = {f"{prefix}{field.name}": str(field.type) for field in dataclasses.fields(cls)}
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            kinds |= _kinds(hint, f"{prefix}{name}.")
+    return kinds

@@ -12,7 +12,7 @@ class ConfigError(MultiverseError, ValueError):
 
 
 class DataError(MultiverseError, ValueError):
-    """Input data that cannot be used, with the file and row it stands in."""
+    """Input data that cannot be used; the message names the file and the row."""
 
 
 class GenerationError(MultiverseError, ValueError):
@@ -21,6 +21,10 @@ class GenerationError(MultiverseError, ValueError):
 
 class CheckpointError(MultiverseError, RuntimeError):
     """A checkpoint that is missing, damaged or does not fit the model."""
+
+
+class RankError(MultiverseError, RuntimeError):
+    """A rank that failed, died or did not answer in time."""
 
 
 class StructureError(MultiverseError, ValueError):

@@ -3,7 +3,7 @@
 Example:
     python pretrain_scripts/sft_multiverse.py --config pretrain_scripts/configs/tiny_cpu.yaml --optim.lr 1e-4
 
-Exit code 0: finished. 75: stopped by SIGTERM or SIGUSR1 after saving; the same command goes on.
+Exit code 0: the run is finished. 75: SIGTERM or SIGUSR1 stopped it, and it saved; the same command continues it.
 """
 
 from __future__ import annotations

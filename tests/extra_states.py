@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.model.mcore import ensure_parallel_state
-
-# isort: split
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 
 def assert_extra_states_load(folder: Path, modules: Sequence[str], layers: int) -> None:

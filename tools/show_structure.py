@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_multiverse.cli import parse_options
+from megatron_multiverse.config import TokenizerType
 from megatron_multiverse.errors import MultiverseError
 from megatron_multiverse.structure import measure
 from megatron_multiverse.views.figures import draw_positions, draw_timeline, draw_visibility
@@ -29,7 +30,7 @@ class ShowOptions:
     """Folder for visibility.png, positions.png and timeline.png."""
     row: int = 0
     """Row of a JSON Lines file, from 0."""
-    tokenizer_type: str = "HuggingFaceTokenizer"
+    tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
     """HuggingFaceTokenizer or SentencePieceTokenizer; used with tokenizer_model."""
     tokenizer_model: str = ""
     """Tokenizer to count tokens with; without it each word, tag and newline is one token."""

@@ -30,7 +30,7 @@ from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import transformer_config
 from megatron_multiverse.model.layer_specs import choose_transformer_impl, get_gpt_layer_spec
 from megatron_multiverse.model.mcore import ensure_cuda_rng_states
-from megatron_multiverse.model.weight_names import is_extra_state, plain_name
+from megatron_multiverse.weight_names import is_extra_state, plain_name
 
 TOLERANCE = {"bf16": 2e-2, "fp8": 2e-1}
 """Allowed relative errors (Frobenius) against float32, of the output and of the gradients of input and weights. In bf16

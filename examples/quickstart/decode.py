@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,12 @@ from task import Problem, check_answer, render_autoregressive, render_parallel
 from torch import Tensor
 
 from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.data.tokenizers import build_tokenizer
-from megatron_multiverse.inference import CounterSampler, Engine, Request, Result
-from megatron_multiverse.inference.branch import Branch
-from megatron_multiverse.inference.request_state import TokenCallback
+from megatron_multiverse.inference import CounterSampler, Engine, Request, Result, SamplingArrays, TokenCallback
+from megatron_multiverse.inference.text.branch import branch_key
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.structure import lay_out, parse
-from megatron_multiverse.views.sample_view import stretches
 
 MAX_TOKENS = 3800
 Mode = Literal["parallel", "sequential", "autoregressive"]
@@ -60,16 +60,16 @@ class RecordingSampler:
 
     def __init__(self) -> None:
         self.recording = False
-        self.logits: dict[tuple[int, str, int], Tensor] = {}
-        """(request, branch, position of the token they chose) -> logits [vocab]."""
+        self.logits: dict[tuple[int, int], Tensor] = {}
+        """(key of a branch, index among the tokens it drew) -> logits [vocab]."""
         self._choose = CounterSampler()
 
-    def __call__(self, logits: Tensor, branches: Sequence[Branch]) -> Tensor:
-        """See `inference.sampler.Sampler`."""
+    def __call__(self, logits: Tensor, sampling: SamplingArrays) -> tuple[Tensor, Tensor]:
+        """See `inference.Sampler`."""
         if self.recording:
-            for row, branch in zip(logits, branches, strict=True):
-                self.logits[branch.request.request_id, branch.name, branch.next_position] = row.clone()
-        return self._choose(logits, branches)
+            for row, *drawn in zip(logits, sampling.keys.tolist(), sampling.indices.tolist(), strict=True):
+                self.logits[drawn[0], drawn[1]] = row.clone()
+        return self._choose(logits, sampling)
 
 
 class Decoder:
@@ -84,8 +84,7 @@ class Decoder:
         self.engine = Engine(
             self.model,
             self.tokenizer.structure_vocab,
-            num_pages=num_pages,
-            max_rows=max_rows,
+            EngineConfig(num_pages=num_pages, max_rows=max_rows),
             sampler=self.sampler,
         )
 
@@ -96,13 +95,10 @@ class Decoder:
 
     def answer(self, problems: Sequence[Problem], mode: Mode, *, on_token: TokenCallback | None = None) -> Answers:
         """Decode all problems together, greedily."""
+        sampling = SamplingParams(max_tokens=MAX_TOKENS, max_concurrent_branches=1 if mode == "sequential" else None)
         requests = [
-            Request(
-                prompt_ids=self.prompt_ids(problem, mode),
-                max_tokens=MAX_TOKENS,
-                max_concurrent_branches=1 if mode == "sequential" else None,
-            )
-            for problem in problems
+            Request(prompt_ids=self.prompt_ids(problem, mode), sampling=sampling, sample=number)
+            for number, problem in enumerate(problems)
         ]
         start = time.perf_counter()
         results = self.engine.generate(requests, on_token=on_token)
@@ -122,36 +118,50 @@ class Decoder:
             results = self.answer(problems, "parallel").results
         finally:
             self.sampler.recording = False
-        pairs = zip(problems, results, strict=True)
-        worst = max(self._difference(self.prompt_ids(problem, "parallel"), result) for problem, result in pairs)
+        worst = max(self._difference(number, result) for number, result in enumerate(results))
         compared = len(self.sampler.logits)
         self.sampler.logits.clear()
         return worst, compared
 
     @torch.inference_mode()
-    def _difference(self, prompt: list[int], result: Result) -> float:
-        ids = [*prompt, *result.token_ids]
-        document = parse(ids, self.tokenizer.structure_vocab, prompt_length=len(prompt), strict=False)
-        layout = lay_out(document)
-        positions = layout.position_ids
-        if positions[len(prompt) :].tolist() != result.position_ids:
-            raise RuntimeError("the engine and the layout disagree about positions; this is a bug")
-        r = torch.from_numpy(layout.r)[None].to(self.device)
+    def _difference(self, number: int, result: Result) -> float:
+        """Largest difference over the tokens of answer `number`."""
+        prompt, ids = len(result.prompt_ids), [*result.prompt_ids, *result.token_ids]
+        layout = lay_out(parse(ids, self.tokenizer.structure_vocab, prompt_length=prompt, strict=False))
+        positions = torch.from_numpy(layout.position_ids).long()
+        if positions[prompt:].tolist() != result.position_ids or layout.r[prompt:].tolist() != result.labels:
+            raise RuntimeError("the engine and the layout disagree about positions or labels; this is a bug")
         forward = self.model(
             torch.tensor([ids], device=self.device),
-            torch.from_numpy(positions).long()[None].to(self.device),
+            positions[None].to(self.device),
             None,
-            packed_seq_params=LayoutParams.from_labels(r),
+            packed_seq_params=LayoutParams.from_labels(torch.from_numpy(layout.r)[None].to(self.device)),
         )[0]
-        index = {
-            (stretch.branch, int(positions[i])): i
-            for stretch in stretches(document)
-            for i in range(stretch.start, stretch.end)
-        }
-        index["", int(positions[-1]) + 1] = len(ids)  # the end-of-text token, which is not part of the answer
         worst = 0.0
-        for (request, branch, position), logits in self.sampler.logits.items():
-            if request == result.request_id:
-                predicted = forward[index[branch, position] - 1]
-                worst = max(worst, float((predicted - logits).abs().max()))
+        for drawn, parent in drawn_from(number, result).items():
+            difference = forward[prompt + parent] - self.sampler.logits[drawn]
+            worst = max(worst, float(difference.abs().max()))
         return worst
+
+
+def drawn_from(number: int, result: Result) -> dict[tuple[int, int], int]:
+    """(key of a branch, index among the tokens it drew) -> index in the answer of the token it was drawn from.
+
+    Args:
+        number: `sample` of the request.
+        result: its answer.
+    """
+    paths: list[tuple[tuple[int, int], ...]] = [()] * len(result.token_ids)
+    for block in result.blocks:  # outer blocks come before the blocks inside them
+        for branch in block.branches:
+            paths[branch.start : branch.end] = [branch.path] * (branch.end - branch.start)
+    keys = {path: branch_key(0, number, path) for path in {(), *paths}}
+    table: dict[tuple[int, int], int] = {}
+    count: Counter[int] = Counter()
+    for path, is_sampled, parent in zip(paths, result.sampled, result.parents, strict=True):
+        if is_sampled:
+            table[keys[path], count[keys[path]]] = parent
+            count[keys[path]] += 1
+    if result.finish_reason == "stop":  # the end of the text was drawn, too, but is not part of the answer
+        table[keys[()], count[keys[()]]] = len(result.token_ids) - 1
+    return table

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, choose_backend
+from .backends import BACKENDS, check_backend, choose_backend
 from .choose_tiles import tile_lists
 from .layout import AttentionCase, AttentionLayout
 from .reference import count_visible_pairs, multiverse_attention_reference, visibility
@@ -49,7 +49,10 @@ def multiverse_attention(
         deterministic=torch.are_deterministic_algorithms_enabled(),
         placed=layout.index is not None,
     )
-    chosen = BACKENDS[choose_backend(backend, case)]
+    if backend == "auto":
+        backend = choose_backend(backend, case)
+    check_backend(backend, case)
+    chosen = BACKENDS[backend]
     layout.check(q, k, v)
     return chosen.attend(q, k, v, layout.plan(chosen.prepare, case), softmax_scale)
 
@@ -59,6 +62,7 @@ __all__ = [
     "AttentionCase",
     "AttentionLayout",
     "TileLists",
+    "check_backend",
     "choose_backend",
     "count_visible_pairs",
     "multiverse_attention",

@@ -52,21 +52,27 @@ BACKENDS: dict[str, AttentionBackend] = {
 
 @functools.cache
 def choose_backend(name: str, case: AttentionCase) -> str:
-    """The backend called `name`, or the name of the best one for this case if it is "auto".
+    """The backend called `name`, or the name of the best one for this case if it is "auto". Logs the choice.
 
     Raises:
-        ConfigError: no backend of that name, or it cannot run here; the message says why.
+        ConfigError: see `check_backend`.
     """
     reason = "asked for"
     if name == "auto":
         name, reason = _auto(case)
+    check_backend(name, case)
+    _log_once(name, reason)
+    return name
+
+
+@functools.cache
+def check_backend(name: str, case: AttentionCase) -> None:
+    """Raise ConfigError if there is no backend of that name, or it cannot run here; the message says why."""
     if name not in BACKENDS:
         raise ConfigError(f"unknown attention_backend {name!r}, allowed: auto, {', '.join(BACKENDS)}")
     problem = BACKENDS[name].problem(case)
     if problem is not None:
         raise ConfigError(f"attention_backend {name!r} cannot run here: {problem}; or set attention_backend to auto")
-    _log_once(name, reason)
-    return name
 
 
 def _auto(case: AttentionCase) -> tuple[str, str]:

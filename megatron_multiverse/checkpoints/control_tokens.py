@@ -1,6 +1,6 @@
 """Adds the twelve structure tags to a checkpoint while it is read.
 
-The tokenizer gets the missing tags behind its vocabulary, in the official order. Their rows in the vocabulary matrices
+The missing tags get ids after the tokenizer's vocabulary, in the official order. Their rows in the vocabulary matrices
 (input embedding, and output layer if untied) are the mean of the rows of the text pieces of the tag without its angle
 brackets ("/Path", "Goal"), as in the official training code. Spare rows that the matrices already have are used;
 otherwise they grow to a multiple of 64, and rows without a token are zero.
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_multiverse.checkpoints.endpoints import Source
-from megatron_multiverse.checkpoints.names import Entry, entries
+from megatron_multiverse.checkpoints.names.table import Entry, entries
+from megatron_multiverse.checkpoints.protocols import Source
+from megatron_multiverse.config import pad_vocab_size
 from megatron_multiverse.data.tokenizers import HuggingFaceTokenizer
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.structure import TAGS
@@ -81,7 +82,7 @@ def plan_control_tokens(folder: str | Path, rows: int) -> tuple[ControlTokens, H
         if before.token_to_id(tag) is None
     }
     size = tokenizer.vocab_size
-    padded = rows if size <= rows else -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
+    padded = rows if size <= rows else pad_vocab_size(size, ROW_MULTIPLE)
     return ControlTokens(size, padded, ids, pieces), tokenizer
 
 

@@ -1,4 +1,4 @@
-"""The driver behind tools/convert_checkpoint.py: any source to any target, one tensor at a time.
+"""What tools/convert_checkpoint.py runs: any source to any target, one tensor at a time.
 
 The output is written to `SAVE.partial`, unit by unit; each finished unit is flushed and noted. When all are done the
 folder is renamed to `SAVE`. So a run that is killed goes on with the first unfinished unit, and nothing half-written
@@ -25,30 +25,29 @@ from torch import Tensor
 
 import megatron_multiverse
 from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource
-from megatron_multiverse.checkpoints.endpoints import DTypeName, Source, Target
-from megatron_multiverse.checkpoints.hf_assets import (
+from megatron_multiverse.checkpoints.formats.hf import HFTarget
+from megatron_multiverse.checkpoints.formats.hf_assets import (
     copy_assets,
     save_tokenizer,
     write_generation_config,
     write_model_card,
 )
-from megatron_multiverse.checkpoints.hf_endpoint import HFSource, HFTarget
-from megatron_multiverse.checkpoints.legacy import LegacyTarget, TransformerImpl
+from megatron_multiverse.checkpoints.formats.legacy import LegacyTarget, TransformerImpl
+from megatron_multiverse.checkpoints.formats.raw import check_finite
+from megatron_multiverse.checkpoints.formats.torch_dist import TorchDistTarget
 from megatron_multiverse.checkpoints.manifest import Manifest
-from megatron_multiverse.checkpoints.mcore_source import MODEL_CONFIG_FILE, POINTER_FILE, RECORD_FILE, McoreSource
-from megatron_multiverse.checkpoints.model_folder import ModelFolderSource, is_model_folder
-from megatron_multiverse.checkpoints.names import Entry
-from megatron_multiverse.checkpoints.progress import ProgressLine
-from megatron_multiverse.checkpoints.raw import check_finite
-from megatron_multiverse.checkpoints.tensors import check_divisible
-from megatron_multiverse.checkpoints.torch_dist import TorchDistTarget
+from megatron_multiverse.checkpoints.names.rules import check_divisible
+from megatron_multiverse.checkpoints.names.table import Entry
+from megatron_multiverse.checkpoints.protocols import DTypeName, Side, Source, Stream, Target
+from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, POINTER_FILE, RECORD_FILE, RELEASE
+from megatron_multiverse.checkpoints.sources import open_checkpoint
+from megatron_multiverse.config import pad_vocab_size
+from megatron_multiverse.config.strict import check_choices
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.files import flush
+from megatron_multiverse.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
-
-Side = Literal["hf", "mcore"]
-RELEASE = "release"  # Megatron's name for weights without training state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,7 @@ class ConvertConfig:
     from_: Side
     """Kind of the input: hf (safetensors and config.json), or mcore (torch_dist, mp_rank_XX or a model folder)."""
     to: Side
-    """Kind of the output. The same kind again rewrites it with another cut, dtype or vocabulary."""
+    """Kind of the output. The same kind again rewrites it for other parallel sizes, another dtype or vocabulary."""
     load: str
     """Input folder."""
     save: str
@@ -68,7 +67,7 @@ class ConvertConfig:
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are divided into (mcore; matters for --ckpt-format torch only)."""
     ckpt_format: Literal["torch_dist", "torch"] = "torch_dist"
-    """Layout of mcore output: torch_dist, or torch for older Megatron (mp_rank_XX files)."""
+    """Format of mcore output: torch_dist, or torch for older Megatron (mp_rank_XX files)."""
     transformer_impl: TransformerImpl = "transformer_engine"
     """Whose parameter names --ckpt-format torch writes; torch_dist has one naming for both."""
     make_vocab_size_divisible_by: int = 1
@@ -76,9 +75,9 @@ class ConvertConfig:
     vocab_size: int | None = None
     """Real rows of an mcore input's vocabulary, if it does not say; further rows are padding and dropped."""
     dtype: DTypeName = "keep"
-    """Dtype of the output: keep, float32, bfloat16 or float16."""
+    """Dtype of the output: keep, float32, bf16 or float16."""
     family: Literal["qwen2", "qwen3", "llama"] | None = None
-    """Architecture; found out by itself for hf input and for mcore input that came from it."""
+    """Architecture; needed only for mcore input that was not converted from hf and fits several."""
     model_config: str | None = None
     """Shape of an mcore input that does not carry it: a model_config.json, a config.json or a folder with one."""
     add_control_tokens: bool = False
@@ -86,13 +85,14 @@ class ConvertConfig:
     tokenizer_model: str | None = None
     """Folder of the tokenizer, if it is not in the input folder."""
     shard_size: float = 2.0
-    """Largest output file in GB (1e9 bytes); also what an interrupted run may have to do again."""
+    """Largest output file in GB (1e9 bytes); an interrupted run may have to write that much again."""
     trust_pickle: bool = False
     """Load pickles without restrictions. They can run any code: only for files you wrote yourself."""
     allow_non_finite: bool = False
     """Convert tensors with NaN or infinite values too, instead of stopping."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "")
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "make_vocab_size_divisible_by"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -153,14 +153,15 @@ def convert_checkpoint(config: ConvertConfig) -> ConvertResult:
 
 
 def open_source(config: ConvertConfig) -> Source:
-    """The input; every header is read and checked, no tensor is."""
-    source: Source
-    if config.from_ == "hf":
-        source = HFSource(config.load, config.family)
-    elif is_model_folder(config.load):
-        source = ModelFolderSource(config.load, config.family)
-    else:
-        source = McoreSource(config.load, config.family, config.model_config, config.vocab_size, config.trust_pickle)
+    """The input, with the rows of the tags if they are to be added."""
+    source = open_checkpoint(
+        config.load,
+        side=config.from_,
+        family=config.family,
+        model_config=config.model_config,
+        vocab_size=config.vocab_size,
+        trust_pickle=config.trust_pickle,
+    )
     return ControlTokenSource(source, config.tokenizer_model) if config.add_control_tokens else source
 
 
@@ -169,11 +170,11 @@ def padded_vocab_size(config: ConvertConfig, source: Source) -> int:
     if config.to == "hf":
         return source.config.vocab_size
     multiple = config.make_vocab_size_divisible_by * config.tensor_model_parallel_size
-    return -(-source.config.vocab_size // multiple) * multiple
+    return pad_vocab_size(source.config.vocab_size, multiple)
 
 
 def open_target(config: ConvertConfig, source: Source, padded: int) -> Target:
-    """The output's layout; nothing is written yet."""
+    """The output and its units; nothing is written yet."""
     shard_size = int(config.shard_size * 1e9)
     if config.to == "hf":
         return HFTarget(source, config.dtype, shard_size)
@@ -206,20 +207,29 @@ def check_disk_space(folder: Path, needed: int) -> None:
 def _write_units(config: ConvertConfig, source: Source, target: Target, manifest: Manifest, weights: Path) -> None:
     weights.mkdir(exist_ok=True)
     prefix = "" if weights == manifest.folder else f"{RELEASE}/"
-    line = ProgressLine(target.total_bytes, manifest.finished_bytes())
+    line = ProgressLine("convert", target.total_bytes, done=manifest.finished_bytes())
     with line, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as flusher:
         flushed: Future[None] | None = None
         for unit in target.units:
             if unit.name in manifest.finished:
                 continue
             read = partial(_checked_read, config, source)
-            record = target.write(unit, line.counted(prefetched(unit.entries, read, reader)), weights)
+            record = target.write(unit, _counted(line, prefetched(unit.entries, read, reader)), weights)
             files = {prefix + name: size for name, size in record["files"].items()}
             if flushed is not None:
                 flushed.result()
             flushed = flusher.submit(manifest.add, unit.name, {**record, "files": files})
         if flushed is not None:
             flushed.result()
+
+
+def _counted(line: ProgressLine, tensors: Stream) -> Iterator[tuple[Entry, Tensor]]:
+    """The same stream; a tensor counts as done when the caller asks for the next one."""
+    for entry, tensor in tensors:
+        size = tensor.nbytes
+        yield entry, tensor
+        del tensor  # or it would live until the next one is there
+        line.show(line.done + size)
 
 
 def _checked_read(config: ConvertConfig, source: Source, entry: Entry) -> Tensor:
@@ -251,7 +261,7 @@ def prefetched(entries: Iterable[Entry], read: Any, pool: ThreadPoolExecutor) ->
 def _finish(
     config: ConvertConfig, source: Source, target: Target, manifest: Manifest, weights: Path, padded: int
 ) -> None:
-    """Everything but the weights, then the folder is complete."""
+    """Write everything but the weights; the folder is complete then."""
     folder = manifest.folder
     target.finish([manifest.finished[unit.name] for unit in target.units], weights)
     copy_assets(config.tokenizer_model or source.folder, folder)

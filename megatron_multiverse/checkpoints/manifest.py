@@ -1,6 +1,6 @@
-"""What of a conversion is finished: one JSON line per unit, behind a line that says what is being converted.
+"""Notes which units of a conversion are finished: one JSON line each, after a first line that says what is converted.
 
-Files are flushed to disk before their unit's line is, so a line that can be read vouches for its files.
+The files of a unit are flushed to disk before its line is, so a line that can be read vouches for its files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_multiverse.checkpoints.endpoints import Record
+from megatron_multiverse.checkpoints.protocols import Record
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.files import flush
 
@@ -53,13 +53,13 @@ class Manifest:
         lines = []
         for text in self._stream:
             if not text.endswith("\n"):
-                self._stream.write("\n")  # cut short by a crash; keep it out of the next line
+                self._stream.write("\n")  # a crash cut this line short; the next one must not continue it
                 break
             if text.strip():
                 try:
                     lines.append(json.loads(text))
                 except ValueError:
-                    continue  # the rest of a line that was cut short: its unit is written again
+                    continue  # a line that was cut short by an earlier crash; its unit is written again
         return lines
 
     def _is_whole(self, record: Record) -> bool:

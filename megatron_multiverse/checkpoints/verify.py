@@ -1,7 +1,7 @@
 """Proves that two checkpoints are the same model: every tensor bit for bit, and the logits on fixed ids.
 
 The logits of transformers' own model are compared with those of ours, under plain causal attention and under the
-Multiverse mask, for every way of cutting our model over tensor and pipeline ranks that is asked for.
+Multiverse mask, for all tensor and pipeline parallel sizes that are asked for.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource
-from megatron_multiverse.checkpoints.endpoints import DTypeName, Source, target_dtype
-from megatron_multiverse.checkpoints.forward import (
+from megatron_multiverse.checkpoints.formats.hf import HFSource
+from megatron_multiverse.checkpoints.names.rules import check_divisible, split
+from megatron_multiverse.checkpoints.protocols import DTypeName, Source, target_dtype
+from megatron_multiverse.checkpoints.reference_logits import (
     MASKS,
     Inputs,
     Logits,
@@ -27,18 +29,18 @@ from megatron_multiverse.checkpoints.forward import (
     rank_logits,
     transformers_logits,
 )
-from megatron_multiverse.checkpoints.hf_endpoint import HFSource
-from megatron_multiverse.checkpoints.load import open_checkpoint
-from megatron_multiverse.checkpoints.ranks import run_ranks
-from megatron_multiverse.checkpoints.tensors import check_divisible, split
+from megatron_multiverse.checkpoints.sources import open_checkpoint
+from megatron_multiverse.config import pad_vocab_size
+from megatron_multiverse.config.strict import check_choices
 from megatron_multiverse.errors import CheckpointError, ConfigError
+from megatron_multiverse.parallel.local_ranks import run_ranks
 
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Compare two checkpoints of one model, in any of the layouts that can be converted."""
+    """Compare two checkpoints of one model, in any of the formats that can be converted."""
 
     first: Path
     """The original."""
@@ -48,7 +50,7 @@ class VerifyOptions:
     """The second was made with --add-control-tokens: expect those rows."""
     dtype: DTypeName = "keep"
     """The second was made with this --dtype: expect tensors rounded to it."""
-    layouts: list[str] = field(default_factory=lambda: ["1x1", "2x1", "1x2"])
+    parallel_sizes: list[str] = field(default_factory=lambda: ["1x1", "2x1", "1x2"])
     """Tensor x pipeline parallel sizes to compute logits with; ranks are processes of this machine."""
     tolerance: float = 1e-4
     """Largest allowed difference of a logit, relative to the largest logit."""
@@ -59,10 +61,13 @@ class VerifyOptions:
     trust_pickle: bool = False
     """Open checkpoints that contain pickles, which can run any code."""
 
+    def __post_init__(self) -> None:
+        check_choices(self, "")
+
 
 @dataclass(frozen=True)
 class Job:
-    """Logits of one checkpoint in one layout."""
+    """Logits of one checkpoint at one pair of parallel sizes."""
 
     folder: Path
     tp: int
@@ -76,10 +81,11 @@ def verify_checkpoints(options: VerifyOptions) -> Result:
 
     Raises:
         CheckpointError: a checkpoint cannot be read.
-        ConfigError: a checkpoint describes a model that is not supported, or a layout is not TPxPP.
+        ConfigError: a checkpoint describes a model that is not supported, or a parallel size is not TPxPP.
+        RankError: a rank that computes logits failed.
     """
     start = time.perf_counter()
-    sizes = [parse_layout(text) for text in options.layouts]
+    sizes = [parse_parallel_size(text) for text in options.parallel_sizes]
     first, second = (
         open_checkpoint(path, trust_pickle=options.trust_pickle) for path in (options.first, options.second)
     )
@@ -103,11 +109,11 @@ def verify_checkpoints(options: VerifyOptions) -> Result:
     }
 
 
-def parse_layout(text: str) -> tuple[int, int]:
+def parse_parallel_size(text: str) -> tuple[int, int]:
     """ "2x1" -> tensor parallel size 2, pipeline parallel size 1."""
     parts = text.split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ConfigError(f"layout {text!r} must be TENSORxPIPELINE sizes, e.g. 2x1")
+        raise ConfigError(f"parallel size {text!r} must be TENSORxPIPELINE, e.g. 2x1")
     return int(parts[0]), int(parts[1])
 
 
@@ -155,7 +161,7 @@ def _difference(name: str, want: Tensor, got: Tensor) -> Result:
 def compare_logits(
     first: Source, second: Source, sizes: Sequence[tuple[int, int]], options: VerifyOptions, changed: set[int]
 ) -> list[Result]:
-    """Logits in each layout against transformers, or against our own model where neither checkpoint is Hugging Face's.
+    """Logits at all parallel sizes against transformers, or our own model where neither checkpoint is Hugging Face's.
 
     Args:
         first: the original.
@@ -171,21 +177,21 @@ def compare_logits(
     if is_hf(reference):
         by, wanted = "transformers", transformers_logits(reference.folder, inputs)
     else:
-        by, wanted = "1x1", layout_logits([Job(reference.folder, 1, 1, inputs, options.trust_pickle)])[0]
+        by, wanted = "1x1", parallel_logits([Job(reference.folder, 1, 1, inputs, options.trust_pickle)])[0]
     impossible = {size: reason for size in sizes if (reason := _impossible(tested, *size))}
     jobs = [Job(tested.folder, *size, inputs, options.trust_pickle) for size in sizes if size not in impossible]
     results = []
-    for job, found in zip(jobs, layout_logits(jobs), strict=True):
+    for job, found in zip(jobs, parallel_logits(jobs), strict=True):
         for mask in MASKS:
             error = relative_error(wanted[mask][..., kept], found[mask][..., kept])
-            row = {"layout": f"{job.tp}x{job.pp}", "mask": mask, "reference": by, "relative_error": error}
+            row = {"parallel_size": f"{job.tp}x{job.pp}", "mask": mask, "reference": by, "relative_error": error}
             results.append(row | {"equal": error <= options.tolerance})
     skipped = [
-        {"layout": f"{tp}x{pp}", "mask": "all", "equal": True, "skipped": reason}
+        {"parallel_size": f"{tp}x{pp}", "mask": "all", "equal": True, "skipped": reason}
         for (tp, pp), reason in impossible.items()
     ]
     if skipped and not results:
-        raise CheckpointError(f"none of the layouts is possible: {skipped[0]['skipped']}")
+        raise CheckpointError(f"none of the parallel sizes is possible: {skipped[0]['skipped']}")
     return results + skipped
 
 
@@ -200,7 +206,7 @@ def is_hf(source: Source) -> bool:
     return isinstance(source, HFSource)
 
 
-def layout_logits(jobs: Sequence[Job]) -> list[Logits]:
+def parallel_logits(jobs: Sequence[Job]) -> list[Logits]:
     """Logits of every job, in the order of jobs; jobs with the same number of ranks share their processes."""
     results: dict[int, Logits] = {}
     for world_size in sorted({job.tp * job.pp for job in jobs}):
@@ -220,14 +226,11 @@ def _run_jobs(jobs: Sequence[Job]) -> list[Logits]:
     return found if last else []
 
 
-def _padded(source: Source, tp: int) -> int:
-    return -(-source.config.vocab_size // tp) * tp
-
-
 def _impossible(source: Source, tp: int, pp: int) -> str | None:
     """Why the model cannot be cut this way, or None."""
+    padded = pad_vocab_size(source.config.vocab_size, tp)
     try:
-        check_divisible(dataclasses.replace(source.config, vocab_size=_padded(source, tp)), tp, pp)
+        check_divisible(dataclasses.replace(source.config, vocab_size=padded), tp, pp)
     except ConfigError as error:
         return str(error)
     return None
@@ -247,11 +250,11 @@ def report_lines(result: Result) -> Iterator[str]:
         yield f"... and {len(different) - 20} more, see --report"
     for row in result["logits"]:
         if "skipped" in row:
-            yield f"logits   {row['layout']} not possible: {row['skipped']}"
+            yield f"logits   {row['parallel_size']} not possible: {row['skipped']}"
         else:
             verdict = "equal" if row["equal"] else "DIFFERENT"
             yield (
-                f"logits   {row['layout']} {row['mask']:<10} {verdict}: relative error {row['relative_error']:.1e} "
-                f"to {row['reference']}"
+                f"logits   {row['parallel_size']} {row['mask']:<10} {verdict}: "
+                f"relative error {row['relative_error']:.1e} to {row['reference']}"
             )
     yield f"{'EQUAL' if result['equal'] else 'DIFFERENT'} ({result['seconds']} s)"

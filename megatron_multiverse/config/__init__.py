@@ -1,11 +1,17 @@
-"""Configuration: frozen dataclasses that check themselves (`model.py`, `layers.py`, `train.py`), read strictly."""
+"""Configuration: frozen dataclasses that check themselves, read strictly.
 
+`model.py` is the shape of a model, `layers.py` how it is computed, `parallel.py` over which ranks, `train.py` a run;
+`engine.py` is an inference engine and what one request asks of it.
+"""
+
+from megatron_multiverse.config.choices import DType, TokenizerType
+from megatron_multiverse.config.engine import EngineConfig, SamplingParams
 from megatron_multiverse.config.layers import LayerConfig
 from megatron_multiverse.config.model import ModelConfig, RopeScaling, pad_vocab_size
+from megatron_multiverse.config.parallel import ParallelConfig
 from megatron_multiverse.config.train import (
     CheckpointConfig,
     DataConfig,
-    DType,
     LogConfig,
     OptimConfig,
     TrainConfig,
@@ -16,11 +22,15 @@ __all__ = [
     "CheckpointConfig",
     "DType",
     "DataConfig",
+    "EngineConfig",
     "LayerConfig",
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParallelConfig",
     "RopeScaling",
+    "SamplingParams",
+    "TokenizerType",
     "TrainConfig",
     "check_sequence_length",
     "pad_vocab_size",

@@ -26,18 +26,19 @@ class LayerConfig:
     """FP8 matrix products in the linear layers (TransformerEngine): e4m3 throughout, or hybrid with e5m2 gradients;
     attention, embedding and output layer stay bf16. Unset for none."""
     fp8_recipe: Literal["tensorwise", "blockwise"] = "tensorwise"
-    """How FP8 scales are found, both from the numbers at hand, so nothing is carried from step to step: tensorwise
-    has one scale per tensor, blockwise one per 1x128 activations and 128x128 weights."""
+    """How FP8 scales are found: tensorwise has one scale per tensor, blockwise one per 1x128 activations and 128x128
+    weights. Both compute them from the tensor itself, so no history is carried from step to step."""
     recompute_granularity: Literal["selective", "full"] | None = None
-    """Activations computed again in the backward pass instead of kept: selective those of recompute_modules, full
-    those of whole layers. Unset keeps all. Needs CUDA."""
+    """Which activations are computed again in the backward pass instead of kept: selective those of
+    recompute_modules, full those of whole layers. Unset keeps all. Needs CUDA."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """full: uniform recomputes all layers in chunks of recompute_num_layers, block only the first that many."""
+    """For granularity full: uniform recomputes all layers, in chunks of recompute_num_layers; block recomputes only
+    the first recompute_num_layers layers."""
     recompute_num_layers: int = 1
-    """full: see recompute_method."""
+    """For granularity full: see recompute_method."""
     recompute_modules: tuple[str, ...] = ("mlp",)
-    """selective: any of core_attn, mlp, layernorm (local layers only). The MLP holds most; flash kernels recompute by
-    themselves."""
+    """For granularity selective: any of core_attn, mlp, layernorm (local layers only). The MLP's activations take the
+    most memory; core_attn saves little, since the flash kernels recompute by themselves."""
 
     def __post_init__(self) -> None:
         check_choices(self, "layers.")

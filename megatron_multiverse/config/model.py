@@ -1,4 +1,4 @@
-"""The shape of a model, in megatron-core's names. Imports no torch; `config.py` offers these classes too."""
+"""The shape of a model, in megatron-core's names. Imports no torch."""
 
 from __future__ import annotations
 
@@ -103,6 +103,9 @@ class ModelConfig:
         return dataclass_from_mapping(cls, json.loads(Path(path).read_text(encoding="utf-8")), where=str(path))
 
 
-def pad_vocab_size(size: int, multiple: int = 128) -> int:
-    """Smallest multiple of `multiple` that holds `size` rows (Megatron: make-vocab-size-divisible-by x TP size)."""
+def pad_vocab_size(size: int, multiple: int) -> int:
+    """Smallest multiple of `multiple` that holds `size` rows: the one rule by which vocabularies are padded.
+
+    Megatron's multiple is make_vocab_size_divisible_by x the tensor parallel size.
+    """
     return -(-size // multiple) * multiple

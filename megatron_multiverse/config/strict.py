@@ -1,4 +1,4 @@
-"""Reading configuration dataclasses from nested mappings and YAML, strictly."""
+"""Building configuration dataclasses from nested mappings (JSON files, dictionaries), strictly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_multiverse.errors import ConfigError
@@ -65,7 +64,7 @@ def dataclass_from_mapping(cls: type[T], values: Mapping[str, Any], *, where: st
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """Return `value` as the annotated type, converting only what YAML cannot write itself."""
+    """Return `value` as the annotated type, converting only what JSON may write otherwise: tuples and whole floats."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
@@ -79,35 +78,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         check(isinstance(value, (list, tuple)), f"{where}: expected a list, got {value!r}")
         return tuple(_coerce(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 1e-5 (no dot) as text
-            return float(value)
-        except ValueError:
-            raise ConfigError(f"{where}: expected a number, got {value!r}") from None
+    if hint is float and type(value) is int:
+        return float(value)
     check(type(value) is hint, f"{where}: expected {hint.__name__}, got {value!r} ({type(value).__name__})")
     return value
-
-
-def read_yaml(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a YAML mapping and set dotted names in it.
-
-    Raises:
-        ConfigError: the file is missing or no mapping, or an override runs through a plain value.
-    """
-    import yaml
-
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"config file {file} does not exist")
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: expected a mapping at the top, got {type(values).__name__}")
-    for dotted, value in overrides.items():
-        *parents, last = dotted.split(".")
-        node = values
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"override {dotted!r}: {parent!r} in {file} is a plain value, not a section")
-        node[last] = value
-    return values

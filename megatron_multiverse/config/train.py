@@ -1,7 +1,7 @@
 """Configuration of a training run: frozen dataclasses that check themselves. Imports no torch.
 
-`TrainConfig` nests the others. It is read from YAML with dotted overrides, by jsonargparse (the scripts)
-or by `TrainConfig.from_yaml`. Unknown keys are errors; every error names the value and what is allowed.
+`TrainConfig` nests the others. The scripts read it from YAML with dotted overrides (`cli.parse_options`). Unknown
+keys are errors; every error names the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from megatron_multiverse.config.choices import DType, TokenizerType
 from megatron_multiverse.config.layers import LayerConfig
 from megatron_multiverse.config.model import ModelConfig
-from megatron_multiverse.config.strict import check, check_choices, dataclass_from_mapping, read_yaml
-
-DType = Literal["float32", "bf16", "float64"]
+from megatron_multiverse.config.parallel import ParallelConfig
+from megatron_multiverse.config.strict import check, check_choices, dataclass_from_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,8 @@ class OptimConfig:
     """Schedule after the warm-up; wsd holds lr and decays over the last lr_wsd_decay_iters steps."""
     lr_decay_iters: int = 0
     """Step at which the decay has reached min_lr; 0 means train_iters. Set it (or take constant) where a run may be
-    made longer: with 0 the schedule of the steps that are done already would have been another one."""
+    made longer: 0 ties the decay to train_iters, so raising train_iters later changes the learning rates that the
+    finished steps should have had."""
     lr_wsd_decay_iters: int = 0
     """Length of the wsd decay in steps; 0 means a tenth of lr_decay_iters."""
     weight_decay: float = 0.0
@@ -65,23 +65,24 @@ class DataConfig:
     """.bin/.idx prefixes written by tools/preprocess_data.py."""
     valid_prefixes: tuple[str, ...] = ()
     """Prefixes of the validation set; empty switches validation off."""
-    tokenizer_type: str = "HuggingFaceTokenizer"
+    tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
     """HuggingFaceTokenizer or SentencePieceTokenizer."""
     tokenizer_model: str = ""
-    """Folder, name or model file of the tokenizer that wrote the data (its tag ids are needed)."""
+    """Folder, hub name or model file of the tokenizer that wrote the data; the ids of the tags are read from it."""
     seq_length: int = 2048
     """Tokens per packed row."""
     micro_batch_size: int = 1
-    """Rows per forward pass."""
+    """Packed rows per forward pass."""
     global_batch_size: int = 1
-    """Rows per optimizer step over all ranks; a multiple of micro_batch_size."""
+    """Packed rows per optimizer step over all ranks; a multiple of micro_batch_size x data parallel size."""
     train_forced_tokens: bool = False
     """Also train the tokens the engine forces (path labels and the like); see docs/decisions.md, entry 3."""
     overlong: Literal["drop", "refuse"] = "refuse"
-    """Samples longer than seq_length: refuse raises with the sample number, drop skips and counts them."""
+    """What happens to samples longer than seq_length: refuse raises with the sample number, drop skips and counts
+    them."""
     malformed: Literal["refuse", "causal"] = "refuse"
-    """Samples whose structure breaks the grammar: refuse raises with the sample number, causal trains them as plain
-    text and reports each."""
+    """What happens to samples whose structure breaks the grammar: refuse raises with the sample number, causal trains
+    them as plain text and reports each."""
     num_workers: int = 2
     """Loader processes; 0 loads in the training process."""
 
@@ -91,16 +92,6 @@ class DataConfig:
             check(getattr(self, name) >= 1, f"data.{name} must be at least 1, got {getattr(self, name)}")
         check(self.num_workers >= 0, f"data.num_workers must not be negative, got {self.num_workers}")
         check_choices(self, "data.")
-        check(
-            self.global_batch_size % self.micro_batch_size == 0,
-            f"data.global_batch_size ({self.global_batch_size}) must be divisible by "
-            f"data.micro_batch_size ({self.micro_batch_size}) x data parallel size (1)",
-        )
-
-    @property
-    def num_microbatches(self) -> int:
-        """Forward passes per optimizer step on one data-parallel rank."""
-        return self.global_batch_size // self.micro_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +99,8 @@ class CheckpointConfig:
     """Where and how often the training state is saved."""
 
     save: str
-    """Run folder: checkpoints (iter_0000010, ...), metrics.jsonl, config.json and what was in force from a
-    step on (config_0000010.json) go here."""
+    """Run folder. Here go the checkpoints (iter_0000010, ...), metrics.jsonl, the newest config.json, and for each
+    start of the run the config that it had (config_0000010.json: in force from step 10 on)."""
     save_interval: int = 1000
     """Steps between checkpoints; 0 saves only at the end and on a signal."""
     keep_last: int = 2
@@ -155,6 +146,8 @@ class TrainConfig:
     """Checkpoint to start from, weights and config: Hugging Face, megatron-core, or a model folder of the trainer."""
     layers: LayerConfig = field(default_factory=LayerConfig)
     """Attention kernel, layer spec, FP8 and activation recompute."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Parallel sizes; one process so far."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and schedule."""
     log: LogConfig = field(default_factory=LogConfig)
@@ -167,7 +160,7 @@ class TrainConfig:
     """float32 (TF32 on CUDA), bf16 (float32 weights, bf16 matrix products by autocast), float64 (tests)."""
     deterministic: bool = False
     """The same bits in every run, by torch.use_deterministic_algorithms; attention's backward pass then costs a tenth
-    more. What has no such form is named in a warning."""
+    more. torch warns of each operation that has no deterministic form."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when there is a GPU."""
     eval_interval: int = 0
@@ -196,18 +189,24 @@ class TrainConfig:
             "layers.fp8 needs dtype bf16 and a multiple of 16 tokens per microbatch, got dtype "
             f"{self.dtype} and {self.data.micro_batch_size} x {self.data.seq_length} tokens",
         )
+        ranks = self.parallel.data_parallel_size
+        check(
+            self.data.global_batch_size % (self.data.micro_batch_size * ranks) == 0,
+            f"data.global_batch_size ({self.data.global_batch_size}) must be divisible by "
+            f"data.micro_batch_size ({self.data.micro_batch_size}) x data parallel size ({ranks})",
+        )
         if self.model is not None:
             check_sequence_length(self.data, self.model)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Forward passes per optimizer step on each data parallel rank."""
+        return self.data.global_batch_size // (self.data.micro_batch_size * self.parallel.data_parallel_size)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Build from nested mappings; unknown, missing and mistyped keys raise ConfigError."""
         return dataclass_from_mapping(cls, values, where="config")
-
-    @classmethod
-    def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
-        """Read a YAML file; `overrides` maps dotted names to values, e.g. {"optim.lr": 1e-3}."""
-        return cls.from_dict(read_yaml(path, overrides or {}))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values that `from_dict` reads back."""

@@ -1,10 +1,10 @@
-"""Writes Megatron's .bin/.idx in parts: workers write shards, the parent joins them in a stream.
+"""Writes Megatron's .bin/.idx in parts: workers write shards, and the parent joins them, one after the other.
 
 The bytes are those of megatron-core's IndexedDatasetBuilder fed the same ids (a test compares them). That builder
 holds every length of the data set in Python lists and needs torch; here a worker needs numpy only, and the parent
 keeps one shard's lengths at a time.
 
-Layout of .idx (megatron.core.datasets.indexed_dataset): magic, version 1, dtype code, number of sequences, number of
+Format of .idx (megatron.core.datasets.indexed_dataset): magic, version 1, dtype code, number of sequences, number of
 document borders, int32 lengths, int64 byte offsets, int64 document borders.
 """
 
@@ -102,7 +102,7 @@ def join_shards(shards: Sequence[Path], output_prefix: str, dtype: np.dtype[np.i
             borders = np.arange(first, min(first + step, documents + 1), dtype="<i8") * SEQUENCES_PER_DOCUMENT
             out.write(borders.tobytes())
     for part_path in (bin_part, idx_part):
-        flush(part_path)  # the shards are deleted behind this
+        flush(part_path)  # the caller deletes the shards after this
     os.replace(bin_part, f"{output_prefix}.bin")
     os.replace(idx_part, f"{output_prefix}.idx")
 

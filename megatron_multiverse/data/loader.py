@@ -1,8 +1,8 @@
 """Training batches of packed documents, shuffled per epoch, resumable to the batch.
 
-The order of packs depends on seed and epoch alone. A global batch is `micro_batch_size x data_parallel_size`
-neighbouring packs, of which each rank takes its part; the state counts packs, so a run may resume on another number
-of ranks and sees the same packs in the same order.
+The order of packs depends on seed and epoch alone. All ranks take their microbatches from the same stretch of
+`micro_batch_size x data_parallel_size` neighbouring packs (`packs_per_microbatch`), each its own part of it. The state
+counts packs, so a run may resume on another number of ranks and sees the same packs in the same order.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ class SFTLoader:
         micro_batch_size: sequences per batch.
         pad: id of the padding token.
         seed: seed of all shuffles.
-        data_parallel_rank: which part of each global batch this loader yields.
+        data_parallel_rank: which part of each stretch of packs this loader yields, from 0.
         data_parallel_size: number of such parts.
-        num_workers: processes that parse and pack ahead; 0 does it in this one.
+        num_workers: processes that parse and pack ahead of time; 0 does it in this one.
         epochs: passes over the data; None never ends.
-        tail: packs at the end of an epoch that do not fill a global batch: leave them out, or fill it up with the
-            first packs of the epoch.
+        tail: what happens to the packs at the end of an epoch that do not give every rank a microbatch: leave them
+            out, or add the first packs of the epoch.
         overlong: documents longer than `seq_length`: "refuse" raises, "drop" leaves them out and logs how many.
         train_forced_tokens: also train on what the engine forces.
 
     Raises:
         DataError: overlong documents, or none at all.
-        ConfigError: an epoch holds less than one global batch and `tail` is "drop".
+        ConfigError: an epoch has too few packs for one microbatch on every rank, and `tail` is "drop".
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SFTLoader:
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.rank = data_parallel_rank
-        self.packs_per_step = micro_batch_size * data_parallel_size
+        self.packs_per_microbatch = micro_batch_size * data_parallel_size  # over all ranks
         self.num_workers = num_workers
         self.epochs = epochs
         self.tail = tail
@@ -93,22 +93,16 @@ class SFTLoader:
                 "%d of %d documents are longer than seq_length (%d) and are dropped",
                 self._packing.dropped, len(dataset), seq_length,
             )  # fmt: skip
-        if len(self._packing.packs) < self.packs_per_step and tail == "drop":
+        if len(self._packing.packs) < self.packs_per_microbatch and tail == "drop":
             raise ConfigError(
                 f"an epoch has {len(self._packing.packs)} packs, fewer than micro_batch_size x data_parallel_size "
-                f"({self.packs_per_step}); make the batch or seq_length smaller, or set tail to cycle"
+                f"({self.packs_per_microbatch}); make the batch or seq_length smaller, or set tail to cycle"
             )
 
     @property
     def epoch(self) -> int:
         """Number of the pass the next batch belongs to, from 0."""
         return self._epoch
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Batches of the current epoch on each rank; packing makes epochs differ slightly."""
-        packs = len(self._packing.packs)
-        return packs // self.packs_per_step if self.tail == "drop" else -(-packs // self.packs_per_step)
 
     @property
     def tag_ids(self) -> tuple[int, ...]:
@@ -130,9 +124,11 @@ class SFTLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         schedule = _Schedule(self, self._epoch, self._consumed)
-        # The schedule runs ahead of the workers' results, so the state is taken from a second walk over it.
+        # Workers prefetch, so the schedule is ahead of what is yielded here. A second walk over it, which takes one
+        # step for each batch that is yielded, gives the position to save.
         states = schedule.walk()
-        # A generator of its own: otherwise a new iterator would draw from the global one and shift dropout.
+        # Without a generator of its own, each new DataLoader iterator would draw a number from the global one, and
+        # dropout would then differ between a resumed run and one that was never interrupted.
         loader: Any = DataLoader(
             self._packer,
             batch_size=None,
@@ -147,7 +143,7 @@ class SFTLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, behind the last batch that was yielded; the same on all ranks."""
+        """Where the stream stands: after the last batch that was yielded. The same on all ranks."""
         return {
             "epoch": self._epoch,
             "consumed_packs": self._consumed,
@@ -157,7 +153,7 @@ class SFTLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the batch at which `state` was taken.
+        """Go on after the batch at which `state` was taken.
 
         Raises:
             CheckpointError: the state belongs to other data, another seed or another sequence length.
@@ -186,15 +182,15 @@ class _Schedule:
         self._start = (epoch, consumed)
 
     def __iter__(self) -> Iterator[tuple[list[list[int]], int]]:
-        """What `_PackDataset` takes: the packs of a batch, and the documents it has room for."""
+        """What `_PackDataset` takes for each batch: its packs, and D, the number of documents it has room for."""
         for packs, _, _, packing in self.walk():
             yield packs, 1 << packing.most_documents.bit_length()
 
     def walk(self) -> Iterator[tuple[list[list[int]], int, int, Packing]]:
-        """This rank's packs of each batch, and the state behind it: epoch, packs consumed, packing."""
+        """This rank's packs of each batch, and the state after it: epoch, packs consumed, packing."""
         loader = self._loader
         epoch, consumed = self._start
-        step, size = loader.packs_per_step, loader.micro_batch_size
+        step, size = loader.packs_per_microbatch, loader.micro_batch_size
         while loader.epochs is None or epoch < loader.epochs:
             packing = loader._pack(epoch)
             packs = packing.packs
@@ -209,7 +205,8 @@ class _Schedule:
 class _PackDataset(Dataset["Batch | MultiverseError"]):
     """Makes a batch from the document indices of its packs and its D; runs in loader workers.
 
-    What is wrong with the data is handed over as a value: torch would wrap an exception of a worker in its traceback.
+    Errors in the data are returned as values. If they were raised, torch would bury their message in the traceback of
+    the worker process.
     """
 
     def __init__(self, dataset: SFTDataset, seq_length: int, pad: int, train_forced_tokens: bool) -> None:

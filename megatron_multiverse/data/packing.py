@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 Overlong = Literal["drop", "refuse"]
 _OPEN_PACKS = 1024
-"""Packs kept open at a time: enough to fill packs well, few enough to keep the shuffled order roughly."""
+"""Packs kept open at a time: enough to fill packs well, and few enough that packs stay near the shuffled order."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Packing:
     Attributes:
         packs: document indices of each pack, in training order.
         dropped: documents left out because they are longer than a sequence.
-        fill: share of token places that hold a document, not padding.
+        fill: share of the places in all packs that hold a token of a document, not padding.
     """
 
     packs: list[list[int]]
@@ -43,7 +43,7 @@ class Packing:
 def pack(
     lengths: npt.NDArray[np.int64], seq_length: int, *, seed: int, epoch: int, overlong: Overlong = "refuse"
 ) -> Packing:
-    """Shuffle documents and put each into the open pack that it fills best.
+    """Shuffle the documents and put each into the open pack where it leaves the least room.
 
     The result depends on the arguments alone, so that every rank and every resumed run gets the same packs.
 
@@ -83,7 +83,7 @@ def pack(
         if free > length:
             insort(room, (free - length, number))
         if len(room) > _OPEN_PACKS:
-            room.pop(0)
+            room.pop(0)  # close the pack with the least room
     used = int(lengths[lengths <= seq_length].sum())
     order = rng.permutation(len(packs)).tolist()
     fill = used / (len(packs) * seq_length)

@@ -1,4 +1,4 @@
-"""Rows to Megatron's .bin/.idx: the engine behind tools/preprocess_data.py.
+"""Rows to Megatron's .bin/.idx: what tools/preprocess_data.py runs.
 
 The input is cut into shards. Workers write finished shards into OUTPUT_PREFIX.shards/; the parent shows progress and
 at the end joins them. A run that was stopped goes on with the shards that are not finished; a run with other input,
@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_multiverse.config import TokenizerType
 from megatron_multiverse.data.indexed_writer import join_shards, optimal_dtype
-from megatron_multiverse.data.progress import Progress, ProgressLine
+from megatron_multiverse.data.progress import Progress
 from megatron_multiverse.data.prompts import (
     TRAJECTORY_COLUMNS,
     ChatTemplate,
@@ -37,6 +38,7 @@ from megatron_multiverse.data.shard_worker import Recipe, process_shard
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.files import write_json_atomic
+from megatron_multiverse.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
 
@@ -56,21 +58,21 @@ class PreprocessConfig:
     *.txt; the prompt of NAME.xml in NAME.prompt.txt), or Hugging Face hub name."""
     output_prefix: str
     """Path of the output without suffix: PREFIX.bin, PREFIX.idx, PREFIX_manifest.json, PREFIX_rejected.jsonl."""
-    tokenizer_type: str = "HuggingFaceTokenizer"
+    tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
     """HuggingFaceTokenizer or SentencePieceTokenizer; both get the 12 structure tags as one token each."""
     tokenizer_model: str
     """Folder or file of the tokenizer, or Hugging Face hub name."""
     workers: int = 0
     """Worker processes; 0 takes one per available CPU core."""
     append_eod: bool = False
-    """Put the end-of-document token behind each response."""
+    """Put the end-of-document token after each response."""
     json_keys: list[str] | None = None
     """One key (response), two (prompt response) or three (question trajectory answer). Without it the columns of
     Multiverse-1K, of s1K-1.1, or prompt and response are found by name."""
     prompt: str = ""
     """Prompt of trajectory files that have no sidecar NAME.prompt.txt; empty means no prompt."""
     prompt_suffix: PromptSuffix = "auto"
-    """Sentence behind the prompt that asks for parallel or sequential thinking. auto: by the trajectory, for
+    """Sentence after the prompt that asks for parallel or sequential thinking. auto: by the trajectory, for
     question columns only."""
     chat_template: ChatTemplate = "auto"
     """Wrap the prompt in the tokenizer's chat template. auto: for question columns only."""
@@ -174,7 +176,7 @@ def _finished_run(output_prefix: str, manifest_path: Path, key: str) -> Totals |
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of ours; {} if there is none or it cannot be read: its work is then done again."""
+    """The JSON object in a file that a run wrote; {} if there is none or it is damaged, and its work is done again."""
     if not path.is_file():
         return {}
     try:
@@ -226,8 +228,8 @@ def _run_workers(plan: _Plan, todo: list[int], recipe: Recipe, tokenizer: Multiv
     with executor:
         futures = {executor.submit(_work, plan.source.shards[k], plan.part(k)): k for k in todo}
         waiting: set[Future[None]] = set(futures)
-        # Behind the forks: the progress bar has a thread.
-        with ProgressLine(sum(plan.source.shards[k].num_bytes for k in todo)) as line:
+        # After the workers are forked: the progress bar has a thread, and a fork copies no threads.
+        with ProgressLine("preprocess", sum(plan.source.shards[k].num_bytes for k in todo), items="docs") as line:
             while waiting:
                 finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
                 line.show(*progress.values)
@@ -250,9 +252,9 @@ def _check(future: Future[None], shard: Shard, executor: ProcessPoolExecutor) ->
 
 
 def _join(plan: _Plan, config: PreprocessConfig, tokenizer: MultiverseTokenizer, manifest_path: Path) -> Totals:
-    """Shards to the final files; the shards go last, so that a run stopped here can go on too."""
+    """Join the shards into the final files. The shards are deleted last, so that a run stopped here can go on too."""
     numbers = range(len(plan.source.shards))
-    manifest_path.unlink(missing_ok=True)  # it vouches for the files that are replaced now
+    manifest_path.unlink(missing_ok=True)  # it describes the files that are replaced now
     join_shards([plan.part(k) for k in numbers], config.output_prefix, optimal_dtype(tokenizer.vocab_size))
     totals = Totals()
     rejected_path = Path(f"{config.output_prefix}_rejected.jsonl")

@@ -37,7 +37,7 @@ class Columns:
     Attributes:
         prompt: the user's text; None if rows have none.
         response: the whole response, or the trajectory if there is an `answer` column.
-        answer: final answer, put behind the trajectory after a blank line.
+        answer: final answer, which follows the trajectory after a blank line.
         is_question: the prompt is a bare question: it gets the suffix and, by default, the chat template.
     """
 

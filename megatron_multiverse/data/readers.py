@@ -134,9 +134,10 @@ def read_rows(shard: Shard, columns: list[str] | None = None, prompt: str = "") 
 
 
 def _read_jsonl(shard: Shard) -> Iterator[RawRow]:
-    """Lines that *begin* in [start, stop): a line across the border belongs to the shard it begins in."""
+    """Lines that *begin* in [start, stop): a line that crosses `stop` belongs to the shard it begins in."""
     with open(shard.path, "rb") as stream:
         if shard.start > 0:
+            # One byte earlier: if that byte ends a line, nothing is skipped and the next line begins at `start`.
             stream.seek(shard.start - 1)
             stream.readline()
         number = 0

@@ -1,7 +1,7 @@
 """Changes to a serialized SentencePiece model, without the protobuf package.
 
-A protobuf message may be extended by appending bytes: repeated fields grow, and fields of a sub-message that is
-given again overwrite the first ones (protobuf encoding guide, "Last One Wins" and "Message Structure"). That is
+A protobuf message may be extended by appending bytes: repeated fields grow, and where a sub-message is given again, its
+fields overwrite the first ones (protobuf encoding guide, "Last One Wins" and "Message Structure"). That is
 all we need: new pieces at the end of the vocabulary, and two switches of the normalizer. The field numbers are
 those of sentencepiece_model.proto.
 """
@@ -23,7 +23,7 @@ def add_user_defined_symbols(model_proto: bytes, symbols: Sequence[str]) -> byte
 
     Args:
         model_proto: a serialized sentencepiece ModelProto.
-        symbols: texts of the new pieces, which get the ids behind the present vocabulary, in this order.
+        symbols: texts of the new pieces, which get the ids after the present vocabulary, in this order.
     """
     for symbol in symbols:
         piece = _field(_PIECE, symbol.encode()) + _key(_SCORE, _FIXED32) + struct.pack("<f", 0.0)

@@ -41,11 +41,11 @@ class Sample:
     index: int = -1
     """Number of the document in its data set."""
     problem: str | None = None
-    """Why the structure was not read: the document is plain causal text."""
+    """Why the structure could not be read, in which case the document is plain causal text; None if it was read."""
 
 
 class SFTDataset:
-    """Documents of two sequences, [prompt, response], parsed when they are asked for.
+    """Documents of two sequences, [prompt, response]. Each is parsed when it is asked for.
 
     Tags in a prompt are inert: structure begins with the response.
 
@@ -110,8 +110,8 @@ class SFTDataset:
     def fingerprint(self) -> str:
         """Hash of the document lengths and the tokens: tells another data set from this one when a run resumes.
 
-        Files above 64 MiB are read in 64 places, so that the start of a run does not wait for terabytes; there a
-        change of single tokens that leaves every length may go unseen.
+        Of files above 64 MiB only 64 places are read, so that the start of a run does not wait for terabytes. In such
+        files a change of single tokens that leaves every length as it was may go unseen.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256(self.lengths.astype("<i8").tobytes())
@@ -139,14 +139,14 @@ def pack_arrays(
         train_forced_tokens: also train on what the engine forces.
 
     Returns:
-        Arrays of shape [S]. ``labels[i]`` is token i + 1 (`pad` behind the last) and ``loss_mask[i]`` (float32) is 1
+        Arrays of shape [S]. ``labels[i]`` is token i + 1 (`pad` after the last) and ``loss_mask[i]`` (float32) is 1
         where that token is trained as the target of token i: never across documents, in prompts or at the end of a
         path. ``input_ids`` and ``labels`` int64, ``position_ids`` int64, ``r`` int32.
 
-        Per document, in order: ``documents`` int32 [D, 2], its first index and the one at which its structure begins
-        (behind the prompt; at its end for padding and for plain text, which holds none), unused rows (S, S);
-        ``sample_ids`` int64 [D], number in the data set, -1 for padding and unused rows; ``malformed`` bool [D],
-        laid out as plain text because its structure could not be read.
+        Per document, in order: ``documents`` int32 [D, 2], the index of its first token and the one at which its
+        structure begins: after the prompt, or at its end for padding and for plain text, which hold none; unused rows
+        are (S, S). ``sample_ids`` int64 [D], its number in the data set; -1 for padding and unused rows. ``malformed``
+        bool [D], whether it is laid out as plain text because its structure could not be read.
     """
     used = sum(len(sample.ids) for sample in samples)
     layouts = [sample.layout for sample in samples]

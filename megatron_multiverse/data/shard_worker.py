@@ -96,8 +96,10 @@ class _ShardJob:
         encoded = self.tokenizer.tokenize_batch([text for _, prompt, response in kept for text in (prompt, response)])
         for k, (row, prompt, response) in enumerate(kept):
             self._document(row, prompt, response, encoded[2 * k], encoded[2 * k + 1])
-        if kept:  # the start of one text per batch: a tokenizer that changes texts changes most of them
-            start = self.tokenizer.detokenize(encoded[1][:_CHECKED_TOKENS]).rstrip("\ufffd")  # half a character
+        if kept:
+            # The start of one text per batch is enough: a tokenizer that changes texts changes most of them. The cut
+            # after so many tokens may leave part of a character at the end.
+            start = self.tokenizer.detokenize(encoded[1][:_CHECKED_TOKENS]).rstrip("\ufffd")
             self.totals.checked_texts += 1
             self.totals.changed_texts += not kept[0][2].startswith(start)
 
@@ -121,6 +123,7 @@ class _ShardJob:
 
     def close(self) -> None:
         self.writer.close()
-        self.rejected.sort(key=lambda entry: entry["row"])  # within a batch, unreadable rows came first
+        # `add` rejects the unreadable rows of a batch before those that break the grammar.
+        self.rejected.sort(key=lambda entry: entry["row"])
         report = {"last_row": self.last_row, "totals": self.totals.as_dict(), "rejected": self.rejected}
         write_json_atomic(self.path.with_suffix(".json"), report, indent=None)

@@ -11,14 +11,14 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from megatron_multiverse.config import TokenizerType
 from megatron_multiverse.data.hf_tokenizer_files import content, default_template, load_hf_backend
 from megatron_multiverse.data.sentencepiece_model import add_user_defined_symbols, keep_blanks
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.structure import TAGS, StructureVocab
 
-TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
 _PROBE = "\n".join(TAGS)
 _CHUNK_CHARACTERS = 16_384
 
@@ -65,7 +65,7 @@ class MultiverseTokenizer(ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, tags included, padding of the embedding table (`config.pad_vocab_size`) not."""
+        """Number of ids: tags count, the padding of the embedding table (`config.pad_vocab_size`) does not."""
         return len(self.id_to_text)
 
     def render_chat(self, user_text: str) -> str:
@@ -92,7 +92,7 @@ class MultiverseTokenizer(ABC):
         return {}
 
     def _finish(self, id_to_text: list[str]) -> None:
-        """Store the table and prove on the tags that encoding cuts and decoding joins exactly."""
+        """Keep the table after a check: encoding must give each tag one token, and decoding must give the text back."""
         self.id_to_text = id_to_text
         found = self.tokenize(_PROBE)
         if self.detokenize(found) != _PROBE or len(found) != 2 * len(TAGS) - 1:
@@ -102,7 +102,7 @@ class MultiverseTokenizer(ABC):
                 f"{pieces[:5]}... and decodes to {self.detokenize(found)[:40]!r}...; use a byte-level BPE or a "
                 "sentencepiece model, without a normalization that changes newlines"
             )
-        # Some vocabularies spell a newline twice (a byte and a piece); text is made of the one that encoding uses.
+        # Some vocabularies have two tokens for a newline, a byte and a piece; only the one that encoding uses counts.
         used, fixed = set(found), {*TAGS, "\n"}
         pieces_by_id = {k: text for k, text in enumerate(id_to_text) if text not in fixed or k in used}
         self.structure_vocab = StructureVocab.from_pieces(pieces_by_id, eos_id=self.eod)
@@ -129,7 +129,7 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
         self._backend.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in missing])
         self.eod = self._special_id("eos_token")
         self.chat_template = default_template(self._config.get("chat_template"))
-        # The tag in front keeps decoders from treating the piece as the start of a text and dropping its blank.
+        # Each token is decoded after a tag. Alone it would be the start of a text, where decoders drop a blank.
         anchor = TAGS[0]
         anchor_id = self._backend.token_to_id(anchor)
         count = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
@@ -233,7 +233,7 @@ class SentencePieceTokenizer(MultiverseTokenizer):
         return piece.replace("\u2581", " ")
 
 
-def build_tokenizer(tokenizer_type: str, tokenizer_model: str | Path) -> MultiverseTokenizer:
+def build_tokenizer(tokenizer_type: TokenizerType, tokenizer_model: str | Path) -> MultiverseTokenizer:
     """Load a tokenizer by Megatron's flags.
 
     Args:
@@ -247,12 +247,15 @@ def build_tokenizer(tokenizer_type: str, tokenizer_model: str | Path) -> Multive
         return HuggingFaceTokenizer(tokenizer_model)
     if tokenizer_type == "SentencePieceTokenizer":
         return SentencePieceTokenizer(tokenizer_model)
-    raise ConfigError(f"tokenizer_type ({tokenizer_type}) must be one of {', '.join(TOKENIZER_TYPES)}")
+    raise ConfigError(f"tokenizer_type ({tokenizer_type}) must be one of {', '.join(get_args(TokenizerType))}")
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Ranges of texts to encode in one call: the library's encodings are some fifty times the size of their text,
-    and large batches of them fall out of the processor's cache (7 % slower on long rows than row by row)."""
+    """Ranges of texts to encode in one call.
+
+    The library's encodings are some fifty times the size of their text. Large batches of them do not fit into the
+    processor's cache, which made long rows 7 % slower than row by row.
+    """
     start = size = 0
     for k, text in enumerate(texts):
         size += len(text)

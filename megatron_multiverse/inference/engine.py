@@ -7,23 +7,28 @@ within its budget, and gives everything back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from megatron_multiverse.config.engine import EngineConfig
 from megatron_multiverse.errors import GenerationError
-from megatron_multiverse.inference.branch import Branch
-from megatron_multiverse.inference.commit import commit
-from megatron_multiverse.inference.context import Row
+from megatron_multiverse.inference.cache.book import PageBook
 from megatron_multiverse.inference.preemption import recover, relieve
-from megatron_multiverse.inference.request import Request
-from megatron_multiverse.inference.request_state import RequestState, TokenCallback
-from megatron_multiverse.inference.result import Result
-from megatron_multiverse.inference.runner import Runner
-from megatron_multiverse.inference.sampler import CounterSampler, Sampler
-from megatron_multiverse.inference.scheduler import Scheduler
+from megatron_multiverse.inference.scheduler import Scheduler, Step
+from megatron_multiverse.inference.step.plan import StepOutput
+from megatron_multiverse.inference.step.runner import Runner
+from megatron_multiverse.inference.step.sampler import Sampler
+from megatron_multiverse.inference.text.answer import make_result
+from megatron_multiverse.inference.text.commit import close_all, commit_token
+from megatron_multiverse.inference.text.request import Request
+from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.inference.text.state import RequestState, TokenCallback, new_state
 from megatron_multiverse.structure import StructureMachine, StructureVocab
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -32,52 +37,36 @@ class Engine:
     Args:
         model: megatron-core's GPTModel as `model.build_gpt_model` makes it (or anything `Runner` accepts).
         structure_vocab: the ids of tags, newline and labels.
-        num_pages: pages of the cache; `page_size * num_pages` tokens in all.
-        page_size: tokens per page. 1 never copies, 16 and 64 have shorter tables.
-        max_rows: branches per step.
-        max_step_tokens: tokens per step beyond one per row; longer prompts are fed in chunks.
-        max_paths: a goal with more outlines is plain text (None: no limit).
-        max_depth: deeper blocks are plain text (None: no limit).
+        config: sizes and limits; `num_pages` 0 takes enough for eight sequences of the model's full length.
         max_position: positions the model can take; by default what the model says.
         vocab_size: ids of the tokenizer; the padding of the output layer above it is never chosen.
-        prefix_pages: pages of prompts kept for later prompts that begin alike (0: none).
         sampler: chooses tokens; by default `CounterSampler`.
-        debug: poison freed pages with NaN and check the page books after every step.
     """
 
     def __init__(
         self,
         model: nn.Module,
         structure_vocab: StructureVocab,
+        config: EngineConfig | None = None,
         *,
-        num_pages: int,
-        page_size: int = 16,
-        max_rows: int = 32,
-        max_step_tokens: int = 2048,
-        max_paths: int | None = 64,
-        max_depth: int | None = 8,
         max_position: int | None = None,
         vocab_size: int | None = None,
-        prefix_pages: int = 0,
         sampler: Sampler | None = None,
-        debug: bool = False,
     ) -> None:
-        if max_rows < 1 or max_step_tokens < 1:
-            raise GenerationError(f"max_rows ({max_rows}) and max_step_tokens ({max_step_tokens}) must be at least 1")
+        self.config = config = config or EngineConfig()
         self.vocab = structure_vocab
-        self.max_paths, self.max_depth = max_paths, max_depth
         own_limit = getattr(model, "max_sequence_length", None)
-        self.max_position = max_position or own_limit or page_size * num_pages
-        self.vocab_size = vocab_size
-        self.sampler = sampler or CounterSampler()
-        self.debug = debug
-        self.runner = Runner(model, num_pages=num_pages, page_size=page_size, debug=debug)
-        self.pool = self.runner.pool
+        num_pages = config.num_pages or pages_for(max_position or own_limit or 4096, config)
+        self.max_position = max_position or own_limit or config.page_size * num_pages
+        self.book = PageBook(num_pages, config.page_size, remember_freed=config.debug)
+        self.runner = Runner(
+            model, num_pages=num_pages, page_size=config.page_size, vocab_size=vocab_size, sampler=sampler
+        )
         self.scheduler = Scheduler(
-            self.pool,
-            max_rows=max_rows,
-            max_step_tokens=max_step_tokens,
-            prefix_pages=prefix_pages,
+            self.book,
+            max_rows=config.max_rows,
+            max_step_tokens=config.max_step_tokens,
+            prefix_pages=config.prefix_pages,
         )
         self.num_steps = 0
         self._next_id = 0
@@ -86,20 +75,18 @@ class Engine:
         self._stepping = False
         self._num_embeddings = vocab_size or getattr(model, "vocab_size", None)
 
-    # -- requests ----------------------------------------------------------------------------------------------
-
     def check(self, request: Request) -> None:
         """Refuse a request that could never be served.
 
         Raises:
             GenerationError: naming the numbers.
         """
-        prompt = len(request.prompt_ids)
-        capacity = self.pool.num_pages * self.pool.page_size
-        if prompt + request.max_tokens > capacity:
+        prompt, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
+        capacity = self.book.num_pages * self.book.page_size
+        if prompt + max_tokens > capacity:
             raise GenerationError(
-                f"prompt ({prompt} tokens) and max_tokens ({request.max_tokens}) need {prompt + request.max_tokens} "
-                f"cache slots, the engine has {capacity} ({self.pool.num_pages} pages of {self.pool.page_size}); "
+                f"prompt ({prompt} tokens) and max_tokens ({max_tokens}) need {prompt + max_tokens} "
+                f"cache slots, the engine has {capacity} ({self.book.num_pages} pages of {self.book.page_size}); "
                 "lower max_tokens or raise num_pages"
             )
         if prompt >= self.max_position:
@@ -124,7 +111,8 @@ class Engine:
             GenerationError: see `check`.
         """
         self.check(request)
-        state = RequestState(self._next_id, request, self.max_position, self._machine, on_token)
+        machine = StructureMachine(self.vocab, max_depth=self.config.max_depth, max_paths=self.config.max_paths)
+        state = new_state(self._next_id, request, machine, self.max_position, on_token)
         self._next_id += 1
         self.scheduler.waiting.append(state)
         return state.request_id
@@ -180,111 +168,103 @@ class Engine:
             self._finished = foreign + self._finished
         return [own[k] for k in range(len(own))]
 
-    # -- one step ----------------------------------------------------------------------------------------------
-
     def step(self) -> list[Result]:
         """Advance every branch that can run by one token; returns the requests that finished.
 
         Raises:
             GenerationError: called from within a step (by an `on_token`).
             Exception: what the model or the sampler raised. The engine stays whole: the active requests start again
-                in the next step and replay, and after `preemption.MAX_FAILURES` such steps end with `error`.
+                in the next step, and after `preemption.MAX_FAILURES` such steps end with `error`.
         """
+        with self._guard():
+            self._end_cancelled()
+            while (step := self.scheduler.plan()) is None and self.scheduler.active:
+                relieve(self.scheduler)
+                self._hand_out()
+            if step is not None:
+                self._commit(step, self.runner.run(step.plan))
+            self._hand_out()
+            self._end_cancelled()
+            if self.config.debug:
+                self.scheduler.check_integrity()
+        done, self._finished = self._finished, []
+        return done
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        """One step at a time, and an engine that is whole after one that fails."""
         if self._stepping:
             raise GenerationError("step was called from within a step; on_token may add and cancel requests only")
         self._stepping = True
         try:
-            self._step()
+            yield
         except BaseException as error:
-            self._finished += [state.result() for state in recover(self.scheduler, error)]
+            for state in recover(self.scheduler, error):
+                self._finish(state)
             raise
         finally:
             self._stepping = False
-        done, self._finished = self._finished, []
-        return done
 
-    def _step(self) -> None:
-        self._drop_cancelled()
-        rows = self._plan()
-        if not rows:
-            return
-        logits = self.runner.run(rows)
-        self.scheduler.settle()
+    def _commit(self, step: Step, output: StepOutput) -> None:
+        """Give every sampled row its token; what follows from the tokens is written there (`text/commit.py`)."""
         self.num_steps += 1
-        for state in {id(row.branch.request): row.branch.request for row in rows if _advances(row)}.values():
+        tokens, logprobs, finite = (array.tolist() for array in output)
+        for (state, branch), token, logprob, good in zip(step.sampled, tokens, logprobs, finite, strict=True):
+            if state.finish_reason is not None:
+                continue  # a sibling failed in this step
+            if good:
+                commit_token(state, branch, token, logprob)
+            else:
+                state.error = "the model returned logits that are not finite"
+                close_all(state, "error")
+        for state in {id(state): state for state, _ in step.sampled}.values():
             state.decode_steps += 1
-        branches = [row.branch for row in rows if row.sample]
-        if branches:
-            self._take(logits, branches)
         for state in self.scheduler.active:
             state.step += 1
             state.failures = 0
-        self._collect()
-        self._drop_cancelled()
-        if self.debug:
-            self.scheduler.check_integrity()
 
-    def _take(self, logits: Tensor, branches: list[Branch]) -> None:
-        with torch.inference_mode():
-            logits = logits[:, : self.vocab_size]
-            tokens = self.sampler(logits, branches)
-            finite = torch.isfinite(logits.gather(1, tokens[:, None])[:, 0])
-        for branch, token, good in zip(branches, tokens.tolist(), finite.tolist(), strict=True):
-            if branch.request.finish_reason is not None:
-                continue  # a sibling failed in this step
-            if good:
-                commit(branch, token)
-            else:
-                branch.request.error = "the model returned logits that are not finite"
-                branch.request.close_all("error")
-
-    def _plan(self) -> list[Row]:
-        while True:
-            rows = self.scheduler.plan()
-            if rows:
-                return rows
-            released = self.scheduler.settle()
-            if self._collect() or released:
-                continue
-            if not self.scheduler.active:
-                return rows
-            relieve(self.scheduler)
-
-    # -- the end of a request ----------------------------------------------------------------------------------
-
-    def _collect(self) -> bool:
-        """Take out the requests whose root has ended or whose callback failed; whether there were any."""
-        any_ended = False
+    def _hand_out(self) -> None:
+        """Tell the callbacks what was written, and take out the requests whose answers are complete."""
         for state in list(self.scheduler.active):
-            if state.callback_failed:
-                state.close_all("error")
+            if state.unheard and not self._tell(state) and state.finish_reason is None:
+                close_all(state, "error")
             finish = state.root.finish
             if finish is not None:
-                any_ended = True
-                if state.finish_reason is None:
-                    state.finish_reason = "length" if finish == "length" else "stop"
+                state.finish_reason = state.finish_reason or ("length" if finish == "length" else "stop")
+                self.scheduler.remove(state)
                 self._finish(state)
-        return any_ended
 
-    def _drop_cancelled(self) -> None:
+    def _end_cancelled(self) -> None:
         cancelled, self._cancelled = self._cancelled, set()
         for state in self._states() if cancelled else ():
             if state.request_id in cancelled:
-                state.close_all("abort")
+                close_all(state, "abort")
+                self.scheduler.remove(state)
                 self._finish(state)
 
     def _finish(self, state: RequestState) -> None:
-        """Its pages come free, its result is handed out by this step."""
-        self.scheduler.remove(state)
-        self._finished.append(state.result())
+        """The result is handed out by this step, or by the next if it fails."""
+        self._tell(state)
+        self._finished.append(make_result(state))
+
+    def _tell(self, state: RequestState) -> bool:
+        """Hand a callback what was written since it was last called; False if it raised, which is the last call."""
+        unheard, state.unheard = state.unheard, []
+        for name, ids in unheard:
+            try:
+                assert state.on_token is not None
+                state.on_token(state.request_id, name, ids)
+            except Exception as error:
+                logger.exception("on_token of request %d raised; the request ends with an error", state.request_id)
+                state.on_token = None
+                state.error = f"on_token raised {error!r}"
+                return False
+        return True
 
     def _states(self) -> list[RequestState]:
         return [*self.scheduler.active, *self.scheduler.waiting]
 
-    def _machine(self) -> StructureMachine:
-        return StructureMachine(self.vocab, max_depth=self.max_depth, max_paths=self.max_paths)
 
-
-def _advances(row: Row) -> bool:
-    """Whether the row is more than a middle piece of a prompt."""
-    return row.sample or bool(row.branch.ids)
+def pages_for(longest: int, config: EngineConfig) -> int:
+    """Pages for eight answers of `longest` tokens, prompt included, their forks, and the kept prompts."""
+    return 8 * (-(-longest // config.page_size) + 16) + config.prefix_pages

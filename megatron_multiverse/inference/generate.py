@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -11,13 +12,14 @@ from typing import Any, Literal, TypeAlias
 import torch
 from tqdm import tqdm
 
-from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.config.engine import EngineConfig, SamplingParams
 from megatron_multiverse.data.readers import open_source, read_rows
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.errors import DataError, GenerationError, MultiverseError
+from megatron_multiverse.inference.build import build_engine
 from megatron_multiverse.inference.engine import Engine
-from megatron_multiverse.inference.request import Request
-from megatron_multiverse.inference.result import Result
+from megatron_multiverse.inference.text.request import Request
+from megatron_multiverse.inference.text.result import Result
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
 
@@ -31,7 +33,7 @@ class GenerateConfig:
     """Options of tools/generate.py."""
 
     load: Path
-    """Checkpoint in any layout: Hugging Face, megatron-core, or a model folder of the trainer."""
+    """Checkpoint in any format: Hugging Face, megatron-core, or a model folder of the trainer."""
     tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"] = "HuggingFaceTokenizer"
     """Megatron's name of the kind of tokenizer."""
     tokenizer_model: str | None = None
@@ -46,40 +48,18 @@ class GenerateConfig:
     """Wrap each prompt in the chat template of the tokenizer."""
     sequential: bool = False
     """Decode path after path instead of all at once; the answers are the same."""
-    max_tokens: int = 2048
-    """Most tokens per answer, all branches together."""
-    max_critical_tokens: int | None = None
-    """Most tokens on the longest chain of an answer."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_k: int = 0
-    """0 is off."""
-    top_p: float = 1.0
-    """1 is off."""
-    seed: int = 0
-    """Seed of the sampling noise."""
     num_samples: int = 1
     """Answers per prompt; more than one needs a temperature."""
     stop: list[str] = field(default_factory=list)
     """Further tokens, as text, that end an answer outside of paths; they are not part of it."""
-    ignore_eos: bool = False
-    """Treat the end-of-document token as text, so that answers get as long as --max-tokens."""
-    max_paths: int | None = 64
-    """Goals with more outlines stay plain text."""
-    max_depth: int | None = 8
-    """Blocks nested deeper stay plain text."""
-    page_size: int = 16
-    """Tokens per cache page: 1, 16 or 64."""
-    num_pages: int = 0
-    """Cache pages; 0 takes enough for eight of the longest answers at once."""
-    prefix_pages: int = 0
-    """Cache pages kept for prompts that begin alike, as those of one few-shot header do."""
-    max_rows: int = 64
-    """Branches per step."""
+    sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=2048))
+    """How answers are drawn, and where they end."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Sizes and limits of the engine."""
     dtype: Literal["float32", "bf16", "float64"] = "float32"
     """Type of weights and cache."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA when there is a GPU."""
 
 
 def write_answers(config: GenerateConfig) -> tuple[int, int]:
@@ -115,9 +95,10 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
         DataError: no prompts.
         GenerationError: options that cannot work, or `config.prompt` cannot be answered.
     """
-    if config.num_samples < 1 or (config.num_samples > 1 and config.temperature == 0):
+    temperature = config.sampling.temperature
+    if config.num_samples < 1 or (config.num_samples > 1 and temperature == 0):
         raise GenerationError(
-            f"num_samples is {config.num_samples} at temperature {config.temperature}; give at least 1, and a "
+            f"num_samples is {config.num_samples} at temperature {temperature}; give at least 1, and a "
             "temperature above 0 if it is more than 1 (greedy answers are all the same)"
         )
     prompts = _prompts(config)
@@ -128,13 +109,15 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
     prompt_ids = iter(tokenizer.tokenize_batch(chats))
     ids = [next(prompt_ids) if isinstance(prompt, str) else [] for prompt in prompts]
     engine = _build_engine(config, tokenizer, max(map(len, ids)))
+    sampling = _sampling(config, stop)
     origin: dict[int, tuple[int, int]] = {}
     for index, prompt in enumerate(prompts):
         try:
             if isinstance(prompt, DataError):
                 raise prompt
             for sample in range(config.num_samples):
-                origin[engine.add_request(_request(config, ids[index], sample, stop))] = index, sample
+                request = Request(prompt_ids=ids[index], sampling=sampling, sample=sample)
+                origin[engine.add_request(request)] = index, sample
         except MultiverseError as error:
             if config.input is None:
                 raise
@@ -150,35 +133,15 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
 
 def _build_engine(config: GenerateConfig, tokenizer: MultiverseTokenizer, longest_prompt: int) -> Engine:
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model, model_config = load_checkpoint(config.load, dtype=_DTYPES[config.dtype], device=device)
-    longest = min(longest_prompt, model_config.max_sequence_length) + config.max_tokens
-    return Engine(
-        model,
-        tokenizer.structure_vocab,
-        num_pages=config.num_pages or 8 * (-(-longest // config.page_size) + 16) + config.prefix_pages,
-        page_size=config.page_size,
-        max_rows=config.max_rows,
-        max_paths=config.max_paths,
-        max_depth=config.max_depth,
-        vocab_size=tokenizer.vocab_size,
-        prefix_pages=config.prefix_pages,
-    )
+    longest = longest_prompt + config.sampling.max_tokens
+    dtype = _DTYPES[config.dtype]
+    return build_engine(config.load, tokenizer, config.engine, longest=longest, dtype=dtype, device=device)
 
 
-def _request(config: GenerateConfig, ids: list[int], sample: int, stop: list[int]) -> Request:
-    return Request(
-        prompt_ids=ids,
-        max_tokens=config.max_tokens,
-        max_critical_tokens=config.max_critical_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-        sample=sample,
-        max_concurrent_branches=1 if config.sequential else None,
-        stop_token_ids=stop,
-        ignore_eos=config.ignore_eos,
-    )
+def _sampling(config: GenerateConfig, stop: list[int]) -> SamplingParams:
+    """What `config` asks of every answer."""
+    sampling = dataclasses.replace(config.sampling, stop_token_ids=(*config.sampling.stop_token_ids, *stop))
+    return dataclasses.replace(sampling, max_concurrent_branches=1) if config.sequential else sampling
 
 
 def _stop_ids(stop: list[str], tokenizer: MultiverseTokenizer) -> list[int]:

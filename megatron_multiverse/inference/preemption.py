@@ -1,24 +1,25 @@
 """When pages run short or a step fails: who steps back, who starts again, who ends.
 
-A request that steps back gives up its cache and keeps its text. Once admitted again it starts from its prompt and
-replays the tokens it had sampled (`commit.resume`), feeding them in chunks, so its answer is the same.
+A request that steps back gives up its place in the cache and keeps its text. Once admitted again it is fed from its
+prompt on, in chunks, forks and joins included; nothing is drawn twice, so its answer is the same.
 """
 
 from __future__ import annotations
 
-from megatron_multiverse.inference.request_state import RequestState
 from megatron_multiverse.inference.scheduler import Scheduler
+from megatron_multiverse.inference.text.commit import close_all
+from megatron_multiverse.inference.text.state import RequestState
 
 MAX_FAILURES = 3
 """A request that was active in so many failed steps in a row ends, so that an engine never fails for ever."""
 
 
-def preempt(scheduler: Scheduler, request: RequestState) -> None:
+def preempt(scheduler: Scheduler, state: RequestState) -> None:
     """Take back everything the request holds; it is the next to be admitted, once as many pages are free."""
-    request.preemptions += 1
-    request.pages_wanted = len({page for pages in scheduler.pages_of(request) for page in pages}) + 1
-    scheduler.remove(request)
-    scheduler.waiting.appendleft(request)
+    state.preemptions += 1
+    state.pages_wanted = len({page for pages in scheduler.pages_of(state) for page in pages}) + 1
+    scheduler.remove(state)
+    scheduler.waiting.appendleft(state)
 
 
 def relieve(scheduler: Scheduler) -> None:
@@ -29,13 +30,13 @@ def relieve(scheduler: Scheduler) -> None:
     if len(scheduler.active) > 1:
         preempt(scheduler, newest)
         return
-    pool = scheduler.pool
+    book = scheduler.book
     newest.error = (
-        f"the cache is full: {pool.num_pages} pages of {pool.page_size} tokens do not hold all branches; "
+        f"the cache is full: {book.num_pages} pages of {book.page_size} tokens do not hold all branches; "
         "raise num_pages"
     )
     newest.counts["out_of_pages"] += 1
-    newest.close_all("length")
+    close_all(newest, "length")
 
 
 def recover(scheduler: Scheduler, error: BaseException) -> list[RequestState]:
@@ -48,13 +49,11 @@ def recover(scheduler: Scheduler, error: BaseException) -> list[RequestState]:
     stopped = scheduler.active
     scheduler.reset()
     ended = []
-    for request in stopped:
-        request.failures += isinstance(error, Exception)
-        if request.failures >= MAX_FAILURES:
-            request.error = f"{MAX_FAILURES} steps in a row failed, the last with {error!r}"
-        elif not request.callback_failed:
-            continue
-        scheduler.remove(request)
-        request.close_all("error")
-        ended.append(request)
+    for state in stopped:
+        state.failures += isinstance(error, Exception)
+        if state.failures >= MAX_FAILURES:
+            state.error = f"{MAX_FAILURES} steps in a row failed, the last with {error!r}"
+            scheduler.remove(state)
+            close_all(state, "error")
+            ended.append(state)
     return ended

@@ -1,261 +1,338 @@
-"""Who runs in the next step: continuous batching with branches as rows.
+"""Who is fed in the next step: continuous batching with branches as rows. Reads text, writes none.
 
-Each step plans, in this order, over requests first come first served:
+Each step is planned in this order, over requests first come first served:
 
-1. every branch that has something to feed (a page that is not there makes it wait, nothing else);
-2. joins: a parent whose paths all ended takes their pages over and goes on, in the very step that feeds the last
-   `</Path>`;
-3. forks: paths start, in the very step that feeds `</Goal>`; all at once if they can ever run at once, else in
+1. every branch that has written more than the cache has seen brings its next tokens (a page that is not there makes it
+   wait, nothing else);
+2. joins: where the last token of the last path is fed, the parent takes over the pages of its paths and goes on, in
+   this very step;
+3. forks: where `</Goal>` is fed, the paths start in this very step; all at once if they can ever run at once, else in
    waves as rows come free;
 4. new requests, unless something that already runs waits for pages, or a fork for rows.
 
-If nothing can run, `preemption.py` decides who steps back.
+What a branch may bring ends where its next block forks (`Block.at`) until that block is joined in the cache. If nothing
+can run, `preemption.py` decides who steps back.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple
 
-from megatron_multiverse.inference.branch import Block, Branch, Status
-from megatron_multiverse.inference.commit import resume
-from megatron_multiverse.inference.context import Row
-from megatron_multiverse.inference.fork_join import join
-from megatron_multiverse.inference.pages import PagePool
-from megatron_multiverse.inference.prefix import PrefixCache
-from megatron_multiverse.inference.request_state import RequestState
-from megatron_multiverse.inference.tree import Node, PageTree
+import numpy as np
+
+from megatron_multiverse.inference.cache.book import PageBook
+from megatron_multiverse.inference.cache.prefix import PrefixCache
+from megatron_multiverse.inference.cache.tree import Node, PageTree
+from megatron_multiverse.inference.step.plan import SamplingArrays, StepPlan
+from megatron_multiverse.inference.text.branch import Block, Branch
+from megatron_multiverse.inference.text.commit import begin_span
+from megatron_multiverse.inference.text.state import RequestState
+
+
+class Row(NamedTuple):
+    """One branch in the step that is being planned."""
+
+    state: RequestState
+    branch: Branch
+    node: Node
+    start: int
+    """Index in `branch.ids` of the first token it brings."""
+    num_tokens: int
+    sample: bool
+    """Whether it wants a token after the last one."""
+
+
+class Step(NamedTuple):
+    """A planned step: the integers every rank needs, and whom the tokens that come back belong to."""
+
+    plan: StepPlan
+    sampled: list[tuple[RequestState, Branch]]
+    """One per row of `plan.sample`."""
 
 
 class Scheduler:
     """Plans steps.
 
     Args:
-        pool: the pages.
+        book: the pages.
         max_rows: most branches per step.
         max_step_tokens: most tokens per step beyond one per row; longer prompts are fed in chunks.
-        prefix_pages: pages of finished prompts kept for later requests that begin alike.
+        prefix_pages: pages of prompts kept for later requests that begin alike.
     """
 
-    def __init__(
-        self,
-        pool: PagePool,
-        *,
-        max_rows: int,
-        max_step_tokens: int,
-        prefix_pages: int = 0,
-    ) -> None:
-        self.pool = pool
-        self.prefixes = PrefixCache(pool, prefix_pages)
-        self.tree = PageTree(pool)
+    def __init__(self, book: PageBook, *, max_rows: int, max_step_tokens: int, prefix_pages: int = 0) -> None:
+        self.book = book
+        self.prefixes = PrefixCache(book, prefix_pages)
+        self.tree = PageTree(book)
         self.max_rows = max_rows
         self.max_step_tokens = max_step_tokens
         self.waiting: deque[RequestState] = deque()
         self.active: list[RequestState] = []
+        self.nodes: dict[Branch, Node] = {}
+        """Where the branches stand in the cache; a branch that waits, or is joined, stands nowhere."""
         self._rows: list[Row] = []
-        self._chunk_room = 0
+        self._chunk_room = 0  # tokens that may still enter the step
+        self._free_rows = 0  # rows that no living branch holds
         self._held = False  # something waits for pages or rows: admit nothing new, keep no prefixes
-        self._retired: list[Node] = []
-        self._released = False
+        self._joined: list[Node] = []  # their pages come free once the step is planned
 
-    # -- one step ----------------------------------------------------------------------------------------------
+    def plan(self) -> Step | None:
+        """The next step; None if nothing can run (or nothing is left to do)."""
+        while True:
+            self._begin_step()
+            for state in self.active:
+                self._join(state)
+                self._start_paths(state, force=False)
+            if not self._held:
+                self._admit()
+            pages_came_free = False
+            if not self._rows:
+                # Nothing fits at once: let single paths join or start, oldest request first.
+                for state in self.active:
+                    pages_came_free |= self._join_one_by_one(state)
+                    self._join(state)
+                    self._start_paths(state, force=True)
+            step = self._make_step() if self._rows else None
+            for node in self._joined:
+                self.tree.free(node)
+            if step is not None or not (self._joined or pages_came_free):
+                return step
 
-    def plan(self) -> list[Row]:
-        """Rows of the next step; empty if nothing can run (or nothing is left to do)."""
+    def _begin_step(self) -> None:
+        """Feed every branch that has something to feed, and count the rows that are left."""
         if self._held:
             self.prefixes.clear()  # what runs needs the pages more
-        self._rows, self._chunk_room, self._held = [], self.max_step_tokens, False
-        for request in self.active:
-            for branch in request.live:
-                if branch.pending:
-                    self._feed(branch)
-        for request in self.active:
-            self._join(request)
-            self._start_paths(request, force=False)
-        if not self._held:
-            self._admit()
-        if not self._rows and self.active:
-            # Nothing fits at once: let single paths join or start, oldest request first.
-            for request in self.active:
-                self._join_one_by_one(request)
-                self._join(request)
-                self._start_paths(request, force=True)
-        return self._rows
+        self._rows, self._chunk_room, self._held, self._joined = [], self.max_step_tokens, False, []
+        self._free_rows = self.max_rows
+        for state in self.active:
+            self._keep_prompt(state)
+            ended = False
+            for branch in state.live:
+                if branch.fed < feed_end(branch):
+                    self._feed(state, branch)
+                self._free_rows -= holds_row(branch)
+                ended |= is_fed(branch)
+            if ended:
+                state.live = [branch for branch in state.live if not is_fed(branch)]
 
-    def settle(self) -> bool:
-        """The step has run: ended branches give back their rows and pages. Whether pages came free."""
-        released = self._released or bool(self._retired)
-        for node in self._retired:
-            self.tree.free(node)
-        self._retired, self._released = [], False
-        for request in self.active:
-            request.live = [branch for branch in request.live if branch.status is not Status.ENDED]
-            if not request.prompt_kept and request.prompt_fed:
-                request.prompt_kept = True
-                assert request.root.node is not None
-                self.prefixes.add(request.params.prompt_ids, request.root.node.pages)
-        return released
+    def _keep_prompt(self, state: RequestState) -> None:
+        """Offer a prompt to the prefix cache once the step that computes its keys has run."""
+        if not state.prompt_kept and state.root.fed >= state.root.prompt_length:
+            state.prompt_kept = True
+            self.prefixes.add(state.request.prompt_ids, self.nodes[state.root].pages)
 
-    @property
-    def rows_held(self) -> int:
-        """Rows that living branches hold."""
-        return sum(request.num_rows for request in self.active)
-
-    def _feed(self, branch: Branch) -> None:
-        """Put the branch into the step with as much of its pending text as fits; nothing if pages are missing."""
-        node = branch.node
-        assert node is not None
-        if branch.parent is None and branch.finish is not None:
-            return  # the answer is complete, its last tokens need no keys
-        count = min(len(branch.pending), max(1, self._chunk_room))
-        if len(self._rows) >= self.max_rows:
-            return
-        if self.tree.append_cost(node, count) > self.pool.num_free:
+    def _feed(self, state: RequestState, branch: Branch) -> None:
+        """Put the branch into the step with as many of its next tokens as fit; with none if pages are missing."""
+        if len(self._rows) >= self.max_rows or (branch.parent is None and branch.finish is not None):
+            return  # an answer that is complete needs no keys of its last tokens
+        node, start, end = self.nodes[branch], branch.fed, feed_end(branch)
+        count = min(end - start, max(1, self._chunk_room))
+        if self.tree.append_cost(node, count) > len(self.book.free):
             self._held = True
             return
         self._chunk_room -= count
-        start, position = node.length, node.next_pos
-        self.pool.expect(self.tree.append(node, count).tolist())
-        ids, branch.pending = branch.pending[:count], branch.pending[count:]
-        sample = branch.status is Status.RUNNING and not branch.pending
-        self._rows.append(Row(branch, node, ids, start, position, sample))
-        if branch.status is Status.CLOSING and not branch.pending:
-            branch.status = Status.ENDED
+        self.tree.append(node, count)
+        branch.fed += count
+        sample = branch.fed == len(branch.ids) and branch.finish is None and branch.num_joined == len(branch.blocks)
+        self._rows.append(Row(state, branch, node, start, count, sample))
 
-    def _run(self, branch: Branch) -> None:
-        branch.status = Status.RUNNING
-        branch.start_span()
-        if branch not in branch.request.live:
-            branch.request.live.append(branch)
-        resume(branch)
-        self._feed(branch)
+    def _place(self, state: RequestState, branch: Branch, node: Node) -> None:
+        """A branch gets a place in the cache and a row."""
+        self.nodes[branch] = node
+        state.live.append(branch)
+        self._free_rows -= 1
+        begin_span(state, branch)
+        self._feed(state, branch)
 
-    # -- joins -------------------------------------------------------------------------------------------------
-
-    def _join(self, request: RequestState) -> None:
-        for branch in list(request.live):
-            block = branch.open_block
-            if block is None or any(kid.status is not Status.ENDED for kid in block.kids):
+    def _join(self, state: RequestState) -> None:
+        """Every parent whose paths are fed to the end takes their pages over and goes on."""
+        for branch in list(state.live):
+            block = block_to_join(branch)
+            if block is None or self._free_rows < 1:
                 continue
-            assert branch.node is not None
-            if self.rows_held >= self.max_rows:
-                continue
-            kids = [kid.node for kid in block.kids if kid.node is not None]
+            kids = [self.nodes[kid] for kid in block.kids if kid in self.nodes]
             if kids:
-                if self.tree.join_cost(branch.node, kids) > self.pool.num_free:
+                node = self.nodes[branch]
+                if self.tree.join_cost(node, kids) > len(self.book.free):
                     self._held = True
                     continue
-                self.tree.join(branch.node, kids)
-                # Their last tokens are computed in this step, over their own pages: free those afterwards.
-                self._retired += kids
+                self.tree.join(node, kids)
+                self._joined += kids  # this step may still compute their last tokens, over their own pages
             for kid in block.kids:
-                kid.node = None
-            join(branch)
-            branch.write(branch.machine.vocab.conclusion_prefix())
-            self._run(branch)
+                self.nodes.pop(kid, None)
+            branch.num_joined += 1
+            self._free_rows -= 1
+            begin_span(state, branch)
+            self._feed(state, branch)
 
-    def _join_one_by_one(self, request: RequestState) -> None:
-        """The way out when no row can run: each path that joins frees its pages for the next."""
-        for branch in request.live:
-            block = branch.open_block
-            if block is None or any(kid.status is not Status.ENDED for kid in block.kids):
+    def _join_one_by_one(self, state: RequestState) -> bool:
+        """The way out when no row can run: each path that joins frees its pages for the next. Whether any did."""
+        pages_came_free = False
+        for branch in state.live:
+            block = block_to_join(branch)
+            for kid in block.kids if block is not None else ():
+                node = self.nodes.get(kid)
+                if node is not None and self.tree.join_cost(self.nodes[branch], [node]) <= len(self.book.free):
+                    self.tree.join(self.nodes[branch], [node])
+                    self.tree.free(self.nodes.pop(kid))
+                    pages_came_free = True
+        return pages_came_free
+
+    def _start_paths(self, state: RequestState, *, force: bool) -> None:
+        """Start the paths that can start; without `force` all of a block that can ever run at once start together."""
+        limit = min(self.max_rows, state.request.sampling.max_concurrent_branches or self.max_rows)
+        for branch in reversed(list(state.live)):  # the deepest forked last, so inner paths go first
+            block = cache_block(branch)
+            if block is None or branch.fed < block.at or block.started == len(block.kids):
                 continue
-            assert branch.node is not None
-            for kid in block.kids:
-                if kid.node is not None and self.tree.join_cost(branch.node, [kid.node]) <= self.pool.num_free:
-                    self.tree.join(branch.node, [kid.node])
-                    self.tree.free(kid.node)
-                    kid.node = None
-                    self._released = True
-
-    # -- forks -------------------------------------------------------------------------------------------------
-
-    def _start_paths(self, request: RequestState, *, force: bool) -> None:
-        """Start what can start."""
-        for branch in reversed(list(request.live)):  # the deepest forked last, so inner paths go first
-            block = branch.open_block
-            if block is None or branch.pending or block.started == len(block.kids):
-                continue
-            limit = min(self.max_rows, request.params.max_concurrent_branches or self.max_rows)
-            free = min(self.max_rows - self.rows_held, limit - request.num_rows)
+            free = min(self._free_rows, limit - sum(map(holds_row, state.live)))
             left = len(block.kids) - block.started
             at_once = not force and block.started == 0 and left <= limit
-            count = self._affordable(branch, block, min(left, free))
+            count = self._affordable(self.nodes[branch], block, min(left, free))
             if count < (left if at_once else 1):
                 self._held = self._held or at_once or free > 0
                 continue
-            self._start(branch, block, count)
+            kids = block.kids[block.started : block.started + count]
+            block.started += count
+            for kid, node in zip(kids, self.tree.fork(self.nodes[branch], count), strict=True):
+                self._place(state, kid, node)
 
-    def _affordable(self, branch: Branch, block: Block, count: int) -> int:
-        """How many of the next `count` paths the free pages hold, each with its first tokens."""
-        assert branch.node is not None
-        open_slots = branch.node.length % self.pool.page_size
+    def _affordable(self, node: Node, block: Block, count: int) -> int:
+        """How many of the next `count` paths the free pages hold, each with the tokens it would bring first."""
+        open_slots = node.length % self.book.page_size
         pages = 0
         for k, kid in enumerate(block.kids[block.started : block.started + max(count, 0)]):
-            pages += -(-(open_slots + len(kid.pending)) // self.pool.page_size)
-            if pages > self.pool.num_free:
+            first = min(feed_end(kid), self.max_step_tokens)
+            pages += -(-(open_slots + first) // self.book.page_size)
+            if pages > len(self.book.free):
                 return k
         return max(count, 0)
 
-    def _start(self, branch: Branch, block: Block, count: int) -> None:
-        assert branch.node is not None
-        kids = block.kids[block.started : block.started + count]
-        block.started += count
-        for kid, node in zip(kids, self.tree.fork(branch.node, count), strict=True):
-            kid.node = node
-            self._run(kid)
-
-    # -- admission and removal ---------------------------------------------------------------------------------
-
     def _admit(self) -> None:
-        while self.waiting and self.rows_held < self.max_rows:
-            request = self.waiting[0]
-            need = max(-(-(len(request.params.prompt_ids) + 1) // self.pool.page_size), request.pages_wanted)
-            if self.active and need + self._promised() > self.pool.num_free:
+        """Start the requests that wait, in their order, while rows and pages are free."""
+        while self.waiting and self._free_rows > 0:
+            state = self.waiting[0]
+            need = max(-(-(state.root.prompt_length + 1) // self.book.page_size), state.pages_wanted)
+            if self.active and need + self._promised() > len(self.book.free):
                 self._held = True
                 return
-            self.active.append(request)
-            self.waiting.popleft()
-            request.start()
-            request.root.node = self.tree.root()
-            if known := self.prefixes.find(request.params.prompt_ids):
-                self.tree.share(request.root.node, known)
-                del request.root.pending[: request.root.node.length]
-            self._run(request.root)
+            self.active.append(self.waiting.popleft())
+            node = Node()
+            if known := self.prefixes.find(state.request.prompt_ids):
+                self.tree.share(node, known)
+                state.root.fed = node.length
+            if state.preemptions == 0:
+                state.cached_tokens = node.length
+            self._place(state, state.root, node)
 
     def _promised(self) -> int:
         """Pages that admitted prompts still need."""
         return sum(
-            self.tree.append_cost(request.root.node, len(request.root.pending))
-            for request in self.active
-            if request.root.node is not None and not request.root.ids
+            self.tree.append_cost(self.nodes[state.root], state.root.prompt_length - state.root.fed)
+            for state in self.active
+            if state.root.fed < state.root.prompt_length
         )
 
-    def pages_of(self, request: RequestState) -> list[list[int]]:
-        """Page lists of all living nodes of the request."""
-        return [branch.node.pages for branch in request.branches() if branch.node is not None]
+    def _make_step(self) -> Step:
+        """The rows as integers. Python work is per row, never per token."""
+        rows = self._rows
+        counts = np.array([row.num_tokens for row in rows], dtype=np.int64)
+        borders = np.concatenate(([0], np.cumsum(counts)))
+        first = np.array([row.branch.positions[row.start] for row in rows], dtype=np.int64)
+        tables = [row.node.pages for row in rows]
+        pages = np.full((len(rows), max(map(len, tables))), self.book.num_pages, dtype=np.int32)
+        for line, table in zip(pages, tables, strict=True):
+            line[: len(table)] = table
+        ids = chain.from_iterable(row.branch.ids[row.start : row.start + row.num_tokens] for row in rows)
+        copies, write_slots, write_tokens = self.tree.take_ledger()
+        sampled = [(row.state, row.branch) for row in rows if row.sample]
+        plan = StepPlan(
+            copies=copies,
+            ids=np.fromiter(ids, dtype=np.int64, count=int(borders[-1])),
+            positions=np.repeat(first - borders[:-1], counts) + np.arange(borders[-1]),
+            borders=borders,
+            pages=pages,
+            lengths=np.array([row.node.length for row in rows], dtype=np.int32),
+            write_slots=write_slots,
+            write_tokens=write_tokens,
+            sample=np.flatnonzero([row.sample for row in rows]),
+            sampling=sampling_arrays(sampled),
+            freed=np.array(self.book.take_freed() if self.book.freed else (), dtype=np.int64),
+        )
+        return Step(plan, sampled)
 
-    def remove(self, request: RequestState) -> None:
-        """Give back everything the request holds."""
-        if request in self.waiting:
-            self.waiting.remove(request)
+    def remove(self, state: RequestState) -> None:
+        """Give back everything the request holds in the cache; its text stays."""
+        if state in self.waiting:
+            self.waiting.remove(state)
             return
-        self.active.remove(request)
-        if request.root.node is not None:
-            self.tree.free(request.root.node)
-        for branch in request.branches():
-            branch.node = None
+        self.active.remove(state)
+        self._keep_prompt(state)
+        self.tree.free(self.nodes[state.root])
+        for branch in state.branches():
+            self.nodes.pop(branch, None)
+        state.forget_cache()
 
     def reset(self) -> None:
-        """Whatever state an exception left behind: no page has an owner, and all requests wait to start again."""
-        for request in self.active:
-            for branch in request.branches():
-                branch.node = None
-        self.waiting = deque([*self.active, *(request for request in self.waiting if request not in self.active)])
-        self.active, self._retired, self._released = [], [], False
+        """Whatever state an exception left behind: no page has an owner, and all requests wait to be fed again."""
+        self.nodes = {}
+        for state in self.active:
+            state.forget_cache()
+        self.waiting = deque([*self.active, *(state for state in self.waiting if state not in self.active)])
+        self.active = []
         self.prefixes.forget()
-        self.pool.reset()
+        self.tree.clear_ledger()
+        self.book.reset()
+
+    def pages_of(self, state: RequestState) -> Iterator[list[int]]:
+        """Page lists of all living nodes of the request."""
+        return (self.nodes[branch].pages.tolist() for branch in state.branches() if branch in self.nodes)
 
     def check_integrity(self) -> None:
-        """The owner census over all living nodes (between steps)."""
-        tables = [pages for request in self.active for pages in self.pages_of(request)]
-        self.pool.check_integrity([*tables, self.prefixes.pages])
+        """Compare the page book with what all living nodes and kept prompts list (between steps)."""
+        self.book.check_integrity([*(node.pages for node in self.nodes.values()), self.prefixes.pages])
+
+
+def cache_block(branch: Branch) -> Block | None:
+    """The next block of a branch that has to fork or join in the cache."""
+    return branch.blocks[branch.num_joined] if branch.num_joined < len(branch.blocks) else None
+
+
+def block_to_join(branch: Branch) -> Block | None:
+    """The same, if all that is missing is the join: its paths are written and fed to the end."""
+    block = cache_block(branch)
+    return block if block is not None and all(map(is_fed, block.kids)) else None
+
+
+def feed_end(branch: Branch) -> int:
+    """How many tokens of a branch may be fed before a block forks, or joins, in the cache."""
+    block = cache_block(branch)
+    return len(branch.ids) if block is None else block.at
+
+
+def is_fed(branch: Branch) -> bool:
+    """Whether a branch has ended and all its keys are in the cache."""
+    return branch.finish is not None and branch.fed == len(branch.ids)
+
+
+def holds_row(branch: Branch) -> bool:
+    """Whether a branch with a place in the cache takes part in steps: not while it waits for its paths, not once it
+    has ended and is fed."""
+    if branch.parent is None and branch.finish is not None:
+        return False
+    return branch.fed < feed_end(branch) or (branch.finish is None and branch.num_joined == len(branch.blocks))
+
+
+def sampling_arrays(sampled: Sequence[tuple[RequestState, Branch]]) -> SamplingArrays:
+    """How each of these branches draws its next token."""
+    params = [state.request.sampling for state, _ in sampled]
+    return SamplingArrays(
+        keys=np.array([branch.key for _, branch in sampled], dtype=np.int64),
+        indices=np.array([branch.num_sampled for _, branch in sampled], dtype=np.int64),
+        temperature=np.array([p.temperature for p in params], dtype=np.float64),
+        top_k=np.array([p.top_k for p in params], dtype=np.int64),
+        top_p=np.array([p.top_p for p in params], dtype=np.float64),
+    )

@@ -1,8 +1,7 @@
-"""Core attention: megatron-core hands us q, k, v after the rotary embedding; the layout decides what is seen.
+"""Core attention: megatron-core calls it with rotated q, k and v; the params of the forward pass say what is seen.
 
-What a forward pass may attend to travels through megatron-core in the `packed_seq_params` argument.
-`AttentionParams` is the interface, `LayoutParams` the one of training (everything at once, no cache);
-decoding has its own.
+These params travel through megatron-core in its argument `packed_seq_params`. `AttentionParams` is the interface;
+`LayoutParams` implements it for training, where all tokens are at hand and there is no cache; decoding has its own.
 Shapes: s tokens, b batch, h query heads, g key/value heads, d head width.
 """
 
@@ -27,10 +26,16 @@ from megatron_multiverse.kernels.multiverse_attention import (
 
 @dataclass
 class AttentionParams(PackedSeqParams):  # type: ignore[misc]
-    """What one forward pass attends to. Subclasses implement `attend`."""
+    """What one forward pass attends to. Subclasses implement `attend`.
+
+    The params also carry the rotary table, since megatron-core's own arguments leave no room for one:
+    1. before the pass a hook on the model makes the table from `position_ids` and writes it here (`install_rotary`),
+    2. each layer's `SelfAttention.forward` reads it here and keeps it for the length of the call,
+    3. its `get_query_key_value_tensors`, which megatron-core calls without the params, rotates q and k by it.
+    """
 
     rotary_table: Tensor | None = field(default=None, repr=False, kw_only=True)
-    """Cosines and sines [b, s, d] of the tokens' position ids; the model's forward hook makes it (rotary.py)."""
+    """Cosines and sines [b, s, d] of the tokens' position ids."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float) -> Tensor:
         """Attention of one layer.
@@ -52,8 +57,8 @@ class AttentionParams(PackedSeqParams):  # type: ignore[misc]
 class LayoutParams(AttentionParams):
     """Attention over the tokens of this very forward pass, seen according to their labels r.
 
-    The backend's plan (for the dense one: the mask [b, 1, s, s]) is made at the first layer, shared by all
-    layers and freed with the layout: make one per microbatch and do not keep it.
+    The first layer makes the backend's plan (the dense backend's is the mask [b, 1, s, s]), all layers share it, and
+    it is freed with the layout. So make new LayoutParams for every microbatch, and do not keep them.
     """
 
     layout: AttentionLayout = field(kw_only=True)
@@ -88,12 +93,12 @@ class LayoutParams(AttentionParams):
         return pairs
 
 
-def refuse_what_is_not_there(config: TransformerConfig) -> None:
+def refuse_unsupported_settings(config: TransformerConfig) -> None:
     """Raise ConfigError for settings of megatron-core that our layers would ignore.
 
     megatron-core's own default for both dropouts is 0.1.
     """
-    asked = {
+    refused = {
         "hidden_dropout": config.hidden_dropout,
         "attention_dropout": config.attention_dropout,
         "window_size": getattr(config, "window_size", None),
@@ -102,7 +107,7 @@ def refuse_what_is_not_there(config: TransformerConfig) -> None:
         "attention_output_gate": getattr(config, "attention_output_gate", False),
         "multi_latent_attention": getattr(config, "multi_latent_attention", False),
     }
-    if wrong := [name for name, value in asked.items() if value]:
+    if wrong := [name for name, value in refused.items() if value]:
         given = ", ".join(f"{name} {getattr(config, name)!r}" for name in wrong)
         raise ConfigError(
             f"Multiverse attention and its layers have no {', '.join(wrong)} (given: {given}): set the dropouts to 0.0 "
@@ -123,7 +128,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        refuse_what_is_not_there(config)
+        refuse_unsupported_settings(config)
         self.layer_number = layer_number
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
 
@@ -147,7 +152,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
 def require_attention_params(
     packed_seq_params: PackedSeqParams | None, attention_mask: Tensor | None = None
 ) -> AttentionParams:
-    """The params of the forward pass. Raises ConfigError unless they say alone what is seen."""
+    """The params of the forward pass. Raises ConfigError if they are of another type, or a mask comes beside them."""
     if isinstance(packed_seq_params, AttentionParams) and attention_mask is None:
         return packed_seq_params
     raise ConfigError(

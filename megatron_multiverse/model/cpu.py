@@ -1,7 +1,7 @@
 """Lets megatron-core run where there is no CUDA. Does nothing on a machine with CUDA.
 
 megatron-core calls torch.cuda in places that have nothing to do with a GPU. `device_neutral_cuda` replaces
-those calls for the length of a `with` block and puts the originals back. What is replaced, who needs it:
+those calls for the length of a `with` block and puts the originals back. What is replaced, and who needs it:
 
 | call                       | replacement   | needed by                                              |
 |----------------------------|---------------|--------------------------------------------------------|
@@ -9,9 +9,8 @@ those calls for the length of a `with` block and puts the originals back. What i
 | torch.cuda.synchronize     | nothing       | dist_checkpointing (filesystem_async), pipeline p2p    |
 | torch.Tensor.cuda          | the tensor    | GPTModel with tied embeddings over pipeline stages     |
 
-The pipeline schedules and the distributed optimizer on gloo ranks
-need in addition `device="cuda"` arguments to mean the CPU (a TorchFunctionMode, entered per thread): it
-belongs beside `_patches` as a further stage when they are used.
+megatron-core's pipeline schedules and distributed optimizer, which are not used yet, also need `device="cuda"` to mean
+the CPU on gloo ranks: a TorchFunctionMode, entered in every thread, which would belong beside `_patches`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Model families as presets of ModelConfig.
 
-A new family is a new function here and its weight names in conversion.
+A new family is a new function here, and its weight names in `checkpoints/names/`.
 
 What distinguishes the families, as far as megatron-core is concerned:
 

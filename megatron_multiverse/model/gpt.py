@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
-from megatron_multiverse.config import LayerConfig, ModelConfig
-from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.multiverse_attention import AttentionCase, choose_backend
-from megatron_multiverse.model.mcore import ensure_cuda_rng_states, ensure_parallel_state  # first: imports quietly
-
-# isort: split
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_multiverse.config import LayerConfig, ModelConfig
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.kernels.multiverse_attention import AttentionCase, check_backend
 from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.model.layer_specs import choose_transformer_impl, get_final_norm, get_gpt_layer_spec
+from megatron_multiverse.model.mcore import ensure_cuda_rng_states, ensure_parallel_state
 from megatron_multiverse.model.rotary import PositionIdRotary, install_rotary
 
 
@@ -70,7 +68,7 @@ def transformer_config(
         bias_activation_fusion=transformer_impl == "transformer_engine",
         fp8=layers.fp8,
         fp8_recipe=layers.fp8_recipe,
-        # Else the FP8 weights of the first microbatch are used until somebody says that the weights have changed.
+        # Otherwise the FP8 weights of the first microbatch stay in use until TransformerEngine is told of new ones.
         disable_parameter_transpose_cache=True,
         recompute_granularity=layers.recompute_granularity,
         recompute_method=layers.recompute_method if full else None,
@@ -80,6 +78,13 @@ def transformer_config(
     if full and layers.recompute_method == "uniform":
         _check_recompute_chunks(layers.recompute_num_layers, get_num_layers_to_build(mcore_config))
     return mcore_config
+
+
+def attention_case(
+    config: ModelConfig, device: torch.device, compute_dtype: torch.dtype, *, deterministic: bool = False
+) -> AttentionCase:
+    """What a model asks of its attention backend: its head width, on a device, with matrix products of a dtype."""
+    return AttentionCase(device.type, compute_dtype, config.kv_channels, deterministic=deterministic)
 
 
 def _check_fp8_widths(config: ModelConfig, tp: int) -> None:
@@ -99,7 +104,7 @@ def _check_fp8_widths(config: ModelConfig, tp: int) -> None:
 
 
 def _check_recompute_chunks(chunk: int, num_layers: int) -> None:
-    """megatron-core runs over the last layer if the chunks of uniform recompute do not come out even."""
+    """Chunks of uniform recompute must divide the layers: megatron-core's last chunk would run past the last layer."""
     if num_layers % chunk:
         allowed = ", ".join(str(n) for n in range(1, num_layers + 1) if num_layers % n == 0)
         raise ConfigError(
@@ -130,7 +135,7 @@ def build_gpt_model(
         seed: seed of the initial weights; torch's global generator is left as it was.
         initialize: False skips the random initialisation (weights are about to be loaded).
         layers: layer spec, FP8, recompute; default: TransformerEngine where it runs, no FP8, no recompute. Its
-            attention_backend is only checked here; LayoutParams bring it.
+            attention_backend is only checked here: the LayoutParams of each pass name the one that runs.
         compute_dtype: dtype of the matrix products if autocast makes it another than `dtype`.
 
     Returns:
@@ -139,10 +144,10 @@ def build_gpt_model(
     Raises:
         ConfigError: what `layers` asks for cannot run on `device`.
     """
-    layers, where = layers or LayerConfig(), torch.device(device)
+    layers, device = layers or LayerConfig(), torch.device(device)
     if layers.attention_backend != "auto":
-        choose_backend(layers.attention_backend, AttentionCase(where.type, compute_dtype or dtype, config.kv_channels))
-    impl = choose_transformer_impl(layers, where, compute_dtype or dtype)
+        check_backend(layers.attention_backend, attention_case(config, device, compute_dtype or dtype))
+    impl = choose_transformer_impl(layers, device, compute_dtype or dtype)
     mcore_config = transformer_config(config, dtype, initialize, layers, impl)
     spec = get_gpt_layer_spec(impl, qk_layernorm=config.qk_layernorm)
     block = TransformerBlockSubmodules(
@@ -165,3 +170,8 @@ def build_gpt_model(
     angles = torch.float64 if dtype == torch.float64 else torch.float32
     install_rotary(model, PositionIdRotary(config.kv_channels, config.rotary_base, angles, config.rope_scaling))
     return model.to(device)
+
+
+def first_layer_of(model: GPTModel) -> int:
+    """Number of layers on the pipeline stages before this rank's part of the model, as megatron-core divides them."""
+    return int(get_transformer_layer_offset(model.config, vp_stage=model.vp_stage))

@@ -1,7 +1,7 @@
 """The two layer specs, local and TransformerEngine, and the one place that chooses between them.
 
 Both have our self-attention, core attention and residual. The local spec runs everywhere, with our RMSNorm; in
-TransformerEngine's the norms are fused into the linear layers behind them, which can compute in FP8.
+TransformerEngine's each norm is fused into the linear layer that follows it, which can compute in FP8.
 The choice and its reason are logged once per process.
 """
 
@@ -13,16 +13,12 @@ import importlib.util
 import logging
 
 import torch
-
-from megatron_multiverse.config import LayerConfig
-from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.model import mcore  # noqa: F401  first: imports megatron-core quietly
-
-# isort: split
 from megatron.core.extensions import transformer_engine as mcore_te
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_multiverse.config import LayerConfig
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.model.attention import CoreAttention
 from megatron_multiverse.model.norm import RMSNorm
 from megatron_multiverse.model.residual import residual_add
@@ -61,7 +57,7 @@ def get_gpt_layer_spec(transformer_impl: str, *, qk_layernorm: bool = False) -> 
 
 
 def get_final_norm(transformer_impl: str) -> type:
-    """The norm behind the last layer. Raises ConfigError as `get_gpt_layer_spec` does."""
+    """The norm after the last layer. Raises ConfigError as `get_gpt_layer_spec` does."""
     _check_impl(transformer_impl)
     return mcore_te.TENorm if transformer_impl == "transformer_engine" else RMSNorm
 
@@ -112,7 +108,7 @@ def _check_recompute_of_norms(layers: LayerConfig, impl: str) -> None:
     if impl == "transformer_engine" and layers.recomputes("layernorm"):
         raise ConfigError(
             "layers.recompute_modules with layernorm has no effect with TransformerEngine's layers: the norms are "
-            "fused into the linear layers behind them. Take layernorm out, or set layers.transformer_impl to local"
+            "fused into the linear layers that follow them. Take layernorm out, or set layers.transformer_impl to local"
         )
 
 

@@ -1,8 +1,9 @@
-"""The one door to megatron-core: imports it quietly and makes sure that process groups exist.
+"""Imports megatron-core quietly, and makes the process groups that it needs.
 
 megatron-core warns at import about the optional packages it did not find (TransformerEngine, NVIDIA apex, absl), and
-from 0.19 on at every model that GPTModel will go. We choose our parts ourselves, report missing extras where they
-matter and build models in one module, so these warnings are silenced.
+from 0.19 on, whenever a model is built, that GPTModel will be removed. We choose our parts ourselves, report missing
+extras where they matter and build models in one module, so these warnings are silenced. `model/__init__.py` and
+`training/__init__.py` import this module first, so no other import of megatron-core there comes before it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch._C._distributed_c10d import HashStore
 
 from megatron_multiverse.errors import ConfigError
 
-# Compilers are looked for while megatron-core is imported; that there is no GPU to compile for is no news.
+# While it is imported torch looks for a compiler for GPUs and would warn, at every start, that there is no GPU.
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda r: not r.getMessage().startswith("No CUDA runtime"))
 logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(lambda r: "DEPRECATED" not in r.getMessage())
 
@@ -55,6 +56,27 @@ def ensure_parallel_state() -> None:
         atexit.register(_destroy_own_group, torch.distributed.group.WORLD, os.getpid())
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
+
+
+def tensor_parallel_place() -> tuple[int, int]:
+    """Number of tensor parallel ranks, and which of them this one is."""
+    ensure_parallel_state()
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+
+
+def set_parallel_sizes(tensor: int, pipeline: int) -> None:
+    """Divide the ranks of the process group into tensor and pipeline groups anew.
+
+    Args:
+        tensor: tensor parallel size.
+        pipeline: pipeline parallel size; the world size must be `tensor * pipeline`.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
 
 
 def ensure_cuda_rng_states() -> None:

@@ -1,9 +1,8 @@
 """Rotary embedding by explicit position ids.
 
 megatron-core builds its rotary table from the sequence length alone. In a Multiverse sample positions are not
-0..s-1, so the model is built without megatron-core's rotary embedding: before every forward pass a hook makes the
-table of cosines and sines from `position_ids`, once for all layers, and puts it on the pass's AttentionParams;
-`self_attention.py` rotates by it.
+0..s-1, so the model is built without megatron-core's rotary embedding. Before every forward pass a hook makes the
+table of cosines and sines from `position_ids`, once for all layers; `AttentionParams` says how it reaches them.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class PositionIdRotary:
 
 
 def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
-    """The frequencies for a stretched context."""
+    """The frequencies [dim / 2] for a longer context; unchanged without scaling."""
     if scaling is None:
         return frequencies
     if scaling.rope_type == "linear":

@@ -1,7 +1,7 @@
 """Self-attention of both layer specs: megatron-core's, rotated by the table of the forward pass.
 
-megatron-core would rotate q and k in two unfused steps after splitting them. Here the mixed projection is split and
-rotated in one kernel; with norms on q and k (Qwen3), which stand between the two, q and k are rotated in one kernel.
+megatron-core would split the mixed projection and then rotate q and k in two unfused steps. Here one kernel splits and
+rotates. Where q and k have norms (Qwen3), which come between splitting and rotating, one kernel rotates both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SelfAttention(McoreSelfAttention):  # type: ignore[misc]
     def forward(
         self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See megatron-core; called again by activation recompute, with the same params."""
+        """As megatron-core's; activation recompute calls it again, with the same params."""
         params = require_attention_params(packed_seq_params)
         if params.rotary_table is None:
             raise ConfigError(
@@ -43,11 +43,11 @@ class SelfAttention(McoreSelfAttention):  # type: ignore[misc]
         try:
             out: tuple[Tensor, Tensor] = super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
         finally:
-            self._rotary_table = None  # params and table live as long as the pass
+            self._rotary_table = None  # the table must not outlive the pass
         return out
 
     def get_query_key_value_tensors(self, *args: Any, split_qkv: bool = True, **kwargs: Any) -> Any:
-        """q [s, b, h, d] and k [s, b, g, d], both rotated, and v [s, b, g, d]; megatron-core's own asks for no more."""
+        """q [s, b, h, d] and k [s, b, g, d], both rotated, and v [s, b, g, d], for megatron-core's forward."""
         table = self._rotary_table
         assert table is not None and split_qkv
         between = [norm for norm in (self.q_layernorm, self.k_layernorm) if not isinstance(norm, IdentityOp | None)]
@@ -60,7 +60,10 @@ class SelfAttention(McoreSelfAttention):  # type: ignore[misc]
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """x in the dtype of autocast, if that is on: megatron-core's local linear layers add a float32 bias to their bf16
-    product, and attention would run in float32."""
+    """x in the dtype of autocast, if autocast is on.
+
+    megatron-core's local linear layers add a float32 bias to their bf16 product; without this attention would run in
+    float32.
+    """
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -9,14 +9,12 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from megatron_multiverse.config import LayerConfig, ModelConfig
-from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.files import flush
-from megatron_multiverse.model.gpt import build_gpt_model
-from megatron_multiverse.model.weight_names import is_extra_state, plain_name
+from megatron_multiverse.weight_names import is_extra_state, plain_name
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -28,7 +26,7 @@ def weight_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_model(model: nn.Module, config: ModelConfig, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write the weights and the config.
+    """Write the weights and the config; `checkpoints.load.load_checkpoint` reads them.
 
     Args:
         model: the model.
@@ -48,53 +46,3 @@ def save_model(model: nn.Module, config: ModelConfig, folder: str | Path, *, dty
     os.replace(weights_part, path / WEIGHTS_FILE)
     os.replace(config_part, path / CONFIG_FILE)
     flush(path)
-
-
-def load_model(
-    folder: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    layers: LayerConfig | None = None,
-    compute_dtype: torch.dtype | None = None,
-) -> tuple[nn.Module, ModelConfig]:
-    """Read what `save_model` wrote; the arguments are those of `build_gpt_model`.
-
-    Returns:
-        The model, its weights converted to `dtype`, and its config.
-
-    Raises:
-        CheckpointError: files are missing, or the weights do not fit the config.
-    """
-    path = Path(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path} has no {name}: a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    config = ModelConfig.from_json(path / CONFIG_FILE)
-    model = build_gpt_model(
-        config, dtype=dtype, device=device, initialize=False, layers=layers, compute_dtype=compute_dtype
-    )
-    load_weights(model, load_file(path / WEIGHTS_FILE), source=str(path))
-    return model, config
-
-
-def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], *, source: str) -> None:
-    """Copy `tensors` into the model, all names and shapes must fit.
-
-    Raises:
-        CheckpointError: naming the first misfits and `source`.
-    """
-    wanted = weight_state(model)
-    problems = [f"missing {name}" for name in wanted.keys() - tensors.keys()]
-    problems += [f"unexpected {name}" for name in tensors.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, the config asks for {list(wanted[name].shape)}"
-        for name in wanted.keys() & tensors.keys()
-        if tensors[name].shape != wanted[name].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:5])
-        raise CheckpointError(f"{source}: weights do not fit the config ({len(problems)} problems): {shown}")
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(tensors[name])

@@ -1,4 +1,4 @@
-"""From DataConfig to the loaders of a run; the training side's only look at the data package."""
+"""From DataConfig to the loaders of a run. Nothing else in training/ imports the data package."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a run reports: metrics.jsonl (always) and a log line, from numbers gathered on the device.
 
-`StepMeter` adds up on the device; reading it is the only thing that waits for the device, and happens at log steps.
+`StepMeter` adds up on the device. Only reading it waits for the device, and that happens at log steps.
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ class StepMeter:
         self.loss_tokens += loss_tokens
 
     def read(self, config: ModelConfig, peak_tflops: float | None) -> dict[str, float | None]:
-        """Numbers of the interval (waits for the device), then start the next one."""
+        """Numbers of the interval, then start the next one. Waits for the device.
+
+        Args:
+            config: shape of the model, for its FLOPs.
+            peak_tflops: of all devices of the run together; None if it is not known, then there is no MFU.
+        """
         loss = float(self.loss_sum) / max(1, self.loss_tokens)
         seconds = time.perf_counter() - self.started
         tflops = training_flops(config, self.tokens, int(self.visible_pairs)) / seconds / 1e12

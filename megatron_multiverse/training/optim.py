@@ -1,18 +1,18 @@
-"""AdamW, its schedule, clipping, and the guard that keeps non-finite numbers out of the weights.
-
-One process updates its own parameters here. megatron-core's DDP and distributed optimizer, and DeepSpeed, take this
-module's place when there are several data-parallel ranks.
-"""
+"""AdamW, its schedule, clipping, and the guard that keeps non-finite numbers out of the weights, for one process."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
 from megatron_multiverse.config import OptimConfig
+
+logger = logging.getLogger(__name__)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -47,12 +47,27 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, train
         end_wd=config.weight_decay,
         wd_incr_steps=decay_iters,
         wd_incr_style="constant",
-        # a resumed run follows its config; only the step count comes from the checkpoint
+        # A resumed run follows its config; only the step count comes from the checkpoint.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
         wsd_decay_steps=config.lr_wsd_decay_iters or max(1, decay_iters // 10),
         lr_wsd_decay_style="linear",
     )
+
+
+def warn_of_another_schedule(scheduler: OptimizerParamScheduler, saved: dict[str, Any]) -> None:
+    """The run follows its config from here on, but it is not the run that the config alone would have made."""
+    names = ["max_lr", "lr_warmup_steps", "lr_decay_style"]
+    if scheduler.lr_decay_style != "constant":
+        names += ["min_lr", "lr_decay_steps"]
+    differing = [name for name in names if saved[name] != getattr(scheduler, name)]
+    if differing:
+        what = ", ".join(f"{name}: was {saved[name]}, now {getattr(scheduler, name)}" for name in differing)
+        logger.warning(
+            "the learning rate schedule differs from that of the steps done so far (%s); set optim.lr_decay_iters "
+            "where a longer run must equal one that was never interrupted",
+            what,
+        )
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], clip_grad: float) -> Tensor:
@@ -71,8 +86,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip_grad: float) -> Tens
 class NonFiniteGuard:
     """Skips, on the device, every update from the first non-finite loss or gradient on.
 
-    The host learns of it at the next log step or checkpoint, without a sync per step; because updates are skipped
-    until then, the weights are still those from before the bad step.
+    The host learns of it at the next log step or checkpoint, so no step waits for the device. Updates are skipped
+    until then, so the weights are still those from before the bad step.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,14 +1,13 @@
 """Where the tokens of a microbatch stand: scanned on the GPU, or as the loader computed it.
 
 On CUDA `kernels.structure_scan` makes positions, labels and tile lists from the token ids, with nothing read back;
-elsewhere the loader's arrays serve. Both come from the same rule (structure/layout.py) and agree. Documents that are
-laid out as plain text because their structure cannot be read are remembered, and named when the run reports.
+elsewhere the loader's arrays are used. Both follow the same rule (structure/layout.py) and agree. Documents that are
+laid out as plain text, because their structure cannot be read, are remembered and named at the next `report`.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from megatron_multiverse.kernels.structure_scan import StructureScan, structure_
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.structure import Tag
 from megatron_multiverse.training.metrics import MetricsWriter
+from megatron_multiverse.training.microbatches import Loader, Microbatch
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +26,20 @@ class TokenPlacer:
     """Lays out the microbatches of one loader.
 
     Args:
-        loader: `SFTLoader`. One without `tag_ids`, or whose batches hold no ``documents``, is taken at its word:
-            ``position_ids`` and ``r`` of the batch count on every device.
+        loader: without tag ids (see `Loader.tag_ids`), ``position_ids`` and ``r`` of its microbatches count on every
+            device.
         device: where the model runs.
+        backend: name of the attention backend that runs; not "auto".
         malformed: what to do with documents that the scan cannot read although the loader let them pass: refuse
             (the run stops) or causal (they are named).
     """
 
-    def __init__(self, loader: Any, device: torch.device, malformed: str = "refuse") -> None:
+    def __init__(self, loader: Loader, device: torch.device, backend: str, malformed: str = "refuse") -> None:
+        self.device = device
         self._loader = loader
+        self._backend = backend
         self._malformed = malformed
-        tag_ids = getattr(loader, "tag_ids", None)
-        self._parallel_id = None if tag_ids is None else tag_ids[Tag.PARALLEL]
+        tag_ids = loader.tag_ids
         scans = tag_ids is not None and device.type == "cuda"
         self._tag_ids = torch.tensor(tag_ids, dtype=torch.int32, device=device) if scans else None
         self._compared, self._compared_block = False, False
@@ -45,30 +47,29 @@ class TokenPlacer:
         self._parsed: list[tuple[Tensor, Tensor]] = []  # (sample ids, flags) of microbatches, on the host
         self._scanned: list[tuple[Tensor, Tensor]] = []  # the same by the scan, flags on the device
 
-    def place(self, batch: dict[str, Tensor], input_ids: Tensor, backend: str) -> tuple[Tensor, LayoutParams]:
+    def place(self, batch: Microbatch, input_ids: Tensor) -> tuple[Tensor, LayoutParams]:
         """Position ids [b, s] and what attention sees.
 
         Args:
-            batch: the microbatch on the host, see `SFTLoader`.
-            input_ids: its token ids on the device.
-            backend: attention backend.
+            batch: the microbatch, on the host.
+            input_ids: its token ids, on the device.
         """
-        device = input_ids.device
-        if "malformed" in batch:
+        if self._loader.tag_ids is not None:
             self._parsed.append((batch["sample_ids"], batch["malformed"]))
-        if self._tag_ids is None or "documents" not in batch:
-            r = to_device(batch["r"], device)
-            return to_device(batch["position_ids"], device), LayoutParams.from_labels(r, backend=backend)
-        scan = structure_scan(input_ids, to_device(batch["documents"], device), self._tag_ids)
+        if self._tag_ids is None:
+            r = to_device(batch["r"], self.device)
+            return to_device(batch["position_ids"], self.device), LayoutParams.from_labels(r, backend=self._backend)
+        scan = structure_scan(input_ids, to_device(batch["documents"], self.device), self._tag_ids)
         self._scanned.append((batch["sample_ids"], scan.malformed))
         self._compare(scan, batch)
-        return scan.position_ids, LayoutParams.from_labels(scan.r, lists=scan.lists, backend=backend)
+        return scan.position_ids, LayoutParams.from_labels(scan.r, lists=scan.lists, backend=self._backend)
 
-    def _compare(self, scan: StructureScan, batch: dict[str, Tensor]) -> None:
-        """Hold the scan of a run's first microbatch, and of the first one with a block, against the loader's layout."""
+    def _compare(self, scan: StructureScan, batch: Microbatch) -> None:
+        """Compare scan and loader on the first microbatch of a run, and on the first one that has a block."""
         if self._compared_block:
             return
-        has_block = self._parallel_id in batch["input_ids"]
+        assert self._loader.tag_ids is not None  # without them nothing is scanned
+        has_block = self._loader.tag_ids[Tag.PARALLEL] in batch["input_ids"]
         if has_block or not self._compared:
             raise_unless_equal(scan, batch)
             self._compared, self._compared_block = True, has_block
@@ -103,7 +104,7 @@ class TokenPlacer:
         metrics.write("malformed", step, sample=name, sample_id=sample, found_by=found_by, problem=problem)
 
 
-def raise_unless_equal(scan: StructureScan, batch: dict[str, Tensor]) -> None:
+def raise_unless_equal(scan: StructureScan, batch: Microbatch) -> None:
     """A scan must be what the loader computed on the host (waits for the device).
 
     Raises:

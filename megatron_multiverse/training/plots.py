@@ -1,4 +1,4 @@
-"""Curves from metrics.jsonl. A resumed run is one curve: steps that were done again replace the lost ones."""
+"""Curves from metrics.jsonl. A resumed run is one curve: where a step was done twice, the second time counts."""
 
 from __future__ import annotations
 

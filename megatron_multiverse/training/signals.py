@@ -18,14 +18,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @contextlib.contextmanager
 def hold_signals() -> Iterator[None]:
-    """Start helper processes inside this block: they are born deaf to the stop signals and stay so.
+    """Start worker processes inside this block: they inherit that the stop signals are blocked, and keep it so.
 
-    A batch system signals every process of the job. Without this, loader workers and megatron-core's checkpoint
-    helper would die of the signal that asks the trainer to save, and the save with them. The trainer itself hears
-    the signal at the end of the block at the latest.
+    A batch system signals every process of the job. Without this, the signal that asks the trainer to save would kill
+    the loader workers and the process through which megatron-core saves, and the save would fail. The trainer itself
+    receives a signal at the end of the block at the latest.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    resource_tracker.ensure_running()  # starts the tracker, and on the way unblocks SIGTERM: block it again
+    # Python starts this process when the first worker needs it, and then unblocks SIGTERM. So it is started now, and
+    # SIGTERM is blocked again.
+    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

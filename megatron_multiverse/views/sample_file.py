@@ -7,6 +7,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+from megatron_multiverse.config import TokenizerType
 from megatron_multiverse.errors import DataError
 from megatron_multiverse.views.sample_view import SampleView, view_ids, view_text
 
@@ -14,7 +15,7 @@ from megatron_multiverse.views.sample_view import SampleView, view_ids, view_tex
 def load_view(
     source: str,
     row: int = 0,
-    tokenizer_type: str = "HuggingFaceTokenizer",
+    tokenizer_type: TokenizerType = "HuggingFaceTokenizer",
     tokenizer_model: str = "",
     *,
     strict: bool = False,

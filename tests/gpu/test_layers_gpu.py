@@ -9,18 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from copied_weights import copy_weights
 from random_layouts import random_labels
 
 pytest.importorskip("megatron.core")
 
+from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import LayerConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import llama3, qwen2, qwen3
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.layer_specs import transformer_engine_problem
-from megatron_multiverse.model.weight_names import plain_name
-from megatron_multiverse.model.weights import load_model, load_weights, save_model, weight_state
+from megatron_multiverse.model.weights import save_model, weight_state
+from megatron_multiverse.weight_names import plain_name
 
 PROBLEM = transformer_engine_problem(torch.device("cuda")) if torch.cuda.is_available() else "needs CUDA"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))]
@@ -74,10 +76,6 @@ def assert_close(got, want, logits: float, grads: float) -> None:
     assert worst[0] < grads, worst
 
 
-def copy_weights(model, source) -> None:
-    load_weights(model, weight_state(source), source="the other spec")
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_specs_agree_in_float32(family) -> None:
     """Same seed, same weights; local on the CPU (plain rotation), local and TransformerEngine on the GPU (kernels).
@@ -95,7 +93,7 @@ def test_te_with_the_fast_backend_equals_local_dense(family, autocast) -> None:
     """bf16 weights, and float32 weights under autocast: within 1.5 % (logits) and 4 % (each gradient) of float32."""
     reference = build(family, LOCAL)
     model = build(family, TE, FP32 if autocast else BF16, compute_dtype=BF16)
-    copy_weights(model, reference)
+    copy_weights(model, weight_state(reference))
     for seed in (1, 2):
         want = run(reference, batch(seed), backend="dense")
         assert_close(run(model, batch(seed), autocast=autocast), want, 1.5e-2, 4e-2)
@@ -182,18 +180,19 @@ def test_weights_saved_from_one_spec_load_in_the_other(family, tmp_path: Path) -
                 weight.add_(0.01 * number)  # norms too are told apart
         save_model(model, config, tmp_path / name)
         saved[name] = weight_state(model)
-        loaded, _ = load_model(tmp_path / name, device="cuda", layers=other)
+        loaded, _ = load_checkpoint(tmp_path / name, device="cuda", layers=other)
         assert all(torch.equal(tensor, saved[name][key]) for key, tensor in weight_state(loaded).items())
         assert error(run(loaded, batch(), backend="dense")[0], run(model, batch(), backend="dense")[0]) < 2e-3
     assert saved["local"].keys() == saved["te"].keys()
     if family == "qwen2":
         with pytest.raises(ConfigError, match="needs a CUDA device, got cpu"):
-            load_model(tmp_path / "te", layers=TE)
+            load_checkpoint(tmp_path / "te", layers=TE)
 
 
 class Loader:
     """Microbatch number n depends on n alone."""
 
+    tag_ids = None
     position = 0
 
     def __iter__(self):
@@ -203,6 +202,12 @@ class Loader:
             mask = (torch.arange(64) % 3 > 0).float().repeat(2, 1)
             yield {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": mask,
                    "position_ids": positions[:, :-1], "r": r[:, :-1]}  # fmt: skip
+
+    def sample_name(self, sample_id):
+        return f"sample {sample_id}"
+
+    def sample_problem(self, sample_id):
+        return None
 
     def state_dict(self):
         return {"position": self.position}
@@ -229,14 +234,14 @@ def test_the_trainer_saves_and_resumes(layers, tmp_path: Path) -> None:
     from megatron_multiverse.training.trainer import train
 
     train(train_config(tmp_path / "run", **layers), Loader())
-    whole = weight_state(load_model(tmp_path / "run" / "model")[0])
+    whole = weight_state(load_checkpoint(tmp_path / "run" / "model")[0])
     pointer = tmp_path / "run" / "latest_checkpointed_iteration.txt"
     for settings, tolerance in ((layers, 1e-3), ({"transformer_impl": "local"}, 1e-2)):
         pointer.write_text("3\n")
         loader = Loader()
         assert train(train_config(tmp_path / "run", **settings), loader).step == 5
         assert loader.position == 10
-        again = weight_state(load_model(tmp_path / "run" / "model")[0])
+        again = weight_state(load_checkpoint(tmp_path / "run" / "model")[0])
         assert max(error(again[name], whole[name]) for name in whole) < tolerance
 
 
@@ -287,7 +292,7 @@ def test_the_stock_model_loads_what_we_write(layers, tmp_path: Path) -> None:
 
         train(settings, Loader())
         folder = tmp_path / "out" / "iter_0000001"
-        ours, _ = load_model(tmp_path / "out" / "model", device="cuda", layers=layers)
+        ours, _ = load_checkpoint(tmp_path / "out" / "model", device="cuda", layers=layers)
     stock = stock_model(build("qwen3", TE).config).cuda()
     state = stock.sharded_state_dict(metadata={})
     assert any("final_layernorm._extra_state" in name for name in state)

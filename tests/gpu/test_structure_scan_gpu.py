@@ -144,20 +144,23 @@ def test_a_model_has_the_same_loss_by_scan_and_by_loader(tmp_path: Path) -> None
     device = torch.device("cuda")
     model = build_gpt_model(shape, dtype=torch.float32, device=device)
     batch = next(iter(loader))
-    losses = [
-        masked_loss_sum(model, batch, device, "dense", layouts) for layouts in (TokenPlacer(loader, device), None)
-    ]
+    scanned, loaded = (TokenPlacer(loader, device, "dense") for _ in range(2))
+    loaded._tag_ids = None  # takes the loader's arrays, as on the CPU
+    losses = [masked_loss_sum(model, batch, placer) for placer in (scanned, loaded)]
     assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
     assert float(losses[0][0]) > 0
 
 
 class OneBatch:
-    """Stands for an SFTLoader."""
+    """What a TokenPlacer asks of its loader."""
 
     tag_ids = TAG_IDS
 
-    def sample_name(self, sample: int) -> str:
-        return f"set document {sample}"
+    def sample_name(self, sample_id: int) -> str:
+        return f"set document {sample_id}"
+
+    def sample_problem(self, sample_id: int) -> str | None:
+        return None
 
 
 def test_the_trainer_takes_the_scan_and_names_what_it_cannot_read(tmp_path: Path) -> None:
@@ -167,20 +170,21 @@ def test_the_trainer_takes_the_scan_and_names_what_it_cannot_read(tmp_path: Path
         "input_ids": pack.ids[None],
         "documents": pack.documents[None],
         "sample_ids": torch.arange(len(pack.malformed))[None] + 70,
+        "malformed": torch.zeros(1, len(pack.malformed), dtype=torch.bool),  # the loader let all of them pass
         "position_ids": torch.from_numpy(pack.layout.position_ids)[None],
         "r": torch.from_numpy(pack.layout.r)[None],
     }
-    layouts = TokenPlacer(OneBatch(), torch.device("cuda"), "causal")
+    placer = TokenPlacer(OneBatch(), torch.device("cuda"), "dense", "causal")
     ids = pack.ids[None].cuda()
-    layouts.place(batch, ids, "auto")
+    placer.place(batch, ids)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        position_ids, params = layouts.place(batch, ids, "auto")
+        position_ids, params = placer.place(batch, ids)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert isinstance(params, LayoutParams) and params.layout.lists is not None
     assert torch.equal(position_ids.cpu(), batch["position_ids"]) and torch.equal(params.layout.r.cpu(), batch["r"])
     metrics = MetricsWriter(tmp_path, 1)
-    layouts.report(3, metrics)
+    placer.report(3, metrics)
     lines = metrics.path.read_text().splitlines()
     assert len(lines) == 1 and f'"set document {70 + bad}"' in lines[0] and '"step": 3' in lines[0]

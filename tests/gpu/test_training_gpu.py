@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import TrainConfig
 from megatron_multiverse.kernels.multiverse_attention import BACKENDS, AttentionCase
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import qwen3
 from megatron_multiverse.model.gpt import build_gpt_model
-from megatron_multiverse.model.weights import load_model, weight_state
+from megatron_multiverse.model.weights import weight_state
 from megatron_multiverse.training.trainer import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -27,6 +28,7 @@ MODEL = qwen3(
 class Loader:
     """Microbatch number n depends on n alone."""
 
+    tag_ids = None
     position = 0
 
     def __iter__(self):
@@ -41,6 +43,12 @@ class Loader:
                 "position_ids": torch.randint(0, 64, (4, 64), generator=g),
                 "r": torch.stack([torch.randperm(64, generator=g) for _ in range(4)]).int(),
             }
+
+    def sample_name(self, sample_id):
+        return f"sample {sample_id}"
+
+    def sample_problem(self, sample_id):
+        return None
 
     def state_dict(self):
         return {"position": self.position}
@@ -92,6 +100,6 @@ def test_a_resumed_deterministic_run_is_bit_equal(tmp_path: Path, dtype, kv_chan
             assert (tmp_path / run / "iter_0000003").is_dir()
             (tmp_path / run / "latest_checkpointed_iteration.txt").write_text("3\n")
         train(config(tmp_path / run, **settings), Loader())
-    a, b = (weight_state(load_model(tmp_path / run / "model")[0]) for run in "ab")
+    a, b = (weight_state(load_checkpoint(tmp_path / run / "model")[0]) for run in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert f'"attention_backend": "{backend}"' in (tmp_path / "a" / "metrics.jsonl").read_text()

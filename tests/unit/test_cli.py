@@ -36,3 +36,31 @@ def test_an_unknown_flag_ends_the_script(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         parse_options(Options, ["--apend-eod"])
     assert "apend" in capsys.readouterr().err
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nested:
+    """A part."""
+
+    page_size: int = 16
+    """A number."""
+    debug: bool = False
+    """A switch."""
+    stop_ids: tuple[int, ...] = ()
+    """Several numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """A tool with parts."""
+
+    engine: Nested = field(default_factory=lambda: Nested(page_size=64))
+    """Its part."""
+
+
+def test_fields_of_nested_dataclasses_are_flags_after_a_dot(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--engine.debug", "--engine.stop-ids", "3", "4"]
+    assert parse_options(Outer, given) == Outer(engine=Nested(page_size=64, debug=True, stop_ids=(3, 4)))
+    with pytest.raises(SystemExit):
+        parse_options(Outer, ["--help"])
+    assert "--engine.page-size" in capsys.readouterr().out

@@ -34,7 +34,7 @@ def values(**changes: Any) -> dict[str, Any]:
 
 
 def test_vocabularies_are_padded_as_megatron_does() -> None:
-    assert [pad_vocab_size(size) for size in (1, 128, 129)] == [128, 128, 256]
+    assert [pad_vocab_size(size, 128) for size in (1, 128, 129)] == [128, 128, 256]
     assert pad_vocab_size(151677, 128 * 8) == 152576
     assert pad_vocab_size(296, 64) == 320
 
@@ -42,7 +42,7 @@ def test_vocabularies_are_padded_as_megatron_does() -> None:
 def test_round_trip_through_plain_values_and_json(tmp_path: Path) -> None:
     config = TrainConfig.from_dict(values(**{"optim.lr": 3e-4}))
     assert TrainConfig.from_dict(config.to_dict()) == config
-    assert config.data.num_microbatches == 4
+    assert config.num_microbatches == 4
     config.model.to_json(tmp_path / "config.json")
     assert ModelConfig.from_json(tmp_path / "config.json") == config.model
 
@@ -72,6 +72,11 @@ def test_round_trip_through_plain_values_and_json(tmp_path: Path) -> None:
         ("model.hidden_size", 0, r"model.hidden_size must be at least 1, got 0"),
         ("init_from", "folder", r"exactly one of `model`"),
         ("model", None, r"exactly one of `model`"),
+        ("parallel.tensor_model_parallel_size", 2, r"tensor_model_parallel_size is 2, but .* one process so far"),
+        ("parallel.pipeline_model_parallel_size", 2, r"pipeline_model_parallel_size is 2"),
+        ("parallel.context_parallel_size", 0, r"context_parallel_size must be at least 1, got 0"),
+        ("parallel.sequence_parallel", True, r"sequence_parallel has no effect without .* set it to false"),
+        ("parallel.data_parallel_size", 2, r"parallel\.data_parallel_size: unknown key"),
         ("dtype", "fp8", r"'fp8', allowed: float32, bf16, float64"),
         ("checkpoint.save", "", r"checkpoint.save is empty"),
     ],
@@ -81,6 +86,14 @@ def test_wrong_values_are_named(dotted: str, value: Any, message: str) -> None:
         TrainConfig.from_dict(values(**{dotted: value}))
 
 
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them would train alone and write into the same folder."""
+    assert TrainConfig.from_dict(values()).parallel.data_parallel_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 8, but training runs in one process so far"):
+        TrainConfig.from_dict(values())
+
+
 def test_missing_keys_are_named() -> None:
     given = values()
     del given["model"]["num_layers"]
@@ -88,31 +101,28 @@ def test_missing_keys_are_named() -> None:
         TrainConfig.from_dict(given)
 
 
-def test_yaml_with_overrides_equals_the_command_line(tmp_path: Path) -> None:
-    """The two readers agree, also on numbers that YAML 1.1 takes for text."""
+def test_yaml_with_overrides_is_what_the_mapping_says(tmp_path: Path) -> None:
+    """Numbers too that YAML 1.1 takes for text."""
     file = tmp_path / "run.yaml"
     lines = ["model:", *(f"  {k}: {v}" for k, v in MODEL.items())]
     lines += ["data: {data_prefixes: [a, b], seq_length: 256}", "checkpoint: {save: runs/x}", "optim: {lr: 1e-3}"]
     file.write_text("\n".join(lines))
     overrides = {"data.seq_length": 128, "model.num_layers": 3, "dtype": "bf16"}
-    ours = TrainConfig.from_yaml(file, overrides)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in overrides.items()]
-    theirs = parse_options(TrainConfig, ["--config", str(file), *flags])
-    assert ours == theirs
-    assert ours.optim.lr == 1e-3 and ours.data.data_prefixes == ("a", "b") and ours.model.num_layers == 3
-    with pytest.raises(SystemExit):
-        parse_options(TrainConfig, ["--config", str(file), "--optim.learning-rate=1"])
-    with pytest.raises(ConfigError, match="is a plain value, not a section"):
-        TrainConfig.from_yaml(file, {"checkpoint.save.x": 1})
-    with pytest.raises(ConfigError, match="does not exist"):
-        TrainConfig.from_yaml(tmp_path / "none.yaml")
+    read = parse_options(TrainConfig, ["--config", str(file), *flags])
+    data = {"data_prefixes": ["a", "b"], "seq_length": 256}
+    assert read == TrainConfig.from_dict(values(data=data, **overrides, **{"optim.lr": 1e-3}))
+    assert read.optim.lr == 1e-3 and read.data.data_prefixes == ("a", "b") and read.model.num_layers == 3
+    for wrong in (["--optim.learning-rate=1"], ["--checkpoint.save.x=1"], ["--config", str(tmp_path / "none.yaml")]):
+        with pytest.raises(SystemExit):
+            parse_options(TrainConfig, ["--config", str(file), *wrong])
 
 
 def test_shipped_configs_are_valid() -> None:
     files = sorted((Path(__file__).parents[2] / "pretrain_scripts" / "configs").glob("*.yaml"))
     assert files
     for file in files:
-        assert TrainConfig.from_yaml(file).train_iters > 0
+        assert parse_options(TrainConfig, ["--config", str(file)]).train_iters > 0
 
 
 def test_configs_are_frozen_and_import_no_torch() -> None:

@@ -1,10 +1,13 @@
-"""Imports go one way, light parts stay light, and importing the package costs nothing."""
+"""Imports go one way and warn of nothing, light parts stay light, and importing the package costs nothing."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,23 +15,30 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_multiverse"
 
-# Which parts each part may import. import-linter checks the package too, but it does not see kernels/ behind
-# package_dir, and it does not know examples/ and tools/.
+# Which parts each part may import. import-linter checks the package too, but it does not see kernels/, which stands
+# outside of the package's folder (package_dir), and it does not know examples/ and tools/.
 ALLOWED = {
     "errors": set(),
     "cli": set(),
-    "config": {"errors"},
+    "config": {"errors", "structure"},
+    "dtypes": set(),
     "files": set(),
+    "progress": set(),
+    "weight_names": set(),
     "structure": {"errors"},
     "kernels": {"errors", "structure"},
-    "data": {"errors", "config", "files", "structure", "cli"},
-    "model": {"errors", "config", "files", "structure", "kernels"},
-    "checkpoints": {"errors", "config", "files", "structure", "kernels", "data", "model"},
-    "training": {"errors", "config", "files", "structure", "kernels", "data", "model", "checkpoints"},
-    "inference": {"errors", "config", "files", "structure", "kernels", "data", "model", "checkpoints"},
+    "data": {"errors", "config", "files", "progress", "structure", "cli"},
+    "parallel": {"errors"},
+    "model": {"errors", "config", "dtypes", "files", "weight_names", "structure", "kernels", "parallel"},
+    "checkpoints": {"progress"},
+    "training": {"checkpoints"},
+    "inference": {"checkpoints"},
     "views": {"errors", "config", "files", "structure", "data", "model", "inference"},
 }
-NO_TORCH = {"errors", "config", "files", "structure"}
+ALLOWED["checkpoints"] |= ALLOWED["model"] | {"data", "model"}
+ALLOWED["training"] |= ALLOWED["checkpoints"]
+ALLOWED["inference"] |= ALLOWED["checkpoints"]
+NO_TORCH = {"errors", "config", "files", "progress", "structure", "weight_names"}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -73,6 +83,7 @@ def test_part_imports_only_what_lies_below(part: str) -> None:
             if part == "kernels":
                 assert words[0] in {
                     "__future__",
+                    "numpy",
                     "torch",
                     "triton",
                     "megatron_multiverse",
@@ -128,3 +139,113 @@ def test_importing_the_package_is_light_and_quick() -> None:
         assert has_torch == "False"
         seconds.append(float(taken))
     assert min(seconds) < 0.2
+
+
+def module_name(path: Path) -> str:
+    words = path.relative_to(ROOT).with_suffix("").parts
+    words = ("megatron_multiverse", *words) if words[0] == "kernels" else words
+    return ".".join(words[:-1] if words[-1] == "__init__" else words)
+
+
+MODULES = {module_name(path): path for root in (PACKAGE, ROOT / "kernels") for path in sorted(root.rglob("*.py"))}
+# Packages that only machines with a GPU have; the modules that import them at the top are not imported elsewhere.
+GPU_PACKAGES = ("triton", "flash_attn", "cutlass", "quack")
+ABSENT = {name for name in GPU_PACKAGES if importlib.util.find_spec(name) is None}
+
+
+def imports_at_the_top(path: Path) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements outside of functions, those for type checking alone included."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+
+
+def imported_names(path: Path) -> set[str]:
+    """What these statements read. `from package.module import x` reads the module, not the package around it."""
+    found = set()
+    for node in imports_at_the_top(path):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        else:
+            source = source_of(node, path)
+            names = {f"{source}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else source for name in names}
+    return found
+
+
+def can_be_imported(name: str) -> bool:
+    return not any(found.split(".")[0] in ABSENT for found in imported_names(MODULES[name]))
+
+
+def import_all(names: list[str]) -> subprocess.CompletedProcess[str]:
+    """Import modules in this order in one fresh process where every warning is an error; then look at each by name."""
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "for name in sys.argv[1:]:\n"
+        "    package, _, last = name.rpartition('.')\n"
+        "    if package and getattr(sys.modules[package], last) is not sys.modules[name]:\n"
+        "        sys.exit(f'{package}.{last} is not the module of that name')\n"
+    )
+    return subprocess.run([sys.executable, "-W", "error", "-c", code, *names], capture_output=True, text=True)
+
+
+# megatron-core warns when it is imported, unless `model/` imports it. Alone are tested: a module of `model/`, and every
+# module elsewhere that imports megatron-core itself.
+ALONE = ["megatron_multiverse.model.attention", "megatron_multiverse.inference"]
+ALONE += [
+    name
+    for name, path in MODULES.items()
+    if any(found.startswith("megatron.core") for found in imported_names(path)) and name.split(".")[1] != "model"
+]
+
+
+@pytest.mark.parametrize("names", [[], *([name] for name in ALONE)], ids=["all", *ALONE])
+def test_importing_any_module_warns_of_nothing(names: list[str]) -> None:
+    """All modules in two orders, and some alone. No name of a package hides one of its modules."""
+    everything = [name for name in MODULES if can_be_imported(name)]
+    assert len(everything) > 100
+    for order in [names] if names else [everything, everything[::-1]]:
+        assert_silent(import_all(order))
+
+
+def assert_silent(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0 and not done.stdout and not done.stderr, done.stderr[-2000:]
+
+
+def defines_its_own_name(path: Path) -> bool:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return any(isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == path.stem for node in body)
+
+
+def test_no_module_is_called_like_what_it_defines() -> None:
+    """Else `package.name` would be the module or the function, depending on who was imported first."""
+    assert not {name for name, path in MODULES.items() if defines_its_own_name(path)}
+
+
+def test_no_modules_import_each_other() -> None:
+    """Imports for type checking alone count too; those inside functions do not, they are late on purpose."""
+    arrows = {name: imported_names(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
+    list(graphlib.TopologicalSorter(arrows).static_order())  # CycleError shows the cycle
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [
+        ("text", ("torch", "megatron", "cache", "step", "scheduler", "engine")),
+        ("cache", ("torch", "megatron", "text", "step", "scheduler", "engine")),
+        ("step", ("text", "cache", "scheduler", "engine")),
+    ],
+)
+def test_the_rooms_of_inference_do_not_know_each_other(room: str, forbidden: tuple[str, ...]) -> None:
+    """Text knows no page and no tensor, the cache no text and no tensor, a step nothing but integers and tensors."""
+    own = "megatron_multiverse.inference."
+    for path in sorted((PACKAGE / "inference" / room).rglob("*.py")):
+        for module in imported_modules(path):
+            first = module.removeprefix(own).split(".")[0]
+            assert first not in forbidden, f"{path} imports {module}"

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from megatron_multiverse.checkpoints.formats.hf import HFSource
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -55,3 +57,9 @@ def save_tokenizer(folder: Path, *, tags: tuple[str, ...] = (), extra: int = 0) 
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def mcore_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every megatron-core parameter of a Hugging Face folder, by the names of the local spec."""
+    source = HFSource(folder)
+    return {entry.mcore: source.read(entry) for entry in source.entries()}

@@ -7,7 +7,7 @@ import torch
 from tokenizers import pre_tokenizers
 
 from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource
-from megatron_multiverse.checkpoints.hf_endpoint import HFSource
+from megatron_multiverse.checkpoints.formats.hf import HFSource
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.structure import TAGS
 from tests.unit.checkpoints.hf_folders import save_hf_model, save_tokenizer
@@ -41,7 +41,7 @@ def test_rows_of_tags_are_the_mean_of_their_pieces(tmp_path: Path, tied: bool, r
 
 
 def test_a_checkpoint_with_tags_is_left_as_it_is(tmp_path: Path) -> None:
-    """As Multiverse-32B: the tags stand behind the vocabulary, rows are rounded up to a multiple of 64."""
+    """As Multiverse-32B: the tags stand after the vocabulary, rows are rounded up to a multiple of 64."""
     save_hf_model(tmp_path, vocab_size=320)
     save_tokenizer(tmp_path, tags=TAGS)
     plain = HFSource(tmp_path)

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from megatron_multiverse.checkpoints.convert import ConvertConfig, ConvertResult, convert_checkpoint
-from megatron_multiverse.checkpoints.families import FAMILIES
-from tests.unit.checkpoints.test_stream import shape
+from megatron_multiverse.checkpoints.names.registry import FAMILIES
+from megatron_multiverse.checkpoints.verify import VerifyOptions
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.model.cpu import device_neutral_cuda
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.model.weights import weight_state
+from tests.unit.checkpoints.hf_folders import mcore_tensors
+from tests.unit.checkpoints.test_names import shape
 from tests.unit.model.hf import hf_model
 
 
@@ -38,22 +45,22 @@ def assert_same(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, {"ckpt_format": "torch"}, {"ckpt_format": "torch", "transformer_impl": "local"}]
+    "mcore_format", [{}, {"ckpt_format": "torch"}, {"ckpt_format": "torch", "transformer_impl": "local"}]
 )
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (1, 2), (3, 2)])
 @pytest.mark.parametrize(("name", "tied"), [("qwen2", False), ("qwen3", True), ("llama", True)])
 def test_round_trips_are_bit_equal(
-    tmp_path: Path, name: str, tied: bool, tp: int, pp: int, layout: dict[str, str]
+    tmp_path: Path, name: str, tied: bool, tp: int, pp: int, mcore_format: dict[str, str]
 ) -> None:
     source = hf_folder(tmp_path / "hf", name, tied)
     sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    run(source, tmp_path / "mcore", **sizes, **layout)
+    run(source, tmp_path / "mcore", **sizes, **mcore_format)
     run(tmp_path / "mcore", tmp_path / "back", "mcore", "hf", shard_size=20e-6)
     assert_same(source, tmp_path / "back")
     assert json.loads((source / "config.json").read_text()) == json.loads((tmp_path / "back/config.json").read_text())
 
 
-def test_megatron_core_layouts_convert_into_each_other(tmp_path: Path) -> None:
+def test_megatron_core_formats_convert_into_each_other(tmp_path: Path) -> None:
     source = hf_folder(tmp_path / "hf", "qwen3", True)
     run(source, tmp_path / "a", tensor_model_parallel_size=3, shard_size=20e-6)
     legacy = {"ckpt_format": "torch", "pipeline_model_parallel_size": 2}
@@ -64,13 +71,6 @@ def test_megatron_core_layouts_convert_into_each_other(tmp_path: Path) -> None:
 
 
 def test_megatron_core_itself_opens_the_result(tmp_path: Path) -> None:
-    from megatron_multiverse.model.cpu import device_neutral_cuda
-    from megatron_multiverse.model.gpt import build_gpt_model
-    from megatron_multiverse.model.weights import weight_state
-
-    # isort: split
-    from megatron.core import dist_checkpointing
-
     source = hf_folder(tmp_path / "hf", "qwen3", False)
     run(source, tmp_path / "mcore", tensor_model_parallel_size=3, shard_size=20e-6)
     config = shape(False, qk_layernorm=True)
@@ -83,10 +83,7 @@ def test_megatron_core_itself_opens_the_result(tmp_path: Path) -> None:
         )
     assert loaded["args"].padded_vocab_size == 51
     model.load_state_dict(loaded["model"])
-    from megatron_multiverse.checkpoints.hf_io import HFReader
-    from megatron_multiverse.checkpoints.stream import mcore_state_from_hf
-
-    expected = dict(mcore_state_from_hf(HFReader(source)))
+    expected = mcore_tensors(source)
     for name, tensor in weight_state(model).items():
         assert torch.equal(tensor, expected[name]), name
     assert os.path.exists(tmp_path / "mcore/latest_checkpointed_iteration.txt")
@@ -123,8 +120,19 @@ LLAMA31 = {
 
 @pytest.mark.parametrize(("values", "parameters"), [(QWEN25, 7_615_616_512), (LLAMA31, 8_030_261_248)])
 def test_published_configs_are_understood_and_written_back(values: dict[str, object], parameters: int) -> None:
-    from megatron_multiverse.checkpoints.hf_config import family_of, hf_config_to_model_config, model_config_to_hf
+    from megatron_multiverse.checkpoints.formats.hf_config import (
+        family_of,
+        hf_config_to_model_config,
+        model_config_to_hf,
+    )
 
     config = hf_config_to_model_config(values)
     assert config.num_parameters == parameters
     assert hf_config_to_model_config(model_config_to_hf(config, family_of(values))) == config
+
+
+def test_one_spelling_of_dtypes() -> None:
+    with pytest.raises(ConfigError, match="dtype is 'bfloat16', allowed: keep, float32, bf16, float16"):
+        ConvertConfig(from_="hf", to="mcore", load="a", save="b", dtype="bfloat16")
+    with pytest.raises(ConfigError, match="dtype is 'bfloat16', allowed: keep, float32, bf16, float16"):
+        VerifyOptions(first=Path("a"), second=Path("b"), dtype="bfloat16")

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_multiverse.checkpoints.convert import ConvertConfig
 from megatron_multiverse.checkpoints.load import load_checkpoint
-from megatron_multiverse.checkpoints.verify import parse_layout
+from megatron_multiverse.checkpoints.verify import parse_parallel_size
 from megatron_multiverse.cli import parse_options
 from tests.unit import test_readme
 from tests.unit.test_readme import ROOT, checkout, commands, run
@@ -49,7 +49,7 @@ def test_commands_on_large_models_parse() -> None:
     for words in found:
         config = parse_options(ConvertConfig, words[2:])
         assert config.add_control_tokens and config.tensor_model_parallel_size == 8
-    assert parse_layout("2x2") == (2, 2)
+    assert parse_parallel_size("2x2") == (2, 2)
 
 
 def test_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource
-from megatron_multiverse.checkpoints.hf_assets import (
+from megatron_multiverse.checkpoints.formats.hf import HFSource
+from megatron_multiverse.checkpoints.formats.hf_assets import (
     copy_assets,
     save_tokenizer,
     write_generation_config,
     write_model_card,
 )
-from megatron_multiverse.checkpoints.hf_config import hf_config_to_model_config, read_hf_config
-from megatron_multiverse.checkpoints.hf_endpoint import HFSource
+from megatron_multiverse.checkpoints.formats.hf_config import hf_config_to_model_config, read_hf_config
 from tests.unit.checkpoints import hf_folders
 
 

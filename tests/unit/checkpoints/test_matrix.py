@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_multiverse.checkpoints.forward import MASKS, Inputs, Logits, fixed_inputs, transformers_logits
-from megatron_multiverse.checkpoints.hf_endpoint import HFSource
-from megatron_multiverse.checkpoints.hf_io import HFReader
-from megatron_multiverse.checkpoints.stream import hf_state_from_mcore, mcore_state_from_hf
-from megatron_multiverse.checkpoints.verify import Job, layout_logits, relative_error, same_bits
+from megatron_multiverse.checkpoints.formats.hf import HFSource
+from megatron_multiverse.checkpoints.formats.hf_safetensors import HFReader
+from megatron_multiverse.checkpoints.reference_logits import MASKS, Inputs, Logits, fixed_inputs, transformers_logits
+from megatron_multiverse.checkpoints.verify import Job, parallel_logits, relative_error, same_bits
 from megatron_multiverse.errors import ConfigError
-from tests.unit.checkpoints.hf_folders import SHAPE, save_hf_model
+from tests.unit.checkpoints.hf_folders import SHAPE, mcore_tensors, save_hf_model
+from tests.unit.checkpoints.test_names import split_again
 
 LLAMA31 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHORT = {"original_max_position_embeddings": 128}
@@ -66,12 +66,12 @@ CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
 }  # fmt: skip
 # What tensor parallelism cannot cut: heads, groups or the MLP are odd.
 UNCUT = {"qwen2-3-heads-1-group", "qwen3-5-heads", "llama-7-heads", "llama-odd-ffn"}
-LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
+SIZES = ((1, 1), (2, 1), (1, 2), (2, 2))
 TOLERANCE = 1e-4
 
 
-def layouts_of(name: str) -> list[tuple[int, int]]:
-    return [size for size in LAYOUTS if size[0] == 1 or name not in UNCUT]
+def sizes_of(name: str) -> list[tuple[int, int]]:
+    return [size for size in SIZES if size[0] == 1 or name not in UNCUT]
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def logits(folders: dict[str, Path]) -> dict[tuple[str, tuple[int, int]], Logits]:
-    """All layouts of all models; those with as many ranks share their processes."""
-    keys = [(name, size) for name in CASES for size in layouts_of(name)]
+    """All parallel sizes of all models; those with as many ranks share their processes."""
+    keys = [(name, size) for name in CASES for size in sizes_of(name)]
     jobs = [Job(folders[name], *size, inputs_of(name)) for name, size in keys]
-    return dict(zip(keys, layout_logits(jobs), strict=True))
+    return dict(zip(keys, parallel_logits(jobs), strict=True))
 
 
 def inputs_of(name: str) -> Inputs:
@@ -98,7 +98,7 @@ def inputs_of(name: str) -> Inputs:
 def test_round_trip_is_bit_equal(name: str, folders: dict[str, Path]) -> None:
     reader = HFReader(folders[name])
     source = HFSource(folders[name])
-    back = dict(hf_state_from_mcore(mcore_state_from_hf(reader), source.config, source.family))
+    back = split_again(mcore_tensors(folders[name]), source.config, source.family)
     assert back.keys() == reader.names()
     for tensor_name, tensor in back.items():
         original = reader.read(tensor_name)
@@ -107,12 +107,12 @@ def test_round_trip_is_bit_equal(name: str, folders: dict[str, Path]) -> None:
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal_transformers_in_every_layout(
+def test_logits_equal_transformers_at_all_parallel_sizes(
     name: str, folders: dict[str, Path], logits: dict[tuple[str, tuple[int, int]], Logits]
 ) -> None:
     want = transformers_logits(folders[name], inputs_of(name))
     rows = want["causal"].shape[-1]
-    for size in layouts_of(name):
+    for size in sizes_of(name):
         for mask in MASKS:
             got = logits[name, size][mask]
             assert got[..., rows:].abs().max() == 0 if got.shape[-1] > rows else True

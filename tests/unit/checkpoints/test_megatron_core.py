@@ -10,16 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing, parallel_state
 
 from megatron_multiverse.checkpoints.convert import ConvertConfig, open_source
-from megatron_multiverse.checkpoints.hf_io import HFReader
-from megatron_multiverse.checkpoints.names import entries
-from megatron_multiverse.checkpoints.ranks import run_ranks, set_parallel_sizes
-from megatron_multiverse.checkpoints.stream import mcore_state_from_hf
-from megatron_multiverse.checkpoints.tensors import slices
+from megatron_multiverse.checkpoints.names.rules import slices
+from megatron_multiverse.checkpoints.names.table import entries
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.model.cpu import device_neutral_cuda
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.model.mcore import set_parallel_sizes
+from megatron_multiverse.model.weights import weight_state
+from megatron_multiverse.parallel.local_ranks import run_ranks
 from tests.extra_states import assert_extra_states_load
+from tests.unit.checkpoints.hf_folders import mcore_tensors
 from tests.unit.checkpoints.test_convert import assert_same, hf_folder, run
 
 GROUPS = {"num_attention_heads": 6, "num_query_groups": 2, "kv_channels": 6}
@@ -27,14 +31,6 @@ GROUPS = {"num_attention_heads": 6, "num_query_groups": 2, "kv_channels": 6}
 
 def loaded_by_megatron_core(folder: str, config: ModelConfig, tp: int, pp: int) -> dict[str, torch.Tensor]:
     """On one rank: the rank's weights, by global layer number, after dist_checkpointing.load."""
-    from megatron_multiverse.model.gpt import build_gpt_model
-
-    # isort: split
-    from megatron.core import dist_checkpointing, parallel_state
-
-    from megatron_multiverse.model.cpu import device_neutral_cuda
-    from megatron_multiverse.model.weights import weight_state
-
     set_parallel_sizes(tp, pp)
     model = build_gpt_model(config, seed=7)
     with device_neutral_cuda():
@@ -52,13 +48,6 @@ def loaded_by_megatron_core(folder: str, config: ModelConfig, tp: int, pp: int) 
 
 def saved_by_megatron_core(folder: str, config: ModelConfig, tp: int, pp: int, source: str) -> None:
     """On one rank: load `source` and let megatron-core save it, in its own cut."""
-    from megatron_multiverse.model.gpt import build_gpt_model
-
-    # isort: split
-    from megatron.core import dist_checkpointing
-
-    from megatron_multiverse.model.cpu import device_neutral_cuda
-
     multiprocessing.current_process()._config["daemon"] = False  # the writer starts processes
     set_parallel_sizes(tp, pp)
     model = build_gpt_model(config, seed=7)
@@ -74,7 +63,7 @@ def test_megatron_core_loads_at_any_size(tmp_path: Path, name: str, tied: bool, 
     source = hf_folder(tmp_path / "hf", name, tied, **GROUPS)
     run(source, tmp_path / "mcore", tensor_model_parallel_size=2, shard_size=20e-6)
     checkpoint = open_source(ConvertConfig(from_="hf", to="mcore", load=str(source), save="unused"))
-    config, whole = checkpoint.config, dict(mcore_state_from_hf(HFReader(source)))
+    config, whole = checkpoint.config, mcore_tensors(source)
     release = str(tmp_path / "mcore" / "release")
     ranks = run_ranks(loaded_by_megatron_core, tp * pp, release, config, tp, pp)
     rules = {entry.mcore: entry.rule for entry in entries(checkpoint.family, config)}
@@ -131,9 +120,6 @@ def test_extra_tensors_of_megatron_core_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_mp_rank_file_is_a_state_dict_of_the_model(tmp_path: Path, tied: bool) -> None:
-    from megatron_multiverse.model.gpt import build_gpt_model
-    from megatron_multiverse.model.weights import weight_state
-
     source = hf_folder(tmp_path / "hf", "qwen3", tied)
     run(source, tmp_path / "mcore", ckpt_format="torch", transformer_impl="local")
     with torch.serialization.safe_globals([Namespace]):  # megatron-core's own registration may be undone by now
@@ -142,6 +128,6 @@ def test_an_mp_rank_file_is_a_state_dict_of_the_model(tmp_path: Path, tied: bool
     model = build_gpt_model(config, seed=7)
     model.load_state_dict(content["model"], strict=True)
     assert content["args"].num_layers == 2 and content["checkpoint_version"] == 3.0
-    whole = dict(mcore_state_from_hf(HFReader(source)))
+    whole = mcore_tensors(source)
     for name, tensor in weight_state(model).items():
         assert torch.equal(tensor, whole[name]), name

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_multiverse.checkpoints import convert as driver
-from megatron_multiverse.checkpoints.hf_endpoint import HFSource
+from megatron_multiverse.checkpoints.formats.hf import HFSource
 from megatron_multiverse.checkpoints.manifest import MANIFEST_FILE, Manifest
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from tests.unit.checkpoints.test_convert import assert_same, hf_folder, run
@@ -86,7 +86,7 @@ def test_files_that_do_not_belong_are_written_again(tmp_path: Path, reads: Reads
             (partial / MANIFEST_FILE).write_text(text[:-20])
             left = units - 1
         elif damage == "other options":
-            options, left = {"shard_size": 20e-6, "dtype": "bfloat16"}, 0
+            options, left = {"shard_size": 20e-6, "dtype": "bf16"}, 0
         else:
             os.utime(sorted(source.glob("*.safetensors"))[0], (1, 1))
             left = 0

@@ -1,4 +1,4 @@
-"""verify end to end: what was converted is equal in every layout, and each kind of fault is seen."""
+"""verify end to end: what was converted is equal in every format, and each kind of fault is seen."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_multiverse.checkpoints.convert import ConvertConfig, convert_checkpoint
-from megatron_multiverse.checkpoints.load import load_checkpoint, open_checkpoint
-from megatron_multiverse.checkpoints.verify import VerifyOptions, parse_layout, relative_error, verify_checkpoints
+from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.checkpoints.sources import open_checkpoint
+from megatron_multiverse.checkpoints.verify import (
+    VerifyOptions,
+    parse_parallel_size,
+    relative_error,
+    verify_checkpoints,
+)
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.model.weights import save_model, weight_state
 from megatron_multiverse.structure import TAGS
@@ -25,8 +31,8 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One model in every layout; the vocabulary is padded for tensor parallelism where the layout does so."""
-    root = tmp_path_factory.mktemp("layouts")
+    """One model in every format; the vocabulary is padded for tensor parallelism where the format does so."""
+    root = tmp_path_factory.mktemp("formats")
     hf = root / "hf"
     save_hf_model(hf, "qwen3", vocab_size=301, head_dim=16, tie_word_embeddings=False, max_shard_size="40KB")
     save_tokenizer(hf)
@@ -44,21 +50,21 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def difference(first: Path, second: Path, **options: object) -> dict[str, object]:
     return verify_checkpoints(
-        VerifyOptions(first=first, second=second, **{"layouts": ["1x1"], "no_logits": True, **options})
+        VerifyOptions(first=first, second=second, **{"parallel_sizes": ["1x1"], "no_logits": True, **options})
     )
 
 
 @pytest.mark.parametrize("name", ["torch_dist", "legacy", "back", "model"])
-def test_tensors_of_every_layout_are_bit_equal(folders: dict[str, Path], name: str) -> None:
+def test_tensors_of_every_format_are_bit_equal(folders: dict[str, Path], name: str) -> None:
     result = difference(folders["hf"], folders[name])
     assert result["equal"] and result["tensors_compared"] == 25 and result["logits"] == []
     assert difference(folders[name], folders["hf"])["equal"]
 
 
-def test_logits_of_a_cut_checkpoint_in_every_layout(folders: dict[str, Path]) -> None:
-    layouts = ["1x1", "2x1", "1x2", "2x2", "4x1"]
-    result = verify_checkpoints(VerifyOptions(first=folders["hf"], second=folders["torch_dist"], layouts=layouts))
-    rows = {(row["layout"], row["mask"]): row for row in result["logits"]}
+def test_logits_of_a_cut_checkpoint_at_all_parallel_sizes(folders: dict[str, Path]) -> None:
+    sizes = ["1x1", "2x1", "1x2", "2x2", "4x1"]
+    result = verify_checkpoints(VerifyOptions(first=folders["hf"], second=folders["torch_dist"], parallel_sizes=sizes))
+    rows = {(row["parallel_size"], row["mask"]): row for row in result["logits"]}
     assert result["equal"] and len(rows) == 9
     assert "num_query_groups (2)" in rows.pop(("4x1", "all"))["skipped"]
     assert all(row["relative_error"] < 1e-5 and row["reference"] == "transformers" for row in rows.values())
@@ -67,12 +73,12 @@ def test_logits_of_a_cut_checkpoint_in_every_layout(folders: dict[str, Path]) ->
 def test_the_reference_is_transformers_whichever_side_it_can_open(folders: dict[str, Path]) -> None:
     pairs = {("legacy", "hf"): "transformers", ("legacy", "model"): "1x1"}
     for (first, second), reference in pairs.items():
-        result = verify_checkpoints(VerifyOptions(first=folders[first], second=folders[second], layouts=["1x1"]))
+        result = verify_checkpoints(VerifyOptions(first=folders[first], second=folders[second], parallel_sizes=["1x1"]))
         assert result["equal"] and {row["reference"] for row in result["logits"]} == {reference}
 
 
 @pytest.mark.parametrize("name", ["hf", "torch_dist", "legacy", "model"])
-def test_any_layout_loads_into_the_same_model(folders: dict[str, Path], name: str) -> None:
+def test_any_format_loads_into_the_same_model(folders: dict[str, Path], name: str) -> None:
     want, _ = load_checkpoint(folders["hf"])
     got, config = load_checkpoint(folders[name])
     assert config == open_checkpoint(folders["hf"]).config
@@ -84,17 +90,17 @@ def test_added_tags_and_dtype_are_expected_when_said(folders: dict[str, Path], t
     tagged = tmp_path / "tagged"
     convert_checkpoint(
         ConvertConfig(
-            from_="hf", to="mcore", load=str(folders["hf"]), save=str(tagged), add_control_tokens=True, dtype="bfloat16"
+            from_="hf", to="mcore", load=str(folders["hf"]), save=str(tagged), add_control_tokens=True, dtype="bf16"
         )
     )
-    how = {"add_control_tokens": True, "dtype": "bfloat16"}
+    how = {"add_control_tokens": True, "dtype": "bf16"}
     assert difference(folders["hf"], tagged, **how)["equal"]
     assert not difference(folders["hf"], tagged, add_control_tokens=True)["equal"]
-    without = difference(folders["hf"], tagged, dtype="bfloat16")
+    without = difference(folders["hf"], tagged, dtype="bf16")
     assert [row["tensor"] for row in without["tensor_differences"]] == ["model.embed_tokens.weight", "lm_head.weight"]
-    assert without["tensor_differences"][0]["first_row"] == 259  # behind the tokenizer's 259 tokens
+    assert without["tensor_differences"][0]["first_row"] == 259  # after the tokenizer's 259 tokens
     logits = verify_checkpoints(
-        VerifyOptions(first=folders["hf"], second=tagged, layouts=["1x1"], tolerance=0.1, **how)
+        VerifyOptions(first=folders["hf"], second=tagged, parallel_sizes=["1x1"], tolerance=0.1, **how)
     )
     assert logits["equal"]
     convert_checkpoint(ConvertConfig(from_="mcore", to="hf", load=str(tagged), save=str(tmp_path / "back")))
@@ -151,9 +157,9 @@ def test_the_tool_reports_and_its_exit_code_tells(folders: dict[str, Path], tmp_
 
 
 def test_impossible_options_are_refused(folders: dict[str, Path]) -> None:
-    assert parse_layout("2x4") == (2, 4)
+    assert parse_parallel_size("2x4") == (2, 4)
     with pytest.raises(ConfigError, match="'2-1' must be"):
-        parse_layout("2-1")
-    with pytest.raises(CheckpointError, match="none of the layouts"):
-        verify_checkpoints(VerifyOptions(first=folders["hf"], second=folders["back"], layouts=["3x1"]))
+        parse_parallel_size("2-1")
+    with pytest.raises(CheckpointError, match="none of the parallel sizes"):
+        verify_checkpoints(VerifyOptions(first=folders["hf"], second=folders["back"], parallel_sizes=["3x1"]))
     assert relative_error(torch.ones(2), torch.tensor([1.0, torch.nan])) == float("inf")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_multiverse.cli import parse_options
 from megatron_multiverse.config import TrainConfig
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart"
@@ -84,8 +85,8 @@ def test_losses_are_read_from_training_lines_only(tmp_path: Path) -> None:
 
 
 def test_training_configurations_are_valid_and_fit_the_model() -> None:
-    gpu = TrainConfig.from_yaml(QUICKSTART / "train.yaml")
-    cpu = TrainConfig.from_yaml(QUICKSTART / "tiny_cpu.yaml", {"data.data_prefixes": ["x"]})
+    gpu = parse_options(TrainConfig, ["--config", str(QUICKSTART / "train.yaml")])
+    cpu = parse_options(TrainConfig, ["--config", str(QUICKSTART / "tiny_cpu.yaml"), "--data.data_prefixes=[x]"])
     assert gpu.model is not None and cpu.model is not None
     assert (QUICKSTART / "model" / "model.safetensors").stat().st_size <= 8_000_000
     assert 2 * gpu.model.num_parameters <= (QUICKSTART / "model" / "model.safetensors").stat().st_size

@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 
+from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.errors import GenerationError
-from megatron_multiverse.inference import Engine, Request
-from megatron_multiverse.inference.tree import PageTree
+from megatron_multiverse.inference import Engine
+from megatron_multiverse.inference.cache.tree import PageTree
 from megatron_multiverse.structure import Tag
 
 from .toy import (
@@ -21,6 +22,7 @@ from .toy import (
     ScriptedSampler,
     SoupSampler,
     ToyModel,
+    ask,
     assert_drained,
     label_ids,
     largest_difference,
@@ -47,7 +49,7 @@ def tree_requests(seed: int, count: int = 3, **changes):
     for k in range(count):
         rng = random.Random(100 * seed + k)
         scripts.append(random_script(rng, depth=2, blocks=1, most_paths=3, text=9, free=True))
-        requests.append(Request(prompt_ids=random_prompt(rng, 30), max_tokens=900, **changes))
+        requests.append(ask(random_prompt(rng, 30), max_tokens=900, sample=k, **changes))
     return scripts, requests
 
 
@@ -90,7 +92,7 @@ def test_forks_and_joins_cost_no_step():
         ((0, 1),): [TEXT] * 9 + [Tag.END_PATH],
     }
     engine = toy_engine(sampler=ScriptedSampler([script]), page_size=16)
-    result = engine.generate([Request(prompt_ids=[TEXT] * 5)])[0]
+    result = engine.generate([ask([TEXT] * 5)])[0]
     assert result.decode_steps == len(script[()]) + len(script[(0, 1),])
     assert result.critical_tokens == len(script[()]) - 1 + 5 + len(script[(0, 1),]) + 2
     assert len(result.token_ids) == result.critical_tokens + 5 + len(script[(0, 0),])
@@ -119,8 +121,9 @@ def test_table_order_behind_the_base_does_not_matter(monkeypatch):
         join(self, parent, kids)
         # At page size 1 a page is a slot, so any order is a valid table.
         order = before + torch.randperm(parent.length - before).numpy()
-        parent._slots[before : parent.length] = parent._slots[order]
-        parent.pages[before:] = [parent.pages[k] for k in order]
+        table = parent.pages[order]
+        parent.pages[before:] = table
+        # What the ledger notes of these slots stays true: a page is known by its number, not by its place.
 
     monkeypatch.setattr(PageTree, "join", shuffled)
     sampler = ScriptedSampler(scripts)
@@ -188,9 +191,7 @@ def test_a_small_cache_preempts_and_replays_the_same_answer(seed, page_size):
 
 def test_preemption_happens_and_keeps_sampled_tokens():
     """Two plain requests of 60 tokens each in a cache of 80."""
-    requests = [
-        Request(prompt_ids=[TEXT + k] * 5, max_tokens=60, temperature=1.0, seed=k, ignore_eos=True) for k in range(2)
-    ]
+    requests = [ask([TEXT + k] * 5, max_tokens=60, temperature=1.0, seed=k, ignore_eos=True) for k in range(2)]
     free = toy_engine(MODEL, page_size=4, num_pages=200)
     expected = free.generate(requests)
     tight = toy_engine(MODEL, page_size=4, num_pages=20)
@@ -204,7 +205,7 @@ def test_the_last_tree_that_does_not_fit_ends_with_length():
     """Six ragged branches of page size 64 need more pages than there are."""
     script = {(): [*goal(6), *[TEXT] * 100], **{((0, k),): [TEXT] * 500 for k in range(6)}}
     engine = toy_engine(sampler=ScriptedSampler([script]), page_size=64, num_pages=4)
-    result = engine.generate([Request(prompt_ids=[TEXT] * 5, max_tokens=240)])[0]
+    result = engine.generate([ask([TEXT] * 5, max_tokens=240)])[0]
     assert result.finish_reason == "length"
     assert "4 pages of 64 tokens" in result.error
     assert result.malformed["out_of_pages"] == 1
@@ -216,7 +217,7 @@ def test_the_last_tree_that_does_not_fit_ends_with_length():
 def test_a_fork_that_does_not_fit_at_once_runs_in_waves_when_nothing_else_can():
     script = {(): [*goal(6), *[TEXT] * 5, EOS], **{((0, k),): [TEXT] * 3 + [Tag.END_PATH] for k in range(6)}}
     wide = toy_engine(sampler=ScriptedSampler([script]), page_size=16, num_pages=100)
-    request = Request(prompt_ids=[TEXT] * 5, max_tokens=150)
+    request = ask([TEXT] * 5, max_tokens=150)
     expected = wide.generate([request])[0]
     tight = toy_engine(sampler=ScriptedSampler([script]), page_size=16, num_pages=11)
     result = tight.generate([request])[0]
@@ -229,7 +230,7 @@ def test_a_fork_that_does_not_fit_at_once_runs_in_waves_when_nothing_else_can():
 @pytest.mark.parametrize("critical", [None, 30])
 def test_budgets_hold_and_plain_text_uses_them_up(max_tokens, critical):
     """Neither the tokens of all branches nor the longest chain exceed what was asked for."""
-    request = Request(prompt_ids=[TEXT], max_tokens=max_tokens, max_critical_tokens=critical)
+    request = ask([TEXT], max_tokens=max_tokens, max_critical_tokens=critical)
     plain = {(): [TEXT] * 300}
     result = toy_engine(sampler=ScriptedSampler([plain])).generate([request])[0]
     assert len(result.token_ids) == min(max_tokens, critical or max_tokens)
@@ -252,7 +253,7 @@ def test_a_capped_branch_is_closed_and_flagged_and_the_answer_goes_on():
         ((0, 0),): [TEXT] * 300,
         ((0, 1),): [TEXT, Tag.END_PATH],
     }
-    result = toy_engine(sampler=ScriptedSampler([script])).generate([Request(prompt_ids=[TEXT], max_tokens=120)])[0]
+    result = toy_engine(sampler=ScriptedSampler([script])).generate([ask([TEXT], max_tokens=120)])[0]
     assert result.finish_reason == "stop"
     assert [b.finish for b in result.blocks[0].branches] == ["length", "path_end"]
     assert result.malformed["forced_close"] == 1
@@ -265,7 +266,7 @@ def test_end_of_text_in_a_path_ends_that_path_only():
         ((0, 0),): [TEXT, EOS],
         ((0, 1),): [TEXT, TEXT, Tag.END_PATH],
     }
-    result = toy_engine(sampler=ScriptedSampler([script])).generate([Request(prompt_ids=[TEXT])])[0]
+    result = toy_engine(sampler=ScriptedSampler([script])).generate([ask([TEXT])])[0]
     assert result.finish_reason == "stop"
     assert [b.finish for b in result.blocks[0].branches] == ["eos", "path_end"]
     assert EOS not in result.token_ids
@@ -277,7 +278,7 @@ def test_stop_ids_end_the_root_but_not_a_path():
         (): [*goal(1), TEXT + 5, TEXT],
         ((0, 0),): [TEXT + 5, Tag.END_PATH],
     }
-    request = Request(prompt_ids=[TEXT], stop_token_ids=[TEXT + 5])
+    request = ask([TEXT], stop_token_ids=(TEXT + 5,))
     result = toy_engine(sampler=ScriptedSampler([script])).generate([request])[0]
     assert result.finish_reason == "stop"
     assert result.token_ids.count(TEXT + 5) == 1
@@ -299,7 +300,7 @@ def test_stop_ids_end_the_root_but_not_a_path():
 def test_malformed_output_goes_on_as_plain_text_and_is_counted(root, code):
     script = {(): [*map(int, root), TEXT, TEXT, EOS]}
     engine = toy_engine(sampler=ScriptedSampler([script]), max_paths=4)
-    result = engine.generate([Request(prompt_ids=[TEXT])])[0]
+    result = engine.generate([ask([TEXT])])[0]
     assert result.finish_reason == "stop"
     assert result.blocks == []
     assert result.token_ids[: len(root) + 2] == [*root, TEXT, TEXT]
@@ -313,7 +314,7 @@ def test_blocks_deeper_than_allowed_stay_serial():
         ((0, 0),): [*goal(1), Tag.END_PATH],
     }
     engine = toy_engine(sampler=ScriptedSampler([script]), max_depth=1)
-    result = engine.generate([Request(prompt_ids=[TEXT])])[0]
+    result = engine.generate([ask([TEXT])])[0]
     assert result.malformed["too_deep"] == 1
     assert len(result.blocks) == 1
 
@@ -322,7 +323,7 @@ def test_tags_in_the_prompt_are_inert():
     """A header in the prompt does not fork when the answer closes the goal."""
     prompt = goal(2)[:-1]
     script = {(): [Tag.END_GOAL, TEXT, EOS]}
-    result = toy_engine(sampler=ScriptedSampler([script])).generate([Request(prompt_ids=prompt)])[0]
+    result = toy_engine(sampler=ScriptedSampler([script])).generate([ask(prompt)])[0]
     assert result.blocks == []
     assert result.malformed == {"stray_tag": 1}
 
@@ -333,10 +334,10 @@ def test_the_same_prompt_is_answered_the_same_before_and_after_other_traffic():
     engine = toy_engine(MODEL, sampler=ScriptedSampler(scripts * 3), page_size=16)
     first = engine.generate(requests)[0]
     branch_text = first.token_ids[: len(first.token_ids) // 2]
-    plain = Request(prompt_ids=[*requests[0].prompt_ids, *branch_text], max_tokens=8, ignore_eos=True)
-    fresh = Engine(MODEL, VOCAB, num_pages=200, page_size=16)
+    plain = ask([*requests[0].prompt_ids, *branch_text], max_tokens=8, ignore_eos=True)
+    fresh = Engine(MODEL, VOCAB, EngineConfig(num_pages=200))
     expected = fresh.generate([plain])[0].token_ids
-    engine.sampler = fresh.sampler
+    engine.runner.sampler = fresh.runner.sampler
     assert engine.generate([plain])[0].token_ids == expected
     assert engine.generate([plain])[0].token_ids == expected
     assert_drained(engine)
@@ -344,9 +345,7 @@ def test_the_same_prompt_is_answered_the_same_before_and_after_other_traffic():
 
 def test_seeded_sampling_does_not_depend_on_the_batch():
     requests = [
-        Request(
-            prompt_ids=[TEXT + k], max_tokens=25, temperature=0.9, top_k=k * 5, top_p=1 - 0.2 * (k % 2), seed=k // 2
-        )
+        ask([TEXT + k], max_tokens=25, temperature=0.9, top_k=k * 5, top_p=1 - 0.2 * (k % 2), seed=k // 2)
         for k in range(6)
     ]
     together = toy_engine(MODEL).generate(requests)
@@ -358,7 +357,7 @@ def test_seeded_sampling_does_not_depend_on_the_batch():
 
 
 def test_padding_of_the_output_layer_is_never_chosen():
-    request = Request(prompt_ids=[TEXT], max_tokens=40, temperature=5.0, ignore_eos=True)
+    request = ask([TEXT], max_tokens=40, temperature=5.0, ignore_eos=True)
     few = toy_engine(MODEL, vocab_size=30).generate([request])[0]
     assert max(few.token_ids) < 30
     assert max(toy_engine(MODEL).generate([request])[0].token_ids) >= 30
@@ -369,12 +368,12 @@ def test_requests_that_can_never_fit_are_refused_with_the_numbers():
     with pytest.raises(
         GenerationError, match=r"prompt \(10 tokens\) and max_tokens \(55\) need 65 .* 64 \(4 pages of 16\)"
     ):
-        engine.generate([Request(prompt_ids=[TEXT] * 10, max_tokens=55)])
+        engine.generate([ask([TEXT] * 10, max_tokens=55)])
     assert not engine.has_work
     small = toy_engine(max_position=8)
     with pytest.raises(GenerationError, match=r"prompt \(8 tokens\) leaves no room in the 8 positions"):
-        small.add_request(Request(prompt_ids=[TEXT] * 8, max_tokens=5))
-    result = small.generate([Request(prompt_ids=[TEXT] * 5, max_tokens=50, ignore_eos=True)])[0]
+        small.add_request(ask([TEXT] * 8, max_tokens=5))
+    result = small.generate([ask([TEXT] * 5, max_tokens=50, ignore_eos=True)])[0]
     assert len(result.token_ids) == 3
     assert result.finish_reason == "length"
 
@@ -382,7 +381,6 @@ def test_requests_that_can_never_fit_are_refused_with_the_numbers():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"prompt_ids": []},
         {"max_tokens": 0},
         {"max_critical_tokens": 0},
         {"temperature": -1.0},
@@ -394,7 +392,9 @@ def test_requests_that_can_never_fit_are_refused_with_the_numbers():
 )
 def test_bad_requests_are_refused(changes):
     with pytest.raises(GenerationError, match=next(iter(changes))):
-        Request(**{"prompt_ids": [TEXT], **changes})
+        SamplingParams(**changes)
+    with pytest.raises(GenerationError, match="prompt_ids is empty"):
+        ask([])
 
 
 @pytest.mark.parametrize("changes", [{"max_rows": 0}, {"max_step_tokens": 0}])
@@ -413,7 +413,7 @@ def test_logits_that_are_not_finite_end_the_request_with_an_error():
     model = Broken()
     model.broken = False
     engine = toy_engine(model, sampler=ScriptedSampler([script]))
-    engine.add_request(Request(prompt_ids=[TEXT]))
+    engine.add_request(ask([TEXT]))
     for _ in range(len(goal(2)) + 4):
         assert engine.step() == []
     model.broken = True
@@ -434,7 +434,7 @@ def test_cancelling_from_a_callback_and_unknown_ids():
         if len(seen) > 10:
             engine.cancel(request_id)
 
-    engine.add_request(Request(prompt_ids=[TEXT], max_tokens=500, ignore_eos=True), on_token=listen)
+    engine.add_request(ask([TEXT], max_tokens=500, ignore_eos=True), on_token=listen)
     results = []
     while engine.has_work:
         results += engine.step()
@@ -445,8 +445,8 @@ def test_cancelling_from_a_callback_and_unknown_ids():
 
 def test_a_cancelled_request_that_never_started_is_returned():
     engine = toy_engine(MODEL, max_rows=1)
-    engine.add_request(Request(prompt_ids=[TEXT], max_tokens=5, ignore_eos=True))
-    second = engine.add_request(Request(prompt_ids=[TEXT], max_tokens=5, ignore_eos=True))
+    engine.add_request(ask([TEXT], max_tokens=5, ignore_eos=True))
+    second = engine.add_request(ask([TEXT], max_tokens=5, ignore_eos=True))
     engine.step()
     engine.cancel(second)
     result = engine.step()[0]
@@ -464,9 +464,9 @@ def test_the_hook_leaves_a_model_as_it_was():
         vocab_size=VOCAB_SIZE, max_sequence_length=64,
     )  # fmt: skip
     model = build_gpt_model(config)
-    engine = Engine(model, VOCAB, num_pages=10)
+    engine = Engine(model, VOCAB, EngineConfig(num_pages=10))
     assert engine.max_position == 64
-    engine.generate([Request(prompt_ids=[TEXT, TEXT], max_tokens=3)])
+    engine.generate([ask([TEXT, TEXT], max_tokens=3)])
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         logits = model(ids, torch.arange(3)[None], None, packed_seq_params=LayoutParams.causal(ids))

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from megatron_multiverse.config import ModelConfig
-from megatron_multiverse.inference import Request, context
+from megatron_multiverse.kernels.tree_decode import reference
 from megatron_multiverse.model.gpt import build_gpt_model
 
 from .toy import (
     VOCAB_SIZE,
     ScriptedSampler,
     ToyModel,
+    ask,
     assert_drained,
     largest_difference,
     random_prompt,
@@ -27,11 +28,11 @@ from .toy import (
 def play(model, seeds, *, page_size, **settings):
     """Serve one random tree per seed together; returns (difference, results, engine)."""
     scripts, requests = [], []
-    for seed in seeds:
+    for k, seed in enumerate(seeds):
         rng = random.Random(seed)
         depth, blocks, most_paths = rng.choice([(1, 2, 5), (1, 1, 9), (2, 1, 3), (2, 2, 2), (3, 1, 2)])
         scripts.append(random_script(rng, depth=depth, blocks=blocks, most_paths=most_paths, text=8))
-        requests.append(Request(prompt_ids=random_prompt(rng), max_tokens=3000))
+        requests.append(ask(random_prompt(rng), max_tokens=3000, sample=k))
     sampler = ScriptedSampler(scripts)
     settings.setdefault("num_pages", 24_000 // page_size)
     engine = toy_engine(model, page_size=page_size, sampler=sampler, max_position=10**9, **settings)
@@ -50,7 +51,7 @@ def play(model, seeds, *, page_size, **settings):
 @pytest.mark.parametrize("group", range(8))
 def test_logits_equal_one_forward_on_the_toy_model(page_size, group, monkeypatch):
     rng = random.Random(1000 + group)
-    monkeypatch.setattr(context, "SPLIT_BY_LENGTH", rng.choice([0, 8192]))
+    monkeypatch.setattr(reference, "SPLIT_BY_LENGTH", rng.choice([0, 8192]))
     seeds = range(1000 * page_size + 100 * group, 1000 * page_size + 100 * group + 8)
     difference, results, _ = play(
         ToyModel(group),

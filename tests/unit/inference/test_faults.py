@@ -17,6 +17,7 @@ from .toy import (
     VOCAB_SIZE,
     ScriptedSampler,
     ToyModel,
+    ask,
     assert_drained,
     force_preemption,
     structure_positions,
@@ -25,7 +26,7 @@ from .toy import (
 
 
 def plain(number: int = 0, tokens: int = 20) -> Request:
-    return Request(prompt_ids=[TEXT, TEXT + number], max_tokens=tokens, ignore_eos=True)
+    return ask([TEXT, TEXT + number], max_tokens=tokens, ignore_eos=True)
 
 
 def serve(engine):
@@ -44,7 +45,7 @@ def test_prompt_ids_outside_the_vocabulary_are_refused_by_name(wrong):
         running = engine.add_request(plain())
         engine.step()
         with pytest.raises(GenerationError, match=rf"prompt token 1 is {wrong}, .* 0 to {VOCAB_SIZE - 1}"):
-            engine.add_request(Request(prompt_ids=[TEXT, wrong]))
+            engine.add_request(ask([TEXT, wrong]))
         assert len(serve(engine)[running].token_ids) == 20
         assert_drained(engine)
 
@@ -131,46 +132,50 @@ def test_a_sampler_that_raises_leaves_the_engine_whole():
     class Broken(CounterSampler):
         broken = True
 
-        def __call__(self, logits, branches):
+        def __call__(self, logits, sampling):
             if self.broken:
                 raise ZeroDivisionError
-            return super().__call__(logits, branches)
+            return super().__call__(logits, sampling)
 
     engine = toy_engine(MODEL, sampler=Broken())
     engine.add_request(plain())
     with pytest.raises(ZeroDivisionError):
         engine.step()
-    engine.sampler.broken = False
+    engine.runner.sampler.broken = False
     assert serve(engine)[0].token_ids == toy_engine(MODEL).generate([plain()])[0].token_ids
 
 
-def test_a_callback_and_the_model_that_fail_in_one_step():
-    """The text stays as it was heard: the request does not start again."""
+def test_a_callback_that_fails_before_the_model_does():
+    """The text stays as it was heard, and the request that heard it does not start again."""
 
     class BrokenSampler(ScriptedSampler):
-        def __call__(self, logits, branches):
+        def __call__(self, logits, sampling):
             if failing and failing.pop():
                 raise RuntimeError("out of memory")
-            return super().__call__(logits, branches)
+            return super().__call__(logits, sampling)
 
     scripts, requests = tree_requests(7, 2)
+    expected = toy_engine(MODEL, sampler=ScriptedSampler(scripts)).generate(requests)
+    victim, other = sorted(range(2), key=lambda k: expected[k].decode_steps)
     engine = toy_engine(MODEL, sampler=BrokenSampler(scripts))
-    heard, failing = [], []
+    heard, failing, results = [], [], {}
 
     def listen(request_id, branch, ids):
-        if request_id == 0 and heard and ids[-1] == Tag.CONCLUSION:  # written before the step runs
+        if request_id == victim and heard and ids[-1] == Tag.CONCLUSION:
             failing.append(True)
             raise ConnectionError("client gone")
-        heard.extend(ids if request_id == 0 else ())
+        heard.extend(ids if request_id == victim else ())
 
     for request in requests:
         engine.add_request(request, on_token=listen)
     with pytest.raises(RuntimeError):
-        serve(engine)
-    results = serve(engine)
-    assert results[0].finish_reason == "error"
-    assert "client gone" in results[0].error
-    assert not Counter(heard) - Counter(results[0].token_ids)
+        while engine.has_work:
+            results.update((result.request_id, result) for result in engine.step())
+    results |= serve(engine)
+    assert results[victim].finish_reason == "error"
+    assert "client gone" in results[victim].error
+    assert not Counter(heard) - Counter(results[victim].token_ids)
+    assert answers([results[other]]) == answers([expected[other]])
     assert_drained(engine)
 
 

@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.errors import DataError, GenerationError
 from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
 
 ROOT = Path(__file__).parents[3]
 MODEL = ROOT / "examples" / "quickstart" / "model"
+LONG = SamplingParams(max_tokens=600)
 PROMPT = "Work out A = 914 * 2; B = 1849 + 24. Think step by step and in parallel before answering.\n"
 
 
 def test_parallel_and_sequential_answers_are_the_same_text():
-    options = {"load": MODEL, "prompt": PROMPT, "max_tokens": 600, "device": "cpu"}
+    options = {"load": MODEL, "prompt": PROMPT, "sampling": LONG, "device": "cpu"}
     parallel = next(generate_answers(GenerateConfig(**options)))
-    sequential = next(generate_answers(GenerateConfig(**options, sequential=True, page_size=1)))
+    sequential = next(generate_answers(GenerateConfig(**options, sequential=True, engine=EngineConfig(page_size=1))))
     assert parallel["text"] == sequential["text"]
     assert parallel["prompt"] == PROMPT
     assert parallel["tokens"] <= 600
@@ -38,7 +40,7 @@ def read(path):
 def test_the_tool_reads_and_writes_jsonl(tmp_path):
     rows = [{"prompt": PROMPT}, {"prompt": "Line\u2028separators are\x85text"}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    command = [sys.executable, ROOT / "tools" / "generate.py", "--load", MODEL, "--max-tokens", "20", "--device", "cpu"]
+    command = [sys.executable, ROOT / "tools" / "generate.py", "--load", MODEL, "--sampling.max-tokens", "20"]
     done = subprocess.run(
         [*command, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--sequential"],
         capture_output=True,
@@ -49,7 +51,9 @@ def test_the_tool_reads_and_writes_jsonl(tmp_path):
     answers = sorted(read(tmp_path / "out.jsonl"), key=lambda answer: answer["index"])
     assert [{"prompt": answer["prompt"]} for answer in answers] == rows
     assert all(answer["tokens"] <= 20 for answer in answers)
-    refused = subprocess.run([*command, "--prompt", "a", "--num-pages", "1"], capture_output=True, text=True, cwd=ROOT)
+    refused = subprocess.run(
+        [*command, "--prompt", "a", "--engine.num-pages", "1"], capture_output=True, text=True, cwd=ROOT
+    )
     assert refused.returncode == 1
     assert "cache slots" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -65,7 +69,9 @@ def test_rows_that_cannot_be_answered_say_why_and_the_others_are_answered(tmp_pa
     long = json.dumps({"prompt": "a " * 5000})
     lines = ['{"prompt": "a"}', '{"question": "b"}', "no json", "", "[1]", long, '{"prompt": 7}', '{"prompt": "b"}']
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    config = GenerateConfig(load=MODEL, input=tmp_path / "in.jsonl", output=tmp_path / "out.jsonl", max_tokens=5)
+    config = GenerateConfig(
+        load=MODEL, input=tmp_path / "in.jsonl", output=tmp_path / "out.jsonl", sampling=SamplingParams(max_tokens=5)
+    )
     assert write_answers(config) == (2, 5)
     rows = {row["index"]: row for row in read(tmp_path / "out.jsonl")}
     assert [k for k in range(7) if "text" in rows[k]] == [0, 6]
@@ -79,7 +85,7 @@ def test_rows_are_written_as_they_finish(tmp_path):
     """Short answers do not wait for long ones, and an interrupted run keeps what it has."""
     prompts = [PROMPT.replace("1849 + 24", "(48 + 76) - (13 * 4); C = 583 + 967"), PROMPT]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    config = GenerateConfig(load=MODEL, input=tmp_path / "in.jsonl", max_tokens=600)
+    config = GenerateConfig(load=MODEL, input=tmp_path / "in.jsonl", sampling=LONG)
     first, second = generate_answers(config)
     assert first["prompt"] == prompts[first["index"]]
     assert (first["index"], second["index"]) == (1, 0)
@@ -121,27 +127,42 @@ def test_an_input_that_is_not_there_or_empty(tmp_path):
 
 
 def test_several_samples_of_a_prompt_differ_and_repeat():
-    options = {"load": MODEL, "prompt": PROMPT, "max_tokens": 40, "temperature": 3.0, "num_samples": 3}
+    options = {
+        "load": MODEL,
+        "prompt": PROMPT,
+        "sampling": SamplingParams(max_tokens=40, temperature=3.0),
+        "num_samples": 3,
+    }
     texts = {row["sample"]: row["text"] for row in generate_answers(GenerateConfig(**options))}
     assert sorted(texts) == [0, 1, 2]
     assert len(set(texts.values())) == 3
-    again = generate_answers(GenerateConfig(**options, prefix_pages=8, page_size=4))
+    again = generate_answers(GenerateConfig(**options, engine=EngineConfig(prefix_pages=8, page_size=4)))
     assert {row["sample"]: row["text"] for row in again} == texts
     with pytest.raises(GenerationError, match="num_samples is 2 at temperature"):
         next(generate_answers(GenerateConfig(load=MODEL, prompt=PROMPT, num_samples=2)))
 
 
 def test_limits_and_stop_tokens_reach_the_engine():
-    options = {"load": MODEL, "prompt": PROMPT, "max_tokens": 600}
+    options = {"load": MODEL, "prompt": PROMPT, "sampling": LONG}
     free = next(generate_answers(GenerateConfig(**options)))
     assert free["blocks"]
-    assert next(generate_answers(GenerateConfig(**options, max_depth=0)))["blocks"] == []
-    assert next(generate_answers(GenerateConfig(**options, max_paths=1)))["malformed"]["too_many_paths"] >= 1
+    assert next(generate_answers(GenerateConfig(**options, engine=EngineConfig(max_depth=0))))["blocks"] == []
+    assert (
+        next(generate_answers(GenerateConfig(**options, engine=EngineConfig(max_paths=1))))["malformed"][
+            "too_many_paths"
+        ]
+        >= 1
+    )
     stopped = next(generate_answers(GenerateConfig(**options, stop=["<Parallel>"])))
     assert stopped["finish_reason"] == "stop"
     assert free["text"].startswith(stopped["text"])
     assert "<Parallel>" not in stopped["text"]
-    assert next(generate_answers(GenerateConfig(**options, ignore_eos=True)))["finish_reason"] == "length"
+    assert (
+        next(generate_answers(GenerateConfig(**options | {"sampling": replace(LONG, ignore_eos=True)})))[
+            "finish_reason"
+        ]
+        == "length"
+    )
     with pytest.raises(GenerationError, match=r"--stop 'two words of text' is \d+ tokens"):
         next(generate_answers(GenerateConfig(**options, stop=["two words of text"])))
 

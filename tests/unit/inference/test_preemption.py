@@ -6,7 +6,6 @@ import random
 
 import pytest
 
-from megatron_multiverse.inference import Request
 from megatron_multiverse.structure import Tag
 
 from .test_engine import goal
@@ -16,6 +15,7 @@ from .toy import (
     TEXT,
     ScriptedSampler,
     ToyModel,
+    ask,
     assert_drained,
     force_preemption,
     largest_difference,
@@ -40,7 +40,7 @@ def test_a_join_and_the_fork_behind_it_are_replayed_in_one_step(page_size, max_s
     script = {path: [int(token) for token in ids] for path, ids in script.items()}
     sampler = ScriptedSampler([script])
     engine = toy_engine(MODEL, page_size=page_size, max_step_tokens=max_step_tokens, sampler=sampler)
-    request = Request(prompt_ids=[TEXT, TEXT + 1, TEXT + 2], max_tokens=500)
+    request = ask([TEXT, TEXT + 1, TEXT + 2], max_tokens=500)
     engine.add_request(request)
     results, preempted = [], False
     while engine.has_work:
@@ -62,7 +62,7 @@ def test_random_trees_preempted_twice_compute_the_same_keys(page_size, max_step_
     for seed in range(3):
         rng = random.Random(1000 * max_step_tokens + 10 * page_size + seed)
         script = random_script(rng, depth=rng.choice([1, 2]), blocks=2, most_paths=3, text=rng.choice([2, 8]))
-        request = Request(prompt_ids=random_prompt(rng), max_tokens=3000)
+        request = ask(random_prompt(rng), max_tokens=3000)
         sampler = ScriptedSampler([script])
         engine = toy_engine(
             MODEL,

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
+import numpy as np
 import pytest
 import torch
 
-from megatron_multiverse.inference import CounterSampler, IncrementalDetokenizer
-from megatron_multiverse.inference.sampler import branch_key, filter_logits, gumbel_noise
+from megatron_multiverse.inference import CounterSampler, IncrementalDetokenizer, SamplingArrays
+from megatron_multiverse.inference.step.sampler import filter_logits, gumbel_noise, token_logprobs
+from megatron_multiverse.inference.text.branch import branch_key
 
 
-def row(index=0, key=1, temperature=1.0, top_k=0, top_p=1.0):
-    params = SimpleNamespace(temperature=temperature, top_k=top_k, top_p=top_p)
-    return SimpleNamespace(request=SimpleNamespace(params=params), key=key, num_sampled=index)
+def rows(count, *, temperature=1.0, top_k=0, top_p=1.0):
+    """`count` rows of one branch, that draw its tokens 0, 1, ..."""
+
+    def column(value, dtype):
+        return np.broadcast_to(np.asarray(value, dtype=dtype), count).copy()
+
+    return SamplingArrays(
+        keys=column(1, np.int64),
+        indices=np.arange(count),
+        temperature=column(temperature, np.float64),
+        top_k=column(top_k, np.int64),
+        top_p=column(top_p, np.float64),
+    )
 
 
 def test_noise_is_standard_gumbel_and_depends_on_every_argument():
@@ -39,17 +49,27 @@ def test_branch_keys_differ_by_seed_sample_and_path():
 
 def test_draws_follow_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(20_000, 4)
-    drawn = CounterSampler()(logits, [row(k, temperature=0.7) for k in range(20_000)])
+    drawn = CounterSampler()(logits, rows(20_000, temperature=0.7))[0]
     share = torch.bincount(drawn, minlength=4) / 20_000
     torch.testing.assert_close(share, (logits[0] / 0.7).softmax(-1), atol=0.015, rtol=0)
 
 
 def test_greedy_rows_beside_drawn_ones():
     logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
-    branches = [row(k, temperature=float(k % 2)) for k in range(64)]
-    drawn = CounterSampler()(logits, branches)
+    drawn, logprobs = CounterSampler()(logits, rows(64, temperature=np.arange(64) % 2))
     assert torch.equal(drawn[::2], logits.argmax(-1)[::2])
     assert not torch.equal(drawn[1::2], logits.argmax(-1)[1::2])
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0])
+
+
+def test_log_probabilities_are_the_models_own_and_show_broken_logits():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1)).bfloat16()
+    _, logprobs = CounterSampler()(logits, rows(3, temperature=3.0, top_k=2, top_p=0.5))
+    tokens, _ = CounterSampler()(logits, rows(3, temperature=3.0, top_k=2, top_p=0.5))
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs, logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+    logits[1, 7] = float("nan")
+    assert token_logprobs(logits, tokens).isfinite().tolist() == [True, False, True]
 
 
 def test_top_k_and_top_p_keep_what_they_should():
@@ -64,7 +84,7 @@ def test_top_k_and_top_p_keep_what_they_should():
         [True, True, True, True],
         [False, True, False, True],
     ]
-    only = CounterSampler()(logits.float(), [row(k, top_k=1) for k in range(5)])
+    only, _ = CounterSampler()(logits.float(), rows(5, top_k=1))
     assert only.tolist() == [1] * 5
 
 

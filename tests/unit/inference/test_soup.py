@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +17,9 @@ from .toy import (
     NullModel,
     ScriptedSampler,
     SoupSampler,
+    ask,
     assert_drained,
+    changed,
     structure_positions,
     toy_engine,
 )
@@ -29,8 +29,8 @@ END_PATH = int(Tag.END_PATH)
 
 
 def check(request: Request, result, *, exact: bool) -> None:
-    assert len(result.token_ids) <= request.max_tokens
-    assert result.critical_tokens <= (request.max_critical_tokens or request.max_tokens)
+    assert len(result.token_ids) <= request.sampling.max_tokens
+    assert result.critical_tokens <= (request.sampling.max_critical_tokens or request.sampling.max_tokens)
     assert len(result.token_ids) == len(result.position_ids)
     prompt = len(request.prompt_ids)
     if result.position_ids:
@@ -62,8 +62,8 @@ def test_tag_soup_always_ends(
     seed, max_tokens, critical, page_size, max_rows, waves, limits, pages, count, cancel, prefix_pages
 ):
     requests = [
-        Request(
-            prompt_ids=[TEXT, 2, 4, 5] * 8 + [5 + k],
+        ask(
+            [TEXT, 2, 4, 5] * 8 + [5 + k],
             max_tokens=max_tokens + k,
             max_critical_tokens=critical,
             max_concurrent_branches=waves,
@@ -101,13 +101,13 @@ def test_tag_soup_always_ends(
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), max_tokens=st.integers(20, 300), critical=st.none() | st.integers(10, 100))
 def test_budgets_cut_at_the_same_token_whatever_runs_beside(seed, max_tokens, critical):
-    request = Request(prompt_ids=[TEXT], max_tokens=max_tokens, max_critical_tokens=critical)
+    request = ask([TEXT], max_tokens=max_tokens, max_critical_tokens=critical)
     first, *others = (
-        toy_engine(MODEL, sampler=SoupSampler(seed), max_rows=rows, page_size=page_size).generate([changed])[0]
-        for rows, page_size, changed in [
+        toy_engine(MODEL, sampler=SoupSampler(seed), max_rows=rows, page_size=page_size).generate([asked])[0]
+        for rows, page_size, asked in [
             (32, 1, request),
             (2, 16, request),
-            (32, 16, replace(request, max_concurrent_branches=1)),
+            (32, 16, changed(request, max_concurrent_branches=1)),
         ]
     )
     for other in others:
@@ -136,7 +136,7 @@ def test_many_outlines(paths):
 def check_wide(script, depth):
     for max_rows in (3, 200):
         engine = toy_engine(sampler=ScriptedSampler([script]), max_depth=None, max_paths=None, max_rows=max_rows)
-        request = Request(prompt_ids=[TEXT], max_tokens=4000)
+        request = ask([TEXT], max_tokens=4000)
         result = engine.generate([request])[0]
         check(request, result, exact=True)
         assert result.finish_reason == "stop"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_multiverse.inference import Engine, Request, Result
-from megatron_multiverse.inference.branch import Branch
+from megatron_multiverse.config import EngineConfig, SamplingParams
+from megatron_multiverse.inference import Engine, Request, Result, SamplingArrays
 from megatron_multiverse.inference.preemption import preempt
+from megatron_multiverse.inference.step.sampler import token_logprobs
+from megatron_multiverse.inference.text.branch import BranchPath, branch_key
 from megatron_multiverse.model.attention import AttentionParams, LayoutParams
 from megatron_multiverse.structure import TAGS, StructureVocab, Tag, lay_out, parse
 
@@ -77,7 +81,7 @@ def _rotate(x: Tensor, position_ids: Tensor) -> Tensor:
     return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
 
 
-Script = dict[tuple[tuple[int, int], ...], list[int]]
+Script = dict[BranchPath, list[int]]
 
 
 def random_script(
@@ -113,21 +117,26 @@ def random_script(
 
 
 class ScriptedSampler:
-    """Plays scripts (by request id) and keeps the logits each token was sampled from."""
+    """Plays scripts (the request with `sample` k plays script k) and keeps the logits each token was drawn from."""
 
     def __init__(self, scripts: Sequence[Script]) -> None:
-        self.scripts = scripts
-        self.logits: dict[tuple[int, tuple[tuple[int, int], ...], int], Tensor] = {}
-        self.roots: dict[int, Branch] = {}
+        self.scripts = {branch_key(0, k, path): ids for k, script in enumerate(scripts) for path, ids in script.items()}
+        self.logits: dict[tuple[int, int], Tensor] = {}
+        """(key of the branch, index among the tokens it has drawn) -> logits [vocab]."""
 
-    def __call__(self, logits: Tensor, branches: Sequence[Branch]) -> Tensor:
+    def __call__(self, logits: Tensor, sampling: SamplingArrays) -> tuple[Tensor, Tensor]:
         tokens = []
-        for row, branch in zip(logits, branches, strict=True):
-            self.roots[branch.request.request_id] = branch.request.root
-            self.logits[branch.request.request_id, branch.path, len(branch.ids)] = row.clone()
-            token = self.scripts[branch.request.request_id][branch.path][branch.num_sampled]
+        for row, key, index in zip(logits, sampling.keys.tolist(), sampling.indices.tolist(), strict=True):
+            self.logits[key, index] = row.clone()
+            token = self.scripts[key][index]
             tokens.append(TEXT + int(row[TEXT:].argmax()) if token < 0 else token)
-        return torch.tensor(tokens)
+        return with_logprobs(logits, tokens)
+
+
+def with_logprobs(logits: Tensor, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What a sampler returns."""
+    chosen = torch.tensor(tokens, dtype=torch.int64)
+    return chosen, token_logprobs(logits, chosen)
 
 
 class SoupSampler:
@@ -135,18 +144,16 @@ class SoupSampler:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.streams: dict[tuple[int, tuple[tuple[int, int], ...]], list[int]] = {}
+        self.streams: dict[int, list[int]] = {}
 
-    def __call__(self, logits: Tensor, branches: Sequence[Branch]) -> Tensor:
-        return torch.tensor([self._token(branch) for branch in branches])
+    def __call__(self, logits: Tensor, sampling: SamplingArrays) -> tuple[Tensor, Tensor]:
+        return with_logprobs(logits, [self._token(*pair) for pair in zip(sampling.keys, sampling.indices, strict=True)])
 
-    def _token(self, branch: Branch) -> int:
-        stream = self.streams.setdefault((branch.request.request_id, branch.path), [])
-        k = 0
-        while len(stream) <= branch.num_sampled:
-            k = len(stream)
-            stream += self._snippet(random.Random(f"{self.seed} {branch.path} {k}"))
-        return stream[branch.num_sampled]
+    def _token(self, key: int, index: int) -> int:
+        stream = self.streams.setdefault(int(key), [])
+        while len(stream) <= index:
+            stream += self._snippet(random.Random(f"{self.seed} {key} {len(stream)}"))
+        return stream[index]
 
     def _snippet(self, rng: random.Random) -> list[int]:
         kind = rng.random()
@@ -170,20 +177,6 @@ class SoupSampler:
         return [rng.randrange(12, VOCAB_SIZE) for _ in range(rng.randint(1, 6))]
 
 
-def own_indices(branch: Branch, start: int, table: dict[tuple[tuple[tuple[int, int], ...], int], int]) -> int:
-    """Index in the answer of every own token of every branch; returns the index behind the branch."""
-    done = 0
-    for block in [*branch.blocks, None]:
-        end = len(branch.ids) if block is None else block.at
-        for k in range(done, end):
-            table[branch.path, k] = start
-            start += 1
-        done = end
-        for kid in block.kids if block else ():
-            start = own_indices(kid, start, table)
-    return start
-
-
 def forward_logits(model: nn.Module, prompt: Sequence[int], result: Result) -> Tensor:
     """Logits [prompt + answer, vocab] of one teacher-forced forward over the layout that structure/ gives."""
     ids = [*prompt, *result.token_ids]
@@ -199,30 +192,74 @@ def structure_positions(prompt: Sequence[int], result: Result) -> list[int]:
     return lay_out(parse(ids, VOCAB, prompt_length=len(prompt), strict=False)).position_ids[len(prompt) :].tolist()
 
 
+def drawn_from(request: Request, result: Result) -> dict[tuple[int, int], int]:
+    """(key of a branch, index among the tokens it drew) -> index in the answer of the token it was drawn from."""
+    paths: list[BranchPath] = [()] * len(result.token_ids)
+    for block in result.blocks:  # outer blocks come before inner ones
+        for branch in block.branches:
+            paths[branch.start : branch.end] = [branch.path] * (branch.end - branch.start)
+    table: dict[tuple[int, int], int] = {}
+    count: Counter[BranchPath] = Counter()
+    last: dict[BranchPath, int] = {(): -1}
+    for index, (path, drawn) in enumerate(zip(paths, result.sampled, strict=True)):
+        last[path] = index
+        if drawn:
+            table[branch_key(request.sampling.seed, request.sample, path), count[path]] = result.parents[index]
+            count[path] += 1
+    for path, index in last.items():  # the end of the text is drawn, too, but is not part of the answer
+        table[branch_key(request.sampling.seed, request.sample, path), count[path]] = index
+    return table
+
+
 def largest_difference(
     model: nn.Module, sampler: ScriptedSampler, requests: Sequence[Request], results: Sequence[Result]
 ) -> float:
     """Largest difference between the logits of any decode step and those of the teacher-forced forward."""
     largest = 0.0
+    seen = 0
     for request, result in zip(requests, results, strict=True):
         reference = forward_logits(model, request.prompt_ids, result)
-        table: dict[tuple[tuple[tuple[int, int], ...], int], int] = {}
-        own_indices(sampler.roots[result.request_id], len(request.prompt_ids), table)
-        for (request_id, path, index), row in sampler.logits.items():
-            if request_id == result.request_id:
-                # A token is sampled from the logits of the token before it in its own branch.
-                before = table[path, index - 1] if index else len(request.prompt_ids) - 1
-                difference = (row - reference[before]).abs().max().item()
+        for drawn, before in drawn_from(request, result).items():
+            if drawn in sampler.logits:
+                seen += 1
+                expected = reference[len(request.prompt_ids) + before]
+                difference = (sampler.logits[drawn] - expected).abs().max().item()
                 assert difference == difference, "NaN: a freed page was read"
                 largest = max(largest, difference)
+        assert_logprobs(reference, request, result)
+    assert seen == len(sampler.logits), "some logits belong to no token of the answers"
     return largest
 
 
+def assert_logprobs(reference: Tensor, request: Request, result: Result) -> None:
+    """The log-probabilities of an answer are those of one forward over it, and so are its labels."""
+    ids = [*request.prompt_ids, *result.token_ids]
+    expected = lay_out(parse(ids, VOCAB, prompt_length=len(request.prompt_ids), strict=False))
+    assert result.labels == expected.r[len(request.prompt_ids) :].tolist()
+    for index, (parent, logprob) in enumerate(zip(result.parents, result.logprobs, strict=True)):
+        if logprob is not None:
+            row = reference[len(request.prompt_ids) + parent].log_softmax(-1)
+            assert abs(row[result.token_ids[index]].item() - logprob) < 1e-9
+
+
+def ask(prompt_ids: Sequence[int], *, sample: int = 0, **sampling: object) -> Request:
+    """A request; `sampling`: fields of SamplingParams."""
+    return Request(prompt_ids=prompt_ids, sampling=SamplingParams(**sampling), sample=sample)  # type: ignore[arg-type]
+
+
+def changed(request: Request, **sampling: object) -> Request:
+    """The same request with other sampling parameters."""
+    return replace(request, sampling=replace(request.sampling, **sampling))  # type: ignore[arg-type]
+
+
 def toy_engine(model: nn.Module | None = None, **settings: object) -> Engine:
+    """An engine over a toy model; `settings`: fields of EngineConfig and further arguments of Engine."""
     defaults: dict[str, object] = {"num_pages": 4096, "page_size": 1, "max_rows": 32, "debug": True}
     if "page_size" in settings and "num_pages" not in settings:
         defaults["num_pages"] = 4096 // int(str(settings["page_size"])) + 200
-    return Engine(model or ToyModel(), VOCAB, **{**defaults, **settings})  # type: ignore[arg-type]
+    values = {**defaults, **settings}
+    sizes = {field.name: values.pop(field.name) for field in fields(EngineConfig) if field.name in values}
+    return Engine(model or ToyModel(), VOCAB, EngineConfig(**sizes), **values)  # type: ignore[arg-type]
 
 
 def force_preemption(engine: Engine) -> None:
@@ -231,8 +268,8 @@ def force_preemption(engine: Engine) -> None:
 
 
 def assert_drained(engine: Engine) -> None:
-    assert engine.pool.num_free == engine.pool.num_pages
-    engine.pool.check_integrity([])
+    assert len(engine.book.free) == engine.book.num_pages
+    engine.book.check_integrity([])
     assert not engine.has_work
 
 

@@ -17,6 +17,7 @@ from megatron_multiverse.kernels.multiverse_attention import (
     AttentionCase,
     AttentionLayout,
     backends,
+    check_backend,
     choose_backend,
     flash4,
     flex,
@@ -37,6 +38,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(flash4, "_missing", lambda: wrong["flash4"])
     choose_backend.cache_clear()
+    check_backend.cache_clear()
     backends._log_once.cache_clear()
     return wrong
 

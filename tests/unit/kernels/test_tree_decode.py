@@ -6,47 +6,64 @@ import pytest
 import torch
 
 from megatron_multiverse.kernels.kv_copy import copy_slots
-from megatron_multiverse.kernels.tree_decode import tree_decode
+from megatron_multiverse.kernels.tree_decode import group_rows, reference, tree_decode
+
+PAGE = 4
 
 
-def by_loops(query, keys, values, table, visible, scale):
-    rows, q, heads, _ = query.shape
-    group = heads // keys.shape[1]
+def by_loops(query, keys, values, pages, lengths, borders, scale):
     out = torch.zeros_like(query)
-    for b in range(rows):
-        for i in range(q):
-            slots = table[b][visible[b, i]]
-            for h in range(heads):
-                scores = (keys[slots, h // group] @ query[b, i, h]) * scale
-                out[b, i, h] = scores.softmax(0) @ values[slots, h // group]
+    group = query.shape[1] // keys.shape[2]
+    for row, (start, end) in enumerate(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True)):
+        for i in range(start, end):
+            seen = range(int(lengths[row]) - (end - 1 - i))
+            places = [(int(pages[row, k // PAGE]), k % PAGE) for k in seen]
+            for h in range(query.shape[1]):
+                row_keys = torch.stack([keys[page, slot, h // group] for page, slot in places])
+                row_values = torch.stack([values[page, slot, h // group] for page, slot in places])
+                out[i, h] = ((row_keys @ query[i, h]) * scale).softmax(0) @ row_values
     return out
 
 
+def make_case(counts, lengths, *, heads=4, kv_heads=2, seed=0):
+    """Random pages and queries; what no row sees holds NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    widest = -(-max(lengths) // PAGE)
+    keys, values = (torch.randn(30, PAGE, kv_heads, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    pages = torch.stack([torch.randperm(30, generator=generator)[:widest] for _ in counts]).int()
+    pages[:, 0] = pages[0, 0]  # rows share pages
+    query = torch.randn(sum(counts), heads, 8, generator=generator, dtype=torch.float64)
+    borders = torch.tensor([0, *counts]).cumsum(0)
+    seen = torch.zeros(30, PAGE, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        for k in range(length):
+            seen[pages[row, k // PAGE], k % PAGE] = True
+    keys[~seen], values[~seen] = float("nan"), float("nan")
+    return query, keys, values, pages, torch.tensor(lengths, dtype=torch.int32), borders
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
-@pytest.mark.parametrize("q", [1, 5])
-def test_equals_the_formula(heads, kv_heads, q):
-    generator = torch.Generator().manual_seed(heads * q)
-    keys, values = (torch.randn(40, kv_heads, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    query = torch.randn(3, q, heads, 8, generator=generator, dtype=torch.float64)
-    table = torch.stack([torch.randperm(40, generator=generator)[:20] for _ in range(3)])
-    lengths = torch.tensor([20, 7, q])
-    visible = torch.arange(20) <= (lengths[:, None] - q + torch.arange(q))[:, :, None]
-    got = tree_decode(query, keys, values, table, visible, 0.3)
-    torch.testing.assert_close(got, by_loops(query, keys, values, table, visible, 0.3), atol=1e-12, rtol=0)
+@pytest.mark.parametrize("counts", [[1, 1, 1], [5, 5, 5], [1, 7, 3], [9]])
+@pytest.mark.parametrize("split", [0, 8192])
+def test_equals_the_formula(heads, kv_heads, counts, split, monkeypatch):
+    monkeypatch.setattr(reference, "SPLIT_BY_LENGTH", split)
+    lengths = [20, 7, 11][: len(counts)]
+    case = make_case(counts, lengths, heads=heads, kv_heads=kv_heads)
+    got = tree_decode(*case, 0.3)
+    torch.testing.assert_close(got, by_loops(*case, 0.3), atol=1e-12, rtol=0)
+    groups = group_rows(*(x.numpy() for x in case[3:]), PAGE)
+    assert torch.equal(tree_decode(*case, 0.3, groups=groups), got)
 
 
-def test_the_order_of_slots_and_hidden_slots_do_not_matter():
-    generator = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(30, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    query = torch.randn(1, 1, 4, 8, generator=generator, dtype=torch.float64)
-    table = torch.arange(10)[None]
-    everything = torch.ones(1, 1, 10, dtype=torch.bool)
-    expected = tree_decode(query, keys, values, table, everything, 1.0)
-    shuffled = tree_decode(query, keys, values, table[:, torch.randperm(10, generator=generator)], everything, 1.0)
-    torch.testing.assert_close(shuffled, expected, atol=1e-12, rtol=0)
-    padded = torch.cat([table, torch.full((1, 6), 29)], 1)
-    hidden = torch.arange(16)[None, None] < 10
-    torch.testing.assert_close(tree_decode(query, keys, values, padded, hidden, 1.0), expected, atol=1e-12, rtol=0)
+def test_the_order_of_full_pages_and_what_follows_the_last_one_do_not_matter():
+    query, keys, values, pages, lengths, borders = make_case([1], [18])
+    expected = tree_decode(query, keys, values, pages, lengths, borders, 1.0)
+    shuffled = torch.cat([pages[:, torch.randperm(4)], pages[:, 4:]], 1)
+    torch.testing.assert_close(
+        tree_decode(query, keys, values, shuffled, lengths, borders, 1.0), expected, atol=1e-12, rtol=0
+    )
+    padded = torch.cat([pages, torch.full((1, 3), 29, dtype=torch.int32)], 1)
+    assert torch.equal(tree_decode(query, keys, values, padded, lengths, borders, 1.0), expected)
 
 
 def test_copies_read_everything_before_they_write():

@@ -11,7 +11,7 @@ from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import llama3, qwen2, qwen3
 from megatron_multiverse.model.gpt import build_gpt_model
-from megatron_multiverse.model.weights import load_weights
+from tests.copied_weights import copy_weights
 
 from .hf import hf_model, mcore_weights
 
@@ -52,7 +52,7 @@ def test_logits_equal_transformers(name: str) -> None:
     torch.manual_seed(0)
     hf = hf_model(family, config)
     model = build_gpt_model(config)
-    load_weights(model, mcore_weights(hf, config), source="transformers")
+    copy_weights(model, mcore_weights(hf, config))
     ids, position_ids, r = random_batch(1)
     with torch.no_grad():
         want = hf(input_ids=ids, position_ids=position_ids, attention_mask=oracle_mask(r)).logits
@@ -88,7 +88,7 @@ def test_gradients_equal_transformers() -> None:
     torch.manual_seed(0)
     hf = hf_model(family, config)
     model = build_gpt_model(config)
-    load_weights(model, mcore_weights(hf, config), source="transformers")
+    copy_weights(model, mcore_weights(hf, config))
     ids, position_ids, r = random_batch(3)
     logits = hf(input_ids=ids, position_ids=position_ids, attention_mask=oracle_mask(r)).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten()).backward()
@@ -135,13 +135,13 @@ def test_llama_scaling_and_biases_everywhere_equal_transformers() -> None:
     assert sum(p.numel() for p in hf.parameters()) == config.num_parameters
     model = build_gpt_model(config)
     weights = mcore_weights(hf, config)
-    load_weights(model, weights, source="transformers")
+    copy_weights(model, weights)
     ids, position_ids, r = random_batch(5)
     with torch.no_grad():
         want = hf(input_ids=ids, position_ids=position_ids, attention_mask=oracle_mask(r)).logits
         got = model(ids, position_ids, None, packed_seq_params=LayoutParams.from_labels(r))
         plain = build_gpt_model(dataclasses.replace(config, rope_scaling=None))
-        load_weights(plain, weights, source="transformers")
+        copy_weights(plain, weights)
         unscaled = plain(ids, position_ids, None, packed_seq_params=LayoutParams.from_labels(r))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
     assert (unscaled - want).abs().max() > 3e-5

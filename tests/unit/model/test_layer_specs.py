@@ -18,8 +18,9 @@ from megatron_multiverse.model import gpt, layer_specs
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model, transformer_config
 from megatron_multiverse.model.layer_specs import choose_transformer_impl
-from megatron_multiverse.model.weight_names import FUSED_NORMS, fused_name, is_extra_state, plain_name
-from megatron_multiverse.model.weights import load_weights, weight_state
+from megatron_multiverse.model.weights import weight_state
+from megatron_multiverse.weight_names import FUSED_NORMS, fused_name, is_extra_state, plain_name
+from tests.copied_weights import copy_weights
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HALF, FULL = torch.bfloat16, torch.float32
@@ -179,5 +180,5 @@ def test_a_model_with_fused_names_gives_and_takes_plain_ones() -> None:
     fused["decoder.final_layernorm._extra_state"] = torch.empty(0, dtype=torch.uint8)
     model = Fused(fused)
     assert weight_state(model).keys() == weights.keys()
-    load_weights(model, weights, source="local")
+    copy_weights(model, weights)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in weight_state(model).items())

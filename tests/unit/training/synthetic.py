@@ -14,6 +14,8 @@ from megatron_multiverse.config import TrainConfig
 class SyntheticLoader:
     """Microbatch number n depends on n alone; `seen` lists the numbers handed out."""
 
+    tag_ids = None  # the tokens are random; where they stand is told by position_ids and r alone
+
     def __init__(self, b: int = 2, s: int = 16, vocab_size: int = 32) -> None:
         self.b, self.s, self.vocab_size = b, s, vocab_size
         self.position = 0
@@ -37,6 +39,12 @@ class SyntheticLoader:
             "position_ids": torch.randint(0, 20, (self.b, self.s), generator=generator),
             "r": torch.stack([torch.randperm(self.s, generator=generator) for _ in range(self.b)]).int(),
         }
+
+    def sample_name(self, sample_id: int) -> str:
+        return f"sample {sample_id}"
+
+    def sample_problem(self, sample_id: int) -> str | None:
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}

@@ -8,37 +8,30 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_multiverse import files
-from megatron_multiverse.config import CheckpointConfig, ModelConfig, OptimConfig
+from megatron_multiverse.config import CheckpointConfig, ModelConfig
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.training import checkpoint
 from megatron_multiverse.training.checkpoint import CheckpointManager, TrainState, load_state, save_state
-from megatron_multiverse.training.forward import forward_backward
-from megatron_multiverse.training.optim import build_optimizer, build_scheduler
+from megatron_multiverse.training.one_process import OneProcessEngine
 from tests.extra_states import assert_extra_states_load
 
 from .synthetic import SyntheticLoader, config
-
-CPU = torch.device("cpu")
 
 
 def new_state(seed: int, tied: bool, **shape: object) -> TrainState:
     import dataclasses
 
-    model_config: ModelConfig = dataclasses.replace(
-        config(Path("unused")).model, share_embeddings_and_output_weights=tied, **shape
-    )
-    model = build_gpt_model(model_config, seed=seed)
-    optimizer = build_optimizer(model, OptimConfig(lr=0.01, weight_decay=0.1))
-    return TrainState(model, optimizer, build_scheduler(optimizer, OptimConfig(lr=0.01), 10), SyntheticLoader())
+    run = config(Path("unused"), train_iters=10, **{"optim.lr_warmup_iters": 0})
+    model_config: ModelConfig = dataclasses.replace(run.model, share_embeddings_and_output_weights=tied, **shape)
+    model, loader = build_gpt_model(model_config, seed=seed), SyntheticLoader()
+    layers = dataclasses.replace(run.layers, attention_backend="dense")
+    return TrainState(OneProcessEngine(run, model, model_config, layers, loader), loader)
 
 
 def one_step(state: TrainState) -> None:
     state.step += 1
-    state.scheduler.step(1)
-    forward_backward(state.model, [next(iter(state.loader))], CPU, "float32", "auto")
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    state.engine.step([next(iter(state.loader))])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -55,14 +48,15 @@ def test_everything_comes_back(tmp_path: Path, tied: bool) -> None:
     load_state(other, tmp_path)
     assert torch.equal(torch.rand(3), drawn)
     assert (other.step, other.consumed_samples, other.loader.position) == (3, 12, state.loader.position)
-    assert other.scheduler.num_steps == 3
+    assert other.engine.scheduler.num_steps == 3
     for _ in range(2):
         one_step(state)
         one_step(other)
-    for (name, a), b in zip(state.model.named_parameters(), other.model.parameters(), strict=True):
+    mine, theirs = state.engine, other.engine
+    for (name, a), b in zip(mine.model.named_parameters(), theirs.model.parameters(), strict=True):
         assert torch.equal(a, b), name
         for key in ("exp_avg", "exp_avg_sq", "step"):
-            assert torch.equal(state.optimizer.state[a][key], other.optimizer.state[b][key]), (name, key)
+            assert torch.equal(mine.optimizer.state[a][key], theirs.optimizer.state[b][key]), (name, key)
 
 
 @pytest.mark.parametrize("qk_layernorm", [True, False])

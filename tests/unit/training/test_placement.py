@@ -95,7 +95,7 @@ def test_training_names_each_plain_document_once(
 ) -> None:
     length = {"model.max_sequence_length": SEQ_LENGTH, "data.seq_length": SEQ_LENGTH, "model.vocab_size": 200}
     loader = make_loader(dataset)
-    steps = 2 * loader.batches_per_epoch
+    steps = 2 * len(list(make_loader(dataset, epochs=1)))
     with caplog.at_level(logging.WARNING):
         train(config(tmp_path, train_iters=steps, **length, **{"log.log_interval": 3}), loader)
     broken = [k for k in range(len(dataset)) if dataset[k].problem is not None]
@@ -123,11 +123,11 @@ class CrashingLoader(SFTLoader):
 def test_an_interrupted_run_has_named_what_it_does_not_see_again(
     dataset: SFTDataset, tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Log lines are rarer than checkpoints; a crash behind a checkpoint, and a signal seen between two steps."""
+    """Log lines are rarer than checkpoints; a crash after a checkpoint, and a signal seen between two steps."""
     settings: dict = {"model.max_sequence_length": SEQ_LENGTH, "data.seq_length": SEQ_LENGTH, "model.vocab_size": 200}
     settings |= {"log.log_interval": 1000, "checkpoint.save_interval": 2, "optim.lr_warmup_iters": 0}
     make = functools.partial(CrashingLoader, dataset, seq_length=SEQ_LENGTH, micro_batch_size=1, pad=FIRST_WORD)
-    steps = make().batches_per_epoch  # of two microbatches each
+    steps = len(list(make(epochs=1)))  # of two microbatches each
     trained = [row["sample_ids"][row["malformed"]] for row in islice(make(), 2 * steps)]
     run = config(tmp_path, train_iters=steps, **settings)
     loader = make()
@@ -151,21 +151,22 @@ def test_an_interrupted_run_has_named_what_it_does_not_see_again(
 def test_what_the_scan_alone_cannot_read_is_named_too(dataset: SFTDataset, tmp_path: Path) -> None:
     """A loader that hands a broken response to the scan; on the CPU, where the scan is the reference."""
     loader = make_loader(dataset)
-    layouts, strict = (TokenPlacer(loader, torch.device("cpu"), policy) for policy in ("causal", "refuse"))
-    layouts._tag_ids = strict._tag_ids = torch.tensor(dataset.structure_vocab.tag_ids)
-    batches = [b for b in islice(loader, loader.batches_per_epoch) if b["malformed"].any()]
+    placer, strict = (TokenPlacer(loader, torch.device("cpu"), "dense", policy) for policy in ("causal", "refuse"))
+    placer._tag_ids = strict._tag_ids = torch.tensor(dataset.structure_vocab.tag_ids)
+    batches = [b for b in make_loader(dataset, epochs=1) if b["malformed"].any()]
     broken = set()
     for batch in batches:
-        flags = batch.pop("malformed")
+        flags = batch["malformed"]
+        batch["malformed"] = torch.zeros_like(flags)
         batch["documents"][..., 1] = torch.where(flags, batch["documents"][..., 0], batch["documents"][..., 1])
-        position_ids, params = layouts.place(batch, batch["input_ids"], "dense")
+        position_ids, params = placer.place(batch, batch["input_ids"])
         assert torch.equal(position_ids.long(), batch["position_ids"]) and params.layout.lists is not None
         assert torch.equal(params.layout.r, batch["r"])
-        strict.place(batch, batch["input_ids"], "dense")
+        strict.place(batch, batch["input_ids"])
         broken |= set(batch["sample_ids"][flags].tolist())
     metrics = MetricsWriter(tmp_path, 1)
     for step in (1, 2):
-        layouts.report(step, metrics)
+        placer.report(step, metrics)
     assert {(r["sample_id"], r["found_by"], r["step"]) for r in records(tmp_path)} == {(k, "scan", 1) for k in broken}
     assert len(records(tmp_path)) == len(broken)
     with pytest.raises(TrainingError, match=rf"{loader.sample_name(min(broken))}: .*data.malformed is refuse"):
@@ -180,10 +181,10 @@ def test_the_scan_is_compared_until_a_block_was_among_the_tokens(
         "megatron_multiverse.training.placement.raise_unless_equal", lambda scan, batch: compared.append(1)
     )
     loader = make_loader(dataset)
-    layouts = TokenPlacer(loader, torch.device("cpu"), "causal")
-    layouts._tag_ids = torch.tensor(dataset.structure_vocab.tag_ids)
+    placer = TokenPlacer(loader, torch.device("cpu"), "dense", "causal")
+    placer._tag_ids = torch.tensor(dataset.structure_vocab.tag_ids)
     blocks = [dict(batch) for batch in islice(loader, 3)]
     plain = blocks[0] | {"input_ids": torch.full_like(blocks[0]["input_ids"], FIRST_WORD)}
     for batch, wanted in ((plain, 1), (plain, 1), (blocks[1], 2), (plain, 2), (blocks[2], 2)):
-        layouts.place(batch, batch["input_ids"], "dense")
+        placer.place(batch, batch["input_ids"])
         assert len(compared) == wanted

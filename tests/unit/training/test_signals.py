@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_multiverse.training import trainer
+from megatron_multiverse.training import one_process
 from megatron_multiverse.training.signals import EXIT_CODE_STOPPED, StopSignals, hold_signals
 from megatron_multiverse.training.trainer import train
 
@@ -41,7 +41,7 @@ def train_until_stopped(save: str) -> None:
 
 
 def test_a_signal_to_every_process_of_the_job_saves_and_stops(tmp_path: Path) -> None:
-    """Loader worker and checkpoint helper get the signal too, as under SLURM, and must survive it."""
+    """The loader's worker and the process that saves get the signal too, as under SLURM, and must survive it."""
     code = f"from training.test_signals import train_until_stopped; train_until_stopped({str(tmp_path)!r})"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=TESTS, start_new_session=True)
     try:
@@ -65,13 +65,13 @@ def test_a_signal_while_the_final_weights_are_written_does_not_cut_them_off(
 ) -> None:
     outside: list[int] = []
     before = signal.signal(number, lambda received, frame: outside.append(received))
-    original = trainer.save_model
+    original = one_process.save_model
 
     def signalled(*args: object) -> None:
         os.kill(os.getpid(), number)
         original(*args)
 
-    monkeypatch.setattr(trainer, "save_model", signalled)
+    monkeypatch.setattr(one_process, "save_model", signalled)
     try:
         result = train(config(tmp_path, train_iters=3), SyntheticLoader())
     finally:

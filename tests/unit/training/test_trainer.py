@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import ModelConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError, TrainingError
-from megatron_multiverse.kernels.multiverse_attention import backends
+from megatron_multiverse.kernels.multiverse_attention import AttentionCase, backends
+from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
-from megatron_multiverse.model.weights import load_model, save_model, weight_state
-from megatron_multiverse.training import forward
+from megatron_multiverse.model.weights import save_model, weight_state
+from megatron_multiverse.training import forward, trainer
 from megatron_multiverse.training.forward import forward_backward, masked_loss_sum
+from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.training.trainer import train
 
 from .synthetic import SyntheticLoader, config
-
-CPU = torch.device("cpu")
 
 
 def records(folder: Path, kind: str) -> list[dict]:
@@ -77,7 +78,7 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path
 
     assert finished.step == 6 and finished.stopped_by is None
     assert first.seen + second.seen == straight.seen == list(range(12))
-    models = [load_model(tmp_path / run / "model")[0] for run in "ab"]
+    models = [load_checkpoint(tmp_path / run / "model")[0] for run in "ab"]
     for name, tensor in weight_state(models[0]).items():
         assert torch.equal(tensor, weight_state(models[1])[name]), name
     for key in ("loss", "lr", "grad_norm", "consumed_samples"):
@@ -104,8 +105,31 @@ def test_a_run_says_which_layers_ran_and_warns_when_they_change(
     assert "ran with layers.attention_backend flex, this run goes on with dense" in caplog.text
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_attention_backend_that_runs_is_the_one_chosen_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    """Chosen once, knowing whether the run is deterministic; no layer chooses again."""
+    cases, ran, attend = [], [], LayoutParams.attend
+
+    def choose(name: str, case: AttentionCase) -> str:
+        cases.append(case)
+        return backends.choose_backend(name, case)
+
+    def noted(params: LayoutParams, *args: torch.Tensor, **settings: float) -> torch.Tensor:
+        ran.append(params.backend)
+        return attend(params, *args, **settings)
+
+    monkeypatch.setattr(trainer, "choose_backend", choose)
+    monkeypatch.setattr(LayoutParams, "attend", noted)
+    train(config(tmp_path, train_iters=3, deterministic=deterministic), SyntheticLoader())
+    assert cases == [AttentionCase("cpu", torch.float32, 8, deterministic=deterministic)]
+    assert len(ran) == 6 and {*ran, records(tmp_path, "start")[0]["attention_backend"]} == {"dense"}
+
+
 def test_the_attention_backend_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     backends.choose_backend.cache_clear()
+    backends.check_backend.cache_clear()
     backends._log_once.cache_clear()
     with caplog.at_level(logging.INFO):
         train(config(tmp_path, train_iters=3), SyntheticLoader())
@@ -140,11 +164,12 @@ def test_loss_is_a_mean_over_the_tokens_of_the_whole_step() -> None:
     batches = [loader.batch(0), loader.batch(1)]  # few and many trained tokens
     counts = [b["loss_mask"].sum().item() for b in batches]
     assert counts[1] > 1.5 * counts[0]
-    result = forward_backward(model, batches, CPU, "float64", "auto")
+    placer = TokenPlacer(loader, torch.device("cpu"), "dense")
+    result = forward_backward(model, batches, placer, "float64")
     got = [p.grad.clone() for p in model.parameters()]
 
     model.zero_grad()
-    sums = [masked_loss_sum(model, b, CPU, "auto")[0] for b in batches]
+    sums = [masked_loss_sum(model, b, placer)[0] for b in batches]
     (sum(sums) / sum(counts)).backward()
     torch.testing.assert_close(result.loss, (sum(sums) / sum(counts)).float())
     assert result.loss_tokens == sum(counts)
@@ -163,7 +188,7 @@ def test_gradient_accumulation_equals_one_large_microbatch(tmp_path: Path) -> No
             return {name: torch.cat([h[name] for h in halves]) for name in halves[0]}
 
     train(config(tmp_path / "one", train_iters=3, **{"data.micro_batch_size": 4}), Joined())
-    models = [load_model(tmp_path / run / "model")[0] for run in ("one", "two")]
+    models = [load_checkpoint(tmp_path / run / "model")[0] for run in ("one", "two")]
     for name, tensor in weight_state(models[0]).items():
         torch.testing.assert_close(tensor, weight_state(models[1])[name], rtol=1e-4, atol=1e-5)
 
@@ -208,7 +233,7 @@ def test_init_from_continues_a_saved_model(tmp_path: Path) -> None:
     save_model(model, first.model, tmp_path / "base")
     changes = {"model": None, "init_from": str(tmp_path / "base"), "train_iters": 1, "optim.lr_warmup_iters": 0}
     train(config(tmp_path / "b", **changes, **{"optim.lr": 1e-12}), SyntheticLoader())
-    trained, got = load_model(tmp_path / "b" / "model")
+    trained, got = load_checkpoint(tmp_path / "b" / "model")
     assert got == first.model
     for name, tensor in weight_state(model).items():
         torch.testing.assert_close(tensor, weight_state(trained)[name], rtol=0, atol=1e-6)
@@ -228,7 +253,7 @@ def test_the_settings_of_every_part_of_a_run_are_kept(tmp_path: Path) -> None:
 def test_a_preset_is_reached_by_its_name(tmp_path: Path) -> None:
     changes = {"model": None, "model_preset": "tiny", "train_iters": 1, "optim.lr_warmup_iters": 0}
     train(config(tmp_path, **changes), SyntheticLoader())
-    assert load_model(tmp_path / "model")[1] == preset("tiny")
+    assert load_checkpoint(tmp_path / "model")[1] == preset("tiny")
     with pytest.raises(ConfigError, match=r"unknown model preset 'qwen9', allowed: .*qwen2\.5-7b"):
         train(config(tmp_path / "b", **changes | {"model_preset": "qwen9"}), SyntheticLoader())
     with pytest.raises(ConfigError, match=r"seq_length \(2048\) must not exceed model\.max_sequence_length \(1024\)"):

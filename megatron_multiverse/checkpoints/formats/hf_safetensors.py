@@ -1,0 +1,196 @@
+"""Hugging Face weights: sharded safetensors, read tensor by tensor and written as a stream.
+
+Reading goes through the file headers, not through the index: the index is only checked against them. Writing puts
+the header first (all shapes are known) and then one tensor after the other, so memory holds one tensor and never a
+shard. The index is rebuilt from the headers of the files on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_multiverse.checkpoints.formats.raw import as_bytes, read_tensor
+from megatron_multiverse.checkpoints.names.table import Shape
+from megatron_multiverse.checkpoints.protocols import byte_size
+from megatron_multiverse.errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+FILE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FILE_DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a tensor lies on disk."""
+
+    file: Path
+    offset: int
+    """First byte in the file."""
+    dtype: torch.dtype
+    shape: Shape
+
+
+def read_header(file: Path) -> dict[str, Location]:
+    """Names and places of the tensors in one safetensors file.
+
+    Raises:
+        CheckpointError: no safetensors file, cut short, or of a dtype that no dense model has.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        raw = stream.read(min(length, size))
+    if 8 + length > size:
+        raise CheckpointError(f"{file}: no complete safetensors header ({size} bytes in all); download it again")
+    try:
+        header: dict[str, Any] = json.loads(raw)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: the safetensors header is damaged ({error}); download it again") from error
+    header.pop("__metadata__", None)
+    places = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] not in FILE_DTYPES:
+            raise CheckpointError(
+                f"{file}: tensor {name} has dtype {entry['dtype']}, supported: {', '.join(FILE_DTYPES)}; "
+                "quantised checkpoints have to be dequantised first"
+            )
+        dtype, shape = FILE_DTYPES[entry["dtype"]], tuple(entry["shape"])
+        if end - begin != byte_size(dtype, shape) or 8 + length + end > size:
+            raise CheckpointError(
+                f"{file}: tensor {name} should end at byte {8 + length + end}, the file has {size}; "
+                "it is truncated, copy or download it again"
+            )
+        places[name] = Location(file, 8 + length + begin, dtype, shape)
+    return places
+
+
+class HFReader:
+    """The tensors of a Hugging Face folder by name, read on demand.
+
+    Raises:
+        CheckpointError: no weights, a shard that the index names is missing, or index and files disagree.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.locations: dict[str, Location] = {}
+        self.files = self._files()
+        for file in self.files:
+            for name, place in read_header(file).items():
+                if name in self.locations:
+                    raise CheckpointError(f"tensor {name} stands in {self.locations[name].file} and again in {file}")
+                self.locations[name] = place
+
+    def _files(self) -> list[Path]:
+        index = self.folder / INDEX_FILE
+        if not index.is_file():
+            if (self.folder / SINGLE_FILE).is_file():
+                return [self.folder / SINGLE_FILE]
+            raise CheckpointError(
+                f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: a folder with safetensors weights is "
+                "needed (pickled .bin weights: save them with save_pretrained of a recent transformers)"
+            )
+        try:
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is damaged ({error!r}): download it again") from error
+        files = [self.folder / name for name in sorted(set(named.values()))]
+        for file in files:
+            if not file.is_file():
+                lost = [tensor for tensor, name in named.items() if name == file.name]
+                raise CheckpointError(
+                    f"{file} is missing, {index.name} names it for {len(lost)} tensors, e.g. {lost[0]}: "
+                    "download the missing shard"
+                )
+        found = {name for file in files for name in read_header(file)}
+        absent = sorted(named.keys() - found)
+        if absent:
+            raise CheckpointError(f"{index} names {absent[0]} in {named[absent[0]]}, but that file does not hold it")
+        return files
+
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self.locations)
+
+    def location(self, name: str) -> Location:
+        """Place of a tensor. Raises CheckpointError for an unknown name."""
+        if name not in self.locations:
+            raise CheckpointError(f"{self.folder} has no tensor {name} in any of its {len(self.files)} files")
+        return self.locations[name]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in its own memory."""
+        place = self.location(name)
+        return read_tensor(place.file, place.offset, place.dtype, place.shape, name=name)
+
+
+def write_safetensors(
+    file: Path, places: Mapping[str, tuple[torch.dtype, Shape]], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write one safetensors file as a stream.
+
+    Args:
+        file: where to.
+        places: dtype and shape of the file's tensors, in order.
+        tensors: the same names in the same order with their values, in any dtype.
+
+    Raises:
+        CheckpointError: other tensors come than announced.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in places.items():
+        begin, end = end, end + byte_size(dtype, shape)
+        header[name] = {"dtype": FILE_DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    expected = iter(places.items())
+    with open(file, "wb", buffering=0) as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in tensors:
+            wanted, (dtype, shape) = next(expected, ("", (tensor.dtype, ())))
+            if (name, tuple(tensor.shape)) != (wanted, shape):
+                raise CheckpointError(f"{file}: {name} {list(tensor.shape)} is not the tensor that belongs here")
+            write_all(stream, as_bytes(tensor.to(dtype)))
+    if (left := next(expected, None)) is not None:
+        raise CheckpointError(f"{file}: {left[0]} was not written")
+
+
+def write_all(stream: Any, data: memoryview) -> None:
+    """Write all bytes to an unbuffered file, which takes at most 2 GB a time."""
+    while data:
+        data = data[stream.write(data) :]
+
+
+def write_index(folder: Path, expected: Sequence[str]) -> None:
+    """Write the index of the safetensors files that lie in `folder`; one file alone needs none.
+
+    Raises:
+        CheckpointError: an expected tensor is missing, there is one too many, or one stands in two files.
+    """
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, place in read_header(file).items():
+            if name in weight_map:
+                raise CheckpointError(f"tensor {name} stands in {weight_map[name]} and in {file.name}")
+            weight_map[name] = file.name
+            total += byte_size(place.dtype, place.shape)
+    different = sorted(set(expected) ^ weight_map.keys())
+    if different:
+        what = "missing from" if different[0] in expected else "too many in"
+        raise CheckpointError(f"{len(different)} tensors {what} {folder}, e.g. {different[0]}")
+    if set(weight_map.values()) != {SINGLE_FILE}:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,60 @@
+"""Tensors straight from and to files, without mapping them: memory stays bounded by the tensor at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_multiverse.errors import CheckpointError
+
+
+def read_tensor(file: Path, offset: int, dtype: torch.dtype, shape: Sequence[int], *, name: str) -> Tensor:
+    """Read `shape` elements of `dtype` that lie contiguous at byte `offset`.
+
+    Raises:
+        CheckpointError: the file ends before the tensor does.
+    """
+    tensor = torch.empty(tuple(shape), dtype=dtype)
+    size = tensor.numel() * tensor.element_size()
+    if size == 0:
+        return tensor
+    view = tensor.reshape(-1).view(torch.uint8).numpy().data
+    with open(file, "rb", buffering=0) as stream:
+        done = 0
+        while done < size:
+            count = os.preadv(stream.fileno(), [view[done:]], offset + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{file}: ends in the middle of tensor {name} (byte {offset + done} of {offset + size}); "
+                    "the file is truncated, copy or download it again"
+                )
+            done += count
+    return tensor
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row by row, without a copy if it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def check_finite(tensor: Tensor, *, file: Path, name: str) -> None:
+    """Raise CheckpointError if the tensor holds NaN or infinity.
+
+    A slice with such a value has a sum that is not finite, and summing costs a tenth of testing every element. Only
+    where the sum is not finite every element is tested, since a sum of finite values can overflow.
+    """
+    if not tensor.is_floating_point():
+        return
+    for part in torch.split(tensor.reshape(-1), 1 << 22):
+        total = part.sum() if part.dtype != torch.float16 else part.sum(dtype=torch.float32)
+        if not bool(torch.isfinite(total)) and not bool(torch.isfinite(part).all()):
+            count = part.numel() - int(torch.isfinite(part).sum())
+            raise CheckpointError(
+                f"{file}: tensor {name} holds NaN or infinite values ({count} in one stretch); the file is damaged "
+                "or the training diverged, use an earlier checkpoint (--allow-non-finite converts it all the same)"
+            )

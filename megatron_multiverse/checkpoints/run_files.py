@@ -1,0 +1,29 @@
+"""The names of the files in a folder of checkpoints, as Megatron, the trainer and the converter write them.
+
+RUN/latest_checkpointed_iteration.txt   which checkpoint is in force: a step, or "release"
+RUN/iter_0000100/                       the checkpoint of a step
+RUN/release/                            weights without training state
+RUN/model_config.json                   the shape of the model
+RUN/conversion.json                     where converted weights came from
+"""
+
+from __future__ import annotations
+
+import re
+
+POINTER_FILE = "latest_checkpointed_iteration.txt"
+MODEL_CONFIG_FILE = "model_config.json"
+RECORD_FILE = "conversion.json"
+RELEASE = "release"
+ITERATION_GLOB = "iter_*"
+
+
+def iteration_folder(step: int) -> str:
+    """Name of the checkpoint of a step."""
+    return f"iter_{step:07d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step whose checkpoint has this name, None for any other name."""
+    match = re.fullmatch(r"iter_(\d+)", name)
+    return int(match[1]) if match else None

@@ -1,0 +1,10 @@
+"""Values that several configurations choose from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+DType = Literal["float32", "bf16", "float64"]
+"""Number formats to compute in; `dtypes.py` says what torch calls them."""
+TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"]
+"""Megatron's names of the kinds of tokenizer."""

@@ -1,0 +1,1 @@
+"""Who owns which page: integers only, one truth on one rank."""

@@ -1,0 +1,105 @@
+"""The page book: which pages of the cache are free, and how many owners the others have. Integers only.
+
+A page holds the keys and values of `page_size` tokens in every layer; the tensors themselves are the store's
+(`step/kv_store.py`), which every rank has for its own layers and heads. Of this book there is one, on one rank. Pages
+are shared between branches, so each has a count of its owners.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_multiverse.errors import GenerationError
+
+PageList = Sequence[int] | npt.NDArray[np.int32]
+
+
+class PageBook:
+    """The free list and the owners.
+
+    Args:
+        num_pages: pages there are.
+        page_size: tokens per page.
+        remember_freed: keep a list of the pages that came free, for a store that fills them with NaN.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, *, remember_freed: bool = False) -> None:
+        if num_pages < 1 or page_size < 1:
+            raise GenerationError(
+                f"num_pages ({num_pages}) and page_size ({page_size}) must be at least 1; "
+                "use page_size 1, 16 or 64 and enough pages for prompt and answer"
+            )
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.free: list[int] = []
+        """Pages nobody owns; the last one is taken next."""
+        self.owners: npt.NDArray[np.int32] = np.zeros(num_pages, dtype=np.int32)
+        """int32 [num_pages]: how many nodes and kept prompts list each page."""
+        self.freed: set[int] | None = set() if remember_freed else None
+        """Pages that came free since `take_freed`; None unless they are to be remembered."""
+        self.reset()
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` pages, each with one owner.
+
+        Raises:
+            GenerationError: fewer pages are free. Callers look at `free` first; this is the last line.
+        """
+        if count > len(self.free):
+            raise GenerationError(
+                f"{count} pages asked for, {len(self.free)} of {self.num_pages} free; give the engine more num_pages"
+            )
+        pages = self.free[len(self.free) - count :]
+        del self.free[len(self.free) - count :]
+        self.owners[pages] = 1
+        return pages
+
+    def retain(self, pages: PageList) -> None:
+        """Add one owner to each page; the pages are different ones."""
+        index = np.asarray(pages, dtype=np.int64)
+        assert (self.owners[index] > 0).all(), "a free page cannot be shared"
+        self.owners[index] += 1
+
+    def release(self, pages: PageList) -> None:
+        """Remove one owner from each page; the pages are different ones. Those without owner become free."""
+        index = np.asarray(pages, dtype=np.int64)
+        assert (self.owners[index] > 0).all(), "a page without owner cannot be released"
+        self.owners[index] -= 1
+        freed = index[self.owners[index] == 0].tolist()
+        self.free += freed
+        if self.freed is not None:
+            self.freed.update(freed)
+
+    def take_freed(self) -> list[int]:
+        """Pages that came free since the last call and still are; none unless `remember_freed`."""
+        if not self.freed:
+            return []
+        freed, self.freed = self.freed, set()
+        return [page for page in freed if self.owners[page] == 0]
+
+    def reset(self) -> None:
+        """All pages are free, whatever the book said."""
+        self.free = list(range(self.num_pages - 1, -1, -1))
+        self.owners[:] = 0
+        if self.freed is not None:
+            self.freed.update(self.free)
+
+    def check_integrity(self, tables: Iterable[PageList]) -> None:
+        """Compare the book with the page lists of all owners.
+
+        Raises:
+            GenerationError: a count is wrong or a page is lost; the message names the pages.
+        """
+        owned = [np.asarray(table, dtype=np.int64) for table in tables if len(table)]
+        census = np.bincount(np.concatenate(owned) if owned else np.empty(0, dtype=np.int64), minlength=self.num_pages)
+        free = np.bincount(np.asarray(self.free, dtype=np.int64), minlength=self.num_pages)
+        wrong = np.flatnonzero(census != self.owners).tolist()
+        lost = np.flatnonzero(free + (self.owners > 0) != 1).tolist()
+        if wrong or lost:
+            raise GenerationError(
+                f"page book out of balance: wrong counts on pages {wrong}, lost or doubly free pages {lost}; "
+                "this is a fault of the engine, please report it"
+            )

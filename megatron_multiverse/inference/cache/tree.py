@@ -1,0 +1,224 @@
+"""The tree of running sequences over the page book: append, fork, join, free. Integers only.
+
+A node lists the pages of every token it sees; only the last page may be partly filled, so pages and length say where
+each token is. Two rules keep it exact:
+
+- a fork shares full pages and copies the open page at once, so a page with several owners is never written;
+- a join leaves the tokens [0, len(parent)) where they are. After them any order will do, because keys are rotated by
+  their positions before they are stored: full pages of the branches are taken over as they are, and only their ragged
+  ends are copied. If the parent's own tokens moved, `base` of an enclosing branch would point at the wrong ones; no
+  page count would notice.
+
+Nothing is copied here. The tree keeps a ledger of what the next pass has to do: which slots to copy before it, and
+which slots each of its tokens is written to.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_multiverse.inference.cache.book import PageBook, PageList
+
+Slots = npt.NDArray[np.int64]
+"""Places in the cache: page * page_size + offset in the page."""
+
+
+class Node:
+    """One sequence that can run.
+
+    Attributes:
+        length: tokens listed.
+        base: index of its first own token; the tokens before it belong to the parent.
+        parent: the node it was forked from.
+        children: living nodes forked from it.
+    """
+
+    __slots__ = ("_num_pages", "_pages", "base", "children", "length", "parent")
+
+    def __init__(self, parent: Node | None = None) -> None:
+        self.length = 0
+        self.base = 0
+        self.parent = parent
+        self.children: list[Node] = []
+        self._pages: npt.NDArray[np.int32] = np.empty(16, dtype=np.int32)
+        self._num_pages = 0
+
+    @property
+    def pages(self) -> npt.NDArray[np.int32]:
+        """Owned or shared pages, in order: int32, a view."""
+        return self._pages[: self._num_pages]
+
+    def add_pages(self, pages: PageList) -> None:
+        """Append pages to the list."""
+        need = self._num_pages + len(pages)
+        if need > len(self._pages):
+            grown = np.empty(max(need, 2 * len(self._pages)), dtype=np.int32)
+            grown[: self._num_pages] = self.pages
+            self._pages = grown
+        self._pages[self._num_pages : need] = pages
+        self._num_pages = need
+
+    def clear(self) -> None:
+        """List nothing any more."""
+        self._num_pages = self.length = 0
+
+
+class Ledger(NamedTuple):
+    """What a pass has to do with slots."""
+
+    copies: Slots
+    """[c, 2], (from, to): before the pass, all read before any is written."""
+    write_slots: Slots
+    """[m], a slot that receives a new token's key and value."""
+    write_tokens: Slots
+    """[m], the number of that token in the pass; a token copied before it was written comes several times."""
+
+
+class PageTree:
+    """Operations on nodes that share one book."""
+
+    def __init__(self, book: PageBook) -> None:
+        self.book = book
+        self.page_size = book.page_size
+        self._offsets = np.arange(book.page_size, dtype=np.int64)
+        # Where the content of a slot comes from: another slot as it is before the pass, or ~k, the pass's token k.
+        self._source: dict[int, int] = {}
+        self._num_tokens = 0
+
+    def append_cost(self, node: Node, count: int) -> int:
+        """Pages that appending `count` tokens will take."""
+        return -(-(node.length + count) // self.page_size) - node._num_pages
+
+    def fork_cost(self, node: Node, count: int) -> int:
+        """Pages that forking `count` children will take."""
+        return count if node.length % self.page_size else 0
+
+    def join_cost(self, parent: Node, kids: list[Node]) -> int:
+        """Pages that a join will take (before the children's come free)."""
+        source, _, before = self._compaction(parent, kids)
+        head = -(-(parent.length + before) // self.page_size) - len(parent.pages)
+        return head + -(-(len(source) - before) // self.page_size)
+
+    def slots(self, node: Node, start: int, end: int) -> Slots:
+        """Slots of the tokens [start, end) of a node, int64."""
+        first = start // self.page_size
+        pages = node.pages[first : -(-end // self.page_size)]
+        grid = pages[:, None].astype(np.int64) * self.page_size + self._offsets
+        return grid.reshape(-1)[start - first * self.page_size : end - first * self.page_size]
+
+    def append(self, node: Node, count: int) -> None:
+        """Make room for the next `count` tokens of the pass at the end of a node."""
+        start = node.length
+        self._grow(node, count)
+        if count == 1:  # the case of every decoding branch in every step
+            slots = [int(node.pages[-1]) * self.page_size + start % self.page_size]
+        else:
+            slots = self.slots(node, start, node.length).tolist()
+        for slot in slots:
+            self._source[slot] = ~self._num_tokens
+            self._num_tokens += 1
+
+    def _grow(self, node: Node, count: int) -> None:
+        """Lengthen a node, with new pages where the open one is full."""
+        if count and node.length % self.page_size:
+            assert self.book.owners[node.pages[-1]] == 1, "a shared page must never be written"
+        if missing := self.append_cost(node, count):
+            node.add_pages(self.book.allocate(missing))
+        node.length += count
+
+    def share(self, node: Node, pages: list[int]) -> None:
+        """Let a new root begin with full pages that hold its first tokens already."""
+        self.book.retain(pages)
+        node.add_pages(pages)
+        node.length = len(pages) * self.page_size
+
+    def fork(self, node: Node, count: int) -> list[Node]:
+        """Children that see all of `node`: full pages shared, the open page copied."""
+        ragged = node.length % self.page_size
+        full = node.pages[: node.length // self.page_size]
+        tails = self.book.allocate(self.fork_cost(node, count))
+        open_slots = self.slots(node, node.length - ragged, node.length)
+        kids = []
+        for k in range(count):
+            kid = Node(node)
+            self.book.retain(full)
+            kid.add_pages(full)
+            if ragged:
+                kid.add_pages(tails[k : k + 1])
+                self._copy(open_slots, tails[k] * self.page_size + self._offsets[:ragged])
+            kid.base = kid.length = node.length
+            kids.append(kid)
+        node.children += kids
+        return kids
+
+    def join(self, parent: Node, kids: list[Node]) -> None:
+        """Append the own tokens of `kids` to `parent`.
+
+        The children stay as they are, since their last tokens may be computed in the coming pass; free them once the
+        step is planned. Joining them one by one, in any order, is as good, only more is copied.
+        """
+        source, whole, before = self._compaction(parent, kids)
+        start = parent.length
+        self._grow(parent, before)
+        self._copy(source[:before], self.slots(parent, start, parent.length))
+        if whole:
+            self.book.retain(whole)
+            parent.add_pages(whole)
+            parent.length += len(whole) * self.page_size
+            start = parent.length
+            self._grow(parent, len(source) - before)
+            self._copy(source[before:], self.slots(parent, start, parent.length))
+
+    def _compaction(self, parent: Node, kids: list[Node]) -> tuple[Slots, list[int], int]:
+        """What a join does: slots to copy, pages to take over, how many of the slots go before those pages."""
+        size = self.page_size
+        ragged: list[Slots] = []
+        whole: list[int] = []
+        for kid in kids:
+            # [head, tail): the kid's own tokens that fill whole pages. What lies before shares a page with tokens of
+            # the parent, what lies after does not fill the kid's last page.
+            head = min(-(-kid.base // size) * size, kid.length)
+            tail = max(head, kid.length // size * size)
+            ragged += [self.slots(kid, kid.base, head), self.slots(kid, tail, kid.length)]
+            whole += kid.pages[head // size : tail // size].tolist()
+        if whole and sum(map(len, ragged)) < -parent.length % size:
+            # Too few ragged tokens to fill the parent's open page: one whole page is copied there instead.
+            ragged.append(whole.pop() * size + self._offsets)
+        source = np.concatenate(ragged)
+        # Whole pages can follow only where a page begins, so the tokens before them must end on a page border.
+        before = len(source) - (parent.length + len(source)) % size if whole else len(source)
+        return source, whole, before
+
+    def _copy(self, source: Slots, target: Slots) -> None:
+        """Note that the targets receive what the sources hold, or will hold once the pass has written them.
+
+        A source may be the target of a copy noted before (a join and the fork after it can be planned in one step):
+        the new copy then follows the first one to its origin, so the order of copies does not matter.
+        """
+        for here, there in zip(source.tolist(), target.tolist(), strict=True):
+            self._source[there] = self._source.get(here, here)
+
+    def take_ledger(self) -> Ledger:
+        """What the pass has to do with slots; the next pass starts with an empty ledger."""
+        copies = [(origin, slot) for slot, origin in self._source.items() if origin >= 0]
+        writes = [(slot, ~origin) for slot, origin in self._source.items() if origin < 0]
+        self.clear_ledger()
+        slots, tokens = np.ascontiguousarray(np.array(writes, dtype=np.int64).reshape(-1, 2).T)
+        return Ledger(np.array(copies, dtype=np.int64).reshape(-1, 2), slots, tokens)
+
+    def clear_ledger(self) -> None:
+        """Forget what was noted: the pass will not happen."""
+        self._source, self._num_tokens = {}, 0
+
+    def free(self, node: Node) -> None:
+        """Give back the pages of `node` and of everything forked from it that still lives."""
+        for kid in list(node.children):
+            self.free(kid)
+        self.book.release(node.pages)
+        node.clear()
+        if node.parent is not None:
+            node.parent.children.remove(node)
+            node.parent = None

@@ -1,0 +1,103 @@
+"""One model call as integers: everything a rank needs to know about a step, and what comes back from it.
+
+A plan is made on one rank, by the scheduler. Every rank can run it, each with its own layers, heads and key/value
+store: it holds no object of the scheduler, and `to_bytes` is what travels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SamplingArrays:
+    """How each sampled row draws its token: one entry per row of `StepPlan.sample`."""
+
+    keys: Ints
+    """Key of the branch's noise."""
+    indices: Ints
+    """Index of the token among those its branch has drawn."""
+    temperature: Floats
+    """0 is greedy."""
+    top_k: Ints
+    """0 is off."""
+    top_p: Floats
+    """1 is off."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StepPlan:
+    """A row is one branch with the tokens it brings; the tokens of all rows lie one row after the other."""
+
+    copies: Ints
+    """[c, 2], slots to copy before the pass (from, to): forks and joins. All are read before any is written."""
+    ids: Ints
+    """[n], the tokens."""
+    positions: Ints
+    """[n]."""
+    borders: Ints
+    """[rows + 1], row i brings the tokens [borders[i], borders[i + 1])."""
+    pages: npt.NDArray[np.int32]
+    """[rows, p], pages of all that each row sees, its new tokens included; shorter lists are padded with the store's
+    last page, which nobody owns."""
+    lengths: npt.NDArray[np.int32]
+    """[rows], tokens that the last token of the row sees, itself included."""
+    write_slots: Ints
+    """[m >= n], slots that receive new keys and values: page * page_size + offset."""
+    write_tokens: Ints
+    """[m], the token each slot receives. A token that a fork or a join of this step copies comes several times."""
+    sample: Ints
+    """[s], rows that want a token after their last one."""
+    sampling: SamplingArrays
+    """For these rows."""
+    freed: Ints
+    """Pages that came free; a store made for debugging fills them with NaN. Empty otherwise."""
+
+    def to_bytes(self) -> bytes:
+        """All arrays, one after the other, after a header of their sizes."""
+        arrays = self._arrays()
+        header = np.array([self.pages.shape[1], *(array.size for array in arrays)], dtype=np.int64)
+        return b"".join((header.tobytes(), *(array.tobytes() for array in arrays)))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> StepPlan:
+        """What `to_bytes` wrote; the arrays are views of `data`."""
+        names = [*_PLAN_FIELDS, *_SAMPLING_FIELDS]
+        width, *sizes = np.frombuffer(data, dtype=np.int64, count=1 + len(names)).tolist()
+        position = 8 * (1 + len(names))
+        arrays: dict[str, npt.NDArray[np.generic]] = {}
+        for name, size in zip(names, sizes, strict=True):
+            dtype = np.dtype(_DTYPES.get(name, np.int64))
+            arrays[name] = np.frombuffer(data, dtype=dtype, count=size, offset=position)
+            position += size * dtype.itemsize
+        arrays["pages"] = arrays["pages"].reshape(-1, width)
+        arrays["copies"] = arrays["copies"].reshape(-1, 2)
+        sampling = SamplingArrays(**{name: arrays.pop(name) for name in _SAMPLING_FIELDS})  # type: ignore[arg-type]
+        return cls(sampling=sampling, **arrays)  # type: ignore[arg-type]
+
+    def _arrays(self) -> list[npt.NDArray[np.generic]]:
+        plain = [getattr(self, name) for name in _PLAN_FIELDS]
+        return plain + [getattr(self.sampling, name) for name in _SAMPLING_FIELDS]
+
+
+_PLAN_FIELDS = [field.name for field in fields(StepPlan) if field.name != "sampling"]
+_SAMPLING_FIELDS = [field.name for field in fields(SamplingArrays)]
+_DTYPES = {"pages": np.int32, "lengths": np.int32, "temperature": np.float64, "top_p": np.float64}
+"""Types of the arrays that are not int64."""
+
+
+class StepOutput(NamedTuple):
+    """What a step gives back, one entry per sampled row, in the order of `StepPlan.sample`."""
+
+    tokens: Ints
+    logprobs: Floats
+    """Log-probability of each token under the model's own distribution."""
+    finite: npt.NDArray[np.bool_]
+    """Whether that is a number: false where the model's logits are broken."""

@@ -1,0 +1,92 @@
+"""Runs one step on this rank: plan in, tokens out. The place for CUDA graphs, tensor and pipeline parallelism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from megatron_multiverse.inference.step.kv_store import KVStore, PagedParams
+from megatron_multiverse.inference.step.plan import StepOutput, StepPlan
+from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler
+
+
+class Runner:
+    """A model, its key/value store and a sampler.
+
+    Args:
+        model: called as ``model(input_ids, position_ids, None, packed_seq_params=params)`` -> logits [1, n, vocab];
+            see `KVStore.for_model` for what its `config` names.
+        num_pages: pages of the cache.
+        page_size: tokens per page.
+        vocab_size: ids of the tokenizer; the padding of the output layer above it is never chosen.
+        sampler: draws tokens; by default `CounterSampler`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_pages: int,
+        page_size: int,
+        vocab_size: int | None = None,
+        sampler: Sampler | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.store = KVStore.for_model(model, num_pages, page_size)
+        self.sampler: Sampler = sampler or CounterSampler()
+        self.vocab_size = vocab_size
+        self._logit_tokens: Tensor | None = None
+        self._selected = False
+        output_layer = getattr(model, "output_layer", None)
+        self._hook = (
+            output_layer.register_forward_pre_hook(self._select_hidden) if isinstance(output_layer, nn.Module) else None
+        )
+
+    def close(self) -> None:
+        """Take the hook off the model, which stays usable for anything else."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Copy what forks and joins ask for, run the model once, and draw a token for every row that wants one."""
+        store = self.store
+        if len(plan.copies):
+            store.copy(plan.copies)
+        if len(plan.freed):
+            store.poison(plan.freed)
+
+        def upload(array: npt.NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(array).to(store.keys.device)
+
+        params = PagedParams(
+            store=store,
+            plan=plan,
+            pages=upload(plan.pages),
+            lengths=upload(plan.lengths),
+            borders=upload(plan.borders),
+            write_slots=upload(plan.write_slots),
+            write_tokens=None if len(plan.write_slots) == len(plan.ids) else upload(plan.write_tokens),
+        )
+        self._logit_tokens, self._selected = upload(plan.borders[1:][plan.sample] - 1), False
+        try:
+            logits = self.model(upload(plan.ids)[None], upload(plan.positions)[None], None, packed_seq_params=params)[0]
+            logits = logits if self._selected else logits.index_select(0, self._logit_tokens)
+        finally:
+            self._logit_tokens = None
+        tokens, logprobs = self.sampler(logits[:, : self.vocab_size], plan.sampling)
+        # One transfer brings everything back; float64 holds every token id exactly.
+        chosen, logprob = torch.stack((tokens.double(), logprobs.double())).cpu().numpy()
+        return StepOutput(chosen.astype(np.int64), logprob, np.isfinite(logprob))
+
+    def _select_hidden(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Keep only the tokens whose logits are asked for: the vocabulary is wide, most tokens need none."""
+        if self._logit_tokens is None:
+            return None
+        self._selected = True
+        return (args[0].index_select(0, self._logit_tokens), *args[1:])

@@ -1,0 +1,75 @@
+"""From the tree of branches to the answer: one list of tokens in text order, with the labels that training gives it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from megatron_multiverse.inference.text.branch import Branch
+from megatron_multiverse.inference.text.result import BlockResult, BranchResult, Result
+from megatron_multiverse.inference.text.state import RequestState
+
+
+def make_result(state: RequestState) -> Result:
+    """The answer to a request all of whose branches have ended."""
+    assert state.finish_reason is not None
+    result = Result(
+        request_id=state.request_id,
+        prompt_ids=list(state.request.prompt_ids),
+        token_ids=[],
+        position_ids=[],
+        logprobs=[],
+        labels=[],
+        parents=[],
+        blocks=[],
+        finish_reason=state.finish_reason,
+        critical_tokens=state.root.next_position - state.root.prompt_length,
+        decode_steps=state.decode_steps,
+        malformed=Counter(state.counts),
+        timeline=sorted(state.timeline, key=lambda span: (span.start, span.block, span.branch)),
+        cached_tokens=state.cached_tokens,
+        preemptions=state.preemptions,
+        error=state.error,
+    )
+    _append_branch(result, state.root, -1)
+    for branch in state.branches():
+        result.malformed.update(branch.machine.malformed)
+    return result
+
+
+def _append_branch(result: Result, branch: Branch, parent: int) -> None:
+    """Append the text of a branch and of its blocks; `parent`: index of the token before its first one."""
+    done = branch.prompt_length
+    for block in branch.blocks:
+        parent = _append_tokens(result, branch, done, block.at, parent)
+        done = block.at
+        record = BlockResult(block.number, branch.name)
+        result.blocks.append(record)
+        for kid in block.kids:
+            start = len(result.token_ids)
+            _append_branch(result, kid, parent)
+            end = len(result.token_ids)
+            record.branches.append(BranchResult(kid.name, kid.path, kid.outline, start, end, kid.finish or "abort"))
+        _shift_labels(result, record)
+    _append_tokens(result, branch, done, len(branch.ids), parent)
+
+
+def _append_tokens(result: Result, branch: Branch, start: int, end: int, parent: int) -> int:
+    """Append own tokens [start, end) of a branch; returns the index of the last token of the branch so far."""
+    first = len(result.token_ids)
+    count = end - start
+    result.token_ids += branch.ids[start:end]
+    result.position_ids += branch.positions[start:end]
+    result.logprobs += branch.logprobs[start:end]
+    result.labels += range(len(result.prompt_ids) + first, len(result.prompt_ids) + first + count)
+    result.parents += [parent, *range(first, first + count - 1)] if count else []
+    return first + count - 1 if count else parent
+
+
+def _shift_labels(result: Result, block: BlockResult) -> None:
+    """Hide the paths of a block from each other: r = i + the sum over all blocks around a token of (E - e) - (s - S),
+    where [S, E) are the paths of the block and [s, e) is the token's own path (docs/structure.md)."""
+    first, last = block.branches[0].start, block.branches[-1].end
+    for path in block.branches:
+        shift = (last - path.end) - (path.start - first)
+        for k in range(path.start, path.end):
+            result.labels[k] += shift

@@ -1,0 +1,105 @@
+"""A branch: one running sequence of a request, as text. Data only: `commit.py` writes it, `scheduler.py` feeds it.
+
+The life of a branch::
+
+    waiting ───► running ──── </Goal> ────► forked
+                  │   ▲                        │
+                  │   └── all paths ended ─────┘
+                  │       (the join: the conclusion begins)
+                  ▼
+                ended ──── its last token is fed ────► fed
+
+waiting: just forked, the scheduler has not given it a place in the cache yet. running: takes the next token.
+forked: its paths are written, it waits for them (`open_block`). ended: `</Path>`, the end of the text, or a spent
+budget (`finish`). fed: the keys of all its tokens are in the cache, so they can be joined into the parent's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from megatron_multiverse.inference.text.result import BranchFinish
+from megatron_multiverse.structure import StructureMachine
+
+BranchPath = tuple[tuple[int, int], ...]
+"""(block in its parent, path in that block), both from 0, from the root down: what a branch is known by."""
+
+
+class Budget(NamedTuple):
+    """The two limits of a branch."""
+
+    tokens: int
+    """Tokens of the branch and of everything it forks."""
+    position: int
+    """All its positions lie below this one: the limit of the longest chain."""
+
+
+@dataclass
+class Block:
+    """A fork of a branch."""
+
+    number: int
+    """Number in the request, from 1."""
+    at: int
+    """Tokens in the forking branch's `ids` before the paths: at this `fed` its cache forks and joins."""
+    kids: list[Branch]
+    joined: bool = False
+    """Whether all paths have ended and the conclusion has begun."""
+    started: int = 0
+    """Paths that were given a place in the cache, in their order."""
+
+
+@dataclass(eq=False)
+class Branch:
+    """One sequence: the root of a request, or a path of a block."""
+
+    machine: StructureMachine
+    """The grammar, as far as the branch has been written."""
+    next_position: int
+    """Position of the next token."""
+    budget: Budget
+    key: int
+    """Key of its sampling noise, see `branch_key`."""
+    parent: Branch | None = None
+    path: BranchPath = ()
+    name: str = ""
+    """"" for the root, "2.1" for the first path of a block inside a second path."""
+    outline: str = ""
+    """Label of a path as its outline writes it."""
+    block: int = 0
+    """Number of the block it belongs to; 0 for the root."""
+    prompt_length: int = 0
+    """Tokens of the prompt at the beginning of `ids`; only the root has them."""
+    ids: list[int] = field(default_factory=list)
+    """Its own tokens: those of the paths of its blocks are theirs."""
+    positions: list[int] = field(default_factory=list)
+    """Position of each of them."""
+    logprobs: list[float | None] = field(default_factory=list)
+    """Log-probability of each sampled one; None for the prompt and for forced tokens."""
+    fed: int = 0
+    """How many of its tokens have their keys in the cache."""
+    blocks: list[Block] = field(default_factory=list)
+    num_joined: int = 0
+    """How many of its blocks are joined in the cache."""
+    num_sampled: int = 0
+    """Tokens sampled so far: the index of the next one's noise."""
+    total: int = 0
+    """Tokens written by the branch and by all its joined blocks."""
+    finish: BranchFinish | None = None
+    """Why it ended; None while it goes on."""
+    span_start: tuple[int, int] | None = None
+    """(step, tokens) at which it began to run; None while it does not."""
+
+    @property
+    def open_block(self) -> Block | None:
+        """The block whose paths are being written."""
+        return self.blocks[-1] if self.blocks and not self.blocks[-1].joined else None
+
+
+def branch_key(seed: int, sample: int, path: Sequence[tuple[int, int]]) -> int:
+    """Key of a branch's noise, signed 64 bit: a hash of the seed, the number of the answer and the branch's path."""
+    digest = hashlib.blake2b(repr((seed, sample, tuple(path))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -1,0 +1,77 @@
+"""How many tokens a branch may write: where `max_tokens` and `max_critical_tokens` are enforced.
+
+A budget is split when a block forks, so what a branch may write never depends on how fast its siblings run. What
+closes the structure is reserved from the start: a branch stops while its closing tags still fit, never in the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_multiverse.inference.text.branch import Branch, Budget
+from megatron_multiverse.inference.text.request import Request
+from megatron_multiverse.structure import Tag
+
+MAX_GROWTH = 3
+"""Opening a tag may need three more closing ids: a newline, its closing tag, the newline before the next one."""
+
+MOST_CLOSERS = 32
+"""No branch ever has that many ids to close (its machine holds one block at most), so with more room than this no
+exact count is needed."""
+
+
+def whole_budget(request: Request, max_position: int) -> Budget:
+    """What the root of a request may write.
+
+    Args:
+        request: names the limits.
+        max_position: positions the model can take.
+    """
+    sampling, prompt = request.sampling, len(request.prompt_ids)
+    chain = sampling.max_tokens if sampling.max_critical_tokens is None else sampling.max_critical_tokens
+    return Budget(sampling.max_tokens, min(prompt + chain, max_position))
+
+
+def room(branch: Branch) -> int:
+    """Tokens that still fit, what closes the branch included."""
+    return min(branch.budget.tokens - branch.total, branch.budget.position - branch.next_position)
+
+
+def fits(branch: Branch, token: int) -> bool:
+    """Whether `token` and whatever then closes the branch stay within the budget."""
+    closing = branch.machine.closing_ids()
+    vocab = branch.machine.vocab
+    tag = vocab.tag_of.get(token)
+    if tag in (Tag.PARALLEL, Tag.GOAL, Tag.OUTLINE, Tag.THINK, Tag.END_GOAL):
+        growth = MAX_GROWTH
+    elif closing and closing[0] == token:
+        growth = -1
+    else:
+        # After a newline the first closing tag needs none before it; after anything else it does.
+        growth = int(bool(closing) and closing[0] != vocab.newline_id and token != vocab.newline_id)
+    return 1 + len(closing) + growth <= room(branch)
+
+
+def exhausted(branch: Branch) -> bool:
+    """Whether nothing fits any more but what closes the branch."""
+    left = room(branch)
+    return left <= MOST_CLOSERS and left <= len(branch.machine.closing_ids())
+
+
+def shares(branch: Branch, prefixes: Sequence[Sequence[int]]) -> list[Budget] | None:
+    """Budgets of the paths of a block, or None if they cannot even be opened and closed.
+
+    Equal shares; what a path leaves over comes back at the join, for the text after the block.
+
+    Args:
+        branch: wrote the `</Goal>` of the block.
+        prefixes: the forced tokens each path begins with.
+    """
+    # Each path needs at least its prefix and a newline with </Path>.
+    needs = [len(prefix) + 2 for prefix in prefixes]
+    tail = len(branch.machine.closing_ids())
+    spare = branch.budget.tokens - branch.total - tail - sum(needs)
+    position = branch.budget.position - tail
+    if spare < 0 or branch.next_position + max(needs) > position:
+        return None
+    return [Budget(need + spare // len(needs), position) for need in needs]

@@ -1,0 +1,158 @@
+"""Where tokens are written, and nowhere else: text, forks, ends of paths, joins, the end of an answer.
+
+`commit_token` takes one chosen token of one branch. Everything that follows from it is written at once: `</Goal>`
+begins the paths of its block, the `</Path>` of the last path joins them and begins the conclusion, a spent budget
+closes what is open. The scheduler feeds what was written, in the next steps; the cache is not touched here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_multiverse.inference.text.branch import Block, Branch, branch_key
+from megatron_multiverse.inference.text.budget import MOST_CLOSERS, exhausted, fits, shares
+from megatron_multiverse.inference.text.result import BranchFinish, FinishReason, TimelineSpan
+from megatron_multiverse.inference.text.state import RequestState
+from megatron_multiverse.structure import Event
+
+
+def commit_token(state: RequestState, branch: Branch, token: int, logprob: float) -> None:
+    """Take a chosen token, and write all that follows from it.
+
+    Args:
+        state: the request.
+        branch: its branch that asked for a token.
+        token: what was drawn.
+        logprob: its log-probability.
+    """
+    branch.num_sampled += 1
+    sampling, is_root = state.request.sampling, branch.parent is None
+    stops = token == branch.machine.vocab.eos_id and not sampling.ignore_eos
+    if stops or (is_root and token in sampling.stop_token_ids):
+        _close(state, branch, "eos")
+        return
+    # No branch ever has more than MOST_CLOSERS tokens to close, so most tokens need no exact count.
+    room = min(branch.budget.tokens - branch.total, branch.budget.position - branch.next_position)
+    if room <= MOST_CLOSERS and not fits(branch, token):
+        _close(state, branch, "length")
+        return
+    event = _write(state, branch, [token], [logprob])
+    if event is Event.FORK:
+        _fork(state, branch)
+    elif event is Event.PATH_END:
+        _end(state, branch, "path_end")
+    elif room <= MOST_CLOSERS + 1 and exhausted(branch):
+        _close(state, branch, "length")
+
+
+def close_all(state: RequestState, finish: FinishReason) -> None:
+    """End every branch of a request where it stands, with its structure closed."""
+    _close_tree(state, state.root, "abort" if finish == "stop" else finish)
+    state.finish_reason = finish
+
+
+def _close_tree(state: RequestState, branch: Branch, reason: BranchFinish) -> None:
+    if branch.open_block is not None:
+        for kid in branch.open_block.kids:
+            _close_tree(state, kid, reason)  # the last of them joins the block
+    if branch.finish is None:
+        _close(state, branch, reason)
+
+
+def _write(
+    state: RequestState, branch: Branch, ids: Sequence[int], logprobs: Sequence[float | None] | None = None
+) -> Event:
+    """Append tokens to the text of a branch; returns what the last one did to the grammar. Forced ones have no
+    log-probabilities."""
+    event = Event.TEXT
+    for token in ids:
+        event = branch.machine.push(token)
+    start = branch.next_position
+    branch.next_position += len(ids)
+    branch.total += len(ids)
+    branch.ids += ids
+    branch.positions += range(start, branch.next_position)
+    branch.logprobs += [None] * len(ids) if logprobs is None else logprobs
+    if state.on_token is not None:
+        state.unheard.append((branch.name, list(ids)))
+    return event
+
+
+def _fork(state: RequestState, branch: Branch) -> None:
+    """Begin the paths of the block just announced; if their forced tokens do not fit, close the branch instead."""
+    machine = branch.machine
+    prefixes = [machine.vocab.path_prefix(outline.label_ids) for outline in machine.outlines]
+    budgets = shares(branch, prefixes)
+    if budgets is None:
+        state.counts["fork_refused"] += 1
+        _close(state, branch, "length")
+        return
+    sampling, ordinal = state.request.sampling, len(branch.blocks)
+    state.num_blocks += 1
+    block = Block(state.num_blocks, len(branch.ids), [])
+    for k, (outline, budget) in enumerate(zip(machine.outlines, budgets, strict=True)):
+        path = (*branch.path, (ordinal, k))
+        kid = Branch(
+            machine=machine.fork(k),
+            next_position=branch.next_position,
+            budget=budget,
+            key=branch_key(sampling.seed, state.request.sample, path),
+            parent=branch,
+            path=path,
+            name=f"{branch.name}.{k + 1}" if branch.name else str(k + 1),
+            outline=outline.label,
+            block=block.number,
+        )
+        block.kids.append(kid)
+    branch.blocks.append(block)
+    end_span(state, branch)
+    for kid, prefix in zip(block.kids, prefixes, strict=True):
+        _write(state, kid, prefix)
+    for kid in block.kids:
+        if exhausted(kid):
+            _close(state, kid, "length")
+
+
+def _join(state: RequestState, branch: Branch, block: Block) -> None:
+    """All paths of the open block have ended: go on after the longest of them, with the conclusion."""
+    block.joined = True
+    branch.total += sum(kid.total for kid in block.kids)
+    branch.next_position = max(kid.next_position for kid in block.kids)
+    branch.machine.join()
+    _write(state, branch, branch.machine.vocab.conclusion_prefix())
+    if exhausted(branch):
+        _close(state, branch, "length")
+
+
+def _close(state: RequestState, branch: Branch, finish: BranchFinish) -> None:
+    """Write what closes everything that is open, and end the branch."""
+    closing = branch.machine.closing_ids()
+    if closing:
+        state.counts["forced_close"] += 1
+        _write(state, branch, closing)
+    _end(state, branch, finish)
+
+
+def _end(state: RequestState, branch: Branch, finish: BranchFinish) -> None:
+    """The text of the branch is complete; the last path of a block to end joins it."""
+    branch.finish = finish
+    end_span(state, branch)
+    parent = branch.parent
+    block = parent.open_block if parent is not None else None
+    if parent is not None and block is not None and all(kid.finish is not None for kid in block.kids):
+        _join(state, parent, block)
+
+
+def begin_span(state: RequestState, branch: Branch) -> None:
+    """The branch begins to run, or goes on after a join: the timeline shows it from here."""
+    if branch.span_start is None and branch.finish is None and branch.open_block is None:
+        branch.span_start = (state.step, len(branch.ids))
+
+
+def end_span(state: RequestState, branch: Branch) -> None:
+    """The branch stops running."""
+    if branch.span_start is not None:
+        step, tokens = branch.span_start
+        branch.span_start = None
+        span = TimelineSpan(branch.name, branch.block, step, state.step + 1, len(branch.ids) - tokens)
+        state.timeline.append(span)

@@ -1,0 +1,93 @@
+"""What comes out of the engine: the answer as text order has it, with everything known about each token."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+BranchFinish = Literal["path_end", "eos", "length", "abort", "error"]
+
+
+class TimelineSpan(NamedTuple):
+    """A stretch in which one branch ran without interruption; steps are counted from the request's first."""
+
+    branch: str
+    """"" is the root, "2" the second path, "2.1" the first path of a block inside it."""
+    block: int
+    """Number of the block the branch belongs to, in the order of forking; 0 is the root."""
+    start: int
+    end: int
+    """Half-open."""
+    tokens: int
+
+
+@dataclass
+class BranchResult:
+    """One path of a block; tokens [start, end) of the answer."""
+
+    name: str
+    path: tuple[tuple[int, int], ...]
+    """(block in its parent, path in that block), both from 0, from the root down: unlike the name it is unique."""
+    outline: str
+    """Its label as written."""
+    start: int
+    end: int
+    finish: BranchFinish
+    """`path_end`: the model wrote `</Path>`; else the engine closed it."""
+
+
+@dataclass
+class BlockResult:
+    """One forked block of the answer, in text order (outer before inner)."""
+
+    number: int
+    parent: str
+    """Name of the branch that forked."""
+    branches: list[BranchResult] = field(default_factory=list)
+
+
+@dataclass
+class Result:
+    """The answer to one request. Lists over its tokens are in text order, without the end-of-document id."""
+
+    request_id: int
+    prompt_ids: list[int]
+    token_ids: list[int]
+    position_ids: list[int]
+    """Position of each token (the prompt takes 0 .. prompt - 1)."""
+    logprobs: list[float | None]
+    """Log-probability of each token the model drew, under its own distribution (temperature 1, nothing filtered);
+    None for tokens the engine forced."""
+    labels: list[int]
+    """Visibility label r of each token as training has it: token i sees an earlier token j iff r[j] <= r[i]. The
+    prompt's labels are 0 .. prompt - 1."""
+    parents: list[int]
+    """Index of the token before each token on its own branch (for the first token of a path: on the branch that
+    forked), -1 for the last of the prompt. A sampled token was drawn from the logits of its parent."""
+    blocks: list[BlockResult]
+    finish_reason: FinishReason
+    critical_tokens: int
+    """Tokens on the longest chain."""
+    decode_steps: int
+    """Forward passes that gave the answer a token."""
+    malformed: Counter[str]
+    """How often the output broke the grammar (codes of structure.StructureMachine) and what the engine did
+    about it (`forced_close`, `fork_refused`)."""
+    timeline: list[TimelineSpan]
+    cached_tokens: int = 0
+    """Tokens of the prompt that the prefix cache had."""
+    preemptions: int = 0
+    error: str = ""
+    """Why, if finish_reason is "error" or memory ran out."""
+
+    @property
+    def sampled(self) -> list[bool]:
+        """For each token whether the model drew it; the engine forced the others."""
+        return [logprob is not None for logprob in self.logprobs]
+
+    @property
+    def num_parallel(self) -> float:
+        """Generated tokens per token of the longest chain."""
+        return len(self.token_ids) / self.critical_tokens if self.critical_tokens else 1.0

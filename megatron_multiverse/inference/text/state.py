@@ -1,0 +1,99 @@
+"""A request while it is served: its root branch, and what is counted and heard on the way."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from megatron_multiverse.inference.text.branch import Branch, branch_key
+from megatron_multiverse.inference.text.budget import whole_budget
+from megatron_multiverse.inference.text.request import Request
+from megatron_multiverse.inference.text.result import FinishReason, TimelineSpan
+from megatron_multiverse.structure import StructureMachine
+
+TokenCallback = Callable[[int, str, list[int]], None]
+"""Called with (request id, branch name, ids) for everything a branch writes, forced tokens included, once the step
+that wrote it is complete. If it raises, its request ends with `error`; it may add and cancel requests, not step the
+engine."""
+
+
+@dataclass(eq=False)
+class RequestState:
+    """One request being served. Its text stays when its cache is taken away; it is fed again then."""
+
+    request_id: int
+    request: Request
+    root: Branch
+    on_token: TokenCallback | None = None
+    unheard: list[tuple[str, list[int]]] = field(default_factory=list)
+    """(branch name, ids) written since `on_token` was last called."""
+    live: list[Branch] = field(default_factory=list)
+    """Branches with a place in the cache and something left to do, in the order in which they started."""
+    step: int = 0
+    """Steps in which the request was active."""
+    decode_steps: int = 0
+    """Steps that gave it a token."""
+    num_blocks: int = 0
+    preemptions: int = 0
+    failures: int = 0
+    """Steps in a row that raised while the request was active."""
+    pages_wanted: int = 0
+    """Free pages to wait for before a request that stepped back starts again."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that the prefix cache had when the request first started."""
+    prompt_kept: bool = False
+    """Whether the prefix cache has been offered the prompt."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """What the engine did about output that broke the grammar or the budget."""
+    timeline: list[TimelineSpan] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: str = ""
+
+    def branches(self) -> Iterator[Branch]:
+        """Every branch, waiting and ended ones included."""
+        stack = [self.root]
+        while stack:
+            branch = stack.pop()
+            yield branch
+            stack.extend(kid for block in branch.blocks for kid in block.kids)
+
+    def forget_cache(self) -> None:
+        """Nothing of the request is in the cache any more; its text stays."""
+        for branch in self.branches():
+            branch.fed = branch.num_joined = 0
+            branch.span_start = None
+            for block in branch.blocks:
+                block.started = 0
+        self.live = []
+        self.prompt_kept = False
+
+
+def new_state(
+    request_id: int,
+    request: Request,
+    machine: StructureMachine,
+    max_position: int,
+    on_token: TokenCallback | None = None,
+) -> RequestState:
+    """The state of a request of which nothing is written yet.
+
+    Args:
+        request_id: number of the request.
+        request: what was asked for.
+        machine: a fresh grammar.
+        max_position: positions the model can take.
+        on_token: hears what is written.
+    """
+    prompt = list(request.prompt_ids)
+    root = Branch(
+        machine=machine,
+        next_position=len(prompt),
+        budget=whole_budget(request, max_position),
+        key=branch_key(request.sampling.seed, request.sample, ()),
+        prompt_length=len(prompt),
+        ids=prompt,
+        positions=list(range(len(prompt))),
+        logprobs=[None] * len(prompt),
+    )
+    return RequestState(request_id, request, root, on_token)

@@ -1,0 +1,1 @@
+"""What launches ranks and describes how a model is spread over them."""

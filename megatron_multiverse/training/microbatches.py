@@ -1,0 +1,62 @@
+"""What training asks of its data: microbatches, and the loader that hands them out."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megatron_multiverse.training.signals import hold_signals
+
+Microbatch = dict[str, Tensor]
+"""On the host, for b rows of s tokens: ``input_ids``, ``labels``, ``position_ids``, ``r`` int [b, s], and
+``loss_mask`` float [b, s], 1 where the label is trained.
+
+If the loader has tag ids, also what tells the D documents of a row apart: ``documents`` int [b, D, 2], ``sample_ids``
+int [b, D], ``malformed`` bool [b, D]; see `data.sft_dataset.pack_arrays`."""
+
+
+class Loader(Protocol):
+    """A stream of the microbatches of one data parallel rank, which knows where it stands."""
+
+    @property
+    def tag_ids(self) -> tuple[int, ...] | None:
+        """The ids in which structure is written, in the order of `structure.TAGS`.
+
+        None: structure is not written in the tokens. Then ``position_ids`` and ``r`` of the microbatches count on
+        every device, nothing is scanned, and no document is ever named.
+        """
+        ...
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        """Continue from the current position. The stream of training data must not end."""
+        ...
+
+    def sample_name(self, sample_id: int) -> str:
+        """How messages call the document with this number in ``sample_ids``."""
+        ...
+
+    def sample_problem(self, sample_id: int) -> str | None:
+        """Why the loader could not read the structure of a document, None if it could."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as plain values for the checkpoint; the same on all ranks."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from that position. Raises CheckpointError if it belongs to other data or settings."""
+        ...
+
+
+def stream(loader: Loader) -> Generator[Microbatch, None, None]:
+    """The microbatches of a loader. Its worker processes start with the first one.
+
+    Close the generator to end them: they do not react to SIGTERM, by which Python would end them at exit.
+    """
+    batches = iter(loader)
+    with hold_signals():
+        first = next(batches)
+    yield first
+    yield from batches

@@ -1,0 +1,108 @@
+"""Model and AdamW as megatron-core's `dist_checkpointing` stores them: tensors placed in the whole model.
+
+Tensors carry megatron-core's own names (`decoder.layers...`, `optimizer.state.exp_avg...`), so Megatron finds them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+)
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
+from torch import nn
+
+from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.weight_names import (
+    FINAL_EXTRA_STATE,
+    extra_state_modules,
+    is_extra_state,
+    layer_extra_state,
+)
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's tensors of one parameter, in torch's names; its third value, the step count, is the same for all."""
+
+
+def model_state(model: Any) -> dict[str, Any]:
+    """The weights and extra states of this rank's part of a megatron-core model."""
+    state: dict[str, Any] = model.sharded_state_dict(metadata={})
+    return state
+
+
+def without_extra_states(state: dict[str, Any]) -> dict[str, Any]:
+    """The weights alone. The layer specs differ in the modules that have an extra state; weights go into either."""
+    return {name: value for name, value in state.items() if not is_extra_state(name)}
+
+
+def missing_extra_states(model: Any, present: dict[str, Any]) -> dict[str, Any]:
+    """Empty extra states of the other layer spec's modules: a Megatron that uses it asks for them."""
+    config, keys = model.config, {value.key for value in present.values()}
+    layers = config.num_layers
+    wanted: list[tuple[str, list[tuple[int, int, int]]]] = [
+        (layer_extra_state(module), [(0, layer.layer_number - 1, layers)])
+        for layer in model.decoder.layers
+        for module in extra_state_modules(qk_layernorm=config.qk_layernorm)
+    ]
+    if model.post_process:
+        wanted.append((FINAL_EXTRA_STATE, []))
+    return {
+        f"{key}/{offsets}": make_sharded_object_for_checkpoint(None, key, offsets)
+        for key, offsets in wanted
+        if key not in keys
+    }
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any], folder: Path) -> None:
+    """Put loaded weights into a model. Raises CheckpointError, which names `folder`, if they do not fit it."""
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    misfits = [name for name in missing if not is_extra_state(name)] + unexpected
+    if misfits:
+        raise CheckpointError(
+            f"{folder}: weights do not fit the model, e.g. {misfits[0]}: resume with the model settings of the run"
+        )
+
+
+def adamw_state(optimizer: torch.optim.AdamW, model_state: dict[str, Any]) -> dict[str, Any]:
+    """AdamW's tensors as sharded tensors named after their parameters, so that TP and PP may change.
+
+    Args:
+        optimizer: before its first step its tensors are made here, as zeros.
+        model_state: of the model that it updates, see `model_state`.
+    """
+    parameters = _parameters(optimizer)
+    by_id = get_param_id_to_sharded_param_map(model_state, parameters)
+    sharded: dict[str, Any] = {}
+    for number, parameter in enumerate(parameters):
+        values = optimizer.state[parameter]
+        for name in _MOMENTS:
+            if name not in values:
+                values[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            sharded[f"{number}.{name}"] = make_sharded_optimizer_tensor(
+                by_id[number], values[name], f"optimizer.state.{name}"
+            )
+    return sharded
+
+
+def adamw_steps(optimizer: torch.optim.AdamW) -> float:
+    """Updates done, the same for all parameters; 0 before the first one."""
+    steps = [values["step"] for values in optimizer.state.values() if "step" in values]
+    return float(steps[0]) if steps else 0.0
+
+
+def load_adamw(optimizer: torch.optim.AdamW, tensors: dict[str, Any], steps: float) -> None:
+    """Put back the tensors of `adamw_state`, filled, and the number of updates."""
+    for number, parameter in enumerate(_parameters(optimizer)):
+        values = optimizer.state[parameter]
+        for name in _MOMENTS:
+            values[name] = tensors[f"{number}.{name}"].to(parameter.device)
+        values["step"] = torch.tensor(steps, dtype=torch.float32, device=parameter.device)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """In the order of the groups, which numbers them in a checkpoint."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
