@@ -94,7 +94,7 @@ def build_block(model: ModelConfig, layers: LayerConfig, spec: Any, dtype: torch
 def call_ours(block: Any, hidden: Tensor, layout: str, backend: str = "flash4") -> Tensor:
     """Our layer, and for this one layer all that a forward pass computes once: tile lists and rotary table."""
     from megatron_multiverse.model.attention import LayoutParams
-    from megatron_multiverse.model.rotary import PositionIdRotary
+    from megatron_multiverse.model.layers import PositionIdRotary
 
     r = labels(layout, len(hidden))
     ids = torch.arange(len(hidden), device="cuda")[None]  # any ids would do: they change neither work nor memory

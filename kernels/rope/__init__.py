@@ -9,8 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import inverse_frequencies, llama3_frequencies, rope_angles, rope_reference
-from .table import rope_table, rotate_by_table, rotate_qkv_by_table
+from .reference import (
+    inverse_frequencies,
+    llama3_frequencies,
+    rope_angles,
+    rope_reference,
+    rope_table,
+    rotate_by_table,
+    rotate_qkv_by_table,
+)
 
 
 def rotate(query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import check_qkv
 from .strides import with_near_heads
-from .table import check_qkv
 from .triton_heads import heads_per_step, move_heads
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -28,21 +28,7 @@ from megatron_multiverse.inference.cache.prefix import PrefixCache
 from megatron_multiverse.inference.cache.tree import Node, PageTree
 from megatron_multiverse.inference.step.plan import SamplingArrays, StepPlan
 from megatron_multiverse.inference.text.branch import Block, Branch
-from megatron_multiverse.inference.text.commit import begin_span
 from megatron_multiverse.inference.text.state import RequestState
-
-
-class Row(NamedTuple):
-    """One branch in the step that is being planned."""
-
-    state: RequestState
-    branch: Branch
-    node: Node
-    start: int
-    """Index in `branch.ids` of the first token it brings."""
-    num_tokens: int
-    sample: bool
-    """Whether it wants a token after the last one."""
 
 
 class Step(NamedTuple):
@@ -51,6 +37,24 @@ class Step(NamedTuple):
     plan: StepPlan
     sampled: list[tuple[RequestState, Branch]]
     """One per row of `plan.sample`."""
+
+
+@dataclass
+class Draft:
+    """The rows of the step that is being planned, one entry each; a row is one branch with the tokens it brings."""
+
+    nodes: list[Node] = field(default_factory=list)
+    """Where the branch stands in the cache."""
+    counts: list[int] = field(default_factory=list)
+    """How many tokens it brings."""
+    first_positions: list[int] = field(default_factory=list)
+    """Position of the first of them; the others follow it."""
+    ids: list[int] = field(default_factory=list)
+    """The tokens of all rows, one row after the other."""
+    sample: list[int] = field(default_factory=list)
+    """Rows that want a token after their last one."""
+    sampled: list[tuple[RequestState, Branch]] = field(default_factory=list)
+    """Whom these tokens belong to."""
 
 
 class Scheduler:
@@ -73,29 +77,30 @@ class Scheduler:
         self.active: list[RequestState] = []
         self.nodes: dict[Branch, Node] = {}
         """Where the branches stand in the cache; a branch that waits, or is joined, stands nowhere."""
-        self._rows: list[Row] = []
+        self._draft = Draft()
         self._chunk_room = 0  # tokens that may still enter the step
         self._free_rows = 0  # rows that no living branch holds
         self._held = False  # something waits for pages or rows: admit nothing new, keep no prefixes
+        self._forking: list[RequestState] = []  # requests with a block that has yet to fork or join in the cache
         self._joined: list[Node] = []  # their pages come free once the step is planned
 
     def plan(self) -> Step | None:
         """The next step; None if nothing can run (or nothing is left to do)."""
         while True:
             self._begin_step()
-            for state in self.active:
+            for state in self._forking:
                 self._join(state)
                 self._start_paths(state, force=False)
             if not self._held:
                 self._admit()
             pages_came_free = False
-            if not self._rows:
+            if not self._draft.nodes:
                 # Nothing fits at once: let single paths join or start, oldest request first.
-                for state in self.active:
+                for state in self._forking:
                     pages_came_free |= self._join_one_by_one(state)
                     self._join(state)
                     self._start_paths(state, force=True)
-            step = self._make_step() if self._rows else None
+            step = self._make_step() if self._draft.nodes else None
             for node in self._joined:
                 self.tree.free(node)
             if step is not None or not (self._joined or pages_came_free):
@@ -105,18 +110,23 @@ class Scheduler:
         """Feed every branch that has something to feed, and count the rows that are left."""
         if self._held:
             self.prefixes.clear()  # what runs needs the pages more
-        self._rows, self._chunk_room, self._held, self._joined = [], self.max_step_tokens, False, []
-        self._free_rows = self.max_rows
+        self._draft = Draft()
+        self._free_rows, self._chunk_room, self._held = self.max_rows, self.max_step_tokens, False
+        self._forking, self._joined = [], []
         for state in self.active:
-            self._keep_prompt(state)
-            ended = False
+            if not state.prompt_kept:
+                self._keep_prompt(state)
+            plain = True
             for branch in state.live:
-                if branch.fed < feed_end(branch):
-                    self._feed(state, branch)
-                self._free_rows -= holds_row(branch)
-                ended |= is_fed(branch)
-            if ended:
+                self._feed(state, branch)
+                if branch.finish is None and branch.num_joined == len(branch.blocks):
+                    self._free_rows -= 1  # it decodes
+                else:
+                    self._free_rows -= holds_row(branch)
+                    plain = False
+            if not plain:
                 state.live = [branch for branch in state.live if not is_fed(branch)]
+                self._forking.append(state)
 
     def _keep_prompt(self, state: RequestState) -> None:
         """Offer a prompt to the prefix cache once the step that computes its keys has run."""
@@ -126,25 +136,35 @@ class Scheduler:
 
     def _feed(self, state: RequestState, branch: Branch) -> None:
         """Put the branch into the step with as many of its next tokens as fit; with none if pages are missing."""
-        if len(self._rows) >= self.max_rows or (branch.parent is None and branch.finish is not None):
-            return  # an answer that is complete needs no keys of its last tokens
-        node, start, end = self.nodes[branch], branch.fed, feed_end(branch)
-        count = min(end - start, max(1, self._chunk_room))
-        if self.tree.append_cost(node, count) > len(self.book.free):
+        all_joined = branch.num_joined == len(branch.blocks)
+        start, end = branch.fed, len(branch.ids) if all_joined else feed_end(branch)
+        draft = self._draft
+        if start == end or len(draft.nodes) >= self.max_rows:
+            return
+        node = self.nodes[branch]
+        count = end - start
+        if count > 1:  # one token always enters
+            count = min(count, max(1, self._chunk_room))
+        if not self.tree.append(node, count):
             self._held = True
             return
         self._chunk_room -= count
-        self.tree.append(node, count)
         branch.fed += count
-        sample = branch.fed == len(branch.ids) and branch.finish is None and branch.num_joined == len(branch.blocks)
-        self._rows.append(Row(state, branch, node, start, count, sample))
+        if all_joined and branch.finish is None and branch.fed == end:
+            draft.sample.append(len(draft.nodes))
+            draft.sampled.append((state, branch))
+            if branch.span_start is None:
+                branch.span_start = (state.step, end)  # the timeline shows it from here
+        draft.nodes.append(node)
+        draft.counts.append(count)
+        draft.first_positions.append(branch.positions[start])
+        draft.ids += branch.ids[start : start + count]
 
     def _place(self, state: RequestState, branch: Branch, node: Node) -> None:
         """A branch gets a place in the cache and a row."""
         self.nodes[branch] = node
         state.live.append(branch)
         self._free_rows -= 1
-        begin_span(state, branch)
         self._feed(state, branch)
 
     def _join(self, state: RequestState) -> None:
@@ -165,7 +185,6 @@ class Scheduler:
                 self.nodes.pop(kid, None)
             branch.num_joined += 1
             self._free_rows -= 1
-            begin_span(state, branch)
             self._feed(state, branch)
 
     def _join_one_by_one(self, state: RequestState) -> bool:
@@ -237,32 +256,31 @@ class Scheduler:
         )
 
     def _make_step(self) -> Step:
-        """The rows as integers. Python work is per row, never per token."""
-        rows = self._rows
-        counts = np.array([row.num_tokens for row in rows], dtype=np.int64)
-        borders = np.concatenate(([0], np.cumsum(counts)))
-        first = np.array([row.branch.positions[row.start] for row in rows], dtype=np.int64)
-        tables = [row.node.pages for row in rows]
-        pages = np.full((len(rows), max(map(len, tables))), self.book.num_pages, dtype=np.int32)
-        for line, table in zip(pages, tables, strict=True):
-            line[: len(table)] = table
-        ids = chain.from_iterable(row.branch.ids[row.start : row.start + row.num_tokens] for row in rows)
+        """The draft as arrays. Python work is per row, never per token."""
+        draft = self._draft
+        counts = np.array(draft.counts, dtype=np.int64)
+        borders = np.zeros(len(counts) + 1, dtype=np.int64)
+        np.cumsum(counts, out=borders[1:])
+        first = np.array(draft.first_positions, dtype=np.int64)
+        widest = max([node.num_pages for node in draft.nodes])
+        pages = np.full((len(counts), widest), self.book.num_pages, dtype=np.int32)
+        for line, node in zip(pages, draft.nodes, strict=True):
+            line[: node.num_pages] = node.pages
         copies, write_slots, write_tokens = self.tree.take_ledger()
-        sampled = [(row.state, row.branch) for row in rows if row.sample]
         plan = StepPlan(
             copies=copies,
-            ids=np.fromiter(ids, dtype=np.int64, count=int(borders[-1])),
+            ids=np.array(draft.ids, dtype=np.int64),
             positions=np.repeat(first - borders[:-1], counts) + np.arange(borders[-1]),
             borders=borders,
             pages=pages,
-            lengths=np.array([row.node.length for row in rows], dtype=np.int32),
+            lengths=np.array([node.length for node in draft.nodes], dtype=np.int32),
             write_slots=write_slots,
             write_tokens=write_tokens,
-            sample=np.flatnonzero([row.sample for row in rows]),
-            sampling=sampling_arrays(sampled),
+            sample=np.array(draft.sample, dtype=np.int64),
+            sampling=sampling_arrays(draft.sampled),
             freed=np.array(self.book.take_freed() if self.book.freed else (), dtype=np.int64),
         )
-        return Step(plan, sampled)
+        return Step(plan, draft.sampled)
 
     def remove(self, state: RequestState) -> None:
         """Give back everything the request holds in the cache; its text stays."""
@@ -321,8 +339,6 @@ def is_fed(branch: Branch) -> bool:
 def holds_row(branch: Branch) -> bool:
     """Whether a branch with a place in the cache takes part in steps: not while it waits for its paths, not once it
     has ended and is fed."""
-    if branch.parent is None and branch.finish is not None:
-        return False
     return branch.fed < feed_end(branch) or (branch.finish is None and branch.num_joined == len(branch.blocks))
 
 

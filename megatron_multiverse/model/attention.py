@@ -1,7 +1,8 @@
-"""Core attention: megatron-core calls it with rotated q, k and v; the params of the forward pass say what is seen.
+"""What a forward pass attends to. The layers (`layers.py`) ask these params; nothing else says what is seen.
 
-These params travel through megatron-core in its argument `packed_seq_params`. `AttentionParams` is the interface;
-`LayoutParams` implements it for training, where all tokens are at hand and there is no cache; decoding has its own.
+They travel through megatron-core in its argument `packed_seq_params`. `AttentionParams` is the interface;
+`LayoutParams` implements it for training, where all tokens are at hand and there is no cache; decoding has its own
+(`inference/step/kv_store.py`).
 Shapes: s tokens, b batch, h query heads, g key/value heads, d head width.
 """
 
@@ -12,8 +13,6 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_multiverse.errors import ConfigError
@@ -91,72 +90,3 @@ class LayoutParams(AttentionParams):
         assert self.layout.key_r is None
         pairs: Tensor = count_visible_pairs(self.layout.r, self.layout.index)
         return pairs
-
-
-def refuse_unsupported_settings(config: TransformerConfig) -> None:
-    """Raise ConfigError for settings of megatron-core that our layers would ignore.
-
-    megatron-core's own default for both dropouts is 0.1.
-    """
-    refused = {
-        "hidden_dropout": config.hidden_dropout,
-        "attention_dropout": config.attention_dropout,
-        "window_size": getattr(config, "window_size", None),
-        "softmax_type": getattr(config, "softmax_type", "vanilla") != "vanilla",
-        "qk_clip": getattr(config, "qk_clip", False),
-        "attention_output_gate": getattr(config, "attention_output_gate", False),
-        "multi_latent_attention": getattr(config, "multi_latent_attention", False),
-    }
-    if wrong := [name for name, value in refused.items() if value]:
-        given = ", ".join(f"{name} {getattr(config, name)!r}" for name in wrong)
-        raise ConfigError(
-            f"Multiverse attention and its layers have no {', '.join(wrong)} (given: {given}): set the dropouts to 0.0 "
-            "and leave the others unset"
-        )
-
-
-class CoreAttention(MegatronModule):  # type: ignore[misc]
-    """`core_attention` of megatron-core's self-attention: asks the AttentionParams of the forward pass."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        **_: Any,
-    ) -> None:
-        super().__init__(config=config)
-        refuse_unsupported_settings(config)
-        self.layer_number = layer_number
-        self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: Any = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """See AttentionParams.attend; attention_mask must be None, the params say what is seen."""
-        if attention_bias is not None:
-            raise ConfigError("Multiverse attention takes no attention_bias: leave it out")
-        params = require_attention_params(packed_seq_params, attention_mask)
-        return params.attend(query, key, value, layer_number=self.layer_number, softmax_scale=self.softmax_scale)
-
-
-def require_attention_params(
-    packed_seq_params: PackedSeqParams | None, attention_mask: Tensor | None = None
-) -> AttentionParams:
-    """The params of the forward pass. Raises ConfigError if they are of another type, or a mask comes beside them."""
-    if isinstance(packed_seq_params, AttentionParams) and attention_mask is None:
-        return packed_seq_params
-    raise ConfigError(
-        "call the model with attention_mask=None and packed_seq_params=LayoutParams.from_labels(r) "
-        f"(LayoutParams.causal for plain text); got {type(packed_seq_params).__name__} and "
-        f"attention_mask={'None' if attention_mask is None else 'a tensor'}"
-    )

@@ -15,8 +15,8 @@ from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.multiverse_attention import AttentionCase, check_backend
 from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.model.layer_specs import choose_transformer_impl, get_final_norm, get_gpt_layer_spec
+from megatron_multiverse.model.layers import PositionIdRotary, install_rotary
 from megatron_multiverse.model.mcore import ensure_cuda_rng_states, ensure_parallel_state
-from megatron_multiverse.model.rotary import PositionIdRotary, install_rotary
 
 
 def transformer_config(
@@ -162,7 +162,7 @@ def build_gpt_model(
             block,
             vocab_size=config.vocab_size,
             max_sequence_length=config.max_sequence_length,
-            position_embedding_type="none",  # the rotation is ours: rotary.py, self_attention.py
+            position_embedding_type="none",  # the rotation is ours: layers.py
             share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),

@@ -19,10 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_multiverse.config import LayerConfig
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.model.attention import CoreAttention
-from megatron_multiverse.model.norm import RMSNorm
-from megatron_multiverse.model.residual import residual_add
-from megatron_multiverse.model.self_attention import SelfAttention
+from megatron_multiverse.model.layers import CoreAttention, RMSNorm, SelfAttention, residual_add
 
 logger = logging.getLogger(__name__)
 

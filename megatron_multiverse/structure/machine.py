@@ -95,7 +95,12 @@ class StructureMachine:
     def push(self, token_id: int) -> Event:
         """Read one token and say what it did."""
         tag = self.vocab.tag_of.get(token_id)
-        event = self._plain(token_id) if tag is None else self._tag(tag)
+        if tag is not None:
+            event = self._tag(tag)
+        elif self._stack or self._label is not None:
+            event = self._plain(token_id)
+        else:
+            event = Event.TEXT
         self.num_tokens += 1
         self._last = token_id
         return event

@@ -1,11 +1,15 @@
-"""Which of our files, functions and call depth one decode step goes through: what a reader has to open.
+"""What one decode step goes through: which of our files a reader has to open, how many functions, how deep.
 
-`python tools/dev/trace_step.py --load examples/quickstart/model` answers a problem of the quickstart and traces single
-steps: one that only decodes, and one that joins a block. Files of other packages do not count.
+    python tools/dev/trace_step.py
+
+answers a problem of the quickstart with its model and traces every step. It prints one of each kind: a step that only
+decodes, one that writes a fork or a join, and one that makes it in the cache. Calls into other packages do not count,
+nor do comprehensions.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,38 +17,103 @@ from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-OWN = (str(ROOT / "megatron_multiverse") + "/", str(ROOT / "kernels") + "/")
+OWN = tuple(f"{ROOT / name}/" for name in ("megatron_multiverse", "kernels"))
+QUICKSTART = ROOT / "examples" / "quickstart"
 
 
 @dataclass
 class Trace:
-    """Calls of our own functions during one step."""
+    """Calls of our own functions while it is set by `sys.setprofile`."""
 
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(file, function) to number of calls."""
-    depth: int = 0
+    """(file, function) -> number of calls."""
     deepest: list[str] = field(default_factory=list)
-    """Our own frames at the deepest point, outermost first."""
+    """Our own frames where they were most, outermost first."""
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
         """For `sys.setprofile`."""
-        if event == "call" and (where := own_name(frame)):
-            self.calls[where] += 1
-            frames = [name for f in stack(frame) if (name := own_name(f))]
+        name = own_name(frame)
+        if event == "call" and name is not None:
+            self.calls[name] += 1
+            frames = own_frames(frame)
             if len(frames) > len(self.deepest):
-                self.deepest = [f"{file}:{function}" for file, function in reversed(frames)]
+                self.deepest = frames
+
+    @property
+    def files(self) -> set[str]:
+        """Files whose functions were called."""
+        return {file for file, _ in self.calls}
+
+    def called(self, file: str, function: str) -> bool:
+        """Whether this function of the file was called."""
+        return (f"megatron_multiverse/inference/{file}", function) in self.calls
+
+    def lines(self) -> list[str]:
+        """What the trace shows, for people."""
+        head = f"{len(self.files)} files, {len(self.calls)} functions, {self.calls.total()} calls"
+        files = [
+            f"  {file}: {', '.join(name for where, name in self.calls if where == file)}" for file in sorted(self.files)
+        ]
+        return [head, *files, f"  deepest, {len(self.deepest)} frames: {' > '.join(self.deepest)}"]
 
 
 def own_name(frame: FrameType) -> tuple[str, str] | None:
     """(file, function) of a frame of ours; None for other packages and for comprehensions."""
     path, function = frame.f_code.co_filename, frame.f_code.co_name
-    if function.startswith("<"):
+    if function.startswith("<") or not path.startswith(OWN):
         return None
-    return next(((path[len(str(ROOT)) + 1 :], function) for own in OWN if path.startswith(own)), None)
+    return path[len(str(ROOT)) + 1 :], function
 
 
-def stack(frame: FrameType | None) -> Any:
-    """The frame and its callers."""
+def own_frames(frame: FrameType | None) -> list[str]:
+    """Names of our own functions that are running, outermost first."""
+    names = []
     while frame is not None:
-        yield frame
+        if name := own_name(frame):
+            names.append(name[1])
         frame = frame.f_back
+    return names[::-1]
+
+
+def trace_steps() -> list[Trace]:
+    """A trace of every step that answers one problem with nested blocks."""
+    sys.path.insert(0, str(QUICKSTART))
+    import torch
+    from decode import Decoder
+    from measure import fresh_problems
+
+    from megatron_multiverse.config import SamplingParams
+    from megatron_multiverse.inference import Request
+
+    torch.set_num_threads(1)
+    decoder = Decoder(QUICKSTART / "model", num_pages=1024)
+    problem = next(p for p in fresh_problems(50, seed=4) if p.depth == 2 and len(p.expressions) == 2)
+    prompt = decoder.prompt_ids(problem, "parallel")
+    decoder.engine.add_request(Request(prompt_ids=prompt, sampling=SamplingParams(max_tokens=3000)))
+    traces = []
+    while decoder.engine.has_work:
+        traces.append(Trace())
+        sys.setprofile(traces[-1])
+        decoder.engine.step()
+        sys.setprofile(None)
+    return traces
+
+
+def main() -> None:
+    traces = trace_steps()
+    special = [
+        ("writes a fork", "text/commit.py", "_fork"),
+        ("forks in the cache", "cache/tree.py", "fork"),
+        ("writes a join", "text/commit.py", "_join"),
+        ("joins in the cache", "cache/tree.py", "join"),
+    ]
+    plain = next(t for t in traces[3:] if not any(t.called(file, name) for _, file, name in special))
+    print("a step that only decodes: " + "\n".join(plain.lines()))
+    for what, file, name in special:
+        print(f"a step that {what}: " + "\n".join(next(t for t in traces if t.called(file, name)).lines()))
+    most = max(len(trace.files) for trace in traces)
+    print(f"{len(traces)} steps; most files in one: {most}, most frames: {max(len(t.deepest) for t in traces)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -31,39 +31,44 @@ class Node:
 
     Attributes:
         length: tokens listed.
+        num_pages: pages listed.
         base: index of its first own token; the tokens before it belong to the parent.
+        last_page: the page that may be partly filled; -1 if there is none.
         parent: the node it was forked from.
         children: living nodes forked from it.
     """
 
-    __slots__ = ("_num_pages", "_pages", "base", "children", "length", "parent")
+    __slots__ = ("_pages", "base", "children", "last_page", "length", "num_pages", "parent")
 
     def __init__(self, parent: Node | None = None) -> None:
         self.length = 0
         self.base = 0
+        self.last_page = -1
         self.parent = parent
         self.children: list[Node] = []
         self._pages: npt.NDArray[np.int32] = np.empty(16, dtype=np.int32)
-        self._num_pages = 0
+        self.num_pages = 0
 
     @property
     def pages(self) -> npt.NDArray[np.int32]:
         """Owned or shared pages, in order: int32, a view."""
-        return self._pages[: self._num_pages]
+        return self._pages[: self.num_pages]
 
     def add_pages(self, pages: PageList) -> None:
         """Append pages to the list."""
-        need = self._num_pages + len(pages)
+        need = self.num_pages + len(pages)
         if need > len(self._pages):
             grown = np.empty(max(need, 2 * len(self._pages)), dtype=np.int32)
-            grown[: self._num_pages] = self.pages
+            grown[: self.num_pages] = self.pages
             self._pages = grown
-        self._pages[self._num_pages : need] = pages
-        self._num_pages = need
+        if len(pages):
+            self._pages[self.num_pages : need] = pages
+            self.num_pages, self.last_page = need, int(pages[-1])
 
     def clear(self) -> None:
         """List nothing any more."""
-        self._num_pages = self.length = 0
+        self.num_pages = self.length = 0
+        self.last_page = -1
 
 
 class Ledger(NamedTuple):
@@ -90,7 +95,7 @@ class PageTree:
 
     def append_cost(self, node: Node, count: int) -> int:
         """Pages that appending `count` tokens will take."""
-        return -(-(node.length + count) // self.page_size) - node._num_pages
+        return -(-(node.length + count) // self.page_size) - node.num_pages
 
     def fork_cost(self, node: Node, count: int) -> int:
         """Pages that forking `count` children will take."""
@@ -109,22 +114,28 @@ class PageTree:
         grid = pages[:, None].astype(np.int64) * self.page_size + self._offsets
         return grid.reshape(-1)[start - first * self.page_size : end - first * self.page_size]
 
-    def append(self, node: Node, count: int) -> None:
-        """Make room for the next `count` tokens of the pass at the end of a node."""
-        start = node.length
+    def append(self, node: Node, count: int) -> bool:
+        """Make room for the next `count` tokens of the pass at the end of a node; False, and nothing, if pages are
+        missing."""
+        start, offset = node.length, node.length % self.page_size
+        if count == 1 and offset:  # what nearly every decoding branch does in nearly every step
+            assert self.book.owners[node.last_page] == 1, "a shared page must never be written"
+            node.length += 1
+            self._source[node.last_page * self.page_size + offset] = ~self._num_tokens
+            self._num_tokens += 1
+            return True
+        if self.append_cost(node, count) > len(self.book.free):
+            return False
         self._grow(node, count)
-        if count == 1:  # the case of every decoding branch in every step
-            slots = [int(node.pages[-1]) * self.page_size + start % self.page_size]
-        else:
-            slots = self.slots(node, start, node.length).tolist()
-        for slot in slots:
+        for slot in self.slots(node, start, node.length).tolist():
             self._source[slot] = ~self._num_tokens
             self._num_tokens += 1
+        return True
 
     def _grow(self, node: Node, count: int) -> None:
         """Lengthen a node, with new pages where the open one is full."""
         if count and node.length % self.page_size:
-            assert self.book.owners[node.pages[-1]] == 1, "a shared page must never be written"
+            assert self.book.owners[node.last_page] == 1, "a shared page must never be written"
         if missing := self.append_cost(node, count):
             node.add_pages(self.book.allocate(missing))
         node.length += count
@@ -203,11 +214,11 @@ class PageTree:
 
     def take_ledger(self) -> Ledger:
         """What the pass has to do with slots; the next pass starts with an empty ledger."""
-        copies = [(origin, slot) for slot, origin in self._source.items() if origin >= 0]
-        writes = [(slot, ~origin) for slot, origin in self._source.items() if origin < 0]
+        slots = np.fromiter(self._source, dtype=np.int64, count=len(self._source))
+        origins = np.fromiter(self._source.values(), dtype=np.int64, count=len(slots))
         self.clear_ledger()
-        slots, tokens = np.ascontiguousarray(np.array(writes, dtype=np.int64).reshape(-1, 2).T)
-        return Ledger(np.array(copies, dtype=np.int64).reshape(-1, 2), slots, tokens)
+        copied, written = origins >= 0, origins < 0
+        return Ledger(np.stack((origins[copied], slots[copied]), axis=1), slots[written], ~origins[written])
 
     def clear_ledger(self) -> None:
         """Forget what was noted: the pass will not happen."""

@@ -80,9 +80,10 @@ class Runner:
         finally:
             self._logit_tokens = None
         tokens, logprobs = self.sampler(logits[:, : self.vocab_size], plan.sampling)
-        # One transfer brings everything back; float64 holds every token id exactly.
-        chosen, logprob = torch.stack((tokens.double(), logprobs.double())).cpu().numpy()
-        return StepOutput(chosen.astype(np.int64), logprob, np.isfinite(logprob))
+        # One transfer brings everything back: the log-probabilities travel as the bits of integers.
+        chosen, bits = torch.stack((tokens, logprobs.double().view(torch.int64))).cpu().numpy()
+        logprob = bits.view(np.float64)
+        return StepOutput(chosen, logprob, np.isfinite(logprob))
 
     def _select_hidden(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Keep only the tokens whose logits are asked for: the vocabulary is wide, most tokens need none."""

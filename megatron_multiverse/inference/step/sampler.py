@@ -37,7 +37,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
         [rows], float32 or wider; not finite where the logits are not.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide.gather(1, tokens[:, None])[:, 0] - wide.logsumexp(-1)
+    return -torch.nn.functional.cross_entropy(wide, tokens, reduction="none")
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -96,7 +96,7 @@ class CounterSampler:
     def __call__(self, logits: Tensor, sampling: SamplingArrays) -> tuple[Tensor, Tensor]:
         """See Sampler."""
         tokens = logits.argmax(-1)
-        if (sampling.temperature > 0).any():
+        if sampling.temperature.any():
 
             def column(values: npt.NDArray[np.generic]) -> Tensor:
                 return torch.from_numpy(values).to(logits.device)

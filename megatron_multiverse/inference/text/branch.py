@@ -91,7 +91,7 @@ class Branch:
     finish: BranchFinish | None = None
     """Why it ended; None while it goes on."""
     span_start: tuple[int, int] | None = None
-    """(step, tokens) at which it began to run; None while it does not."""
+    """(step, tokens) at which it began to take tokens without interruption; None while it takes none."""
 
     @property
     def open_block(self) -> Block | None:

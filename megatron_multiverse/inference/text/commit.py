@@ -26,9 +26,11 @@ def commit_token(state: RequestState, branch: Branch, token: int, logprob: float
         logprob: its log-probability.
     """
     branch.num_sampled += 1
-    sampling, is_root = state.request.sampling, branch.parent is None
-    stops = token == branch.machine.vocab.eos_id and not sampling.ignore_eos
-    if stops or (is_root and token in sampling.stop_token_ids):
+    sampling = state.request.sampling
+    if token == branch.machine.vocab.eos_id and not sampling.ignore_eos:
+        _close(state, branch, "eos")
+        return
+    if sampling.stop_token_ids and branch.parent is None and token in sampling.stop_token_ids:
         _close(state, branch, "eos")
         return
     # No branch ever has more than MOST_CLOSERS tokens to close, so most tokens need no exact count.
@@ -36,7 +38,9 @@ def commit_token(state: RequestState, branch: Branch, token: int, logprob: float
     if room <= MOST_CLOSERS and not fits(branch, token):
         _close(state, branch, "length")
         return
-    event = _write(state, branch, [token], [logprob])
+    event = _append(branch, token, logprob)
+    if state.on_token is not None:
+        state.unheard.append((branch.name, [token]))
     if event is Event.FORK:
         _fork(state, branch)
     elif event is Event.PATH_END:
@@ -59,23 +63,23 @@ def _close_tree(state: RequestState, branch: Branch, reason: BranchFinish) -> No
         _close(state, branch, reason)
 
 
-def _write(
-    state: RequestState, branch: Branch, ids: Sequence[int], logprobs: Sequence[float | None] | None = None
-) -> Event:
-    """Append tokens to the text of a branch; returns what the last one did to the grammar. Forced ones have no
-    log-probabilities."""
-    event = Event.TEXT
+def _append(branch: Branch, token: int, logprob: float | None) -> Event:
+    """Append a token to the text of a branch; returns what it did to the grammar."""
+    event = branch.machine.push(token)
+    branch.ids.append(token)
+    branch.positions.append(branch.next_position)
+    branch.logprobs.append(logprob)
+    branch.next_position += 1
+    branch.total += 1
+    return event
+
+
+def _force(state: RequestState, branch: Branch, ids: Sequence[int]) -> None:
+    """Append tokens that nobody drew."""
     for token in ids:
-        event = branch.machine.push(token)
-    start = branch.next_position
-    branch.next_position += len(ids)
-    branch.total += len(ids)
-    branch.ids += ids
-    branch.positions += range(start, branch.next_position)
-    branch.logprobs += [None] * len(ids) if logprobs is None else logprobs
+        _append(branch, token, None)
     if state.on_token is not None:
         state.unheard.append((branch.name, list(ids)))
-    return event
 
 
 def _fork(state: RequestState, branch: Branch) -> None:
@@ -107,19 +111,20 @@ def _fork(state: RequestState, branch: Branch) -> None:
     branch.blocks.append(block)
     end_span(state, branch)
     for kid, prefix in zip(block.kids, prefixes, strict=True):
-        _write(state, kid, prefix)
+        _force(state, kid, prefix)
     for kid in block.kids:
         if exhausted(kid):
             _close(state, kid, "length")
 
 
-def _join(state: RequestState, branch: Branch, block: Block) -> None:
-    """All paths of the open block have ended: go on after the longest of them, with the conclusion."""
+def _join(state: RequestState, branch: Branch) -> None:
+    """All paths of the last block have ended: go on after the longest of them, with the conclusion."""
+    block = branch.blocks[-1]
     block.joined = True
     branch.total += sum(kid.total for kid in block.kids)
     branch.next_position = max(kid.next_position for kid in block.kids)
     branch.machine.join()
-    _write(state, branch, branch.machine.vocab.conclusion_prefix())
+    _force(state, branch, branch.machine.vocab.conclusion_prefix())
     if exhausted(branch):
         _close(state, branch, "length")
 
@@ -129,7 +134,7 @@ def _close(state: RequestState, branch: Branch, finish: BranchFinish) -> None:
     closing = branch.machine.closing_ids()
     if closing:
         state.counts["forced_close"] += 1
-        _write(state, branch, closing)
+        _force(state, branch, closing)
     _end(state, branch, finish)
 
 
@@ -138,15 +143,8 @@ def _end(state: RequestState, branch: Branch, finish: BranchFinish) -> None:
     branch.finish = finish
     end_span(state, branch)
     parent = branch.parent
-    block = parent.open_block if parent is not None else None
-    if parent is not None and block is not None and all(kid.finish is not None for kid in block.kids):
-        _join(state, parent, block)
-
-
-def begin_span(state: RequestState, branch: Branch) -> None:
-    """The branch begins to run, or goes on after a join: the timeline shows it from here."""
-    if branch.span_start is None and branch.finish is None and branch.open_block is None:
-        branch.span_start = (state.step, len(branch.ids))
+    if parent is not None and all(kid.finish is not None for kid in parent.blocks[-1].kids):
+        _join(state, parent)
 
 
 def end_span(state: RequestState, branch: Branch) -> None:

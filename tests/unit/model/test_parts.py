@@ -9,14 +9,12 @@ import torch
 from megatron_multiverse.config import LayerConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.rope import inverse_frequencies, rope_angles, rope_reference
-from megatron_multiverse.model.attention import CoreAttention, LayoutParams
+from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.model.families import preset, qwen2, qwen3
 from megatron_multiverse.model.gpt import build_gpt_model, transformer_config
 from megatron_multiverse.model.layer_specs import get_final_norm, get_gpt_layer_spec
-from megatron_multiverse.model.norm import RMSNorm
-from megatron_multiverse.model.residual import residual_add
-from megatron_multiverse.model.rotary import PositionIdRotary
+from megatron_multiverse.model.layers import CoreAttention, PositionIdRotary, RMSNorm, residual_add
 
 
 def test_rope_reference_is_a_rotation_by_position_times_frequency() -> None:

@@ -1,0 +1,121 @@
+"""A step plan is integers: written to bytes and run in another process, with its own key/value store, it gives the
+same tokens. This is what another rank does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+from multiprocessing.connection import Connection
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_multiverse.inference.step.plan import StepOutput, StepPlan
+from megatron_multiverse.inference.step.runner import Runner
+from megatron_multiverse.inference.step.sampler import CounterSampler
+
+from .toy import (
+    NEWLINE,
+    TEXT,
+    VOCAB_SIZE,
+    ScriptedSampler,
+    ToyModel,
+    ask,
+    assert_drained,
+    random_prompt,
+    random_script,
+    toy_engine,
+)
+
+TREES = 50
+
+
+def make_sampler(scripts):
+    """The scripts write the structure, the model the words, drawn with each branch's own noise."""
+
+    class Sampler(ScriptedSampler):
+        def __call__(self, logits, sampling):
+            scripted, _ = super().__call__(logits, sampling)
+            words = logits.clone()
+            words[:, :TEXT] = float("-inf")
+            drawn, _ = CounterSampler()(words, sampling)
+            free = [self.scripts[key][index] < 0 for key, index in zip(sampling.keys, sampling.indices, strict=True)]
+            tokens = torch.where(torch.tensor(free), drawn, scripted)
+            return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+    return Sampler(scripts)
+
+
+def serve_plans(connection: Connection, scripts, sizes: dict[str, int]) -> None:
+    """The other process: a model and a store of its own; it sees nothing but bytes."""
+    runner = Runner(ToyModel(3), sampler=make_sampler(scripts), **sizes)
+    while data := connection.recv_bytes():
+        for array in runner.run(StepPlan.from_bytes(data)):
+            connection.send_bytes(array.tobytes())
+
+
+class RemoteRunner:
+    """Sends the plan away; what comes back is all that the engine learns."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        self.connection.send_bytes(plan.to_bytes())
+        tokens, logprobs, finite = (
+            np.frombuffer(self.connection.recv_bytes(), dtype=dtype) for dtype in (np.int64, np.float64, np.bool_)
+        )
+        return StepOutput(tokens, logprobs, finite)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_another_process_gives_the_same_tokens(page_size):
+    scripts, requests = [], []
+    for k in range(TREES):
+        rng = random.Random(500 + k)
+        scripts.append(random_script(rng, depth=2, blocks=rng.choice([1, 2]), most_paths=3, text=6, free=True))
+        requests.append(ask(random_prompt(rng, 20), max_tokens=1500, temperature=1.0, top_p=0.9, sample=k))
+    settings = {"page_size": page_size, "num_pages": 6000 // page_size, "max_rows": 24, "debug": False}
+    here = toy_engine(ToyModel(3), sampler=make_sampler(scripts), **settings)
+    expected = here.generate(requests)
+    assert sum(len(result.blocks) for result in expected) > TREES
+
+    ours, theirs = multiprocessing.Pipe()
+    sizes = {"num_pages": settings["num_pages"], "page_size": page_size}
+    process = multiprocessing.get_context("fork").Process(target=serve_plans, args=(theirs, scripts, sizes))
+    process.start()
+    try:
+        there = toy_engine(ToyModel(3), **settings)
+        there.runner = RemoteRunner(ours)
+        results = there.generate(requests)
+    finally:
+        ours.send_bytes(b"")
+        process.join()
+    assert process.exitcode == 0
+    for got, want in zip(results, expected, strict=True):
+        assert got.token_ids == want.token_ids
+        assert got.logprobs == want.logprobs
+        assert got.position_ids == want.position_ids
+    assert_drained(there)
+
+
+def test_every_array_survives_the_journey():
+    plans = []
+
+    class Keeping(Runner):
+        def run(self, plan):
+            plans.append(plan)
+            return super().run(plan)
+
+    script = random_script(random.Random(1), depth=2, blocks=2, most_paths=3)
+    engine = toy_engine(sampler=ScriptedSampler([script]), page_size=16)
+    engine.runner.__class__ = Keeping
+    engine.generate([ask([TEXT, NEWLINE], max_tokens=2000)])
+    assert any(len(plan.copies) for plan in plans) and any(len(plan.write_slots) > len(plan.ids) for plan in plans)
+    assert any(len(plan.freed) for plan in plans)
+    for plan in plans:
+        back = StepPlan.from_bytes(plan.to_bytes())
+        for one, other in zip(plan._arrays(), back._arrays(), strict=True):
+            assert one.dtype == other.dtype and one.shape == other.shape and np.array_equal(one, other)
+    assert max(int(plan.ids.max()) for plan in plans) < VOCAB_SIZE
