@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from copied_weights import copy_weights
@@ -303,22 +304,42 @@ def test_the_stock_model_loads_what_we_write(layers, tmp_path: Path) -> None:
 
 def test_decoding_over_pages_equals_one_forward() -> None:
     """TransformerEngine's layers in the inference engine: prompt in two chunks, then a token, float32."""
-    from megatron_multiverse.inference.context import Row
-    from megatron_multiverse.inference.runner import Runner
-    from megatron_multiverse.inference.tree import PageTree
+    from megatron_multiverse.inference.step.plan import SamplingArrays, StepPlan
+    from megatron_multiverse.inference.step.runner import Runner
+    from megatron_multiverse.inference.step.sampler import CounterSampler
+
+    got = []
+
+    def sampler(logits, sampling):
+        got.append(logits[0])
+        return CounterSampler()(logits, sampling)
+
+    def plan(start, end):
+        one, none = np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        slots = np.arange(start, end)  # pages 0, 1, 2 in order
+        return StepPlan(
+            copies=none.reshape(0, 2),
+            ids=ids[0, start:end].numpy(),
+            positions=slots,
+            borders=np.array([0, end - start]),
+            pages=np.arange(3, dtype=np.int32)[None],
+            lengths=np.array([end], dtype=np.int32),
+            write_slots=slots,
+            write_tokens=slots - start,
+            sample=one,
+            sampling=SamplingArrays(keys=one, indices=one, temperature=one * 0.0, top_k=one, top_p=one + 1.0),
+            freed=none,
+        )
 
     model = build("qwen2", TE)
     ids, _, _ = batch(5, b=1, s=40)
-    runner = Runner(model, num_pages=8, page_size=16)
-    tree = PageTree(runner.pool)
-    node = tree.root()
-    got = []
-    for start, end in ((0, 17), (17, 39), (39, 40)):
-        tree.append(node, end - start)
-        row = Row(None, node, ids[0, start:end].tolist(), start, start, True)  # type: ignore[arg-type]
-        got.append(runner.run([row])[0])
+    runner = Runner(model, num_pages=8, page_size=16, sampler=sampler)
+    outputs = [runner.run(plan(start, end)) for start, end in ((0, 17), (17, 39), (39, 40))]
     runner.close()
     positions = torch.arange(40)[None].cuda()
     with torch.no_grad():
         want = model(ids.cuda(), positions, None, packed_seq_params=LayoutParams.causal(ids.cuda()))[0]
     torch.testing.assert_close(torch.stack(got), want[[16, 38, 39]], rtol=0, atol=3e-3)
+    for output, logits in zip(outputs, got, strict=True):
+        assert output.tokens.tolist() == [int(logits.argmax())]
+        assert output.logprobs[0] == pytest.approx(float(logits.log_softmax(-1).max()), abs=1e-5)

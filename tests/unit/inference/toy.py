@@ -75,7 +75,7 @@ class NullModel(nn.Module):
 
 
 def _rotate(x: Tensor, position_ids: Tensor) -> Tensor:
-    frequencies = 100.0 ** (-torch.arange(HEAD_DIM // 2, dtype=torch.float64) / (HEAD_DIM // 2))
+    frequencies = 100.0 ** (-torch.arange(HEAD_DIM // 2, dtype=torch.float64, device=x.device) / (HEAD_DIM // 2))
     angle = (position_ids.t()[..., None] * frequencies)[:, :, None]
     a, b = x.chunk(2, -1)
     return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
