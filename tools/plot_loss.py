@@ -15,7 +15,7 @@ from megatron_multiverse.errors import MultiverseError
 def main() -> None:
     from jsonargparse import ArgumentParser
 
-    from megatron_multiverse.training.plots import plot_loss
+    from megatron_multiverse.views.loss_curves import plot_loss
 
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--runs", nargs="+", type=Path, required=True, help="run folders (checkpoint.save)")

@@ -5,6 +5,7 @@ RUN/iter_0000100/                       the checkpoint of a step
 RUN/release/                            weights without training state
 RUN/model_config.json                   the shape of the model
 RUN/conversion.json                     where converted weights came from
+RUN/metrics.jsonl                       what a training run reported, a line a time
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 POINTER_FILE = "latest_checkpointed_iteration.txt"
 MODEL_CONFIG_FILE = "model_config.json"
 RECORD_FILE = "conversion.json"
+METRICS_FILE = "metrics.jsonl"
 RELEASE = "release"
 ITERATION_GLOB = "iter_*"
 

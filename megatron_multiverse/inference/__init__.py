@@ -6,16 +6,37 @@ Three rooms, and the loop that joins them:
 - `cache/`: who owns which page. Integers only.
 - `step/`: one model call, from the integers of a `StepPlan` to tokens and log-probabilities.
 - `engine.py` plans (`scheduler.py`), runs (`step/runner.py`) and commits (`text/commit.py`) a step.
+
+Names are imported when they are first used, so that who wants the types of results alone does not load a model's
+libraries.
 """
 
-from megatron_multiverse.config.engine import EngineConfig, SamplingParams
-from megatron_multiverse.inference.engine import Engine
-from megatron_multiverse.inference.step.plan import SamplingArrays, StepOutput, StepPlan
-from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler
-from megatron_multiverse.inference.text.detokenize import IncrementalDetokenizer
-from megatron_multiverse.inference.text.request import Request
-from megatron_multiverse.inference.text.result import BlockResult, BranchResult, Result, TimelineSpan
-from megatron_multiverse.inference.text.state import TokenCallback
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_multiverse.config.engine import EngineConfig, SamplingParams
+    from megatron_multiverse.inference.build import build_engine
+    from megatron_multiverse.inference.engine import Engine
+    from megatron_multiverse.inference.step.plan import SamplingArrays, StepOutput, StepPlan
+    from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler
+    from megatron_multiverse.inference.text.detokenize import IncrementalDetokenizer
+    from megatron_multiverse.inference.text.request import Request
+    from megatron_multiverse.inference.text.result import BlockResult, BranchResult, Result, TimelineSpan
+    from megatron_multiverse.inference.text.state import TokenCallback
+
+_HOMES = {
+    "config.engine": ("EngineConfig", "SamplingParams"),
+    "inference.build": ("build_engine",),
+    "inference.engine": ("Engine",),
+    "inference.step.plan": ("SamplingArrays", "StepOutput", "StepPlan"),
+    "inference.step.sampler": ("CounterSampler", "Sampler"),
+    "inference.text.detokenize": ("IncrementalDetokenizer",),
+    "inference.text.request": ("Request",),
+    "inference.text.result": ("BlockResult", "BranchResult", "Result", "TimelineSpan"),
+    "inference.text.state": ("TokenCallback",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BlockResult",
@@ -33,4 +54,11 @@ __all__ = [
     "StepPlan",
     "TimelineSpan",
     "TokenCallback",
+    "build_engine",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"megatron_multiverse.{_HOME_OF[name]}"), name)

@@ -9,20 +9,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import torch
 from tqdm import tqdm
 
-from megatron_multiverse.config.engine import EngineConfig, SamplingParams
+from megatron_multiverse.config import DType, EngineConfig, SamplingParams, TokenizerType
 from megatron_multiverse.data.readers import open_source, read_rows
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
+from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import DataError, GenerationError, MultiverseError
 from megatron_multiverse.inference.build import build_engine
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
-
-_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
-
+from megatron_multiverse.model.device import choose_device
 
 Prompts: TypeAlias = list[str | DataError]
 """Prompts in order; in place of a row that holds none, what is wrong with it."""
@@ -34,7 +32,7 @@ class GenerateConfig:
 
     load: Path
     """Checkpoint in any format: Hugging Face, megatron-core, or a model folder of the trainer."""
-    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"] = "HuggingFaceTokenizer"
+    tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
     """Megatron's name of the kind of tokenizer."""
     tokenizer_model: str | None = None
     """Tokenizer folder, file or hub name; by default the model folder."""
@@ -56,7 +54,7 @@ class GenerateConfig:
     """How answers are drawn, and where they end."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Sizes and limits of the engine."""
-    dtype: Literal["float32", "bf16", "float64"] = "float32"
+    dtype: DType = "float32"
     """Type of weights and cache."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when there is a GPU."""
@@ -69,7 +67,7 @@ def write_answers(config: GenerateConfig) -> tuple[int, int]:
         How many answers were written, and how many rows of the input were refused.
 
     Raises:
-        MultiverseError: see `generate`.
+        MultiverseError: see `generate_answers`.
         OSError: the output cannot be written, which shows before the model is loaded.
     """
     assert config.output is not None
@@ -132,10 +130,14 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
 
 
 def _build_engine(config: GenerateConfig, tokenizer: MultiverseTokenizer, longest_prompt: int) -> Engine:
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    longest = longest_prompt + config.sampling.max_tokens
-    dtype = _DTYPES[config.dtype]
-    return build_engine(config.load, tokenizer, config.engine, longest=longest, dtype=dtype, device=device)
+    return build_engine(
+        config.load,
+        tokenizer,
+        config.engine,
+        longest=longest_prompt + config.sampling.max_tokens,
+        dtype=DTYPES[config.dtype],
+        device=choose_device(config.device),
+    )
 
 
 def _sampling(config: GenerateConfig, stop: list[int]) -> SamplingParams:

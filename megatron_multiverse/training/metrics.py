@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_multiverse.checkpoints.run_files import METRICS_FILE
 from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.training.flops import training_flops
 
 logger = logging.getLogger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class StepMeter:

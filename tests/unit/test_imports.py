@@ -33,7 +33,7 @@ ALLOWED = {
     "checkpoints": {"progress"},
     "training": {"checkpoints"},
     "inference": {"checkpoints"},
-    "views": {"errors", "config", "files", "structure", "data", "model", "inference"},
+    "views": {"errors", "config", "files", "structure", "data", "model", "checkpoints", "inference"},
 }
 ALLOWED["checkpoints"] |= ALLOWED["model"] | {"data", "model"}
 ALLOWED["training"] |= ALLOWED["checkpoints"]

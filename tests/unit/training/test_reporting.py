@@ -14,7 +14,7 @@ from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.training.flops import matmul_parameters, peak_tflops, training_flops
 from megatron_multiverse.training.metrics import format_duration
 from megatron_multiverse.training.optim import build_optimizer, build_scheduler
-from megatron_multiverse.training.plots import plot_loss, read_history, running_mean
+from megatron_multiverse.views.loss_curves import plot_loss, read_history, running_mean
 
 
 def write_metrics(folder: Path, *records: dict) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_multiverse.checkpoints.run_files import METRICS_FILE
 from megatron_multiverse.errors import DataError
-from megatron_multiverse.training.metrics import METRICS_FILE
 
 
 @dataclass(frozen=True)
