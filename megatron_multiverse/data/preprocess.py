@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_multiverse.config import TokenizerType
+from megatron_multiverse.data.counters import Progress
 from megatron_multiverse.data.indexed_writer import join_shards, optimal_dtype
-from megatron_multiverse.data.progress import Progress
 from megatron_multiverse.data.prompts import (
     TRAJECTORY_COLUMNS,
     ChatTemplate,

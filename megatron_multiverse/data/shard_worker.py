@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_multiverse.data.counters import Progress
 from megatron_multiverse.data.indexed_writer import ShardWriter, optimal_dtype
-from megatron_multiverse.data.progress import Progress
 from megatron_multiverse.data.prompts import Columns, PromptStyle, RowError, build_sample
 from megatron_multiverse.data.readers import RawRow, Shard, read_rows
 from megatron_multiverse.data.report import Totals

@@ -121,7 +121,7 @@ SURPLUS = "\n<Path>\n3: x\n</Path>"
 BREAKS = {
     "left open at the budget": (TRAJECTORY[: TRAJECTORY.index("so 3")], "unclosed"),
     "open conclusion": (TRAJECTORY[: TRAJECTORY.index("both agree")], "unclosed"),
-    "stray token behind a path": (TRAJECTORY.replace("</Path>\n<Path>\n2: x", "</Path>6\n<Path>\n2: x"), "gap"),
+    "stray token after a path": (TRAJECTORY.replace("</Path>\n<Path>\n2: x", "</Path>6\n<Path>\n2: x"), "gap"),
     "doubled path end": (TRAJECTORY.replace("so 3\n</Path>", "so 3\n</Path>\n</Path>"), "stray_tag"),
     "path end outside a block": (SEQUENTIAL.replace("is", "</Path>"), "stray_tag"),
     "surplus path": (TRAJECTORY.replace("\n<Conclusion>\nboth", SURPLUS + "\n<Conclusion>\nboth"), "path_count"),
@@ -142,7 +142,7 @@ BREAKS = {
 }  # fmt: skip
 TOLERATED = {
     "raw less-than signs": SEQUENTIAL.replace("is", "a<b <c> < Path>"),
-    "text behind a nested block": TRAJECTORY,
+    "text after a nested block": TRAJECTORY,
     "nested block last in its path": TRAJECTORY.replace("\nso 3\n</Path>", "\n</Path>"),
     "block of one path": "<Think>\n<Parallel>\n<Goal>\n<Outline>\n1: a\n</Outline>\n</Goal>\n<Path>\n1: b\n</Path>\n"
     "<Conclusion>\nc\n</Conclusion>\n</Parallel>\n</Think>",

@@ -111,7 +111,7 @@ def test_forks_and_joins_cost_no_step():
         assert branch.finish == "path_end"
 
 
-def test_table_order_behind_the_base_does_not_matter(monkeypatch):
+def test_page_order_after_the_base_does_not_matter(monkeypatch):
     """A join may list the joined tokens in any order."""
     scripts, requests = tree_requests(11)
     join = PageTree.join

@@ -29,7 +29,7 @@ MODEL = ToyModel(1)
 
 @pytest.mark.parametrize("max_step_tokens", range(20, 27))
 @pytest.mark.parametrize("page_size", [1, 64])
-def test_a_join_and_the_fork_behind_it_are_replayed_in_one_step(page_size, max_step_tokens):
+def test_a_join_and_the_fork_after_it_are_fed_again_in_one_step(page_size, max_step_tokens):
     """The join copies slots that this step only writes, and the fork copies those copies."""
     end = [Tag.END_CONCLUSION, NEWLINE, Tag.END_PARALLEL]
     script = {

@@ -49,7 +49,7 @@ def trees(max_depth: int) -> st.SearchStrategy[Parts]:
         )
     )
     parts = st.lists(st.one_of(WORDS, blocks, blocks), min_size=1, max_size=3)
-    # Two neighbouring strings are one text: keep a string only behind a block or at the start.
+    # Two neighbouring strings are one text: keep a string only after a block or at the start.
     return parts.map(
         lambda row: (
             "",
