@@ -59,8 +59,9 @@ def rope_table(position_ids: Tensor, inv_freq: Tensor) -> Tensor:
 
 
 def rotate_by_table(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate x [s, b, h, dim] by a `rope_table` [b, s, dim], in the wider of both dtypes; plain torch."""
-    cos, sin = table.transpose(0, 1)[:, :, None].chunk(2, dim=-1)
+    """Rotate x [s, b, ..., dim] by a `rope_table` [b, s, dim], in the wider of both dtypes; plain torch."""
+    by_token = table.transpose(0, 1)
+    cos, sin = by_token.view(*by_token.shape[:2], *[1] * (x.ndim - 3), -1).chunk(2, dim=-1)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -79,9 +80,10 @@ def rotate_qkv_by_table(mixed: Tensor, table: Tensor) -> tuple[Tensor, Tensor, T
         ValueError: shapes do not fit.
     """
     check_qkv(mixed, table)
-    s, b, dim = *mixed.shape[:2], table.shape[2]
-    q, k, v = mixed.split([mixed.shape[3] - 2 * dim, dim, dim], dim=-1)
-    return rotate_by_table(q.reshape(s, b, -1, dim), table), rotate_by_table(k, table), v
+    dim = table.shape[2]
+    heads = mixed.unflatten(-1, (-1, dim))
+    rotated = rotate_by_table(heads[..., :-1, :], table)  # the queries of each group and its key at once
+    return rotated[..., :-1, :].flatten(2, 3), rotated[..., -1, :], heads[..., -1, :]
 
 
 def check_qkv(mixed: Tensor, table: Tensor) -> None:

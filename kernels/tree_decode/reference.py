@@ -133,7 +133,10 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, group: RowGroup, softma
     kv_heads, k = keys.shape[1], group.slots.shape[1]
     per_kv_head = heads // kv_heads
     # The query heads that share a kv head become further queries of it, so keys are never repeated.
-    folded = query.view(rows, q, kv_heads, per_kv_head, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    if q == 1:
+        folded = query.view(rows, kv_heads, per_kv_head, dim)
+    else:
+        folded = query.view(rows, q, kv_heads, per_kv_head, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
     place = group.slots.reshape(-1)
     row_keys = keys.index_select(0, place).view(rows, k, kv_heads, dim).transpose(1, 2)
     row_values = values.index_select(0, place).view(rows, k, kv_heads, dim).transpose(1, 2)
@@ -141,4 +144,6 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, group: RowGroup, softma
     out = torch.nn.functional.scaled_dot_product_attention(
         folded, row_keys, row_values, attn_mask=mask[:, None], scale=softmax_scale
     )
+    if q == 1:
+        return out.reshape(rows, heads, dim)
     return out.view(rows, kv_heads, per_kv_head, q, dim).permute(0, 3, 1, 2, 4).reshape(rows * q, heads, dim)

@@ -45,6 +45,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of x."""
+        if x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
+            return nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = nn.functional.rms_norm(wide, (x.shape[-1],), None, self.eps).to(x.dtype)
         return normed * self.weight.to(x.dtype)

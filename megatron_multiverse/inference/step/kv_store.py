@@ -48,6 +48,8 @@ class KVStore:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.first_layer = first_layer
+        self.flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.keys, self.values, strict=True)]
+        """The same tensors, layer by layer, as (keys, values) ``[slots, kv heads, head dim]``."""
 
     @classmethod
     def for_model(cls, model: nn.Module, num_pages: int, page_size: int) -> KVStore:
@@ -106,13 +108,14 @@ class PagedParams(AttentionParams):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float) -> Tensor:
         """See AttentionParams.attend; s is the number of tokens of the step, b is 1."""
-        keys = self.store.keys[layer_number - self.store.first_layer]
-        values = self.store.values[layer_number - self.store.first_layer]
+        layer = layer_number - self.store.first_layer
+        keys, values = self.store.keys[layer], self.store.values[layer]
+        flat_keys, flat_values = self.store.flat[layer]
         key, value = key[:, 0], value[:, 0]
         if self.write_tokens is not None:
             key, value = key.index_select(0, self.write_tokens), value.index_select(0, self.write_tokens)
-        keys.flatten(0, 1).index_copy_(0, self.write_slots, key)
-        values.flatten(0, 1).index_copy_(0, self.write_slots, value)
+        flat_keys.index_copy_(0, self.write_slots, key)
+        flat_values.index_copy_(0, self.write_slots, value)
         if self.groups is None:
             plan = self.plan
             self.groups = group_rows(plan.pages, plan.lengths, plan.borders, keys.shape[1], keys.device)
