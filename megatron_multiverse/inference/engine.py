@@ -206,7 +206,7 @@ class Engine:
             self._stepping = False
 
     def _commit(self, step: Step, output: StepOutput) -> None:
-        """Give every sampled row its token; what follows from the tokens is written there (`text/commit.py`)."""
+        """Give every sampled row its token; `text/commit.py` writes all that follows from it."""
         self.num_steps += 1
         tokens, logprobs, finite = (array.tolist() for array in output)
         for (state, branch), token, logprob, good in zip(step.sampled, tokens, logprobs, finite, strict=True):

@@ -1,4 +1,5 @@
-"""Who is fed in the next step: continuous batching with branches as rows. Reads text, writes none.
+"""Who is fed in the next step: continuous batching with branches as rows. Reads text and writes none; the counters
+of what is fed and joined (`Branch.fed`, `Branch.num_joined`, `Block.started`) move here, ahead of the pass.
 
 Each step is planned in this order, over requests first come first served:
 
@@ -10,8 +11,9 @@ Each step is planned in this order, over requests first come first served:
    waves as rows come free;
 4. new requests, unless something that already runs waits for pages, or a fork for rows.
 
-What a branch may bring ends where its next block forks (`Block.at`) until that block is joined in the cache. If nothing
-can run, `preemption.py` decides who steps back.
+A branch is fed only up to `Block.at` of its next block, until that block is joined in the cache. Text and cache fork
+and join at different times: the text when a token is committed, the cache here, when that token is fed. If nothing can
+run, `preemption.py` decides who steps back.
 """
 
 from __future__ import annotations
@@ -76,19 +78,21 @@ class Scheduler:
         self.waiting: deque[RequestState] = deque()
         self.active: list[RequestState] = []
         self.nodes: dict[Branch, Node] = {}
-        """Where the branches stand in the cache; a branch that waits, or is joined, stands nowhere."""
+        """Each branch's node in the cache. Branches that have not started, or were joined into their parent, have
+        none."""
         self._draft = Draft()
         self._chunk_room = 0  # tokens that may still enter the step
-        self._free_rows = 0  # rows that no living branch holds
-        self._held = False  # something waits for pages or rows: admit nothing new, keep no prefixes
-        self._forking: list[RequestState] = []  # requests with a block that has yet to fork or join in the cache
+        self._free_rows = 0  # rows of the next step that no branch with a node will need
+        self._held = False  # something waits for pages or rows: admit nothing new
+        self._pages_short = False  # something waits for pages: the prompts kept for later go
+        self._with_blocks: list[RequestState] = []  # requests with a block that has yet to fork or join in the cache
         self._joined: list[Node] = []  # their pages come free once the step is planned
 
     def plan(self) -> Step | None:
         """The next step; None if nothing can run (or nothing is left to do)."""
         while True:
             self._begin_step()
-            for state in self._forking:
+            for state in self._with_blocks:
                 self._join(state)
                 self._start_paths(state, force=False)
             if not self._held:
@@ -96,7 +100,7 @@ class Scheduler:
             pages_came_free = False
             if not self._draft.nodes:
                 # Nothing fits at once: let single paths join or start, oldest request first.
-                for state in self._forking:
+                for state in self._with_blocks:
                     pages_came_free |= self._join_one_by_one(state)
                     self._join(state)
                     self._start_paths(state, force=True)
@@ -108,11 +112,12 @@ class Scheduler:
 
     def _begin_step(self) -> None:
         """Feed every branch that has something to feed, and count the rows that are left."""
-        if self._held:
+        if self._pages_short:
             self.prefixes.clear()  # what runs needs the pages more
         self._draft = Draft()
-        self._free_rows, self._chunk_room, self._held = self.max_rows, self.max_step_tokens, False
-        self._forking, self._joined = [], []
+        self._free_rows, self._chunk_room = self.max_rows, self.max_step_tokens
+        self._held = self._pages_short = False
+        self._with_blocks, self._joined = [], []
         for state in self.active:
             if not state.prompt_kept:
                 self._keep_prompt(state)
@@ -120,13 +125,13 @@ class Scheduler:
             for branch in state.live:
                 self._feed(state, branch)
                 if branch.finish is None and branch.num_joined == len(branch.blocks):
-                    self._free_rows -= 1  # it decodes
+                    self._free_rows -= 1  # it decodes, and needs a row again next time
                 else:
                     self._free_rows -= holds_row(branch)
                     plain = False
             if not plain:
                 state.live = [branch for branch in state.live if not is_fed(branch)]
-                self._forking.append(state)
+                self._with_blocks.append(state)
 
     def _keep_prompt(self, state: RequestState) -> None:
         """Offer a prompt to the prefix cache once the step that computes its keys has run."""
@@ -146,7 +151,7 @@ class Scheduler:
         if count > 1:  # one token always enters
             count = min(count, max(1, self._chunk_room))
         if not self.tree.append(node, count):
-            self._held = True
+            self._held = self._pages_short = True
             return
         self._chunk_room -= count
         branch.fed += count
@@ -177,7 +182,7 @@ class Scheduler:
             if kids:
                 node = self.nodes[branch]
                 if self.tree.join_cost(node, kids) > len(self.book.free):
-                    self._held = True
+                    self._held = self._pages_short = True
                     continue
                 self.tree.join(node, kids)
                 self._joined += kids  # this step may still compute their last tokens, over their own pages
@@ -201,9 +206,10 @@ class Scheduler:
         return pages_came_free
 
     def _start_paths(self, state: RequestState, *, force: bool) -> None:
-        """Start the paths that can start; without `force` all of a block that can ever run at once start together."""
+        """Start the paths that can start. Without `force`, a block whose paths fit into the row limit starts all
+        of them together or none."""
         limit = min(self.max_rows, state.request.sampling.max_concurrent_branches or self.max_rows)
-        for branch in reversed(list(state.live)):  # the deepest forked last, so inner paths go first
+        for branch in reversed(list(state.live)):  # inner branches started later, so their paths go first
             block = cache_block(branch)
             if block is None or branch.fed < block.at or block.started == len(block.kids):
                 continue
@@ -211,6 +217,7 @@ class Scheduler:
             left = len(block.kids) - block.started
             at_once = not force and block.started == 0 and left <= limit
             count = self._affordable(self.nodes[branch], block, min(left, free))
+            self._pages_short |= count < min(left, free)
             if count < (left if at_once else 1):
                 self._held = self._held or at_once or free > 0
                 continue
@@ -236,7 +243,7 @@ class Scheduler:
             state = self.waiting[0]
             need = max(-(-(state.root.prompt_length + 1) // self.book.page_size), state.pages_wanted)
             if self.active and need + self._promised() > len(self.book.free):
-                self._held = True
+                self._held = self._pages_short = True
                 return
             self.active.append(self.waiting.popleft())
             node = Node()
@@ -320,7 +327,7 @@ def cache_block(branch: Branch) -> Block | None:
 
 
 def block_to_join(branch: Branch) -> Block | None:
-    """The same, if all that is missing is the join: its paths are written and fed to the end."""
+    """The next block of a branch to join in the cache, if all its paths have ended and are fed to the end."""
     block = cache_block(branch)
     return block if block is not None and all(map(is_fed, block.kids)) else None
 

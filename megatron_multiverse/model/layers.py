@@ -33,8 +33,8 @@ from megatron_multiverse.model.attention import AttentionParams
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale, computed in float32 or better.
 
-    megatron-core's own torch norm refuses sequence parallelism; the mark on the weight lets its gradient be
-    summed there.
+    megatron-core's own torch norm refuses sequence parallelism; the mark on the weight makes megatron-core
+    sum its gradient over the tensor parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:

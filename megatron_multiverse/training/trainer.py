@@ -101,7 +101,7 @@ def train(
                 run_validation(engine, valid_loader, config.eval_iters, metrics, state.step)
                 meter.reset()
             if last or is_due(state.step, config.checkpoint.save_interval):
-                engine.check(metrics)  # a resumed run does not see again the documents that this names
+                engine.check(metrics)  # names documents trained as plain text: a resumed run starts after them
                 checkpoints.save(state)
                 saved_step = state.step
                 meter.reset()
@@ -183,7 +183,7 @@ def create_model(config: TrainConfig, model_config: ModelConfig, device: torch.d
 
 
 def dtypes(config: TrainConfig) -> tuple[torch.dtype, torch.dtype]:
-    """Of the weights, and of the matrix products."""
+    """(dtype of the weights, dtype of the matrix products)."""
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     return dtype, torch.bfloat16 if config.dtype == "bf16" else dtype
 

@@ -1,1 +1,1 @@
-"""Who owns which page: integers only, one truth on one rank."""
+"""Who owns which page: integers only, kept on the rank that plans."""

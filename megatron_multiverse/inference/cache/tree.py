@@ -6,8 +6,8 @@ each token is. Two rules keep it exact:
 - a fork shares full pages and copies the open page at once, so a page with several owners is never written;
 - a join leaves the tokens [0, len(parent)) where they are. After them any order will do, because keys are rotated by
   their positions before they are stored: full pages of the branches are taken over as they are, and only their ragged
-  ends are copied. If the parent's own tokens moved, `base` of an enclosing branch would point at the wrong ones; no
-  page count would notice.
+  ends are copied. If the parent's own tokens moved, `base` of a node around it, which counts tokens in
+  this order, would cut at the wrong place at its own join; no page count would notice.
 
 Nothing is copied here. The tree keeps a ledger of what the next pass has to do: which slots to copy before it, and
 which slots each of its tokens is written to.
@@ -79,7 +79,8 @@ class Ledger(NamedTuple):
     write_slots: Slots
     """[m], a slot that receives a new token's key and value."""
     write_tokens: Slots
-    """[m], the number of that token in the pass; a token copied before it was written comes several times."""
+    """[m], the number of that token in the pass; a token whose slot is copied in this pass comes once for
+    each slot."""
 
 
 class PageTree:
@@ -169,7 +170,7 @@ class PageTree:
         """Append the own tokens of `kids` to `parent`.
 
         The children stay as they are, since their last tokens may be computed in the coming pass; free them once the
-        step is planned. Joining them one by one, in any order, is as good, only more is copied.
+        step is planned. Joining them one by one, in any order, gives the same result but copies more.
         """
         source, whole, before = self._compaction(parent, kids)
         start = parent.length

@@ -74,7 +74,7 @@ class StepPlan:
         position = 8 * (1 + len(names))
         arrays: dict[str, npt.NDArray[np.generic]] = {}
         for name, size in zip(names, sizes, strict=True):
-            dtype = np.dtype(_DTYPES.get(name, np.int64))
+            dtype = np.dtype(_DTYPES[name])
             arrays[name] = np.frombuffer(data, dtype=dtype, count=size, offset=position)
             position += size * dtype.itemsize
         arrays["pages"] = arrays["pages"].reshape(-1, width)
@@ -89,8 +89,13 @@ class StepPlan:
 
 _PLAN_FIELDS = [field.name for field in fields(StepPlan) if field.name != "sampling"]
 _SAMPLING_FIELDS = [field.name for field in fields(SamplingArrays)]
-_DTYPES = {"pages": np.int32, "lengths": np.int32, "temperature": np.float64, "top_p": np.float64}
-"""Types of the arrays that are not int64."""
+_OF_ANNOTATION = {"Ints": np.int64, "Floats": np.float64, "npt.NDArray[np.int32]": np.int32}
+_DTYPES = {
+    field.name: _OF_ANNOTATION[str(field.type)]
+    for field in (*fields(StepPlan), *fields(SamplingArrays))
+    if field.name != "sampling"
+}
+"""Types of the arrays, as they are annotated."""
 
 
 class StepOutput(NamedTuple):

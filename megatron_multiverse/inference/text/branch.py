@@ -44,7 +44,7 @@ class Block:
     number: int
     """Number in the request, from 1."""
     at: int
-    """Tokens in the forking branch's `ids` before the paths: at this `fed` its cache forks and joins."""
+    """Tokens in the forking branch's `ids` before the paths: once so many are fed, the cache forks, and later joins."""
     kids: list[Branch]
     joined: bool = False
     """Whether all paths have ended and the conclusion has begun."""
@@ -80,7 +80,7 @@ class Branch:
     logprobs: list[float | None] = field(default_factory=list)
     """Log-probability of each sampled one; None for the prompt and for forced tokens."""
     fed: int = 0
-    """How many of its tokens have their keys in the cache."""
+    """How many of its tokens have their keys in the cache, those of the step being planned included."""
     blocks: list[Block] = field(default_factory=list)
     num_joined: int = 0
     """How many of its blocks are joined in the cache."""
@@ -91,7 +91,8 @@ class Branch:
     finish: BranchFinish | None = None
     """Why it ended; None while it goes on."""
     span_start: tuple[int, int] | None = None
-    """(step, tokens) at which it began to take tokens without interruption; None while it takes none."""
+    """(step of the request, length of `ids`) when it began to take tokens without interruption; None while it takes
+    none."""
 
     @property
     def open_block(self) -> Block | None:

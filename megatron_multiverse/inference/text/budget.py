@@ -13,11 +13,12 @@ from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.structure import Tag
 
 MAX_GROWTH = 3
-"""Opening a tag may need three more closing ids: a newline, its closing tag, the newline before the next one."""
+"""An opening tag may need three more closing ids. After `<Goal>`, for example: a newline, `</Goal>`, and the newline
+before `</Parallel>`."""
 
 MOST_CLOSERS = 32
-"""No branch ever has that many ids to close (its machine holds one block at most), so with more room than this no
-exact count is needed."""
+"""No branch ever has that many ids to close (each path has a machine of its own, which holds one open block), so with
+more room than this no exact count is needed."""
 
 
 def whole_budget(request: Request, max_position: int) -> Budget:

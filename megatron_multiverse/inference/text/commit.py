@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from megatron_multiverse.inference.text.branch import Block, Branch, branch_key
 from megatron_multiverse.inference.text.budget import MOST_CLOSERS, exhausted, fits, shares
-from megatron_multiverse.inference.text.result import BranchFinish, FinishReason, TimelineSpan
+from megatron_multiverse.inference.text.result import BranchFinish, FinishReason
 from megatron_multiverse.inference.text.state import RequestState
 from megatron_multiverse.structure import Event
 
@@ -109,7 +109,7 @@ def _fork(state: RequestState, branch: Branch) -> None:
         )
         block.kids.append(kid)
     branch.blocks.append(block)
-    end_span(state, branch)
+    state.end_span(branch, state.step + 1)
     for kid, prefix in zip(block.kids, prefixes, strict=True):
         _force(state, kid, prefix)
     for kid in block.kids:
@@ -141,16 +141,7 @@ def _close(state: RequestState, branch: Branch, finish: BranchFinish) -> None:
 def _end(state: RequestState, branch: Branch, finish: BranchFinish) -> None:
     """The text of the branch is complete; the last path of a block to end joins it."""
     branch.finish = finish
-    end_span(state, branch)
+    state.end_span(branch, state.step + 1)
     parent = branch.parent
     if parent is not None and all(kid.finish is not None for kid in parent.blocks[-1].kids):
         _join(state, parent)
-
-
-def end_span(state: RequestState, branch: Branch) -> None:
-    """The branch stops running."""
-    if branch.span_start is not None:
-        step, tokens = branch.span_start
-        branch.span_start = None
-        span = TimelineSpan(branch.name, branch.block, step, state.step + 1, len(branch.ids) - tokens)
-        state.timeline.append(span)

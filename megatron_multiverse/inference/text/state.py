@@ -58,11 +58,20 @@ class RequestState:
             yield branch
             stack.extend(kid for block in branch.blocks for kid in block.kids)
 
+    def end_span(self, branch: Branch, end: int) -> None:
+        """A branch takes tokens no more: the timeline shows it up to step `end`, which is not part of it."""
+        if branch.span_start is not None:
+            start, tokens = branch.span_start
+            branch.span_start = None
+            if end > start:
+                span = TimelineSpan(branch.name, branch.block, start, end, len(branch.ids) - tokens)
+                self.timeline.append(span)
+
     def forget_cache(self) -> None:
         """Nothing of the request is in the cache any more; its text stays."""
         for branch in self.branches():
             branch.fed = branch.num_joined = 0
-            branch.span_start = None
+            self.end_span(branch, self.step)
             for block in branch.blocks:
                 block.started = 0
         self.live = []

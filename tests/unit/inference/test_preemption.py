@@ -83,3 +83,25 @@ def test_random_trees_preempted_twice_compute_the_same_keys(page_size, max_step_
         assert results[0].preemptions == sum(at < steps for at in preempt_at)
         assert largest_difference(MODEL, sampler, [request], results) < 1e-9
         assert_drained(engine)
+
+
+@pytest.mark.parametrize("at", [3, 10, 24])
+def test_the_timeline_shows_what_was_written_before_a_preemption_too(at):
+    script = {
+        (): [TEXT] * 5 + [*goal(2), *[TEXT] * 4, EOS],
+        **{((0, k),): [TEXT] * 9 + [int(Tag.END_PATH)] for k in range(2)},
+    }
+    request = ask([TEXT] * 5, max_tokens=300)
+    calm = toy_engine(MODEL, sampler=ScriptedSampler([script])).generate([request])[0]
+    engine = toy_engine(MODEL, sampler=ScriptedSampler([script]))
+    engine.add_request(request)
+    results = []
+    for step in range(500):
+        if step == at:
+            force_preemption(engine)
+        results += engine.step()
+        if results:
+            break
+    assert results[0].preemptions == 1
+    assert sum(span.tokens for span in results[0].timeline) == sum(span.tokens for span in calm.timeline)
+    assert all(span.start < span.end for span in results[0].timeline)
