@@ -8,6 +8,7 @@ causally, so text alone must never find them.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -39,24 +40,27 @@ class PrefixCache:
 
     def find(self, prompt: Sequence[int]) -> list[int]:
         """Pages of the longest known beginning of `prompt`, leaving at least one token to compute."""
-        found = []
-        for key in self._keys(prompt, (len(prompt) - 1) // self.book.page_size):
-            page = self._pages.get(key)
-            if page is None:
-                break
+        keys = self._keys(prompt, (len(prompt) - 1) // self.book.page_size)
+        known = list(itertools.takewhile(self._pages.__contains__, keys))
+        self._touch(known)
+        return [self._pages[key] for key in known]
+
+    def _touch(self, keys: Sequence[bytes]) -> None:
+        """These were used last. A page is found only after those before it, so the last pages of a prompt go first."""
+        for key in reversed(keys):
             self._pages.move_to_end(key)
-            found.append(page)
-        return found
 
     def add(self, prompt: Sequence[int], pages: PageList) -> None:
         """Keep the full pages of a prompt that has been computed; `pages` begin with them."""
-        full = len(prompt) // self.book.page_size
-        for key, page in zip(self._keys(prompt, full), map(int, pages[:full]), strict=True):
-            if key not in self._pages and self.capacity > 0:
-                if len(self._pages) >= self.capacity:
-                    self.book.release([self._pages.popitem(last=False)[1]])
+        full = min(len(prompt) // self.book.page_size, self.capacity)
+        keys = self._keys(prompt, full)
+        for key, page in zip(keys, map(int, pages[:full]), strict=True):
+            if key not in self._pages:
                 self.book.retain([page])
                 self._pages[key] = page
+        self._touch(keys)
+        while len(self._pages) > self.capacity:
+            self.book.release([self._pages.popitem(last=False)[1]])
 
     def clear(self) -> bool:
         """Let go of everything; whether there was anything."""

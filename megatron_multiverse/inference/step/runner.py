@@ -71,7 +71,9 @@ class Runner:
             lengths=upload(plan.lengths),
             borders=upload(plan.borders),
             write_slots=upload(plan.write_slots),
-            write_tokens=None if len(plan.write_slots) == len(plan.ids) else upload(plan.write_tokens),
+            write_tokens=None
+            if np.array_equal(plan.write_tokens, np.arange(len(plan.ids)))
+            else upload(plan.write_tokens),
         )
         self._logit_tokens, self._selected = upload(plan.borders[1:][plan.sample] - 1), False
         try:

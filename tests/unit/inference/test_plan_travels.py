@@ -3,6 +3,7 @@ same tokens. This is what another rank does."""
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import random
 from multiprocessing.connection import Connection
@@ -119,3 +120,20 @@ def test_every_array_survives_the_journey():
         for one, other in zip(plan._arrays(), back._arrays(), strict=True):
             assert one.dtype == other.dtype and one.shape == other.shape and np.array_equal(one, other)
     assert max(int(plan.ids.max()) for plan in plans) < VOCAB_SIZE
+
+
+def test_the_order_of_writes_does_not_matter():
+    class Shuffling(Runner):
+        def run(self, plan):
+            order = np.random.default_rng(len(plan.ids)).permutation(len(plan.write_slots))
+            return super().run(
+                dataclasses.replace(plan, write_slots=plan.write_slots[order], write_tokens=plan.write_tokens[order])
+            )
+
+    script = random_script(random.Random(2), depth=2, blocks=1, most_paths=3, free=True)
+    request = ask([TEXT, NEWLINE], max_tokens=2000)
+    expected = toy_engine(sampler=ScriptedSampler([script]), page_size=16).generate([request])[0]
+    engine = toy_engine(sampler=ScriptedSampler([script]), page_size=16)
+    engine.runner.__class__ = Shuffling
+    got = engine.generate([request])[0]
+    assert (got.token_ids, got.logprobs) == (expected.token_ids, expected.logprobs)

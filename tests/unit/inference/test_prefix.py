@@ -87,3 +87,18 @@ def test_the_cache_keeps_what_was_used_last_and_gives_way_to_what_runs():
     assert len(result.token_ids) == 60
     assert result.error == ""
     assert_only_the_cache_owns(engine)
+
+
+def test_the_end_of_a_prompt_goes_before_its_beginning():
+    """A page is found only after those before it: what is left of a prompt must begin at its beginning."""
+    engine = toy_engine(MODEL, page_size=4, num_pages=100, prefix_pages=6)
+
+    def answer(seed, length):
+        return engine.generate([ask(prompt(seed, length), max_tokens=4, ignore_eos=True)])[0].cached_tokens
+
+    answer(1, 17)  # keeps four pages
+    answer(2, 17)  # four more, so two of the first prompt go
+    assert answer(1, 17) == 8
+    answer(3, 60)  # longer than all that is kept
+    assert answer(3, 60) == 24
+    assert_only_the_cache_owns(engine)
