@@ -119,7 +119,8 @@ class Engine:
 
     def cancel(self, request_id: int) -> None:
         """End a request and everything it forked; the next `step` returns its result. Unknown ids are ignored."""
-        self._cancelled.add(request_id)
+        if request_id < self._next_id:
+            self._cancelled.add(request_id)
 
     @property
     def has_work(self) -> bool:
@@ -236,27 +237,33 @@ class Engine:
 
     def _end_cancelled(self) -> None:
         cancelled, self._cancelled = self._cancelled, set()
-        for state in self._states() if cancelled else ():
-            if state.request_id in cancelled:
-                close_all(state, "abort")
-                self.scheduler.remove(state)
-                self._finish(state)
+        try:
+            for state in self._states() if cancelled else ():
+                if state.request_id in cancelled:
+                    close_all(state, "abort")
+                    self.scheduler.remove(state)
+                    self._finish(state)
+        except BaseException:
+            self._cancelled |= cancelled  # an interrupt; those that have ended are unknown by now
+            raise
 
     def _finish(self, state: RequestState) -> None:
         """The result is handed out by this step, or by the next if it fails."""
-        self._tell(state)
-        self._finished.append(make_result(state))
+        try:
+            self._tell(state)
+        finally:
+            self._finished.append(make_result(state))
 
     def _tell(self, state: RequestState) -> bool:
         """Hand a callback what was written since it was last called; False if it raised, which is the last call."""
-        unheard, state.unheard = state.unheard, []
-        for name, ids in unheard:
+        while state.unheard:
+            name, ids = state.unheard.pop(0)  # an interrupt leaves the others for later
             try:
                 assert state.on_token is not None
                 state.on_token(state.request_id, name, ids)
             except Exception as error:
                 logger.exception("on_token of request %d raised; the request ends with an error", state.request_id)
-                state.on_token = None
+                state.on_token, state.unheard = None, []
                 state.error = f"on_token raised {error!r}"
                 return False
         return True

@@ -292,3 +292,38 @@ def test_cancelling_others_while_being_cancelled():
     results = serve(engine)
     assert [results[k].finish_reason for k in range(2)] == ["abort", "abort"]
     assert_drained(engine)
+
+
+def test_an_interrupt_in_a_callback_loses_no_result_and_no_cancellation():
+    engine = toy_engine(MODEL)
+    heard, interrupts = [], []
+
+    def on_token(request_id, branch, ids):
+        heard.append((request_id, ids))
+        if interrupts:
+            raise interrupts.pop()
+
+    script = [int(tag) for tag in (Tag.PARALLEL, Tag.GOAL)]
+    engine.runner.sampler = ScriptedSampler([{(): [*script, TEXT]}, {(): [*script, TEXT]}])
+    for sample in range(2):
+        engine.add_request(ask([TEXT], sample=sample, max_tokens=60), on_token=on_token)
+    engine.step()
+    engine.step()
+    for request_id in range(2):
+        engine.cancel(request_id)
+    # What closes the open block is heard when the request is cancelled, and the first to hear it is interrupted.
+    interrupts.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    results = serve(engine)
+    assert {k: result.finish_reason for k, result in results.items()} == {0: "abort", 1: "abort"}
+    for request_id, result in results.items():
+        assert [t for k, ids in heard if k == request_id for t in ids] == result.token_ids
+    assert_drained(engine)
+
+
+def test_cancelling_an_id_that_is_not_given_yet_is_ignored():
+    engine = toy_engine(MODEL)
+    engine.cancel(0)
+    engine.add_request(plain(tokens=3))
+    assert serve(engine)[0].finish_reason == "length"
