@@ -125,7 +125,8 @@ def _join(state: RequestState, branch: Branch) -> None:
     branch.next_position = max(kid.next_position for kid in block.kids)
     branch.machine.join()
     _force(state, branch, branch.machine.vocab.conclusion_prefix())
-    if exhausted(branch):
+    room = min(branch.budget.tokens - branch.total, branch.budget.position - branch.next_position)
+    if room <= MOST_CLOSERS and exhausted(branch):
         _close(state, branch, "length")
 
 
