@@ -175,7 +175,7 @@ class Engine:
         Raises:
             GenerationError: called from within a step (by an `on_token`).
             Exception: what the model or the sampler raised. The engine stays whole: the active requests start again
-                in the next step, and after `preemption.MAX_FAILURES` such steps end with `error`.
+                in the next step, and after `preemption.MAX_FAILURES` such steps without a token end with `error`.
         """
         with self._guard():
             self._end_cancelled()
@@ -220,9 +220,9 @@ class Engine:
                 close_all(state, "error")
         for state in {id(state): state for state, _ in step.sampled}.values():
             state.decode_steps += 1
+            state.failures = 0  # not after a step that only feeds again what the failed ones lost
         for state in self.scheduler.active:
             state.step += 1
-            state.failures = 0
 
     def _hand_out(self) -> None:
         """Tell the callbacks what was written, and take out the requests whose answers are complete."""

@@ -11,7 +11,8 @@ from megatron_multiverse.inference.text.commit import close_all
 from megatron_multiverse.inference.text.state import RequestState
 
 MAX_FAILURES = 3
-"""A request that was active in so many failed steps in a row ends, so that an engine never fails for ever."""
+"""A request that was active in so many failed steps and got no token between them ends, so that an engine never fails
+for ever."""
 
 
 def preempt(scheduler: Scheduler, state: RequestState) -> None:
@@ -52,7 +53,7 @@ def recover(scheduler: Scheduler, error: BaseException) -> list[RequestState]:
     for state in stopped:
         state.failures += isinstance(error, Exception)
         if state.failures >= MAX_FAILURES:
-            state.error = f"{MAX_FAILURES} steps in a row failed, the last with {error!r}"
+            state.error = f"{MAX_FAILURES} steps failed without a token between them, the last with {error!r}"
             scheduler.remove(state)
             close_all(state, "error")
             ended.append(state)

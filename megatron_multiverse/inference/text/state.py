@@ -37,7 +37,7 @@ class RequestState:
     num_blocks: int = 0
     preemptions: int = 0
     failures: int = 0
-    """Steps in a row that raised while the request was active."""
+    """Steps that raised while the request was active, since it last got a token."""
     pages_wanted: int = 0
     """Free pages to wait for before a request that stepped back starts again."""
     cached_tokens: int = 0

@@ -327,3 +327,23 @@ def test_cancelling_an_id_that_is_not_given_yet_is_ignored():
     engine.cancel(0)
     engine.add_request(plain(tokens=3))
     assert serve(engine)[0].finish_reason == "length"
+
+
+def test_a_step_that_fails_each_time_after_feeding_again_ends_the_request():
+    class Limited(ToyModel):
+        def forward(self, input_ids, position_ids, *args, **kwargs):
+            if position_ids.max() >= 20:
+                raise RuntimeError("too long")
+            return super().forward(input_ids, position_ids, *args, **kwargs)
+
+    engine = toy_engine(Limited(), max_step_tokens=8)
+    engine.add_request(plain(tokens=40))
+    results, failed = [], 0
+    for _ in range(60):
+        try:
+            results += engine.step()
+        except RuntimeError:
+            failed += 1
+    assert failed == 3
+    assert results[0].finish_reason == "error" and "too long" in results[0].error
+    assert_drained(engine)
