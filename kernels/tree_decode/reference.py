@@ -112,6 +112,13 @@ def tree_decode_reference(
     if groups is None:
         host_pages, host_lengths, host_borders = (x.cpu().numpy() for x in (pages, lengths, borders))
         groups = group_rows(host_pages, host_lengths, host_borders, keys.shape[1], keys.device)
+    return attend_groups(query, keys, values, groups, softmax_scale)
+
+
+def attend_groups(
+    query: Tensor, keys: Tensor, values: Tensor, groups: Sequence[RowGroup], softmax_scale: float
+) -> Tensor:
+    """`tree_decode_reference` with the rows already padded to rectangles."""
     out = torch.empty_like(query)
     for group in groups:
         part = query if group.tokens is None else query.index_select(0, group.tokens)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_multiverse.config import RopeScaling
 from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.kernels.fused_linear import rms_norm
 from megatron_multiverse.kernels.rope import (
     inverse_frequencies,
     llama3_frequencies,
@@ -45,11 +46,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of x."""
-        if x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
-            return nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = nn.functional.rms_norm(wide, (x.shape[-1],), None, self.eps).to(x.dtype)
-        return normed * self.weight.to(x.dtype)
+        normed: Tensor = rms_norm(x, self.weight, self.eps)
+        return normed
 
 
 class PositionIdRotary:
@@ -98,7 +96,8 @@ def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tens
 
 def install_rotary(model: nn.Module, rotary: PositionIdRotary) -> None:
     """Give the AttentionParams of every forward pass of `model` the table of its position ids, made once for all
-    layers."""
+    layers. `model.position_id_rotary` names the rotary for whoever runs the weights without that pass."""
+    model.position_id_rotary = rotary
 
     def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("position_ids", args[1] if len(args) > 1 else None)

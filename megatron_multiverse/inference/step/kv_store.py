@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_multiverse.inference.step.plan import Ints, StepPlan
+from megatron_multiverse.inference.step.plan import Ints
+from megatron_multiverse.inference.step.tensors import StepTensors
 from megatron_multiverse.kernels.kv_copy import copy_slots
-from megatron_multiverse.kernels.tree_decode import RowGroup, group_rows, tree_decode
 from megatron_multiverse.model.attention import AttentionParams
 
 
@@ -89,37 +89,26 @@ class KVStore:
         for cached in (self.keys, self.values):
             cached.index_fill_(1, index, float("nan"))
 
+    def write(self, layer: int, key: Tensor, value: Tensor, slots: Tensor, tokens: Tensor | None) -> None:
+        """Write keys and values [n, kv heads, head dim] of one layer into their slots, see `StepTensors`."""
+        keys, values = self.flat[layer]
+        if tokens is not None:
+            key, value = key.index_select(0, tokens), value.index_select(0, tokens)
+        keys.index_copy_(0, slots, key)
+        values.index_copy_(0, slots, value)
+
 
 @dataclass
 class PagedParams(AttentionParams):
     """Attention over the store for one step."""
 
     store: KVStore = field(kw_only=True, repr=False)
-    plan: StepPlan = field(kw_only=True, repr=False)
-    pages: Tensor = field(kw_only=True, repr=False)
-    """int32 [rows, p], `plan.pages` on the device; so are the next four."""
-    lengths: Tensor = field(kw_only=True, repr=False)
-    borders: Tensor = field(kw_only=True, repr=False)
-    write_slots: Tensor = field(kw_only=True, repr=False)
-    write_tokens: Tensor | None = field(kw_only=True, repr=False)
-    """None where slot i receives token i."""
-    groups: list[RowGroup] | None = field(default=None, repr=False)
-    """How the reference of tree_decode pads the rows: the same for all layers, so made at the first."""
+    tensors: StepTensors = field(kw_only=True, repr=False)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float) -> Tensor:
         """See AttentionParams.attend; s is the number of tokens of the step, b is 1."""
-        layer = layer_number - self.store.first_layer
-        keys, values = self.store.keys[layer], self.store.values[layer]
-        flat_keys, flat_values = self.store.flat[layer]
-        key, value = key[:, 0], value[:, 0]
-        if self.write_tokens is not None:
-            key, value = key.index_select(0, self.write_tokens), value.index_select(0, self.write_tokens)
-        flat_keys.index_copy_(0, self.write_slots, key)
-        flat_values.index_copy_(0, self.write_slots, value)
-        if self.groups is None:
-            plan = self.plan
-            self.groups = group_rows(plan.pages, plan.lengths, plan.borders, keys.shape[1], keys.device)
-        out: Tensor = tree_decode(
-            query[:, 0], keys, values, self.pages, self.lengths, self.borders, softmax_scale, groups=self.groups
-        )
+        store, step = self.store, self.tensors
+        layer = layer_number - store.first_layer
+        store.write(layer, key[:, 0], value[:, 0], step.write_slots, step.write_tokens)
+        out = step.attention(query[:, 0], store.keys[layer], store.values[layer], softmax_scale)
         return out.flatten(1)[:, None]

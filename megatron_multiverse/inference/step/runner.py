@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from megatron_multiverse.inference.step.forward import PagedForward
 from megatron_multiverse.inference.step.kv_store import KVStore, PagedParams
 from megatron_multiverse.inference.step.plan import StepOutput, StepPlan
 from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler
+from megatron_multiverse.inference.step.tensors import StepTensors
 
 
 class Runner:
@@ -41,7 +42,8 @@ class Runner:
         self.vocab_size = vocab_size
         self._logit_tokens: Tensor | None = None
         self._selected = False
-        output_layer = getattr(model, "output_layer", None)
+        self.forward = PagedForward(model) if PagedForward.runs(model) else None
+        output_layer = None if self.forward else getattr(model, "output_layer", None)
         self._hook = (
             output_layer.register_forward_pre_hook(self._select_hidden) if isinstance(output_layer, nn.Module) else None
         )
@@ -61,31 +63,23 @@ class Runner:
         if len(plan.freed):
             store.poison(plan.freed)
 
-        def upload(array: npt.NDArray[np.generic]) -> Tensor:
-            return torch.from_numpy(array).to(store.keys.device)
-
-        params = PagedParams(
-            store=store,
-            plan=plan,
-            pages=upload(plan.pages),
-            lengths=upload(plan.lengths),
-            borders=upload(plan.borders),
-            write_slots=upload(plan.write_slots),
-            write_tokens=None
-            if np.array_equal(plan.write_tokens, np.arange(len(plan.ids)))
-            else upload(plan.write_tokens),
-        )
-        self._logit_tokens, self._selected = upload(plan.borders[1:][plan.sample] - 1), False
-        try:
-            logits = self.model(upload(plan.ids)[None], upload(plan.positions)[None], None, packed_seq_params=params)[0]
-            logits = logits if self._selected else logits.index_select(0, self._logit_tokens)
-        finally:
-            self._logit_tokens = None
+        step = StepTensors.upload(plan, store.keys.device)
+        logits = self.forward(step, store) if self.forward else self._call_model(step)
         tokens, logprobs = self.sampler(logits[:, : self.vocab_size], plan.sampling)
         # One transfer brings everything back: the log-probabilities travel as the bits of integers.
         chosen, bits = torch.stack((tokens, logprobs.double().view(torch.int64))).cpu().numpy()
         logprob = bits.view(np.float64)
         return StepOutput(chosen, logprob, np.isfinite(logprob))
+
+    def _call_model(self, step: StepTensors) -> Tensor:
+        """What `PagedForward` does, by the model's own forward."""
+        self._logit_tokens, self._selected = step.logit_tokens, False
+        params = PagedParams(store=self.store, tensors=step)
+        try:
+            logits: Tensor = self.model(step.ids[None], step.positions[None], None, packed_seq_params=params)[0]
+            return logits if self._selected else logits.index_select(0, step.logit_tokens)
+        finally:
+            self._logit_tokens = None
 
     def _select_hidden(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Keep only the tokens whose logits are asked for: the vocabulary is wide, most tokens need none."""

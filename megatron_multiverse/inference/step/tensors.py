@@ -1,0 +1,51 @@
+"""A step plan on the device: what the forward pass reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_multiverse.inference.step.plan import StepPlan
+from megatron_multiverse.kernels.tree_decode import TreeDecode
+
+Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class StepTensors:
+    """One step's tokens, where their keys and values go, and how they attend."""
+
+    ids: Tensor
+    """int64 [n]."""
+    positions: Tensor
+    """int64 [n]."""
+    logit_tokens: Tensor
+    """int64 [s], the tokens whose logits are asked for."""
+    write_slots: Tensor
+    """int64 [m]."""
+    write_tokens: Tensor | None
+    """int64 [m]; None where slot i receives token i."""
+    attention: Attention
+    """(query [n, heads, dim], keys and values [pages, page size, kv heads, dim], scale) -> [n, heads, dim]."""
+
+    @classmethod
+    def upload(cls, plan: StepPlan, device: torch.device) -> StepTensors:
+        """Bring a plan to the device."""
+
+        def up(array: npt.NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        in_order = device.type == "cpu" and np.array_equal(plan.write_tokens, np.arange(len(plan.ids)))
+        return cls(
+            ids=up(plan.ids),
+            positions=up(plan.positions),
+            logit_tokens=up(plan.borders[1:][plan.sample] - 1),
+            write_slots=up(plan.write_slots),
+            write_tokens=None if in_order else up(plan.write_tokens),
+            attention=TreeDecode(plan.pages, plan.lengths, plan.borders),
+        )
