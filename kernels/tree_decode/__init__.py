@@ -59,7 +59,7 @@ class TreeDecode:
             )
             self._list = DeviceWork.upload(pages, work, query.device)
         else:
-            self._groups = group_rows(pages, lengths, borders, page_size, keys.device)
+            self._groups = group_rows(pages, lengths, borders, page_size, kv_heads, keys.device)
 
 
 class DeviceWork:

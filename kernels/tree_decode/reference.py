@@ -18,8 +18,8 @@ class RowGroup(NamedTuple):
     """Rows with about as many new tokens, padded to one rectangle of q queries and k keys."""
 
     q: int
-    slots: Tensor
-    """int64 [rows, k], place of each key: page * page_size + offset."""
+    places: Tensor
+    """int64 [rows, kv heads, k], where each key lies: (page * page_size + offset) * kv heads + head."""
     visible: Tensor
     """bool [rows, q, k]."""
     tokens: Tensor | None
@@ -33,6 +33,7 @@ def group_rows(
     lengths: npt.NDArray[np.int32],
     borders: npt.NDArray[np.int64],
     page_size: int,
+    kv_heads: int,
     device: torch.device | str = "cpu",
 ) -> list[RowGroup]:
     """How `tree_decode_reference` pads the rows of a step: the same for all layers of a pass, so made once.
@@ -45,7 +46,7 @@ def group_rows(
     if len(lengths) * int(lengths.max()) > SPLIT_BY_LENGTH:
         buckets += np.ceil(np.log2(lengths))
     return [
-        _group(np.flatnonzero(buckets == bucket), pages, lengths, borders, page_size, device)
+        _group(np.flatnonzero(buckets == bucket), pages, lengths, borders, page_size, kv_heads, device)
         for bucket in np.unique(buckets)
     ]
 
@@ -56,6 +57,7 @@ def _group(
     lengths: npt.NDArray[np.int32],
     borders: npt.NDArray[np.int64],
     page_size: int,
+    kv_heads: int,
     device: torch.device | str,
 ) -> RowGroup:
     count, length = np.diff(borders)[rows], lengths[rows].astype(np.int64)
@@ -72,7 +74,7 @@ def _group(
     whole = len(rows) == len(lengths) and len(keep) == tokens.size
     return RowGroup(
         q=q,
-        slots=torch.from_numpy(slots).to(device),
+        places=torch.from_numpy(slots[:, None] * kv_heads + np.arange(kv_heads)[:, None]).to(device),
         visible=torch.from_numpy(visible).to(device),
         tokens=None if whole else torch.from_numpy(tokens.reshape(-1)).to(device),
         keep=None if len(keep) == tokens.size else torch.from_numpy(keep).to(device),
@@ -111,7 +113,7 @@ def tree_decode_reference(
     """
     if groups is None:
         host_pages, host_lengths, host_borders = (x.cpu().numpy() for x in (pages, lengths, borders))
-        groups = group_rows(host_pages, host_lengths, host_borders, keys.shape[1], keys.device)
+        groups = group_rows(host_pages, host_lengths, host_borders, *keys.shape[1:3], keys.device)
     return attend_groups(query, keys, values, groups, softmax_scale)
 
 
@@ -123,7 +125,7 @@ def attend_groups(
     for group in groups:
         part = query if group.tokens is None else query.index_select(0, group.tokens)
         got = _attend(
-            part.view(-1, group.q, *query.shape[1:]), keys.flatten(0, 1), values.flatten(0, 1), group, softmax_scale
+            part.view(-1, group.q, *query.shape[1:]), keys.flatten(0, 2), values.flatten(0, 2), group, softmax_scale
         )
         if group.tokens is None:
             return got
@@ -135,18 +137,19 @@ def attend_groups(
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, group: RowGroup, softmax_scale: float) -> Tensor:
-    """One rectangle: query [rows, q, heads, dim], keys and values [slots, kv heads, dim] -> [rows * q, heads, dim]."""
+    """One rectangle: query [rows, q, heads, dim], keys and values [slots * kv heads, dim] -> [rows * q, heads, dim]."""
     rows, q, heads, dim = query.shape
-    kv_heads, k = keys.shape[1], group.slots.shape[1]
+    kv_heads, k = group.places.shape[1:]
     per_kv_head = heads // kv_heads
     # The query heads that share a kv head become further queries of it, so keys are never repeated.
     if q == 1:
         folded = query.view(rows, kv_heads, per_kv_head, dim)
     else:
         folded = query.view(rows, q, kv_heads, per_kv_head, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    place = group.slots.reshape(-1)
-    row_keys = keys.index_select(0, place).view(rows, k, kv_heads, dim).transpose(1, 2)
-    row_values = values.index_select(0, place).view(rows, k, kv_heads, dim).transpose(1, 2)
+    # Gathered head by head: attention over contiguous keys takes three quarters of the time on a CPU.
+    place = group.places.reshape(-1)
+    row_keys = keys.index_select(0, place).view(rows, kv_heads, k, dim)
+    row_values = values.index_select(0, place).view(rows, kv_heads, k, dim)
     mask = group.visible if per_kv_head == 1 or q == 1 else group.visible.repeat(1, per_kv_head, 1)
     out = torch.nn.functional.scaled_dot_product_attention(
         folded, row_keys, row_values, attn_mask=mask[:, None], scale=softmax_scale

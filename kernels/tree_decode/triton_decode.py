@@ -48,7 +48,7 @@ def _part_kernel(query, keys, values, pages, items, item_tokens, item_limits, pa
             loaded = inside[:, None] & in_dim[None, :]
             k = tl.load(keys + place[:, None] + lane[None, :], mask=loaded, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
-            scores = tl.where(key[None, :] < limit[:, None], scores, float("-inf"))
+            scores = tl.where(inside[None, :] & (key[None, :] < limit[:, None]), scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
             safe = tl.where(new_top == float("-inf"), 0.0, new_top)
             weights = tl.exp2(scores - safe[:, None])
@@ -61,7 +61,7 @@ def _part_kernel(query, keys, values, pages, items, item_tokens, item_limits, pa
         seen = total > 0
         mean = sums / tl.where(seen, total, 1.0)[:, None]
         tl.store(parts + part[:, None] * DIM + lane[None, :], mean, mask=asked[:, None] & in_dim[None, :])
-        tl.store(logs + part, tl.where(seen, top + tl.log2(total), float("-inf")), mask=asked)
+        tl.store(logs + part, tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf")), mask=asked)
 
 
 @triton.jit

@@ -33,6 +33,8 @@ class EngineConfig:
     """Blocks nested deeper stay plain text; unset for no limit."""
     prefix_pages: int = 0
     """Pages kept for prompts that begin alike, as those with one few-shot header do; 0 keeps none."""
+    cuda_graphs: bool = True
+    """On a GPU, replay steps of few tokens as CUDA graphs; false runs every step call by call."""
     debug: bool = False
     """Fill freed pages with NaN and check the page books after every step."""
 

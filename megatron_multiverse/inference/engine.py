@@ -60,7 +60,12 @@ class Engine:
         self.max_position = max_position or own_limit or config.page_size * num_pages
         self.book = PageBook(num_pages, config.page_size, remember_freed=config.debug)
         self.runner = Runner(
-            model, num_pages=num_pages, page_size=config.page_size, vocab_size=vocab_size, sampler=sampler
+            model,
+            num_pages=num_pages,
+            page_size=config.page_size,
+            vocab_size=vocab_size,
+            sampler=sampler,
+            cuda_graphs=config.cuda_graphs,
         )
         self.scheduler = Scheduler(
             self.book,

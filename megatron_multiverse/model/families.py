@@ -50,6 +50,10 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
         num_layers=24, hidden_size=896, ffn_hidden_size=4864, num_attention_heads=14, num_query_groups=2,
         vocab_size=151936, max_sequence_length=32768,
     ),
+    "qwen2.5-1.5b": lambda: qwen2(
+        num_layers=28, hidden_size=1536, ffn_hidden_size=8960, num_attention_heads=12, num_query_groups=2,
+        vocab_size=151936, max_sequence_length=32768,
+    ),
     "qwen2.5-7b": lambda: qwen2(
         num_layers=28, hidden_size=3584, ffn_hidden_size=18944, num_attention_heads=28, num_query_groups=4,
         vocab_size=152064, max_sequence_length=32768, share_embeddings_and_output_weights=False,

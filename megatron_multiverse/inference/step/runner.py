@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_multiverse.inference.step.forward import PagedForward
+from megatron_multiverse.inference.step.graphs import StepGraphs
 from megatron_multiverse.inference.step.kv_store import KVStore, PagedParams
 from megatron_multiverse.inference.step.plan import StepOutput, StepPlan
 from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler
@@ -25,6 +26,7 @@ class Runner:
         page_size: tokens per page.
         vocab_size: ids of the tokenizer; the padding of the output layer above it is never chosen.
         sampler: draws tokens; by default `CounterSampler`.
+        cuda_graphs: replay small steps as graphs where the model lives on a GPU.
     """
 
     def __init__(
@@ -35,14 +37,19 @@ class Runner:
         page_size: int,
         vocab_size: int | None = None,
         sampler: Sampler | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         self.model = model.eval()
         self.store = KVStore.for_model(model, num_pages, page_size)
         self.sampler: Sampler = sampler or CounterSampler()
         self.vocab_size = vocab_size
+        on_gpu = self.store.keys.is_cuda and self.store.keys.dtype != torch.float64
+        self.graphs: StepGraphs | None = None
+        self.forward = PagedForward(model) if PagedForward.runs(model) else None
+        if cuda_graphs and self.forward and on_gpu:
+            self.graphs = StepGraphs(self.forward, self.store, vocab_size)
         self._logit_tokens: Tensor | None = None
         self._selected = False
-        self.forward = PagedForward(model) if PagedForward.runs(model) else None
         output_layer = None if self.forward else getattr(model, "output_layer", None)
         self._hook = (
             output_layer.register_forward_pre_hook(self._select_hidden) if isinstance(output_layer, nn.Module) else None
@@ -63,13 +70,17 @@ class Runner:
         if len(plan.freed):
             store.poison(plan.freed)
 
-        step = StepTensors.upload(plan, store.keys.device)
-        logits = self.forward(step, store) if self.forward else self._call_model(step)
-        tokens, logprobs = self.sampler(logits[:, : self.vocab_size], plan.sampling)
+        tokens, logprobs = (self.graphs and self.graphs.run(plan, self.sampler)) or self._run_eagerly(plan)
         # One transfer brings everything back: the log-probabilities travel as the bits of integers.
         chosen, bits = torch.stack((tokens, logprobs.double().view(torch.int64))).cpu().numpy()
         logprob = bits.view(np.float64)
         return StepOutput(chosen, logprob, np.isfinite(logprob))
+
+    def _run_eagerly(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities of the sampled rows."""
+        step = StepTensors.upload(plan, self.store.keys.device)
+        logits = self.forward(step, self.store) if self.forward else self._call_model(step)
+        return self.sampler(logits[:, : self.vocab_size], plan.sampling)
 
     def _call_model(self, step: StepTensors) -> Tensor:
         """What `PagedForward` does, by the model's own forward."""

@@ -7,7 +7,7 @@ of the batch, on how many branches ran at once, or on preemption.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -90,21 +90,45 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     return logits.masked_fill(logits < threshold, float("-inf"))
 
 
+class DeviceSampling(NamedTuple):
+    """`SamplingArrays` on the device, without top-k and top-p."""
+
+    keys: Tensor
+    indices: Tensor
+    temperature: Tensor
+
+    def draw(self, logits: Tensor, *, noise: bool = True) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities as `Sampler` gives them; `noise` false takes every row for greedy."""
+        return self._draw(logits, logits.double() / self._divisor() if noise else None)
+
+    def draw_filtered(self, logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+        """The same among what top-k and top-p leave."""
+        return self._draw(logits, filter_logits(logits.double() / self._divisor(), top_k, top_p))
+
+    def _divisor(self) -> Tensor:
+        return self.temperature.clamp(min=1e-6)[:, None]
+
+    def _draw(self, logits: Tensor, scaled: Tensor | None) -> tuple[Tensor, Tensor]:
+        tokens = logits.argmax(-1)
+        if scaled is not None:
+            drawn = (scaled + gumbel_noise(self.keys, self.indices, logits.shape[-1])).argmax(-1)
+            tokens = torch.where(self.temperature == 0, tokens, drawn)
+        return tokens, token_logprobs(logits, tokens)
+
+
 class CounterSampler:
     """Greedy at temperature 0; else temperature, top-k, top-p and Gumbel-max."""
 
     def __call__(self, logits: Tensor, sampling: SamplingArrays) -> tuple[Tensor, Tensor]:
         """See Sampler."""
-        tokens = logits.argmax(-1)
-        if sampling.temperature.any():
 
-            def column(values: npt.NDArray[np.generic]) -> Tensor:
-                return torch.from_numpy(values).to(logits.device)
+        def column(values: npt.NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(values).to(logits.device)
 
-            temperature = column(sampling.temperature)
-            scaled = logits.double() / temperature.clamp(min=1e-6)[:, None]
-            if (sampling.top_k > 0).any() or (sampling.top_p < 1).any():
-                scaled = filter_logits(scaled, column(sampling.top_k), column(sampling.top_p))
-            noise = gumbel_noise(column(sampling.keys), column(sampling.indices), logits.shape[-1])
-            tokens = torch.where(temperature == 0, tokens, (scaled + noise).argmax(-1))
-        return tokens, token_logprobs(logits, tokens)
+        if not sampling.temperature.any():
+            tokens = logits.argmax(-1)
+            return tokens, token_logprobs(logits, tokens)
+        there = DeviceSampling(*map(column, (sampling.keys, sampling.indices, sampling.temperature)))
+        if (sampling.top_k > 0).any() or (sampling.top_p < 1).any():
+            return there.draw_filtered(logits, column(sampling.top_k), column(sampling.top_p))
+        return there.draw(logits)

@@ -89,6 +89,32 @@ def launch_structure_scan() -> None:
     structure_scan_triton(torch.zeros(1, TOKENS, dtype=torch.int64), documents, torch.arange(12), chained=True)
 
 
+def launch_skinny() -> None:
+    from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear
+
+    for rows in (1, 32, 64):
+        for depth, width in ((3584, 4608), (3584, 18944), (1536, 151936)):
+            x, norm = torch.zeros(rows, depth, dtype=torch.bfloat16), torch.zeros(depth, dtype=torch.bfloat16)
+            weight = torch.zeros(width, 1, dtype=torch.bfloat16).expand(-1, depth)
+            skinny_linear(x, weight, norm_weight=norm, bias=x[0, :1].expand(width))
+            skinny_linear(x, weight, residual=x[:, :1].expand(-1, width))
+            skinny_linear(x, weight, norm_weight=norm, swiglu=True)
+
+
+def launch_decode() -> None:
+    from megatron_multiverse.kernels.kv_write.triton_write import write_kv_triton
+    from megatron_multiverse.kernels.tree_decode.triton_decode import tree_decode_triton
+
+    cache = torch.zeros(2, 9, 16, 4, 128, dtype=torch.bfloat16)
+    mixed, norm = torch.zeros(8, 4, 9 * 128, dtype=torch.bfloat16), torch.zeros(128, dtype=torch.bfloat16)
+    slots = torch.arange(8)
+    for norms in ({}, {"query_norm": norm, "key_norm": norm}):
+        query = write_kv_triton(mixed, torch.zeros(1, 8, 128), *cache.flatten(1, 2), slots, slots, **norms)
+    for sharers in (1, 8):
+        items, tokens = torch.zeros(8, 4, dtype=torch.int32), torch.zeros(8, sharers, dtype=torch.int32)
+        tree_decode_triton(query, *cache, items[0], items, tokens, tokens, tokens[:, 0], 1.0, slots=8)
+
+
 def resources(ptx: str, folder: Path) -> tuple[int, int]:
     """(registers, bytes of register spills) that ptxas reports."""
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -108,6 +134,8 @@ LAUNCHES: dict[Callable[[], None], set[str]] = {
     launch_tiles: {"_bounds_kernel", "_lists_kernel"},
     launch_rope: {"_rope_kernel"},
     launch_rope_qkv: {"_qkv_kernel"},
+    launch_skinny: {"_skinny_kernel"},
+    launch_decode: {"_write_kernel", "_part_kernel", "_merge_kernel"},
     launch_structure_scan: {"tags_kernel", "documents_kernel", "expand_kernel", "_lists_kernel"},
 }
 

@@ -9,8 +9,12 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("kernel", ["tiles", "rope", "rope_qkv", "far_heads"])
-def test_kernel_equals_its_reference_in_the_interpreter(kernel: str) -> None:
-    program = Path(__file__).parent / "interpreted.py"
+CASES = [("interpreted.py", kernel) for kernel in ("tiles", "rope", "rope_qkv", "far_heads")]
+CASES += [("interpreted_decode.py", kernel) for kernel in ("skinny", "write", "decode")]
+
+
+@pytest.mark.parametrize(("file", "kernel"), CASES)
+def test_kernel_equals_its_reference_in_the_interpreter(file: str, kernel: str) -> None:
+    program = Path(__file__).parent / file
     result = subprocess.run([sys.executable, str(program), kernel], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -51,7 +51,7 @@ def test_equals_the_formula(heads, kv_heads, counts, split, monkeypatch):
     case = make_case(counts, lengths, heads=heads, kv_heads=kv_heads)
     got = tree_decode(*case, 0.3)
     torch.testing.assert_close(got, by_loops(*case, 0.3), atol=1e-12, rtol=0)
-    groups = group_rows(*(x.numpy() for x in case[3:]), PAGE)
+    groups = group_rows(*(x.numpy() for x in case[3:]), PAGE, kv_heads)
     assert torch.equal(tree_decode(*case, 0.3, groups=groups), got)
 
 

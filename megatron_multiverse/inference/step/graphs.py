@@ -1,0 +1,242 @@
+"""CUDA graphs of small steps: one launch instead of some three hundred, one upload instead of a dozen.
+
+A graph replays the forward pass and the draw for a fixed number of tokens, over tensors that stay where they are. A
+plan is written into a pinned buffer and travels in one copy; tokens that the step does not have write nothing and are
+dropped. Every token counts as one, whether it is drawn, forced or part of a short prompt, so the steps in which forks
+and joins happen take the same path.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_multiverse.inference.step.forward import PagedForward
+from megatron_multiverse.inference.step.kv_store import KVStore
+from megatron_multiverse.inference.step.plan import StepPlan
+from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler
+from megatron_multiverse.inference.step.tensors import StepTensors
+from megatron_multiverse.kernels.tree_decode import DeviceWork, Work, divide_work, processors
+
+logger = logging.getLogger(__name__)
+
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Tokens of the graphs; a step takes the next larger one."""
+MOST_PAGES = 4096
+"""Pages per token that the page table of a graph has room for; steps that need more run without a graph."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a graph is made for: tokens, queries per item of attention, and how tokens are drawn."""
+
+    size: int
+    sharers: int
+    draw: str
+    """greedy, noise, or logits: the caller draws."""
+
+
+class StepGraphs:
+    """Runs small steps by graphs, each captured when it is first needed.
+
+    Args:
+        forward: the model.
+        store: its cache, on a CUDA device.
+        vocab_size: ids of the tokenizer, or None for all the model has.
+    """
+
+    def __init__(self, forward: PagedForward, store: KVStore, vocab_size: int | None) -> None:
+        self.forward, self.store, self.vocab_size = forward, store, vocab_size
+        self.page_size, self.kv_heads = store.keys.shape[2:4]
+        self.processors = processors(store.keys.device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[_Kind, _Graph] = {}
+        self.replays = 0
+
+    def run(self, plan: StepPlan, sampler: Sampler) -> tuple[Tensor, Tensor] | None:
+        """Tokens int64 and log-probabilities float64 of the sampled rows; None if the step does not fit a graph.
+
+        A `CounterSampler` draws inside of the graph, unless top-k or top-p are asked for.
+        """
+        n = len(plan.ids)
+        size = next((size for size in SIZES if size >= n), None)
+        if size is None or len(plan.write_slots) > _writes(size):
+            return None
+        if plan.pages.size > size * MOST_PAGES:
+            return None
+        work = divide_work(
+            plan.pages,
+            plan.lengths,
+            plan.borders,
+            page_size=self.page_size,
+            kv_heads=self.kv_heads,
+            processors=self.processors,
+            slots=_slots(size),
+        )
+        if len(work.items) > self._items(size):
+            return None
+        kind = _Kind(size, work.tokens.shape[1], _draw(plan, sampler))
+        graph = self.graphs.get(kind) or self._capture(kind)
+        graph.fill(plan, work)
+        graph.replay()
+        self.replays += 1
+        rows = len(plan.sample)
+        if kind.draw == "logits":
+            tokens, logprobs = sampler(graph.logits[:rows, : self.vocab_size], plan.sampling)
+            return tokens, logprobs.double()
+        return graph.tokens[:rows], graph.logprobs[:rows]
+
+    def _items(self, size: int) -> int:
+        return 3 * size + 2 * self.processors // self.kv_heads + 8
+
+    def _capture(self, kind: _Kind) -> _Graph:
+        start, before = time.perf_counter(), torch.cuda.memory_reserved()
+        graph = _Graph(kind, self._items(kind.size), self._step(kind), self.pool, self.store.keys.device)
+        self.graphs[kind] = graph
+        logger.info(
+            "CUDA graph for %d tokens (%s) in %.2f s, %.0f MiB",
+            kind.size,
+            kind.draw if kind.sharers == 1 else f"{kind.draw}, shared prefixes",
+            time.perf_counter() - start,
+            (torch.cuda.memory_reserved() - before) / 2**20,
+        )
+        return graph
+
+    def _step(self, kind: _Kind) -> Callable[[StepTensors, DeviceSampling], tuple[Tensor, Tensor, Tensor]]:
+        def step(tensors: StepTensors, sampling: DeviceSampling) -> tuple[Tensor, Tensor, Tensor]:
+            logits = self.forward(tensors, self.store)
+            if kind.draw == "logits":
+                return logits, logits, logits
+            tokens, logprobs = sampling.draw(logits[:, : self.vocab_size], noise=kind.draw == "noise")
+            return logits, tokens, logprobs.double()
+
+        return step
+
+
+def _draw(plan: StepPlan, sampler: Sampler) -> str:
+    """See `_Kind.draw`."""
+    sampling = plan.sampling
+    if type(sampler) is not CounterSampler or (sampling.top_k > 0).any() or (sampling.top_p < 1).any():
+        return "logits"
+    return "noise" if sampling.temperature.any() else "greedy"
+
+
+def _writes(size: int) -> int:
+    """Slots that a step of a graph may write: some tokens are written to several."""
+    return 2 * size + 16
+
+
+def _slots(size: int) -> int:
+    """Parts of a query: many where few queries must keep the whole GPU busy."""
+    return max(8, min(64, 256 // size))
+
+
+class _Graph:
+    """One captured graph and the tensors it reads."""
+
+    def __init__(
+        self,
+        kind: _Kind,
+        items: int,
+        step: Callable[[StepTensors, DeviceSampling], tuple[Tensor, Tensor, Tensor]],
+        pool: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        size = kind.size
+        buffer = _Buffer(
+            {
+                "ids": (np.int64, (size,)),
+                "positions": (np.int64, (size,)),
+                "logit_tokens": (np.int64, (size,)),
+                "write_slots": (np.int64, (_writes(size),)),
+                "write_tokens": (np.int64, (_writes(size),)),
+                "keys": (np.int64, (size,)),
+                "indices": (np.int64, (size,)),
+                "temperature": (np.float64, (size,)),
+                "items": (np.int32, (items, 4)),
+                "tokens": (np.int32, (items, kind.sharers)),
+                "limits": (np.int32, (items, kind.sharers)),
+                "counts": (np.int32, (size,)),
+                "pages": (np.int32, (size * MOST_PAGES,)),
+            },
+            device,
+        )
+        self.buffer, there = buffer, buffer.device
+        work = DeviceWork(
+            there["pages"], there["items"], there["tokens"], there["limits"], there["counts"], _slots(size)
+        )
+        tensors = StepTensors(
+            there["ids"],
+            there["positions"],
+            there["logit_tokens"],
+            there["write_slots"],
+            there["write_tokens"],
+            work,
+        )
+        sampling = DeviceSampling(there["keys"], there["indices"], there["temperature"])
+        buffer.host["write_slots"][:] = -1
+        buffer.upload()
+        # The first call compiles and chooses; it must not be recorded.
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            step(tensors, sampling)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.logits, self.tokens, self.logprobs = step(tensors, sampling)
+
+    def fill(self, plan: StepPlan, work: Work) -> None:
+        """Write a plan where the graph reads it."""
+        host = self.buffer.host
+        for name in ("ids", "positions", "write_tokens"):
+            _pad(host[name], getattr(plan, name), 0)
+        _pad(host["write_slots"], plan.write_slots, -1)
+        _pad(host["logit_tokens"], plan.borders[1:][plan.sample] - 1, 0)
+        for name in ("keys", "indices", "temperature"):
+            _pad(host[name], getattr(plan.sampling, name), 0)
+        for name in ("items", "tokens", "limits", "counts"):
+            _pad(host[name], getattr(work, name), 0)
+        host["pages"][: plan.pages.size] = plan.pages.reshape(-1)
+        self.buffer.upload(leave_out=host["pages"].nbytes - plan.pages.nbytes)
+
+    def replay(self) -> None:
+        """Run the graph over what `fill` wrote."""
+        self.graph.replay()
+
+
+def _pad(target: npt.NDArray[np.generic], values: npt.NDArray[np.generic], fill: int) -> None:
+    target[: len(values)] = values
+    target[len(values) :] = fill
+
+
+class _Buffer:
+    """Arrays side by side, on the host (pinned) and on the device; one copy brings all of them over."""
+
+    def __init__(self, fields: dict[str, tuple[type[np.generic], tuple[int, ...]]], device: torch.device) -> None:
+        sizes = {
+            name: -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 8) * 8 for name, (dtype, shape) in fields.items()
+        }
+        self._host = torch.zeros(sum(sizes.values()), dtype=torch.uint8, pin_memory=True)
+        self._device = torch.zeros_like(self._host, device=device)
+        self.host: dict[str, npt.NDArray[np.generic]] = {}
+        self.device: dict[str, Tensor] = {}
+        start = 0
+        for name, (dtype, shape) in fields.items():
+            count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            self.host[name] = self._host[start : start + count].numpy().view(dtype).reshape(shape)
+            torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+            self.device[name] = self._device[start : start + count].view(torch_dtype).view(shape)
+            start += sizes[name]
+
+    def upload(self, leave_out: int = 0) -> None:
+        """Copy to the device, without the last `leave_out` bytes."""
+        end = len(self._host) - leave_out
+        self._device[:end].copy_(self._host[:end], non_blocking=True)

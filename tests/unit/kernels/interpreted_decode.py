@@ -1,0 +1,113 @@
+"""The kernels of a decode step in Triton's CPU interpreter, beside their references; see interpreted.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+
+from megatron_multiverse.kernels.fused_linear import (
+    linear_add_reference,
+    norm_linear_reference,
+    norm_swiglu_reference,
+)
+from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear
+from megatron_multiverse.kernels.kv_write import write_kv_reference
+from megatron_multiverse.kernels.kv_write.triton_write import write_kv_triton
+from megatron_multiverse.kernels.rope import inverse_frequencies, rope_table
+from megatron_multiverse.kernels.tree_decode import divide_work, tree_decode_reference
+from megatron_multiverse.kernels.tree_decode.triton_decode import tree_decode_triton
+
+torch.set_num_threads(1)
+BLOCKS = {"ROWS": 16, "BLOCK_OUT": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1, "PREFETCH": 0}
+
+
+def check_skinny() -> None:
+    """All that can stand beside a product, at sizes that fill no tile."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    for rows, depth, width in ((1, 40, 33), (5, 64, 16), (16, 100, 50), (17, 96, 40)):
+        x, norm, weight, up = random(rows, depth), random(depth), random(width, depth), random(width, depth)
+        bias, residual = random(2 * width), random(rows, width)
+        options = {"pdl": False, "blocks": BLOCKS | {"ROWS": 16 if rows <= 16 else 32}}
+        got = skinny_linear(x, weight, norm_weight=norm, eps=1e-5, bias=bias[:width], **options)
+        want = norm_linear_reference(x, norm, 1e-5, weight, bias[:width])
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+        for some in (None, bias):
+            both = torch.cat((weight, up))
+            got = skinny_linear(x, both, norm_weight=norm, eps=1e-5, bias=some, swiglu=True, **options)
+            want = norm_swiglu_reference(x, norm, 1e-5, both, some)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+        for some in (None, bias[:width]):
+            got = skinny_linear(x, weight, residual=residual, bias=some, **options)
+            torch.testing.assert_close(got, linear_add_reference(x, weight, residual, some), rtol=1e-5, atol=1e-4)
+
+
+def check_write() -> None:
+    """Queries, keys and values; a token written twice, a slot of -1 that writes nothing, with and without norms."""
+    generator = torch.Generator().manual_seed(0)
+    for n, groups, per_group, dim in ((3, 2, 3, 8), (1, 1, 7, 12), (4, 4, 1, 16)):
+        mixed = torch.randn(n, groups, (per_group + 2) * dim, generator=generator)
+        positions = torch.randint(0, 9999, (1, n), generator=generator)
+        table = rope_table(positions, inverse_frequencies(dim, 1e6, "cpu", torch.float32))
+        slots = torch.randperm(20, generator=generator)[: n + 2]
+        tokens = torch.cat((torch.arange(n), torch.tensor([n - 1, 0])))
+        query_norm, key_norm = torch.randn(2, dim, generator=generator)
+        for norms in ({}, {"query_norm": query_norm, "key_norm": key_norm, "eps": 1e-5}):
+            cache = [torch.zeros(20, groups, dim) for _ in range(4)]
+            want = write_kv_reference(mixed, table, *cache[:2], slots[:-1], tokens[:-1], **norms)
+            slots[-1] = -1
+            got = write_kv_triton(mixed, table, *cache[2:], slots, tokens, **norms, pdl=False)
+            for x, y in ((got, want), (cache[2], cache[0]), (cache[3], cache[1])):
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def check_decode() -> None:
+    """Random trees of rows that share pages at several levels; what no row sees holds NaN."""
+    rng = np.random.default_rng(0)
+    for case in range(12):
+        page_size, groups = int(rng.choice([4, 16, 64])), int(rng.choice([1, 2]))
+        heads, dim = groups * int(rng.choice([1, 3, 7])), int(rng.choice([8, 16, 24]))
+        pages, lengths, counts = random_rows(rng, page_size, shared=case % 3 > 0)
+        borders = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+        keys, values = torch.full((2, pages.max() + 1, page_size, groups, dim), float("nan"))
+        for row, length in zip(pages, lengths, strict=True):
+            place = row[np.arange(length) // page_size], np.arange(length) % page_size
+            keys[place] = torch.from_numpy(rng.standard_normal((length, groups, dim))).float()
+            values[place] = torch.from_numpy(rng.standard_normal((length, groups, dim))).float()
+        query = torch.from_numpy(rng.standard_normal((borders[-1], heads, dim))).float()
+        arrays = (torch.from_numpy(x) for x in (pages, lengths, borders))
+        want = tree_decode_reference(query, keys, values, *arrays, 0.3)
+        for processors, slots in ((1, 64), (64, 16)):
+            work = divide_work(
+                pages, lengths, borders, page_size=page_size, kv_heads=groups, processors=processors, slots=slots
+            )
+            tensors = (torch.from_numpy(x) for x in (pages.reshape(-1), *work[:4]))
+            got = tree_decode_triton(query, keys, values, *tensors, 0.3, slots=work.slots, pdl=False)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def random_rows(rng: np.random.Generator, page_size: int, *, shared: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(pages, lengths, new tokens) of rows; neighbours share their first pages if `shared`."""
+    lists: list[list[int]] = []
+    fresh = iter(range(10_000))
+    for _ in range(int(rng.integers(1, 7))):
+        own = int(rng.integers(1, 500))
+        kept = lists[-1][: int(rng.integers(0, len(lists[-1]) + 1))] if shared and lists else []
+        lists.append(kept + [next(fresh) for _ in range(-(-own // page_size))])
+    lengths = np.array([len(x) * page_size - rng.integers(0, page_size) for x in lists], dtype=np.int32)
+    pages = np.full((len(lists), max(map(len, lists))), 0, dtype=np.int32)
+    for row, numbers in enumerate(lists):
+        pages[row, : len(numbers)] = numbers
+    return pages, lengths, rng.integers(1, 1 + np.minimum(lengths, rng.choice([1, 12])))
+
+
+if __name__ == "__main__":
+    {"skinny": check_skinny, "write": check_write, "decode": check_decode}[sys.argv[1]]()
