@@ -35,7 +35,7 @@ def norm_swiglu_reference(
 
 
 def linear_add_reference(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Linear, then the residual stream: residual [n, out] + x [n, in] weight^T (+ bias)."""
+    """Linear into the residual stream: adds x [n, in] weight^T (+ bias) to residual [n, out] in place; returns it."""
     if bias is not None:
-        residual = residual + bias
-    return torch.addmm(residual, x, weight.t())
+        residual.add_(bias)
+    return residual.addmm_(x, weight.t())

@@ -1,9 +1,8 @@
-"""Products of few rows, bound by reading the weights once: norm before, bias, activation or residual after.
+"""Products of up to 16 rows, bound by reading the weights once, with bias, activation or residual in the same launch.
 
-Decoding multiplies 1 to 64 rows by weights of up to a gigabyte. Every program owns some outputs and streams their
-weights once, in tiles as deep in flight as shared memory allows; the rows of x stay in the L2 cache. A norm costs
-nothing extra: its learned scale is applied to x as it is read, and the root mean square of a row, which the same loop
-adds up, divides the finished sums.
+Every program streams a stretch of the weights of some outputs, in tiles as deep in flight as shared memory allows; the
+rows of x stay in the L2 cache. Where there are too few outputs to keep the GPU busy, several programs share them: each
+leaves its partial sums, and the last to arrive adds them up, in a fixed order, so the result is always the same.
 
 With programmatic dependent launch the kernel starts while its predecessor ends, and asks for its first weights, which
 no predecessor writes, before it waits for x.
@@ -13,10 +12,14 @@ from __future__ import annotations
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+ROWS = 16
+"""Rows of a tile of the tensor cores."""
 
 
 @triton.jit
@@ -28,104 +31,109 @@ def _prefetch(address):
 
 
 @triton.jit
-def _skinny_kernel(x, norm, weight, bias, residual, out, rows, depth, width, x_row, residual_row, out_row, eps,
-                   ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
+def _skinny_kernel(x, weight, bias, out, partial, arrived, rows, depth, width, x_row, out_row,
+                   ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
                    SWIGLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PREFETCH: tl.constexpr,
                    PDL: tl.constexpr):  # fmt: skip
-    """One program per BLOCK_OUT outputs of all rows.
+    """Program (i, j): the i-th BLOCK_OUT rows of the weights, all rows of x, the j-th of SPLITS stretches of the sum.
+
+    With SWIGLU half of these rows belong to the gate and half to what it opens.
 
     Args:
+        partial: float32 [SPLITS, ROWS, rows of weight].
+        arrived: int32 [programs along i], zero; left zero.
         rows, depth, width: x is [rows, depth], out [rows, width].
-        x_row, residual_row, out_row: elements from one row to the next.
-        ROWS: rows rounded up to what a tensor core takes.
+        x_row, out_row: elements from one row to the next.
         PREFETCH: bytes of each weight row asked for before the wait.
     """
-    output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    row, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    tile, split = tl.program_id(0), tl.program_id(1)
+    outputs: tl.constexpr = BLOCK_OUT // 2 if SWIGLU else BLOCK_OUT
+    lane, row, k = tl.arange(0, BLOCK_OUT), tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    output = tile * outputs + lane % outputs
     in_width, in_rows = output < width, row < rows
+    weight_row = tl.where(in_width, output + lane // outputs * width, 0)
+    stretch = tl.cdiv(tl.cdiv(depth, BLOCK_K), SPLITS) * BLOCK_K
+    begin = split * stretch
+    end = tl.minimum(begin + stretch, depth)
     # int64: the weights of an output layer may have more than 2^31 elements.
-    first = weight + tl.where(in_width, output, 0).to(tl.int64)[:, None] * depth
+    first = weight + weight_row.to(tl.int64)[:, None] * depth
     if PDL:
         if PREFETCH > 0:
-            lines = first + tl.arange(0, PREFETCH // 128)[None, :] * 64
+            lines = first + begin + tl.arange(0, PREFETCH // 128)[None, :] * 64
             _prefetch(lines.to(tl.int64, bitcast=True))
-            if SWIGLU:
-                _prefetch((lines + width.to(tl.int64) * depth).to(tl.int64, bitcast=True))
         gdc_wait()
         gdc_launch_dependents()
     sums = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
-    sums_up = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
-    squares = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, depth, BLOCK_K):
+    for start in range(begin, end, BLOCK_K):
         place = start + k
-        inside = place < depth
+        inside = place < end
         w = tl.load(first + place[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
         part = tl.load(x + row[None, :] * x_row + place[:, None], mask=in_rows[None, :] & inside[:, None], other=0.0)
-        if NORM:
-            wide = part.to(tl.float32)
-            squares += tl.sum(wide * wide, 0)
-            part = (wide * tl.load(norm + place, mask=inside, other=0.0).to(tl.float32)[:, None]).to(part.dtype)
         sums = tl.dot(w, part, sums)
-        if SWIGLU:
-            up = tl.load(
-                first + width.to(tl.int64) * depth + place[None, :], mask=inside[None, :], other=0.0,
-                eviction_policy="evict_first",
-            )  # fmt: skip
-            sums_up = tl.dot(up, part, sums_up)
-    if NORM:
-        scale = tl.rsqrt(squares / depth + eps)[None, :]
-        sums *= scale
-        sums_up *= scale
-    if BIAS:
-        sums += tl.load(bias + output, mask=in_width, other=0.0).to(tl.float32)[:, None]
-    if SWIGLU:
+    last = True
+    if SPLITS > 1:
+        plane = ROWS * (2 * width if SWIGLU else width)
+        mine = partial + row[None, :] * (2 * width if SWIGLU else width) + weight_row[:, None]
+        both = in_width[:, None] & in_rows[None, :]
+        tl.store(mine + split * plane, sums, mask=both)
+        tl.debug_barrier()  # all threads' stores come before the one that says so
+        last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            sums = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
+            for other in range(SPLITS):
+                sums += tl.load(mine + other * plane, mask=both, other=0.0, cache_modifier=".cg")
+            tl.store(arrived + tile, 0)
+    if last:
         if BIAS:
-            sums_up += tl.load(bias + width + output, mask=in_width, other=0.0).to(tl.float32)[:, None]
-        sums = sums / (1 + tl.exp(-sums)) * sums_up
-    both = in_width[:, None] & in_rows[None, :]
-    if RESIDUAL:
-        old = tl.load(residual + row[None, :] * residual_row + output[:, None], mask=both, other=0.0)
-        sums += old.to(tl.float32)
-    tl.store(out + row[None, :] * out_row + output[:, None], sums.to(out.dtype.element_ty), mask=both)
+            sums += tl.load(bias + weight_row, mask=in_width, other=0.0).to(tl.float32)[:, None]
+        if SWIGLU:
+            gate, up = tl.split(tl.permute(tl.reshape(sums, (2, outputs, ROWS)), (1, 2, 0)))
+            result = gate / (1 + tl.exp(-gate)) * up
+        else:
+            result = sums
+        column = tile * outputs + tl.arange(0, outputs)
+        stored = (column < width)[:, None] & in_rows[None, :]
+        if RESIDUAL:
+            old = tl.load(out + row[None, :] * out_row + column[:, None], mask=stored, other=0.0)
+            result += old.to(tl.float32)
+        tl.store(out + row[None, :] * out_row + column[:, None], result.to(out.dtype.element_ty), mask=stored)
 
 
 @functools.cache
-def _blocks(rows: int, depth: int, width: int, swiglu: bool) -> dict[str, int]:
-    """Tile sizes of a shape, found by `benchmarks/kernels/skinny_linear.py` on an H100."""
-    rows = max(16, triton.next_power_of_2(rows))
-    wide = width * (2 if swiglu else 1) >= 16384
-    block_out = (32 if wide else 16) if rows == 16 else 64 if wide else 32
-    return {
-        "ROWS": rows,
-        "BLOCK_OUT": block_out // 2 if swiglu and rows == 16 else block_out,
-        "BLOCK_K": 256 if rows == 16 else 128,
-        "num_warps": 4,
-        "num_stages": 4 if rows == 16 else 3,
-        "PREFETCH": 512,
-    }
+def _counters(device: torch.device) -> Tensor:
+    """Zeros that the programs of a launch count on; launches of one stream share them."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _blocks(depth: int, width: int, swiglu: bool) -> dict[str, int]:
+    """Tile sizes of a shape, found by `benchmarks/kernels/skinny_linear.py` on an H200."""
+    rows = width * (2 if swiglu else 1)
+    if rows >= 8192:
+        return {"BLOCK_OUT": 64, "BLOCK_K": 128, "SPLITS": 1, "num_warps": 4, "num_stages": 4, "PREFETCH": 256}
+    if rows >= 4096 or swiglu:
+        return {"BLOCK_OUT": 16, "BLOCK_K": 128, "SPLITS": 1, "num_warps": 2, "num_stages": 6, "PREFETCH": 256}
+    splits = max(1, min(depth // 512, round(240 / triton.cdiv(rows, 32))))
+    return {"BLOCK_OUT": 32, "BLOCK_K": 128, "SPLITS": splits, "num_warps": 4, "num_stages": 5, "PREFETCH": 256}
 
 
 def skinny_linear(
     x: Tensor,
     weight: Tensor,
     *,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     swiglu: bool = False,
     pdl: bool = True,
     blocks: dict[str, int] | None = None,
 ) -> Tensor:
-    """x [n, in] weight^T, with what stands before and after it.
+    """x [n, in] weight^T, with what stands after it.
 
     Args:
-        x: [n, in], float16 or bfloat16, last axis contiguous.
+        x: [n, in] with n up to ROWS, float16 or bfloat16, last axis contiguous.
         weight: [out, in], contiguous, in x's dtype; [2 * out, in] with swiglu, the rows of the gate first.
-        norm_weight: [in], scale of an RMSNorm of x, or None for no norm.
-        eps: of the norm.
         bias: one per row of weight, or None.
-        residual: [n, out] to be added, or None.
+        residual: [n, out] to be added, overwritten by the result and returned, or None.
         swiglu: silu(first half) * second half.
         pdl: start while the preceding kernel ends; False where there is no GPU.
         blocks: tile sizes, for benchmarks.
@@ -135,13 +143,14 @@ def skinny_linear(
     """
     rows, depth = x.shape
     width = weight.shape[0] // 2 if swiglu else weight.shape[0]
-    out = x.new_empty(rows, width)
-    blocks = blocks or _blocks(rows, depth, width, swiglu)
+    out = x.new_empty(rows, width) if residual is None else residual
+    blocks = blocks or _blocks(depth, width, swiglu)
+    splits = blocks["SPLITS"]
+    partial = x.new_empty((splits, ROWS, weight.shape[0]), dtype=torch.float32) if splits > 1 else out
     options = {"launch_pdl": True} if pdl else {}
-    _skinny_kernel[(triton.cdiv(width, blocks["BLOCK_OUT"]),)](
-        x, x if norm_weight is None else norm_weight, weight, x if bias is None else bias,
-        x if residual is None else residual, out, rows, depth, width, x.stride(0),
-        0 if residual is None else residual.stride(0), width, eps, NORM=norm_weight is not None, SWIGLU=swiglu,
-        BIAS=bias is not None, RESIDUAL=residual is not None, PDL=pdl, **blocks, **options,
+    _skinny_kernel[(triton.cdiv(weight.shape[0], blocks["BLOCK_OUT"]), splits)](
+        x, weight, x if bias is None else bias, out, partial,
+        _counters(x.device), rows, depth, width, x.stride(0), out.stride(0), ROWS=ROWS,
+        SWIGLU=swiglu, BIAS=bias is not None, RESIDUAL=residual is not None, PDL=pdl, **blocks, **options,
     )  # fmt: skip
     return out

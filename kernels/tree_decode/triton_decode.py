@@ -1,12 +1,15 @@
-"""Attention over the paged cache in two launches: parts of the keys, then their merge.
+"""Attention over the paged cache in one launch, cut into parts that add themselves up.
 
 What to read is decided on the host, by `work.py`: a list of items, each a stretch of one row's keys and the queries
 that look at it. Long rows are cut into several items so that all multiprocessors have work; branches that share the
-pages of a prefix look at it in one item, so it is read once for all of them. Every item leaves a part, the weighted
-values and the log of the sum of weights, and the second launch adds the parts of a query up.
+pages of a prefix look at it in one item, so it is read once for all of them. A query that is in one item has its result
+at once. Otherwise every item leaves a part, the mean of the values it saw and the log of the sum of their weights, and
+the program that finishes a query's last part merges them, in the order of the parts, so the result is always the same.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -16,7 +19,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _part_kernel(query, keys, values, pages, items, item_tokens, item_limits, parts, logs, scale, q_token, q_head,
+def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, counts, arrived, parts, logs, out,
+                   scale, q_token, q_head,
                  HEADS: tl.constexpr, GROUPS: tl.constexpr, SHARERS: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr,
                  LANES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
@@ -57,35 +61,54 @@ def _part_kernel(query, keys, values, pages, items, item_tokens, item_limits, pa
             sums = sums * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             total = total * shrink + tl.sum(weights, 1)
             top = new_top
-        part = (token * SLOTS + slot) * HEADS + head
         seen = total > 0
         mean = sums / tl.where(seen, total, 1.0)[:, None]
-        tl.store(parts + part[:, None] * DIM + lane[None, :], mean, mask=asked[:, None] & in_dim[None, :])
-        tl.store(logs + part, tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf")), mask=asked)
+        log = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
+        count = tl.load(counts + token, mask=asked, other=0)
+        into = out + (token * HEADS + head)[:, None] * DIM + lane[None, :]
+        tl.store(into, mean.to(out.dtype.element_ty), mask=(count == 1)[:, None] & in_dim[None, :])
+        most = tl.max(count, 0)
+        if most > 1:
+            several = count > 1
+            part = (token * SLOTS + slot) * HEADS + head
+            tl.store(parts + part[:, None] * DIM + lane[None, :], mean, mask=several[:, None] & in_dim[None, :])
+            tl.store(logs + part, log, mask=several)
+            tl.debug_barrier()  # all threads' stores come before the one that says so
+            seat = tl.arange(0, SHARERS)
+            seat_token = tl.load(item_tokens + item * SHARERS + seat).to(tl.int64)
+            seat_count = tl.load(counts + seat_token, mask=seat_token >= 0, other=0)
+            counter = arrived + seat_token * GROUPS + group
+            before = tl.atomic_add(counter, 1, mask=seat_count > 1, sem="acq_rel")
+            seat_done = (seat_count > 1) & (before == seat_count - 1)
+            tl.store(counter, 0, mask=seat_done)
+            here = sharer[:, None] == seat[None, :]
+            done = tl.sum((here & seat_done[None, :]).to(tl.int32), 1) > 0
+            if tl.max(done.to(tl.int32), 0) > 0:
+                best = tl.full((M,), float("-inf"), tl.float32)
+                whole = tl.zeros((M,), tl.float32)
+                merged = tl.zeros((M, LANES), tl.float32)
+                for number in range(0, most):
+                    there = done & (number < count)
+                    its = (token * SLOTS + number) * HEADS + head
+                    its_log = tl.load(logs + its, mask=there, other=float("-inf"), cache_modifier=".cg")
+                    its_mean = tl.load(
+                        parts + its[:, None] * DIM + lane[None, :], mask=there[:, None] & in_dim[None, :], other=0.0,
+                        cache_modifier=".cg",
+                    )  # fmt: skip
+                    new_best = tl.maximum(best, its_log)
+                    finite = tl.where(new_best == float("-inf"), 0.0, new_best)
+                    weight, fade = tl.exp2(its_log - finite), tl.exp2(best - finite)
+                    merged = merged * fade[:, None] + weight[:, None] * its_mean
+                    whole = whole * fade + weight
+                    best = new_best
+                result = merged / tl.where(whole > 0, whole, 1.0)[:, None]
+                tl.store(into, result.to(out.dtype.element_ty), mask=done[:, None] & in_dim[None, :])
 
 
-@triton.jit
-def _merge_kernel(parts, logs, counts, out, HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
-                  SLOTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program per query and head."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    count, lane = tl.load(counts + token), tl.arange(0, LANES)
-    top, total = -float("inf"), 0.0
-    sums = tl.zeros((LANES,), tl.float32)
-    for slot in range(0, count):
-        part = (token * SLOTS + slot) * HEADS + head
-        log = tl.load(logs + part)
-        new_top = tl.maximum(top, log)
-        safe = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weight, shrink = tl.exp2(log - safe), tl.exp2(top - safe)
-        sums = sums * shrink + weight * tl.load(parts + part * DIM + lane, mask=lane < DIM, other=0.0)
-        total = total * shrink + weight
-        top = new_top
-    result = sums / tl.where(total > 0, total, 1.0)
-    tl.store(out + (token * HEADS + head) * DIM + lane, result.to(out.dtype.element_ty), mask=lane < DIM)
+@functools.cache
+def _counters(device: torch.device) -> Tensor:
+    """Zeros on which the programs of a launch count a query's parts; launches of one stream share them."""
+    return torch.zeros(1 << 18, dtype=torch.int32, device=device)
 
 
 def tree_decode_triton(
@@ -129,12 +152,9 @@ def tree_decode_triton(
     logs = query.new_empty((tokens, slots, heads), dtype=torch.float32)
     out = query.new_empty(tokens, heads, dim)
     options = {"launch_pdl": True} if pdl else {}
-    _part_kernel[(len(items), groups)](
-        query, keys, values, pages, items, item_tokens, item_limits, parts, logs, softmax_scale, query.stride(0),
-        query.stride(1), HEADS=heads, GROUPS=groups, SHARERS=sharers, M=m, DIM=dim, LANES=lanes, PAGE=page,
-        BLOCK=64, SLOTS=slots, PDL=pdl, num_warps=4 if m <= 64 else 8, num_stages=3, **options,
+    _decode_kernel[(len(items), groups)](
+        query, keys, values, pages, items, item_tokens, item_limits, counts, _counters(query.device), parts, logs, out,
+        softmax_scale, query.stride(0), query.stride(1), HEADS=heads, GROUPS=groups, SHARERS=sharers, M=m, DIM=dim,
+        LANES=lanes, PAGE=page, BLOCK=64, SLOTS=slots, PDL=pdl, num_warps=4 if m <= 64 else 8, num_stages=3, **options,
     )  # fmt: skip
-    _merge_kernel[(tokens, heads)](
-        parts, logs, counts, out, HEADS=heads, DIM=dim, LANES=lanes, SLOTS=slots, PDL=pdl, num_warps=1, **options
-    )
     return out

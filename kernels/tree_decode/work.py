@@ -70,25 +70,32 @@ def divide_work(
     """
     width = pages.shape[1]
     counts = np.diff(borders)
-    limits = np.repeat(lengths - counts + 1, counts) + np.arange(borders[-1]) - np.repeat(borders[:-1], counts)
+    single = len(counts) == borders[-1]  # one query per row
+    offsets = 0 if single else np.arange(borders[-1]) - np.repeat(borders[:-1], counts)
+    limits = (lengths if single else np.repeat(lengths - counts + 1, counts) + offsets).astype(np.int32)
     stretches = _stretches(pages, lengths, page_size)
-    depth = _depth(stretches, borders)
-    if depth > slots // 2:
-        stretches, depth = _alone(lengths), 1
-    sharers = SHARERS if len(stretches) > len(lengths) or int(counts.max()) > 1 else 1
-    # One seat for every stretch and group of at most `sharers` queries.
-    seats = np.array(
-        [
-            (stretch.first * width, stretch.start, stretch.end, token, min(token + sharers, int(borders[stretch.last])))
-            for stretch in stretches
-            for token in range(int(borders[stretch.first]), int(borders[stretch.last]), sharers)
-        ],
-        dtype=np.int64,
-    )
+    if stretches is not None and (depth := _depth(stretches, borders)) > slots // 2:
+        stretches = None
+    if stretches is None:
+        stretches, depth = _alone(lengths) if not single else None, 1
+    sharers = 1 if stretches is None else SHARERS
+    if stretches is None:
+        rows = np.arange(len(lengths))
+        seats = np.stack((rows * width, np.zeros_like(rows), lengths, rows, rows + 1), axis=1)
+    else:
+        # One seat for every stretch and group of at most `sharers` queries.
+        seats = np.array(
+            [
+                (s.first * width, s.start, s.end, token, min(token + sharers, int(borders[s.last])))
+                for s in stretches
+                for token in range(int(borders[s.first]), int(borders[s.last]), sharers)
+            ],
+            dtype=np.int64,
+        )
     even = -(-int((seats[:, 2] - seats[:, 1]).sum()) * kv_heads // (2 * processors))
     most = -(-int(lengths.max()) // (slots - depth))
     piece = -(-max(even, most, 1) // BLOCK) * BLOCK
-    return _cut(seats, piece, sharers, limits.astype(np.int32), slots)
+    return _cut(seats, piece, sharers, limits, slots)
 
 
 def _depth(stretches: list[Stretch], borders: npt.NDArray[np.int64]) -> int:
@@ -106,8 +113,12 @@ def _cut(seats: npt.NDArray[np.int64], piece: int, sharers: int, limits: Int32s,
     index = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     start = seats[owner, 1] + index * piece
     counts = np.zeros(len(limits), dtype=np.int32)
-    base = np.empty(len(seats), dtype=np.int64)
-    for seat, (number, begin, end) in enumerate(zip(pieces, seats[:, 3], seats[:, 4], strict=True)):
+    base = np.zeros(len(seats), dtype=np.int64)
+    if sharers == 1:
+        counts[:] = pieces
+    for seat, (number, begin, end) in enumerate(
+        zip(pieces, seats[:, 3], seats[:, 4], strict=True) if sharers > 1 else ()
+    ):
         # All queries of a stretch have been in the same stretches before, so they have as many parts so far.
         base[seat] = counts[begin]
         counts[begin:end] = base[seat] + number
@@ -119,15 +130,16 @@ def _cut(seats: npt.NDArray[np.int64], piece: int, sharers: int, limits: Int32s,
     return Work(items, tokens, np.where(tokens >= 0, limits[tokens], 0).astype(np.int32), counts, slots)
 
 
-def _stretches(pages: Int32s, lengths: npt.NDArray[np.int32], page_size: int) -> list[Stretch]:
-    """Every row's keys, as stretches; what neighbours share comes before what is each one's own."""
+def _stretches(pages: Int32s, lengths: npt.NDArray[np.int32], page_size: int) -> list[Stretch] | None:
+    """Every row's keys, as stretches; what neighbours share comes before what is each one's own. None: they share
+    nothing worth it."""
     rows = len(lengths)
     common = np.zeros(max(rows - 1, 0), dtype=np.int64)
     if rows > 1:
         same = np.logical_and.accumulate(pages[1:] == pages[:-1], axis=1).sum(1) * page_size
         common = np.minimum(same, np.minimum(lengths[1:], lengths[:-1]) // page_size * page_size)
     if not (common >= LEAST_SHARED).any():
-        return _alone(lengths)
+        return None
     found: list[Stretch] = []
     _split(0, rows, 0, common, lengths, found)
     return found

@@ -97,7 +97,7 @@ class StepGraphs:
         return 3 * size + 2 * self.processors // self.kv_heads + 8
 
     def _capture(self, kind: _Kind) -> _Graph:
-        start, before = time.perf_counter(), torch.cuda.memory_reserved()
+        start, before = time.perf_counter(), torch.cuda.mem_get_info()[0]
         graph = _Graph(kind, self._items(kind.size), self._step(kind), self.pool, self.store.keys.device)
         self.graphs[kind] = graph
         logger.info(
@@ -105,7 +105,7 @@ class StepGraphs:
             kind.size,
             kind.draw if kind.sharers == 1 else f"{kind.draw}, shared prefixes",
             time.perf_counter() - start,
-            (torch.cuda.memory_reserved() - before) / 2**20,
+            (before - torch.cuda.mem_get_info()[0]) / 2**20,
         )
         return graph
 
@@ -135,7 +135,7 @@ def _writes(size: int) -> int:
 
 def _slots(size: int) -> int:
     """Parts of a query: many where few queries must keep the whole GPU busy."""
-    return max(8, min(64, 256 // size))
+    return max(8, min(64, 512 // size))
 
 
 class _Graph:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.inference.step.plan import SamplingArrays
+from megatron_multiverse.kernels.greedy import greedy, token_logprobs
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: splitmix64's increment
 
@@ -24,20 +25,6 @@ class Sampler(Protocol):
 
     def __call__(self, logits: Tensor, sampling: SamplingArrays) -> tuple[Tensor, Tensor]:
         """logits [rows, vocab] -> tokens int64 [rows] and their log-probabilities [rows], see `token_logprobs`."""
-
-
-def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability of each row's token under the model's own distribution (temperature 1, nothing filtered).
-
-    Args:
-        logits: [rows, vocab].
-        tokens: int64 [rows].
-
-    Returns:
-        [rows], float32 or wider; not finite where the logits are not.
-    """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -torch.nn.functional.cross_entropy(wide, tokens, reduction="none")
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -99,7 +86,7 @@ class DeviceSampling(NamedTuple):
 
     def draw(self, logits: Tensor, *, noise: bool = True) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities as `Sampler` gives them; `noise` false takes every row for greedy."""
-        return self._draw(logits, logits.double() / self._divisor() if noise else None)
+        return self._draw(logits, logits.double() / self._divisor()) if noise else greedy(logits)
 
     def draw_filtered(self, logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
         """The same among what top-k and top-p leave."""
@@ -108,11 +95,9 @@ class DeviceSampling(NamedTuple):
     def _divisor(self) -> Tensor:
         return self.temperature.clamp(min=1e-6)[:, None]
 
-    def _draw(self, logits: Tensor, scaled: Tensor | None) -> tuple[Tensor, Tensor]:
-        tokens = logits.argmax(-1)
-        if scaled is not None:
-            drawn = (scaled + gumbel_noise(self.keys, self.indices, logits.shape[-1])).argmax(-1)
-            tokens = torch.where(self.temperature == 0, tokens, drawn)
+    def _draw(self, logits: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = (scaled + gumbel_noise(self.keys, self.indices, logits.shape[-1])).argmax(-1)
+        tokens = torch.where(self.temperature == 0, logits.argmax(-1), drawn)
         return tokens, token_logprobs(logits, tokens)
 
 
@@ -126,8 +111,7 @@ class CounterSampler:
             return torch.from_numpy(values).to(logits.device)
 
         if not sampling.temperature.any():
-            tokens = logits.argmax(-1)
-            return tokens, token_logprobs(logits, tokens)
+            return greedy(logits)
         there = DeviceSampling(*map(column, (sampling.keys, sampling.indices, sampling.temperature)))
         if (sampling.top_k > 0).any() or (sampling.top_p < 1).any():
             return there.draw_filtered(logits, column(sampling.top_k), column(sampling.top_p))

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from megatron_multiverse.inference import CounterSampler, IncrementalDetokenizer, SamplingArrays
-from megatron_multiverse.inference.step.sampler import filter_logits, gumbel_noise, token_logprobs
+from megatron_multiverse.inference.step.sampler import filter_logits, gumbel_noise
 from megatron_multiverse.inference.text.branch import branch_key
+from megatron_multiverse.kernels.greedy import token_logprobs
 
 
 def rows(count, *, temperature=1.0, top_k=0, top_p=1.0):

@@ -10,12 +10,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 
-from megatron_multiverse.kernels.fused_linear import (
-    linear_add_reference,
-    norm_linear_reference,
-    norm_swiglu_reference,
-)
+from megatron_multiverse.kernels.fused_linear import linear_add_reference, rms_norm
+from megatron_multiverse.kernels.fused_linear.triton_rows import norm_rows, swiglu_rows
 from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear
+from megatron_multiverse.kernels.greedy import greedy_reference
+from megatron_multiverse.kernels.greedy.triton_greedy import greedy_triton
 from megatron_multiverse.kernels.kv_write import write_kv_reference
 from megatron_multiverse.kernels.kv_write.triton_write import write_kv_triton
 from megatron_multiverse.kernels.rope import inverse_frequencies, rope_table
@@ -23,31 +22,59 @@ from megatron_multiverse.kernels.tree_decode import divide_work, tree_decode_ref
 from megatron_multiverse.kernels.tree_decode.triton_decode import tree_decode_triton
 
 torch.set_num_threads(1)
-BLOCKS = {"ROWS": 16, "BLOCK_OUT": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1, "PREFETCH": 0}
+BLOCKS = {"BLOCK_OUT": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1, "PREFETCH": 0}
 
 
 def check_skinny() -> None:
-    """All that can stand beside a product, at sizes that fill no tile."""
+    """All that can stand beside a product, at sizes that fill no tile, and sums cut among programs."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    for rows, depth, width in ((1, 40, 33), (5, 64, 16), (16, 100, 50), (17, 96, 40)):
-        x, norm, weight, up = random(rows, depth), random(depth), random(width, depth), random(width, depth)
+    for rows, depth, width, splits in ((1, 40, 33, 1), (5, 64, 16, 2), (16, 100, 50, 3), (3, 96, 40, 5)):
+        x, weight, up = random(rows, depth), random(width, depth), random(width, depth)
         bias, residual = random(2 * width), random(rows, width)
-        options = {"pdl": False, "blocks": BLOCKS | {"ROWS": 16 if rows <= 16 else 32}}
-        got = skinny_linear(x, weight, norm_weight=norm, eps=1e-5, bias=bias[:width], **options)
-        want = norm_linear_reference(x, norm, 1e-5, weight, bias[:width])
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+        options = {"pdl": False, "blocks": BLOCKS | {"SPLITS": splits}}
+        got = skinny_linear(x, weight, bias=bias[:width], **options)
+        torch.testing.assert_close(got, torch.nn.functional.linear(x, weight, bias[:width]), rtol=1e-5, atol=1e-4)
         for some in (None, bias):
             both = torch.cat((weight, up))
-            got = skinny_linear(x, both, norm_weight=norm, eps=1e-5, bias=some, swiglu=True, **options)
-            want = norm_swiglu_reference(x, norm, 1e-5, both, some)
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+            gate, second = torch.nn.functional.linear(x, both, some).chunk(2, -1)
+            got = skinny_linear(x, both, bias=some, swiglu=True, **options)
+            torch.testing.assert_close(got, torch.nn.functional.silu(gate) * second, rtol=1e-4, atol=1e-3)
         for some in (None, bias[:width]):
-            got = skinny_linear(x, weight, residual=residual, bias=some, **options)
-            torch.testing.assert_close(got, linear_add_reference(x, weight, residual, some), rtol=1e-5, atol=1e-4)
+            got = skinny_linear(x, weight, residual=residual.clone(), bias=some, **options)
+            want = linear_add_reference(x, weight, residual.clone(), some)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+
+
+def check_rows() -> None:
+    """RMSNorm and SwiGLU of whole rows, also of rows that are no multiple of anything."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, width in ((1, 40), (3, 1030)):
+        x, weight = torch.randn(rows, width, generator=generator), torch.randn(width, generator=generator)
+        got = norm_rows(x, weight, 1e-5, pdl=False)
+        torch.testing.assert_close(got, rms_norm(x, weight, 1e-5), rtol=1e-5, atol=1e-5)
+        gate, up = x.chunk(2, -1)
+        got = swiglu_rows(x, pdl=False)
+        torch.testing.assert_close(got, torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-5)
+
+
+def check_greedy() -> None:
+    """Ties take the first token; rows of -inf but one, and NaN, which shows in the log-probability."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, vocab in ((1, 7), (3, 5000), (2, 9001)):
+        logits = torch.randn(rows, vocab + 3, generator=generator)[:, :vocab]
+        logits[0, vocab // 2] = logits[0].max()  # a tie
+        logits[-1, 1:] = float("-inf")
+        tokens, logprobs = greedy_triton(logits, pdl=False)
+        want, want_logprobs = greedy_reference(logits)
+        assert torch.equal(tokens, want)
+        torch.testing.assert_close(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
+    logits[0, 4500] = float("nan")
+    tokens, logprobs = greedy_triton(logits, pdl=False)
+    assert logprobs.isfinite().tolist() == [False, True] and 0 <= tokens[0] < vocab
 
 
 def check_write() -> None:
@@ -110,4 +137,6 @@ def random_rows(rng: np.random.Generator, page_size: int, *, shared: bool) -> tu
 
 
 if __name__ == "__main__":
-    {"skinny": check_skinny, "write": check_write, "decode": check_decode}[sys.argv[1]]()
+    {"skinny": check_skinny, "rows": check_rows, "write": check_write, "greedy": check_greedy, "decode": check_decode}[
+        sys.argv[1]
+    ]()

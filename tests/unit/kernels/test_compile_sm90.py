@@ -90,15 +90,17 @@ def launch_structure_scan() -> None:
 
 
 def launch_skinny() -> None:
+    from megatron_multiverse.kernels.fused_linear.triton_rows import norm_rows, swiglu_rows
     from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear
 
-    for rows in (1, 32, 64):
-        for depth, width in ((3584, 4608), (3584, 18944), (1536, 151936)):
-            x, norm = torch.zeros(rows, depth, dtype=torch.bfloat16), torch.zeros(depth, dtype=torch.bfloat16)
+    for depth, width in ((3584, 4608), (3584, 18944), (1536, 151936)):
+        for rows in (1, 16):
+            x = torch.zeros(rows, depth, dtype=torch.bfloat16)
             weight = torch.zeros(width, 1, dtype=torch.bfloat16).expand(-1, depth)
-            skinny_linear(x, weight, norm_weight=norm, bias=x[0, :1].expand(width))
-            skinny_linear(x, weight, residual=x[:, :1].expand(-1, width))
-            skinny_linear(x, weight, norm_weight=norm, swiglu=True)
+            skinny_linear(x, weight, bias=x[0, :1].expand(width))
+            skinny_linear(x, weight, residual=torch.zeros(rows, width, dtype=torch.bfloat16))
+            skinny_linear(x, weight, swiglu=True)
+        swiglu_rows(norm_rows(x, x[0], 1e-6))
 
 
 def launch_decode() -> None:
@@ -113,6 +115,12 @@ def launch_decode() -> None:
     for sharers in (1, 8):
         items, tokens = torch.zeros(8, 4, dtype=torch.int32), torch.zeros(8, sharers, dtype=torch.int32)
         tree_decode_triton(query, *cache, items[0], items, tokens, tokens, tokens[:, 0], 1.0, slots=8)
+
+
+def launch_greedy() -> None:
+    from megatron_multiverse.kernels.greedy.triton_greedy import greedy_triton
+
+    greedy_triton(torch.zeros(8, 152064, dtype=torch.bfloat16))
 
 
 def resources(ptx: str, folder: Path) -> tuple[int, int]:
@@ -134,8 +142,9 @@ LAUNCHES: dict[Callable[[], None], set[str]] = {
     launch_tiles: {"_bounds_kernel", "_lists_kernel"},
     launch_rope: {"_rope_kernel"},
     launch_rope_qkv: {"_qkv_kernel"},
-    launch_skinny: {"_skinny_kernel"},
-    launch_decode: {"_write_kernel", "_part_kernel", "_merge_kernel"},
+    launch_skinny: {"_skinny_kernel", "_norm_kernel", "_swiglu_kernel"},
+    launch_greedy: {"_piece_kernel", "_merge_kernel"},
+    launch_decode: {"_write_kernel", "_decode_kernel"},
     launch_structure_scan: {"tags_kernel", "documents_kernel", "expand_kernel", "_lists_kernel"},
 }
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 
 CASES = [("interpreted.py", kernel) for kernel in ("tiles", "rope", "rope_qkv", "far_heads")]
-CASES += [("interpreted_decode.py", kernel) for kernel in ("skinny", "write", "decode")]
+CASES += [("interpreted_decode.py", kernel) for kernel in ("skinny", "rows", "greedy", "write", "decode")]
 
 
 @pytest.mark.parametrize(("file", "kernel"), CASES)
