@@ -20,9 +20,9 @@ class Totals:
     prompt_tokens: int = 0
     response_tokens: int = 0
     critical_tokens: int = 0
-    plain_tokens: float = 0.0
+    plain_tokens: int = 0
     """Responses without tags, goals and conclusions."""
-    path_tokens: float = 0.0
+    path_tokens: int = 0
     blocks: int = 0
     paths: int = 0
     depth: int = 0
@@ -39,8 +39,8 @@ class Totals:
         self.prompt_tokens += prompt_tokens
         self.response_tokens += response_tokens
         self.critical_tokens += statistics.critical_tokens
-        self.plain_tokens += statistics.net_gain * statistics.critical_tokens
-        self.path_tokens += statistics.in_path_share * statistics.num_tokens
+        self.plain_tokens += statistics.plain_tokens
+        self.path_tokens += statistics.path_tokens
         self.blocks += statistics.blocks
         self.paths += statistics.paths
         self.depth = max(self.depth, statistics.depth)

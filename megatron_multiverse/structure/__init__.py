@@ -11,6 +11,7 @@ visibility labels, loss). `trajectory.py` writes and reads trajectories as strin
 parallel a sample is. docs/structure.md explains the same with pictures.
 """
 
+from megatron_multiverse.structure.batch import BatchMeter, BatchStatistics
 from megatron_multiverse.structure.document import BlockSpan, Document, PathSpan
 from megatron_multiverse.structure.frames import Event, Outline
 from megatron_multiverse.structure.layout import Layout, lay_out, pack_layouts, padding_layout, visible_matrix
@@ -23,6 +24,8 @@ from megatron_multiverse.structure.trajectory import Block, Parts, parse_text, r
 __all__ = [
     "MAX_DEPTH",
     "TAGS",
+    "BatchMeter",
+    "BatchStatistics",
     "Block",
     "BlockSpan",
     "Document",

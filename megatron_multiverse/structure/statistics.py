@@ -18,15 +18,28 @@ class Statistics:
     paths: int
     depth: int
     """Deepest nesting of blocks; 0 without a block."""
-    in_path_share: float
-    """Tokens inside paths / num_tokens, nested blocks included."""
+    path_tokens: int
+    """Tokens inside paths, nested blocks included."""
+    plain_tokens: int
+    """Tokens of the response without tags, goals and conclusions."""
     critical_tokens: int
     """Length of the longest chain of tokens that must follow one another: the steps a parallel decoder needs."""
-    num_parallel: float
-    """num_tokens / critical_tokens. Tags, outlines and conclusions count as output here."""
-    net_gain: float
-    """Tokens of the response without tags, goals and conclusions / critical_tokens. Below 1 the structure takes more
-    steps than writing the same text sequentially would."""
+
+    @property
+    def in_path_share(self) -> float:
+        """path_tokens / num_tokens."""
+        return self.path_tokens / max(self.num_tokens, 1)
+
+    @property
+    def num_parallel(self) -> float:
+        """num_tokens / critical_tokens. Tags, outlines and conclusions count as output here."""
+        return self.num_tokens / max(self.critical_tokens, 1)
+
+    @property
+    def net_gain(self) -> float:
+        """plain_tokens / critical_tokens. Below 1 the structure takes more steps than writing the same text
+        sequentially would."""
+        return self.plain_tokens / max(self.critical_tokens, 1)
 
 
 def measure(document: Document) -> Statistics:
@@ -34,19 +47,15 @@ def measure(document: Document) -> Statistics:
     num_tokens = document.num_tokens - document.prompt_length
     layout = lay_out(document)
     end_position = int(layout.position_ids[-1]) + 1 if document.num_tokens else 0
-    critical_tokens = end_position - document.prompt_length
     blocks = list(document.walk())
-    in_paths = sum(block.region_end - block.goal_end for block in document.blocks)
-    plain = num_tokens - sum(_structure_tokens(block) for _, block in blocks)
     return Statistics(
         num_tokens=num_tokens,
         blocks=len(blocks),
         paths=sum(len(block.paths) for _, block in blocks),
         depth=max((depth for depth, _ in blocks), default=0),
-        in_path_share=in_paths / max(num_tokens, 1),
-        critical_tokens=critical_tokens,
-        num_parallel=num_tokens / max(critical_tokens, 1),
-        net_gain=plain / max(critical_tokens, 1),
+        path_tokens=sum(block.region_end - block.goal_end for block in document.blocks),
+        plain_tokens=num_tokens - sum(_structure_tokens(block) for _, block in blocks),
+        critical_tokens=end_position - document.prompt_length,
     )
 
 
