@@ -68,34 +68,45 @@ def divide_work(
         processors: multiprocessors to be kept busy.
         slots: most parts a query may have.
     """
-    width = pages.shape[1]
     counts = np.diff(borders)
-    single = len(counts) == borders[-1]  # one query per row
-    offsets = 0 if single else np.arange(borders[-1]) - np.repeat(borders[:-1], counts)
-    limits = (lengths if single else np.repeat(lengths - counts + 1, counts) + offsets).astype(np.int32)
     stretches = _stretches(pages, lengths, page_size)
-    if stretches is not None and (depth := _depth(stretches, borders)) > slots // 2:
-        stretches = None
-    if stretches is None:
-        stretches, depth = _alone(lengths) if not single else None, 1
-    sharers = 1 if stretches is None else SHARERS
-    if stretches is None:
-        rows = np.arange(len(lengths))
-        seats = np.stack((rows * width, np.zeros_like(rows), lengths, rows, rows + 1), axis=1)
-    else:
-        # One seat for every stretch and group of at most `sharers` queries.
-        seats = np.array(
-            [
-                (s.first * width, s.start, s.end, token, min(token + sharers, int(borders[s.last])))
-                for s in stretches
-                for token in range(int(borders[s.first]), int(borders[s.last]), sharers)
-            ],
-            dtype=np.int64,
-        )
-    even = -(-int((seats[:, 2] - seats[:, 1]).sum()) * kv_heads // (2 * processors))
-    most = -(-int(lengths.max()) // (slots - depth))
-    piece = -(-max(even, most, 1) // BLOCK) * BLOCK
-    return _cut(seats, piece, sharers, limits, slots)
+    if stretches is None and len(counts) == borders[-1]:
+        return _alone(lengths, pages.shape[1], kv_heads, processors, slots)
+    limits = np.repeat(lengths - counts + 1, counts) + np.arange(borders[-1]) - np.repeat(borders[:-1], counts)
+    depth = 0 if stretches is None else _depth(stretches, borders)
+    if stretches is None or depth > slots // 2:
+        stretches, depth = [Stretch(row, row + 1, 0, int(length)) for row, length in enumerate(lengths)], 1
+    # One seat for every stretch and group of queries that look at it together.
+    seats = np.array(
+        [
+            (stretch.first, stretch.start, stretch.end, token, min(token + SHARERS, int(borders[stretch.last])))
+            for stretch in stretches
+            for token in range(int(borders[stretch.first]), int(borders[stretch.last]), SHARERS)
+        ],
+        dtype=np.int64,
+    )
+    piece = _piece(seats[:, 2] - seats[:, 1], int(lengths.max()), kv_heads, processors, slots - depth)
+    return _cut(seats, piece, pages.shape[1], limits.astype(np.int32), slots)
+
+
+def _piece(sizes: npt.NDArray[np.int64], longest: int, kv_heads: int, processors: int, most: int) -> int:
+    """Keys of an item: two programs for every multiprocessor, but no more than `most` parts for a query."""
+    even = -(-int(sizes.sum()) * kv_heads // (2 * processors))
+    return -(-max(even, -(-longest // most), 1) // BLOCK) * BLOCK
+
+
+def _alone(lengths: npt.NDArray[np.int32], width: int, kv_heads: int, processors: int, slots: int) -> Work:
+    """The work of rows with one query each that share nothing: what most decode steps are."""
+    piece = _piece(lengths, int(lengths.max()), kv_heads, processors, slots - 1)
+    counts = -(-lengths // piece)
+    rows = np.arange(len(lengths), dtype=np.int32)
+    owner = np.repeat(rows, counts)
+    part = np.arange(len(owner), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
+    items = np.empty((len(owner), 4), dtype=np.int32)
+    items[:, 0], items[:, 1], items[:, 3] = owner * width, part * piece, part
+    limits = lengths[owner]
+    np.minimum(items[:, 1] + piece, limits, out=items[:, 2])
+    return Work(items, owner[:, None], limits[:, None], counts, slots)
 
 
 def _depth(stretches: list[Stretch], borders: npt.NDArray[np.int64]) -> int:
@@ -106,7 +117,7 @@ def _depth(stretches: list[Stretch], borders: npt.NDArray[np.int64]) -> int:
     return int(depth.max())
 
 
-def _cut(seats: npt.NDArray[np.int64], piece: int, sharers: int, limits: Int32s, slots: int) -> Work:
+def _cut(seats: npt.NDArray[np.int64], piece: int, width: int, limits: Int32s, slots: int) -> Work:
     """Cut every stretch into pieces and number the parts of each query."""
     pieces = -(-(seats[:, 2] - seats[:, 1]) // piece)
     owner = np.repeat(np.arange(len(seats)), pieces)
@@ -114,18 +125,14 @@ def _cut(seats: npt.NDArray[np.int64], piece: int, sharers: int, limits: Int32s,
     start = seats[owner, 1] + index * piece
     counts = np.zeros(len(limits), dtype=np.int32)
     base = np.zeros(len(seats), dtype=np.int64)
-    if sharers == 1:
-        counts[:] = pieces
-    for seat, (number, begin, end) in enumerate(
-        zip(pieces, seats[:, 3], seats[:, 4], strict=True) if sharers > 1 else ()
-    ):
+    for seat, (number, begin, end) in enumerate(zip(pieces, seats[:, 3], seats[:, 4], strict=True)):
         # All queries of a stretch have been in the same stretches before, so they have as many parts so far.
         base[seat] = counts[begin]
         counts[begin:end] = base[seat] + number
     items = np.empty((len(owner), 4), dtype=np.int32)
-    items[:, 0], items[:, 1] = seats[owner, 0], start
+    items[:, 0], items[:, 1] = seats[owner, 0] * width, start
     items[:, 2], items[:, 3] = np.minimum(start + piece, seats[owner, 2]), base[owner] + index
-    tokens = seats[owner, 3, None] + np.arange(sharers)
+    tokens = seats[owner, 3, None] + np.arange(SHARERS)
     tokens = np.where(tokens < seats[owner, 4, None], tokens, -1).astype(np.int32)
     return Work(items, tokens, np.where(tokens >= 0, limits[tokens], 0).astype(np.int32), counts, slots)
 
@@ -134,19 +141,15 @@ def _stretches(pages: Int32s, lengths: npt.NDArray[np.int32], page_size: int) ->
     """Every row's keys, as stretches; what neighbours share comes before what is each one's own. None: they share
     nothing worth it."""
     rows = len(lengths)
-    common = np.zeros(max(rows - 1, 0), dtype=np.int64)
-    if rows > 1:
-        same = np.logical_and.accumulate(pages[1:] == pages[:-1], axis=1).sum(1) * page_size
-        common = np.minimum(same, np.minimum(lengths[1:], lengths[:-1]) // page_size * page_size)
+    if rows == 1 or not (pages[1:, 0] == pages[:-1, 0]).any():
+        return None
+    same = np.logical_and.accumulate(pages[1:] == pages[:-1], axis=1).sum(1) * page_size
+    common = np.minimum(same, np.minimum(lengths[1:], lengths[:-1]) // page_size * page_size)
     if not (common >= LEAST_SHARED).any():
         return None
     found: list[Stretch] = []
     _split(0, rows, 0, common, lengths, found)
     return found
-
-
-def _alone(lengths: npt.NDArray[np.int32]) -> list[Stretch]:
-    return [Stretch(row, row + 1, 0, int(length)) for row, length in enumerate(lengths)]
 
 
 def _split(
