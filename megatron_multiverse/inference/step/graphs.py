@@ -60,8 +60,8 @@ class StepGraphs:
         self.graphs: dict[_Kind, _Graph] = {}
         self.replays = 0
 
-    def run(self, plan: StepPlan, sampler: Sampler) -> tuple[Tensor, Tensor] | None:
-        """Tokens int64 and log-probabilities float64 of the sampled rows; None if the step does not fit a graph.
+    def run(self, plan: StepPlan, sampler: Sampler) -> npt.NDArray[np.int64] | None:
+        """`pack`ed tokens and log-probabilities of the sampled rows; None if the step does not fit a graph.
 
         A `CounterSampler` draws inside of the graph, unless top-k or top-p are asked for.
         """
@@ -89,9 +89,10 @@ class StepGraphs:
         self.replays += 1
         rows = len(plan.sample)
         if kind.draw == "logits":
-            tokens, logprobs = sampler(graph.logits[:rows, : self.vocab_size], plan.sampling)
-            return tokens, logprobs.double()
-        return graph.tokens[:rows], graph.logprobs[:rows]
+            logits = graph.result[:rows, : self.vocab_size]
+            return pack(*sampler(logits, plan.sampling)).cpu().numpy()
+        torch.cuda.current_stream(graph.result.device).synchronize()
+        return graph.host_result[:, :rows].copy()
 
     def _items(self, size: int) -> int:
         return 3 * size + 2 * self.processors // self.kv_heads + 8
@@ -109,15 +110,20 @@ class StepGraphs:
         )
         return graph
 
-    def _step(self, kind: _Kind) -> Callable[[StepTensors, DeviceSampling], tuple[Tensor, Tensor, Tensor]]:
-        def step(tensors: StepTensors, sampling: DeviceSampling) -> tuple[Tensor, Tensor, Tensor]:
+    def _step(self, kind: _Kind) -> Callable[[StepTensors, DeviceSampling], Tensor]:
+        def step(tensors: StepTensors, sampling: DeviceSampling) -> Tensor:
             logits = self.forward(tensors, self.store)
             if kind.draw == "logits":
-                return logits, logits, logits
-            tokens, logprobs = sampling.draw(logits[:, : self.vocab_size], noise=kind.draw == "noise")
-            return logits, tokens, logprobs.double()
+                return logits
+            return pack(*sampling.draw(logits[:, : self.vocab_size], noise=kind.draw == "noise"))
 
         return step
+
+
+def pack(tokens: Tensor, logprobs: Tensor) -> Tensor:
+    """Tokens int64 [rows] and log-probabilities [rows] as int64 [2, rows], which travels to the host in one copy: the
+    log-probabilities as the bits of a float64."""
+    return torch.stack((tokens, logprobs.double().view(torch.int64)))
 
 
 def _draw(plan: StepPlan, sampler: Sampler) -> str:
@@ -145,7 +151,7 @@ class _Graph:
         self,
         kind: _Kind,
         items: int,
-        step: Callable[[StepTensors, DeviceSampling], tuple[Tensor, Tensor, Tensor]],
+        step: Callable[[StepTensors, DeviceSampling], Tensor],
         pool: tuple[int, int],
         device: torch.device,
     ) -> None:
@@ -190,8 +196,13 @@ class _Graph:
             step(tensors, sampling)
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
+        draws = kind.draw != "logits"
+        host = torch.empty((2, size), dtype=torch.int64, pin_memory=True) if draws else None
         with torch.cuda.graph(self.graph, pool=pool):
-            self.logits, self.tokens, self.logprobs = step(tensors, sampling)
+            self.result = step(tensors, sampling)
+            if host is not None:
+                host.copy_(self.result, non_blocking=True)
+        self.host_result = host.numpy() if host is not None else np.empty((2, 0), dtype=np.int64)
 
     def fill(self, plan: StepPlan, work: Work) -> None:
         """Write a plan where the graph reads it."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from megatron_multiverse.inference.step.forward import PagedForward
-from megatron_multiverse.inference.step.graphs import StepGraphs
+from megatron_multiverse.inference.step.graphs import StepGraphs, pack
 from megatron_multiverse.inference.step.kv_store import KVStore, PagedParams
 from megatron_multiverse.inference.step.plan import StepOutput, StepPlan
 from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler
@@ -70,17 +71,16 @@ class Runner:
         if len(plan.freed):
             store.poison(plan.freed)
 
-        tokens, logprobs = (self.graphs and self.graphs.run(plan, self.sampler)) or self._run_eagerly(plan)
-        # One transfer brings everything back: the log-probabilities travel as the bits of integers.
-        chosen, bits = torch.stack((tokens, logprobs.double().view(torch.int64))).cpu().numpy()
-        logprob = bits.view(np.float64)
-        return StepOutput(chosen, logprob, np.isfinite(logprob))
+        packed = None if self.graphs is None else self.graphs.run(plan, self.sampler)
+        tokens, bits = self._run_eagerly(plan) if packed is None else packed
+        logprobs = bits.view(np.float64)
+        return StepOutput(tokens, logprobs, np.isfinite(logprobs))
 
-    def _run_eagerly(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities of the sampled rows."""
+    def _run_eagerly(self, plan: StepPlan) -> npt.NDArray[np.int64]:
+        """`pack`ed tokens and log-probabilities of the sampled rows."""
         step = StepTensors.upload(plan, self.store.keys.device)
         logits = self.forward(step, self.store) if self.forward else self._call_model(step)
-        return self.sampler(logits[:, : self.vocab_size], plan.sampling)
+        return pack(*self.sampler(logits[:, : self.vocab_size], plan.sampling)).cpu().numpy()
 
     def _call_model(self, step: StepTensors) -> Tensor:
         """What `PagedForward` does, by the model's own forward."""
