@@ -3,6 +3,7 @@
 #   make test         all CPU tests
 #   make coverage     the tests of structure/ and inference/; fails below 95 % of lines and branches
 #   make test-mcore   all CPU tests with another megatron-core: MCORE=0.19.2 PYTHON=python3.12 (0.17 and later need 3.12)
+#   make test-transformers   the tests of exported models with another transformers: TRANSFORMERS=4.57.1
 #   make lint         formatting, types and the import rules
 #   make bench        the benchmarks that run on a CPU
 #   make bench-gpu    those of the kernels, on a machine with a GPU, with the packages of PYTHON
@@ -23,7 +24,11 @@ COVERED := structure inference
 MCORE ?= 0.19.2
 MCORE_VENV = .venv-mcore-$(MCORE)
 
-.PHONY: quickstart test test-mcore coverage lint format bench bench-gpu clean
+# transformers of `make test-transformers`, in an environment of its own.
+TRANSFORMERS ?= 4.57.1
+TRANSFORMERS_VENV = .venv-transformers-$(TRANSFORMERS)
+
+.PHONY: quickstart test test-mcore test-transformers coverage lint format bench bench-gpu clean
 
 # Installed again only when what is to be installed changes.
 $(STAMP): setup.py $(CONSTRAINTS)
@@ -43,6 +48,14 @@ test-mcore:
 	sed 's/^megatron-core==.*/megatron-core==$(MCORE)/' $(CONSTRAINTS) > $(MCORE_VENV)/constraints.txt
 	$(MCORE_VENV)/bin/pip install --quiet -c $(MCORE_VENV)/constraints.txt -e '.[dev]'
 	$(MCORE_VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests $(TEST_ARGS)
+
+# Another transformers wants another tokenizers and huggingface_hub, so pip chooses them.
+test-transformers:
+	test -x $(TRANSFORMERS_VENV)/bin/python || $(PYTHON) -m venv $(TRANSFORMERS_VENV)
+	sed -E '/^(transformers|tokenizers|huggingface_hub|datasets)==/d' $(CONSTRAINTS) > $(TRANSFORMERS_VENV)/constraints.txt
+	$(TRANSFORMERS_VENV)/bin/pip install --quiet -c $(TRANSFORMERS_VENV)/constraints.txt -e . \
+		'transformers==$(TRANSFORMERS)' pytest pytest-timeout
+	$(TRANSFORMERS_VENV)/bin/python -m pytest -q tests/unit/checkpoints/test_exports.py $(TEST_ARGS)
 
 # The two parts where a branch that no test takes would be a wrong answer.
 coverage: $(STAMP)
@@ -68,4 +81,4 @@ bench-gpu:
 	done
 
 clean:
-	rm -rf $(VENV) .venv-mcore-* runs build *.egg-info
+	rm -rf $(VENV) .venv-mcore-* .venv-transformers-* runs build *.egg-info

@@ -14,7 +14,8 @@ import sys
 # Huge pages for large tensors; with small ones most of the time goes into page faults. Must come before torch.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-from megatron_multiverse.checkpoints.convert import ConvertConfig, convert_checkpoint
+from megatron_multiverse.checkpoints.convert import convert_checkpoint
+from megatron_multiverse.checkpoints.convert_config import ConvertConfig
 from megatron_multiverse.cli import parse_options
 from megatron_multiverse.errors import MultiverseError
 

@@ -9,6 +9,7 @@ another flushes a finished unit while the next one is written.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -19,87 +20,39 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 import megatron_multiverse
-from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource
+from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource, tokenizer_folder
+from megatron_multiverse.checkpoints.convert_config import ConvertConfig
 from megatron_multiverse.checkpoints.formats.hf import HFTarget
 from megatron_multiverse.checkpoints.formats.hf_assets import (
+    asset_files,
+    check_rows,
+    check_tags,
     copy_assets,
     save_tokenizer,
+    tag_ids,
     write_generation_config,
     write_model_card,
 )
-from megatron_multiverse.checkpoints.formats.legacy import LegacyTarget, TransformerImpl
+from megatron_multiverse.checkpoints.formats.legacy import LegacyTarget
 from megatron_multiverse.checkpoints.formats.raw import check_finite
 from megatron_multiverse.checkpoints.formats.torch_dist import TorchDistTarget
 from megatron_multiverse.checkpoints.manifest import Manifest
 from megatron_multiverse.checkpoints.names.rules import check_divisible
 from megatron_multiverse.checkpoints.names.table import Entry
-from megatron_multiverse.checkpoints.protocols import DTypeName, Side, Source, Stream, Target
+from megatron_multiverse.checkpoints.protocols import Source, Stream, Target
 from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, POINTER_FILE, RECORD_FILE, RELEASE
 from megatron_multiverse.checkpoints.sources import open_checkpoint
 from megatron_multiverse.config import pad_vocab_size
-from megatron_multiverse.config.strict import check_choices
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.files import flush
 from megatron_multiverse.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """Convert a checkpoint between Hugging Face and megatron-core, on a CPU."""
-
-    from_: Side
-    """Kind of the input: hf (safetensors and config.json), or mcore (torch_dist, mp_rank_XX or a model folder)."""
-    to: Side
-    """Kind of the output. The same kind again rewrites it for other parallel sizes, another dtype or vocabulary."""
-    load: str
-    """Input folder."""
-    save: str
-    """Output folder; must not exist. A run that was interrupted continues in SAVE.partial."""
-    tensor_model_parallel_size: int = 1
-    """Ranks that each matrix is cut for (mcore; torch_dist can still be loaded at any other size)."""
-    pipeline_model_parallel_size: int = 1
-    """Stages that the layers are divided into (mcore; matters for --ckpt-format torch only)."""
-    ckpt_format: Literal["torch_dist", "torch"] = "torch_dist"
-    """Format of mcore output: torch_dist, or torch for older Megatron (mp_rank_XX files)."""
-    transformer_impl: TransformerImpl = "transformer_engine"
-    """Whose parameter names --ckpt-format torch writes; torch_dist has one naming for both."""
-    make_vocab_size_divisible_by: int = 1
-    """Pad the vocabulary (mcore) to a multiple of this times the tensor parallel size, as Megatron does."""
-    vocab_size: int | None = None
-    """Real rows of an mcore input's vocabulary, if it does not say; further rows are padding and dropped."""
-    dtype: DTypeName = "keep"
-    """Dtype of the output: keep, float32, bf16 or float16."""
-    family: Literal["qwen2", "qwen3", "llama"] | None = None
-    """Architecture; needed only for mcore input that was not converted from hf and fits several."""
-    model_config: str | None = None
-    """Shape of an mcore input that does not carry it: a model_config.json, a config.json or a folder with one."""
-    add_control_tokens: bool = False
-    """Add the twelve structure tags to tokenizer and vocabulary."""
-    tokenizer_model: str | None = None
-    """Folder of the tokenizer, if it is not in the input folder."""
-    shard_size: float = 2.0
-    """Largest output file in GB (1e9 bytes); an interrupted run may have to write that much again."""
-    trust_pickle: bool = False
-    """Load pickles without restrictions. They can run any code: only for files you wrote yourself."""
-    allow_non_finite: bool = False
-    """Convert tensors with NaN or infinite values too, instead of stopping."""
-
-    def __post_init__(self) -> None:
-        check_choices(self, "")
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "make_vocab_size_divisible_by"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.shard_size <= 0:
-            raise ConfigError(f"shard_size must be positive, got {self.shard_size}")
-        if Path(self.load).resolve() == Path(self.save).resolve():
-            raise ConfigError(f"load and save are the same folder ({self.load})")
 
 
 @dataclass(frozen=True)
@@ -123,13 +76,25 @@ def convert_checkpoint(config: ConvertConfig) -> ConvertResult:
 
     Raises:
         ConfigError: an option does not fit the model, the model is not supported, or the disk is too small.
-        CheckpointError: the input is damaged or incomplete; nothing stands under the output's name.
+        CheckpointError: the input is damaged or incomplete, or a file cannot be read or written; nothing stands under
+            the output's name.
     """
+    try:
+        return _convert(config)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or config.save}: {error.strerror or error}. Free space or correct the rights, then run "
+            f"the same command again: finished files are kept in {config.save}.partial"
+        ) from error
+
+
+def _convert(config: ConvertConfig) -> ConvertResult:
     started = time.perf_counter()
     save = Path(config.save)
     if save.exists() and (not save.is_dir() or any(save.iterdir())):
         raise CheckpointError(f"{save} already exists: choose another --save or remove it")
     source = open_source(config)
+    check_tokenizer(config, source)
     padded = padded_vocab_size(config, source)
     target = open_target(config, source, padded)
     unfinished = save.with_name(save.name + ".partial")
@@ -162,7 +127,30 @@ def open_source(config: ConvertConfig) -> Source:
         vocab_size=config.vocab_size,
         trust_pickle=config.trust_pickle,
     )
-    return ControlTokenSource(source, config.tokenizer_model) if config.add_control_tokens else source
+    if config.add_control_tokens:
+        return ControlTokenSource(source, config.tokenizer_model, config.tag_rows)
+    return source
+
+
+def check_tokenizer(config: ConvertConfig, source: Source) -> None:
+    """Hold the tokenizer that will be written against the weights, before any is read.
+
+    Raises:
+        ConfigError: `--tokenizer-model` has no tokenizer.
+        CheckpointError: the tokenizer has more ids than the vocabulary has rows.
+    """
+    folder = tokenizer_folder(source, config.tokenizer_model)
+    if folder is None:
+        if config.to == "hf":
+            logger.warning("%s has no tokenizer: none is exported; --tokenizer-model names one", source.folder)
+        return
+    check_rows(folder, source.config.vocab_size)
+    if source.trained and not config.add_control_tokens and not tag_ids(folder):
+        logger.warning(
+            "%s comes from training, the tokenizer in %s has no structure tags: if the model was trained with them, "
+            "--add-control-tokens adds them to the tokenizer and keeps the trained rows",
+            source.folder, folder,
+        )  # fmt: skip
 
 
 def padded_vocab_size(config: ConvertConfig, source: Source) -> int:
@@ -188,10 +176,15 @@ def open_target(config: ConvertConfig, source: Source, padded: int) -> Target:
 
 
 def fingerprint(config: ConvertConfig, source: Source) -> dict[str, Any]:
-    """Everything that the output depends on: options, input files by size and time of change, version."""
+    """Everything that the output depends on: options, version, weights by size and time of change, the small files
+    that were read by their content."""
     options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("save", "trust_pickle")}
     files = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files}
-    return {"version": megatron_multiverse.__version__, "options": options, "files": files}
+    assets = asset_files(tokenizer_folder(source, config.tokenizer_model), source.asset_folders)
+    small = {
+        str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in [*source.described_by, *assets.values()]
+    }
+    return {"version": megatron_multiverse.__version__, "options": options, "files": files, "small_files": small}
 
 
 def check_disk_space(folder: Path, needed: int) -> None:
@@ -264,7 +257,7 @@ def _finish(
     """Write everything but the weights; the folder is complete then."""
     folder = manifest.folder
     target.finish([manifest.finished[unit.name] for unit in target.units], weights)
-    copy_assets(config.tokenizer_model or source.folder, folder)
+    copy_assets(tokenizer_folder(source, config.tokenizer_model), source.asset_folders, folder)
     record = conversion_record(config, source, padded)
     if isinstance(source, ControlTokenSource):
         save_tokenizer(source.tokenizer, folder)
@@ -272,6 +265,8 @@ def _finish(
         write_generation_config(folder)
         provenance = {k: record[k] for k in ("source", "source_kind", "control_tokens")}
         write_model_card(folder, Path(config.save).name, source.config, source.family.architecture, provenance)
+        if ids := (source.plan.tag_ids if isinstance(source, ControlTokenSource) else tag_ids(folder)):
+            check_tags(folder, ids)
     else:
         dataclasses.replace(source.config, vocab_size=padded).to_json(folder / MODEL_CONFIG_FILE)
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

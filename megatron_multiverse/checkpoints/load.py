@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from megatron_multiverse.checkpoints.names.rules import slices
+from megatron_multiverse.checkpoints.names.rules import check_divisible, slices
 from megatron_multiverse.checkpoints.names.table import Entry
 from megatron_multiverse.checkpoints.protocols import Source, pad_rows
 from megatron_multiverse.checkpoints.sources import open_checkpoint
 from megatron_multiverse.config import LayerConfig, ModelConfig, pad_vocab_size
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.model.gpt import build_gpt_model, first_layer_of
-from megatron_multiverse.model.mcore import tensor_parallel_place
+from megatron_multiverse.model.mcore import pipeline_parallel_size, tensor_parallel_place
 from megatron_multiverse.model.weights import weight_state
 
 
@@ -54,9 +54,11 @@ def model_from_source(
 
     Raises:
         CheckpointError: the name table does not give every parameter of the model exactly once.
+        ConfigError: the model cannot be cut for the tensor and pipeline parallel sizes.
     """
     tp, rank = tensor_parallel_place()
     config = dataclasses.replace(source.config, vocab_size=pad_vocab_size(source.config.vocab_size, tp))
+    check_divisible(config, tp, pipeline_parallel_size())
     model = build_gpt_model(config, dtype=dtype, device=device, initialize=False, **options)
     missing = weight_state(model)
     first_layer = first_layer_of(model)

@@ -8,34 +8,57 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_multiverse.checkpoints.formats.hf_assets import (
+    CARD_FILE,
+    GENERATION_FILE,
+    TEMPLATE_FOLDER,
+    TOKENIZER_FILES,
+)
+from megatron_multiverse.checkpoints.formats.hf_safetensors import INDEX_FILE
 from megatron_multiverse.checkpoints.protocols import Record
+from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, POINTER_FILE, RECORD_FILE
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.files import flush
 
 MANIFEST_FILE = "conversion_progress.jsonl"
+_NAMES = [*TOKENIZER_FILES, GENERATION_FILE, CARD_FILE, INDEX_FILE, "config.json"]
+_NAMES += [MODEL_CONFIG_FILE, RECORD_FILE, POINTER_FILE]
+OWN_FILES = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|"
+    r"release/(__0_\w+\.distcp|\.metadata|metadata\.json|common\.pt|mp_rank_\d\d(_\d{3})?/model_optim_rng\.pt)|"
+    + "|".join(map(re.escape, _NAMES))
+    + rf"|{TEMPLATE_FOLDER}/[^/]+\.jinja"
+)
+"""Names of the files that conversions write, below the folder of the output."""
 
 
 class Manifest:
     """The finished units of a folder; only one process at a time may hold it.
 
     Args:
-        folder: the unfinished output, created if missing. What it holds of another conversion is deleted.
+        folder: the unfinished output, created if missing. What it holds of another conversion is deleted, if all of it
+            is files that conversions write.
         fingerprint: everything that the output depends on, as JSON values.
 
     Raises:
-        CheckpointError: another process is writing there.
+        CheckpointError: another process is writing there, or the folder holds something else than a conversion.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         self.folder = folder
         self.finished: dict[str, Record] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        self._stream = open(folder / MANIFEST_FILE, "a+", encoding="utf-8")  # noqa: SIM115
+        if not (folder / MANIFEST_FILE).is_file() and (found := sorted(folder.iterdir())):
+            raise CheckpointError(
+                f"{folder} is where an unfinished conversion belongs, but it holds {found[0].name} and no "
+                f"{MANIFEST_FILE}: move it away or choose another --save"
+            )
+        self._stream = open(folder / MANIFEST_FILE, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -43,7 +66,7 @@ class Manifest:
             raise CheckpointError(f"{folder} is being written by another conversion: wait for it or stop it") from None
         lines = self._read_lines()
         if lines and lines[0] == json.loads(json.dumps(fingerprint)):
-            self.finished = {line["unit"]: line for line in lines[1:] if self._is_whole(line)}
+            self.finished = {line["unit"]: line for line in lines[1:] if "unit" in line and self._is_whole(line)}
             return
         self._clear()
         self._append(fingerprint)
@@ -67,11 +90,20 @@ class Manifest:
         return all(file.is_file() and file.stat().st_size == size for file, size in files)
 
     def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != MANIFEST_FILE:
-                path.unlink()
+        """Delete what an earlier conversion wrote, and nothing that may be anybody else's."""
+        paths = [path for path in self.folder.rglob("*") if path.name != MANIFEST_FILE]
+        files = [path for path in paths if path.is_symlink() or not path.is_dir()]
+        for path in files:
+            if path.is_symlink() or not OWN_FILES.fullmatch(str(path.relative_to(self.folder))):
+                self._stream.close()
+                raise CheckpointError(
+                    f"{self.folder} is left from another conversion, but {path} is no file that conversions write: "
+                    "move it away, or delete the folder"
+                )
+        for path in files:
+            path.unlink()
+        for path in sorted(set(paths) - set(files), reverse=True):
+            path.rmdir()
         self._stream.truncate(0)
 
     def _append(self, value: dict[str, Any]) -> None:

@@ -40,6 +40,12 @@ class Source(Protocol):
     """config.json of the Hugging Face model this checkpoint is or comes from, if known."""
     files: list[Path]
     """The files that hold the weights."""
+    described_by: list[Path]
+    """The small files that were read beside them: configs, indexes, records, metadata."""
+    asset_folders: list[Path]
+    """Where its tokenizer and generation settings may lie; the first folder with a tokenizer counts."""
+    trained: bool
+    """Whether the weights come from a training run, so that the rows of tags in them may be trained ones."""
 
     def entries(self) -> list[Entry]:
         """All tensors, in the order of the network."""

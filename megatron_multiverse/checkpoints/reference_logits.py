@@ -5,6 +5,7 @@ Both models run twice: under plain causal attention, and under the Multiverse ma
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from megatron_multiverse.checkpoints.load import model_from_source
 from megatron_multiverse.checkpoints.protocols import Source
+from megatron_multiverse.checkpoints.sources import open_checkpoint
+from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.model.attention import AttentionParams, LayoutParams
 from megatron_multiverse.model.mcore import set_parallel_sizes
 from megatron_multiverse.model.transformers_attention import register_attention
+from megatron_multiverse.parallel.local_ranks import run_ranks
 from megatron_multiverse.structure import BlockSpan, Document, PathSpan
 from megatron_multiverse.structure.layout import lay_out, pack_layouts
 
@@ -55,20 +59,53 @@ def fixed_inputs(ids: Sequence[int], *, seed: int = 0) -> Inputs:
 
 
 @torch.no_grad()
-def transformers_logits(folder: str | Path, inputs: Inputs) -> Logits:
-    """float32 logits [2, s, rows] by transformers' own model, loaded from a Hugging Face folder."""
-    from transformers import AutoModelForCausalLM
+def transformers_logits(
+    folder: str | Path, inputs: Inputs, rounded_to: torch.dtype | None = None
+) -> tuple[Logits, float]:
+    """Logits by transformers' own model, loaded in float32 from a Hugging Face folder.
+
+    Args:
+        folder: the folder.
+        inputs: the batch.
+        rounded_to: round the weights to this dtype first.
+
+    Returns:
+        The logits [2, s, rows], and the noise of the model: the relative error between two ways in which transformers
+        computes the causal ones (its sdpa and its eager attention), which differ in rounding alone.
+
+    Raises:
+        CheckpointError: transformers refuses the folder.
+    """
+    import transformers
 
     register_attention()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    try:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    except Exception as error:  # whatever the many checks of the library raise
+        raise CheckpointError(f"transformers {transformers.__version__} cannot open {folder}: {error}") from error
+    if rounded_to is not None:
+        for weight in model.parameters():  # not model.to: it would round the rotary frequencies too
+            weight.copy_(weight.to(rounded_to))
     causal = model(inputs.input_ids, use_cache=False).logits
+    model.set_attn_implementation("eager")
+    noise = relative_error(causal, model(inputs.input_ids, use_cache=False).logits)
     model.set_attn_implementation("multiverse")
     structured = model(inputs.input_ids, position_ids=inputs.position_ids, r=inputs.r, use_cache=False).logits
-    return {"causal": causal, "multiverse": structured}
+    return {"causal": causal, "multiverse": structured}, noise
+
+
+def relative_error(want: Tensor, got: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value; infinite if anything is not finite."""
+    error = float((want - got).abs().max() / want.abs().max())
+    return error if torch.isfinite(torch.tensor(error)) else float("inf")
 
 
 @torch.no_grad()
-def rank_logits(open_source: Callable[[], Source], tp: int, pp: int, inputs: Inputs) -> Logits:
+def rank_logits(
+    open_source: Callable[[], Source], tp: int, pp: int, inputs: Inputs, dtype: torch.dtype = torch.float32
+) -> Logits:
     """Logits by our model over the ranks of this process group; all ranks call this.
 
     Args:
@@ -76,12 +113,13 @@ def rank_logits(open_source: Callable[[], Source], tp: int, pp: int, inputs: Inp
         tp: tensor-parallel size.
         pp: pipeline-parallel size.
         inputs: the batch.
+        dtype: of the weights.
 
     Returns:
         Logits [2, s, vocab] on the ranks of the last stage, nothing on the others.
     """
     set_parallel_sizes(tp, pp)
-    model = model_from_source(open_source())[0].eval()
+    model = model_from_source(open_source(), dtype=dtype)[0].eval()
     order = torch.arange(inputs.input_ids.shape[1]).expand_as(inputs.input_ids)
     passes: dict[Mask, tuple[Tensor, LayoutParams]] = {
         "causal": (order, LayoutParams.causal(inputs.input_ids)),
@@ -92,6 +130,45 @@ def rank_logits(open_source: Callable[[], Source], tp: int, pp: int, inputs: Inp
         for mask, (positions, params) in passes.items()
     }
     return {mask: logits for mask, logits in found.items() if logits is not None}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Logits of one checkpoint at one pair of parallel sizes."""
+
+    folder: Path
+    tp: int
+    pp: int
+    inputs: Inputs
+    trust_pickle: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+def own_logits(folder: Path, inputs: Inputs, trust_pickle: bool) -> tuple[Logits, float]:
+    """Logits by our model on one rank in float32, and their noise: how far they are from those in float64."""
+    jobs = [Job(folder, 1, 1, inputs, trust_pickle, dtype) for dtype in (torch.float32, torch.float64)]
+    found, exact = parallel_logits(jobs)
+    return found, relative_error(exact["causal"], found["causal"].double())
+
+
+def parallel_logits(jobs: Sequence[Job]) -> list[Logits]:
+    """Logits of every job, in the order of jobs; jobs with the same number of ranks share their processes."""
+    results: dict[int, Logits] = {}
+    for world_size in sorted({job.tp * job.pp for job in jobs}):
+        chosen = {k: job for k, job in enumerate(jobs) if job.tp * job.pp == world_size}
+        last_rank = run_ranks(_run_jobs, world_size, list(chosen.values()))[-1]
+        results |= dict(zip(chosen, last_rank, strict=True))
+    return [results[k] for k in range(len(jobs))]
+
+
+def _run_jobs(jobs: Sequence[Job]) -> list[Logits]:
+    """On each rank; the last one is on the last stage and has all logits."""
+    found = []
+    for job in jobs:
+        opener = functools.partial(open_checkpoint, job.folder, trust_pickle=job.trust_pickle)
+        found.append(rank_logits(opener, job.tp, job.pp, job.inputs, job.dtype))
+    last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+    return found if last else []
 
 
 @torch.no_grad()

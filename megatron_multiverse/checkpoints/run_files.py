@@ -3,6 +3,7 @@
 RUN/latest_checkpointed_iteration.txt   which checkpoint is in force: a step, or "release"
 RUN/iter_0000100/                       the checkpoint of a step
 RUN/release/                            weights without training state
+RUN/model/                              the weights at the end of training, as a model folder
 RUN/model_config.json                   the shape of the model
 RUN/conversion.json                     where converted weights came from
 RUN/metrics.jsonl                       what a training run reported, a line a time
@@ -17,6 +18,7 @@ MODEL_CONFIG_FILE = "model_config.json"
 RECORD_FILE = "conversion.json"
 METRICS_FILE = "metrics.jsonl"
 RELEASE = "release"
+MODEL_FOLDER = "model"
 ITERATION_GLOB = "iter_*"
 
 

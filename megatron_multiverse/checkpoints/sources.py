@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from megatron_multiverse.checkpoints.formats.hf import HFSource
+from megatron_multiverse.checkpoints.formats.json_files import read_json_object
 from megatron_multiverse.checkpoints.formats.megatron import McoreSource, is_megatron
 from megatron_multiverse.checkpoints.formats.model_folder import ModelFolderSource, is_model_folder
 from megatron_multiverse.checkpoints.protocols import Side, Source
-from megatron_multiverse.checkpoints.run_files import POINTER_FILE
-from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.checkpoints.run_files import (
+    ITERATION_GLOB,
+    MODEL_FOLDER,
+    POINTER_FILE,
+    iteration_folder,
+    step_of,
+)
+from megatron_multiverse.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def open_checkpoint(
@@ -24,23 +34,21 @@ def open_checkpoint(
     """A checkpoint of any format as a source of tensors; every header is read and checked, no tensor is.
 
     The format is found out from the files: Megatron's torch_dist or mp_rank_XX files (or the folder of a run that
-    holds them), a model folder of this package, or a Hugging Face folder.
+    holds them), a model folder of this package (or the folder of a run that has one), or a Hugging Face folder.
 
     Args:
         folder: the checkpoint.
         side: what the caller expects it to be; default anything.
         family: name of the model's family; default what the checkpoint says.
-        model_config: for Megatron's formats, a file with the model's shape, where the checkpoint does not say it.
-        vocab_size: for Megatron's formats, real rows of the vocabulary, where the checkpoint does not say it.
+        model_config: for Megatron's formats alone, a file with the model's shape, where the checkpoint does not say it.
+        vocab_size: for Megatron's formats alone, real rows of the vocabulary, where the checkpoint does not say it.
         trust_pickle: load pickles without restrictions.
 
     Raises:
         CheckpointError: it is none of them, not of the expected side, or incomplete.
-        ConfigError: the model it holds is not supported.
+        ConfigError: the model it holds is not supported, or an option has no effect on it.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder; give the folder of a checkpoint")
+    path = _in_run_folder(Path(folder))
     megatron = is_megatron(path)  # asked first: a run folder of the trainer has a config.json too
     ours = not megatron and is_model_folder(path)
     if not megatron and not (path / "config.json").is_file():
@@ -48,12 +56,47 @@ def open_checkpoint(
             f"{path} is no checkpoint: it has neither config.json (Hugging Face, model folder) nor {POINTER_FILE}, "
             ".metadata or mp_rank folders (Megatron); give the folder that has one of them"
         )
+    if not megatron and not _describes_a_model(path / "config.json"):
+        raise CheckpointError(
+            f"{path / 'config.json'} describes no model (it has neither model_type nor num_layers); if this is the "
+            "folder of a run, give a checkpoint in it"
+        )
     found: Side = "mcore" if ours or megatron else "hf"
     if side not in (None, found):
         kind = {"hf": "a Hugging Face model", "mcore": "a megatron-core checkpoint or a model folder"}[found]
         raise CheckpointError(f"{path} holds {kind}, which is --from {found}; --from says {side}")
     if megatron:
         return McoreSource(path, family, model_config, vocab_size, trust_pickle)
-    if ours:
-        return ModelFolderSource(path, family)
-    return HFSource(path, family)
+    for name, value in (("--model-config", model_config), ("--vocab-size", vocab_size)):
+        if value is not None:
+            raise ConfigError(
+                f"{name} {value} is for Megatron's formats; {path} says in its config.json what model it holds: leave "
+                f"{name} out, or correct that file"
+            )
+    return ModelFolderSource(path, family) if ours else HFSource(path, family)
+
+
+def _in_run_folder(path: Path) -> Path:
+    """The final weights of a run whose folder has no checkpoint; any other folder is returned as it is.
+
+    Raises:
+        CheckpointError: it is no folder, or the folder of a run where nobody can tell which checkpoint is meant.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder; give the folder of a checkpoint")
+    if is_megatron(path):
+        return path
+    steps = sorted(step for step in (step_of(file.name) for file in path.glob(ITERATION_GLOB)) if step is not None)
+    if steps:
+        raise CheckpointError(
+            f"{path} has checkpoints, but no {POINTER_FILE} that says which is in force: give one of them, the newest "
+            f"is {path / iteration_folder(steps[-1])}"
+        )
+    if is_model_folder(path / MODEL_FOLDER) and not _describes_a_model(path / "config.json"):
+        logger.info("%s is the folder of a run: taking %s", path, path / MODEL_FOLDER)
+        return path / MODEL_FOLDER
+    return path
+
+
+def _describes_a_model(file: Path) -> bool:
+    return file.is_file() and not {"model_type", "num_layers"}.isdisjoint(read_json_object(file))

@@ -1,13 +1,14 @@
-"""Proves that two checkpoints are the same model: every tensor bit for bit, and the logits on fixed ids.
+"""Proves that two checkpoints are the same model: every tensor bit for bit, the logits on fixed ids, the tokenizers.
 
 The logits of transformers' own model are compared with those of ours, under plain causal attention and under the
-Multiverse mask, for all tensor and pipeline parallel sizes that are asked for.
+Multiverse mask, for all tensor and pipeline parallel sizes that are asked for. How far they may differ follows from
+the noise of the model at hand: two ways of computing the same in float32 differ more in one model than in another.
+Hugging Face folders are opened as their users do, by AutoTokenizer and AutoModelForCausalLM.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,25 +18,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource
+from megatron_multiverse.checkpoints.control_tokens import (
+    ControlTokens,
+    ControlTokenSource,
+    TagRows,
+    tokenizer_folder,
+)
 from megatron_multiverse.checkpoints.formats.hf import HFSource
+from megatron_multiverse.checkpoints.formats.hf_assets import check_tags, tag_ids
 from megatron_multiverse.checkpoints.names.rules import check_divisible, split
 from megatron_multiverse.checkpoints.protocols import DTypeName, Source, target_dtype
 from megatron_multiverse.checkpoints.reference_logits import (
     MASKS,
-    Inputs,
-    Logits,
+    Job,
     fixed_inputs,
-    rank_logits,
+    own_logits,
+    parallel_logits,
+    relative_error,
     transformers_logits,
 )
 from megatron_multiverse.checkpoints.sources import open_checkpoint
 from megatron_multiverse.config import pad_vocab_size
 from megatron_multiverse.config.strict import check_choices
+from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import CheckpointError, ConfigError
-from megatron_multiverse.parallel.local_ranks import run_ranks
 
 Result = dict[str, Any]
+
+NOISE_FACTOR, LEAST_TOLERANCE = 10.0, 1e-6
+"""A logit may differ by this many times the model's noise; by LEAST_TOLERANCE where hardly any noise was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +59,17 @@ class VerifyOptions:
     """What was made of it."""
     add_control_tokens: bool = False
     """The second was made with --add-control-tokens: expect those rows."""
+    tag_rows: TagRows = "auto"
+    """The second was made with this --tag-rows."""
+    tokenizer_model: str | None = None
+    """The second was made with this --tokenizer-model."""
     dtype: DTypeName = "keep"
     """The second was made with this --dtype: expect tensors rounded to it."""
     parallel_sizes: list[str] = field(default_factory=lambda: ["1x1", "2x1", "1x2"])
     """Tensor x pipeline parallel sizes to compute logits with; ranks are processes of this machine."""
-    tolerance: float = 1e-4
-    """Largest allowed difference of a logit, relative to the largest logit."""
+    tolerance: float | None = None
+    """Largest allowed difference of a logit, relative to the largest logit; default: NOISE_FACTOR times the measured
+    noise of the model in float32."""
     no_logits: bool = False
     """Compare tensors only: for models that do not fit into memory in float32."""
     report: Path | None = None
@@ -63,17 +79,10 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         check_choices(self, "")
-
-
-@dataclass(frozen=True)
-class Job:
-    """Logits of one checkpoint at one pair of parallel sizes."""
-
-    folder: Path
-    tp: int
-    pp: int
-    inputs: Inputs
-    trust_pickle: bool = False
+        if not self.add_control_tokens and (self.tag_rows != "auto" or self.tokenizer_model is not None):
+            raise ConfigError("--tag-rows and --tokenizer-model have no effect without --add-control-tokens")
+        if self.no_logits and self.tolerance is not None:
+            raise ConfigError("--tolerance has no effect with --no-logits: leave one of them out")
 
 
 def verify_checkpoints(options: VerifyOptions) -> Result:
@@ -89,8 +98,12 @@ def verify_checkpoints(options: VerifyOptions) -> Result:
     first, second = (
         open_checkpoint(path, trust_pickle=options.trust_pickle) for path in (options.first, options.second)
     )
-    plan = ControlTokenSource(first).plan if options.add_control_tokens else None
-    expected: Source = ControlTokenSource(first) if options.add_control_tokens else first
+    expected: Source = first
+    plan: ControlTokens | None = None
+    if options.add_control_tokens:
+        expected = tagged = ControlTokenSource(first, options.tokenizer_model, options.tag_rows)
+        plan = tagged.plan
+    tokenizers = compare_tokenizers(first, second, plan)
     config = compare_configs(expected, second)
     tensors = compare_tensors(expected, second, options.dtype) if not config else []
     logits: list[Result] = []
@@ -100,11 +113,12 @@ def verify_checkpoints(options: VerifyOptions) -> Result:
     return {
         "first": str(options.first),
         "second": str(options.second),
-        "equal": not config and not tensors and all(row["equal"] for row in logits),
+        "equal": not config and not tensors and all(row["equal"] for row in [*logits, *tokenizers]),
         "config_differences": config,
         "tensors_compared": 0 if config else sum(len(entry.hf) for entry in second.entries()),
         "tensor_differences": tensors,
         "logits": logits,
+        "tokenizers": tokenizers,
         "seconds": round(time.perf_counter() - start, 2),
     }
 
@@ -158,6 +172,33 @@ def _difference(name: str, want: Tensor, got: Tensor) -> Result:
     }
 
 
+def compare_tokenizers(first: Source, second: Source, plan: ControlTokens | None) -> list[Result]:
+    """Open the tokenizers of Hugging Face folders with transformers: every tag must be one token, of the same id.
+
+    Args:
+        first: the original.
+        second: what was made of it.
+        plan: the tags that were added to the second, if they were.
+
+    Returns:
+        For each folder with tags, or that should have them: its name, whether all is well, and what is not.
+    """
+    before, after = (tag_ids(folder) if (folder := tokenizer_folder(s)) else {} for s in (first, second))
+    wanted = plan.tag_ids if plan is not None else before or after
+    results = []
+    for source, found, ids in ((first, before, before), (second, after, wanted)):
+        if not is_hf(source) or not ids:
+            continue
+        problem = "its tokenizer does not have all of the tags" if not found else None
+        try:
+            if found:
+                check_tags(source.folder, ids)
+        except CheckpointError as error:
+            problem = str(error)
+        results.append({"folder": str(source.folder), "equal": problem is None, "problem": problem})
+    return results
+
+
 def compare_logits(
     first: Source, second: Source, sizes: Sequence[tuple[int, int]], options: VerifyOptions, changed: set[int]
 ) -> list[Result]:
@@ -175,9 +216,11 @@ def compare_logits(
     kept = [token for token in range(rows) if token not in changed]
     inputs = fixed_inputs(kept)
     if is_hf(reference):
-        by, wanted = "transformers", transformers_logits(reference.folder, inputs)
+        rounded = DTYPES[options.dtype] if reference is first and options.dtype != "keep" else None
+        by, (wanted, noise) = "transformers", transformers_logits(reference.folder, inputs, rounded)
     else:
-        by, wanted = "1x1", parallel_logits([Job(reference.folder, 1, 1, inputs, options.trust_pickle)])[0]
+        by, (wanted, noise) = "1x1", own_logits(reference.folder, inputs, options.trust_pickle)
+    tolerance = options.tolerance if options.tolerance is not None else max(NOISE_FACTOR * noise, LEAST_TOLERANCE)
     impossible = {size: reason for size in sizes if (reason := _impossible(tested, *size))}
     jobs = [Job(tested.folder, *size, inputs, options.trust_pickle) for size in sizes if size not in impossible]
     results = []
@@ -185,7 +228,7 @@ def compare_logits(
         for mask in MASKS:
             error = relative_error(wanted[mask][..., kept], found[mask][..., kept])
             row = {"parallel_size": f"{job.tp}x{job.pp}", "mask": mask, "reference": by, "relative_error": error}
-            results.append(row | {"equal": error <= options.tolerance})
+            results.append(row | {"noise": noise, "tolerance": tolerance, "equal": error <= tolerance})
     skipped = [
         {"parallel_size": f"{tp}x{pp}", "mask": "all", "equal": True, "skipped": reason}
         for (tp, pp), reason in impossible.items()
@@ -195,35 +238,9 @@ def compare_logits(
     return results + skipped
 
 
-def relative_error(want: Tensor, got: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value; infinite if anything is not finite."""
-    error = float((want - got).abs().max() / want.abs().max())
-    return error if torch.isfinite(torch.tensor(error)) else float("inf")
-
-
 def is_hf(source: Source) -> bool:
     """Whether transformers can open the checkpoint."""
     return isinstance(source, HFSource)
-
-
-def parallel_logits(jobs: Sequence[Job]) -> list[Logits]:
-    """Logits of every job, in the order of jobs; jobs with the same number of ranks share their processes."""
-    results: dict[int, Logits] = {}
-    for world_size in sorted({job.tp * job.pp for job in jobs}):
-        chosen = {k: job for k, job in enumerate(jobs) if job.tp * job.pp == world_size}
-        last_rank = run_ranks(_run_jobs, world_size, list(chosen.values()))[-1]
-        results |= dict(zip(chosen, last_rank, strict=True))
-    return [results[k] for k in range(len(jobs))]
-
-
-def _run_jobs(jobs: Sequence[Job]) -> list[Logits]:
-    """On each rank; the last one is on the last stage and has all logits."""
-    found = []
-    for job in jobs:
-        opener = functools.partial(open_checkpoint, job.folder, trust_pickle=job.trust_pickle)
-        found.append(rank_logits(opener, job.tp, job.pp, job.inputs))
-    last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-    return found if last else []
 
 
 def _impossible(source: Source, tp: int, pp: int) -> str | None:
@@ -255,6 +272,10 @@ def report_lines(result: Result) -> Iterator[str]:
             verdict = "equal" if row["equal"] else "DIFFERENT"
             yield (
                 f"logits   {row['parallel_size']} {row['mask']:<10} {verdict}: "
-                f"relative error {row['relative_error']:.1e} to {row['reference']}"
+                f"relative error {row['relative_error']:.1e} to {row['reference']} "
+                f"(noise {row['noise']:.1e}, allowed {row['tolerance']:.1e})"
             )
+    for row in result["tokenizers"]:
+        verdict = "equal, every tag is one token" if row["equal"] else f"DIFFERENT: {row['problem']}"
+        yield f"tokenizer {row['folder']} {verdict}"
     yield f"{'EQUAL' if result['equal'] else 'DIFFERENT'} ({result['seconds']} s)"

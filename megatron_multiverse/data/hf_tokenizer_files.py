@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_multiverse.errors import ConfigError
+
+_ADDED_TOKEN = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
 def load_hf_backend(model: Path) -> tuple[Any, dict[str, Any]]:
@@ -36,6 +39,28 @@ def load_hf_backend(model: Path) -> tuple[Any, dict[str, Any]]:
     config["chat_template"] = loaded.chat_template
     # A copy: adding our tags must not change the object that transformers may share.
     return Tokenizer.from_str(loaded.backend_tokenizer.to_str()), config
+
+
+def completed_config(config: Mapping[str, Any], added: Mapping[int, Any]) -> dict[str, Any]:
+    """tokenizer_config.json as it must stand beside a tokenizer.json with these added tokens.
+
+    Where there is a table `added_tokens_decoder`, some classes of transformers build the tokenizer from that table and
+    do not look at the added tokens of tokenizer.json, so it must hold all of them. Without the table they do look.
+    The names that only transformers 5 writes are replaced by those that transformers 4 reads too.
+
+    Args:
+        config: the values as they were.
+        added: added tokens by id (tokenizers.AddedToken).
+    """
+    values = dict(config)
+    if "added_tokens_decoder" in values:
+        table = {str(token): {name: getattr(entry, name) for name in _ADDED_TOKEN} for token, entry in added.items()}
+        values["added_tokens_decoder"] = {**values["added_tokens_decoder"], **table}
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    return values
 
 
 def content(token: Any) -> str | None:

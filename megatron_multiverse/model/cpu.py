@@ -1,11 +1,11 @@
-"""Lets megatron-core run where there is no CUDA. Does nothing on a machine with CUDA.
+"""Lets megatron-core run where there is no CUDA. Does nothing on a machine with CUDA, unless asked for a CPU tensor.
 
 megatron-core calls torch.cuda in places that have nothing to do with a GPU. `device_neutral_cuda` replaces
 those calls for the length of a `with` block and puts the originals back. What is replaced, and who needs it:
 
 | call                       | replacement   | needed by                                              |
 |----------------------------|---------------|--------------------------------------------------------|
-| torch.cuda.current_device  | the CPU       | dist_checkpointing (state_dict_saver)                  |
+| torch.cuda.current_device  | the CPU       | dist_checkpointing (state_dict_saver), gather of qkv   |
 | torch.cuda.synchronize     | nothing       | dist_checkpointing (filesystem_async), pipeline p2p    |
 | torch.Tensor.cuda          | the tensor    | GPTModel with tied embeddings over pipeline stages     |
 
@@ -32,9 +32,13 @@ def _patches() -> list[tuple[Any, str, Callable[..., Any]]]:
 
 
 @contextlib.contextmanager
-def device_neutral_cuda() -> Iterator[None]:
-    """Make megatron-core's torch.cuda calls harmless inside the block, on machines without CUDA only."""
-    if torch.cuda.is_available():
+def device_neutral_cuda(device: torch.device | None = None) -> Iterator[None]:
+    """Make megatron-core's torch.cuda calls harmless inside the block, on machines without CUDA only.
+
+    Args:
+        device: where the tensors of the block are; for the CPU the calls are replaced on any machine.
+    """
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
         yield
         return
     with contextlib.ExitStack() as undo:

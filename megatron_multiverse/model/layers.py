@@ -29,6 +29,7 @@ from megatron_multiverse.kernels.rope import (
     split_and_rotate,
 )
 from megatron_multiverse.model.attention import AttentionParams
+from megatron_multiverse.model.cpu import device_neutral_cuda
 
 
 class RMSNorm(nn.Module):
@@ -148,7 +149,8 @@ class SelfAttention(McoreSelfAttention):  # type: ignore[misc]
         between = [norm for norm in (self.q_layernorm, self.k_layernorm) if not isinstance(norm, IdentityOp | None)]
         # With fewer groups than tensor parallel ranks megatron-core gathers the projection and takes its part.
         if between or self.config.num_query_groups < self.world_size:
-            query, key, value = map(_autocast, super().get_query_key_value_tensors(*args, **kwargs))
+            with device_neutral_cuda(self.linear_qkv.weight.device):
+                query, key, value = map(_autocast, super().get_query_key_value_tensors(*args, **kwargs))
             return *rotate(query, key, table), value
         mixed, _ = super().get_query_key_value_tensors(*args, **kwargs | {"split_qkv": False})
         return split_and_rotate(_autocast(mixed), table)

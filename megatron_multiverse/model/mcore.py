@@ -67,6 +67,12 @@ def tensor_parallel_place() -> tuple[int, int]:
     )
 
 
+def pipeline_parallel_size() -> int:
+    """Number of pipeline stages."""
+    ensure_parallel_state()
+    return int(parallel_state.get_pipeline_model_parallel_world_size())
+
+
 def set_parallel_sizes(tensor: int, pipeline: int) -> None:
     """Divide the ranks of the process group into tensor and pipeline groups anew.
 

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.files import flush
+from megatron_multiverse.model.mcore import pipeline_parallel_size, tensor_parallel_place
 from megatron_multiverse.weight_names import is_extra_state, plain_name
 
 CONFIG_FILE = "config.json"
@@ -33,7 +35,16 @@ def save_model(model: nn.Module, config: ModelConfig, folder: str | Path, *, dty
         config: its config.
         folder: created if missing; files of an earlier save in it are replaced.
         dtype: dtype on disk, e.g. torch.bfloat16 to halve the file; None keeps the model's.
+
+    Raises:
+        ConfigError: this rank holds only a part of the model, which would be written as if it were the whole.
     """
+    tp, pp = tensor_parallel_place()[0], pipeline_parallel_size()
+    if (tp, pp) != (1, 1):
+        raise ConfigError(
+            f"save_model writes a whole model, but this one is spread over {tp} tensor x {pp} pipeline parallel ranks: "
+            "save a torch_dist checkpoint with megatron-core's dist_checkpointing, which every tool here reads"
+        )
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in weight_state(model).items()}

@@ -276,7 +276,8 @@ def test_the_stock_model_loads_what_we_write(layers, tmp_path: Path) -> None:
     """megatron-core's loader, strict, extra states included: a converted folder, and checkpoints of training."""
     from megatron.core import dist_checkpointing
 
-    from megatron_multiverse.checkpoints.convert import ConvertConfig, convert_checkpoint
+    from megatron_multiverse.checkpoints.convert import convert_checkpoint
+    from megatron_multiverse.checkpoints.convert_config import ConvertConfig
 
     config = qwen3(**SHAPE)
     ours = build("qwen3", layers or LOCAL)

@@ -14,10 +14,12 @@ from megatron_multiverse.checkpoints.completeness import StoredTensor, check_com
 from megatron_multiverse.checkpoints.formats.hf_config import (
     family_of,
     hf_config_to_model_config,
+    hf_rotary,
     model_config_to_hf,
     read_hf_config,
 )
 from megatron_multiverse.checkpoints.formats.hf_safetensors import SINGLE_FILE, HFReader, write_index, write_safetensors
+from megatron_multiverse.checkpoints.formats.raw import read_tensor
 from megatron_multiverse.checkpoints.names.rules import merge, split
 from megatron_multiverse.checkpoints.names.table import Entry, Family, entries
 from megatron_multiverse.checkpoints.protocols import (
@@ -26,12 +28,15 @@ from megatron_multiverse.checkpoints.protocols import (
     Source,
     Stream,
     Unit,
+    byte_size,
     entry_bytes,
     group,
     target_dtype,
 )
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
+
+HEAD, BLOCK_BYTES = "lm_head.weight", 1 << 26
 
 
 class HFSource:
@@ -55,6 +60,8 @@ class HFSource:
         self.config: ModelConfig = hf_config_to_model_config(self.hf_config)
         self.reader = HFReader(folder)
         self.files = self.reader.files
+        self.described_by = [self.folder / "config.json", *self.reader.indexes]
+        self.asset_folders, self.trained = [self.folder], False
         self._entries = entries(self.family, self.config)
         self._check()
 
@@ -64,8 +71,8 @@ class HFSource:
         places = {name: self.reader.location(name) for name in shapes}
         needed = [StoredTensor(name, places[name].file, places[name].shape, shapes[name]) for name in shapes]
         present = {name for name in self.reader.names() if not name.endswith("rotary_emb.inv_freq")}
-        if "lm_head.weight" not in shapes:
-            present.discard("lm_head.weight")  # a copy of the tied embedding
+        if self.config.share_embeddings_and_output_weights:
+            present.discard(HEAD)  # a copy of the tied embedding, or `read` refuses it
         check_complete(needed, present, lambda name: self.reader.location(name).file, self.family)
 
     def entries(self) -> list[Entry]:
@@ -81,13 +88,45 @@ class HFSource:
         places = [self.reader.location(name) for name, _ in entry.hf]
         if len({place.dtype for place in places}) > 1:
             raise CheckpointError(
-                f"{places[0].file}: {', '.join(n for n, _ in entry.hf)} become one tensor, but have different dtypes"
+                f"{places[0].file}: {', '.join(n for n, _ in entry.hf)} become one tensor, but have different dtypes: "
+                "choose one for all tensors with --dtype float32, bf16 or float16"
             )
         return places[0].dtype
 
     def read(self, entry: Entry) -> Tensor:
-        """One whole megatron-core tensor."""
-        return merge(entry, [self.reader.read(name) for name, _ in entry.hf], self.config)
+        """One whole megatron-core tensor. A tied embedding is compared with a copy in lm_head, if there is one.
+
+        Raises:
+            CheckpointError: it cannot be read, or the copy differs.
+        """
+        names = [name for name, _ in entry.hf]
+        dtypes = {self.reader.location(name).dtype for name in names}
+        if entry.rule == "gate_up" and len(dtypes) == 1:  # read into their places: joining them later is a copy more
+            tensor = torch.empty(entry.shape, dtype=dtypes.pop())
+            for name, half in zip(names, tensor.chunk(2), strict=True):
+                self.reader.read(name, half)
+        else:
+            tensor = merge(entry, [self.reader.read(name) for name in names], self.config)
+        if entry.rule == "vocab" and self.config.share_embeddings_and_output_weights and HEAD in self.reader.names():
+            self._check_head(tensor)
+        return tensor
+
+    def _check_head(self, embedding: Tensor) -> None:
+        """Raise CheckpointError unless lm_head holds the tied embedding. It is read in pieces: it may be large."""
+        place = self.reader.location(HEAD)
+        rows = max(1, BLOCK_BYTES // max(1, byte_size(place.dtype, place.shape[1:])))
+        same = place.shape == tuple(embedding.shape)
+        for start in range(0, len(embedding) if same else 0, rows):
+            mine = embedding[start : start + rows]
+            offset = place.offset + byte_size(place.dtype, (start, *place.shape[1:]))
+            theirs = read_tensor(place.file, offset, place.dtype, tuple(mine.shape), name=HEAD)
+            same = same and torch.equal(mine, theirs.to(mine.dtype))
+        if not same:
+            raise CheckpointError(
+                f"{place.file}: {HEAD} differs from the embedding, but config.json says that they are tied "
+                "(tie_word_embeddings true). If the model has a head of its own set that to false; if not, remove "
+                f"{HEAD} from the file"
+            )
 
 
 class HFTarget:
@@ -130,5 +169,8 @@ class HFTarget:
         if original is not None:
             resized = {**original, "vocab_size": source.config.vocab_size}
             if hf_config_to_model_config(resized) == source.config:
-                return {**resized, ("dtype" if "dtype" in original else "torch_dtype"): dtype}
+                # transformers 4 does not read rope_parameters, which transformers 5 writes alone.
+                rotary = hf_rotary(source.config) if original.get("rope_parameters") else {}
+                dtypes = [key for key in ("dtype", "torch_dtype") if key in original] or ["torch_dtype"]
+                return {**resized, **rotary, **dict.fromkeys(dtypes, dtype)}
         return model_config_to_hf(source.config, source.family, dtype=dtype)

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import megatron_multiverse
+from megatron_multiverse.checkpoints.formats.json_files import read_json_object, refuse_lfs_pointer
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.data.tokenizers import HuggingFaceTokenizer
+from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.structure import TAGS
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,22 +33,106 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+TEMPLATE_FOLDER = "additional_chat_templates"
+"""Where transformers keeps the further ones of several chat templates."""
 GENERATION_FILE, CARD_FILE = "generation_config.json", "README.md"
 
 
-def copy_assets(source: str | Path, target: str | Path) -> list[str]:
-    """Copy tokenizer and generation defaults, as far as they exist; returns the names of the copied files."""
-    names = [name for name in (*TOKENIZER_FILES, GENERATION_FILE) if (Path(source) / name).is_file()]
-    for name in names:
-        shutil.copyfile(Path(source) / name, Path(target) / name)
-    return names
+def copy_assets(tokenizer: Path | None, folders: Iterable[Path], target: Path) -> list[str]:
+    """Copy tokenizer and generation defaults, as far as they exist.
+
+    Args:
+        tokenizer: folder of the tokenizer, if there is one.
+        folders: where the model's generation_config.json may lie; the first one counts, then the tokenizer's.
+        target: where to.
+
+    Returns:
+        The names of the files that were copied.
+    """
+    files = asset_files(tokenizer, folders)
+    for name, file in files.items():
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target / name)
+    return list(files)
+
+
+def asset_files(tokenizer: Path | None, folders: Iterable[Path]) -> dict[str, Path]:
+    """The files that `copy_assets` copies, by the names that they get."""
+    files: dict[str, Path] = {}
+    own = [tokenizer] if tokenizer is not None else []
+    for folder in own:
+        found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+        found += sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+        files |= {str(file.relative_to(folder)): file for file in found}
+    settings = [folder / GENERATION_FILE for folder in (*folders, *own) if (folder / GENERATION_FILE).is_file()]
+    if settings:
+        files[GENERATION_FILE] = settings[0]
+    return files
 
 
 def save_tokenizer(tokenizer: HuggingFaceTokenizer, folder: str | Path) -> None:
-    """Write a tokenizer over the one in `folder`, and remove files that would contradict it."""
-    for name in TOKENIZER_FILES:
+    """Write a tokenizer over the one in `folder`, and remove the files that would contradict it."""
+    for name in ("added_tokens.json", "chat_template.jinja"):
         (Path(folder) / name).unlink(missing_ok=True)
     tokenizer.save(folder)
+
+
+def check_rows(folder: str | Path, rows: int) -> None:
+    """Check that every id of the tokenizer in `folder` has its row in the vocabulary matrices.
+
+    Raises:
+        CheckpointError: there are fewer rows than ids, or the tokenizer cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        return
+    try:
+        largest = max(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values())
+    except Exception as error:  # the library raises plain Exception
+        refuse_lfs_pointer(file)
+        raise CheckpointError(f"{file} is damaged ({error}): copy or download it again") from error
+    if largest >= rows:
+        raise CheckpointError(
+            f"{file} has ids up to {largest}, but the vocabulary matrices have {rows} rows: tokenizer and weights do "
+            "not belong together"
+        )
+
+
+def tag_ids(folder: str | Path) -> dict[str, int]:
+    """Ids of the structure tags by the tokenizer.json in `folder`; empty unless it has all of them."""
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        return {}
+    added = {token["content"]: token["id"] for token in read_json_object(file).get("added_tokens", [])}
+    return {tag: added[tag] for tag in TAGS} if set(TAGS) <= added.keys() else {}
+
+
+def check_tags(folder: str | Path, ids: Mapping[str, int]) -> None:
+    """Open the tokenizer in `folder` as its users do, by AutoTokenizer: each tag must be one token, of its id.
+
+    Some classes of transformers build the tokenizer from other files than the `tokenizers` library reads.
+
+    Raises:
+        CheckpointError: transformers cannot open it, or cuts a tag into pieces.
+    """
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+        found = {tag: tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in ids}
+    except Exception as error:  # whatever the class of the tokenizer raises
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot open the tokenizer in {folder}: {error}"
+        ) from error
+    wrong = [tag for tag, number in ids.items() if found[tag][-1:] != [number]]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: transformers {transformers.__version__} reads {wrong[0]} as tokens {found[wrong[0]]}, not as "
+            f"token {ids[wrong[0]]} ({len(wrong)} of {len(ids)} tags are wrong): tokenizer.json and "
+            "tokenizer_config.json contradict each other; convert with --add-control-tokens, which writes both"
+        )
 
 
 def write_generation_config(folder: str | Path) -> None:
@@ -54,7 +143,11 @@ def write_generation_config(folder: str | Path) -> None:
     path = Path(folder) / GENERATION_FILE
     if path.is_file() or not (Path(folder) / "tokenizer.json").is_file():
         return
-    tokenizer = HuggingFaceTokenizer(folder)
+    try:
+        tokenizer = HuggingFaceTokenizer(folder)
+    except ConfigError as error:  # a vocabulary that cannot have the tags is no reason to fail here
+        logger.warning("no %s is written: %s", GENERATION_FILE, error)
+        return
     if tokenizer.eod is not None:
         values = {"eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad, "do_sample": False}
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -79,17 +172,9 @@ def write_model_card(
     text = _CARD.format(
         name=name, architecture=architecture, parameters=f"{config.num_parameters:,}", layers=config.num_layers,
         hidden=config.hidden_size, vocab=config.vocab_size, context=config.max_sequence_length, origin=origin,
-        structure=_TAGGED.format(architecture=architecture) if _knows_tags(folder) else _UNTAGGED,
+        structure=_TAGGED.format(architecture=architecture) if tag_ids(folder) else _UNTAGGED,
     )  # fmt: skip
     (Path(folder) / CARD_FILE).write_text(text, encoding="utf-8")
-
-
-def _knows_tags(folder: str | Path) -> bool:
-    file = Path(folder) / "tokenizer.json"
-    if not file.is_file():
-        return False
-    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens", [])
-    return set(TAGS) <= {token["content"] for token in added}
 
 
 def _cell(value: Any) -> str:

@@ -1,6 +1,6 @@
 """Hugging Face weights: sharded safetensors, read tensor by tensor and written as a stream.
 
-Reading goes through the file headers, not through the index: the index is only checked against them. Writing puts
+Reading goes through the file headers; the index says which files there are and is checked against them. Writing puts
 the header first (all shapes are known) and then one tensor after the other, so memory holds one tensor and never a
 shard. The index is rebuilt from the headers of the files on disk.
 """
@@ -8,6 +8,7 @@ shard. The index is rebuilt from the headers of the files on disk.
 from __future__ import annotations
 
 import json
+import logging
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_multiverse.checkpoints.formats.json_files import read_json_object, refuse_lfs_pointer
 from megatron_multiverse.checkpoints.formats.raw import as_bytes, read_tensor
 from megatron_multiverse.checkpoints.names.table import Shape
 from megatron_multiverse.checkpoints.protocols import byte_size
 from megatron_multiverse.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
+METADATA = "__metadata__"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_config.json"
+OTHER_LAYOUTS = {
+    "pytorch_model*.bin": "pickled weights: load them with a recent transformers and write them with save_pretrained",
+    "model-*-of-*.safetensors": "shards whose index is missing: download that too",
+    "model.*.safetensors": "a variant: load it with from_pretrained(variant=...) and write it with save_pretrained",
+    "consolidated*": "the layout of the model's authors: download the one of transformers from the same place",
+    "*.gguf": "GGUF weights: download those that they were made from",
+}
+"""Files that hold weights in a way that is not read here, and what to do."""
 FILE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FILE_DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
 
@@ -51,28 +65,33 @@ def read_header(file: Path) -> dict[str, Location]:
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         raw = stream.read(min(length, size))
     if 8 + length > size:
+        refuse_lfs_pointer(file)
         raise CheckpointError(f"{file}: no complete safetensors header ({size} bytes in all); download it again")
     try:
-        header: dict[str, Any] = json.loads(raw)
+        header: dict[str, dict[str, Any]] = json.loads(raw)
     except ValueError as error:
         raise CheckpointError(f"{file}: the safetensors header is damaged ({error}); download it again") from error
-    header.pop("__metadata__", None)
-    places = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in FILE_DTYPES:
-            raise CheckpointError(
-                f"{file}: tensor {name} has dtype {entry['dtype']}, supported: {', '.join(FILE_DTYPES)}; "
-                "quantised checkpoints have to be dequantised first"
-            )
-        dtype, shape = FILE_DTYPES[entry["dtype"]], tuple(entry["shape"])
-        if end - begin != byte_size(dtype, shape) or 8 + length + end > size:
-            raise CheckpointError(
-                f"{file}: tensor {name} should end at byte {8 + length + end}, the file has {size}; "
-                "it is truncated, copy or download it again"
-            )
-        places[name] = Location(file, 8 + length + begin, dtype, shape)
-    return places
+    try:
+        return {name: _location(file, name, entry, 8 + length) for name, entry in header.items() if name != METADATA}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: the safetensors header is damaged ({error!r}); download it again") from error
+
+
+def _location(file: Path, name: str, entry: Mapping[str, Any], start: int) -> Location:
+    """Where a tensor lies, from its entry in the header and the first byte behind the header."""
+    begin, end = entry["data_offsets"]
+    if entry["dtype"] not in FILE_DTYPES:
+        kind = "a quantised weight, dequantise the model first" if "8" in entry["dtype"] else "no weight, take it out"
+        raise CheckpointError(
+            f"{file}: tensor {name} has dtype {entry['dtype']}, supported: {', '.join(FILE_DTYPES)}; it is {kind}"
+        )
+    dtype, shape, size = FILE_DTYPES[entry["dtype"]], tuple(entry["shape"]), file.stat().st_size
+    if begin < 0 or end - begin != byte_size(dtype, shape) or start + end > size:
+        raise CheckpointError(
+            f"{file}: tensor {name} should end at byte {start + end}, the file has {size}; "
+            "it is truncated, copy or download it again"
+        )
+    return Location(file, start + begin, dtype, shape)
 
 
 class HFReader:
@@ -86,6 +105,7 @@ class HFReader:
         self.folder = Path(folder)
         self.locations: dict[str, Location] = {}
         self.files = self._files()
+        self.indexes = [index for index in [self.folder / INDEX_FILE] if index.is_file()]
         for file in self.files:
             for name, place in read_header(file).items():
                 if name in self.locations:
@@ -93,18 +113,23 @@ class HFReader:
                 self.locations[name] = place
 
     def _files(self) -> list[Path]:
-        index = self.folder / INDEX_FILE
-        if not index.is_file():
-            if (self.folder / SINGLE_FILE).is_file():
-                return [self.folder / SINGLE_FILE]
+        """The files that transformers would read: the single one, whatever an index beside it says, else the index's.
+
+        transformers itself leaves an old index behind when it saves a model that now fits into one file.
+        """
+        if (self.folder / ADAPTER_FILE).is_file():
             raise CheckpointError(
-                f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: a folder with safetensors weights is "
-                "needed (pickled .bin weights: save them with save_pretrained of a recent transformers)"
+                f"{self.folder} has an {ADAPTER_FILE}: with peft installed transformers adds that adapter to the "
+                "weights. Merge it (peft's merge_and_unload) and save the model, or move the adapter's files away"
             )
-        try:
-            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index} is damaged ({error!r}): download it again") from error
+        index, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
+        if single.is_file():
+            if index.is_file():
+                logger.warning("%s: taking %s, as transformers does, not %s", self.folder, single.name, index.name)
+            return [single]
+        if not index.is_file():
+            raise CheckpointError(self._no_weights())
+        named = self._weight_map(index)
         files = [self.folder / name for name in sorted(set(named.values()))]
         for file in files:
             if not file.is_file():
@@ -119,6 +144,19 @@ class HFReader:
             raise CheckpointError(f"{index} names {absent[0]} in {named[absent[0]]}, but that file does not hold it")
         return files
 
+    def _weight_map(self, index: Path) -> dict[str, str]:
+        named = read_json_object(index).get("weight_map")
+        if not isinstance(named, dict) or not named or not all(type(name) is str for name in named.values()):
+            raise CheckpointError(f"{index} is damaged (it has no weight_map of file names): download it again")
+        return named
+
+    def _no_weights(self) -> str:
+        message = f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}"
+        for pattern, advice in OTHER_LAYOUTS.items():
+            if found := sorted(self.folder.glob(pattern)):
+                return f"{message}, but {found[0].name}: {advice}"
+        return f"{message}: a folder with safetensors weights is needed"
+
     def names(self) -> set[str]:
         """Names of all tensors."""
         return set(self.locations)
@@ -129,10 +167,10 @@ class HFReader:
             raise CheckpointError(f"{self.folder} has no tensor {name} in any of its {len(self.files)} files")
         return self.locations[name]
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in its own memory."""
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """One tensor, in memory of its own or in `out` (see `read_tensor`)."""
         place = self.location(name)
-        return read_tensor(place.file, place.offset, place.dtype, place.shape, name=name)
+        return read_tensor(place.file, place.offset, place.dtype, place.shape, name=name, out=out)
 
 
 def write_safetensors(
@@ -148,7 +186,7 @@ def write_safetensors(
     Raises:
         CheckpointError: other tensors come than announced.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {METADATA: {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in places.items():
         begin, end = end, end + byte_size(dtype, shape)

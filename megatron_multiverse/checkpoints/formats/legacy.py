@@ -7,6 +7,7 @@ them.)
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from megatron_multiverse.checkpoints.protocols import (
 )
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.weight_names import CORE_ATTENTION, extra_state_modules, fused_name, plain_name
+
+logger = logging.getLogger(__name__)
 
 RANK_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?$")
 FILE_NAMES = ("model_optim_rng.pt", "model_rng.pt")
@@ -67,6 +70,7 @@ class LegacyReader:
                 ranks.setdefault(int(match[2] or 0), {})[int(match[1])] = _rank_file(path)
         self.tp = max(max(stage) for stage in ranks.values()) + 1
         self.files: list[Path] = []
+        self.described_by: list[Path] = []
         self.args: Any = None
         self.places: dict[str, list[Place]] = {}
         first_layer = 0
@@ -146,9 +150,17 @@ class LegacyReader:
         return self._of(entry)[0].file
 
     def read(self, entry: Entry) -> Tensor:
-        """The whole tensor."""
-        places = self._of(entry)[: 1 if entry.rule == "replicated" else None]
-        return join(entry.rule, [read_tensor(p.file, p.offset, p.dtype, p.shape, name=entry.mcore) for p in places])
+        """The whole tensor. Ranks that should hold the same but do not are told of; the first one counts, as it does
+        for Megatron itself."""
+        places = self._of(entry)
+        parts = [read_tensor(p.file, p.offset, p.dtype, p.shape, name=entry.mcore) for p in places]
+        if entry.rule == "replicated":
+            for place, part in zip(places, parts, strict=True):
+                if not torch.equal(part, parts[0]):
+                    logger.warning(
+                        "%s: tensor %s differs from the one of tensor rank 0, which is taken", place.file, entry.mcore
+                    )
+        return join(entry.rule, parts)
 
 
 class LegacyTarget:
@@ -178,6 +190,10 @@ class LegacyTarget:
         self.units = [Unit(f"stage_{k}", tuple(stage)) for k, stage in enumerate(stages)]
         copies = [(e, self.tp if e.rule == "replicated" else 1) for stage in stages for e in stage]
         self.total_bytes = sum(entry_bytes(e, self.dtypes[e.mcore]) * n for e, n in copies)
+        dtype_of_all = self.dtypes[plan[0].mcore]
+        self.args = args_from_config(
+            source.config, padded_vocab_size=padded_vocab_size, tp=tp, pp=pp, dtype=dtype_of_all
+        )
 
     def write(self, unit: Unit, tensors: Stream, folder: Path) -> Record:
         """Write the files of one stage with room for their tensors, then fill them."""
@@ -223,10 +239,8 @@ class LegacyTarget:
             for module in extra_state_modules(qk_layernorm=False):
                 if self.fused or module != CORE_ATTENTION:
                     model[f"decoder.layers.{layer}.{module}._extra_state"] = None
-        dtype = self.dtypes[unit.entries[0].mcore]
-        args = args_from_config(self.source.config, padded_vocab_size=self.padded, tp=self.tp, pp=self.pp, dtype=dtype)
         with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save({"model": model, "args": args, "checkpoint_version": 3.0, "iteration": 0}, file)
+            torch.save({"model": model, "args": self.args, "checkpoint_version": 3.0, "iteration": 0}, file)
 
     def finish(self, records: list[Record], folder: Path) -> None:
         """Nothing spans the files of this format."""

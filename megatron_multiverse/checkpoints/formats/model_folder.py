@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.checkpoints.completeness import StoredTensor, check_complete
-from megatron_multiverse.checkpoints.formats.hf_config import read_hf_config
 from megatron_multiverse.checkpoints.formats.hf_safetensors import HFReader
+from megatron_multiverse.checkpoints.formats.json_files import read_json_object, read_model_config
 from megatron_multiverse.checkpoints.names.registry import find_family
 from megatron_multiverse.checkpoints.names.table import Entry, Family, entries
 from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.model.weights import CONFIG_FILE
 
 
 def is_model_folder(folder: str | Path) -> bool:
     """Whether config.json in `folder` is a ModelConfig, not a config of Hugging Face."""
-    if not (Path(folder) / "config.json").is_file():
+    file = Path(folder) / CONFIG_FILE
+    if not file.is_file():
         return False
-    values = read_hf_config(folder)
+    values = read_json_object(file)
     return "model_type" not in values and "num_layers" in values
 
 
@@ -34,11 +36,13 @@ class ModelFolderSource:
 
     def __init__(self, folder: str | Path, family: str | None = None) -> None:
         self.folder = Path(folder)
-        self.config = ModelConfig.from_json(self.folder / "config.json")
+        self.config: ModelConfig = read_model_config(self.folder / CONFIG_FILE)
         self.family: Family = find_family(family, self.config)
         self.hf_config: dict[str, Any] | None = None
         self.reader = HFReader(folder)
         self.files = self.reader.files
+        self.described_by = [self.folder / CONFIG_FILE, *self.reader.indexes]
+        self.asset_folders, self.trained = [self.folder], True
         self._entries = entries(self.family, self.config)
         needed = [
             StoredTensor(entry.mcore, self.files[0], self.reader.location(entry.mcore).shape, entry.shape)

@@ -66,7 +66,9 @@ def load_metadata(file: Path, trust_pickle: bool = False) -> Metadata:
     with open(file, "rb") as stream:
         try:
             metadata = _trusted(file, stream) if trust_pickle else _MetadataUnpickler(stream, file).load()
-        except (pickle.UnpicklingError, EOFError, ValueError, IndexError, AttributeError, TypeError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # damage can raise anything in an unpickler
             raise CheckpointError(f"{file} is damaged ({error}): copy the checkpoint again") from error
     if not isinstance(metadata, Metadata) or not metadata.storage_data:
         raise CheckpointError(f"{file} holds no torch.distributed checkpoint metadata")
@@ -101,7 +103,7 @@ def load_torch_file(file: Path, trust_pickle: bool = False, *, part: Any = None)
         if reason is None:
             raise CheckpointError(f"{file} is damaged or truncated (its pickle is): copy it again") from error
         raise CheckpointError(f"{file} cannot be read without running code from it ({reason}); {HINT}") from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # damage can raise anything in an unpickler or in torch's readers
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{file} is damaged or truncated ({first}): copy it again") from error
 

@@ -12,13 +12,24 @@ from torch import Tensor
 from megatron_multiverse.errors import CheckpointError
 
 
-def read_tensor(file: Path, offset: int, dtype: torch.dtype, shape: Sequence[int], *, name: str) -> Tensor:
+def read_tensor(
+    file: Path, offset: int, dtype: torch.dtype, shape: Sequence[int], *, name: str, out: Tensor | None = None
+) -> Tensor:
     """Read `shape` elements of `dtype` that lie contiguous at byte `offset`.
+
+    Args:
+        file: the file.
+        offset: where the first element begins.
+        dtype: as stored.
+        shape: of the result.
+        name: of the tensor, for messages.
+        out: contiguous memory of this dtype and shape to read into, e.g. a part of a larger tensor; default new memory.
 
     Raises:
         CheckpointError: the file ends before the tensor does.
     """
-    tensor = torch.empty(tuple(shape), dtype=dtype)
+    tensor = torch.empty(tuple(shape), dtype=dtype) if out is None else out
+    assert tensor.is_contiguous() and tensor.dtype == dtype and tensor.shape == tuple(shape)
     size = tensor.numel() * tensor.element_size()
     if size == 0:
         return tensor

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_multiverse.checkpoints.formats.megatron_args import args_from_config
 from megatron_multiverse.checkpoints.formats.pickles import load_metadata, load_torch_file, storage_offset
-from megatron_multiverse.checkpoints.formats.raw import read_tensor
+from megatron_multiverse.checkpoints.formats.raw import as_bytes, read_tensor
 from megatron_multiverse.checkpoints.names.rules import slices
 from megatron_multiverse.checkpoints.names.table import Entry, Shape, dist_key
 from megatron_multiverse.checkpoints.protocols import (
@@ -82,6 +82,8 @@ class TorchDistReader:
                     f"({self._first_in(file.name, file.stat().st_size)} is cut off): copy it again"
                 )
         self.common = self._read_common(trust_pickle)
+        small = (folder / name for name in (".metadata", "metadata.json", "common.pt"))
+        self.described_by = [file for file in small if file.is_file()]
 
     def _read_common(self, trust_pickle: bool) -> dict[str, Any]:
         """What is no tensor: a file of its own, or from megatron-core 0.19 on an object among the tensors."""
@@ -150,19 +152,18 @@ class TorchDistReader:
         """The whole tensor as stored."""
         key, stacked = self._stored(entry)
         layer = entry.layer if stacked else None
-        whole: Tensor | None = None
-        covered = 0
         shape = self.shape(entry)
+        whole = torch.empty(shape, dtype=self._tensor(key).properties.dtype)
+        covered = 0
         for chunk in self._overlapping(key, layer):
-            part = self._read_chunk(key, chunk, layer)
-            offsets = tuple(chunk.offsets)[stacked:]
-            if tuple(part.shape) == shape:
-                return part
-            if whole is None:
-                whole = torch.empty(shape, dtype=part.dtype)
-            whole[tuple(slice(o, o + n) for o, n in zip(offsets, part.shape, strict=True))] = part
+            sizes, offsets = tuple(chunk.sizes)[stacked:], tuple(chunk.offsets)[stacked:]
+            place = whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+            # Whole rows are read into their place; joining them later would be a copy more.
+            part = self._read_chunk(key, chunk, layer, place if place.is_contiguous() else None)
+            if part is not place:
+                place.copy_(part)
             covered += part.numel()
-        if whole is None or covered != math.prod(shape):
+        if covered != math.prod(shape):
             raise CheckpointError(
                 f"{self.folder}: .metadata covers {covered} of {math.prod(shape)} elements of {key}"
                 + ("" if layer is None else f", layer {layer}")
@@ -178,8 +179,8 @@ class TorchDistReader:
         info: _StorageInfo = self.metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         return info
 
-    def _read_chunk(self, key: str, chunk: ChunkStorageMetadata, layer: int | None) -> Tensor:
-        """One slice; of a slice of several layers only the layer asked for."""
+    def _read_chunk(self, key: str, chunk: ChunkStorageMetadata, layer: int | None, out: Tensor | None) -> Tensor:
+        """One slice, in `out` if given; of a slice of several layers only the layer asked for."""
         info = self._info(key, chunk)
         file = self.folder / info.relative_path
         with open(file, "rb") as stream:
@@ -188,11 +189,12 @@ class TorchDistReader:
         sizes = tuple(chunk.sizes)
         if meta.numel() != math.prod(sizes) or not meta.is_contiguous():
             raise CheckpointError(f"{file}: tensor {key} is stored as {list(meta.shape)}, .metadata says {list(sizes)}")
+        out = out if out is not None and out.dtype == meta.dtype else None
         start = info.offset + storage_offset(meta)
         if layer is None:
-            return read_tensor(file, start, meta.dtype, sizes, name=key)
+            return read_tensor(file, start, meta.dtype, sizes, name=key, out=out)
         start += (layer - chunk.offsets[0]) * math.prod(sizes[1:]) * meta.itemsize
-        return read_tensor(file, start, meta.dtype, sizes[1:], name=key)
+        return read_tensor(file, start, meta.dtype, sizes[1:], name=key, out=out)
 
 
 class TorchDistTarget:
@@ -208,6 +210,8 @@ class TorchDistTarget:
         groups = group(plan, sizes, shard_size)
         self.units = [Unit(f"__0_{k}.distcp", tuple(g)) for k, g in enumerate(groups)]
         self.total_bytes = sum(sizes) + 4096 * tp * len(plan)
+        first = self.dtypes[plan[0].mcore]
+        self.args = args_from_config(source.config, padded_vocab_size=padded_vocab_size, tp=tp, pp=pp, dtype=first)
 
     def write(self, unit: Unit, tensors: Stream, folder: Path) -> Record:
         """Write one .distcp file."""
@@ -230,8 +234,9 @@ class TorchDistTarget:
         for offsets, part in _placed_slices(entry, tensor, self.tp):
             place, sizes = (*lead, *offsets), (*((1,) if lead else ()), *part.shape)
             start = stream.tell()
-            whole = part.untyped_storage().nbytes() == part.nbytes and part.is_contiguous()
-            torch.save(part.detach().reshape(sizes) if whole else part.clone().reshape(sizes), stream)
+            # torch.save writes the whole memory that a tensor is a view of: hand it one that ends where the part ends.
+            own = torch.frombuffer(as_bytes(part), dtype=part.dtype) if part.numel() else part
+            torch.save(own.reshape(sizes), stream)
             dtype = str(tensor.dtype).removeprefix("torch.")
             yield [dist_key(entry), dtype, shape, place, sizes, start, stream.tell() - start]
 
@@ -251,9 +256,7 @@ class TorchDistTarget:
         metadata = Metadata(tensors, None, storage, meta, version="1.0.0")
         _dump(metadata, folder / ".metadata")
         (folder / "metadata.json").write_text(json.dumps(METADATA_JSON), encoding="utf-8")
-        first = self.dtypes[self.source.entries()[0].mcore]
-        args = args_from_config(self.source.config, padded_vocab_size=self.padded, tp=self.tp, pp=self.pp, dtype=first)
-        torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
+        torch.save({"args": self.args, "checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
 
     def _write_extra_states(self, folder: Path, tensors: dict[str, Any], storage: dict[Any, Any]) -> None:
         """Empty extra states, which megatron-core asks for when loading, whichever spec it uses."""

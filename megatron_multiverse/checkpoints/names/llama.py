@@ -21,7 +21,7 @@ LLAMA = Family(
     add_qkv_bias=False,
     qk_layernorm=False,
     add_bias_linear=True,
-    defaults=(("rope_theta", 1e4), ("rms_norm_eps", 1e-6), ("max_position_embeddings", 2048)),
+    defaults=(("rms_norm_eps", 1e-6), ("max_position_embeddings", 2048)),
     extra=(),
     rows=(
         *DECODER,

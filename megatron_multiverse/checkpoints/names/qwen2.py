@@ -11,7 +11,7 @@ QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
     add_qkv_bias=True,
     qk_layernorm=False,
-    defaults=(("rope_theta", 1e4), ("rms_norm_eps", 1e-6), ("max_position_embeddings", 32768)),
+    defaults=(("rms_norm_eps", 1e-6), ("max_position_embeddings", 32768), ("num_key_value_heads", 32)),
     extra=(("use_sliding_window", False),),
     rows=(*DECODER, Row(ATTENTION + "linear_qkv.bias", "qkv", QKV_BIAS_PARTS)),
 )

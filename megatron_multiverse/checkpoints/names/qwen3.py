@@ -11,7 +11,12 @@ QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     add_qkv_bias=False,
     qk_layernorm=True,
-    defaults=(("rope_theta", 1e4), ("rms_norm_eps", 1e-6), ("max_position_embeddings", 32768), ("head_dim", 128)),
+    defaults=(
+        ("rms_norm_eps", 1e-6),
+        ("max_position_embeddings", 32768),
+        ("num_key_value_heads", 32),
+        ("head_dim", 128),
+    ),
     extra=(("attention_bias", False), ("use_sliding_window", False)),
     rows=(
         *DECODER,

@@ -38,11 +38,24 @@ def split(entry: Entry, tensor: Tensor, config: ModelConfig) -> list[Tensor]:
 
 
 def check_divisible(config: ModelConfig, tp: int, pp: int) -> None:
-    """Raise ConfigError if the model cannot be cut into `tp` x `pp` parts."""
-    for name in ("num_query_groups", "num_attention_heads", "ffn_hidden_size", "vocab_size"):
+    """Raise ConfigError if the model cannot be cut into `tp` x `pp` parts.
+
+    More tensor-parallel ranks than key/value heads are allowed, as in megatron-core: the rows of the qkv projection
+    are cut evenly all the same, and the ranks that share a key/value head gather its rows.
+    """
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    for name in ("num_attention_heads", "ffn_hidden_size", "vocab_size"):
         size = getattr(config, name)
         if tp < 1 or size % tp:
             raise ConfigError(f"{name} ({size}) is not divisible by --tensor-model-parallel-size ({tp})")
+    if groups % tp and tp % groups:
+        raise ConfigError(
+            f"num_query_groups ({groups}) is neither a multiple nor a divisor of --tensor-model-parallel-size ({tp})"
+        )
+    if (rows := (heads + 2 * groups) * config.kv_channels) % tp:
+        raise ConfigError(
+            f"the {rows} rows of the qkv projection are not divisible by --tensor-model-parallel-size ({tp})"
+        )
     if pp < 1 or config.num_layers % pp:
         raise ConfigError(f"num_layers ({config.num_layers}) is not divisible by --pipeline-model-parallel-size ({pp})")
 

@@ -8,7 +8,7 @@ Hugging Face tensors make the megatron-core one and how tensor parallelism cuts 
 | replicated | the same                                              | not at all                        |
 | vocab      | the same, rows padded                                 | rows                              |
 | row        | the same                                              | columns (RowParallelLinear)       |
-| qkv        | per group: the queries of the group, its key, its value | rows, whole groups              |
+| qkv        | per group: the queries of the group, its key, its value | rows, evenly                    |
 | gate_up    | gate above up                                         | rows of gate and of up separately |
 """
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import shutil
+import struct
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_multiverse.errors import CheckpointError, ConfigError
+from tests.unit.checkpoints.hf_folders import save_tokenizer
 from tests.unit.checkpoints.test_convert import assert_same, hf_folder, run
 
 
@@ -101,6 +106,139 @@ def test_large_finite_values_are_no_damage(hf: Path) -> None:
     run(hf, hf.parent / "out")
 
 
+def test_a_tied_embedding_with_another_head_is_refused(tmp_path: Path) -> None:
+    """transformers would use the head of the file; a copy of the embedding is dropped."""
+    folder = hf_folder(tmp_path / "hf", tied=True)
+    file = sorted(folder.glob("*.safetensors"))[0]
+    embedding = load_file(file)["model.embed_tokens.weight"]
+    for head, equal in ((embedding.clone(), True), (embedding.flip(0).contiguous(), False), (embedding[:40], False)):
+        save_file({**load_file(file), "lm_head.weight": head}, file)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        index["weight_map"]["lm_head.weight"] = file.name
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        if equal:
+            run(folder, tmp_path / "kept")
+            run(tmp_path / "kept", tmp_path / "back", "mcore", "hf")
+            assert "lm_head.weight" not in load_file(tmp_path / "back/model.safetensors")
+        else:
+            refused(folder, rf"{file.name}: lm_head.weight differs from the embedding.*tie_word_embeddings")
+
+
+def test_a_tied_embedding_with_another_output_layer_is_refused(tmp_path: Path) -> None:
+    """The same fault in Megatron's older format, where the last pipeline stage has a copy of its own."""
+    folder, mcore = hf_folder(tmp_path / "hf", tied=True), tmp_path / "mcore"
+    run(folder, mcore, ckpt_format="torch", pipeline_model_parallel_size=2)
+    file = mcore / "release/mp_rank_00_001/model_optim_rng.pt"
+    content = torch.load(file, weights_only=False)
+    content["model"]["output_layer.weight"][3, 5] += 1
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match=r"mp_rank_00_001.*output_layer.weight differs from the embedding"):
+        run(mcore, tmp_path / "back", "mcore", "hf")
+
+
+def test_ranks_that_disagree_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, mcore = hf_folder(tmp_path / "hf"), tmp_path / "mcore"
+    run(folder, mcore, ckpt_format="torch", tensor_model_parallel_size=3)
+    run(mcore, tmp_path / "quiet", "mcore", "hf")
+    assert "differs" not in caplog.text
+    file = mcore / "release/mp_rank_01/model_optim_rng.pt"
+    content = torch.load(file, weights_only=False)
+    content["model"]["decoder.final_layernorm.weight"][0] += 1
+    torch.save(content, file)
+    run(mcore, tmp_path / "back", "mcore", "hf")
+    assert "mp_rank_01" in caplog.text and "decoder.final_layernorm.weight differs from the one of" in caplog.text
+    assert_same(folder, tmp_path / "back")
+
+
+@torch.no_grad()
+def test_the_files_that_transformers_reads_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A single file comes before an index, whether the index is whole or left behind by an earlier save."""
+    new, both = hf_folder(tmp_path / "new"), hf_folder(tmp_path / "both")
+    model = AutoModelForCausalLM.from_pretrained(new)
+    for weight in model.parameters():
+        weight += 0.5
+    model.save_pretrained(new)  # removes the old shards, not their index
+    assert (new / "model.safetensors.index.json").is_file()
+    shutil.copy(new / "model.safetensors", both)
+    for name in ("new", "both"):
+        run(tmp_path / name, tmp_path / f"{name}-mcore")
+        run(tmp_path / f"{name}-mcore", tmp_path / f"{name}-back", "mcore", "hf")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        for key, tensor in load_file(tmp_path / f"{name}-back/model.safetensors").items():
+            assert torch.equal(tensor, loaded[key]), key
+        assert f"{tmp_path / name}: taking model.safetensors, as transformers does, not" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("pytorch_model-00001-of-00002.bin", "pickled weights"),
+        ("model.fp16.safetensors", "a variant"),
+        ("model-00001-of-00002.safetensors", "shards whose index is missing"),
+        ("consolidated.00.pth", "the layout of the model's authors"),
+        ("model-Q4_K_M.gguf", "GGUF weights"),
+    ],
+)
+def test_weights_of_other_layouts_are_named_with_a_way_out(hf: Path, file: str, said: str) -> None:
+    for path in (*hf.glob("*.safetensors"), hf / "model.safetensors.index.json"):
+        path.unlink()
+    refused(hf, r"has neither model\.safetensors nor model\.safetensors\.index\.json: a folder")
+    (hf / file).write_bytes(b"x")
+    refused(hf, rf"but {re.escape(file)}: {said}")
+
+
+def test_an_adapter_beside_the_weights_is_not_ignored(hf: Path) -> None:
+    (hf / "adapter_config.json").write_text("{}")
+    refused(hf, "adapter_config.json: with peft installed.*merge_and_unload")
+
+
+def test_tensors_that_are_no_weights_are_called_so(hf: Path) -> None:
+    file = sorted(hf.glob("*.safetensors"))[0]
+    before = load_file(file)
+    save_file({**before, "model.position_ids": torch.arange(4)}, file)
+    refused(hf, "model.position_ids has dtype I64.*it is no weight, take it out")
+    save_file({**before, "model.layers.0.mlp.up_proj.weight_packed": torch.zeros(4, dtype=torch.uint8)}, file)
+    refused(hf, "weight_packed has dtype U8.*a quantised weight")
+
+
+def test_mixed_dtypes_convert_once_one_is_chosen(hf: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    file = next(f for f in sorted(hf.glob("*.safetensors")) if name in load_file(f))
+    change(hf, name, load_file(file)[name].bfloat16())
+    refused(hf, "become one tensor, but have different dtypes: choose one for all tensors with --dtype")
+    run(hf, hf.parent / "mcore", dtype="bf16")
+    run(hf.parent / "mcore", hf.parent / "back", "mcore", "hf")
+    assert load_file(hf.parent / "back/model.safetensors")[name].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b'{"a": {"dtype": "F32", "shape": 3, "data_offsets": 4}}',
+     b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}'],
+)  # fmt: skip
+def test_damaged_headers_are_one_error(hf: Path, header: bytes) -> None:
+    file = sorted(hf.glob("*.safetensors"))[0]
+    file.write_bytes(struct.pack("<Q", len(header)) + header + b"0000")
+    refused(hf, rf"{file.name}: ")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json", "first shard"])
+def test_git_lfs_pointers_are_called_so(hf: Path, name: str) -> None:
+    save_tokenizer(hf)
+    file = sorted(hf.glob("*.safetensors"))[0] if name == "first shard" else hf / name
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234\n")
+    refused(hf, rf"{file.name} is a git-lfs pointer.*git lfs pull")
+
+
+def test_folders_and_files_that_cannot_be_used(hf: Path) -> None:
+    (hf.parent / "file").write_text("x")
+    for save, message in [(hf.parent / "file", "already exists"), (hf.parent / "file/out", "file")]:
+        with pytest.raises(CheckpointError, match=message):
+            run(hf, save)
+    with pytest.raises(CheckpointError, match="is no folder"):
+        run(hf.parent / "file", hf.parent / "out")
+
+
 def test_wrong_family_and_unsupported_architectures(hf: Path) -> None:
     refused(hf, "holds a qwen2 model, --family says llama", ConfigError, family="llama")
     for changes, message in [
@@ -113,6 +251,7 @@ def test_wrong_family_and_unsupported_architectures(hf: Path) -> None:
         ({"hidden_act": "gelu"}, r"hidden_act \('gelu'\)"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"mlp_bias": True}, "mlp_bias"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "not supported"),
         ({"vocab_size": None}, "lacks vocab_size"),
     ]:
         before = (hf / "config.json").read_text()
@@ -122,7 +261,8 @@ def test_wrong_family_and_unsupported_architectures(hf: Path) -> None:
 
 
 def test_sizes_that_do_not_divide(hf: Path) -> None:
-    refused(hf, r"num_query_groups \(3\) is not divisible", ConfigError, tensor_model_parallel_size=2)
+    refused(hf, r"num_query_groups \(3\) is neither a multiple nor", ConfigError, tensor_model_parallel_size=2)
+    refused(hf, r"num_attention_heads \(6\) is not divisible", ConfigError, tensor_model_parallel_size=4)
     refused(hf, r"num_layers \(2\) is not divisible", ConfigError, pipeline_model_parallel_size=3)
 
 

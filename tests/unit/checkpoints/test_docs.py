@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_multiverse.checkpoints.convert import ConvertConfig
+from megatron_multiverse.checkpoints.convert_config import ConvertConfig
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.checkpoints.verify import parse_parallel_size
 from megatron_multiverse.cli import parse_options

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource
@@ -22,15 +23,32 @@ def test_assets_travel_and_are_completed(tmp_path: Path) -> None:
     hf_folders.save_tokenizer(source)
     (source / "generation_config.json").unlink()
     (source / "vocab.json").write_text("{}")
-    assert copy_assets(source, target) == ["tokenizer.json", "tokenizer_config.json", "vocab.json"]
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tools.jinja").write_text("{{ 1 }}")
+    further = "additional_chat_templates/tools.jinja"
+    assert copy_assets(source, [source], target) == ["tokenizer.json", "tokenizer_config.json", "vocab.json", further]
+    assert (target / further).read_text() == "{{ 1 }}"
+    shutil.rmtree(target / "additional_chat_templates")
     write_generation_config(target)
     assert json.loads((target / "generation_config.json").read_text()) == {
         "eos_token_id": 257, "pad_token_id": 258, "do_sample": False
     }  # fmt: skip
     save_tokenizer(ControlTokenSource(HFSource(source)).tokenizer, target)
     names = sorted(path.name for path in target.iterdir())
-    assert names == ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert names == ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
     assert json.loads((target / "tokenizer_config.json").read_text())["chat_template"] == hf_folders.CHAT_TEMPLATE
+
+
+def test_settings_are_the_models_and_tokenizers_may_come_from_elsewhere(tmp_path: Path) -> None:
+    model, tokenizer, target = tmp_path / "model", tmp_path / "tokenizer", tmp_path / "target"
+    hf_folders.save_tokenizer(tokenizer)
+    model.mkdir()
+    target.mkdir()
+    for folder, temperature in ((model, 0.7), (tokenizer, 0.1)):
+        (folder / "generation_config.json").write_text(json.dumps({"temperature": temperature}))
+    copy_assets(tokenizer, [tmp_path / "none", model], target)
+    assert json.loads((target / "generation_config.json").read_text()) == {"temperature": 0.7}
+    assert (target / "tokenizer.json").is_file()
 
 
 def test_the_models_own_generation_config_is_kept(tmp_path: Path) -> None:

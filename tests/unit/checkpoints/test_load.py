@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_multiverse.checkpoints.convert import ConvertConfig, convert_checkpoint
+from megatron_multiverse.checkpoints.convert import convert_checkpoint
+from megatron_multiverse.checkpoints.convert_config import ConvertConfig
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.checkpoints.reference_logits import pipeline_logits
 from megatron_multiverse.checkpoints.sources import open_checkpoint
 from megatron_multiverse.config import ModelConfig
-from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.errors import CheckpointError, ConfigError, RankError
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import qwen2
 from megatron_multiverse.model.gpt import build_gpt_model
@@ -82,6 +84,63 @@ def test_a_folder_of_another_kind_is_named(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "empty")
     with pytest.raises(CheckpointError, match="is no folder"):
         open_checkpoint(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("name", ["model_config", "vocab_size"])
+def test_options_for_megatrons_formats_are_refused_for_others(tmp_path: Path, name: str) -> None:
+    save_hf_model(tmp_path / "hf", "qwen2")
+    model, config = load_checkpoint(tmp_path / "hf")
+    save_model(model, config, tmp_path / "ours")
+    value = {"model_config": str(tmp_path / "hf"), "vocab_size": 100}[name]
+    for folder in ("hf", "ours"):
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} {value} is for Megatron's formats"):
+            open_checkpoint(tmp_path / folder, **{name: value})
+
+
+def test_a_run_without_pointer(tmp_path: Path) -> None:
+    """A finished run may have its final weights alone; with checkpoints nobody can tell which is in force."""
+    save_hf_model(tmp_path / "hf", "qwen2")
+    model, config = load_checkpoint(tmp_path / "hf")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"train_iters": 1}')
+    with pytest.raises(CheckpointError, match="describes no model"):
+        open_checkpoint(run)
+    save_model(model, config, run / "model")
+    assert open_checkpoint(run).config == config and open_checkpoint(run).folder == run / "model"
+    for step in ("iter_0000002", "iter_0000010", "iter_0000012.partial"):
+        (run / step).mkdir()
+    with pytest.raises(CheckpointError, match=r"no latest_checkpointed_iteration.txt.*the newest is .*iter_0000010$"):
+        open_checkpoint(run)
+
+
+def test_the_shape_inside_a_checkpoint_comes_before_the_one_beside_it(tmp_path: Path) -> None:
+    """A run that trains on in the folder of a conversion leaves the conversion's record beside its checkpoints."""
+    save_hf_model(tmp_path / "hf", "qwen2")
+    convert_checkpoint(ConvertConfig(from_="hf", to="mcore", load=str(tmp_path / "hf"), save=str(tmp_path / "run")))
+    before = open_checkpoint(tmp_path / "run").config
+    own = dataclasses.replace(before, rotary_base=7e5)
+    own.to_json(tmp_path / "run/release/model_config.json")
+    assert open_checkpoint(tmp_path / "run").config == own
+
+
+def test_a_part_of_a_model_is_not_saved_as_a_whole(tmp_path: Path) -> None:
+    save_hf_model(tmp_path / "hf", "qwen2")
+    for tp, pp in ((2, 1), (1, 2)):
+        with pytest.raises(RankError, match=f"spread over {tp} tensor x {pp} pipeline parallel ranks"):
+            run_ranks(saved_part, 2, tmp_path / "hf", tmp_path / "out", tp, pp)
+    assert not (tmp_path / "out").exists()
+
+
+def saved_part(load: Path, save: Path, tp: int, pp: int) -> None:
+    set_parallel_sizes(tp, pp)
+    save_model(*load_checkpoint(load), save)
+
+
+def test_a_cut_that_does_not_fit_is_refused_by_every_rank(tmp_path: Path) -> None:
+    save_hf_model(tmp_path, "qwen2", num_attention_heads=3, num_key_value_heads=3, hidden_size=48)
+    with pytest.raises(RankError, match=r"ConfigError: num_attention_heads \(3\) is not divisible"):
+        run_ranks(loaded_part, 2, tmp_path, 2, 1)
 
 
 def test_a_run_folder_is_a_megatron_checkpoint(tmp_path: Path) -> None:

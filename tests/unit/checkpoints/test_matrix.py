@@ -12,8 +12,17 @@ import torch
 
 from megatron_multiverse.checkpoints.formats.hf import HFSource
 from megatron_multiverse.checkpoints.formats.hf_safetensors import HFReader
-from megatron_multiverse.checkpoints.reference_logits import MASKS, Inputs, Logits, fixed_inputs, transformers_logits
-from megatron_multiverse.checkpoints.verify import Job, parallel_logits, relative_error, same_bits
+from megatron_multiverse.checkpoints.reference_logits import (
+    MASKS,
+    Inputs,
+    Job,
+    Logits,
+    fixed_inputs,
+    parallel_logits,
+    relative_error,
+    transformers_logits,
+)
+from megatron_multiverse.checkpoints.verify import same_bits
 from megatron_multiverse.errors import ConfigError
 from tests.unit.checkpoints.hf_folders import SHAPE, mcore_tensors, save_hf_model
 from tests.unit.checkpoints.test_names import split_again
@@ -38,6 +47,7 @@ CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2-14-heads-2-groups": ("qwen2", TIED | heads(14, 2, hidden=56)),
     "qwen2-as-many-groups": ("qwen2", UNTIED | heads(6, 6, hidden=48)),
     "qwen2-3-heads-1-group": ("qwen2", UNTIED | heads(3, 1, hidden=48)),
+    "qwen2-8-heads-2-groups": ("qwen2", TIED | heads(8, 2)),
     "qwen2-wide-heads": ("qwen2", TIED | heads(4, 2, 24)),
     "qwen2-odd-vocabulary": ("qwen2", UNTIED | {"vocab_size": 321}),
     "qwen2-odd-vocabulary-tied": ("qwen2", TIED | {"vocab_size": 321}),
@@ -49,6 +59,7 @@ CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "qwen3-narrow-heads": ("qwen3", UNTIED | heads(4, 4, 6)),
     "qwen3-5-heads": ("qwen3", TIED | heads(5, 5, 8, hidden=40)),
     "qwen3-10-heads-2-groups": ("qwen3", UNTIED | heads(10, 2, 8, hidden=40)),
+    "qwen3-8-heads-1-group": ("qwen3", UNTIED | heads(8, 1, 8)),
     "qwen3-4-layers": ("qwen3", TIED | {"head_dim": 8, "num_hidden_layers": 4}),
     "qwen3-bf16-tied": ("qwen3", TIED | {"head_dim": 8, "dtype": torch.bfloat16}),
     "llama-tied": ("llama", TIED),
@@ -58,6 +69,7 @@ CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "llama-linear-scaling": ("llama", UNTIED | {"rope_parameters": LINEAR}),
     "llama-7-heads": ("llama", UNTIED | heads(7, 7, hidden=56)),
     "llama-wide-heads": ("llama", UNTIED | heads(6, 2, 10, hidden=48)),
+    "llama-8-heads-2-groups-biases": ("llama", UNTIED | BIASED | heads(8, 2, 8)),
     "llama-odd-ffn": ("llama", TIED | {"intermediate_size": 51}),
     "llama-loose-norm": ("llama", UNTIED | {"rms_norm_eps": 1e-3, "rope_parameters": SMALL_BASE}),
     "llama-biases": ("llama", UNTIED | BIASED),
@@ -66,12 +78,14 @@ CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
 }  # fmt: skip
 # What tensor parallelism cannot cut: heads, groups or the MLP are odd.
 UNCUT = {"qwen2-3-heads-1-group", "qwen3-5-heads", "llama-7-heads", "llama-odd-ffn"}
+# More tensor parallel ranks than key/value heads, as the small Qwen2.5 models need them.
+FEW_GROUPS = {"qwen2-8-heads-2-groups", "qwen3-8-heads-1-group", "llama-8-heads-2-groups-biases"}
 SIZES = ((1, 1), (2, 1), (1, 2), (2, 2))
-TOLERANCE = 1e-4
 
 
 def sizes_of(name: str) -> list[tuple[int, int]]:
-    return [size for size in SIZES if size[0] == 1 or name not in UNCUT]
+    sizes = [size for size in SIZES if size[0] == 1 or name not in UNCUT]
+    return sizes + [(4, 1)] * (name in FEW_GROUPS)
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +124,15 @@ def test_round_trip_is_bit_equal(name: str, folders: dict[str, Path]) -> None:
 def test_logits_equal_transformers_at_all_parallel_sizes(
     name: str, folders: dict[str, Path], logits: dict[tuple[str, tuple[int, int]], Logits]
 ) -> None:
-    want = transformers_logits(folders[name], inputs_of(name))
+    want, noise = transformers_logits(folders[name], inputs_of(name))
     rows = want["causal"].shape[-1]
     for size in sizes_of(name):
         for mask in MASKS:
             got = logits[name, size][mask]
             assert got[..., rows:].abs().max() == 0 if got.shape[-1] > rows else True
-            assert relative_error(want[mask], got[..., :rows]) <= TOLERANCE, (size, mask)
-    assert relative_error(want["causal"], want["multiverse"]) > 100 * TOLERANCE  # the masks do differ
+            assert relative_error(want[mask], got[..., :rows]) <= 5 * noise, (size, mask)
+    assert noise < 1e-6
+    assert relative_error(want["causal"], want["multiverse"]) > 1e4 * noise  # the masks do differ
 
 
 UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -12,7 +12,8 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 
-from megatron_multiverse.checkpoints.convert import ConvertConfig, open_source
+from megatron_multiverse.checkpoints.convert import open_source
+from megatron_multiverse.checkpoints.convert_config import ConvertConfig
 from megatron_multiverse.checkpoints.names.rules import slices
 from megatron_multiverse.checkpoints.names.table import entries
 from megatron_multiverse.config import ModelConfig

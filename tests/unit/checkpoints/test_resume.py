@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 
 from megatron_multiverse.checkpoints import convert as driver
-from megatron_multiverse.checkpoints.formats.hf import HFSource
+from megatron_multiverse.checkpoints.formats.hf import HFSource, HFTarget
 from megatron_multiverse.checkpoints.manifest import MANIFEST_FILE, Manifest
 from megatron_multiverse.errors import CheckpointError, ConfigError
+from tests.unit.checkpoints.hf_folders import save_tokenizer
 from tests.unit.checkpoints.test_convert import assert_same, hf_folder, run
 
 
@@ -98,6 +100,84 @@ def test_files_that_do_not_belong_are_written_again(tmp_path: Path, reads: Reads
         shutil.rmtree(save)
         shutil.rmtree(tmp_path / "back")
         reads.limit = 12
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors.index.json",
+             "generation_config.json"]
+)  # fmt: skip
+def test_a_small_file_that_changed_begins_anew(tmp_path: Path, reads: Reads, name: str) -> None:
+    source, save = hf_folder(tmp_path / "hf", vocab_size=320), tmp_path / "out"
+    save_tokenizer(source)
+    (source / "generation_config.json").write_text("{}")
+    reads.limit = 12
+    with pytest.raises(Killed):
+        run(source, save, to="hf", shard_size=20e-6, add_control_tokens=True)
+    reads.limit = -1
+    stamp = (source / name).stat()
+    (source / name).write_text((source / name).read_text() + " ")
+    os.utime(source / name, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # the content decides, not the time
+    assert run(source, save, to="hf", shard_size=20e-6, add_control_tokens=True).resumed_units == 0
+
+
+def test_an_exchanged_tokenizer_gives_the_same_as_a_fresh_conversion(tmp_path: Path, reads: Reads) -> None:
+    source = hf_folder(tmp_path / "hf", vocab_size=320)
+    options: dict[str, Any] = {"to": "hf", "shard_size": 20e-6, "add_control_tokens": True}
+    save_tokenizer(source)
+    reads.limit = 12
+    with pytest.raises(Killed):
+        run(source, tmp_path / "out", **options)
+    reads.limit = -1
+    save_tokenizer(source, extra=3)
+    run(source, tmp_path / "out", **options)
+    run(source, tmp_path / "fresh", **options)
+    assert_same(tmp_path / "out", tmp_path / "fresh")
+
+
+def test_a_given_model_config_that_changed_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(hf_folder(tmp_path / "hf"), tmp_path / "mcore")
+    for name in ("conversion.json", "model_config.json"):
+        (tmp_path / "mcore" / name).rename(tmp_path / name)
+    original = HFTarget.write
+
+    def write(self: HFTarget, unit: Any, *rest: Any) -> Any:
+        if unit is self.units[3]:
+            raise Killed
+        return original(self, unit, *rest)
+
+    options = {"from_": "mcore", "to": "hf", "shard_size": 20e-6, "model_config": str(tmp_path / "model_config.json")}
+    with monkeypatch.context() as patch:
+        patch.setattr(HFTarget, "write", write)
+        with pytest.raises(Killed):
+            run(tmp_path / "mcore", tmp_path / "out", **options)
+    shape = json.loads((tmp_path / "model_config.json").read_text())
+    (tmp_path / "model_config.json").write_text(json.dumps(shape | {"rotary_base": 5e5}))
+    assert run(tmp_path / "mcore", tmp_path / "out", **options).resumed_units == 0
+    assert json.loads((tmp_path / "out/config.json").read_text())["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize("place", ["notes.txt", "release/notes.txt", "data/rows.jsonl"])
+def test_nothing_that_is_not_a_conversions_is_deleted(tmp_path: Path, reads: Reads, place: str) -> None:
+    source, save, partial = hf_folder(tmp_path / "hf"), tmp_path / "out", tmp_path / "out.partial"
+    reads.limit = 12
+    with pytest.raises(Killed):
+        run(source, save, shard_size=20e-6)
+    reads.limit = -1
+    mine = partial / place
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(CheckpointError, match=rf"{mine} is no file that conversions write"):
+        run(source, save, shard_size=20e-6, dtype="bf16")
+    assert mine.read_text() == "mine" and list(partial.rglob("*.distcp"))
+
+
+def test_a_folder_that_is_no_unfinished_conversion_is_left_alone(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds model\.safetensors and no conversion_progress\.jsonl"):
+        run(hf_folder(tmp_path / "hf"), tmp_path / "out")
+    assert [path.name for path in partial.iterdir()] == ["model.safetensors"]
 
 
 def test_only_one_conversion_writes_a_folder(tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_multiverse.checkpoints.convert import ConvertConfig, convert_checkpoint
+from megatron_multiverse.checkpoints.convert import convert_checkpoint
+from megatron_multiverse.checkpoints.convert_config import ConvertConfig
 from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.checkpoints.reference_logits import fixed_inputs, relative_error, transformers_logits
 from megatron_multiverse.checkpoints.sources import open_checkpoint
 from megatron_multiverse.checkpoints.verify import (
     VerifyOptions,
+    compare_logits,
     parse_parallel_size,
-    relative_error,
     verify_checkpoints,
 )
 from megatron_multiverse.errors import CheckpointError, ConfigError
@@ -62,11 +64,11 @@ def test_tensors_of_every_format_are_bit_equal(folders: dict[str, Path], name: s
 
 
 def test_logits_of_a_cut_checkpoint_at_all_parallel_sizes(folders: dict[str, Path]) -> None:
-    sizes = ["1x1", "2x1", "1x2", "2x2", "4x1"]
+    sizes = ["1x1", "2x1", "1x2", "2x2", "4x1", "3x1"]
     result = verify_checkpoints(VerifyOptions(first=folders["hf"], second=folders["torch_dist"], parallel_sizes=sizes))
     rows = {(row["parallel_size"], row["mask"]): row for row in result["logits"]}
-    assert result["equal"] and len(rows) == 9
-    assert "num_query_groups (2)" in rows.pop(("4x1", "all"))["skipped"]
+    assert result["equal"] and len(rows) == 11
+    assert "num_attention_heads (4)" in rows.pop(("3x1", "all"))["skipped"]
     assert all(row["relative_error"] < 1e-5 and row["reference"] == "transformers" for row in rows.values())
 
 
@@ -99,9 +101,7 @@ def test_added_tags_and_dtype_are_expected_when_said(folders: dict[str, Path], t
     without = difference(folders["hf"], tagged, dtype="bf16")
     assert [row["tensor"] for row in without["tensor_differences"]] == ["model.embed_tokens.weight", "lm_head.weight"]
     assert without["tensor_differences"][0]["first_row"] == 259  # after the tokenizer's 259 tokens
-    logits = verify_checkpoints(
-        VerifyOptions(first=folders["hf"], second=tagged, parallel_sizes=["1x1"], tolerance=0.1, **how)
-    )
+    logits = verify_checkpoints(VerifyOptions(first=folders["hf"], second=tagged, parallel_sizes=["1x1"], **how))
     assert logits["equal"]
     convert_checkpoint(ConvertConfig(from_="mcore", to="hf", load=str(tagged), save=str(tmp_path / "back")))
     assert difference(tagged, tmp_path / "back")["equal"]
@@ -129,8 +129,6 @@ def test_one_changed_bit_one_shape_and_one_norm_are_seen(folders: dict[str, Path
 
 def test_equal_weights_with_different_logits_are_seen(folders: dict[str, Path], tmp_path: Path) -> None:
     """A converter that gets the rotary base wrong: all tensors equal, all logits not."""
-    from megatron_multiverse.checkpoints.verify import compare_logits
-
     wrong = tmp_path / "wrong"
     shutil.copytree(folders["model"], wrong)
     config = json.loads((wrong / "config.json").read_text())
@@ -138,6 +136,59 @@ def test_equal_weights_with_different_logits_are_seen(folders: dict[str, Path], 
     options = VerifyOptions(first=folders["hf"], second=wrong)
     rows = compare_logits(open_checkpoint(options.first), open_checkpoint(wrong), [(1, 1)], options, set())
     assert not any(row["equal"] for row in rows)
+
+
+@pytest.mark.parametrize(("field", "value"), [("rotary_base", 10100.0), ("layernorm_epsilon", 2e-5)])
+def test_a_small_fault_is_not_lost_in_the_tolerance(
+    folders: dict[str, Path], tmp_path: Path, field: str, value: float
+) -> None:
+    """Such faults move the logits by less than one in a thousand; what is allowed follows from the model's noise."""
+    wrong = tmp_path / "wrong"
+    shutil.copytree(folders["model"], wrong)
+    config = json.loads((wrong / "config.json").read_text())
+    (wrong / "config.json").write_text(json.dumps(config | {field: value}))
+    options = VerifyOptions(first=folders["hf"], second=wrong)
+    rows = compare_logits(open_checkpoint(options.first), open_checkpoint(wrong), [(1, 1)], options, set())
+    assert not any(row["equal"] for row in rows)
+    assert all(row["noise"] < row["tolerance"] < row["relative_error"] < 0.05 for row in rows)
+
+
+def test_a_noisy_model_is_allowed_its_noise(tmp_path: Path) -> None:
+    """Attention so sharp that rounding in float32 alone moves the logits: no fault of a converter."""
+    model = save_hf_model(tmp_path / "quiet", "llama", num_hidden_layers=6)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight *= 10.0 if "q_proj" in name or "k_proj" in name else 1.0
+    model.save_pretrained(tmp_path / "noisy")
+    noise = {}
+    for name in ("quiet", "noisy"):
+        convert_checkpoint(
+            ConvertConfig(from_="hf", to="mcore", load=str(tmp_path / name), save=str(tmp_path / f"{name}-mcore"))
+        )
+        pair = {"first": tmp_path / name, "second": tmp_path / f"{name}-mcore", "parallel_sizes": ["1x1", "2x1"]}
+        assert verify_checkpoints(VerifyOptions(**pair))["equal"]
+        _, noise[name] = transformers_logits(tmp_path / name, fixed_inputs(range(320)))
+    assert noise["noisy"] > 10 * noise["quiet"]
+
+
+def test_what_transformers_refuses_is_one_error(folders: dict[str, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["hf"], broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"initializer_range": "wide"}))
+    with pytest.raises(CheckpointError, match=r"transformers \S+ cannot open .*broken"):
+        transformers_logits(broken, fixed_inputs(range(301)))
+
+
+def test_options_without_effect_are_refused(folders: dict[str, Path]) -> None:
+    pair = {"first": folders["hf"], "second": folders["back"]}
+    for options, message in [
+        ({"tag_rows": "mean"}, "no effect without --add-control-tokens"),
+        ({"tokenizer_model": "x"}, "no effect without --add-control-tokens"),
+        ({"no_logits": True, "tolerance": 0.1}, "--tolerance has no effect with --no-logits"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            VerifyOptions(**pair, **options)
 
 
 def test_the_tool_reports_and_its_exit_code_tells(folders: dict[str, Path], tmp_path: Path) -> None:
