@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from megatron_multiverse.config import TokenizerType
 from megatron_multiverse.data.hf_tokenizer_files import completed_config, content, default_template, load_hf_backend
 from megatron_multiverse.data.sentencepiece_model import add_user_defined_symbols, keep_blanks
@@ -126,16 +128,11 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
             if tag in known and (known[tag].lstrip or known[tag].rstrip):
                 raise ConfigError(f"{tokenizer_model}: the token {tag} swallows blanks beside it (lstrip/rstrip)")
         missing = [tag for tag in TAGS if tag not in known]
+        _refuse_gaps(self._backend, len(missing), tokenizer_model)
         self._backend.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in missing])
         self.eod = self._special_id("eos_token")
         self.chat_template = default_template(self._config.get("chat_template"))
-        # Each token is decoded after a tag. Alone it would be the start of a text, where decoders drop a blank.
-        anchor = TAGS[0]
-        anchor_id = self._backend.token_to_id(anchor)
-        count = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
-        pairs = [[anchor_id, token] for token in range(count)]
-        decoded = self._backend.decode_batch(pairs, skip_special_tokens=False)
-        self._finish([text.removeprefix(anchor) for text in decoded])
+        self._finish(_texts_of_ids(self._backend))
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = []
@@ -232,6 +229,33 @@ class SentencePieceTokenizer(MultiverseTokenizer):
         if self._model.IsControl(token) or self._model.IsUnknown(token):
             return piece
         return piece.replace("\u2581", " ")
+
+
+def _refuse_gaps(backend: Any, missing: int, name: str | Path) -> None:
+    """The library gives new tokens the ids from the number of tokens on, whether or not others have them."""
+    size = backend.get_vocab_size(with_added_tokens=True)
+    taken = [text for k in range(missing) if (text := backend.id_to_token(size + k)) is not None]
+    if taken:
+        raise ConfigError(
+            f"{name}: its vocabulary has gaps between its ids, so that adding the tags would give them ids of other "
+            f"tokens: {', '.join(taken)}. Add the {len(TAGS)} tags to its added_tokens yourself, with ids of their own"
+        )
+
+
+def _texts_of_ids(backend: Any) -> list[str]:
+    """The text of each id. Each is decoded after a tag: alone it would begin a text, where decoders drop a blank."""
+    anchor, anchor_id = TAGS[0], backend.token_to_id(TAGS[0])
+    # Usually there are as many ids as tokens, and one call decodes them all, each after a tag, in half the time.
+    count = backend.get_vocab_size(with_added_tokens=True)
+    alternating = np.full((count, 2), anchor_id)
+    alternating[:, 1] = np.arange(count)
+    texts: list[str] = backend.decode(alternating.ravel().tolist(), skip_special_tokens=False).split(anchor)[1:]
+    texts[anchor_id : anchor_id + 2] = [anchor]
+    if len(texts) == count and all(texts):
+        return texts
+    count = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+    decoded = backend.decode_batch([[anchor_id, token] for token in range(count)], skip_special_tokens=False)
+    return [text.removeprefix(anchor) for text in decoded]
 
 
 def build_tokenizer(tokenizer_type: TokenizerType, tokenizer_model: str | Path) -> MultiverseTokenizer:

@@ -157,3 +157,48 @@ def test_folder_without_tokenizer_json_goes_through_transformers(hf_folder, tmp_
     direct, converted = HuggingFaceTokenizer(hf_folder), HuggingFaceTokenizer(tmp_path)
     assert converted.tokenize(TRAJECTORY) == direct.tokenize(TRAJECTORY)
     assert (converted.eod, converted.vocab_size) == (direct.eod, direct.vocab_size)
+
+
+def _with_bytes_for_unknown_characters(folder: Path) -> HuggingFaceTokenizer:
+    """A tokenizer as Llama 2 has: blanks are U+2581, the first one of a text is dropped, other characters are bytes."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocab = {piece: k for k, piece in enumerate(["<unk>", *(f"<0x{k:02X}>" for k in range(256)), "a", "\u2581", "\n"])}
+    backend = Tokenizer(models.BPE(vocab | {"\u2581a": len(vocab)}, [("\u2581", "a")], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    return HuggingFaceTokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "blanks"])
+def test_all_ids_decoded_at_once_are_those_decoded_one_by_one(kind, tmp_path, hf_folder):
+    tokenizer = HuggingFaceTokenizer(hf_folder) if kind == "bytes" else _with_bytes_for_unknown_characters(tmp_path)
+    anchor = tokenizer.structure_vocab.tag_ids[0]
+    assert tokenizer.id_to_text == [
+        tokenizer.detokenize([anchor, token]).removeprefix(TAGS[0]) for token in range(tokenizer.vocab_size)
+    ]
+    assert " a" in tokenizer.id_to_text
+
+
+def _with_gap(folder: Path, hf_folder: Path, gap: int) -> Path:
+    """The tokenizer with one more token, whose id lies `gap` behind the last one."""
+    content = json.loads((hf_folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["far"] = max(content["model"]["vocab"].values()) + gap
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_ids_that_no_token_has_are_empty_texts(tmp_path, hf_folder):
+    tokenizer = HuggingFaceTokenizer(_with_gap(tmp_path, hf_folder, 40))
+    texts = tokenizer.id_to_text
+    assert len(texts) == 1 + texts.index("far")
+    assert [texts.index(tag) for tag in TAGS] == [tokenizer._backend.token_to_id(tag) for tag in TAGS]
+    assert texts[-20:-1] == [""] * 19
+
+
+def test_tags_never_share_an_id_with_another_token(tmp_path, hf_folder):
+    """The tokenizers library counts tokens to find the next id, which a vocabulary with gaps may have given away."""
+    with pytest.raises(ConfigError, match=r"gaps between its ids.* far"):
+        HuggingFaceTokenizer(_with_gap(tmp_path, hf_folder, 10))
