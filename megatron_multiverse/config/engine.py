@@ -35,6 +35,9 @@ class EngineConfig:
     """Pages kept for prompts that begin alike, as those with one few-shot header do; 0 keeps none."""
     cuda_graphs: bool = True
     """On a GPU, replay steps of few tokens as CUDA graphs; false runs every step call by call."""
+    overlap: bool | None = None
+    """Plan each step while the device runs the one before it; unset does so where CUDA graphs run. The answers are the
+    same; forks and joins begin one step later."""
     debug: bool = False
     """Fill freed pages with NaN and check the page books after every step."""
 

@@ -19,7 +19,7 @@ from megatron_multiverse.inference.cache.book import PageBook
 from megatron_multiverse.inference.preemption import recover, relieve
 from megatron_multiverse.inference.scheduler import Scheduler, Step
 from megatron_multiverse.inference.step.plan import StepOutput
-from megatron_multiverse.inference.step.runner import Runner
+from megatron_multiverse.inference.step.runner import PendingOutput, Runner
 from megatron_multiverse.inference.step.sampler import Sampler
 from megatron_multiverse.inference.text.answer import make_result
 from megatron_multiverse.inference.text.commit import close_all, commit_token
@@ -73,6 +73,8 @@ class Engine:
             max_step_tokens=config.max_step_tokens,
             prefix_pages=config.prefix_pages,
         )
+        self.overlap = self.runner.graphs is not None if config.overlap is None else config.overlap
+        self._flight: tuple[Step, PendingOutput] | None = None
         self.num_steps = 0
         self._next_id = 0
         self._cancelled: set[int] = set()
@@ -184,17 +186,33 @@ class Engine:
         """
         with self._guard():
             self._end_cancelled()
-            while (step := self.scheduler.plan()) is None and self.scheduler.active:
-                relieve(self.scheduler)
-                self._hand_out()
+            step = self._plan()
+            flight, self._flight = self._flight, None
             if step is not None:
-                self._commit(step, self.runner.run(step.plan))
+                self._flight = step, self.runner.launch(step.plan)
+            if not self.overlap:
+                flight, self._flight = self._flight, None
+            if flight is not None:
+                self._commit(flight[0], flight[1].wait())
+            self.scheduler.in_flight = self._flight is not None
             self._hand_out()
             self._end_cancelled()
             if self.config.debug:
                 self.scheduler.check_integrity()
         done, self._finished = self._finished, []
         return done
+
+    def _plan(self) -> Step | None:
+        """The next step; where nothing can run, the tokens in flight may change that, then requests step back."""
+        while (step := self.scheduler.plan()) is None and self.scheduler.active:
+            if self._flight is not None:
+                (last, output), self._flight = self._flight, None
+                self.scheduler.in_flight = False
+                self._commit(last, output.wait())
+            else:
+                relieve(self.scheduler)
+            self._hand_out()
+        return step
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
@@ -205,6 +223,7 @@ class Engine:
         try:
             yield
         except BaseException as error:
+            self._flight = None
             for state in recover(self.scheduler, error):
                 self._finish(state)
             raise
@@ -214,16 +233,20 @@ class Engine:
     def _commit(self, step: Step, output: StepOutput) -> None:
         """Give every sampled row its token; `text/commit.py` writes all that follows from it."""
         self.num_steps += 1
+        served: dict[int, RequestState] = {}
         tokens, logprobs, finite = (array.tolist() for array in output)
-        for (state, branch), token, logprob, good in zip(step.sampled, tokens, logprobs, finite, strict=True):
-            if state.finish_reason is not None:
-                continue  # a sibling failed in this step
+        for sampled, token, logprob, good in zip(step.sampled, tokens, logprobs, finite, strict=True):
+            state = sampled.state
+            if state.finish_reason is not None or not self.scheduler.is_wanted(sampled):
+                continue  # a sibling failed in this step, or the token before this one changed what comes next
+            served[id(state)] = state
             if good:
-                commit_token(state, branch, token, logprob)
+                commit_token(state, sampled.branch, token, logprob)
+                self.scheduler.check_fed(sampled, token)
             else:
                 state.error = "the model returned logits that are not finite"
                 close_all(state, "error")
-        for state in {id(state): state for state, _ in step.sampled}.values():
+        for state in served.values():
             state.decode_steps += 1
             state.failures = 0  # not after a step that only feeds again what the failed ones lost
         for state in self.scheduler.active:

@@ -29,7 +29,7 @@ from megatron_multiverse.inference.cache.book import PageBook
 from megatron_multiverse.inference.cache.prefix import PrefixCache
 from megatron_multiverse.inference.cache.tree import Node, PageTree
 from megatron_multiverse.inference.step.plan import SamplingArrays, StepPlan
-from megatron_multiverse.inference.text.branch import Block, Branch
+from megatron_multiverse.inference.text.branch import Awaited, Block, Branch
 from megatron_multiverse.inference.text.state import RequestState
 
 
@@ -37,8 +37,17 @@ class Step(NamedTuple):
     """A planned step: the integers every rank needs, and whom the tokens that come back belong to."""
 
     plan: StepPlan
-    sampled: list[tuple[RequestState, Branch]]
+    sampled: list[Sampled]
     """One per row of `plan.sample`."""
+
+
+class Sampled(NamedTuple):
+    """Whom a token belongs to."""
+
+    state: RequestState
+    branch: Branch
+    length: int
+    """Tokens of the branch before it. If the branch has others by the time the token comes, it is dropped."""
 
 
 @dataclass
@@ -52,11 +61,15 @@ class Draft:
     first_positions: list[int] = field(default_factory=list)
     """Position of the first of them; the others follow it."""
     ids: list[int] = field(default_factory=list)
-    """The tokens of all rows, one row after the other."""
+    """The tokens of all rows, one row after the other; 0 where the step in flight will say it."""
+    sources: list[tuple[int, int]] = field(default_factory=list)
+    """(index in `ids`, sampled row of the step in flight) of those."""
     sample: list[int] = field(default_factory=list)
     """Rows that want a token after their last one."""
-    sampled: list[tuple[RequestState, Branch]] = field(default_factory=list)
+    sampled: list[Sampled] = field(default_factory=list)
     """Whom these tokens belong to."""
+    draws: list[int] = field(default_factory=list)
+    """Index of each of them among those its branch draws."""
 
 
 class Scheduler:
@@ -80,6 +93,10 @@ class Scheduler:
         self.nodes: dict[Branch, Node] = {}
         """Each branch's node in the cache. Branches that have not started, or were joined into their parent, have
         none."""
+        self.planned = 0
+        """Number of the step planned last."""
+        self.in_flight = False
+        """Whether that step's tokens are still to come; the next one then takes them from the device."""
         self._draft = Draft()
         self._chunk_room = 0  # tokens that may still enter the step
         self._free_rows = 0  # rows of the next step that no branch with a node will need
@@ -142,7 +159,9 @@ class Scheduler:
     def _feed(self, state: RequestState, branch: Branch) -> None:
         """Put the branch into the step with as many of its next tokens as fit; with none if pages are missing."""
         all_joined = branch.num_joined == len(branch.blocks)
-        start, end = branch.fed, len(branch.ids) if all_joined else feed_end(branch)
+        known = len(branch.ids)
+        ahead = self.in_flight and branch.awaits is not None and self._is_coming(branch, branch.awaits)
+        start, end = branch.fed, known + ahead if all_joined else feed_end(branch)
         draft = self._draft
         if start == end or len(draft.nodes) >= self.max_rows:
             return
@@ -157,13 +176,20 @@ class Scheduler:
         branch.fed += count
         if all_joined and branch.finish is None and branch.fed == end:
             draft.sample.append(len(draft.nodes))
-            draft.sampled.append((state, branch))
+            draft.sampled.append(Sampled(state, branch, end))
+            draft.draws.append(branch.num_sampled + ahead)
             if branch.span_start is None:
-                branch.span_start = (state.step, end)  # the timeline shows it from here
+                branch.span_start = (state.step + self.in_flight, end)  # the timeline shows it from here
         draft.nodes.append(node)
         draft.counts.append(count)
-        draft.first_positions.append(branch.positions[start])
-        draft.ids += branch.ids[start : start + count]
+        if start < known:
+            draft.first_positions.append(branch.positions[start])
+            draft.ids += branch.ids[start : start + count]
+        else:  # the token that the step in flight draws
+            assert branch.awaits is not None
+            draft.first_positions.append(branch.next_position)
+            draft.sources.append((len(draft.ids), branch.awaits.row))
+            draft.ids.append(0)
 
     def _place(self, state: RequestState, branch: Branch, node: Node) -> None:
         """A branch gets a place in the cache and a row."""
@@ -274,9 +300,16 @@ class Scheduler:
         for line, node in zip(pages, draft.nodes, strict=True):
             line[: node.num_pages] = node.pages
         copies, write_slots, write_tokens = self.tree.take_ledger()
+        sources = np.full(len(draft.ids), -1, dtype=np.int64)
+        for token, row in draft.sources:
+            sources[token] = row
+        self.planned += 1
+        for row, (_, branch, length) in enumerate(draft.sampled):
+            branch.awaits = Awaited(self.planned, row, length)
         plan = StepPlan(
             copies=copies,
             ids=np.array(draft.ids, dtype=np.int64),
+            sources=sources,
             positions=np.repeat(first - borders[:-1], counts) + np.arange(borders[-1]),
             borders=borders,
             pages=pages,
@@ -284,7 +317,7 @@ class Scheduler:
             write_slots=write_slots,
             write_tokens=write_tokens,
             sample=np.array(draft.sample, dtype=np.int64),
-            sampling=sampling_arrays(draft.sampled),
+            sampling=sampling_arrays(draft.sampled, draft.draws),
             freed=np.array(self.book.take_freed() if self.book.freed else (), dtype=np.int64),
         )
         return Step(plan, draft.sampled)
@@ -301,8 +334,26 @@ class Scheduler:
             self.nodes.pop(branch, None)
         state.forget_cache()
 
+    def _is_coming(self, branch: Branch, awaited: Awaited) -> bool:
+        """Whether the step in flight draws the next token of a branch."""
+        fed = branch.fed == awaited.length  # not after it stepped back, when it is fed from its beginning
+        return fed and awaited.step == self.planned and goes_on_after(branch, awaited.length)
+
+    def is_wanted(self, sampled: Sampled) -> bool:
+        """Whether a token that came back is the next one of its branch: not if the one before it ended the branch, or
+        made it wait for paths, while this one was being drawn."""
+        return sampled.branch in self.nodes and goes_on_after(sampled.branch, sampled.length)
+
+    def check_fed(self, sampled: Sampled, token: int) -> None:
+        """Take the token back from the cache if it was fed already, but other text was written instead."""
+        _, branch, length = sampled
+        if branch.fed > length and branch.ids[length : length + 1] != [token]:
+            branch.fed = length
+            self.tree.retract(self.nodes[branch])
+
     def reset(self) -> None:
         """Whatever state an exception left behind: no page has an owner, and all requests wait to be fed again."""
+        self.in_flight = False
         self.nodes = {}
         for state in self.active:
             state.forget_cache()
@@ -319,6 +370,11 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Compare the page book with what all living nodes and kept prompts list (between steps)."""
         self.book.check_integrity([*(node.pages for node in self.nodes.values()), self.prefixes.pages])
+
+
+def goes_on_after(branch: Branch, length: int) -> bool:
+    """Whether a branch has written `length` tokens and goes on with one that is drawn."""
+    return len(branch.ids) == length and branch.finish is None and branch.open_block is None
 
 
 def cache_block(branch: Branch) -> Block | None:
@@ -349,12 +405,12 @@ def holds_row(branch: Branch) -> bool:
     return branch.fed < feed_end(branch) or (branch.finish is None and branch.num_joined == len(branch.blocks))
 
 
-def sampling_arrays(sampled: Sequence[tuple[RequestState, Branch]]) -> SamplingArrays:
-    """How each of these branches draws its next token."""
-    params = [state.request.sampling for state, _ in sampled]
+def sampling_arrays(sampled: Sequence[Sampled], draws: Sequence[int]) -> SamplingArrays:
+    """How each of these branches draws its token number `draws`."""
+    params = [state.request.sampling for state, _, _ in sampled]
     return SamplingArrays(
-        keys=np.array([branch.key for _, branch in sampled], dtype=np.int64),
-        indices=np.array([branch.num_sampled for _, branch in sampled], dtype=np.int64),
+        keys=np.array([branch.key for _, branch, _ in sampled], dtype=np.int64),
+        indices=np.array(draws, dtype=np.int64),
         temperature=np.array([p.temperature for p in params], dtype=np.float64),
         top_k=np.array([p.top_k for p in params], dtype=np.int64),
         top_p=np.array([p.top_p for p in params], dtype=np.float64),

@@ -321,6 +321,7 @@ def test_decoding_over_pages_equals_one_forward() -> None:
         return StepPlan(
             copies=none.reshape(0, 2),
             ids=ids[0, start:end].numpy(),
+            sources=slots * 0 - 1,
             positions=slots,
             borders=np.array([0, end - start]),
             pages=np.arange(3, dtype=np.int32)[None],

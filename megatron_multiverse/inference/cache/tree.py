@@ -65,6 +65,13 @@ class Node:
             self._pages[self.num_pages : need] = pages
             self.num_pages, self.last_page = need, int(pages[-1])
 
+    def drop_page(self) -> Slots:
+        """Stop listing the last page, and return it."""
+        self.num_pages -= 1
+        dropped = self._pages[self.num_pages : self.num_pages + 1].copy()
+        self.last_page = int(self._pages[self.num_pages - 1]) if self.num_pages else -1
+        return dropped
+
     def clear(self) -> None:
         """List nothing any more."""
         self.num_pages = self.length = 0
@@ -132,6 +139,13 @@ class PageTree:
             self._source[slot] = ~self._num_tokens
             self._num_tokens += 1
         return True
+
+    def retract(self, node: Node) -> None:
+        """Take back the last token of a node: it was fed before it was known, and turned out to be no part of the
+        text."""
+        node.length -= 1
+        if node.length % self.page_size == 0:
+            self.book.release(node.drop_page())
 
     def _grow(self, node: Node, count: int) -> None:
         """Lengthen a node, with new pages where the open one is full."""

@@ -8,6 +8,7 @@ and joins happen take the same path.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from megatron_multiverse.inference.step.forward import PagedForward
 from megatron_multiverse.inference.step.kv_store import KVStore
 from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler
-from megatron_multiverse.inference.step.tensors import StepTensors
+from megatron_multiverse.inference.step.tensors import StepTensors, known_ids
 from megatron_multiverse.kernels.tree_decode import DeviceWork, Work, divide_work, processors
 
 logger = logging.getLogger(__name__)
@@ -49,19 +50,22 @@ class StepGraphs:
     Args:
         forward: the model.
         store: its cache, on a CUDA device.
+        last_tokens: int64, the tokens that the previous step drew, at an address that stays.
         vocab_size: ids of the tokenizer, or None for all the model has.
     """
 
-    def __init__(self, forward: PagedForward, store: KVStore, vocab_size: int | None) -> None:
+    def __init__(self, forward: PagedForward, store: KVStore, last_tokens: Tensor, vocab_size: int | None) -> None:
         self.forward, self.store, self.vocab_size = forward, store, vocab_size
+        self.last_tokens = last_tokens
         self.page_size, self.kv_heads = store.keys.shape[2:4]
         self.processors = processors(store.keys.device)
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[_Kind, _Graph] = {}
         self.replays = 0
 
-    def run(self, plan: StepPlan, sampler: Sampler) -> npt.NDArray[np.int64] | None:
-        """`pack`ed tokens and log-probabilities of the sampled rows; None if the step does not fit a graph.
+    def launch(self, plan: StepPlan, sampler: Sampler) -> Tensor | None:
+        """Tokens and log-probabilities as `pack` puts them, of at least the sampled rows; None if the step does not fit
+        a graph.
 
         A `CounterSampler` draws inside of the graph, unless top-k or top-p are asked for.
         """
@@ -87,12 +91,9 @@ class StepGraphs:
         graph.fill(plan, work)
         graph.replay()
         self.replays += 1
-        rows = len(plan.sample)
-        if kind.draw == "logits":
-            logits = graph.result[:rows, : self.vocab_size]
-            return pack(*sampler(logits, plan.sampling)).cpu().numpy()
-        torch.cuda.current_stream(graph.result.device).synchronize()
-        return graph.host_result[:, :rows].copy()
+        if kind.draw != "logits":
+            return graph.result
+        return pack(*sampler(graph.result[: len(plan.sample), : self.vocab_size], plan.sampling))
 
     def _items(self, size: int) -> int:
         return 3 * size + 2 * self.processors // self.kv_heads + 8
@@ -110,9 +111,10 @@ class StepGraphs:
         )
         return graph
 
-    def _step(self, kind: _Kind) -> Callable[[StepTensors, DeviceSampling], Tensor]:
-        def step(tensors: StepTensors, sampling: DeviceSampling) -> Tensor:
-            logits = self.forward(tensors, self.store)
+    def _step(self, kind: _Kind) -> Callable[[StepTensors, Tensor, DeviceSampling], Tensor]:
+        def step(tensors: StepTensors, sources: Tensor, sampling: DeviceSampling) -> Tensor:
+            ids = known_ids(tensors.ids, sources, self.last_tokens)
+            logits = self.forward(dataclasses.replace(tensors, ids=ids), self.store)
             if kind.draw == "logits":
                 return logits
             return pack(*sampling.draw(logits[:, : self.vocab_size], noise=kind.draw == "noise"))
@@ -151,7 +153,7 @@ class _Graph:
         self,
         kind: _Kind,
         items: int,
-        step: Callable[[StepTensors, DeviceSampling], Tensor],
+        step: Callable[[StepTensors, Tensor, DeviceSampling], Tensor],
         pool: tuple[int, int],
         device: torch.device,
     ) -> None:
@@ -159,6 +161,7 @@ class _Graph:
         buffer = _Buffer(
             {
                 "ids": (np.int64, (size,)),
+                "sources": (np.int64, (size,)),
                 "positions": (np.int64, (size,)),
                 "logit_tokens": (np.int64, (size,)),
                 "write_slots": (np.int64, (_writes(size),)),
@@ -193,22 +196,18 @@ class _Graph:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            step(tensors, sampling)
+            step(tensors, there["sources"], sampling)
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        draws = kind.draw != "logits"
-        host = torch.empty((2, size), dtype=torch.int64, pin_memory=True) if draws else None
         with torch.cuda.graph(self.graph, pool=pool):
-            self.result = step(tensors, sampling)
-            if host is not None:
-                host.copy_(self.result, non_blocking=True)
-        self.host_result = host.numpy() if host is not None else np.empty((2, 0), dtype=np.int64)
+            self.result = step(tensors, there["sources"], sampling)
 
     def fill(self, plan: StepPlan, work: Work) -> None:
         """Write a plan where the graph reads it."""
         host = self.buffer.host
         for name in ("ids", "positions", "write_tokens"):
             _pad(host[name], getattr(plan, name), 0)
+        _pad(host["sources"], plan.sources, -1)
         _pad(host["write_slots"], plan.write_slots, -1)
         _pad(host["logit_tokens"], plan.borders[1:][plan.sample] - 1, 0)
         for name in ("keys", "indices", "temperature"):
@@ -229,25 +228,36 @@ def _pad(target: npt.NDArray[np.generic], values: npt.NDArray[np.generic], fill:
 
 
 class _Buffer:
-    """Arrays side by side, on the host (pinned) and on the device; one copy brings all of them over."""
+    """Arrays side by side, on the host (pinned) and on the device; one copy brings all of them over.
+
+    There are two on the host, in turns: the copy of one step may still wait for the GPU when the next one is written.
+    """
 
     def __init__(self, fields: dict[str, tuple[type[np.generic], tuple[int, ...]]], device: torch.device) -> None:
-        sizes = {
-            name: -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 8) * 8 for name, (dtype, shape) in fields.items()
-        }
-        self._host = torch.zeros(sum(sizes.values()), dtype=torch.uint8, pin_memory=True)
-        self._device = torch.zeros_like(self._host, device=device)
-        self.host: dict[str, npt.NDArray[np.generic]] = {}
+        sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (dtype, shape) in fields.items()}
+        starts = dict(
+            zip(sizes, np.cumsum([0] + [-(-size // 8) * 8 for size in sizes.values()]).tolist(), strict=False)
+        )
+        total = sum(-(-size // 8) * 8 for size in sizes.values())
+        self._hosts = [torch.zeros(total, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._device = torch.zeros(total, dtype=torch.uint8, device=device)
+        self._turn = 0
+        self._views: list[dict[str, npt.NDArray[np.generic]]] = [{}, {}]
         self.device: dict[str, Tensor] = {}
-        start = 0
         for name, (dtype, shape) in fields.items():
-            count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            self.host[name] = self._host[start : start + count].numpy().view(dtype).reshape(shape)
+            part = slice(starts[name], starts[name] + sizes[name])
+            for views, host in zip(self._views, self._hosts, strict=True):
+                views[name] = host[part].numpy().view(dtype).reshape(shape)
             torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-            self.device[name] = self._device[start : start + count].view(torch_dtype).view(shape)
-            start += sizes[name]
+            self.device[name] = self._device[part].view(torch_dtype).view(shape)
+
+    @property
+    def host(self) -> dict[str, npt.NDArray[np.generic]]:
+        """The arrays that the next `upload` brings over."""
+        return self._views[self._turn]
 
     def upload(self, leave_out: int = 0) -> None:
         """Copy to the device, without the last `leave_out` bytes."""
-        end = len(self._host) - leave_out
-        self._device[:end].copy_(self._host[:end], non_blocking=True)
+        end = len(self._device) - leave_out
+        self._device[:end].copy_(self._hosts[self._turn][:end], non_blocking=True)
+        self._turn = 1 - self._turn

@@ -40,6 +40,8 @@ class StepPlan:
     """[c, 2], slots to copy before the pass (from, to): forks and joins. All are read before any is written."""
     ids: Ints
     """[n], the tokens."""
+    sources: Ints
+    """[n], where the host does not know a token yet: which of the previous step's sampled rows drew it; else -1."""
     positions: Ints
     """[n]."""
     borders: Ints

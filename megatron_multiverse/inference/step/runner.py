@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +14,41 @@ from megatron_multiverse.inference.step.kv_store import KVStore, PagedParams
 from megatron_multiverse.inference.step.plan import StepOutput, StepPlan
 from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler
 from megatron_multiverse.inference.step.tensors import StepTensors
+
+MOST_ROWS = 1 << 16
+"""Sampled rows of a step."""
+
+
+class PendingOutput:
+    """What a step gives back, once it has run.
+
+    Args:
+        device: where steps run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self._host = torch.empty(256, dtype=torch.int64, pin_memory=self._event is not None)
+        self._packed = self._host.view(2, -1)
+        self._rows = 0
+
+    def fetch(self, packed: Tensor, rows: int) -> PendingOutput:
+        """Begin to bring over the first `rows` of what `pack` made; what was fetched before is gone."""
+        if packed.numel() > len(self._host):
+            self._host = torch.empty(2 * packed.numel(), dtype=torch.int64, pin_memory=self._event is not None)
+        self._packed, self._rows = self._host[: packed.numel()].view(packed.shape), rows
+        self._packed.copy_(packed, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+        return self
+
+    def wait(self) -> StepOutput:
+        """The tokens and log-probabilities."""
+        if self._event is not None:
+            self._event.synchronize()
+        tokens, bits = self._packed[:, : self._rows].numpy().copy()
+        logprobs = bits.view(np.float64)
+        return StepOutput(tokens, logprobs, np.isfinite(logprobs))
 
 
 class Runner:
@@ -44,11 +78,15 @@ class Runner:
         self.store = KVStore.for_model(model, num_pages, page_size)
         self.sampler: Sampler = sampler or CounterSampler()
         self.vocab_size = vocab_size
+        self.last_tokens = torch.zeros(MOST_ROWS, dtype=torch.int64, device=self.store.keys.device)
+        # Two in turns, since the next step is launched before this one's tokens are read.
+        self._outputs = [PendingOutput(self.store.keys.device) for _ in range(2)]
+        self._turn = 0
         on_gpu = self.store.keys.is_cuda and self.store.keys.dtype != torch.float64
         self.graphs: StepGraphs | None = None
         self.forward = PagedForward(model) if PagedForward.runs(model) else None
         if cuda_graphs and self.forward and on_gpu:
-            self.graphs = StepGraphs(self.forward, self.store, vocab_size)
+            self.graphs = StepGraphs(self.forward, self.store, self.last_tokens, vocab_size)
         self._logit_tokens: Tensor | None = None
         self._selected = False
         output_layer = None if self.forward else getattr(model, "output_layer", None)
@@ -62,25 +100,33 @@ class Runner:
             self._hook.remove()
             self._hook = None
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
-        """Copy what forks and joins ask for, run the model once, and draw a token for every row that wants one."""
+        """Run a step and wait for its tokens."""
+        return self.launch(plan).wait()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> PendingOutput:
+        """Copy what forks and joins ask for, run the model once, and draw a token for every row that wants one.
+
+        On a GPU nothing is waited for. The next plan may name these tokens by `StepPlan.sources`.
+        """
         store = self.store
         if len(plan.copies):
             store.copy(plan.copies)
         if len(plan.freed):
             store.poison(plan.freed)
+        packed = None if self.graphs is None else self.graphs.launch(plan, self.sampler)
+        if packed is None:
+            packed = self._run_eagerly(plan)
+        rows = len(plan.sample)
+        self.last_tokens[:rows] = packed[0, :rows]
+        self._turn = 1 - self._turn
+        return self._outputs[self._turn].fetch(packed, rows)
 
-        packed = None if self.graphs is None else self.graphs.run(plan, self.sampler)
-        tokens, bits = self._run_eagerly(plan) if packed is None else packed
-        logprobs = bits.view(np.float64)
-        return StepOutput(tokens, logprobs, np.isfinite(logprobs))
-
-    def _run_eagerly(self, plan: StepPlan) -> npt.NDArray[np.int64]:
-        """`pack`ed tokens and log-probabilities of the sampled rows."""
-        step = StepTensors.upload(plan, self.store.keys.device)
+    def _run_eagerly(self, plan: StepPlan) -> Tensor:
+        step = StepTensors.upload(plan, self.store.keys.device, self.last_tokens)
         logits = self.forward(step, self.store) if self.forward else self._call_model(step)
-        return pack(*self.sampler(logits[:, : self.vocab_size], plan.sampling)).cpu().numpy()
+        return pack(*self.sampler(logits[:, : self.vocab_size], plan.sampling))
 
     def _call_model(self, step: StepTensors) -> Tensor:
         """What `PagedForward` does, by the model's own forward."""

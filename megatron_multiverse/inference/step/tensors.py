@@ -34,18 +34,23 @@ class StepTensors:
     """(query [n, heads, dim], keys and values [pages, page size, kv heads, dim], scale) -> [n, heads, dim]."""
 
     @classmethod
-    def upload(cls, plan: StepPlan, device: torch.device) -> StepTensors:
-        """Bring a plan to the device."""
+    def upload(cls, plan: StepPlan, device: torch.device, last_tokens: Tensor) -> StepTensors:
+        """Bring a plan to the device; `last_tokens` are those that the previous step drew."""
 
         def up(array: npt.NDArray[np.generic]) -> Tensor:
             return torch.from_numpy(array).to(device)
 
         in_order = device.type == "cpu" and np.array_equal(plan.write_tokens, np.arange(len(plan.ids)))
         return cls(
-            ids=up(plan.ids),
+            ids=known_ids(up(plan.ids), up(plan.sources), last_tokens) if (plan.sources >= 0).any() else up(plan.ids),
             positions=up(plan.positions),
             logit_tokens=up(plan.borders[1:][plan.sample] - 1),
             write_slots=up(plan.write_slots),
             write_tokens=None if in_order else up(plan.write_tokens),
             attention=TreeDecode(plan.pages, plan.lengths, plan.borders),
         )
+
+
+def known_ids(ids: Tensor, sources: Tensor, last_tokens: Tensor) -> Tensor:
+    """`StepPlan.ids` with the tokens filled in that the previous step drew, see `StepPlan.sources`."""
+    return torch.where(sources < 0, ids, last_tokens[sources.clamp(min=0)])

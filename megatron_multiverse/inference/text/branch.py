@@ -52,6 +52,16 @@ class Block:
     """Paths that were given a place in the cache, in their order."""
 
 
+class Awaited(NamedTuple):
+    """A draw that was planned for a branch."""
+
+    step: int
+    row: int
+    """Among the sampled rows of the step."""
+    length: int
+    """Tokens of the branch before it."""
+
+
 @dataclass(eq=False)
 class Branch:
     """One sequence: the root of a request, or a path of a block."""
@@ -84,6 +94,8 @@ class Branch:
     blocks: list[Block] = field(default_factory=list)
     num_joined: int = 0
     """How many of its blocks are joined in the cache."""
+    awaits: Awaited | None = None
+    """The draw planned last; its token is not known while that step is in flight."""
     num_sampled: int = 0
     """Tokens sampled so far: the index of the next one's noise."""
     total: int = 0

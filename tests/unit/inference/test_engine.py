@@ -65,6 +65,7 @@ def run(seed, *, count=3, changes=None, **settings):
     return results
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("seed", range(4))
 def test_page_sizes_waves_and_rows_do_not_change_the_answer(seed):
     reference = run(seed)
@@ -137,6 +138,7 @@ def run_plain(scripts, requests):
     return toy_engine(MODEL, sampler=ScriptedSampler(scripts)).generate(requests)
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_cancel_at_every_step_leaves_the_others_alone(page_size):
     scripts, requests = tree_requests(7)
@@ -171,6 +173,7 @@ def assert_balanced(result):
     assert document.malformed["unclosed"] == 0
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_small_cache_preempts_and_replays_the_same_answer(seed, page_size):
@@ -226,6 +229,7 @@ def test_a_fork_that_does_not_fit_at_once_runs_in_waves_when_nothing_else_can():
     assert_drained(tight)
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("max_tokens", [1, 2, 3, 10, 25, 40, 55, 70, 100, 200])
 @pytest.mark.parametrize("critical", [None, 30])
 def test_budgets_hold_and_plain_text_uses_them_up(max_tokens, critical):
@@ -247,6 +251,7 @@ def test_budgets_hold_and_plain_text_uses_them_up(max_tokens, critical):
     assert_drained(engine)
 
 
+@pytest.mark.usefixtures("overlap")
 def test_a_capped_branch_is_closed_and_flagged_and_the_answer_goes_on():
     script = {
         (): [*goal(2), TEXT, Tag.END_CONCLUSION, NEWLINE, Tag.END_PARALLEL, TEXT, EOS],
@@ -260,6 +265,7 @@ def test_a_capped_branch_is_closed_and_flagged_and_the_answer_goes_on():
     assert_balanced(result)
 
 
+@pytest.mark.usefixtures("overlap")
 def test_end_of_text_in_a_path_ends_that_path_only():
     script = {
         (): [*goal(2), Tag.END_CONCLUSION, NEWLINE, Tag.END_PARALLEL, TEXT, EOS],
@@ -273,6 +279,7 @@ def test_end_of_text_in_a_path_ends_that_path_only():
     assert_balanced(result)
 
 
+@pytest.mark.usefixtures("overlap")
 def test_stop_ids_end_the_root_but_not_a_path():
     script = {
         (): [*goal(1), TEXT + 5, TEXT],

@@ -24,6 +24,8 @@ from .toy import (
     toy_engine,
 )
 
+pytestmark = pytest.mark.usefixtures("overlap")
+
 
 def play(model, seeds, *, page_size, **settings):
     """Serve one random tree per seed together; returns (difference, results, engine)."""

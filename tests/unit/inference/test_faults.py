@@ -53,6 +53,7 @@ def test_prompt_ids_outside_the_vocabulary_are_refused_by_name(wrong):
 # -- callbacks -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("calls", [0, 1, 7, 30, 60])
 def test_a_callback_that_raises_ends_its_request_only(calls):
     scripts, requests = tree_requests(7)
@@ -104,6 +105,7 @@ class Fails(ToyModel):
         return logits
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_after_a_failed_step_everything_goes_on_as_if_nothing_had_happened(page_size, error):

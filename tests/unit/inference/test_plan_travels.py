@@ -62,8 +62,11 @@ class RemoteRunner:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
-    def run(self, plan: StepPlan) -> StepOutput:
+    def launch(self, plan: StepPlan) -> RemoteRunner:
         self.connection.send_bytes(plan.to_bytes())
+        return self
+
+    def wait(self) -> StepOutput:
         tokens, logprobs, finite = (
             np.frombuffer(self.connection.recv_bytes(), dtype=dtype) for dtype in (np.int64, np.float64, np.bool_)
         )
@@ -105,9 +108,9 @@ def test_every_array_survives_the_journey():
     plans = []
 
     class Keeping(Runner):
-        def run(self, plan):
+        def launch(self, plan):
             plans.append(plan)
-            return super().run(plan)
+            return super().launch(plan)
 
     script = random_script(random.Random(1), depth=2, blocks=2, most_paths=3)
     engine = toy_engine(sampler=ScriptedSampler([script]), page_size=16)
@@ -124,9 +127,9 @@ def test_every_array_survives_the_journey():
 
 def test_the_order_of_writes_does_not_matter():
     class Shuffling(Runner):
-        def run(self, plan):
+        def launch(self, plan):
             order = np.random.default_rng(len(plan.ids)).permutation(len(plan.write_slots))
-            return super().run(
+            return super().launch(
                 dataclasses.replace(plan, write_slots=plan.write_slots[order], write_tokens=plan.write_tokens[order])
             )
 

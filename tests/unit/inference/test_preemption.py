@@ -56,6 +56,7 @@ def test_a_join_and_the_fork_after_it_are_fed_again_in_one_step(page_size, max_s
     assert_drained(engine)
 
 
+@pytest.mark.usefixtures("overlap")
 @pytest.mark.parametrize("max_step_tokens", [1, 8, 16, 32, 64])
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_random_trees_preempted_twice_compute_the_same_keys(page_size, max_step_tokens):

@@ -27,6 +27,8 @@ from .toy import (
 MODEL = NullModel()
 END_PATH = int(Tag.END_PATH)
 
+pytestmark = pytest.mark.usefixtures("overlap")
+
 
 def check(request: Request, result, *, exact: bool) -> None:
     assert len(result.token_ids) <= request.sampling.max_tokens

@@ -127,8 +127,12 @@ class ScriptedSampler:
     def __call__(self, logits: Tensor, sampling: SamplingArrays) -> tuple[Tensor, Tensor]:
         tokens = []
         for row, key, index in zip(logits, sampling.keys.tolist(), sampling.indices.tolist(), strict=True):
+            script = self.scripts[key]
+            if OVERLAP and index == len(script):
+                tokens.append(TEXT)  # this step was planned before the end was known; its token is dropped
+                continue
             self.logits[key, index] = row.clone()
-            token = self.scripts[key][index]
+            token = script[index]
             tokens.append(TEXT + int(row[TEXT:].argmax()) if token < 0 else token)
         return with_logprobs(logits, tokens)
 
@@ -252,9 +256,13 @@ def changed(request: Request, **sampling: object) -> Request:
     return replace(request, sampling=replace(request.sampling, **sampling))  # type: ignore[arg-type]
 
 
+OVERLAP = False
+"""Whether toy engines plan a step while the one before it is in flight, as they do on a GPU."""
+
+
 def toy_engine(model: nn.Module | None = None, **settings: object) -> Engine:
     """An engine over a toy model; `settings`: fields of EngineConfig and further arguments of Engine."""
-    defaults: dict[str, object] = {"num_pages": 4096, "page_size": 1, "max_rows": 32, "debug": True}
+    defaults: dict[str, object] = {"num_pages": 4096, "page_size": 1, "max_rows": 32, "debug": True, "overlap": OVERLAP}
     if "page_size" in settings and "num_pages" not in settings:
         defaults["num_pages"] = 4096 // int(str(settings["page_size"])) + 200
     values = {**defaults, **settings}
