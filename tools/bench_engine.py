@@ -149,10 +149,11 @@ def decode_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig,
 def fork_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, *, at_once: bool) -> tuple[float, float]:
     """(median seconds per step within the paths, seconds from the fork to the end of the conclusion)."""
     branches, tokens = config.fork_branches, config.fork_tokens
-    total = config.fork_prefix + branches * (tokens + 32) + CONCLUSION + 512
-    engine = make_engine(model, shape, config, pages=-(-total // config.page_size) + 4 * branches + 16, rows=branches)
+    most = branches * (tokens + 64) + CONCLUSION + 512
+    pages = -(-(config.fork_prefix + most) // config.page_size) + 4 * branches + 16
+    engine = make_engine(model, shape, config, pages=pages, rows=branches)
     engine.runner.sampler = Script(block_script(branches, tokens))
-    sampling = SamplingParams(max_tokens=total, max_concurrent_branches=None if at_once else 1)
+    sampling = SamplingParams(max_tokens=most, max_concurrent_branches=None if at_once else 1)
     engine.add_request(Request(prompt_ids=random_prompt(config.fork_prefix, shape, 0), sampling=sampling))
     times: list[float] = []
     inside: list[float] = []
