@@ -204,7 +204,9 @@ class Script:
         """See `Sampler`."""
         greedy(logits)
         pairs = zip(sampling.keys.tolist(), sampling.indices.tolist(), strict=True)
-        tokens = torch.tensor([self.script[key][index] for key, index in pairs]).to(logits.device)
+        # A step that was planned before the end was known asks for one more, which is dropped.
+        ids = [self.script[key][index] if index < len(self.script[key]) else TEXT for key, index in pairs]
+        tokens = torch.tensor(ids).to(logits.device)
         return tokens, token_logprobs(logits, tokens)
 
 
