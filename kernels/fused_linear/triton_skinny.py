@@ -109,12 +109,19 @@ def _counters(device: torch.device) -> Tensor:
 def _blocks(depth: int, width: int, swiglu: bool) -> dict[str, int]:
     """Tile sizes of a shape, found by `benchmarks/kernels/skinny_linear.py` on an H200."""
     rows = width * (2 if swiglu else 1)
-    if rows >= 8192:
-        return {"BLOCK_OUT": 64, "BLOCK_K": 128, "SPLITS": 1, "num_warps": 4, "num_stages": 4, "PREFETCH": 256}
-    if rows >= 4096 or swiglu:
-        return {"BLOCK_OUT": 16, "BLOCK_K": 128, "SPLITS": 1, "num_warps": 2, "num_stages": 6, "PREFETCH": 256}
-    splits = max(1, min(depth // 512, round(240 / triton.cdiv(rows, 32))))
-    return {"BLOCK_OUT": 32, "BLOCK_K": 128, "SPLITS": splits, "num_warps": 4, "num_stages": 5, "PREFETCH": 256}
+    if swiglu:
+        tile, splits, warps, stages = (64, 256), 1, 8, 3
+    elif rows >= 8192:
+        tile, splits, warps, stages = (64, 128), 1, 4, 4
+    elif rows >= 4096:
+        tile, splits, warps, stages = (16, 128), 1, 2, 6
+    else:
+        # About 230 programs, nearly two for every multiprocessor.
+        tile = (64 if rows >= 2048 else 32, 128)
+        splits = max(1, min(depth // 512, round(230 / triton.cdiv(rows, tile[0]))))
+        warps, stages = (8 if tile[0] == 64 and depth < 8192 else 4), 4
+    sizes = dict(zip(("BLOCK_OUT", "BLOCK_K"), tile, strict=True))
+    return sizes | {"SPLITS": splits, "num_warps": warps, "num_stages": stages, "PREFETCH": 256}
 
 
 def skinny_linear(

@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 BLOCK = 64
 """Keys a program looks at at once; pieces are multiples of it."""
+LEAST_PIECE = 2 * BLOCK
+"""Fewer keys are not worth a program and a part of their own."""
 LEAST_SHARED = 4 * BLOCK
 """Shared keys below which rows are not looked at together: the merge would cost more than the reads it saves."""
 SHARERS = 8
@@ -90,9 +92,9 @@ def divide_work(
 
 
 def _piece(sizes: npt.NDArray[np.int64], longest: int, kv_heads: int, processors: int, most: int) -> int:
-    """Keys of an item: two programs for every multiprocessor, but no more than `most` parts for a query."""
-    even = -(-int(sizes.sum()) * kv_heads // (2 * processors))
-    return -(-max(even, -(-longest // most), 1) // BLOCK) * BLOCK
+    """Keys of an item: a program for every multiprocessor, but no more than `most` parts for a query."""
+    even = -(-int(sizes.sum()) * kv_heads // processors)
+    return -(-max(even, -(-longest // most), LEAST_PIECE) // BLOCK) * BLOCK
 
 
 def _alone(lengths: npt.NDArray[np.int32], width: int, kv_heads: int, processors: int, slots: int) -> Work:

@@ -131,7 +131,7 @@ class ScriptedSampler:
             if OVERLAP and index == len(script):
                 tokens.append(TEXT)  # this step was planned before the end was known; its token is dropped
                 continue
-            self.logits[key, index] = row.clone()
+            self.logits[key, index] = row.to("cpu", copy=True)
             token = script[index]
             tokens.append(TEXT + int(row[TEXT:].argmax()) if token < 0 else token)
         return with_logprobs(logits, tokens)
@@ -139,7 +139,7 @@ class ScriptedSampler:
 
 def with_logprobs(logits: Tensor, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
     """What a sampler returns."""
-    chosen = torch.tensor(tokens, dtype=torch.int64)
+    chosen = torch.tensor(tokens, dtype=torch.int64).to(logits.device)
     return chosen, token_logprobs(logits, chosen)
 
 
@@ -185,10 +185,11 @@ def forward_logits(model: nn.Module, prompt: Sequence[int], result: Result) -> T
     """Logits [prompt + answer, vocab] of one teacher-forced forward over the layout that structure/ gives."""
     ids = [*prompt, *result.token_ids]
     plan = lay_out(parse(ids, VOCAB, prompt_length=len(prompt), strict=False))
-    params = LayoutParams.from_labels(torch.from_numpy(plan.r)[None].long(), backend="dense")
-    positions = torch.from_numpy(plan.position_ids)[None].long()
+    device = next(model.parameters()).device
+    params = LayoutParams.from_labels(torch.from_numpy(plan.r)[None].long().to(device), backend="dense")
+    positions = torch.from_numpy(plan.position_ids)[None].long().to(device)
     with torch.no_grad():
-        return model(torch.tensor([ids]), positions, None, packed_seq_params=params)[0]
+        return model(torch.tensor([ids]).to(device), positions, None, packed_seq_params=params)[0].cpu()
 
 
 def structure_positions(prompt: Sequence[int], result: Result) -> list[int]:
@@ -216,7 +217,12 @@ def drawn_from(request: Request, result: Result) -> dict[tuple[int, int], int]:
 
 
 def largest_difference(
-    model: nn.Module, sampler: ScriptedSampler, requests: Sequence[Request], results: Sequence[Result]
+    model: nn.Module,
+    sampler: ScriptedSampler,
+    requests: Sequence[Request],
+    results: Sequence[Result],
+    *,
+    logprob_atol: float = 1e-9,
 ) -> float:
     """Largest difference between the logits of any decode step and those of the teacher-forced forward."""
     largest = 0.0
@@ -230,12 +236,12 @@ def largest_difference(
                 difference = (sampler.logits[drawn] - expected).abs().max().item()
                 assert difference == difference, "NaN: a freed page was read"
                 largest = max(largest, difference)
-        assert_logprobs(reference, request, result)
+        assert_logprobs(reference, request, result, logprob_atol)
     assert seen == len(sampler.logits), "some logits belong to no token of the answers"
     return largest
 
 
-def assert_logprobs(reference: Tensor, request: Request, result: Result) -> None:
+def assert_logprobs(reference: Tensor, request: Request, result: Result, atol: float) -> None:
     """The log-probabilities of an answer are those of one forward over it, and so are its labels."""
     ids = [*request.prompt_ids, *result.token_ids]
     expected = lay_out(parse(ids, VOCAB, prompt_length=len(request.prompt_ids), strict=False))
@@ -243,7 +249,7 @@ def assert_logprobs(reference: Tensor, request: Request, result: Result) -> None
     for index, (parent, logprob) in enumerate(zip(result.parents, result.logprobs, strict=True)):
         if logprob is not None:
             row = reference[len(request.prompt_ids) + parent].log_softmax(-1)
-            assert abs(row[result.token_ids[index]].item() - logprob) < 1e-9
+            assert abs(row[result.token_ids[index]].item() - logprob) < atol
 
 
 def ask(prompt_ids: Sequence[int], *, sample: int = 0, **sampling: object) -> Request:

@@ -1,0 +1,152 @@
+"""Decoding on the GPU: every kernel beside its reference, and the engine with CUDA graphs beside one forward."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("megatron.core")
+
+from megatron_multiverse.config import EngineConfig, ModelConfig, SamplingParams
+from megatron_multiverse.inference import Engine, Request
+from megatron_multiverse.kernels.fused_linear import linear_add, norm_linear, norm_swiglu
+from megatron_multiverse.kernels.greedy import greedy, greedy_reference
+from megatron_multiverse.kernels.kv_write import write_kv, write_kv_reference
+from megatron_multiverse.kernels.rope import inverse_frequencies, rope_table
+from megatron_multiverse.kernels.tree_decode import TreeDecode, tree_decode_reference
+from megatron_multiverse.model.families import qwen2, qwen3
+from megatron_multiverse.model.gpt import build_gpt_model
+from tests.unit.inference import toy
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+BF16 = torch.bfloat16
+SHAPE = {
+    "num_layers": 3, "hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 8, "num_query_groups": 2,
+    "kv_channels": 64, "max_sequence_length": 4096,
+}  # fmt: skip
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 64])
+@pytest.mark.parametrize(("depth", "width"), [(256, 384), (3584, 3584), (8960, 1536), (1536, 9000)])
+def test_products_equal_float64(rows, depth, width):
+    generator = torch.Generator("cuda").manual_seed(rows + depth)
+
+    def draw(*shape, scale=1.0):
+        return (torch.randn(*shape, device="cuda", generator=generator) * scale).to(BF16)
+
+    x, norm, bias = draw(rows, depth), draw(depth), draw(2 * width)
+    weight, residual = draw(2 * width, depth, scale=depth**-0.5), draw(rows, width)
+    normed = F.rms_norm(x.double(), (depth,), norm.double(), 1e-6)
+    want = F.linear(normed, weight.double(), bias.double())
+    assert relative(norm_linear(x, norm, 1e-6, weight, bias), want) < 6e-3
+    gate, up = want.chunk(2, -1)
+    assert relative(norm_swiglu(x, norm, 1e-6, weight, bias), F.silu(gate) * up) < 9e-3
+    want = residual.double() + F.linear(x.double(), weight[:width].double(), bias[:width].double())
+    for _ in range(3):  # the counters of the programs that share sums are as they were
+        kept = residual.clone()
+        got = linear_add(x, weight[:width], kept, bias[:width])
+        assert got.data_ptr() == kept.data_ptr() and relative(got, want) < 6e-3
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_the_write_equals_its_reference(norms):
+    generator = torch.Generator("cuda").manual_seed(0)
+    mixed = torch.randn(5, 4, 9 * 128, device="cuda", generator=generator).to(BF16)
+    table = rope_table(torch.arange(5, device="cuda")[None] * 999, inverse_frequencies(128, 1e6, "cuda", torch.float32))
+    slots, tokens = torch.tensor([3, 9, 1, 0, 7, 5], device="cuda"), torch.tensor([0, 1, 2, 3, 4, 2], device="cuda")
+    scale = torch.rand(2, 128, device="cuda", generator=generator).to(BF16)
+    options = {"query_norm": scale[0], "key_norm": scale[1], "eps": 1e-6} if norms else {}
+    caches = torch.zeros(4, 12, 4, 128, device="cuda", dtype=BF16)
+    got = write_kv(mixed, table, *caches[:2], slots, tokens, **options)
+    want = write_kv_reference(mixed, table, *caches[2:], slots, tokens, **options)
+    for x, y in ((got, want), (caches[0], caches[2]), (caches[1], caches[3])):
+        torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("seed", range(20))
+def test_attention_over_random_trees_equals_its_reference(dtype, seed):
+    rng = np.random.default_rng(seed)
+    page, groups = int(rng.choice([1, 16, 64])), int(rng.choice([1, 4]))
+    heads, dim = groups * int(rng.choice([1, 5, 7])), int(rng.choice([64, 128]))
+    lists, fresh = [], iter(range(1 << 20))
+    for _ in range(int(rng.integers(1, 12))):
+        kept = lists[-1][: int(rng.integers(0, len(lists[-1]) + 1))] if lists and rng.random() < 0.8 else []
+        lists.append([*kept, *(next(fresh) for _ in range(-(-int(rng.integers(1, 3000)) // page)))])
+    lengths = np.array([len(x) * page - rng.integers(0, page) for x in lists], dtype=np.int32)
+    pages = np.zeros((len(lists), max(map(len, lists))), dtype=np.int32)
+    for row, numbers in enumerate(lists):
+        pages[row, : len(numbers)] = numbers
+    borders = np.cumsum([0, *rng.integers(1, 1 + np.minimum(lengths, rng.choice([1, 20])))]).astype(np.int64)
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shape = (2, pages.max() + 1, page, groups, dim)
+    keys, values = torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+    query = torch.randn(int(borders[-1]), heads, dim, device="cuda", generator=generator).to(dtype)
+    arrays = [torch.from_numpy(x).cuda() for x in (pages, lengths, borders)]
+    want = tree_decode_reference(query.double(), keys.double(), values.double(), *arrays, dim**-0.5)
+    attend = TreeDecode(pages, lengths, borders)
+    results = [attend(query, keys, values, dim**-0.5) for _ in range(3)]
+    assert relative(results[0], want) < (2e-5 if dtype is torch.float32 else 6e-3)
+    assert all(torch.equal(result, results[0]) for result in results), "parts are merged in an order that varies"
+
+
+def test_greedy_equals_its_reference():
+    logits = torch.randn(9, 152064, device="cuda").to(BF16)[:, :151665]
+    tokens, logprobs = greedy(logits)
+    want, want_logprobs = greedy_reference(logits)
+    assert torch.equal(logits.gather(1, tokens[:, None]), logits.gather(1, want[:, None]))
+    torch.testing.assert_close(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("group", range(4))
+def test_random_trees_by_graphs_equal_one_forward(overlap, page_size, group, monkeypatch):
+    """16 runs of 8 trees: forks, joins, nested blocks; every logit against one forward over the whole answer."""
+    monkeypatch.setattr(toy, "OVERLAP", overlap)
+    config = ModelConfig(**SHAPE | {"vocab_size": toy.VOCAB_SIZE}, add_qkv_bias=group % 2 == 0)
+    model = build_gpt_model(config, dtype=torch.float32, device="cuda", seed=group).eval()
+    scripts, requests = [], []
+    for k in range(8):
+        rng = random.Random(1000 * group + k)
+        depth, blocks, most_paths = rng.choice([(1, 2, 5), (1, 1, 9), (2, 1, 3), (2, 2, 2), (3, 1, 2)])
+        scripts.append(toy.random_script(rng, depth=depth, blocks=blocks, most_paths=most_paths, text=8))
+        requests.append(toy.ask(toy.random_prompt(rng), max_tokens=3000, sample=k))
+    sampler = toy.ScriptedSampler(scripts)
+    engine = toy.toy_engine(
+        model, page_size=page_size, num_pages=24_000 // page_size, sampler=sampler, max_position=10**9
+    )
+    results = engine.generate(requests)
+    assert engine.runner.graphs.replays > 100
+    assert toy.largest_difference(model, sampler, requests, results, logprob_atol=1e-3) < 1e-3
+    toy.assert_drained(engine)
+    engine.runner.close()
+
+
+@pytest.mark.parametrize("family", [qwen2, qwen3])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_graphs_draw_what_single_calls_draw(family, temperature):
+    model = build_gpt_model(family(**SHAPE, vocab_size=1000), dtype=BF16, device="cuda").eval()
+    requests = [
+        Request(
+            prompt_ids=[100 + (7 * k + i) % 800 for i in range(200)],
+            sampling=SamplingParams(max_tokens=60, ignore_eos=True, temperature=temperature, seed=k),
+        )
+        for k in range(6)
+    ]
+    answers = []
+    for cuda_graphs in (False, True):
+        config = EngineConfig(num_pages=400, cuda_graphs=cuda_graphs, overlap=cuda_graphs)
+        engine = Engine(model, toy.VOCAB, config, vocab_size=990)
+        answers.append([(result.token_ids, result.logprobs) for result in engine.generate(requests)])
+        assert (engine.runner.graphs is not None) == cuda_graphs
+        engine.runner.close()
+    assert answers[0] == answers[1]
