@@ -206,7 +206,7 @@ class Script:
         pairs = zip(sampling.keys.tolist(), sampling.indices.tolist(), strict=True)
         # A step that was planned before the end was known asks for one more, which is dropped.
         ids = [self.script[key][index] if index < len(self.script[key]) else TEXT for key, index in pairs]
-        tokens = torch.tensor(ids).to(logits.device)
+        tokens = torch.tensor(ids, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
         return tokens, token_logprobs(logits, tokens)
 
 

@@ -91,23 +91,31 @@ def divide_work(
     return _cut(seats, piece, pages.shape[1], limits.astype(np.int32), slots)
 
 
-def _piece(sizes: npt.NDArray[np.int64], longest: int, kv_heads: int, processors: int, most: int) -> int:
+def _piece(sizes: npt.NDArray[np.signedinteger], longest: int, kv_heads: int, processors: int, most: int) -> int:
     """Keys of an item: a program for every multiprocessor, but no more than `most` parts for a query."""
     even = -(-int(sizes.sum()) * kv_heads // processors)
     return -(-max(even, -(-longest // most), LEAST_PIECE) // BLOCK) * BLOCK
 
 
+def _even_pieces(sizes: npt.NDArray[np.signedinteger], piece: int) -> npt.NDArray[np.signedinteger]:
+    """Keys per item of each stretch: about `piece`, but so that the last one is not a small rest."""
+    parts = np.maximum((sizes + piece // 2) // piece, 1)
+    return -(-sizes // (parts * BLOCK)) * BLOCK
+
+
 def _alone(lengths: npt.NDArray[np.int32], width: int, kv_heads: int, processors: int, slots: int) -> Work:
     """The work of rows with one query each that share nothing: what most decode steps are."""
     piece = _piece(lengths, int(lengths.max()), kv_heads, processors, slots - 1)
-    counts = -(-lengths // piece)
+    pieces = _even_pieces(lengths, piece)
+    counts = -(-lengths // pieces)
     rows = np.arange(len(lengths), dtype=np.int32)
     owner = np.repeat(rows, counts)
     part = np.arange(len(owner), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
     items = np.empty((len(owner), 4), dtype=np.int32)
-    items[:, 0], items[:, 1], items[:, 3] = owner * width, part * piece, part
+    pieces = pieces[owner]
+    items[:, 0], items[:, 1], items[:, 3] = owner * width, part * pieces, part
     limits = lengths[owner]
-    np.minimum(items[:, 1] + piece, limits, out=items[:, 2])
+    np.minimum(items[:, 1] + pieces, limits, out=items[:, 2])
     return Work(items, owner[:, None], limits[:, None], counts, slots)
 
 
@@ -121,10 +129,12 @@ def _depth(stretches: list[Stretch], borders: npt.NDArray[np.int64]) -> int:
 
 def _cut(seats: npt.NDArray[np.int64], piece: int, width: int, limits: Int32s, slots: int) -> Work:
     """Cut every stretch into pieces and number the parts of each query."""
-    pieces = -(-(seats[:, 2] - seats[:, 1]) // piece)
+    sizes = seats[:, 2] - seats[:, 1]
+    each = _even_pieces(sizes, piece)
+    pieces = -(-sizes // each)
     owner = np.repeat(np.arange(len(seats)), pieces)
     index = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    start = seats[owner, 1] + index * piece
+    start = seats[owner, 1] + index * each[owner]
     counts = np.zeros(len(limits), dtype=np.int32)
     base = np.zeros(len(seats), dtype=np.int64)
     for seat, (number, begin, end) in enumerate(zip(pieces, seats[:, 3], seats[:, 4], strict=True)):
@@ -133,7 +143,7 @@ def _cut(seats: npt.NDArray[np.int64], piece: int, width: int, limits: Int32s, s
         counts[begin:end] = base[seat] + number
     items = np.empty((len(owner), 4), dtype=np.int32)
     items[:, 0], items[:, 1] = seats[owner, 0] * width, start
-    items[:, 2], items[:, 3] = np.minimum(start + piece, seats[owner, 2]), base[owner] + index
+    items[:, 2], items[:, 3] = np.minimum(start + each[owner], seats[owner, 2]), base[owner] + index
     tokens = seats[owner, 3, None] + np.arange(SHARERS)
     tokens = np.where(tokens < seats[owner, 4, None], tokens, -1).astype(np.int32)
     return Work(items, tokens, np.where(tokens >= 0, limits[tokens], 0).astype(np.int32), counts, slots)
