@@ -109,9 +109,10 @@ def measure(config: BenchConfig) -> Iterator[dict[str, Any]]:
             runs = [decode_step(model, shape, config, batch) for _ in range(config.repeats)]
             yield report(f"decode, batch {batch}", runs, step_bytes(shape, config, batch * config.context), copy, batch)
     if "fork" in config.parts:
-        runs, blocks = zip(*(fork_step(model, shape, config, at_once=True) for _ in range(config.repeats)), strict=True)
+        forks = [fork_step(model, shape, config, at_once=True) for _ in range(config.repeats)]
+        blocks = [seconds for _, seconds in forks]
         seen = config.fork_prefix + config.fork_branches * config.fork_tokens // 2
-        row = report("fork", list(runs), step_bytes(shape, config, seen), copy, config.fork_branches)
+        row = report("fork", [step for step, _ in forks], step_bytes(shape, config, seen), copy, config.fork_branches)
         serial = fork_step(model, shape, config, at_once=False)[1]
         row |= {"block_seconds": statistics.median(blocks), "serial_seconds": serial}
         row["speedup"] = serial / row["block_seconds"]
@@ -126,7 +127,7 @@ def measure(config: BenchConfig) -> Iterator[dict[str, Any]]:
 def random_model(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     """A model with random weights, drawn on the device."""
     local = LayerConfig(transformer_impl="local")
-    model = build_gpt_model(shape, dtype=dtype, device=device, initialize=False, layers=local)
+    model: torch.nn.Module = build_gpt_model(shape, dtype=dtype, device=device, initialize=False, layers=local)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():

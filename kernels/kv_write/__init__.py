@@ -21,12 +21,15 @@ def write_kv(
     eps: float = 0.0,
 ) -> Tensor:
     """See `write_kv_reference`."""
-    norms = {"query_norm": query_norm, "key_norm": key_norm, "eps": eps}
     if mixed.is_cuda and mixed.dtype != torch.float64 and tokens is not None:
         from .triton_write import write_kv_triton
 
-        return write_kv_triton(mixed, table, keys, values, slots, tokens, **norms)
-    return write_kv_reference(mixed, table, keys, values, slots, tokens, **norms)
+        return write_kv_triton(
+            mixed, table, keys, values, slots, tokens, query_norm=query_norm, key_norm=key_norm, eps=eps
+        )
+    return write_kv_reference(
+        mixed, table, keys, values, slots, tokens, query_norm=query_norm, key_norm=key_norm, eps=eps
+    )
 
 
 __all__ = ["write_kv", "write_kv_reference"]

@@ -74,9 +74,11 @@ class DeviceWork:
     @classmethod
     def upload(cls, pages: npt.NDArray[np.int32], work: Work, device: torch.device) -> DeviceWork:
         """Bring a list to the GPU."""
-        arrays = (pages.reshape(-1), work.items, work.tokens, work.limits, work.counts)
-        tensors = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)
-        return cls(*tensors, slots=work.slots)
+
+        def up(array: npt.NDArray[np.int32]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        return cls(up(pages.reshape(-1)), up(work.items), up(work.tokens), up(work.limits), up(work.counts), work.slots)
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, softmax_scale: float) -> Tensor:
         """See `TreeDecode`."""

@@ -113,7 +113,7 @@ def tree_decode_reference(
     """
     if groups is None:
         host_pages, host_lengths, host_borders = (x.cpu().numpy() for x in (pages, lengths, borders))
-        groups = group_rows(host_pages, host_lengths, host_borders, *keys.shape[1:3], keys.device)
+        groups = group_rows(host_pages, host_lengths, host_borders, keys.shape[1], keys.shape[2], keys.device)
     return attend_groups(query, keys, values, groups, softmax_scale)
 
 

@@ -98,7 +98,7 @@ def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tens
 def install_rotary(model: nn.Module, rotary: PositionIdRotary) -> None:
     """Give the AttentionParams of every forward pass of `model` the table of its position ids, made once for all
     layers. `model.position_id_rotary` names the rotary for whoever runs the weights without that pass."""
-    model.position_id_rotary = rotary
+    model.position_id_rotary = rotary  # type: ignore[assignment]
 
     def hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("position_ids", args[1] if len(args) > 1 else None)

@@ -65,10 +65,10 @@ class Node:
             self._pages[self.num_pages : need] = pages
             self.num_pages, self.last_page = need, int(pages[-1])
 
-    def drop_page(self) -> Slots:
+    def drop_page(self) -> int:
         """Stop listing the last page, and return it."""
+        dropped = self.last_page
         self.num_pages -= 1
-        dropped = self._pages[self.num_pages : self.num_pages + 1].copy()
         self.last_page = int(self._pages[self.num_pages - 1]) if self.num_pages else -1
         return dropped
 
@@ -145,7 +145,7 @@ class PageTree:
         text."""
         node.length -= 1
         if node.length % self.page_size == 0:
-            self.book.release(node.drop_page())
+            self.book.release([node.drop_page()])
 
     def _grow(self, node: Node, count: int) -> None:
         """Lengthen a node, with new pages where the open one is full."""

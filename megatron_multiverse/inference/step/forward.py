@@ -8,6 +8,7 @@ the very weights of the model. It has static shapes for a given number of tokens
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,11 +52,13 @@ class PagedForward:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        config = model.config
+        config: Any = model.config
         self.eps = config.layernorm_epsilon
         self.num_groups = config.num_query_groups
         self.softmax_scale = config.kv_channels**-0.5
-        self.rotary: PositionIdRotary = model.position_id_rotary
+        rotary = model.position_id_rotary
+        assert isinstance(rotary, PositionIdRotary)
+        self.rotary = rotary
         state = weight_state(model)
         self.embedding = state["embedding.word_embeddings.weight"]
         self.layers = [_layer(state, index) for index in range(config.num_layers)]
@@ -67,8 +70,8 @@ class PagedForward:
         """Whether this can stand in for the model: one that `build_gpt_model` made, on one rank, not in FP8."""
         if not isinstance(getattr(model, "position_id_rotary", None), PositionIdRotary):
             return False
-        config = model.config
-        return config.tensor_model_parallel_size == config.pipeline_model_parallel_size == 1 and not config.fp8
+        config: Any = model.config
+        return bool(config.tensor_model_parallel_size == config.pipeline_model_parallel_size == 1 and not config.fp8)
 
     def __call__(self, step: StepTensors, store: KVStore) -> Tensor:
         """Run the model once; returns the logits [s, vocab] asked for, the padding of the vocabulary included."""

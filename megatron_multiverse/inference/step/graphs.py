@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -154,7 +155,7 @@ class _Graph:
         kind: _Kind,
         items: int,
         step: Callable[[StepTensors, Tensor, DeviceSampling], Tensor],
-        pool: tuple[int, int],
+        pool: Any,
         device: torch.device,
     ) -> None:
         size = kind.size
