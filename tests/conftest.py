@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.real_tokenizers import PACKAGES, real_tokenizer_folder
+
 # Small tensors: one thread is fastest. Set before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -19,3 +21,15 @@ def samples_folder() -> Path:
     if not any(folder.glob("*.xml")):
         pytest.skip(f"no Multiverse-1K trajectories in {folder}; set MULTIVERSE_SAMPLES to a folder of *.xml")
     return folder
+
+
+@pytest.fixture(scope="session", params=sorted(PACKAGES))
+def real_tokenizer(request: pytest.FixtureRequest) -> Path:
+    """Folder of each published tokenizer in turn; skips with a reason where npm cannot fetch it."""
+    return real_tokenizer_folder(request.param)
+
+
+@pytest.fixture(scope="session")
+def qwen3_folder() -> Path:
+    """Folder of Qwen3's published tokenizer; skips with a reason where npm cannot fetch it."""
+    return real_tokenizer_folder("qwen3")
