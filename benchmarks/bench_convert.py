@@ -33,7 +33,7 @@ from megatron_multiverse.checkpoints.manifest import MANIFEST_FILE
 from megatron_multiverse.checkpoints.names.registry import FAMILIES
 from megatron_multiverse.checkpoints.names.table import entries
 from megatron_multiverse.checkpoints.protocols import entry_bytes, group
-from megatron_multiverse.cli import parse_options
+from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.files import flush
 from megatron_multiverse.model.families import qwen2
 
@@ -194,4 +194,4 @@ def run(config: BenchConfig, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

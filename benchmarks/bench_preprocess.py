@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_multiverse.cli import parse_options
+from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import TokenizerType
 from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
 from megatron_multiverse.data.readers import trajectory_files
@@ -205,4 +205,4 @@ def _print_table(best: dict[str, list[float]], documents: int, megabytes: float)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -1,4 +1,4 @@
-"""Command lines from dataclasses: fields are flags, attribute docstrings are their help."""
+"""Command lines: flags from the fields of a dataclass, and one line for whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -7,11 +7,54 @@ import json
 import keyword
 import re
 import sys
+import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
+from megatron_multiverse.errors import MultiverseError
+
 T = TypeVar("T")
+
+DEBUG_FLAG = "--debug"
+EXIT_CODE_INTERRUPTED = 130
+
+
+def run_tool(main: Callable[[], None]) -> None:
+    """Run `main` as a script: whatever it raises ends the process with one line on stderr and exit code 1.
+
+    The flag ``--debug``, which every tool has, shows the traceback instead. An interrupt (Ctrl-C) ends with code 130.
+    """
+    debug = DEBUG_FLAG in sys.argv[1:]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != DEBUG_FLAG]
+    try:
+        main()
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_CODE_INTERRUPTED)
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if debug:
+            traceback.print_exc()
+        sys.exit(f"error: {_one_line(error)}")
+
+
+def _one_line(error: BaseException) -> str:
+    """What went wrong, where, and what to do next."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MultiverseError):
+        return text
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return ": ".join([*names, error.strerror])
+    hint = f"this case has no message of its own; {DEBUG_FLAG} shows where it comes from"
+    return f"{type(error).__name__}{': ' * bool(text)}{text} ({hint})"
 
 
 def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
@@ -19,7 +62,8 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
 
     Flags may be written as Megatron does: with hyphens (``--num-rows``) or underscores, switches without a value
     (``--append-eod``), lists as several words (``--json-keys prompt response``), fields of a nested dataclass after a
-    dot (``--sampling.top-k 5``). Wrong flags and values end the script with a message.
+    dot (``--sampling.top-k 5``). Texts and paths are taken as they are written, also where YAML would read them as
+    nothing (``null``, ``# a comment``). Wrong, shortened and unknown flags end the script with a message.
 
     Args:
         cls: a dataclass whose fields are the flags.
@@ -38,11 +82,16 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
 
     # Not auto_cli: it would offer the methods of `cls` as subcommands.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser()
+    parser = Parser(allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; flags override it")
+    parser.add_argument(DEBUG_FLAG, action="store_true", help="show the traceback of an error")
     parser.add_class_arguments(cls)
     given = [_underscored(argument) for argument in (sys.argv[1:] if args is None else args)]
-    values = parser.instantiate_classes(parser.parse_args(_with_values(cls, given)))
+    given, texts = _with_values(cls, given)
+    parsed = parser.parse_args(given)
+    for name, text in texts.items():
+        parsed[name] = text
+    values = parser.instantiate_classes(parsed)
     return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
@@ -59,26 +108,56 @@ def _underscored(argument: str) -> str:
     return "--" + name + "_" * keyword.iskeyword(name) + equals + value
 
 
-def _with_values(cls: type[Any], args: list[str]) -> list[str]:
-    """Give bare switches their value and gather the words after a list flag into one YAML list."""
+def _with_values(cls: type[Any], args: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Give bare switches their value and gather the words after a list flag into one YAML list.
+
+    Returns:
+        The new command line, and by field the optional texts and paths that YAML would read as None.
+    """
     kinds = _kinds(cls, "--")
     result: list[str] = []
-    position = 0
-    while position < len(args):
-        flag = args[position]
-        end = position + 1
-        while end < len(args) and not args[end].startswith("--"):
-            end += 1
-        words = args[position + 1 : end]
+    texts: dict[str, Any] = {}
+    for flag, words in _flags_with_words(args):
         kind = kinds.get(flag, "")
         if kind.endswith("bool") and not words:
             result.append(f"{flag}=true")
-        elif kind.startswith(("list[", "tuple[")) and words and not words[0].startswith("["):
-            result.append(f"{flag}={json.dumps(words)}")
+        elif kind.startswith(("list[", "tuple[")) and words:
+            is_list = len(words) == 1 and isinstance(_from_yaml(words[0]), list)
+            result.append(f"{flag}={words[0] if is_list else json.dumps(words, ensure_ascii=False)}")
+        elif kind in _OPTIONAL_TEXTS and len(words) == 1:
+            result.append(f"{flag}={words[0]}")
+            if _from_yaml(words[0]) is None:
+                texts[flag[2:]] = _OPTIONAL_TEXTS[kind](words[0])
+        elif kind and len(words) == 1:
+            result.append(f"{flag}={words[0]}")
         else:
             result += [flag, *words]
-        position = end
-    return result
+    return result, texts
+
+
+_OPTIONAL_TEXTS: dict[str, Callable[[str], Any]] = {"str | None": str, "Path | None": Path}
+
+
+def _flags_with_words(args: list[str]) -> list[tuple[str, list[str]]]:
+    """Each flag with the words up to the next one; words before the first flag stand alone."""
+    found: list[tuple[str, list[str]]] = []
+    for argument in args:
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            found.append((flag, [value] if equals else []))
+        elif found:
+            found[-1][1].append(argument)
+        else:
+            found.append((argument, []))
+    return found
+
+
+def _from_yaml(text: str) -> Any:
+    """What `text` says in YAML; the text itself if it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _kinds(cls: type[Any], prefix: str) -> dict[str, str]:

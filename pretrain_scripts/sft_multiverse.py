@@ -11,24 +11,20 @@ from __future__ import annotations
 import logging
 import sys
 
-from megatron_multiverse.cli import parse_options
+from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import TrainConfig
-from megatron_multiverse.errors import MultiverseError
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("megatron").setLevel(logging.WARNING)
-    try:
-        config = parse_options(TrainConfig)
-        from megatron_multiverse.training.signals import EXIT_CODE_STOPPED
-        from megatron_multiverse.training.trainer import train
+    config = parse_options(TrainConfig)
+    from megatron_multiverse.training.signals import EXIT_CODE_STOPPED
+    from megatron_multiverse.training.trainer import train
 
-        result = train(config)
-    except MultiverseError as error:
-        sys.exit(f"error: {error}")
+    result = train(config)
     sys.exit(EXIT_CODE_STOPPED if result.model_folder is None else 0)
 
 
 if __name__ == "__main__":  # saving a checkpoint starts a process that imports this file
-    main()
+    run_tool(main)

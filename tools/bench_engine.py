@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,11 +25,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_multiverse.cli import parse_options
+from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import EngineConfig, LayerConfig, ModelConfig, SamplingParams
 from megatron_multiverse.config.choices import DType
 from megatron_multiverse.dtypes import DTYPES
-from megatron_multiverse.errors import MultiverseError
 from megatron_multiverse.inference import Engine, Request, Result, SamplingArrays
 from megatron_multiverse.inference.text.branch import BranchPath, branch_key
 from megatron_multiverse.kernels.greedy import greedy, token_logprobs
@@ -84,10 +82,7 @@ class BenchConfig:
 def main() -> None:
     """Print a line per case, and write them if asked to."""
     config = parse_options(BenchConfig)
-    try:
-        rows = list(measure(config))
-    except MultiverseError as error:
-        sys.exit(f"error: {error}")
+    rows = list(measure(config))
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         config.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -291,4 +286,4 @@ def device_name(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -16,20 +16,16 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from megatron_multiverse.checkpoints.convert import convert_checkpoint
 from megatron_multiverse.checkpoints.convert_config import ConvertConfig
-from megatron_multiverse.cli import parse_options
-from megatron_multiverse.errors import MultiverseError
+from megatron_multiverse.cli import parse_options, run_tool
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        result = convert_checkpoint(parse_options(ConvertConfig))
-    except MultiverseError as error:
-        sys.exit(f"error: {error}")
+    result = convert_checkpoint(parse_options(ConvertConfig))
     rate = (result.num_bytes - result.resumed_bytes) / max(result.seconds, 1e-9) / 1e9
     done = f"{result.units} units" + (f", {result.resumed_units} of an earlier run" if result.resumed_units else "")
     print(f"wrote {result.folder}: {result.num_bytes / 1e9:.2f} GB, {done}, {result.seconds:.1f} s ({rate:.2f} GB/s)")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

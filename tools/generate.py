@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_multiverse.cli import parse_options
-from megatron_multiverse.errors import MultiverseError
+from megatron_multiverse.cli import parse_options, run_tool
 
 
 def main() -> None:
@@ -21,27 +20,24 @@ def main() -> None:
 
     config = parse_options(GenerateConfig)
     refused = 0
-    try:
-        if config.output is not None:
-            answered, refused = write_answers(config)
-            print(f"wrote {answered} answers to {config.output}")
-        else:
-            for row in generate_answers(config):
-                if "text" not in row:
-                    refused += 1
-                    print(f"-- row {row['index']}: {row['error']}", file=sys.stderr)
-                    continue
-                print(row["text"], flush=True)
-                print(
-                    f"-- row {row['index']}, {row['finish_reason']}: {row['tokens']} tokens, {row['critical_tokens']} "
-                    f"on the longest chain, num_parallel {row['num_parallel']:.2f}, {row['decode_steps']} steps",
-                    file=sys.stderr,
-                )
-    except (MultiverseError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if config.output is not None:
+        answered, refused = write_answers(config)
+        print(f"wrote {answered} answers to {config.output}")
+    else:
+        for row in generate_answers(config):
+            if "text" not in row:
+                refused += 1
+                print(f"-- row {row['index']}: {row['error']}", file=sys.stderr)
+                continue
+            print(row["text"], flush=True)
+            print(
+                f"-- row {row['index']}, {row['finish_reason']}: {row['tokens']} tokens, {row['critical_tokens']} "
+                f"on the longest chain, num_parallel {row['num_parallel']:.2f}, {row['decode_steps']} steps",
+                file=sys.stderr,
+            )
     if refused:
         sys.exit(f"{refused} rows could not be answered; each says why in its field error")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

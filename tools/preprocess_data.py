@@ -10,18 +10,14 @@ from __future__ import annotations
 import logging
 import sys
 
-from megatron_multiverse.cli import parse_options
+from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
-from megatron_multiverse.errors import MultiverseError
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config = parse_options(PreprocessConfig)
-    try:
-        result = preprocess_data(config)
-    except MultiverseError as error:
-        sys.exit(f"error: {error}")
+    result = preprocess_data(config)
     totals, seconds = result.totals, max(result.seconds, 1e-9)
     for line in totals.lines():
         print(line)
@@ -38,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -7,13 +7,11 @@ Example:
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_multiverse.cli import parse_options
+from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import TokenizerType
-from megatron_multiverse.errors import MultiverseError
 from megatron_multiverse.structure import measure
 from megatron_multiverse.views.figures import draw_positions, draw_timeline, draw_visibility
 from megatron_multiverse.views.sample_file import load_view
@@ -40,12 +38,7 @@ class ShowOptions:
 
 def main() -> None:
     options = parse_options(ShowOptions)
-    try:
-        view = load_view(
-            options.input, options.row, options.tokenizer_type, options.tokenizer_model, strict=options.strict
-        )
-    except MultiverseError as error:
-        sys.exit(f"error: {error}")
+    view = load_view(options.input, options.row, options.tokenizer_type, options.tokenizer_model, strict=options.strict)
     draw_visibility(view, options.output_dir / "visibility.png")
     draw_positions(view, options.output_dir / "positions.png")
     draw_timeline(ideal_timeline(view), options.output_dir / "timeline.png", sequential=sequential_timeline(view))
@@ -57,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

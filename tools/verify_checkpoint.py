@@ -10,8 +10,7 @@ import json
 import logging
 import sys
 
-from megatron_multiverse.cli import parse_options
-from megatron_multiverse.errors import MultiverseError
+from megatron_multiverse.cli import parse_options, run_tool
 
 
 def main() -> None:
@@ -22,10 +21,7 @@ def main() -> None:
     if len(arguments) >= 2 and not any(word.startswith("-") for word in arguments[:2]):
         arguments = ["--first", arguments[0], "--second", *arguments[1:]]
     options = parse_options(VerifyOptions, arguments)
-    try:
-        result = verify_checkpoints(options)
-    except MultiverseError as error:
-        sys.exit(f"error: {error}")
+    result = verify_checkpoints(options)
     for line in report_lines(result):
         print(line)
     if options.report is not None:
@@ -36,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

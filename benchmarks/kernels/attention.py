@@ -32,7 +32,7 @@ from benchmarks.kernels.attention_rivals import (
 from benchmarks.kernels.cases import CASES, make_labels
 from benchmarks.kernels.record import Recorder
 from benchmarks.kernels.timing import Step, in_turns, matmul_rate
-from megatron_multiverse.cli import parse_options
+from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.kernels.multiverse_attention import AttentionLayout, flash4, tile_lists
 
 TOLERANCE = 1e-2
@@ -238,4 +238,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.kernels.cases import make_labels
 from benchmarks.kernels.record import Recorder
 from benchmarks.kernels.timing import Step, in_turns
-from megatron_multiverse.cli import parse_options
+from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.model.families import preset
@@ -310,4 +310,4 @@ def record(
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels.record import RESULTS
-from megatron_multiverse.cli import parse_options
+from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.errors import ConfigError
 
 COLORS = {
@@ -108,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.kernels.record import Recorder
 from benchmarks.kernels.timing import Step, in_turns
-from megatron_multiverse.cli import parse_options
+from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.kernels.rope import (
     inverse_frequencies,
     rope_angles,
@@ -214,4 +214,4 @@ def transformer_engine_rope() -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -13,7 +13,7 @@ from benchmarks.kernels.attention_rivals import block_mask_maker
 from benchmarks.kernels.cases import CASES, TAG_IDS, make_ids
 from benchmarks.kernels.record import Recorder
 from benchmarks.kernels.timing import Step, in_turns
-from megatron_multiverse.cli import parse_options
+from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan, structure_scan_reference
 
 NOTE = (
@@ -133,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -110,4 +110,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from megatron_multiverse.cli import run_tool
+
+    run_tool(main)

@@ -102,4 +102,6 @@ def heading(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from megatron_multiverse.cli import run_tool
+
+    run_tool(main)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
-from megatron_multiverse.cli import parse_options
+from megatron_multiverse.cli import parse_options, run_tool
+from megatron_multiverse.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,3 +67,83 @@ def test_fields_of_nested_dataclasses_are_flags_after_a_dot(capsys: pytest.Captu
     with pytest.raises(SystemExit):
         parse_options(Outer, ["--help"])
     assert "--engine.page-size" in capsys.readouterr().out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """A tool with texts."""
+
+    prompt: str | None = None
+    """Text."""
+    output: Path | None = None
+    """A path."""
+    stop: list[str] = field(default_factory=list)
+    """Texts."""
+    limit: int | None = 3
+    """A number or nothing."""
+
+
+@pytest.mark.parametrize("text", ["# Explain it", "null", "~", "", "[1, 2]", "a: b", '"quoted"', "-5 + 3", "é\n😀"])
+def test_texts_are_taken_as_they_are_written(text: str) -> None:
+    assert parse_options(Texts, ["--prompt", text]).prompt == text
+    assert parse_options(Texts, [f"--prompt={text}"]).prompt == text
+    assert parse_options(Texts, ["--output", text]).output == Path(text)
+    assert parse_options(Texts, ["--stop", text, "b"]).stop == [text, "b"]
+
+
+def test_null_still_unsets_what_is_no_text() -> None:
+    assert parse_options(Texts, ["--limit", "null"]).limit is None
+    assert parse_options(Texts, ["--stop", "[a, b]"]).stop == ["a", "b"]
+    assert parse_options(Texts, ["--stop", "["]).stop == ["["]
+
+
+@pytest.mark.parametrize("flag", ["--pro", "--prom=x", "--lim"])
+def test_shortened_flags_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_options(Texts, [flag, "1"])
+    assert flag.partition("=")[0] in capsys.readouterr().err
+
+
+class NotAnException(BaseException):
+    """As torch's CheckpointException is."""
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ConfigError("field is 3\nallowed: 4"), "error: field is 3 allowed: 4"),
+        (FileNotFoundError(2, "No such file or directory", "a.json"), "error: a.json: No such file or directory"),
+        (KeyError("lr"), "error: KeyError: 'lr' (this case"),
+        (NotAnException("damaged\ndata"), "error: NotAnException: damaged data (this case"),
+    ],
+)
+def test_any_error_ends_a_tool_with_one_line(
+    error: BaseException, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["tool"])
+    with pytest.raises(SystemExit) as ended:
+        run_tool(fail)
+    assert str(ended.value).startswith(shown)
+    assert "\n" not in str(ended.value)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.argv", ["tool", "--debug", "--x"])
+    with pytest.raises(SystemExit):
+        run_tool(fail)
+    assert "Traceback" in capsys.readouterr().err
+    assert sys.argv == ["tool", "--x"]
+
+
+def test_an_interrupt_ends_with_its_own_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["tool"])
+    with pytest.raises(SystemExit) as ended:
+        run_tool(interrupt)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
