@@ -374,7 +374,8 @@ class Scheduler:
 
 def goes_on_after(branch: Branch, length: int) -> bool:
     """Whether a branch has written `length` tokens and goes on with one that is drawn."""
-    return len(branch.ids) == length and branch.finish is None and branch.open_block is None
+    all_joined = not branch.blocks or branch.blocks[-1].joined
+    return len(branch.ids) == length and branch.finish is None and all_joined
 
 
 def cache_block(branch: Branch) -> Block | None:

@@ -4,7 +4,7 @@
 
 answers a problem of the quickstart with its model and traces every step. It prints one of each kind: a step that only
 decodes, one that writes a fork or a join, and one that makes it in the cache. Calls into other packages do not count,
-nor do comprehensions.
+nor do comprehensions. What lies below the model's forward pass is counted on its own.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class Trace:
 
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(file, function) -> number of calls."""
+    forward: set[str] = field(default_factory=set)
+    """Files of the forward pass: the layers' products, attention, and their kernels."""
     deepest: list[str] = field(default_factory=list)
     """Our own frames where they were most, outermost first."""
 
@@ -34,6 +36,9 @@ class Trace:
         """For `sys.setprofile`."""
         name = own_name(frame)
         if event == "call" and name is not None:
+            if in_forward(frame):
+                self.forward.add(name[0])
+                return
             self.calls[name] += 1
             frames = own_frames(frame)
             if len(frames) > len(self.deepest):
@@ -54,7 +59,8 @@ class Trace:
         files = [
             f"  {file}: {', '.join(name for where, name in self.calls if where == file)}" for file in sorted(self.files)
         ]
-        return [head, *files, f"  deepest, {len(self.deepest)} frames: {' > '.join(self.deepest)}"]
+        below = f"  forward pass, {len(self.forward)} files: {', '.join(sorted(self.forward))}"
+        return [head, *files, below, f"  deepest, {len(self.deepest)} frames: {' > '.join(self.deepest)}"]
 
 
 def own_name(frame: FrameType) -> tuple[str, str] | None:
@@ -63,6 +69,16 @@ def own_name(frame: FrameType) -> tuple[str, str] | None:
     if function.startswith("<") or not path.startswith(OWN):
         return None
     return path[len(str(ROOT)) + 1 :], function
+
+
+def in_forward(frame: FrameType) -> bool:
+    """Whether the model's forward pass called this function."""
+    above = frame.f_back
+    while above is not None:
+        if above.f_code.co_qualname == "PagedForward.__call__":
+            return True
+        above = above.f_back
+    return False
 
 
 def own_frames(frame: FrameType | None) -> list[str]:

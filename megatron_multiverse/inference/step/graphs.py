@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_multiverse.inference.step.forward import PagedForward
 from megatron_multiverse.inference.step.kv_store import KVStore
 from megatron_multiverse.inference.step.plan import StepPlan
-from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler
+from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, pack
 from megatron_multiverse.inference.step.tensors import StepTensors, known_ids
 from megatron_multiverse.kernels.tree_decode import DeviceWork, Work, divide_work, processors
 
@@ -121,12 +121,6 @@ class StepGraphs:
             return pack(*sampling.draw(logits[:, : self.vocab_size], noise=kind.draw == "noise"))
 
         return step
-
-
-def pack(tokens: Tensor, logprobs: Tensor) -> Tensor:
-    """Tokens int64 [rows] and log-probabilities [rows] as int64 [2, rows], which travels to the host in one copy: the
-    log-probabilities as the bits of a float64."""
-    return torch.stack((tokens, logprobs.double().view(torch.int64)))
 
 
 def _draw(plan: StepPlan, sampler: Sampler) -> str:

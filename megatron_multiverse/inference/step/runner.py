@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_multiverse.inference.step.forward import PagedForward
-from megatron_multiverse.inference.step.graphs import StepGraphs, pack
+from megatron_multiverse.inference.step.graphs import StepGraphs
 from megatron_multiverse.inference.step.kv_store import KVStore, PagedParams
 from megatron_multiverse.inference.step.plan import StepOutput, StepPlan
-from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler
+from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler, pack
 from megatron_multiverse.inference.step.tensors import StepTensors
 
 MOST_ROWS = 1 << 16
