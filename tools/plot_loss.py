@@ -1,30 +1,42 @@
-"""Loss curves of one or more runs, from their metrics.jsonl, as a PNG.
+"""Loss curves of one or more runs, from their metrics.jsonl, as a picture.
 
 Example:
-    python tools/plot_loss.py --runs runs/a runs/b --output loss.png
+    python tools/plot_loss.py --runs runs/a runs/b --output loss.png --smooth 10 --log-scale
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_multiverse.errors import MultiverseError
+from megatron_multiverse.cli import parse_options
+from megatron_multiverse.errors import ConfigError, MultiverseError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Draw the loss curves of one or more runs."""
+
+    runs: list[str] = field(default_factory=list)
+    """Run folders (checkpoint.save)."""
+    output: str = "loss.png"
+    """Picture to write: .png, .pdf, .svg and what else matplotlib can draw."""
+    smooth: int = 1
+    """Running mean over this many log lines."""
+    log_scale: bool = False
+    """Logarithmic loss axis."""
 
 
 def main() -> None:
-    from jsonargparse import ArgumentParser
-
+    options = parse_options(Options)
     from megatron_multiverse.views.loss_curves import plot_loss
 
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", nargs="+", type=Path, required=True, help="run folders (checkpoint.save)")
-    parser.add_argument("--output", type=Path, default=Path("loss.png"), help="PNG to write")
-    parser.add_argument("--smooth", type=int, default=1, help="running mean over this many log lines")
-    parser.add_argument("--log_scale", action="store_true", help="logarithmic loss axis")
-    options = parser.parse_args()
     try:
-        plot_loss(options.runs, options.output, smooth=options.smooth, log_scale=options.log_scale)
+        if not options.runs:
+            raise ConfigError("--runs is missing: name one or more run folders")
+        folders, output = [Path(run) for run in options.runs], Path(options.output)
+        plot_loss(folders, output, smooth=options.smooth, log_scale=options.log_scale)
     except MultiverseError as error:
         sys.exit(f"error: {error}")
     print(f"wrote {options.output}")

@@ -30,6 +30,8 @@ class AttentionCase:
 class AttentionLayout:
     """Labels and places of queries and keys. It keeps the plan that a backend makes from them, for all layers.
 
+    So the tensors must not change afterwards: a microbatch with other labels gets another layout.
+
     Without `key_r` queries and keys are the same tokens. With it they are different ones (context parallelism: the
     queries of this rank, the keys of all ranks); then `index` and `key_index` say where each stands in its row.
 
@@ -51,6 +53,8 @@ class AttentionLayout:
     lists: TileLists | None = None
     """Tile lists of these labels, padded to whole tiles only, if they were made already (by `structure_scan`)."""
     _plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    _versions: tuple[int, ...] = field(default=(), init=False, repr=False)
+    """How often the tensors had been changed in place when the first plan was made."""
 
     def __post_init__(self) -> None:
         given = {
@@ -96,7 +100,21 @@ class AttentionLayout:
             raise ValueError(f"{shapes}; the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key heads")
 
     def plan(self, prepare: Callable[[AttentionLayout, AttentionCase], Any], case: AttentionCase) -> Any:
-        """What a backend's `prepare` makes of this layout in this case: made at the first call, then kept."""
+        """What a backend's `prepare` makes of this layout in this case: made at the first call, then kept.
+
+        Raises:
+            ValueError: labels or places were changed in place since; a plan would belong to what they were.
+        """
+        versions = self._current_versions()
+        if not self._plans:
+            self._versions = versions
+        elif versions != self._versions:
+            raise ValueError("the labels of this layout were changed in place: make a new AttentionLayout of them")
         if (prepare, case) not in self._plans:
             self._plans[prepare, case] = prepare(self, case)
         return self._plans[prepare, case]
+
+    def _current_versions(self) -> tuple[int, ...]:
+        tensors = (self.r, self.index, self.key_r, self.key_index)
+        # Tensors made in inference mode do not count their changes.
+        return tuple(tensor._version for tensor in tensors if tensor is not None and not tensor.is_inference())

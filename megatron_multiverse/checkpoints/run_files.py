@@ -1,10 +1,13 @@
 """The names of the files in a folder of checkpoints, as Megatron, the trainer and the converter write them.
 
 RUN/latest_checkpointed_iteration.txt   which checkpoint is in force: a step, or "release"
-RUN/iter_0000100/                       the checkpoint of a step
+RUN/iter_0000100/                       the checkpoint of a step; the trainer's own hold these beside the tensors:
+    model_config.json                   the shape of the model
+    train_config.json                   the settings of the run
+    tokenizer_record.json               type, fingerprint and size of the tokenizer beside it, ids of its tags
 RUN/release/                            weights without training state
-RUN/model/                              the weights at the end of training, as a model folder
-RUN/model_config.json                   the shape of the model
+RUN/model/                              the weights at the end of training, as a model folder, with their tokenizer
+RUN/model_config.json                   the shape of the model of converted weights
 RUN/conversion.json                     where converted weights came from
 RUN/metrics.jsonl                       what a training run reported, a line a time
 """
@@ -15,6 +18,8 @@ import re
 
 POINTER_FILE = "latest_checkpointed_iteration.txt"
 MODEL_CONFIG_FILE = "model_config.json"
+TRAIN_CONFIG_FILE = "train_config.json"
+TOKENIZER_RECORD_FILE = "tokenizer_record.json"
 RECORD_FILE = "conversion.json"
 METRICS_FILE = "metrics.jsonl"
 RELEASE = "release"

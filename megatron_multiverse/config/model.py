@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_multiverse.config.strict import check, check_choices, dataclass_from_mapping
+from megatron_multiverse.config.strict import check, check_choices, check_finite, dataclass_from_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         check_choices(self, "rope_scaling.")
+        check_finite(self, "rope_scaling.")
         check(self.factor >= 1, f"rope_scaling.factor must be at least 1, got {self.factor}")
         low, high = self.low_freq_factor, self.high_freq_factor
         check(0 < low < high, f"rope_scaling: 0 < low_freq_factor ({low}) < high_freq_factor ({high}) must hold")
@@ -69,6 +70,7 @@ class ModelConfig:
     """Tied input and output embeddings."""
 
     def __post_init__(self) -> None:
+        check_finite(self, "model.")
         for field_ in dataclasses.fields(self):
             value = getattr(self, field_.name)
             if type(value) is int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -34,6 +35,13 @@ def check_choices(config: Any, where: str) -> None:
             value = getattr(config, name)
             shown = ", ".join(map(str, allowed))
             check(value in allowed, f"{where}{name} is {value!r}, allowed: {shown}")
+
+
+def check_finite(config: Any, where: str) -> None:
+    """Raise ConfigError if a number of a dataclass is infinite or not a number; YAML reads .inf and .nan as such."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        check(not isinstance(value, float) or math.isfinite(value), f"{where}{field.name} must be finite, got {value}")
 
 
 def dataclass_from_mapping(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:

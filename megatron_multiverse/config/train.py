@@ -15,7 +15,7 @@ from megatron_multiverse.config.choices import DType, TokenizerType
 from megatron_multiverse.config.layers import LayerConfig
 from megatron_multiverse.config.model import ModelConfig
 from megatron_multiverse.config.parallel import ParallelConfig
-from megatron_multiverse.config.strict import check, check_choices, dataclass_from_mapping
+from megatron_multiverse.config.strict import check, check_choices, check_finite, dataclass_from_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,11 @@ class OptimConfig:
     """Largest global gradient norm; 0 switches clipping off (the norm is still logged)."""
 
     def __post_init__(self) -> None:
+        check_finite(self, "optim.")
         check(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
         check(0 <= self.min_lr <= self.lr, f"optim.min_lr ({self.min_lr}) must lie in [0, optim.lr={self.lr}]")
-        for name in ("lr_warmup_iters", "lr_decay_iters", "lr_wsd_decay_iters", "weight_decay", "clip_grad"):
+        names = ("lr_warmup_iters", "lr_decay_iters", "lr_wsd_decay_iters", "weight_decay", "adam_eps", "clip_grad")
+        for name in names:
             check(getattr(self, name) >= 0, f"optim.{name} must not be negative, got {getattr(self, name)}")
         for name in ("adam_beta1", "adam_beta2"):
             check(0 <= getattr(self, name) < 1, f"optim.{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -127,7 +129,10 @@ class LogConfig:
     """Peak of the device in TFLOP/s for MFU; unset looks the device up by name, unknown devices show n/a."""
 
     def __post_init__(self) -> None:
+        check_finite(self, "log.")
         check(self.log_interval >= 1, f"log.log_interval must be at least 1, got {self.log_interval}")
+        peak = self.peak_tflops
+        check(peak is None or peak > 0, f"log.peak_tflops must be positive, got {peak}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +149,9 @@ class TrainConfig:
     """Name of a published shape for a fresh model, e.g. qwen2.5-7b; model/families.py lists them."""
     init_from: str | None = None
     """Checkpoint to start from, weights and config: Hugging Face, megatron-core, or a model folder of the trainer."""
+    add_control_tokens: bool = False
+    """Make rows for the structure tags that the tokenizer of init_from lacks, each the mean of the rows of the pieces
+    of its text, as tools/convert_checkpoint.py --add-control-tokens does. Without it such a model is refused."""
     layers: LayerConfig = field(default_factory=LayerConfig)
     """Attention kernel, layer spec, FP8 and activation recompute."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -172,6 +180,10 @@ class TrainConfig:
         check(
             sum(value is not None for value in (self.model, self.model_preset, self.init_from)) == 1,
             "give exactly one of `model` and `model_preset` (fresh weights) and `init_from` (a saved model folder)",
+        )
+        check(
+            self.init_from is not None or not self.add_control_tokens,
+            "add_control_tokens has no effect without init_from: a fresh model has random rows for all tokens alike",
         )
         check(self.train_iters >= 1, f"train_iters must be at least 1, got {self.train_iters}")
         check(self.eval_interval >= 0, f"eval_interval must not be negative, got {self.eval_interval}")

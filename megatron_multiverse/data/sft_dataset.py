@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,8 @@ class SFTDataset:
             lays them out as plain text and says why in `Sample.problem`.
 
     Raises:
-        DataError: a file is missing or empty, or its documents do not consist of two sequences.
+        DataError: a file is missing, empty or damaged, the files of a prefix do not belong together, or its documents
+            do not consist of two sequences.
     """
 
     def __init__(
@@ -102,6 +104,12 @@ class SFTDataset:
         """Prefix and number of document `index`, as errors and reports name it."""
         part, document = self._place(index)
         return f"{self.prefixes[part]} document {document}"
+
+    def last_token(self, index: int) -> int | None:
+        """The last id of document `index`; None if its response is empty."""
+        part, document = self._place(index)
+        response = self._parts[part][document * SEQUENCES_PER_DOCUMENT + 1]
+        return int(response[-1]) if len(response) else None
 
     def _place(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -199,6 +207,24 @@ def _hash_content(path: Path, digest: hashlib._Hash, *, places: int = 64, size: 
             digest.update(file.read(size))
 
 
+def read_manifest(prefix: str) -> dict[str, Any] | None:
+    """What tools/preprocess_data.py wrote down about PREFIX.bin/.idx; None if there is no manifest.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    file = Path(f"{prefix}_manifest.json")
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} is damaged ({error}): run tools/preprocess_data.py again") from error
+    if not isinstance(manifest, dict):
+        raise DataError(f"{file} is damaged (no JSON object): run tools/preprocess_data.py again")
+    return manifest
+
+
 def _open(prefix: str) -> Any:
     for suffix in (".bin", ".idx"):
         file = Path(prefix + suffix)
@@ -209,10 +235,57 @@ def _open(prefix: str) -> Any:
     # Imported here: it brings torch and takes seconds, which the rest of the package does not need.
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    dataset = IndexedDataset(prefix)
-    if not np.all(np.diff(dataset.document_indices) == SEQUENCES_PER_DOCUMENT):
+    try:
+        dataset = IndexedDataset(prefix)
+        documents = dataset.document_indices
+    except Exception as error:  # it parses the header with assertions, struct and numpy
+        raise DataError(f"{prefix}.idx is damaged ({_first_line(error)}): {_AGAIN}") from error
+    _check_index(prefix, dataset)
+    if not np.array_equal(documents, np.arange(0, len(dataset.sequence_lengths) + 1, SEQUENCES_PER_DOCUMENT)):
         raise DataError(
             f"{prefix}: each document must hold two sequences, prompt and response; make the files with "
             "tools/preprocess_data.py"
         )
+    _check_manifest(prefix, dataset.sequence_lengths)
     return dataset
+
+
+_AGAIN = "copy both files again, or run tools/preprocess_data.py again"
+
+
+def _check_index(prefix: str, dataset: Any) -> None:
+    """The lengths of the .idx must fill the .bin, one sequence after the other."""
+    lengths, itemsize = dataset.sequence_lengths.astype(np.int64), dataset.index.dtype_size
+    size, ends = Path(f"{prefix}.bin").stat().st_size, np.cumsum(lengths) * itemsize
+    if lengths.min(initial=0) < 0 or not np.array_equal(dataset.index.sequence_pointers, ends - lengths * itemsize):
+        raise DataError(f"{prefix}.idx is damaged (its lengths and places contradict each other): {_AGAIN}")
+    expected = int(ends[-1]) if len(ends) else 0
+    if size != expected:
+        raise DataError(
+            f"{prefix}.bin has {size} bytes, {prefix}.idx asks for {expected}: one of them is cut off or of another "
+            f"run; {_AGAIN}"
+        )
+
+
+def _check_manifest(prefix: str, lengths: npt.NDArray[np.int32]) -> None:
+    """Documents and tokens must be those that were counted when the files were written."""
+    totals = (read_manifest(prefix) or {}).get("totals")
+    if not isinstance(totals, dict):
+        return
+    prompts, responses = lengths.reshape(-1, SEQUENCES_PER_DOCUMENT).sum(axis=0, dtype=np.int64)
+    documents = len(lengths) // SEQUENCES_PER_DOCUMENT
+    # The end tokens that --append-eod adds, at most one per document, are not counted in response_tokens.
+    for name, value, uncounted in (
+        ("documents", documents, 0),
+        ("prompt_tokens", int(prompts), 0),
+        ("response_tokens", int(responses), documents),
+    ):
+        if not 0 <= value - totals.get(name, value) <= uncounted:
+            raise DataError(
+                f"{prefix}.idx holds {value} {name.replace('_', ' ')}, {prefix}_manifest.json says {totals[name]}: "
+                f"they are of different runs; {_AGAIN}"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

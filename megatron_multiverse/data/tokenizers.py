@@ -33,8 +33,10 @@ class MultiverseTokenizer(ABC):
         structure_vocab: ids of tags, newline and label pieces.
         eod: id that ends a document, or None if the tokenizer has none.
         chat_template: jinja template that wraps a user turn, or None.
+        added_tags: the tags that were not in the vocabulary as it was read, and got ids after it.
     """
 
+    added_tags: tuple[str, ...] = ()
     eod: int | None = None
     chat_template: str | None = None
     id_to_text: list[str]
@@ -129,6 +131,7 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
                 raise ConfigError(f"{tokenizer_model}: the token {tag} swallows blanks beside it (lstrip/rstrip)")
         missing = [tag for tag in TAGS if tag not in known]
         _refuse_gaps(self._backend, len(missing), tokenizer_model)
+        self.added_tags = tuple(missing)
         self._backend.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in missing])
         self.eod = self._special_id("eos_token")
         self.chat_template = default_template(self._config.get("chat_template"))
@@ -190,6 +193,7 @@ class SentencePieceTokenizer(MultiverseTokenizer):
         proto = keep_blanks(path.read_bytes())
         model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         missing = [tag for tag in TAGS if _is_unknown(model, tag)]
+        self.added_tags = tuple(missing)
         for tag in set(TAGS) - set(missing):
             if model.IsControl(model.PieceToId(tag)):
                 raise ConfigError(

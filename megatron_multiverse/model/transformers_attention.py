@@ -28,15 +28,26 @@ from megatron_multiverse.structure import StructureVocab, lay_out, parse
 
 NAME = "multiverse"
 IGNORED_LABEL = -100
-# The layout of a forward pass, by its labels: the first layer makes it, the others use it, and it goes when r goes.
+# The layout of a forward pass, by its labels: the first layer makes it, the others use it. It goes when r goes or the
+# next pass begins: r may be a buffer that the caller fills anew for each pass, which the tensor itself does not tell.
 _layouts: MutableMapping[Tensor, AttentionLayout] = WeakTensorKeyDictionary()
 
 
 def register_attention() -> None:
-    """Make `attn_implementation="multiverse"` known to transformers (4.48 or newer). Calling it twice is harmless."""
-    from transformers.masking_utils import AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface
+    """Make `attn_implementation="multiverse"` known to transformers (4.53 or newer). Calling it twice is harmless.
 
+    Raises:
+        ConfigError: transformers is older.
+    """
+    import transformers
+
+    try:
+        from transformers.masking_utils import AttentionMaskInterface
+        from transformers.modeling_utils import AttentionInterface
+    except ImportError as error:
+        raise ConfigError(
+            f"transformers {transformers.__version__} lets nobody register attention masks: install 4.53 or newer"
+        ) from error
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, _padding_only)
 
@@ -80,6 +91,7 @@ def attention_forward(
     dropout: float = 0.0,
     r: Tensor | None = None,
     sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """One layer's attention, as transformers calls it.
@@ -94,6 +106,7 @@ def attention_forward(
         dropout: must be 0.
         r: int labels [b, s] (structure.Layout.r), handed through the model's forward.
         sliding_window: must be None.
+        position_ids: int [b, s] or [1, s], handed through by transformers; only looked at.
 
     Returns:
         [b, s, h, d] and no weights.
@@ -118,15 +131,33 @@ def attention_forward(
             f"structure.padding_layout) nor dropout ({dropout}) nor a sliding window ({sliding_window})"
         )
     if r not in _layouts:
+        _check_positions(r, position_ids)
         # The dictionary is weak in its keys only: a value that referred to r itself would keep the entry for ever.
         _layouts[r] = AttentionLayout(r.detach())
     out = multiverse_attention(query, key, value, _layouts[r], softmax_scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
+def _check_positions(r: Tensor, position_ids: Tensor | None) -> None:
+    """transformers counts positions from 0 to s - 1 where it is given none; with blocks or packed documents, whose
+    labels do not count likewise, positions begin again somewhere.
+
+    Raises:
+        ConfigError: the positions were left out.
+    """
+    index = torch.arange(r.shape[1], device=r.device)
+    if position_ids is not None and bool((position_ids == index).all()) and not bool((r == index).all()):
+        raise ConfigError(
+            "position_ids count from 0 to s - 1, but r says that there are paths or several documents: pass the "
+            "position_ids that model_inputs makes beside r"
+        )
+
+
 def _padding_only(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """The mask that transformers asks for before the first layer: none, unless there is padding (refused later).
 
-    transformers' own masks would take every step back in the positions for the start of a packed document.
+    transformers' own masks would take every step back in the positions for the start of a packed document. Since it
+    asks once for each forward pass, this is where the layouts of the pass before are forgotten.
     """
+    _layouts.clear()
     return None if attention_mask is None or bool(attention_mask.all()) else attention_mask

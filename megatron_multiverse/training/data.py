@@ -1,42 +1,47 @@
-"""From DataConfig to the loaders of a run. Nothing else in training/ imports the data package."""
+"""From the configuration to the loaders of a run, and what must hold between data, tokenizer and model."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
-from megatron_multiverse.config import DataConfig
+from megatron_multiverse.config import DataConfig, TrainConfig
 from megatron_multiverse.data.loader import SFTLoader
-from megatron_multiverse.data.sft_dataset import SFTDataset
+from megatron_multiverse.data.sft_dataset import SFTDataset, read_manifest
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.errors import ConfigError, DataError
+from megatron_multiverse.training.start import check_start
 
 logger = logging.getLogger(__name__)
 
 
-def build_loaders(config: DataConfig, seed: int, vocab_size: int) -> tuple[SFTLoader, SFTLoader | None]:
-    """Training loader, and validation loader if there are validation prefixes.
+def build_loaders(config: TrainConfig, vocab_size: int) -> tuple[SFTLoader, SFTLoader | None, MultiverseTokenizer]:
+    """Training loader, validation loader if there are validation prefixes, and the tokenizer of both.
+
+    Args:
+        config: the run.
+        vocab_size: rows of the model's vocabulary.
 
     Raises:
-        ConfigError: the model has fewer rows than the tokenizer has ids, or the data were made with another tokenizer.
+        ConfigError: the model has fewer rows than the tokenizer has ids or none for its tags, or the data were made
+            with another tokenizer.
         DataError: files are missing or damaged.
     """
-    tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
-    for prefix in (*config.data_prefixes, *config.valid_prefixes):
-        check_tokenizer(prefix, tokenizer, config.tokenizer_model)
+    data = config.data
+    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
+    for prefix in (*data.data_prefixes, *data.valid_prefixes):
+        check_tokenizer(prefix, tokenizer, data.tokenizer_model)
+    check_start(config, tokenizer)
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"model.vocab_size ({vocab_size}) is below the tokenizer's ({tokenizer.vocab_size}, "
-            f"{config.tokenizer_model}): raise it, or add the tags to a saved model with "
-            "tools/convert_checkpoint.py --add-control-tokens"
+            f"the model has {vocab_size} rows for the {tokenizer.vocab_size} ids of the tokenizer "
+            f"({data.tokenizer_model}): raise model.vocab_size of a fresh model, or set add_control_tokens to true, "
+            "which adds rows for the structure tags to the model of init_from"
         )
-    valid = config.valid_prefixes
-    return (
-        _loader(config, config.data_prefixes, tokenizer, seed, config.num_workers),
-        _loader(config, valid, tokenizer, seed, num_workers=0) if valid else None,
-    )
+    train = _loader(data, data.data_prefixes, tokenizer, config.seed, data.num_workers)
+    warn_of_missing_ends(train.dataset, tokenizer.eod)
+    valid = _loader(data, data.valid_prefixes, tokenizer, config.seed, num_workers=0) if data.valid_prefixes else None
+    return train, valid, tokenizer
 
 
 def check_tokenizer(prefix: str, tokenizer: MultiverseTokenizer, tokenizer_model: str) -> None:
@@ -46,20 +51,36 @@ def check_tokenizer(prefix: str, tokenizer: MultiverseTokenizer, tokenizer_model
         ConfigError: the tokenizers differ.
         DataError: the manifest cannot be read.
     """
-    manifest_path = Path(f"{prefix}_manifest.json")
-    if not manifest_path.is_file():
-        logger.warning("no %s: cannot tell whether %s was made with this tokenizer", manifest_path, prefix)
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        logger.warning("no %s_manifest.json: cannot tell whether %s was made with this tokenizer", prefix, prefix)
         return
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         made_with, model = manifest["tokenizer_sha256"], manifest["tokenizer_model"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{manifest_path} is damaged ({error!r}); run tools/preprocess_data.py again") from error
+    except KeyError as error:
+        raise DataError(
+            f"{prefix}_manifest.json is damaged (it has no {error}): run tools/preprocess_data.py again"
+        ) from error
     if made_with != tokenizer.fingerprint():
         raise ConfigError(
             f"{prefix} was made with the tokenizer {model} ({made_with[:12]}), but data.tokenizer_model is "
             f"{tokenizer_model} ({tokenizer.fingerprint()[:12]}): name the same tokenizer, or preprocess again"
         )
+
+
+def warn_of_missing_ends(dataset: SFTDataset, eod: int | None, *, looked_at: int = 256) -> None:
+    """Warn if no response ends with the token that ends an answer: a model that never sees it never stops.
+
+    Args:
+        dataset: the training data.
+        eod: id of that token, if the tokenizer has one.
+        looked_at: how many documents, evenly spread, are looked at.
+    """
+    step = max(1, len(dataset) // looked_at)
+    if eod is not None and any(dataset.last_token(document) == eod for document in range(0, len(dataset), step)):
+        return
+    why = "the tokenizer names no such token" if eod is None else "preprocess with --append-eod"
+    logger.warning("no response ends with an end token, so the model will not learn to end its answers: %s", why)
 
 
 def _loader(

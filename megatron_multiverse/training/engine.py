@@ -98,7 +98,7 @@ class TrainEngine(Protocol):
         ...
 
     def validate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
-        """Mean loss over the trained tokens of the microbatches of all ranks, and how many tokens that were.
+        """Mean loss over the trained tokens of the microbatches of all ranks, and how many those were; NaN without any.
 
         Changes no weight and no random generator, and waits for the device.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -65,13 +66,16 @@ def forward_backward(model: nn.Module, microbatches: Sequence[Microbatch], place
 def mean_loss(
     model: nn.Module, microbatches: Iterable[Microbatch], placer: TokenPlacer, dtype: str
 ) -> tuple[float, int]:
-    """Mean loss over the trained tokens of the microbatches, and how many tokens that were (waits for the device)."""
+    """Mean loss over the trained tokens of the microbatches, and how many tokens that were (waits for the device).
+
+    Without any trained token the loss is NaN.
+    """
     total, count = torch.zeros((), dtype=torch.float64, device=placer.device), 0
     for batch in microbatches:
         with precision(dtype, placer.device):
             total += masked_loss_sum(model, batch, placer)[0]
         count += int(batch["loss_mask"].sum())
-    return float(total) / max(1, count), count
+    return float(total) / count if count else math.nan, count
 
 
 @contextlib.contextmanager

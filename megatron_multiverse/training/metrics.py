@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,22 @@ from torch import Tensor
 
 from megatron_multiverse.checkpoints.run_files import METRICS_FILE
 from megatron_multiverse.config import LayerConfig, ModelConfig
+from megatron_multiverse.errors import TrainingError
 from megatron_multiverse.training.flops import training_flops
 
 logger = logging.getLogger(__name__)
 
 
 class StepMeter:
-    """Sums since the last log line."""
+    """Sums since the last log line.
+
+    Attributes:
+        has_trained: whether any token was trained since the process started.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.has_trained = False
         self.reset()
 
     def reset(self) -> None:
@@ -35,7 +41,7 @@ class StepMeter:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.visible_pairs = torch.zeros((), dtype=torch.int64, device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
-        self.steps = self.tokens = self.loss_tokens = 0
+        self.steps = self.tokens = self.loss_tokens = self.untrained_steps = 0
         self.waited_s = 0.0
         self.started = time.perf_counter()
 
@@ -47,15 +53,34 @@ class StepMeter:
         self.steps += 1
         self.tokens += tokens
         self.loss_tokens += loss_tokens
+        self.untrained_steps += loss_tokens == 0
+        self.has_trained |= loss_tokens > 0
+
+    def check_trained(self, step: int) -> None:
+        """Warn of steps since the last log line that trained no token; their updates are momentum and decay alone.
+
+        Args:
+            step: the last one.
+
+        Raises:
+            TrainingError: no step has trained any token.
+        """
+        if not self.has_trained:
+            raise TrainingError(
+                f"no token was trained up to step {step}: every response is empty. Preprocess with the column of the "
+                "answers in --json-keys, and look at rows with tools/show_structure.py"
+            )
+        if self.untrained_steps:
+            logger.warning("%d of the %d steps up to %d trained no token", self.untrained_steps, self.steps, step)
 
     def read(self, config: ModelConfig, peak_tflops: float | None) -> dict[str, float | None]:
-        """Numbers of the interval, then start the next one. Waits for the device.
+        """Numbers of the interval, then start the next one. Waits for the device. No trained token: the loss is NaN.
 
         Args:
             config: shape of the model, for its FLOPs.
             peak_tflops: of all devices of the run together; None if it is not known, then there is no MFU.
         """
-        loss = float(self.loss_sum) / max(1, self.loss_tokens)
+        loss = float(self.loss_sum) / self.loss_tokens if self.loss_tokens else math.nan
         seconds = time.perf_counter() - self.started
         tflops = training_flops(config, self.tokens, int(self.visible_pairs)) / seconds / 1e12
         numbers: dict[str, float | None] = {
@@ -88,6 +113,7 @@ class MetricsWriter:
     def __init__(self, folder: str | Path, train_iters: int) -> None:
         self.train_iters = train_iters
         self.path = Path(folder) / METRICS_FILE
+        end_unfinished_line(self.path)
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
@@ -115,33 +141,34 @@ class MetricsWriter:
         self.write("train", step, lr=lr, eta_s=eta_s, consumed_samples=consumed_samples, **numbers)
         mfu = numbers["mfu"]
         logger.info(
-            "step %d/%d | loss %.4f | lr %.3e | grad norm %.3f | %.0f tokens/s | MFU %s | %.2f GiB | ETA %s",
-            step, self.train_iters, numbers["loss"], lr, numbers["grad_norm"], numbers["tokens_per_s"],
+            "step %d/%d | loss %s | lr %.3e | grad norm %.3f | %.0f tokens/s | MFU %s | %.2f GiB | ETA %s",
+            step, self.train_iters, format_loss(numbers["loss"]), lr, numbers["grad_norm"], numbers["tokens_per_s"],
             "n/a" if mfu is None else f"{100 * mfu:.1f} %", numbers["memory_gib"], format_duration(eta_s),
         )  # fmt: skip
 
     def valid(self, step: int, loss: float, loss_tokens: int) -> None:
         """A validation result, to the file and to the log."""
         self.write("valid", step, loss=loss, loss_tokens=loss_tokens)
-        logger.info("step %d/%d | validation loss %.4f", step, self.train_iters, loss)
+        logger.info("step %d/%d | validation loss %s", step, self.train_iters, format_loss(loss))
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def last_start(folder: str | Path) -> dict[str, Any] | None:
-    """The newest "start" record of a run folder, or None. A line that a crash cut off is passed over."""
-    file, newest = Path(folder) / METRICS_FILE, None
-    if not file.is_file():
-        return None
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):
-                record = json.loads(line)
-                if isinstance(record, dict) and record.get("kind") == "start":
-                    newest = record
-    return newest
+def end_unfinished_line(path: Path) -> None:
+    """Give a line that a crash cut off its newline, so that the next record does not continue it."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+
+
+def format_loss(loss: float | None) -> str:
+    """Four decimals; "n/a" where no token was trained."""
+    return "n/a" if loss is None or math.isnan(loss) else f"{loss:.4f}"
 
 
 def format_duration(seconds: float) -> str:

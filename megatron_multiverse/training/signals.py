@@ -1,10 +1,16 @@
-"""SIGTERM and SIGUSR1 ask the run to save and stop; a batch script turns the exit code into a requeue."""
+"""SIGTERM and SIGUSR1 ask the run to save and stop; a batch script turns the exit code into a requeue.
+
+What a run forks (loader workers, the processes through which megatron-core writes) ends with it, also when the run is
+killed without warning, as by the kernel when memory is short.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
@@ -15,23 +21,44 @@ EXIT_CODE_STOPPED = 75
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
+_PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when the one that forked it dies
+_prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
+_starting_workers_of: int | None = None
+"""Process id of the run while it is inside `hold_signals`."""
+
+
+def _end_with_parent() -> None:
+    """In a process that was forked inside `hold_signals`: die when the run does. Does nothing outside of Linux."""
+    global _starting_workers_of
+    if _prctl is not None and _starting_workers_of is not None:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != _starting_workers_of:  # the run died before the line above
+            os._exit(1)
+    _starting_workers_of = None  # what this process forks is its own affair
+
+
+os.register_at_fork(after_in_child=_end_with_parent)
+
 
 @contextlib.contextmanager
 def hold_signals() -> Iterator[None]:
-    """Start worker processes inside this block: they inherit that the stop signals are blocked, and keep it so.
+    """Start worker processes inside this block: they inherit that the stop signals are blocked, and end with the run.
 
     A batch system signals every process of the job. Without this, the signal that asks the trainer to save would kill
     the loader workers and the process through which megatron-core saves, and the save would fail. The trainer itself
     receives a signal at the end of the block at the latest.
     """
+    global _starting_workers_of
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     # Python starts this process when the first worker needs it, and then unblocks SIGTERM. So it is started now, and
     # SIGTERM is blocked again.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    _starting_workers_of = os.getpid()
     try:
         yield
     finally:
+        _starting_workers_of = None
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron_multiverse.checkpoints.run_files import METRICS_FILE
-from megatron_multiverse.errors import DataError
+from megatron_multiverse.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,74 +29,104 @@ class RunHistory:
 
 
 def read_history(folder: Path) -> RunHistory:
-    """Read a run's metrics.jsonl.
+    """Read a run's metrics.jsonl. Lines that a crash has damaged are passed over with a warning.
 
     Raises:
-        DataError: the file is missing or a line in it (other than a half-written last one) is not JSON.
+        DataError: the file is missing or holds no training steps.
     """
     path = folder / METRICS_FILE
     if not path.is_file():
         raise DataError(f"{path} does not exist: name the folder given as checkpoint.save")
-    lines = path.read_text(encoding="utf-8").splitlines()
     train: dict[int, dict[str, Any]] = {}
     valid: dict[int, dict[str, Any]] = {}
     resumes = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # the run was killed while writing
-                break
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
-        step = record["step"]
-        if record["kind"] == "start":
-            resumes += [step] if record["resumed"] else []
+    for record in _records(path):
+        kind, step = record["kind"], record["step"]
+        if kind == "start":
+            resumes += [step] if record.get("resumed") else []
             # a crash may lie between the checkpoint and the last line: those steps are done again
             train, valid = ({s: r for s, r in kept.items() if s <= step} for kept in (train, valid))
-        elif record["kind"] in ("train", "valid"):
-            (train if record["kind"] == "train" else valid)[step] = record
+        elif kind in ("train", "valid"):
+            (train if kind == "train" else valid)[step] = record
     if not train:
         raise DataError(f"{path} holds no training steps yet")
     return RunHistory(folder.name if folder.name != "checkpoints" else folder.parent.name, train, valid, resumes)
 
 
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The whole records of a metrics.jsonl: objects with kind and step."""
+    records, damaged = [], []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record:
+                records.append(record)
+            else:
+                damaged.append(number)
+    if damaged:
+        shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        logger.warning("%s: %d damaged lines are passed over (line %s)", path, len(damaged), shown)
+    return records
+
+
 def running_mean(values: Sequence[float], window: int) -> np.ndarray:
-    """Mean of each value and up to window - 1 before it."""
-    sums = np.cumsum(np.concatenate(([0.0], values)))
-    ends = np.arange(1, len(values) + 1)
+    """Mean of each value and up to window - 1 before it, NaN left out; NaN where there is no other."""
+    numbers = np.asarray(values, dtype=np.float64)
+    is_number = ~np.isnan(numbers)
+    sums = np.cumsum(np.concatenate(([0.0], np.where(is_number, numbers, 0.0))))
+    counts = np.cumsum(np.concatenate(([0], is_number)))
+    ends = np.arange(1, len(numbers) + 1)
     starts = np.maximum(0, ends - window)
-    means: np.ndarray = (sums[ends] - sums[starts]) / (ends - starts)
+    count = counts[ends] - counts[starts]
+    means: np.ndarray = np.where(count, sums[ends] - sums[starts], np.nan) / np.maximum(count, 1)
     return means
+
+
+def _column(records: dict[int, dict[str, Any]], name: str) -> list[float]:
+    """One number of each record in the order of steps, NaN where it is missing or was not finite."""
+    values = (records[step].get(name) for step in sorted(records))
+    return [float(value) if isinstance(value, (int, float)) else np.nan for value in values]
 
 
 def plot_loss(folders: Sequence[Path], output: Path, *, smooth: int = 1, log_scale: bool = False) -> None:
     """Draw loss (top) and learning rate (bottom) of the runs, the loss as a running mean over `smooth` lines.
 
     Raises:
+        ConfigError: `smooth` is below 1, or the name of `output` says no format that can be drawn.
         DataError: a run has no readable metrics.
     """
+    if smooth < 1:
+        raise ConfigError(
+            f"smooth is {smooth}, but a running mean needs at least 1 line (1 draws the losses as they are)"
+        )
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.backend_bases import FigureCanvasBase
 
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if output.suffix.lower().lstrip(".") not in formats:
+        raise ConfigError(f"cannot draw {output}: end its name in .{', .'.join(sorted(formats))}")
     histories = [read_history(folder) for folder in folders]
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(9, 6), height_ratios=[3, 1], layout="constrained")
     for number, history in enumerate(histories):
         color, steps = f"C{number}", sorted(history.train)
-        losses = [np.nan if (y := history.train[s]["loss"]) is None else y for s in steps]
-        curve = running_mean(losses, smooth)
+        curve = running_mean(_column(history.train, "loss"), smooth)
         top.plot(steps, curve, color=color, linewidth=1.2, label=history.name)
         if history.valid:
             at = sorted(history.valid)
             top.plot(
-                at, [history.valid[s]["loss"] for s in at],
+                at, _column(history.valid, "loss"),
                 "o", color=color, markeredgecolor="black", markersize=5, label=f"{history.name}, validation",
             )  # fmt: skip
         for index, step in enumerate(history.resumes):
             label = f"{history.name}, resumed" if index == 0 else None
             top.axvline(step, color=color, linestyle=":", linewidth=1, label=label)
-        bottom.plot(steps, [history.train[s]["lr"] for s in steps], color=color, linewidth=1.2)
+        bottom.plot(steps, _column(history.train, "lr"), color=color, linewidth=1.2)
     top.set_ylabel("loss per trained token")
     if log_scale:
         top.set_yscale("log")

@@ -56,6 +56,8 @@ def permuted_layout(length: int, queries: int) -> AttentionLayout:
 @pytest.mark.parametrize("kind", ["in order", "permuted", "other keys"])
 @pytest.mark.parametrize("name", ["dense", "flex"])
 def test_plans_mean_the_visibility_rule(name: str, kind: str) -> None:
+    """Of flex this proves the mask function and the padding alone: eager FlexAttention looks at no block list. The
+    lists are proved by the next test, and on the GPU by the kernels."""
     plain = AttentionLayout(torch.stack([random_labels(200, seed) for seed in range(2)]))
     layout = plain if kind == "in order" else permuted_layout(200, 200 if kind == "permuted" else 70)
     _, s_q, s_k = layout.shape
@@ -69,6 +71,40 @@ def test_plans_mean_the_visibility_rule(name: str, kind: str) -> None:
         out = eager_flex(*padded, block_mask=plan.block_mask, enable_gqa=True)[:, :, :s_q]
     want = multiverse_attention_reference(q, k, v, visibility(layout.r, layout.index, layout.key_r, layout.key_index))
     torch.testing.assert_close(out, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["in order", "permuted", "other keys"])
+def test_block_lists_of_flex_name_exactly_the_blocks_with_something_to_see(kind: str) -> None:
+    """Expanded token by token as a kernel walks them: full blocks are seen without asking the mask function, partial
+    ones as it says, and blocks in neither list not at all; from the side of the queries and of the keys."""
+    r = torch.stack([random_labels(700, seed) for seed in range(2)])
+    layout = AttentionLayout(r) if kind == "in order" else permuted_layout(700, 700 if kind == "permuted" else 300)
+    _, s_q, s_k = layout.shape
+    mask = flex.flex_plan(layout, CPU).block_mask
+    want = visibility(layout.r, layout.index, layout.key_r, layout.key_index)[:, 0]
+    rows, columns, batch = torch.arange(s_q)[:, None], torch.arange(s_k)[None], torch.arange(2)[:, None, None]
+    asked = mask.mask_mod(batch, torch.zeros(()), rows[None], columns[None])
+    partial, full = (
+        block_matrix(mask.kv_num_blocks, mask.kv_indices),
+        block_matrix(mask.full_kv_num_blocks, mask.full_kv_indices),
+    )
+    q_size, k_size = mask.BLOCK_SIZE
+    walked = [blocks[:, rows // q_size, columns // k_size] for blocks in (partial, full)]
+    assert torch.equal((walked[0] & asked) | walked[1], want)
+    assert not (walked[0] & walked[1]).any()
+    assert kind != "in order" or (walked[1].any() and not (walked[0] | walked[1]).all())
+    for counts, indices, blocks in (
+        (mask.q_num_blocks, mask.q_indices, partial),
+        (mask.full_q_num_blocks, mask.full_q_indices, full),
+    ):
+        assert torch.equal(block_matrix(counts, indices).mT, blocks)
+
+
+def block_matrix(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """bool [b, rows, columns] of the blocks that the lists of a BlockMask name."""
+    counts, indices = counts[:, 0], indices[:, 0].long()
+    named = torch.arange(indices.shape[-1]) < counts[..., None]
+    return (F.one_hot(indices.where(named, 0), indices.shape[-1]).bool() & named[..., None]).any(-2)
 
 
 def test_a_query_that_sees_nothing_gets_zeros_and_passes_on_no_gradient() -> None:
@@ -134,6 +170,20 @@ def test_the_plan_of_a_layout_is_made_once_for_each_case() -> None:
     cases = [CPU, dataclasses.replace(CPU), dataclasses.replace(CPU, deterministic=True)]
     plans = [layout.plan(prepare, case) for case in cases]
     assert plans[0] is plans[1] and plans[1] is not plans[2] and len(made) == 2
+
+
+def test_a_layout_whose_labels_were_changed_in_place_is_refused() -> None:
+    """Its plans belong to the labels as they were."""
+    r, x = torch.arange(6)[None].clone(), torch.randn(1, 2, 6, 8)
+    layout = AttentionLayout(r)
+    multiverse_attention(x, x, x, layout)
+    multiverse_attention(x, x, x, layout)
+    r.copy_(r.flip(1))
+    with pytest.raises(ValueError, match="changed in place: make a new AttentionLayout"):
+        multiverse_attention(x, x, x, layout)
+    with torch.inference_mode():
+        labels = torch.arange(6)[None]
+        assert multiverse_attention(x, x, x, AttentionLayout(labels)).shape == x.shape
 
 
 def test_the_scale_of_the_scores_reaches_the_backend() -> None:

@@ -128,3 +128,32 @@ def test_what_the_rule_does_not_have_is_refused(models) -> None:
         hf(**inputs, r=r, attention_mask=padding)
     with pytest.raises(StructureError):
         model_inputs([0], [TAG["</Path>"]], VOCAB)
+
+
+def test_labels_filled_anew_in_place_give_another_mask(models) -> None:
+    """Preallocated batches: torch counts some of these changes and not others, so nothing may rely on that count."""
+    hf, _ = models
+    blocks = model_inputs([0, 0], response(), VOCAB)
+    plain = blocks | {"r": torch.arange(blocks["r"].shape[1])[None]}
+    with torch.no_grad():
+        want = {name: hf(**inputs).logits for name, inputs in (("blocks", blocks), ("plain", plain))}
+    assert not torch.allclose(want["blocks"], want["plain"], atol=1e-3)
+    labels = blocks["r"].numpy().copy()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            buffer = blocks | {"r": torch.from_numpy(labels)}
+            for name, source in (("plain", plain), ("blocks", blocks), ("plain", plain)):
+                labels[:] = source["r"].numpy()
+                torch.testing.assert_close(hf(**buffer).logits, want[name], rtol=0, atol=0)
+            for name, source in (("blocks", blocks), ("plain", plain)):
+                buffer["r"].copy_(source["r"])
+                torch.testing.assert_close(hf(**buffer).logits, want[name], rtol=0, atol=0)
+
+
+def test_positions_that_were_left_out_are_refused(models) -> None:
+    hf, _ = models
+    inputs = model_inputs([0, 0], response(), VOCAB)
+    del inputs["position_ids"]
+    with pytest.raises(ConfigError, match="position_ids count from 0 to s - 1, but r says"):
+        hf(**inputs)
+    hf(**inputs | {"r": torch.arange(inputs["r"].shape[1])[None]})  # plain causal text counts so

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_multiverse.config import DataConfig
+from megatron_multiverse.config import TrainConfig
 from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import ConfigError, DataError
@@ -38,20 +39,22 @@ def other_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def data_config(prefix: str, tokenizer: Path) -> DataConfig:
-    return DataConfig(data_prefixes=(prefix,), tokenizer_model=str(tokenizer), seq_length=64, num_workers=0)
+def run_config(prefix: str, tokenizer: Path, **changes: object) -> TrainConfig:
+    data = {"data_prefixes": [prefix], "tokenizer_model": str(tokenizer), "seq_length": 64, "num_workers": 0}
+    start = {"model_preset": "tiny"} if "init_from" not in changes else {}
+    return TrainConfig.from_dict({"data": data, "checkpoint": {"save": "unused"}, **start, **changes})
 
 
 def test_the_tokenizer_that_wrote_the_data_is_accepted_from_any_folder(prefix: str, tmp_path: Path) -> None:
     build_tokenizer("HuggingFaceTokenizer", TOKENIZER).save(tmp_path)
-    loader, valid = build_loaders(data_config(prefix, tmp_path), 1, 320)
+    loader, valid, _ = build_loaders(run_config(prefix, tmp_path), 320)
     assert next(iter(loader))["input_ids"].shape == (1, 64)
     assert valid is None
 
 
 def test_another_tokenizer_is_refused(prefix: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"was made with the tokenizer .*name the same tokenizer"):
-        build_loaders(data_config(prefix, other_tokenizer(tmp_path)), 1, 320)
+        build_loaders(run_config(prefix, other_tokenizer(tmp_path)), 320)
 
 
 def test_a_damaged_manifest_is_named_and_a_missing_one_is_told(
@@ -61,5 +64,51 @@ def test_a_damaged_manifest_is_named_and_a_missing_one_is_told(
     (tmp_path / "set_manifest.json").write_text('{"key": ')
     with pytest.raises(DataError, match=r"set_manifest\.json is damaged"):
         check_tokenizer(str(tmp_path / "set"), tokenizer, "x")
+    (tmp_path / "set_manifest.json").write_text("{}")
+    with pytest.raises(DataError, match=r"set_manifest\.json is damaged \(it has no 'tokenizer_sha256'\)"):
+        check_tokenizer(str(tmp_path / "set"), tokenizer, "x")
     check_tokenizer(str(tmp_path / "none"), tokenizer, "x")
     assert "cannot tell whether" in caplog.text
+
+
+def test_a_model_has_at_least_as_many_rows_as_the_tokenizer_has_ids(prefix: str) -> None:
+    with pytest.raises(ConfigError, match=r"the model has 200 rows for the \d+ ids"):
+        build_loaders(run_config(prefix, TOKENIZER), 200)
+
+
+def test_responses_without_an_end_are_told(prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build_loaders(run_config(prefix, TOKENIZER), 320)
+    assert "will not learn to end its answers: preprocess with --append-eod" in caplog.text
+    caplog.clear()
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1", "response": "2"}\n')
+    options = PreprocessConfig(
+        input=str(tmp_path / "rows.jsonl"), output_prefix=str(tmp_path / "ended"), tokenizer_model=str(TOKENIZER),
+        workers=1, append_eod=True,
+    )  # fmt: skip
+    preprocess_data(options)
+    build_loaders(run_config(str(tmp_path / "ended"), TOKENIZER), 320)
+    assert "end its answers" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (".bin", lambda data: data[:-6], r"set\.bin has \d+ bytes, .*set\.idx asks for \d+: one of them is cut off"),
+        (".bin", lambda data: data + b"\0\0", r"set\.bin has \d+ bytes"),
+        (".idx", lambda data: data[:-9], r"set\.idx is damaged"),
+        (".idx", lambda data: data[:20], r"set\.idx is damaged"),
+        (".idx", lambda data: b"x" + data[1:], r"set\.idx is damaged"),
+        (".idx", lambda data: data[:34] + bytes(4) + data[38:], r"set\.idx is damaged \(its lengths and places"),
+        ("_manifest.json", lambda data: data.replace(b'"documents": 8', b'"documents": 9'), r"8 documents, .* says 9"),
+        ("_manifest.json", lambda data: data[:50], r"set_manifest\.json is damaged"),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_belong_together_are_named_when_they_are_opened(
+    prefix: str, tmp_path: Path, file: str, change: Callable[[bytes], bytes], message: str
+) -> None:
+    for suffix in (".bin", ".idx", "_manifest.json"):
+        data = Path(prefix + suffix).read_bytes()
+        (tmp_path / f"set{suffix}").write_bytes(change(data) if suffix == file else data)
+    with pytest.raises(DataError, match=message) as caught:
+        build_loaders(run_config(str(tmp_path / "set"), TOKENIZER), 320)
+    assert "\n" not in str(caught.value)

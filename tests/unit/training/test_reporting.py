@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from megatron_multiverse.config import OptimConfig
-from megatron_multiverse.errors import DataError
+from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.model.families import preset, qwen3
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.training.flops import matmul_parameters, peak_tflops, training_flops
@@ -50,13 +52,43 @@ def test_unreadable_metrics_are_named(tmp_path: Path) -> None:
     write_metrics(tmp_path, line("start", 0, resumed=False))
     with pytest.raises(DataError, match="no training steps"):
         read_history(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text("nonsense\n{}\n")
-    with pytest.raises(DataError, match="line 1: not JSON"):
-        read_history(tmp_path)
+
+
+def test_damaged_lines_are_passed_over_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A crash may cut off a line anywhere, also within a character, and the next run goes on behind it."""
+    write_metrics(tmp_path, line("train", 1, loss=2.0))
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"kind": "tr\xe2\n[]\n{}\n{"kind": "train", "step": 2, "loss": null}\n')
+    write = json.dumps(line("train", 3, loss=1.0))
+    with (tmp_path / "metrics.jsonl").open("a") as text:
+        text.write(write + "\n")
+    assert sorted(read_history(tmp_path).train) == [1, 2, 3]
+    assert "3 damaged lines are passed over (line 2, 3, 4)" in caplog.text
+    plot_loss([tmp_path], tmp_path / "loss.png", smooth=2)  # a record without lr or loss is a gap
+
+
+def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
+    write_metrics(tmp_path, line("train", 1, loss=2.0))
+    for smooth in (0, -1):
+        with pytest.raises(ConfigError, match=f"smooth is {smooth}, but a running mean needs at least 1 line"):
+            plot_loss([tmp_path], tmp_path / "loss.png", smooth=smooth)
+    with pytest.raises(ConfigError, match=r"cannot draw .*loss\.txt: end its name in .*\.png"):
+        plot_loss([tmp_path], tmp_path / "loss.txt")
+    assert not list(tmp_path.glob("loss.*"))
+
+
+def test_the_tool_takes_hyphens(tmp_path: Path) -> None:
+    write_metrics(tmp_path, line("train", 1, loss=2.0), line("train", 2, loss=1.0))
+    tool = Path(__file__).parents[3] / "tools" / "plot_loss.py"
+    given = ["--runs", str(tmp_path), "--output", str(tmp_path / "loss.png"), "--log-scale", "--smooth", "2"]
+    subprocess.run([sys.executable, str(tool), *given], check=True, capture_output=True)
+    assert (tmp_path / "loss.png").is_file()
 
 
 def test_running_mean_and_duration() -> None:
     np.testing.assert_allclose(running_mean([1, 2, 3, 7], 2), [1, 1.5, 2.5, 5])
+    nan = float("nan")  # a step whose loss is not known spoils no other
+    np.testing.assert_allclose(running_mean([1, nan, 3, nan, nan, 2], 2), [1, 1, 3, 3, nan, 2])
     assert format_duration(3723.4) == "1:02:03"
 
 

@@ -17,7 +17,7 @@ from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import save_model, weight_state
-from megatron_multiverse.training import forward, trainer
+from megatron_multiverse.training import forward, start
 from megatron_multiverse.training.forward import forward_backward, masked_loss_sum
 from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.training.trainer import train
@@ -97,9 +97,8 @@ def test_a_run_says_which_layers_ran_and_warns_when_they_change(
     assert json.loads((tmp_path / "config.json").read_text())["layers"]["transformer_impl"] == "local"  # not "auto"
     train(config(tmp_path, train_iters=4), SyntheticLoader())
     assert "transformer_impl" not in caplog.text
-    file = tmp_path / "metrics.jsonl"
-    text = file.read_text().replace('"local"', '"transformer_engine"').replace('"dense"', '"flex"')
-    file.write_text(text + '{"kind": "sta\n')
+    file = tmp_path / "iter_0000004" / "train_config.json"
+    file.write_text(file.read_text().replace('"local"', '"transformer_engine"').replace('"dense"', '"flex"'))
     train(config(tmp_path, train_iters=5), SyntheticLoader())
     assert "ran with layers.transformer_impl transformer_engine, this run goes on with local" in caplog.text
     assert "ran with layers.attention_backend flex, this run goes on with dense" in caplog.text
@@ -120,7 +119,7 @@ def test_the_attention_backend_that_runs_is_the_one_chosen_and_recorded(
         ran.append(params.backend)
         return attend(params, *args, **settings)
 
-    monkeypatch.setattr(trainer, "choose_backend", choose)
+    monkeypatch.setattr(start, "choose_backend", choose)
     monkeypatch.setattr(LayoutParams, "attend", noted)
     train(config(tmp_path, train_iters=3, deterministic=deterministic), SyntheticLoader())
     assert cases == [AttentionCase("cpu", torch.float32, 8, deterministic=deterministic)]
@@ -247,7 +246,9 @@ def test_the_settings_of_every_part_of_a_run_are_kept(tmp_path: Path) -> None:
         "config.json": (6, 0.005), "config_0000000.json": (3, 0.01), "config_0000003.json": (6, 0.005),
     }  # fmt: skip
     assert TrainConfig.from_dict(kept["config.json"]).optim.lr == 0.005
-    assert ModelConfig.from_json(tmp_path / "model_config.json") == config(tmp_path).model
+    for folder in tmp_path.glob("iter_*"):
+        assert ModelConfig.from_json(folder / "model_config.json") == config(tmp_path).model
+        assert TrainConfig.from_dict(json.loads((folder / "train_config.json").read_text())).optim.lr in (0.01, 0.005)
 
 
 def test_a_preset_is_reached_by_its_name(tmp_path: Path) -> None:
@@ -274,3 +275,64 @@ def test_a_folder_with_a_checkpoint_is_refused_without_resume(tmp_path: Path) ->
     train(config(tmp_path, train_iters=1, **{"optim.lr_warmup_iters": 0}), SyntheticLoader())
     with pytest.raises(ConfigError, match="resume is false"):
         train(config(tmp_path, **{"checkpoint.resume": False}), SyntheticLoader())
+
+
+@pytest.mark.parametrize("train_iters", [2, 3])
+def test_a_run_that_is_at_its_end_or_beyond_does_not_ask_to_be_started_again(tmp_path: Path, train_iters: int) -> None:
+    """A batch script starts a run again whose exit code says that a signal stopped it."""
+    settings = {"optim.lr_warmup_iters": 0}
+    train(config(tmp_path, train_iters=3, **settings), SyntheticLoader())
+    loader = SyntheticLoader()
+    if train_iters == 2:
+        with pytest.raises(ConfigError, match=r"is at step 3 already, beyond train_iters \(2\): raise train_iters"):
+            train(config(tmp_path, train_iters=2, **settings), loader)
+    else:
+        result = train(config(tmp_path, train_iters=3, **settings), loader)
+        assert (result.step, result.stopped_by, result.model_folder) == (3, None, tmp_path / "model")
+    assert not loader.seen
+
+
+class UntrainedLoader(SyntheticLoader):
+    """The first microbatches have no trained token."""
+
+    def __init__(self, untrained: int) -> None:
+        super().__init__()
+        self.untrained = untrained
+
+    def batch(self, number: int) -> dict[str, torch.Tensor]:
+        batch = super().batch(number)
+        return batch | {"loss_mask": batch["loss_mask"] * (number >= self.untrained)}
+
+
+def test_steps_without_a_trained_token_are_told_and_a_run_of_them_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"log.log_interval": 3, "checkpoint.save_interval": 0}
+    train(config(tmp_path / "a", **settings), UntrainedLoader(4))
+    assert "2 of the 3 steps up to 3 trained no token" in caplog.text
+    assert all(record["loss"] > 1 for record in records(tmp_path / "a", "train"))
+    with pytest.raises(TrainingError, match="no token was trained up to step 3: every response is empty"):
+        train(config(tmp_path / "b", **settings), UntrainedLoader(100))
+    train(config(tmp_path / "c", **settings), SyntheticLoader(), UntrainedLoader(100))
+    assert records(tmp_path / "c", "valid")[0]["loss"] is None  # not 0, which would look like a perfect model
+
+
+def test_another_model_does_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    train(config(tmp_path, train_iters=3), SyntheticLoader())
+    before = (tmp_path / "iter_0000003" / "model_config.json").read_bytes()
+    with pytest.raises(
+        ConfigError, match=r"iter_0000003 was saved by a run of another model \(rotary_base 1000000.0 there"
+    ):
+        train(config(tmp_path, **{"model.rotary_base": 5e5}), SyntheticLoader())
+    assert (tmp_path / "iter_0000003" / "model_config.json").read_bytes() == before
+
+
+def test_a_line_that_a_crash_cut_off_is_not_continued(tmp_path: Path) -> None:
+    train(config(tmp_path, train_iters=3), SyntheticLoader())
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-30])
+    train(config(tmp_path), SyntheticLoader())
+    lines = file.read_text().splitlines()
+    whole = [line for line in lines if line.endswith("}")]
+    assert len(whole) == len(lines) - 1
+    assert [json.loads(line)["resumed"] for line in whole if '"start"' in line] == [False, True]

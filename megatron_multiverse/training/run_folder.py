@@ -1,0 +1,277 @@
+"""A run folder: which checkpoint is in force, who may write, and what may be deleted.
+
+It holds `iter_0000100/`, `iter_0000200/`, ... and `latest_checkpointed_iteration.txt` (Megatron's names). A checkpoint
+is written to `iter_0000200.partial`, flushed to disk, renamed, and only then named in the pointer file, so a crash at
+any moment leaves a complete checkpoint in force; the next save clears away what a crash left. Where a step is saved
+again, its old checkpoint is renamed to `iter_0000200.replaced` until the new one is in force. The very first one is
+named in the pointer before it gets its name: an iter_ folder without a pointer thus means that the pointer was lost.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from megatron_multiverse.checkpoints.run_files import (
+    ITERATION_GLOB,
+    MODEL_CONFIG_FILE,
+    POINTER_FILE,
+    TOKENIZER_RECORD_FILE,
+    TRAIN_CONFIG_FILE,
+    iteration_folder,
+    step_of,
+)
+from megatron_multiverse.config import CheckpointConfig
+from megatron_multiverse.errors import CheckpointError, ConfigError
+from megatron_multiverse.files import flush, write_text_atomic
+from megatron_multiverse.training.checkpoint import TrainState, explained, load_state, save_state
+from megatron_multiverse.training.description import RunDescription
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = "run.lock"
+_LEFT_OVER = re.compile(r"iter_\d{7,}\.(partial|replaced)")
+_WRITTEN = re.compile(
+    r"\.metadata(\.tmp)?|metadata\.json|common\.pt|.+\.distcp"  # megatron-core and torch
+    r"|tokenizer(_config)?\.json|tokenizer\.model|added_tokens\.json|special_tokens_map\.json|chat_template\.jinja"
+    rf"|({TOKENIZER_RECORD_FILE}|{TRAIN_CONFIG_FILE}|{MODEL_CONFIG_FILE})(\.\d+\.partial)?"
+)
+"""Names of the files in a checkpoint of ours."""
+
+
+class RunFolder:
+    """Names, lock, atomicity and clean-up of the checkpoints of one run.
+
+    A context manager: inside the block no other process may enter it for the same folder. Entering finds out which
+    checkpoint is in force.
+
+    Raises:
+        CheckpointError: on entering: the folder cannot be written, another run has it, or it is not clear which
+            checkpoint is in force.
+        ConfigError: on entering: it has a checkpoint, but `checkpoint.resume` is false.
+    """
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        self.config = config
+        self.folder = Path(config.save)
+        self.pointer = self.folder / POINTER_FILE
+        self.start_step: int | None = None
+        """Step of the checkpoint that was in force on entering."""
+        self._lock: IO[str] | None = None
+        self._told: set[Path] = set()
+
+    def __enter__(self) -> RunFolder:
+        with explained(f"{self.folder} cannot be used as run folder", "name another folder in checkpoint.save"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / LOCK_FILE, "a", encoding="utf-8")
+            try:
+                self._take_lock(self._lock)
+                for leftover in self._left_over("partial", "replaced"):
+                    self._check_ours(leftover)
+                self.start_step = self.latest()
+                self._check_resume()
+            except BaseException:
+                self._lock.close()
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()  # which gives the lock back; the file stays, since another run may be waiting at it
+
+    def _take_lock(self, lock: IO[str]) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{self.folder} is in use by another training run: wait for it, stop it, or name another folder in "
+                "checkpoint.save"
+            ) from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no second run in it", self.folder, error.strerror)
+
+    def _check_resume(self) -> None:
+        if self.start_step is not None and not self.config.resume:
+            raise ConfigError(
+                f"{self.folder} already holds a checkpoint (step {self.start_step}) and checkpoint.resume is false: "
+                "choose another folder in checkpoint.save or set checkpoint.resume to true"
+            )
+
+    def folder_of(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return self.folder / iteration_folder(step)
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, in order."""
+        found = {f: step_of(f.name) for f in self.folder.glob(ITERATION_GLOB) if f.is_dir()}
+        return sorted(step for f, step in found.items() if step is not None and f == self.folder_of(step))
+
+    def _left_over(self, *kinds: str) -> list[Path]:
+        """Folders that a save which was cut off has left."""
+        names = ((f, _LEFT_OVER.fullmatch(f.name)) for f in sorted(self.folder.glob(ITERATION_GLOB)))
+        return [f for f, match in names if match is not None and match[1] in kinds]
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, or None.
+
+        Raises:
+            CheckpointError: the pointer file names a checkpoint that is not there, or it is missing beside checkpoints.
+        """
+        text = self.pointer.read_text(errors="replace").strip() if self.pointer.exists() else None
+        self._recover(text)
+        steps = self.steps()
+        if text is None and not steps:
+            return None
+        if text is not None and text.isdigit() and int(text) in steps:
+            return int(text)
+        problem = f"{self.pointer} is missing" if text is None else f"{self.pointer} names {text!r}"
+        complete = [step for step in steps if is_complete(self.folder_of(step))]
+        remedy = f"write {complete[-1]} into it to go on from its newest complete checkpoint, or " if complete else ""
+        raise CheckpointError(
+            f"{problem}, but the checkpoints of training steps in {self.folder} are: "
+            f"{', '.join(map(iteration_folder, steps)) or 'none'}; {remedy}name another folder in checkpoint.save to "
+            "start over"
+        )
+
+    def resume(self, state: TrainState, description: RunDescription) -> bool:
+        """Load the checkpoint in force, if there is one. Returns True if the run continues.
+
+        Raises:
+            CheckpointError: it is damaged.
+            ConfigError: it holds another model than `description`.
+        """
+        if self.start_step is None:
+            return False
+        folder = self.folder_of(self.start_step)
+        description.check(folder)
+        load_state(state, folder)
+        logger.info("resumed from %s", folder)
+        return True
+
+    def save(
+        self,
+        state: TrainState,
+        description: RunDescription,
+        write: Callable[[TrainState, Path], None] = save_state,
+    ) -> Path:
+        """Write a checkpoint of the state's step and make it the newest one.
+
+        `write` is for all ranks of a run, each of which writes its part. What comes before and after it works on
+        folders, and is for one rank alone.
+
+        Raises:
+            CheckpointError: it cannot be written; the one before it stays in force.
+        """
+        started = time.perf_counter()
+        target = self.folder_of(state.step)
+        remedy = "free space or correct the rights, then start again: the run goes on from its last checkpoint"
+        with explained(f"{target} cannot be written", remedy):
+            partial = self._make_partial(target)
+            description.write(partial)
+            write(state, partial)
+            self._put_in_force(partial, target, state.step)
+        logger.info("saved %s in %.1f s", target, time.perf_counter() - started)
+        return target
+
+    def _make_partial(self, target: Path) -> Path:
+        """An empty folder for a checkpoint in the making, after what a crash left has been cleared away."""
+        self._recover(None)
+        for leftover in self._left_over("partial", "replaced"):
+            self._delete(leftover)
+        partial = target.with_name(target.name + ".partial")
+        partial.mkdir()
+        return partial
+
+    def _put_in_force(self, partial: Path, target: Path, step: int) -> None:
+        """Give a written checkpoint its name and point at it, so that a crash in between loses nothing."""
+        for file in partial.rglob("*"):
+            flush(file)
+        flush(partial)
+        is_first = not self.pointer.exists()
+        if is_first:
+            write_text_atomic(self.pointer, f"{step}\n")  # `_recover` gives the folder its name after a crash
+        replaced = target.with_name(target.name + ".replaced")
+        if target.exists():  # the same step again, e.g. after a run went back to an older checkpoint
+            os.rename(target, replaced)
+        os.rename(partial, target)
+        flush(self.folder)  # the pointer must not reach the disk before the name it holds
+        if not is_first:
+            write_text_atomic(self.pointer, f"{step}\n")
+        if replaced.exists():
+            self._delete(replaced)
+        self._prune(step)
+
+    def _recover(self, pointed: str | None) -> None:
+        """Give a checkpoint its name where a crash came between the two renames of a save, or before its only one.
+
+        Args:
+            pointed: what the pointer file holds.
+        """
+        for replaced in self._left_over("replaced"):
+            if not replaced.with_suffix("").exists():
+                self._rename_back(replaced)
+        for partial in self._left_over("partial"):
+            target = partial.with_suffix("")
+            named = pointed is not None and pointed.isdigit() and target == self.folder_of(int(pointed))
+            if named and not target.exists() and is_complete(partial):
+                self._rename_back(partial)
+
+    def _rename_back(self, folder: Path) -> None:
+        target = folder.with_suffix("")
+        os.rename(folder, target)
+        flush(self.folder)
+        logger.warning("the last save of %s was cut off; what was complete is in force", target)
+
+    def _prune(self, newest: int) -> None:
+        """Delete all but the newest `keep_last` checkpoints."""
+        if self.config.keep_last == 0:
+            return
+        steps = self.steps()
+        for step in [s for s in steps if s != newest][: max(0, len(steps) - self.config.keep_last)]:
+            self._delete(self.folder_of(step))
+
+    def _delete(self, folder: Path) -> None:
+        """Delete a checkpoint of ours; one that holds anything else stays, and the log says so once."""
+        if (foreign := foreign_file(folder)) is None:
+            if step_of(folder.name) is not None:  # a crash must not leave half of it under its name
+                folder = folder.rename(folder.with_name(folder.name + ".partial"))
+            for file in sorted(folder.iterdir(), key=lambda file: file.name == TRAIN_CONFIG_FILE):
+                file.unlink()  # what proves the folder to be ours goes last, since a crash may come in between
+            folder.rmdir()
+        elif folder not in self._told:
+            self._told.add(folder)
+            logger.warning("%s is not deleted: %s", folder, foreign)
+
+    def _check_ours(self, leftover: Path) -> None:
+        if foreign := foreign_file(leftover):
+            raise CheckpointError(
+                f"{leftover} has the name of a save that was cut off, which the next save would delete, but {foreign}: "
+                "move it elsewhere"
+            )
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the save of a checkpoint came to its end: megatron-core writes metadata.json last."""
+    return (folder / "metadata.json").is_file() and (folder / TRAIN_CONFIG_FILE).is_file()
+
+
+def foreign_file(folder: Path) -> str | None:
+    """What shows that a folder may hold something which this trainer did not write; None if all of it is ours."""
+    if folder.is_symlink():
+        return "it is a link"
+    entries = sorted(folder.iterdir())
+    for entry in entries:
+        if not _WRITTEN.fullmatch(entry.name) or not entry.is_file() or entry.is_symlink():
+            return f"it holds {entry.name}, which the trainer did not write"
+    if entries and not (folder / TRAIN_CONFIG_FILE).is_file():
+        return f"it has no {TRAIN_CONFIG_FILE}, which the trainer writes into each of its checkpoints"
+    return None

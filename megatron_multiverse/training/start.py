@@ -1,0 +1,113 @@
+"""The model that a run starts from: fresh weights, or those of a checkpoint, with rows for the structure tags."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource, tokenizer_folder
+from megatron_multiverse.checkpoints.load import model_from_source
+from megatron_multiverse.checkpoints.protocols import Source
+from megatron_multiverse.checkpoints.sources import open_checkpoint
+from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig, check_sequence_length
+from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.kernels.multiverse_attention import choose_backend
+from megatron_multiverse.model.families import preset
+from megatron_multiverse.model.gpt import attention_case, build_gpt_model
+from megatron_multiverse.structure import TAGS
+
+
+def describe_model(config: TrainConfig) -> ModelConfig:
+    """Shape of the model to train: `config.model`, `config.model_preset`, or the saved one's of `config.init_from`.
+
+    Raises:
+        CheckpointError: `config.init_from` is no checkpoint.
+        ConfigError: there is no such preset, or the rows of the data are longer than the model allows.
+    """
+    if config.init_from is not None:
+        model_config = open_start(config.init_from, config).config
+    else:
+        model_config = config.model or preset(config.model_preset or "")  # TrainConfig checks that there is one
+    check_sequence_length(config.data, model_config)
+    return model_config
+
+
+def open_start(folder: str, config: TrainConfig) -> Source:
+    """The checkpoint in `folder`, with rows for the tags that its tokenizer lacks if `config` asks for them.
+
+    Raises:
+        CheckpointError: it is no checkpoint, or has no tokenizer.json to which tags could be added.
+    """
+    source = open_checkpoint(folder)
+    if not config.add_control_tokens:
+        return source
+    return ControlTokenSource(source, tokenizer_folder(source) or config.data.tokenizer_model)
+
+
+def check_start(config: TrainConfig, tokenizer: MultiverseTokenizer) -> None:
+    """Hold the tokenizer of the data against the model that the run starts from.
+
+    Rows of tags that the model's own tokenizer lacks were never trained; often there are spare rows at these ids, so
+    that nothing else would notice.
+
+    Raises:
+        ConfigError: the ids mean other text in the model's tokenizer, or the model has no rows for the tags and
+            `add_control_tokens` does not make them.
+    """
+    if config.init_from is None:
+        return
+    folder = tokenizer_folder(open_checkpoint(config.init_from))
+    own = tokenizer
+    if folder is not None and folder.resolve() != Path(config.data.tokenizer_model).resolve():
+        has_json = (folder / "tokenizer.json").is_file()
+        own = build_tokenizer("HuggingFaceTokenizer" if has_json else "SentencePieceTokenizer", folder)
+    pairs = enumerate(zip(own.id_to_text, tokenizer.id_to_text, strict=False))
+    clash = next(((k, theirs, ours) for k, (theirs, ours) in pairs if theirs != ours), None)
+    if clash is not None:
+        number, theirs, ours = clash
+        raise ConfigError(
+            f"token {number} is {theirs!r} in the tokenizer of init_from ({folder}), but {ours!r} in the one of the "
+            f"data ({config.data.tokenizer_model}): preprocess with the tokenizer of the model"
+        )
+    if own.added_tags and not config.add_control_tokens:
+        where = f"init_from ({folder})" if folder else f"data.tokenizer_model ({config.data.tokenizer_model})"
+        raise ConfigError(
+            f"the tokenizer of {where} lacks {len(own.added_tags)} of {len(TAGS)} structure tags, "
+            f"{own.added_tags[0]} for one: their rows in the model were never trained. Set add_control_tokens to true, "
+            "which makes them from the rows of the pieces of their text, or name a model whose tokenizer has the tags"
+        )
+
+
+def create_model(config: TrainConfig, model_config: ModelConfig, device: torch.device) -> tuple[nn.Module, LayerConfig]:
+    """A model with fresh weights, or with those that `config.init_from` names.
+
+    Returns:
+        The model, and `config.layers` with every "auto" replaced by what runs.
+
+    Raises:
+        ConfigError: what `config.layers` asks for cannot run on `device`.
+    """
+    dtype, compute_dtype = dtypes(config)
+    # The one place where a run chooses its attention backend. From here on its name is passed along and recorded.
+    case = attention_case(model_config, device, compute_dtype, deterministic=config.deterministic)
+    backend: Any = choose_backend(config.layers.attention_backend, case)
+    layers = dataclasses.replace(config.layers, attention_backend=backend)
+    if config.init_from is not None:
+        source = open_start(config.init_from, config)
+        model, _ = model_from_source(source, dtype=dtype, device=device, layers=layers, compute_dtype=compute_dtype)
+    else:
+        model = build_gpt_model(
+            model_config, dtype=dtype, device=device, seed=config.seed, layers=layers, compute_dtype=compute_dtype
+        )
+    return model, dataclasses.replace(layers, transformer_impl=model.config.transformer_impl)
+
+
+def dtypes(config: TrainConfig) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of the weights, dtype of the matrix products)."""
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    return dtype, torch.bfloat16 if config.dtype == "bf16" else dtype
