@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import keyword
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from megatron_multiverse.errors import MultiverseError
+from megatron_multiverse.errors import ConfigError, MultiverseError
 
 T = TypeVar("T")
 
@@ -87,12 +88,50 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
     parser.add_argument(DEBUG_FLAG, action="store_true", help="show the traceback of an error")
     parser.add_class_arguments(cls)
     given = [_underscored(argument) for argument in (sys.argv[1:] if args is None else args)]
+    _refuse_duplicate_keys(given)
     given, texts = _with_values(cls, given)
     parsed = parser.parse_args(given)
     for name, text in texts.items():
         parsed[name] = text
-    values = parser.instantiate_classes(parsed)
-    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+    return _build(cls, parsed)
+
+
+def _build(cls: type[T], values: Any) -> T:
+    """The dataclass of parsed values. jsonargparse would bury the errors of optional parts in those of a union."""
+    from jsonargparse import Namespace
+
+    hints = typing.get_type_hints(cls)
+    built = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        value, hint = values[field.name], hints[field.name]
+        parts = [part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
+        built[field.name] = _build(parts[0], value) if parts and isinstance(value, Namespace) else value
+    return cls(**built)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping: YAML would take the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise ConfigError(
+                    f"{self.name}, line {line}: {key.value!r} stands twice, first in line {seen[key.value]}: remove one"
+                )
+            seen[key.value] = line
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+def _refuse_duplicate_keys(args: list[str]) -> None:
+    """Look through the YAML files of --config; what else is wrong with them jsonargparse says."""
+    for flag, words in _flags_with_words(args):
+        for file in words if flag == "--config" else []:
+            if Path(file).is_file():
+                with open(file, encoding="utf-8", errors="replace") as stream, contextlib.suppress(yaml.YAMLError):
+                    yaml.load(stream, Loader=_UniqueKeys)
 
 
 def _hyphenated(text: str) -> str:

@@ -23,8 +23,8 @@ def main() -> None:
     from megatron_multiverse.training.trainer import train
 
     result = train(config)
-    sys.exit(EXIT_CODE_STOPPED if result.model_folder is None else 0)
+    sys.exit(EXIT_CODE_STOPPED if result.stopped_by is not None else 0)
 
 
-if __name__ == "__main__":  # saving a checkpoint starts a process that imports this file
+if __name__ == "__main__":  # loader workers import this file where processes are spawned
     run_tool(main)

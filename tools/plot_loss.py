@@ -6,12 +6,11 @@ Example:
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_multiverse.cli import parse_options
-from megatron_multiverse.errors import ConfigError, MultiverseError
+from megatron_multiverse.cli import parse_options, run_tool
+from megatron_multiverse.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +31,12 @@ def main() -> None:
     options = parse_options(Options)
     from megatron_multiverse.views.loss_curves import plot_loss
 
-    try:
-        if not options.runs:
-            raise ConfigError("--runs is missing: name one or more run folders")
-        folders, output = [Path(run) for run in options.runs], Path(options.output)
-        plot_loss(folders, output, smooth=options.smooth, log_scale=options.log_scale)
-    except MultiverseError as error:
-        sys.exit(f"error: {error}")
+    if not options.runs:
+        raise ConfigError("--runs is missing: name one or more run folders")
+    folders, output = [Path(run) for run in options.runs], Path(options.output)
+    plot_loss(folders, output, smooth=options.smooth, log_scale=options.log_scale)
     print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,11 @@ def test_round_trip_through_plain_values_and_json(tmp_path: Path) -> None:
         ("parallel.data_parallel_size", 2, r"parallel\.data_parallel_size: unknown key"),
         ("dtype", "fp8", r"'fp8', allowed: float32, bf16, float64"),
         ("checkpoint.save", "", r"checkpoint.save is empty"),
+        ("optim.lr", math.inf, r"optim\.lr must be finite, got inf"),
+        ("optim.clip_grad", math.nan, r"optim\.clip_grad must be finite, got nan"),
+        ("optim.adam_eps", -1e-8, r"optim\.adam_eps must not be negative"),
+        ("log.peak_tflops", math.inf, r"log\.peak_tflops must be finite"),
+        ("model.rotary_base", math.inf, r"model\.rotary_base must be finite"),
     ],
 )
 def test_wrong_values_are_named(dotted: str, value: Any, message: str) -> None:
@@ -116,6 +122,26 @@ def test_yaml_with_overrides_is_what_the_mapping_says(tmp_path: Path) -> None:
     for wrong in (["--optim.learning-rate=1"], ["--checkpoint.save.x=1"], ["--config", str(tmp_path / "none.yaml")]):
         with pytest.raises(SystemExit):
             parse_options(TrainConfig, ["--config", str(file), *wrong])
+
+
+def test_mistakes_in_a_yaml_file_are_told_in_our_words(tmp_path: Path) -> None:
+    """Also those in optional parts, of which jsonargparse would say that they fit no member of a union."""
+    file = tmp_path / "run.yaml"
+    shape = ", ".join(f"{name}: {value}" for name, value in MODEL.items())
+    text = f"model: {{{shape}}}\ndata: {{data_prefixes: [a], seq_length: 256}}\ncheckpoint: {{save: runs/x}}\n"
+    file.write_text(text.replace("num_query_groups: 2", "num_query_groups: 3"))
+    with pytest.raises(ConfigError, match=r"^model\.num_attention_heads \(4\) must be divisible by"):
+        parse_options(TrainConfig, ["--config", str(file)])
+    file.write_text(text + "optim:\n  lr: 1e-3\n  lr: 1e-4\n")
+    for flags in (["--config", str(file)], [f"--config={file}"]):
+        with pytest.raises(ConfigError, match=r"run\.yaml, line 6: 'lr' stands twice, first in line 5"):
+            parse_options(TrainConfig, flags)
+    file.write_text(text + "optim: {lr: .inf}\n")
+    with pytest.raises(ConfigError, match=r"optim\.lr must be finite"):
+        parse_options(TrainConfig, ["--config", str(file)])
+    file.write_text(text)
+    with pytest.raises(SystemExit):
+        parse_options(TrainConfig, ["--config", str(file), "--train_iter", "3"])
 
 
 def test_shipped_configs_are_valid() -> None:

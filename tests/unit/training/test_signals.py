@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,10 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
+from megatron_multiverse.config import CheckpointConfig
 from megatron_multiverse.training import one_process
+from megatron_multiverse.training.run_folder import RunFolder
 from megatron_multiverse.training.signals import EXIT_CODE_STOPPED, StopSignals, hold_signals
 from megatron_multiverse.training.trainer import train
 
@@ -57,6 +61,26 @@ def test_a_signal_to_every_process_of_the_job_saves_and_stops(tmp_path: Path) ->
             os.killpg(process.pid, signal.SIGKILL)
     last = int(pointer.read_text())
     assert last >= first and (tmp_path / f"iter_{last:07d}" / "metadata.json").is_file()
+
+
+def test_nothing_outlives_a_run_that_is_killed(tmp_path: Path) -> None:
+    """As the kernel does when memory is short. The folder can be used again at once."""
+    code = f"from training.test_signals import train_until_stopped; train_until_stopped({str(tmp_path)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=TESTS, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "iter_0000006").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 1  # the loader's worker; Python's resource tracker; while saving, the writers
+        process.kill()
+        process.wait(60)
+        assert not psutil.wait_procs(children, timeout=10)[1]
+        with RunFolder(CheckpointConfig(save=str(tmp_path))) as run:
+            assert run.start_step is not None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
