@@ -104,7 +104,8 @@ def _build(cls: type[T], values: Any) -> T:
     built = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         value, hint = values[field.name], hints[field.name]
-        parts = [part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
+        parts = [part for part in (hint, *typing.get_args(hint)) if isinstance(part, type)]
+        parts = [part for part in parts if dataclasses.is_dataclass(part)]
         built[field.name] = _build(parts[0], value) if parts and isinstance(value, Namespace) else value
     return cls(**built)
 
