@@ -10,6 +10,7 @@ written with the reason, and the exit status is 1 then.
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from megatron_multiverse.cli import parse_options, run_tool
@@ -18,6 +19,7 @@ from megatron_multiverse.cli import parse_options, run_tool
 def main() -> None:
     from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config = parse_options(GenerateConfig)
     refused = 0
     if config.output is not None:

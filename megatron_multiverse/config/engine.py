@@ -5,7 +5,9 @@ Both are frozen and check themselves. Tools read them nested (``--engine.page-si
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.structure.tags import MAX_DEPTH
@@ -71,15 +73,22 @@ class SamplingParams:
     top_p: float = 1.0
     """1 is off."""
     seed: int = 0
-    """Same seed, prompt and settings: same answer, whatever else runs."""
+    """Same seed, prompt and settings: same answer, whatever else runs, up to rounding: products of other
+    sizes round differently, which in bf16 often changes which of two nearly equal tokens is drawn, in float64 never in
+    practice."""
     max_concurrent_branches: int | None = None
     """Most branches of the answer that run at once; 1 decodes path after path with the same result."""
     stop_token_ids: tuple[int, ...] = ()
-    """Further ids that end the answer, outside of paths; like the end-of-document id they are not part of it."""
+    """Further ids that end the answer, outside of paths; like the end-of-document id they are not part of it. Structure
+    tags are refused: `</Goal>` among them, for example, would end every answer before its first fork."""
     ignore_eos: bool = False
     """Treat the end-of-document id as text, so that answers get as long as max_tokens."""
 
     def __post_init__(self) -> None:
+        # One Python type each: a list could change while the request waits, and numpy's integers print otherwise.
+        object.__setattr__(self, "seed", whole_number("seed", self.seed))
+        stop = tuple(whole_number("stop_token_ids", token) for token in self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stop)
         _check(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
         for name in ("max_critical_tokens", "max_concurrent_branches"):
             value = getattr(self, name)
@@ -87,6 +96,18 @@ class SamplingParams:
         _check(0 <= self.temperature < float("inf"), f"temperature must be finite and >= 0, got {self.temperature}")
         _check(self.top_k >= 0, f"top_k must be >= 0 (0 is off), got {self.top_k}")
         _check(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
+
+
+def whole_number(name: str, value: SupportsIndex) -> int:
+    """`value` as a plain int.
+
+    Raises:
+        GenerationError: it is no integer, of Python, numpy or torch; the message says `name`.
+    """
+    try:
+        return int(operator.index(value))
+    except TypeError as error:
+        raise GenerationError(f"{name} takes whole numbers, got {value!r}") from error
 
 
 def _check(condition: bool, message: str) -> None:

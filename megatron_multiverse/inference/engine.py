@@ -80,7 +80,13 @@ class Engine:
         self._cancelled: set[int] = set()
         self._finished: list[Result] = []
         self._stepping = False
-        self._num_embeddings = vocab_size or getattr(model, "vocab_size", None)
+        rows = getattr(model, "vocab_size", None)
+        if vocab_size is not None and rows is not None and vocab_size > rows:
+            raise GenerationError(
+                f"the tokenizer has {vocab_size} ids, the model {rows} rows of embeddings; "
+                "use the tokenizer of the model"
+            )
+        self._num_ids: int | None = vocab_size if vocab_size is not None else rows
 
     def check(self, request: Request) -> None:
         """Refuse a request that could never be served.
@@ -102,14 +108,23 @@ class Engine:
                 "shorten the prompt"
             )
         # On a GPU an id outside of the embedding is not an exception but the end of the process.
-        limit = self._num_embeddings
         for index, token in enumerate(request.prompt_ids):
-            if token < 0 or (limit is not None and token >= limit):
-                allowed = f"0 to {limit - 1}" if limit is not None else "0 and up"
+            self._check_id(f"prompt token {index}", token)
+        for token in request.sampling.stop_token_ids:
+            self._check_id("a stop token", token)
+            if token in self.vocab.tag_of:
                 raise GenerationError(
-                    f"prompt token {index} is {token}, the ids of the vocabulary are {allowed}; "
-                    "use the tokenizer of the model"
+                    f"stop token {token} is the structure tag {self.vocab.tag_of[token].text}, which the engine reads "
+                    "itself; leave it out (max_depth 0 in EngineConfig keeps answers from forking)"
                 )
+
+    def _check_id(self, what: str, token: int) -> None:
+        limit = self._num_ids
+        if token < 0 or (limit is not None and token >= limit):
+            allowed = f"0 to {limit - 1}" if limit is not None else "0 and up"
+            raise GenerationError(
+                f"{what} is {token}, the ids of the vocabulary are {allowed}; use the tokenizer of the model"
+            )
 
     def add_request(self, request: Request, *, on_token: TokenCallback | None = None) -> int:
         """Queue a request; returns its id.

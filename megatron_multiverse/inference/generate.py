@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from tqdm import tqdm
 
 from megatron_multiverse.config import DType, EngineConfig, SamplingParams, TokenizerType
+from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
 from megatron_multiverse.data.readers import open_source, read_rows
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.dtypes import DTYPES
-from megatron_multiverse.errors import DataError, GenerationError, MultiverseError
+from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, GenerationError, MultiverseError
 from megatron_multiverse.inference.build import build_engine
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.model.device import choose_device
+
+logger = logging.getLogger(__name__)
+
+_SUFFIXES = {"none": "", "parallel": PARALLEL_SUFFIX, "sequential": SEQUENTIAL_SUFFIX}
 
 Prompts: TypeAlias = list[str | DataError]
 """Prompts in order; in place of a row that holds none, what is wrong with it."""
@@ -42,6 +49,9 @@ class GenerateConfig:
     """Rows with a field "prompt": a file of JSON Lines or Parquet, or a folder of such files."""
     output: Path | None = None
     """JSON Lines to write, one row per answer as it finishes; by default answers go to the terminal."""
+    prompt_suffix: Literal["none", "parallel", "sequential"] = "none"
+    """Sentence to put behind each prompt, as tools/preprocess_data.py does: models trained with it fork when they read
+    it."""
     chat: bool = False
     """Wrap each prompt in the chat template of the tokenizer."""
     sequential: bool = False
@@ -49,7 +59,8 @@ class GenerateConfig:
     num_samples: int = 1
     """Answers per prompt; more than one needs a temperature."""
     stop: list[str] = field(default_factory=list)
-    """Further tokens, as text, that end an answer outside of paths; they are not part of it."""
+    """Further tokens, as text, that end an answer outside of paths; they are not part of it. No structure tags. The end
+    tokens that generation_config.json of the model names end answers anyway."""
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=2048))
     """How answers are drawn, and where they end."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -91,6 +102,7 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
 
     Raises:
         DataError: no prompts.
+        CheckpointError, ConfigError: no model, or a tokenizer of another model.
         GenerationError: options that cannot work, or `config.prompt` cannot be answered.
     """
     temperature = config.sampling.temperature
@@ -100,9 +112,9 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
             "temperature above 0 if it is more than 1 (greedy answers are all the same)"
         )
     prompts = _prompts(config)
-    tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model or config.load)
-    stop = _stop_ids(config.stop, tokenizer)
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    tokenizer = _tokenizer(config)
+    stop = _stop_ids(config.stop, tokenizer) + _end_ids(config, tokenizer)
+    texts = [prompt + _SUFFIXES[config.prompt_suffix] for prompt in prompts if isinstance(prompt, str)]
     chats = [tokenizer.render_chat(text) for text in texts] if config.chat else texts
     prompt_ids = iter(tokenizer.tokenize_batch(chats))
     ids = [next(prompt_ids) if isinstance(prompt, str) else [] for prompt in prompts]
@@ -127,6 +139,48 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
                 bar.update()
                 text = tokenizer.detokenize(result.token_ids)
                 yield {"index": index, "sample": sample, "prompt": prompts[index], "text": text, **_facts(result)}
+
+
+def _tokenizer(config: GenerateConfig) -> MultiverseTokenizer:
+    """The tokenizer, once it is known to be the one of the model folder, if that has one."""
+    if not config.load.exists():
+        raise CheckpointError(f"--load {config.load}: no such folder; name a folder with a model")
+    tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model or config.load)
+    if config.chat and tokenizer.chat_template is None:
+        raise GenerationError("--chat: the tokenizer has no chat template; leave --chat out, or add a template to it")
+    own = config.load / ("tokenizer.json" if config.tokenizer_type == "HuggingFaceTokenizer" else "tokenizer.model")
+    if config.tokenizer_model is not None and own.is_file():
+        expected = build_tokenizer(config.tokenizer_type, config.load)
+        pairs = zip_longest(expected.id_to_text, tokenizer.id_to_text)
+        differing = next((k for k, (one, other) in enumerate(pairs) if one != other), None)
+        if differing is not None:
+            raise ConfigError(
+                f"--tokenizer-model {config.tokenizer_model} gives id {differing} another text than the tokenizer in "
+                f"{config.load}; leave --tokenizer-model out, or name the tokenizer that the model was trained with"
+            )
+    return tokenizer
+
+
+def _end_ids(config: GenerateConfig, tokenizer: MultiverseTokenizer) -> list[int]:
+    """Ids that generation_config.json names as ends of an answer, beside the tokenizer's own."""
+    if config.sampling.ignore_eos:
+        return []
+    path = config.load / "generation_config.json"
+    named: Any = None
+    if path.is_file():
+        try:
+            named = json.loads(path.read_text(encoding="utf-8-sig")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"{path}: not a JSON object ({error}); mend or delete it") from error
+    ids = [] if named is None else named if isinstance(named, list) else [named]
+    for token in ids:
+        if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
+            raise ConfigError(
+                f"{path}: eos_token_id {token!r} is no id of the tokenizer (0 to {tokenizer.vocab_size - 1}); mend it"
+            )
+    ends = [*([] if tokenizer.eod is None else [tokenizer.eod]), *ids]
+    logger.info("answers end at: %s", ", ".join(dict.fromkeys(tokenizer.id_to_text[token] for token in ends)) or "none")
+    return ids
 
 
 def _build_engine(config: GenerateConfig, tokenizer: MultiverseTokenizer, longest_prompt: int) -> Engine:

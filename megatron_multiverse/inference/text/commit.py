@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_multiverse.inference.text.branch import Block, Branch, branch_key
-from megatron_multiverse.inference.text.budget import MOST_CLOSERS, exhausted, fits, shares
+from megatron_multiverse.inference.text.budget import MOST_CLOSERS, exhausted, fits, room, shares
 from megatron_multiverse.inference.text.result import BranchFinish, FinishReason
 from megatron_multiverse.inference.text.state import RequestState
 from megatron_multiverse.structure import Event
@@ -34,8 +34,8 @@ def commit_token(state: RequestState, branch: Branch, token: int, logprob: float
         _close(state, branch, "eos")
         return
     # No branch ever has more than MOST_CLOSERS tokens to close, so most tokens need no exact count.
-    room = min(branch.budget.tokens - branch.total, branch.budget.position - branch.next_position)
-    if room <= MOST_CLOSERS and not fits(branch, token):
+    left = room(branch)
+    if left <= MOST_CLOSERS and not fits(branch, token):
         _close(state, branch, "length")
         return
     event = _append(branch, token, logprob)
@@ -45,7 +45,7 @@ def commit_token(state: RequestState, branch: Branch, token: int, logprob: float
         _fork(state, branch)
     elif event is Event.PATH_END:
         _end(state, branch, "path_end")
-    elif room <= MOST_CLOSERS + 1 and exhausted(branch):
+    elif left <= MOST_CLOSERS + 1 and exhausted(branch):
         _close(state, branch, "length")
 
 
@@ -125,8 +125,7 @@ def _join(state: RequestState, branch: Branch) -> None:
     branch.next_position = max(kid.next_position for kid in block.kids)
     branch.machine.join()
     _force(state, branch, branch.machine.vocab.conclusion_prefix())
-    room = min(branch.budget.tokens - branch.total, branch.budget.position - branch.next_position)
-    if room <= MOST_CLOSERS and exhausted(branch):
+    if exhausted(branch):
         _close(state, branch, "length")
 
 

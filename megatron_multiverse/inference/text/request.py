@@ -5,21 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_multiverse.config.engine import SamplingParams
+from megatron_multiverse.config.engine import SamplingParams, whole_number
 from megatron_multiverse.errors import GenerationError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt to continue."""
+    """One prompt to continue.
+
+    Raises:
+        GenerationError: no tokens, or ids that are not whole numbers.
+    """
 
     prompt_ids: Sequence[int]
-    """Token ids; tags among them are inert."""
+    """Token ids; tags among them are inert. Kept as a tuple, so that what is done to the list later changes nothing."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """How the answer is drawn, and where it ends."""
     sample: int = 0
     """Number of the answer, to draw several to one prompt with one seed."""
 
     def __post_init__(self) -> None:
-        if len(self.prompt_ids) == 0:
+        object.__setattr__(self, "prompt_ids", tuple(whole_number("prompt_ids", token) for token in self.prompt_ids))
+        object.__setattr__(self, "sample", whole_number("sample", self.sample))
+        if not self.prompt_ids:
             raise GenerationError("prompt_ids is empty; give at least one token")

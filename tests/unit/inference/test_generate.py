@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_multiverse.config import EngineConfig, SamplingParams
-from megatron_multiverse.errors import DataError, GenerationError
+from megatron_multiverse.data.tokenizers import build_tokenizer
+from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, GenerationError
 from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
 
 ROOT = Path(__file__).parents[3]
@@ -153,10 +155,10 @@ def test_limits_and_stop_tokens_reach_the_engine():
         ]
         >= 1
     )
-    stopped = next(generate_answers(GenerateConfig(**options, stop=["<Parallel>"])))
+    stopped = next(generate_answers(GenerateConfig(**options, stop=["\n"])))
     assert stopped["finish_reason"] == "stop"
     assert free["text"].startswith(stopped["text"])
-    assert "<Parallel>" not in stopped["text"]
+    assert "\n" not in stopped["text"]
     assert (
         next(generate_answers(GenerateConfig(**options | {"sampling": replace(LONG, ignore_eos=True)})))[
             "finish_reason"
@@ -167,7 +169,51 @@ def test_limits_and_stop_tokens_reach_the_engine():
         next(generate_answers(GenerateConfig(**options, stop=["two words of text"])))
 
 
-def test_the_chat_template_wraps_the_prompt():
-    """The quickstart's tokenizer has none and says so."""
-    with pytest.raises(ValueError, match="chat template"):
+def test_structure_tags_do_not_stop_answers() -> None:
+    with pytest.raises(GenerationError, match="structure tag </Goal>"):
+        next(generate_answers(GenerateConfig(load=MODEL, prompt=PROMPT, stop=["</Goal>", "</Path>"])))
+
+
+def test_a_tokenizer_of_another_model_is_refused(qwen3_folder: Path, tmp_path: Path) -> None:
+    """Both where the model folder has its own tokenizer, and where only the rows of the model can tell."""
+    other = GenerateConfig(load=MODEL, prompt=PROMPT, tokenizer_model=str(qwen3_folder))
+    with pytest.raises(ConfigError, match="gives id 256 another text than the tokenizer in"):
+        next(generate_answers(other))
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(MODEL / name, tmp_path / name)
+    with pytest.raises(GenerationError, match=r"has 1516\d\d ids, the model \d+ rows"):
+        next(generate_answers(replace(other, load=tmp_path)))
+
+
+def test_a_missing_model_and_a_missing_chat_template_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"--load .*nowhere: no such folder"):
+        next(generate_answers(GenerateConfig(load=tmp_path / "nowhere", prompt="a")))
+    with pytest.raises(GenerationError, match="leave --chat out"):
         next(generate_answers(GenerateConfig(load=MODEL, prompt="a", chat=True)))
+
+
+def test_the_training_suffix_is_put_behind_the_prompt() -> None:
+    text, suffix = PROMPT[: PROMPT.index(" Think step")], " Think step by step and in parallel before answering."
+    options = {"load": MODEL, "sampling": SamplingParams(max_tokens=20)}
+    written = next(generate_answers(GenerateConfig(**options, prompt=text + suffix)))
+    added = next(generate_answers(GenerateConfig(**options, prompt=text, prompt_suffix="parallel")))
+    assert added["text"] == written["text"]
+    assert added["prompt"] == text
+
+
+def test_all_ends_of_generation_config_end_an_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", folder)
+    newline = tokenizer.structure_vocab.newline_id
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eod, newline]}))
+    config = GenerateConfig(load=folder, prompt=PROMPT, sampling=LONG)
+    with caplog.at_level("INFO"):
+        answer = next(generate_answers(config))
+    assert answer["finish_reason"] == "stop"
+    assert "\n" not in answer["text"]
+    assert f"answers end at: {tokenizer.id_to_text[tokenizer.eod]}, \n" in caplog.text
+    for bad in ("{", "[]", '{"eos_token_id": 99999999}', '{"eos_token_id": [true]}'):
+        (folder / "generation_config.json").write_text(bad)
+        with pytest.raises(ConfigError, match=r"generation_config\.json"):
+            next(generate_answers(config))
