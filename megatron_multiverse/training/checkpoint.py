@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import queue
 import warnings
 from collections.abc import Iterator
@@ -131,7 +132,14 @@ def _cause(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence torch's FutureWarnings about parts of it that megatron-core still uses."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+    """Silence torch's FutureWarnings about parts of it that megatron-core still uses, and megatron-core's warning that
+    a folder is not empty: the run's description lies in it already."""
+    serialization = logging.getLogger("megatron.core.dist_checkpointing.serialization")
+    level = serialization.level
+    serialization.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        serialization.setLevel(level)
