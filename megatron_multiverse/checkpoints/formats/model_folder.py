@@ -14,7 +14,8 @@ from megatron_multiverse.checkpoints.formats.json_files import read_json_object,
 from megatron_multiverse.checkpoints.names.registry import find_family
 from megatron_multiverse.checkpoints.names.table import Entry, Family, entries
 from megatron_multiverse.config import ModelConfig
-from megatron_multiverse.model.weights import CONFIG_FILE
+
+CONFIG_FILE = "config.json"  # not imported from model.weights: that would load megatron-core for every conversion
 
 
 def is_model_folder(folder: str | Path) -> bool:

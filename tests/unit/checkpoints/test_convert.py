@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,15 @@ def test_published_configs_are_understood_and_written_back(values: dict[str, obj
     config = hf_config_to_model_config(values)
     assert config.num_parameters == parameters
     assert hf_config_to_model_config(model_config_to_hf(config, family_of(values))) == config
+
+
+def test_a_conversion_starts_without_megatron_core_and_transformers() -> None:
+    """Importing them takes longer than converting a small model."""
+    code = (
+        "import sys, megatron_multiverse.checkpoints.convert; print({'megatron.core', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize(
