@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import TokenizerType
+from megatron_multiverse.data.input_files import trajectory_files
 from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
-from megatron_multiverse.data.readers import trajectory_files
 from megatron_multiverse.data.tokenizers import build_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -21,6 +21,7 @@ def main() -> None:
     totals, seconds = result.totals, max(result.seconds, 1e-9)
     for line in totals.lines():
         print(line)
+    print(f"template    {result.template}")
     if result.seconds:
         rate = f"{totals.documents / seconds:,.1f} docs/s, {totals.text_bytes / seconds / 1e6:.2f} MB/s"
         print(f"wrote       {config.output_prefix}.bin and .idx in {seconds:.1f} s ({rate})")

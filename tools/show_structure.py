@@ -7,6 +7,8 @@ Example:
 from __future__ import annotations
 
 import dataclasses
+import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,30 +25,39 @@ class ShowOptions:
     """Draw one sample or one output of the engine as PNGs."""
 
     input: str
-    """Trajectory text, JSON Lines file with `prompt` and `response` (or Multiverse-1K's columns), or - for stdin."""
+    """Whatever tools/preprocess_data.py takes: trajectory, JSON Lines or Parquet file, folder, or - for a trajectory on
+    standard input."""
     output_dir: Path = Path("runs/structure")
     """Folder for visibility.png, positions.png and timeline.png."""
-    row: int = 0
-    """Row of a JSON Lines file, from 0."""
+    row: int = 1
+    """Which row or trajectory file, from 1: the number in PREFIX_rejected.jsonl."""
+    json_keys: list[str] | None = None
+    """Columns, as in tools/preprocess_data.py."""
+    split: str | None = None
+    """Split, as in tools/preprocess_data.py."""
     tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
     """HuggingFaceTokenizer or SentencePieceTokenizer; used with tokenizer_model."""
     tokenizer_model: str = ""
     """Tokenizer to count tokens with; without it each word, tag and newline is one token."""
     strict: bool = False
-    """Stop with an error at the first broken rule, instead of reading broken structure as plain text."""
+    """Stop with an error where preprocessing would reject the row, instead of reading broken structure as plain
+    text."""
 
 
 def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     options = parse_options(ShowOptions)
-    view = load_view(options.input, options.row, options.tokenizer_type, options.tokenizer_model, strict=options.strict)
-    draw_visibility(view, options.output_dir / "visibility.png")
-    draw_positions(view, options.output_dir / "positions.png")
-    draw_timeline(ideal_timeline(view), options.output_dir / "timeline.png", sequential=sequential_timeline(view))
+    asked = dataclasses.asdict(options)
+    folder, source = asked.pop("output_dir"), asked.pop("input")
+    view = load_view(source, **asked)
+    draw_visibility(view, folder / "visibility.png")
+    draw_positions(view, folder / "positions.png")
+    draw_timeline(ideal_timeline(view), folder / "timeline.png", sequential=sequential_timeline(view))
     for name, value in dataclasses.asdict(measure(view.document)).items():
         print(f"{name:<16} {value:.3f}" if isinstance(value, float) else f"{name:<16} {value}")
     for code, count in view.document.malformed.items():
         print(f"malformed        {code} ({count})")
-    print(f"pictures         {options.output_dir}/visibility.png positions.png timeline.png")
+    print(f"pictures         {folder}/visibility.png positions.png timeline.png")
 
 
 if __name__ == "__main__":

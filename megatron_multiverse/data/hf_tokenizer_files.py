@@ -7,28 +7,68 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_multiverse.data.input_files import refuse_lfs_pointer
 from megatron_multiverse.errors import ConfigError
 
 _ADDED_TOKEN = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
 def load_hf_backend(model: Path) -> tuple[Any, dict[str, Any]]:
-    """The Rust tokenizer and what tokenizer_config.json says of special tokens and template."""
-    from tokenizers import Tokenizer
+    """The Rust tokenizer and what tokenizer_config.json says of special tokens and template.
 
+    Raises:
+        ConfigError: there is no tokenizer, or its files are damaged.
+    """
     file = model / "tokenizer.json" if model.is_dir() else model
     if file.is_file() and file.suffix == ".json":
-        config_file = file.with_name("tokenizer_config.json")
-        template_file = file.with_name("chat_template.jinja")
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-        if template_file.is_file():
-            config["chat_template"] = template_file.read_text(encoding="utf-8")
-        return Tokenizer.from_file(str(file)), config
+        return _load_tokenizer_json(file), _read_config(file)
+    return _load_by_transformers(model)
+
+
+def _load_tokenizer_json(file: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    refuse_lfs_pointer(file)
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"{file} is damaged or no tokenizer.json ({error}): fetch it again") from error
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    config_file, template_file = file.with_name("tokenizer_config.json"), file.with_name("chat_template.jinja")
+    config: Any = {}
+    if config_file.is_file():
+        try:
+            config = json.loads(_read_text(config_file))
+        except ValueError as error:
+            raise ConfigError(f"{config_file} is damaged ({error}): fetch it again") from error
+        if not isinstance(config, dict):
+            raise ConfigError(f"{config_file} holds a {type(config).__name__}, not an object: fetch it again")
+    if template_file.is_file():
+        config["chat_template"] = _read_text(template_file)
+    return config
+
+
+def _read_text(file: Path) -> str:
+    refuse_lfs_pointer(file)
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text ({error}): fetch it again") from error
+
+
+def _load_by_transformers(model: Path) -> tuple[Any, dict[str, Any]]:
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
     try:
         loaded = AutoTokenizer.from_pretrained(str(model), use_fast=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what the many tokenizer classes raise is not one family of errors
+        if (model / "tokenizer.model").is_file() or model.suffix == ".model":
+            raise ConfigError(
+                f"{model} is a sentencepiece model without tokenizer.json: use --tokenizer-type SentencePieceTokenizer"
+            ) from error
         raise ConfigError(
             f"no Hugging Face tokenizer at {model}: give a folder with tokenizer.json or a hub name ({error})"
         ) from error
@@ -63,13 +103,38 @@ def completed_config(config: Mapping[str, Any], added: Mapping[int, Any]) -> dic
     return values
 
 
+def kept_form(backend: Any) -> str | None:
+    """The Unicode form a text must have so that this tokenizer keeps it byte for byte, if that is all it takes.
+
+    Returns:
+        "NFC" and the like for a byte-level tokenizer that does nothing but normalize; "" if it does not even do that;
+        None if more would have to be known.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    def kinds(part: Any, children: str) -> list[dict[str, Any]]:
+        if part is None:
+            return []
+        state = json.loads(part.__getstate__())  # what pickle would write: the part of tokenizer.json
+        return list(state[children]) if state["type"] == "Sequence" else [state]
+
+    cutters = kinds(backend.pre_tokenizer, "pretokenizers")
+    keeps = all(
+        (cutter["type"] == "ByteLevel" and not cutter["add_prefix_space"])
+        or (cutter["type"] == "Split" and cutter["behavior"] != "Removed")
+        or cutter["type"] == "Digits"
+        for cutter in cutters
+    )
+    is_whole = all(backend.token_to_id(letter) is not None for letter in ByteLevel.alphabet())
+    swallows = any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
+    if not keeps or not is_whole or swallows or "ByteLevel" not in {cutter["type"] for cutter in cutters}:
+        return None
+    forms = [part["type"] for part in kinds(backend.normalizer, "normalizers")]
+    if not forms:
+        return ""
+    return forms[0] if len(forms) == 1 and forms[0] in ("NFC", "NFD", "NFKC", "NFKD") else None
+
+
 def content(token: Any) -> str | None:
     """tokenizer_config.json writes a special token as a string or as {"content": ...}."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def default_template(template: Any) -> str | None:
-    """tokenizer_config.json holds one template or a list of named ones."""
-    if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    return template if template is None else str(template)

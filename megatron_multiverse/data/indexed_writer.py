@@ -26,7 +26,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 _UINT16_LIMIT = 65500  # megatron-core's DType.optimal_dtype
 SEQUENCES_PER_DOCUMENT = 2
-"""Prompt and response."""
+"""Prompt and response, unless both are written as one sequence."""
 
 
 def optimal_dtype(vocab_size: int) -> np.dtype[np.integer]:
@@ -44,18 +44,20 @@ class ShardWriter:
         path: path without suffix.
         dtype: dtype of the ids.
         vocab_size: ids must lie in [0, vocab_size).
+        one_sequence: write prompt and response as one sequence.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[np.integer], vocab_size: int) -> None:
+    def __init__(self, path: Path, dtype: np.dtype[np.integer], vocab_size: int, *, one_sequence: bool = False) -> None:
         self._path = path
         self._part = f"{path}.{os.getpid()}"
         self._dtype = dtype
         self._vocab_size = vocab_size
+        self._one_sequence = one_sequence
         self._bin = open(f"{self._part}.bin", "wb")  # noqa: SIM115 (open until `close`)
         self._lengths: list[int] = []
 
     def add(self, prompt: npt.NDArray[np.int64], response: npt.NDArray[np.int64]) -> None:
-        """Append one document of two sequences."""
+        """Append one document."""
         ids = np.concatenate((prompt, response))
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
             raise DataError(
@@ -63,7 +65,7 @@ class ShardWriter:
                 "tokenizer reports a wrong vocab_size"
             )
         self._bin.write(ids.astype(self._dtype).tobytes())
-        self._lengths += (prompt.size, response.size)
+        self._lengths += (ids.size,) if self._one_sequence else (prompt.size, response.size)
 
     def close(self) -> None:
         self._bin.close()
@@ -72,21 +74,31 @@ class ShardWriter:
             os.replace(self._part + suffix, self._path.with_suffix(suffix))
 
 
-def join_shards(shards: Sequence[Path], output_prefix: str, dtype: np.dtype[np.integer]) -> None:
+def join_shards(
+    shards: Sequence[Path],
+    output_prefix: str,
+    dtype: np.dtype[np.integer],
+    *,
+    work_folder: Path | None = None,
+    sequences_per_document: int = SEQUENCES_PER_DOCUMENT,
+) -> None:
     """Write OUTPUT_PREFIX.bin and .idx from finished shards, in order; both appear by rename, whole.
 
     Args:
         shards: paths without suffix, as given to `ShardWriter`.
         output_prefix: path of the output without suffix.
         dtype: dtype the shards were written with.
+        work_folder: where the files are until they are whole, on the same disk; default the folder of the shards.
+        sequences_per_document: 2, or 1 for shards written with `one_sequence`.
     """
-    bin_part, idx_part = Path(f"{output_prefix}.bin.part"), Path(f"{output_prefix}.idx.part")
+    folder = work_folder or shards[0].parent
+    bin_part, idx_part = folder / "joined.bin", folder / "joined.idx"
     with open(bin_part, "wb") as out:
         for shard in shards:
             with open(shard.with_suffix(".bin"), "rb") as part:
                 shutil.copyfileobj(part, out, 16 << 20)
     count = sum(len(lengths) for lengths in _lengths(shards))
-    documents = count // SEQUENCES_PER_DOCUMENT
+    documents = count // sequences_per_document
     with open(idx_part, "wb") as out:
         out.write(_MAGIC + struct.pack("<QBQQ", 1, _DTYPE_CODES[dtype], count, documents + 1))
         for lengths in _lengths(shards):
@@ -99,7 +111,7 @@ def join_shards(shards: Sequence[Path], output_prefix: str, dtype: np.dtype[np.i
             offset = int(ends[-1]) if len(ends) else offset
         step = 1 << 20
         for first in range(0, documents + 1, step):
-            borders = np.arange(first, min(first + step, documents + 1), dtype="<i8") * SEQUENCES_PER_DOCUMENT
+            borders = np.arange(first, min(first + step, documents + 1), dtype="<i8") * sequences_per_document
             out.write(borders.tobytes())
     for part_path in (bin_part, idx_part):
         flush(part_path)  # the caller deletes the shards after this

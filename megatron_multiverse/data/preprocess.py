@@ -2,47 +2,51 @@
 
 The input is cut into shards. Workers write finished shards into OUTPUT_PREFIX.shards/; the parent shows progress and
 at the end joins them. A run that was stopped goes on with the shards that are not finished; a run with other input,
-tokenizer or settings begins anew. Nothing here imports torch.
+tokenizer or settings begins anew. Files that no run of ours has written are neither deleted nor replaced. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
-import shutil
-import threading
 import time
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_multiverse.config import TokenizerType
-from megatron_multiverse.data.counters import Progress
-from megatron_multiverse.data.indexed_writer import join_shards, optimal_dtype
+from megatron_multiverse.data.chat_templates import writes_date
+from megatron_multiverse.data.indexed_writer import SEQUENCES_PER_DOCUMENT, join_shards, optimal_dtype
 from megatron_multiverse.data.prompts import (
     TRAJECTORY_COLUMNS,
     ChatTemplate,
     PromptStyle,
     PromptSuffix,
     resolve_columns,
+    uses_template,
 )
-from megatron_multiverse.data.readers import Shard, Source, column_names, open_source
 from megatron_multiverse.data.report import Totals
-from megatron_multiverse.data.shard_worker import Recipe, process_shard
+from megatron_multiverse.data.shard_worker import Recipe
+from megatron_multiverse.data.sources import Source, column_names, open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
+from megatron_multiverse.data.work_folder import (
+    OUTPUT_SUFFIXES,
+    WorkFolder,
+    has_key,
+    read_object,
+    refuse_foreign_outputs,
+)
+from megatron_multiverse.data.worker_pool import run_workers
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.files import write_json_atomic
-from megatron_multiverse.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # change when the same input gives other bytes
+_LOGGED_FILES, _NAMED_FILES = 10, 5
+_FORMAT = 2  # change when the same input gives other bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +57,10 @@ class PreprocessConfig:
     OUTPUT_PREFIX_rejected.jsonl with their position and the reason.
     """
 
-    input: str
-    """JSON Lines or Parquet file, folder of such files, folder saved by `datasets`, folder of trajectories (*.xml,
-    *.txt; the prompt of NAME.xml in NAME.prompt.txt), or Hugging Face hub name."""
+    input: list[str] | str
+    """One or several of: JSON Lines file (also .gz, .zst) or Parquet file, pattern such as 'data/*.jsonl', folder of
+    such files, folder saved by `datasets`, trajectory files (*.xml, *.txt; the prompt of NAME.xml in NAME.prompt.txt)
+    or a folder of them, Hugging Face hub name."""
     output_prefix: str
     """Path of the output without suffix: PREFIX.bin, PREFIX.idx, PREFIX_manifest.json, PREFIX_rejected.jsonl."""
     tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
@@ -65,7 +70,10 @@ class PreprocessConfig:
     workers: int = 0
     """Worker processes; 0 takes one per available CPU core."""
     append_eod: bool = False
-    """Put the end-of-document token after each response."""
+    """Put the end-of-document token after each response that does not end with it."""
+    one_sequence: bool = False
+    """Write prompt and response as one sequence. Megatron-core's GPTDataset shuffles sequences and would tear them
+    apart. Our own trainer needs them as two."""
     json_keys: list[str] | None = None
     """One key (response), two (prompt response) or three (question trajectory answer). Without it the columns of
     Multiverse-1K, of s1K-1.1, or prompt and response are found by name."""
@@ -76,10 +84,32 @@ class PreprocessConfig:
     question columns only."""
     chat_template: ChatTemplate = "auto"
     """Wrap the prompt in the tokenizer's chat template. auto: for question columns only."""
-    split: str = "train"
-    """Split of a Hugging Face data set."""
+    template_date: str = "2024-07-26"
+    """Date that a chat template writes which would write today's; the default is the one that Llama 3.1's template
+    names where it has no clock."""
+    split: str | None = None
+    """Split of a Hugging Face data set, or of a folder whose files are named after splits; train if not given."""
     max_rejected: int = 0
     """Exit with an error if more rows than this are rejected; all other rows are written either way."""
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "max_rejected"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} ({getattr(self, name)}) must be 0 or more")
+        if Path(self.output_prefix).name in ("", "..") or self.output_prefix.endswith(("/", "/.")):
+            raise ConfigError(
+                f"output_prefix ({self.output_prefix!r}) must end in a name, not in a folder: "
+                f"{os.path.join(self.output_prefix, 'train')} makes train.bin there"
+            )
+        try:
+            datetime.date.fromisoformat(self.template_date)
+        except ValueError as error:
+            raise ConfigError(f"template_date ({self.template_date}) must be a date such as 2026-01-31") from error
+
+    @property
+    def inputs(self) -> list[str]:
+        """`input` as a list."""
+        return [self.input] if isinstance(self.input, str) else self.input
 
 
 @dataclass(frozen=True)
@@ -90,21 +120,8 @@ class PreprocessResult:
     seconds: float
     reused_shards: int
     too_many_rejected: bool
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The run on disk: OUTPUT_PREFIX.shards/plan.json tells a later run whether it can go on."""
-
-    key: str
-    source: Source
-    folder: Path
-
-    def part(self, number: int) -> Path:
-        return self.folder / f"{number:05d}"
-
-    def is_finished(self, number: int) -> bool:
-        return self.part(number).with_suffix(".json").is_file()
+    template: str
+    """Whether prompts are wrapped in a chat template, and how they look then."""
 
 
 def preprocess_data(config: PreprocessConfig) -> PreprocessResult:
@@ -112,49 +129,98 @@ def preprocess_data(config: PreprocessConfig) -> PreprocessResult:
 
     Raises:
         ConfigError: unreadable input or tokenizer, unknown columns.
-        DataError: a worker died.
+        DataError: a worker died, files cannot be written, or files that are not ours stand where outputs belong.
     """
     # Each worker is one process on one core; threads inside the tokenizer would only fight over the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     started = time.monotonic()
+    source = open_source(config.inputs, split=config.split)
+    _check_places(config.output_prefix, source)
+    _log_files(source)
     tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
-    source = open_source(config.input, split=config.split)
-    if source.kind == "trajectories":
-        columns = TRAJECTORY_COLUMNS
-    else:
-        columns = resolve_columns(column_names(source), config.json_keys)
+    columns = TRAJECTORY_COLUMNS if source.is_trajectories else resolve_columns(column_names(source), config.json_keys)
+    _check_options(config, source)
     style = PromptStyle(config.chat_template, config.prompt_suffix)
-    recipe = Recipe(columns, style, config.prompt, config.append_eod)
-    _check_tokenizer(tokenizer, recipe)
+    recipe = Recipe(columns, style, config.prompt, config.append_eod, config.template_date, config.one_sequence)
+    template = _check_tokenizer(tokenizer, recipe)
     key = _key(source, tokenizer, recipe)
-    manifest_path = Path(f"{config.output_prefix}_manifest.json")
-    if (done := _finished_run(config.output_prefix, manifest_path, key)) is not None:
-        logger.info("%s.bin is already made from this input; nothing to do", config.output_prefix)
-        return _result(config, done, 0.0, len(source.shards))
-    plan = _open_plan(Path(f"{config.output_prefix}.shards"), key, source)
-    todo = [k for k in range(len(source.shards)) if not plan.is_finished(k)]
-    if len(todo) < len(source.shards):
-        logger.info("going on: %d of %d shards are finished", len(source.shards) - len(todo), len(source.shards))
-    _run_workers(plan, todo, recipe, tokenizer, config.workers or _available_cores())
-    totals = _join(plan, config, tokenizer, manifest_path)
-    return _result(config, totals, time.monotonic() - started, len(source.shards) - len(todo))
+    try:
+        if (done := _finished_run(config.output_prefix, key)) is not None:
+            logger.info("%s.bin is already made from this input; nothing to do", config.output_prefix)
+            return _result(config, done, 0.0, len(source.shards), template)
+        refuse_foreign_outputs(config.output_prefix, key)
+        with WorkFolder(config.output_prefix, key) as folder:
+            todo = [k for k in range(len(source.shards)) if not folder.is_finished(k)]
+            reused = len(source.shards) - len(todo)
+            if reused:
+                logger.info("going on: %d of %d shards are finished", reused, len(source.shards))
+            run_workers(folder, source.shards, todo, recipe, tokenizer, config.workers or _available_cores())
+            totals = _join(folder, source, config, tokenizer)
+    except OSError as error:
+        raise DataError(
+            f"cannot write {config.output_prefix}: {error}. Shards that are finished are kept: make room or choose "
+            "another place, and run the same command again"
+        ) from error
+    return _result(config, totals, time.monotonic() - started, reused, template)
 
 
-def _check_tokenizer(tokenizer: MultiverseTokenizer, recipe: Recipe) -> None:
+def _check_places(output_prefix: str, source: Source) -> None:
+    """Refuse inputs that are outputs too: they would be replaced, or be read as data the next time."""
+    work_folder = Path(f"{output_prefix}.shards").resolve()
+    outputs = {Path(f"{output_prefix}{suffix}").resolve() for suffix in OUTPUT_SUFFIXES}
+    for part in source.inputs:
+        places = {Path(part.name).resolve()} if not part.files else {file.resolve() for file in part.files}
+        for place in places:
+            if place in outputs or place == work_folder or work_folder in place.parents:
+                raise ConfigError(f"--input {place} is where --output-prefix {output_prefix} writes: choose another")
+        if part.root is not None and part.root.resolve() in next(iter(outputs)).parents and Path(part.name).is_dir():
+            raise ConfigError(
+                f"--output-prefix {output_prefix} lies inside of --input {part.name}, where the outputs would be read "
+                "as data the next time: choose a place outside"
+            )
+
+
+def _log_files(source: Source) -> None:
+    files = source.files
+    for file in files[:_LOGGED_FILES]:
+        logger.info("reading %s", file)
+    if len(files) > _LOGGED_FILES:
+        logger.info("... and %d more files, the last one %s", len(files) - _LOGGED_FILES, files[-1])
+
+
+def _check_options(config: PreprocessConfig, source: Source) -> None:
+    if config.prompt and not source.is_trajectories:
+        raise ConfigError("--prompt has no effect: only trajectory files may lack a prompt of their own; leave it out")
+    if config.json_keys and source.is_trajectories:
+        raise ConfigError("--json-keys has no effect on trajectory files, which have no columns: leave it out")
+
+
+def _check_tokenizer(tokenizer: MultiverseTokenizer, recipe: Recipe) -> str:
+    """Refuse what will not work; returns what will be done with the chat template."""
     if recipe.append_eod and tokenizer.eod is None:
         raise ConfigError("--append-eod: the tokenizer names no end token (eos_token in tokenizer_config.json)")
-    is_chat = recipe.style.chat_template
-    if is_chat == "always" or (is_chat == "auto" and recipe.columns.is_question and tokenizer.chat_template):
-        tokenizer.render_chat("Is the template sound?")  # loads transformers once, before the workers fork
+    if not uses_template(recipe.style, recipe.columns):
+        return "not applied (auto applies it to question columns only)"
+    if recipe.style.chat_template == "auto" and not tokenizer.chat_templates:
+        return "none in this tokenizer"
+    date = datetime.date.fromisoformat(recipe.template_date)
+    try:
+        rendered = tokenizer.render_chat("QUESTION", date=date)  # loads transformers once, before the workers fork
+    except ConfigError:
+        raise
+    except Exception as error:  # a template is code of its author
+        raise ConfigError(f"the tokenizer's chat template fails ({error}); use --chat-template never") from error
+    clock = f", its date always {date}" if writes_date(tokenizer.chat_template or "") else ""
+    return f"applied{clock}: {rendered!r}"
 
 
 def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _result(config: PreprocessConfig, totals: Totals, seconds: float, reused: int) -> PreprocessResult:
+def _result(config: PreprocessConfig, totals: Totals, seconds: float, reused: int, template: str) -> PreprocessResult:
     too_many = totals.rejected.total() > config.max_rejected
-    return PreprocessResult(totals, seconds, reused, too_many)
+    return PreprocessResult(totals, seconds, reused, too_many, template)
 
 
 def _key(source: Source, tokenizer: MultiverseTokenizer, recipe: Recipe) -> str:
@@ -164,124 +230,70 @@ def _key(source: Source, tokenizer: MultiverseTokenizer, recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _finished_run(output_prefix: str, manifest_path: Path, key: str) -> Totals | None:
+def _finished_run(output_prefix: str, key: str) -> Totals | None:
     if not all(Path(f"{output_prefix}{suffix}").is_file() for suffix in (".bin", ".idx", "_manifest.json")):
         return None
-    manifest = _read_object(manifest_path)
-    if manifest.get("key") != key or "totals" not in manifest:
+    manifest = read_object(Path(f"{output_prefix}_manifest.json"))
+    if not has_key(manifest) or manifest["key"] != key or "totals" not in manifest:
         return None
     totals = Totals()
     totals.merge(manifest["totals"])
     return totals
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that a run wrote; {} if there is none or it is damaged, and its work is done again."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        logger.warning("%s is damaged (%s): doing its work again", path, error)
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _open_plan(folder: Path, key: str, source: Source) -> _Plan:
-    plan_file = folder / "plan.json"
-    if folder.is_dir() and _read_object(plan_file).get("key") != key:
-        logger.info("input, tokenizer or settings changed since the interrupted run: beginning anew")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(plan_file, {"key": key})
-    return _Plan(key, source, folder)
-
-
-# Forked workers share the parent's tokenizer and counters; tasks find them here.
-_worker_state: dict[str, Any] = {}
-
-
-def _init_worker(recipe: Recipe, tokenizer: MultiverseTokenizer, progress: Progress) -> None:
-    _worker_state.update(recipe=recipe, tokenizer=tokenizer, progress=progress)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """A worker whose parent was killed would wait for tasks forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-
-def _work(shard: Shard, path: Path) -> None:
-    process_shard(shard, path, **_worker_state)
-
-
-def _run_workers(plan: _Plan, todo: list[int], recipe: Recipe, tokenizer: MultiverseTokenizer, workers: int) -> None:
-    if not todo:
-        return
-    context = multiprocessing.get_context("fork")
-    progress = Progress(context)
-    arguments = (recipe, tokenizer, progress)
-    executor = ProcessPoolExecutor(min(workers, len(todo)), context, _init_worker, arguments)
-    with executor:
-        futures = {executor.submit(_work, plan.source.shards[k], plan.part(k)): k for k in todo}
-        waiting: set[Future[None]] = set(futures)
-        # After the workers are forked: the progress bar has a thread, and a fork copies no threads.
-        with ProgressLine("preprocess", sum(plan.source.shards[k].num_bytes for k in todo), items="docs") as line:
-            while waiting:
-                finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
-                line.show(*progress.values)
-                for future in finished:
-                    _check(future, plan.source.shards[futures[future]], executor)
-
-
-def _check(future: Future[None], shard: Shard, executor: ProcessPoolExecutor) -> None:
-    """Pass a worker's error on at once, without waiting for the other shards."""
-    error = future.exception()
-    if error is None:
-        return
-    executor.shutdown(wait=False, cancel_futures=True)
-    if isinstance(error, BrokenProcessPool):
-        raise DataError(
-            "a worker process was killed (out of memory?); finished shards are kept: run the same command again, "
-            "with fewer --workers if memory is short"
-        ) from error
-    raise DataError(f"{shard.path} [{shard.start}, {shard.stop}): {error}") from error
-
-
-def _join(plan: _Plan, config: PreprocessConfig, tokenizer: MultiverseTokenizer, manifest_path: Path) -> Totals:
+def _join(folder: WorkFolder, source: Source, config: PreprocessConfig, tokenizer: MultiverseTokenizer) -> Totals:
     """Join the shards into the final files. The shards are deleted last, so that a run stopped here can go on too."""
-    numbers = range(len(plan.source.shards))
+    manifest_path = Path(f"{config.output_prefix}_manifest.json")
     manifest_path.unlink(missing_ok=True)  # it describes the files that are replaced now
-    join_shards([plan.part(k) for k in numbers], config.output_prefix, optimal_dtype(tokenizer.vocab_size))
+    sequences = 1 if config.one_sequence else SEQUENCES_PER_DOCUMENT
+    join_shards(
+        [folder.part(k) for k in range(len(source.shards))],
+        config.output_prefix,
+        optimal_dtype(tokenizer.vocab_size),
+        work_folder=folder.path,
+        sequences_per_document=sequences,
+    )
+    totals = _join_reports(folder, source, Path(f"{config.output_prefix}_rejected.jsonl"))
+    manifest = {
+        "key": folder.key,
+        "input": config.input,
+        "split": config.split,
+        "tokenizer_type": config.tokenizer_type,
+        "tokenizer_model": config.tokenizer_model,
+        "tokenizer_sha256": tokenizer.fingerprint(),
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod if config.append_eod else None,
+        "sequences_per_document": sequences,
+        "totals": totals.as_dict(),
+    }
+    write_json_atomic(manifest_path, manifest)
+    folder.delete()
+    return totals
+
+
+def _join_reports(folder: WorkFolder, source: Source, rejected_path: Path) -> Totals:
+    """Sum the counts of the shards, and write their rejected rows into one file if there are any."""
     totals = Totals()
-    rejected_path = Path(f"{config.output_prefix}_rejected.jsonl")
-    with open(rejected_path, "w", encoding="utf-8") as out:
-        lines_before: dict[str, int] = {}
-        for k in numbers:
-            shard = plan.source.shards[k]
-            report = json.loads(plan.part(k).with_suffix(".json").read_text(encoding="utf-8"))
+    untagged: list[str] = []
+    lines_before: dict[str, int] = {}
+    part = folder.path / "rejected.jsonl"
+    # A message may quote half of a surrogate pair from a row; escaped, it is still JSON.
+    with open(part, "w", encoding="utf-8", errors="backslashreplace") as out:
+        for k, shard in enumerate(source.shards):
+            report = json.loads(folder.part(k).with_suffix(".json").read_text(encoding="utf-8"))
             totals.merge(report["totals"])
+            untagged += report["untagged"]
             offset = lines_before.get(shard.path, 0) if shard.kind == "jsonl" else 0
             lines_before[shard.path] = offset + report["last_row"]
             for entry in report["rejected"]:
                 entry["row"] += offset
                 entry["sample"] = entry["sample"] or f"{Path(shard.path).name}:{entry['row']}"
                 out.write(json.dumps(entry, ensure_ascii=False) + "\n")
-    if not totals.rejected:
-        rejected_path.unlink()
-    manifest = {
-        "key": plan.key,
-        "input": config.input,
-        "tokenizer_type": config.tokenizer_type,
-        "tokenizer_model": config.tokenizer_model,
-        "tokenizer_sha256": tokenizer.fingerprint(),
-        "vocab_size": tokenizer.vocab_size,
-        "eod": tokenizer.eod if config.append_eod else None,
-        "totals": totals.as_dict(),
-    }
-    write_json_atomic(manifest_path, manifest)
-    shutil.rmtree(plan.folder)
+    if totals.rejected:
+        os.replace(part, rejected_path)
+    else:
+        rejected_path.unlink(missing_ok=True)  # of an earlier run
+    if 0 < totals.untagged < totals.documents:
+        some = ", ".join(untagged[:_NAMED_FILES])
+        logger.warning("%d of %d files hold no tag: %s", totals.untagged, totals.documents, some)
     return totals

@@ -7,6 +7,7 @@ without tags is wrapped in ``<Think>``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,9 +25,12 @@ PromptSuffix = Literal["auto", "parallel", "sequential", "none"]
 class RowError(DataError):
     """A row that cannot become a sample; `code` is a short stable reason for the report of rejected rows."""
 
-    def __init__(self, code: str, message: str, *, char_index: int | None = None) -> None:
+    def __init__(
+        self, code: str, message: str, *, token_index: int | None = None, char_index: int | None = None
+    ) -> None:
         super().__init__(message)
         self.code = code
+        self.token_index = token_index
         self.char_index = char_index
 
 
@@ -39,12 +43,14 @@ class Columns:
         response: the whole response, or the trajectory if there is an `answer` column.
         answer: final answer, which follows the trajectory after a blank line.
         is_question: the prompt is a bare question: it gets the suffix and, by default, the chat template.
+        prompt_may_be_empty: whether a row without a prompt is a sample all the same.
     """
 
     response: str
     prompt: str | None = None
     answer: str | None = None
     is_question: bool = False
+    prompt_may_be_empty: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -58,7 +64,7 @@ KNOWN_COLUMNS: tuple[Columns, ...] = (
     Columns("deepseek_thinking_trajectory", "question", "deepseek_attempt", is_question=True),
     Columns("response", "prompt"),
 )
-TRAJECTORY_COLUMNS = Columns("response", "prompt", is_question=True)
+TRAJECTORY_COLUMNS = Columns("response", "prompt", is_question=True, prompt_may_be_empty=True)
 """What a folder of trajectory files is read as; the prompt may be empty."""
 
 
@@ -101,8 +107,17 @@ def resolve_columns(names: Collection[str], json_keys: Sequence[str] | None) -> 
     raise ConfigError(f"the input has the columns {sorted(names)}; known sets: {known}. Name yours with --json-keys")
 
 
+def uses_template(style: PromptStyle, columns: Columns) -> bool:
+    """Whether prompts are wrapped in the tokenizer's chat template, if it has one."""
+    return style.chat_template == "always" or (style.chat_template == "auto" and columns.is_question)
+
+
 def build_sample(
-    fields: Mapping[str, Any], columns: Columns, style: PromptStyle, render_chat: Callable[[str], str] | None
+    fields: Mapping[str, Any],
+    columns: Columns,
+    style: PromptStyle,
+    render_chat: Callable[[str], str] | None,
+    control_tokens: re.Pattern[str] | None = None,
 ) -> tuple[str, str]:
     """Prompt and response text of one row.
 
@@ -111,24 +126,44 @@ def build_sample(
         columns: which columns to take.
         style: suffix and chat template.
         render_chat: wraps a user turn in the tokenizer's chat template; None without one.
+        control_tokens: matches the tokenizer's control tokens, e.g. ``<|im_end|>``. A question may not hold any: the
+            template alone says where a turn ends. Prompts that are taken as they are may have been rendered already.
 
     Raises:
-        RowError: a column is missing, empty or not a string.
+        RowError: a column is missing, blank or not a string, or the prompt cannot be written.
     """
     response = _text(fields, columns.response)
-    if not response:
-        raise RowError("empty", f"column {columns.response!r} is empty")
     is_parallel = Tag.PARALLEL.text in response
     if columns.answer is not None:
         response = _wrap_think(response) + "\n\n" + _answer(_text(fields, columns.answer))
-    prompt = _text(fields, columns.prompt) if columns.prompt is not None else ""
-    if not prompt:
+    if columns.prompt is None:
         return "", response
+    prompt = _text(fields, columns.prompt, may_be_empty=columns.prompt_may_be_empty)
+    if not prompt or prompt.isspace():
+        return "", response
+    use_template = render_chat is not None and uses_template(style, columns)
+    if control_tokens is not None and (use_template or columns.is_question):
+        _refuse_control_tokens(prompt, columns.prompt, control_tokens)
     prompt += _suffix(style.prompt_suffix, columns.is_question, is_parallel)
-    use_template = style.chat_template == "always" or (style.chat_template == "auto" and columns.is_question)
-    if use_template and render_chat is not None:
-        prompt = render_chat(prompt)
+    if render_chat is not None and use_template:
+        prompt = _render(render_chat, prompt)
     return prompt, response
+
+
+def _refuse_control_tokens(prompt: str, column: str, control_tokens: re.Pattern[str]) -> None:
+    if found := control_tokens.search(prompt):
+        raise RowError(
+            "control_token",
+            f"column {column!r} holds the control token {found.group()}, which only the chat template may write",
+            char_index=found.start(),
+        )
+
+
+def _render(render_chat: Callable[[str], str], prompt: str) -> str:
+    try:
+        return render_chat(prompt)
+    except Exception as error:  # whatever the code of a template raises is about this prompt
+        raise RowError("chat_template", f"the chat template refuses the prompt: {error}") from error
 
 
 def _suffix(choice: PromptSuffix, is_question: bool, is_parallel: bool) -> str:
@@ -140,7 +175,7 @@ def _suffix(choice: PromptSuffix, is_question: bool, is_parallel: bool) -> str:
 
 
 def _wrap_think(trajectory: str) -> str:
-    if trajectory.startswith(Tag.THINK.text):
+    if trajectory.lstrip().startswith(Tag.THINK.text):
         return trajectory
     return f"{Tag.THINK.text}\n{trajectory}\n{Tag.END_THINK.text}"
 
@@ -149,12 +184,14 @@ def _answer(answer: str) -> str:
     return answer if "Answer:" in answer else "Answer: " + answer
 
 
-def _text(fields: Mapping[str, Any], key: str) -> str:
+def _text(fields: Mapping[str, Any], key: str, *, may_be_empty: bool = False) -> str:
     if key not in fields:
-        raise RowError("missing_key", f"no column {key!r}; the row has {sorted(fields)}")
+        raise RowError("missing_key", f"no column {key!r}; the row has {sorted(fields)[:20]}")
     value = fields[key]
     if not isinstance(value, str):
         raise RowError("not_text", f"column {key!r} holds {type(value).__name__}, not text")
+    if not may_be_empty and (not value or value.isspace()):
+        raise RowError("empty", f"column {key!r} is empty" if not value else f"column {key!r} holds white space alone")
     if not value.isascii():
         try:
             value.encode()

@@ -30,6 +30,10 @@ class Totals:
     checked_texts: int = 0
     changed_texts: int = 0
     """Of the checked texts, those that do not decode to the text that was encoded."""
+    ended: int = 0
+    """Documents whose response ends with the end token."""
+    untagged: int = 0
+    """Documents whose response holds no tag at all."""
     rejected: Counter[str] = field(default_factory=Counter)
 
     def add_document(self, prompt_tokens: int, response_tokens: int, statistics: Statistics) -> None:
@@ -70,6 +74,12 @@ class Totals:
             f"parallelism num_parallel {tokens / critical:.3f}, net gain {self.plain_tokens / critical:.3f} "
             "(plain text / critical path: below 1 the structure costs more than it saves)",
         ]
+        if self.ended < self.documents:
+            how_many = "no response ends" if not self.ended else f"{self.documents - self.ended:,} responses do not end"
+            lines.append(
+                f"WARNING     {how_many} with the end token: a model trained on this does not learn to stop; "
+                "--append-eod writes it"
+            )
         if self.changed_texts:
             lines.append(
                 f"WARNING     {self.changed_texts:,} of {self.checked_texts:,} checked texts do not decode to "

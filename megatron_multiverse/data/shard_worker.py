@@ -5,8 +5,10 @@ Runs in worker processes. PATH.json is written last and by rename: it marks the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import datetime
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,14 @@ from megatron_multiverse.data.indexed_writer import ShardWriter, optimal_dtype
 from megatron_multiverse.data.prompts import Columns, PromptStyle, RowError, build_sample
 from megatron_multiverse.data.readers import RawRow, Shard, read_rows
 from megatron_multiverse.data.report import Totals
+from megatron_multiverse.data.responses import ResponseReader
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
-from megatron_multiverse.errors import StructureError
 from megatron_multiverse.files import write_json_atomic
-from megatron_multiverse.structure import MAX_DEPTH, measure, parse
+from megatron_multiverse.structure import TAGS, measure
 
 _BATCH_BYTES = 1 << 20
 _BATCH_ROWS = 256
-_CHECKED_TOKENS = 1024
+_NAMED_FILES = 5
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Recipe:
     style: PromptStyle
     default_prompt: str
     append_eod: bool
+    template_date: str
+    one_sequence: bool
 
 
 def process_shard(shard: Shard, path: Path, recipe: Recipe, tokenizer: MultiverseTokenizer, progress: Progress) -> None:
@@ -68,16 +72,32 @@ def _batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
         yield batch
 
 
+def tokenize_each(tokenizer: MultiverseTokenizer, texts: Sequence[str]) -> list[list[int] | RowError]:
+    """Token ids of each text, or why the tokenizer cannot read it: one text does no harm to the others."""
+    try:
+        return list(tokenizer.tokenize_batch(texts))
+    except BaseException as error:  # a panic inside a library is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        if len(texts) == 1:
+            return [RowError("tokenizer", f"the tokenizer cannot read the text: {error}")]
+    return [result for text in texts for result in tokenize_each(tokenizer, [text])]
+
+
 class _ShardJob:
     def __init__(self, path: Path, recipe: Recipe, tokenizer: MultiverseTokenizer) -> None:
         self.path = path
         self.recipe = recipe
         self.tokenizer = tokenizer
-        self.render_chat = tokenizer.render_chat if tokenizer.chat_template is not None else None
-        self.eod = np.array([tokenizer.eod] if recipe.append_eod else [], dtype=np.int64)
-        self.writer = ShardWriter(path, optimal_dtype(tokenizer.vocab_size), tokenizer.vocab_size)
+        date = datetime.date.fromisoformat(recipe.template_date)
+        self.render_chat = partial(tokenizer.render_chat, date=date) if tokenizer.chat_template is not None else None
+        self.control_pattern = tokenizer.control_pattern()
+        self.reader = ResponseReader(tokenizer)
+        size = tokenizer.vocab_size
+        self.writer = ShardWriter(path, optimal_dtype(size), size, one_sequence=recipe.one_sequence)
         self.totals = Totals()
         self.rejected: list[dict[str, Any]] = []
+        self.untagged: list[str] = []
         self.last_row = 0
 
     def add(self, batch: list[RawRow]) -> None:
@@ -90,40 +110,57 @@ class _ShardJob:
             try:
                 if row.error is not None:
                     raise row.error
-                kept.append((row, *build_sample(row.fields, self.recipe.columns, self.recipe.style, self.render_chat)))
+                kept.append((row, *self._texts(row.fields)))
             except RowError as error:
-                self._reject(row, error.code, str(error), char_index=error.char_index)
-        encoded = self.tokenizer.tokenize_batch([text for _, prompt, response in kept for text in (prompt, response)])
+                self._reject(row, error)
+        encoded = tokenize_each(self.tokenizer, [text for _, prompt, response in kept for text in (prompt, response)])
         for k, (row, prompt, response) in enumerate(kept):
-            self._document(row, prompt, response, encoded[2 * k], encoded[2 * k + 1])
-        if kept:
-            # The start of one text per batch is enough: a tokenizer that changes texts changes most of them. The cut
-            # after so many tokens may leave part of a character at the end.
-            start = self.tokenizer.detokenize(encoded[1][:_CHECKED_TOKENS]).rstrip("\ufffd")
-            self.totals.checked_texts += 1
-            self.totals.changed_texts += not kept[0][2].startswith(start)
+            try:
+                self._document(row, prompt, response, encoded[2 * k], encoded[2 * k + 1])
+            except RowError as error:
+                self._reject(row, error)
 
-    def _document(self, row: RawRow, prompt: str, response: str, prompt_ids: list[int], ids: list[int]) -> None:
-        array = np.array(ids, dtype=np.int64)
-        try:
-            document = parse(array, self.tokenizer.structure_vocab, max_depth=MAX_DEPTH)
-        except StructureError as error:
-            before = self.tokenizer.detokenize(ids[: error.token_index])
-            message = f"found {error.found}, expected {error.expected}"
-            self._reject(row, error.code, message, token_index=error.token_index, char_index=len(before))
-            return
-        self.writer.add(np.array(prompt_ids, dtype=np.int64), np.concatenate((array, self.eod)))
+    def _texts(self, fields: dict[str, Any]) -> tuple[str, str]:
+        return build_sample(fields, self.recipe.columns, self.recipe.style, self.render_chat, self.control_pattern)
+
+    def _document(
+        self, row: RawRow, prompt: str, response: str, prompt_ids: list[int] | RowError, ids: list[int] | RowError
+    ) -> None:
+        if isinstance(prompt_ids, RowError):
+            raise prompt_ids
+        if isinstance(ids, RowError):
+            raise ids
+        self._count_changes((prompt, prompt_ids), (response, ids))
+        read = self.reader.read(response, ids)
+        with_end = read.ended or self.recipe.append_eod
+        end = np.array([self.tokenizer.eod] if with_end else [], dtype=np.int64)
+        self.writer.add(np.array(prompt_ids, dtype=np.int64), np.concatenate((read.ids, end)))
         self.totals.text_bytes += len(prompt.encode()) + len(response.encode())
-        self.totals.add_document(len(prompt_ids), len(ids), measure(document))
+        self.totals.ended += with_end
+        if row.name and not any(tag in response for tag in TAGS):
+            self.totals.untagged += 1
+            self.untagged = [*self.untagged, row.name][:_NAMED_FILES]
+        self.totals.add_document(len(prompt_ids), len(read.ids), measure(read.document))
 
-    def _reject(self, row: RawRow, code: str, message: str, **position: int | None) -> None:
-        self.totals.rejected[code] += 1
-        entry = {"row": row.row, "sample": row.name, "reason": code, "message": message}
-        self.rejected.append(entry | {name: value for name, value in position.items() if value is not None})
+    def _count_changes(self, *encoded: tuple[str, list[int]]) -> None:
+        for text, ids in encoded:
+            self.totals.checked_texts += bool(text)
+            self.totals.changed_texts += not self.tokenizer.keeps(text, ids)
+
+    def _reject(self, row: RawRow, error: RowError) -> None:
+        self.totals.rejected[error.code] += 1
+        entry = {"row": row.row, "sample": row.name, "reason": error.code, "message": str(error)}
+        places = {"token_index": error.token_index, "char_index": error.char_index}
+        self.rejected.append(entry | {name: value for name, value in places.items() if value is not None})
 
     def close(self) -> None:
         self.writer.close()
         # `add` rejects the unreadable rows of a batch before those that break the grammar.
         self.rejected.sort(key=lambda entry: entry["row"])
-        report = {"last_row": self.last_row, "totals": self.totals.as_dict(), "rejected": self.rejected}
+        report = {
+            "last_row": self.last_row,
+            "totals": self.totals.as_dict(),
+            "rejected": self.rejected,
+            "untagged": self.untagged,
+        }
         write_json_atomic(self.path.with_suffix(".json"), report, indent=None)

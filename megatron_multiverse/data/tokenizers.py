@@ -6,8 +6,11 @@ tokens or the blanks around them.)
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
+import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,10 +19,12 @@ from typing import Any, get_args
 import numpy as np
 
 from megatron_multiverse.config import TokenizerType
-from megatron_multiverse.data.hf_tokenizer_files import completed_config, content, default_template, load_hf_backend
+from megatron_multiverse.data.chat_templates import fix_date, named_templates, writes_date
+from megatron_multiverse.data.hf_tokenizer_files import completed_config, content, kept_form, load_hf_backend
+from megatron_multiverse.data.input_files import refuse_lfs_pointer
 from megatron_multiverse.data.sentencepiece_model import add_user_defined_symbols, keep_blanks
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.structure import TAGS, StructureVocab
+from megatron_multiverse.structure import TAGS, StructureVocab, cut_at_labels
 
 _PROBE = "\n".join(TAGS)
 _CHUNK_CHARACTERS = 16_384
@@ -32,13 +37,16 @@ class MultiverseTokenizer(ABC):
         id_to_text: for each id the exact text it decodes to ("\ufffd" for a part of a character).
         structure_vocab: ids of tags, newline and label pieces.
         eod: id that ends a document, or None if the tokenizer has none.
-        chat_template: jinja template that wraps a user turn, or None.
+        chat_templates: jinja templates that wrap a user turn, by name.
+        control_tokens: ids, with their texts, that mean something to the programs around a model, such as
+            ``<|im_end|>``, and that text can spell. The tags are none.
         added_tags: the tags that were not in the vocabulary as it was read, and got ids after it.
     """
 
     added_tags: tuple[str, ...] = ()
     eod: int | None = None
-    chat_template: str | None = None
+    chat_templates: dict[str, str] = {}  # noqa: RUF012 (never changed)
+    control_tokens: dict[int, str] = {}  # noqa: RUF012
     id_to_text: list[str]
     structure_vocab: StructureVocab
 
@@ -67,28 +75,56 @@ class MultiverseTokenizer(ABC):
         """Token ids of one text; no begin or end token is added."""
         return self.tokenize_batch([text])[0]
 
+    def tokenize_response(self, text: str) -> list[int]:
+        """Token ids of a response, each label in tokens that hold nothing else, which is how the engine writes it."""
+        return [token for ids in self.tokenize_batch(cut_at_labels(text)) for token in ids]
+
+    def keeps(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether `ids`, the tokens of `text`, decode to it."""
+        return self.detokenize(ids) == text
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template that is used: the one called "default"."""
+        return self.chat_templates.get("default")
+
+    def control_pattern(self) -> re.Pattern[str] | None:
+        """Matches the control tokens in a text; None if there are none."""
+        longest_first = sorted(self.control_tokens.values(), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
     @property
     def vocab_size(self) -> int:
         """Number of ids: tags count, the padding of the embedding table (`config.pad_vocab_size`) does not."""
         return len(self.id_to_text)
 
-    def render_chat(self, user_text: str) -> str:
+    def render_chat(self, user_text: str, *, date: datetime.date | None = None) -> str:
         """The text of a one-turn conversation up to where the assistant starts, by the chat template.
 
+        Args:
+            user_text: the turn of the user.
+            date: the date that a template writes; None lets it write today's.
+
         Raises:
-            ConfigError: the tokenizer has no chat template.
+            ConfigError: the tokenizer has no chat template, or none called "default".
         """
-        if self.chat_template is None:
-            raise ConfigError("the tokenizer has no chat template; use --chat-template never")
+        template = self.chat_template
+        if template is None:
+            names = ", ".join(sorted(self.chat_templates))
+            has = f"has chat templates called {names}, but none called default" if names else "has no chat template"
+            raise ConfigError(f"the tokenizer {has}; name one so, or use --chat-template never")
         # The template language has helpers (strftime_now, raise_exception) that transformers defines.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        names: dict[str, Any] = self._template_names()
+        names_in_template: dict[str, Any] = self._template_names()
+        if date is not None and writes_date(template):
+            template, dates = fix_date(template, date)
+            names_in_template |= dates
         rendered: Any = render_jinja_template(
             conversations=[[{"role": "user", "content": user_text}]],
-            chat_template=self.chat_template,
+            chat_template=template,
             add_generation_prompt=True,
-            **names,
+            **names_in_template,
         )
         return str(rendered[0][0])
 
@@ -134,8 +170,22 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
         self.added_tags = tuple(missing)
         self._backend.add_special_tokens([AddedToken(tag, special=True, normalized=False) for tag in missing])
         self.eod = self._special_id("eos_token")
-        self.chat_template = default_template(self._config.get("chat_template"))
+        self.chat_templates = named_templates(self._config.get("chat_template"))
+        self._form = kept_form(self._backend)
         self._finish(_texts_of_ids(self._backend))
+        unknown = content(self._config.get("unk_token"))
+        self.control_tokens = {
+            self._backend.token_to_id(text): text
+            for text, token in known.items()
+            if token.special and text not in (*TAGS, unknown)
+        }
+        if self.eod is not None:
+            self.control_tokens.setdefault(self.eod, self.id_to_text[self.eod])
+
+    def keeps(self, text: str, ids: Sequence[int]) -> bool:
+        if self._form is None:
+            return super().keeps(text, ids)
+        return not self._form or text.isascii() or unicodedata.is_normalized(self._form, text)
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = []
@@ -190,8 +240,12 @@ class SentencePieceTokenizer(MultiverseTokenizer):
             path = path / "tokenizer.model"
         if not path.is_file():
             raise ConfigError(f"no sentencepiece model at {path}; --tokenizer-model takes its file or folder")
+        refuse_lfs_pointer(path)
         proto = keep_blanks(path.read_bytes())
-        model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        try:
+            model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"{path} is damaged or no sentencepiece model ({error}): fetch it again") from error
         missing = [tag for tag in TAGS if _is_unknown(model, tag)]
         self.added_tags = tuple(missing)
         for tag in set(TAGS) - set(missing):

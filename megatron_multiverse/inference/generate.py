@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from megatron_multiverse.config import DType, EngineConfig, SamplingParams, TokenizerType
 from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
-from megatron_multiverse.data.readers import open_source, read_rows
+from megatron_multiverse.data.readers import read_rows
+from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, GenerationError, MultiverseError

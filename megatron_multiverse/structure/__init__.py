@@ -19,7 +19,7 @@ from megatron_multiverse.structure.machine import StructureMachine
 from megatron_multiverse.structure.parser import parse
 from megatron_multiverse.structure.statistics import Statistics, measure
 from megatron_multiverse.structure.tags import MAX_DEPTH, TAGS, StructureVocab, Tag
-from megatron_multiverse.structure.trajectory import Block, Parts, parse_text, render
+from megatron_multiverse.structure.trajectory import Block, Parts, check_text, cut_at_labels, parse_text, render
 
 __all__ = [
     "MAX_DEPTH",
@@ -38,6 +38,8 @@ __all__ = [
     "StructureMachine",
     "StructureVocab",
     "Tag",
+    "check_text",
+    "cut_at_labels",
     "lay_out",
     "measure",
     "pack_layouts",

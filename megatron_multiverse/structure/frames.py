@@ -91,10 +91,18 @@ class Frame:
 
 
 class LabelReader:
-    """Reads the newline and the label, e.g. ``2.1:``, that follow `<Outline>` or `<Path>`."""
+    """Reads the newline and the label, e.g. ``2.1:``, that follow `<Outline>` or `<Path>`.
 
-    def __init__(self, vocab: StructureVocab) -> None:
+    Args:
+        vocab: ids of the newline and of the pieces of labels.
+        may_be_glued: whether the last token of the label may also hold text that follows it, such as ``:**``. A model
+            writes the labels of its outlines in whatever tokens it likes. The engine writes those of paths, in tokens
+            of their own, and data must show a path as the engine begins it.
+    """
+
+    def __init__(self, vocab: StructureVocab, *, may_be_glued: bool) -> None:
         self.vocab = vocab
+        self.may_be_glued = may_be_glued
         self.text = ""
         self.ids: list[int] = []
         self.fault: str | None = None
@@ -107,13 +115,17 @@ class LabelReader:
             self._newline_read = token_id == self.vocab.newline_id
             self.fault = None if self._newline_read else "text instead of a newline"
             return not self._newline_read
-        piece = self.vocab.label_pieces.get(token_id)
-        if piece is None:
+        pieces = self.vocab.label_pieces
+        ids: tuple[int, ...] = (token_id,) if token_id in pieces else ()
+        if self.may_be_glued and not ids:
+            ids = self.vocab.glued_labels.get(token_id, ())
+        text = self.text + "".join(pieces[token] for token in ids)
+        if not ids or not text[0].isdigit():
             self.fault = "text instead of a label"
             return True
-        self.ids.append(token_id)
-        self.text += piece
-        return piece.endswith(":")
+        self.ids += ids
+        self.text = text
+        return text.endswith(":")
 
 
 _BLOCK_TAIL = [Tag.CONCLUSION, Tag.END_CONCLUSION, Tag.END_PARALLEL]

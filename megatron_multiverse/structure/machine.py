@@ -12,6 +12,7 @@ What it accepts (arXiv 2506.09991, section 3; Multiverse-1K spells it with one n
     goal      := <Goal> (\\n outline)+ \\n </Goal>
     outline   := <Outline> \\n label token* </Outline>
     path      := <Path> \\n label text </Path>
+    label     := digits and dots, the first a digit, then a colon
 
 What happens to a tag out of place depends on where the stream stands. In the header of a block (up to `</Goal>`) the
 block is given up, so its tags become plain text, and the tag is read again as part of the text around. In a conclusion
@@ -207,7 +208,7 @@ class StructureMachine:
         # In a machine made by `fork` the stream itself is the path: it starts with the gap newline and <Path>.
         if frame is None and self._in_path and not self.ended:
             if tag is Tag.PATH and self.num_tokens <= 1:
-                self._label = LabelReader(self.vocab)
+                self._label = LabelReader(self.vocab, may_be_glued=False)
                 return Event.TAG
             if tag is Tag.END_PATH:
                 self.ended = True
@@ -244,7 +245,7 @@ class StructureMachine:
             self._check_gap(frame, tag)
             frame.phase = Phase.OUTLINE
             frame.outlines.append(Outline("", ()))
-            self._label = LabelReader(self.vocab)
+            self._label = LabelReader(self.vocab, may_be_glued=True)
             return Event.TAG
         if tag is Tag.END_GOAL:
             self._check_gap(frame, tag)
@@ -300,7 +301,7 @@ class StructureMachine:
             start = span.region_end if span.paths else span.goal_end
             span.paths.append(PathSpan(start, -1, self.num_tokens + 1))
             frame.phase = Phase.PATH
-            self._label = LabelReader(self.vocab)
+            self._label = LabelReader(self.vocab, may_be_glued=False)
             return Event.TAG
         # Without a path there is nothing to conclude, and the block is given up like a broken header.
         if not span.paths:

@@ -35,6 +35,7 @@ its tokens treats it as plain text."""
 
 _FIRST_CHARACTERS = frozenset("0123456789.:\n<")  # of all that the grammar reads; most of a vocabulary has others
 _LABEL_PIECE = re.compile(r"[0-9.]+:?|:")
+_LABEL_END = re.compile(r"[0-9.]*:")
 
 
 class Tag(IntEnum):
@@ -68,12 +69,15 @@ class StructureVocab:
         newline_id: the token whose text is exactly one newline: it fills every structural gap.
         label_pieces: token id -> text for tokens that can be part of a label such as ``2.1:``.
         eos_id: the end-of-document token, if there is one.
+        glued_labels: for each token that holds the end of a label and the text behind it, such as ``:**`` or
+            ``1:x``, the ids of label pieces that spell its part up to the colon.
     """
 
     tag_ids: tuple[int, ...]
     newline_id: int
     label_pieces: Mapping[int, str]
     eos_id: int | None = None
+    glued_labels: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     tag_of: Mapping[int, Tag] = field(init=False, repr=False, compare=False)
     _is_tag: npt.NDArray[np.bool_] = field(init=False, repr=False, compare=False)
 
@@ -113,6 +117,7 @@ class StructureVocab:
         )
         wanted: dict[str, int] = {}
         label_pieces: dict[int, str] = {}
+        label_ends: dict[int, str] = {}
         for token, text in items:
             if text[:1] not in _FIRST_CHARACTERS:
                 continue
@@ -120,6 +125,8 @@ class StructureVocab:
                 wanted.setdefault(text, token)
             elif _LABEL_PIECE.fullmatch(text):
                 label_pieces[token] = text
+            elif end := _LABEL_END.match(text):
+                label_ends[token] = end.group()
         missing = [repr(text) for text in (*TAGS, "\n") if text not in wanted]
         if missing:
             raise ConfigError(
@@ -127,7 +134,7 @@ class StructureVocab:
                 "one token: add them as special tokens (build_tokenizer does it for known tokenizers)"
             )
         tag_ids = tuple(wanted[text] for text in TAGS)
-        return cls(tag_ids=tag_ids, newline_id=wanted["\n"], label_pieces=label_pieces, eos_id=eos_id)
+        return cls(tag_ids, wanted["\n"], label_pieces, eos_id, _spell(label_ends, label_pieces))
 
     def path_prefix(self, label_ids: Sequence[int]) -> list[int]:
         """Ids the engine forces at the start of a path: gap newline, ``<Path>``, newline, label."""
@@ -136,3 +143,14 @@ class StructureVocab:
     def conclusion_prefix(self) -> list[int]:
         """Ids the engine forces after the last path: newline, ``<Conclusion>``."""
         return [self.newline_id, self.tag_ids[Tag.CONCLUSION]]
+
+
+def _spell(texts: Mapping[int, str], label_pieces: Mapping[int, str]) -> dict[int, tuple[int, ...]]:
+    """The ids of label pieces that spell each text, as one piece or else character by character."""
+    id_of = {text: token for token, text in reversed(list(label_pieces.items()))}
+    spelt: dict[int, tuple[int, ...]] = {}
+    for token, text in texts.items():
+        pieces = [text] if text in id_of else list(text)
+        if all(piece in id_of for piece in pieces):
+            spelt[token] = tuple(id_of[piece] for piece in pieces)
+    return spelt

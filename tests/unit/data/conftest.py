@@ -41,6 +41,36 @@ def train_hf(folder: Path) -> Path:
     return folder
 
 
+GLUED = ("\n", "$x$", "**x**", "(a)", ":")
+"""What may follow a label without a blank, and becomes one token with its colon in `train_glued`."""
+
+
+def train_glued(folder: Path) -> Path:
+    """A byte-level BPE cut as Qwen's is, which joins signs and the newlines behind them, with the control tokens of a
+    chat."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    pattern = Regex(r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*CORPUS, *(f"1:{tail}" for tail in GLUED for _ in range(50))], trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>a\n"
+    config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def train_sentencepiece(folder: Path, model_type: str = "bpe", **options: object) -> Path:
     """A sentencepiece model without the tags."""
     import sentencepiece
@@ -61,6 +91,11 @@ def train_sentencepiece(folder: Path, model_type: str = "bpe", **options: object
 @pytest.fixture(scope="session")
 def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_hf(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(scope="session")
+def glued_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_glued(tmp_path_factory.mktemp("glued"))
 
 
 @pytest.fixture(scope="session")

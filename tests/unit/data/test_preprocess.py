@@ -57,8 +57,8 @@ def _megatron_bytes(prefix: Path, documents: list[tuple[list[int], list[int]]], 
 def test_bytes_equal_megatron_core(tmp_path, hf_folder, sentencepiece_file, monkeypatch, kind, append_eod):
     from megatron_multiverse.data.tokenizers import build_tokenizer
 
-    monkeypatch.setattr("megatron_multiverse.data.readers._shard_bytes", lambda total: total // 5)
-    rows = [*_rows(20), {"prompt": "", "response": SEQUENTIAL}]
+    monkeypatch.setattr("megatron_multiverse.data.sources._shard_bytes", lambda total: total // 5)
+    rows = _rows(21)
     model = hf_folder if kind == "HuggingFaceTokenizer" else sentencepiece_file
     source = _write_rows(tmp_path / "rows.jsonl", rows)
     preprocess_data(_config(source, tmp_path / "out", model, tokenizer_type=kind, append_eod=append_eod, workers=2))
@@ -79,7 +79,7 @@ def test_writer_bytes_equal_megatron_core_for_every_dtype(tmp_path, vocab_size):
         for prompt, response in documents[k * 25 : (k + 1) * 25]:  # the last shard stays empty
             writer.add(prompt, response)
         writer.close()
-    join_shards(parts, str(tmp_path / "out"), dtype)
+    join_shards(parts, str(tmp_path / "out"), dtype, work_folder=tmp_path)
     assert _bytes(tmp_path / "out") == _megatron_bytes(tmp_path / "theirs", documents, vocab_size)
 
 
@@ -92,7 +92,7 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path):
 def test_real_trajectories_all_pass_and_decode_byte_for_byte(tmp_path, samples_folder, hf_folder):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    from megatron_multiverse.data.readers import trajectory_files
+    from megatron_multiverse.data.input_files import trajectory_files
     from megatron_multiverse.data.tokenizers import build_tokenizer
 
     result = preprocess_data(_config(samples_folder, tmp_path / "out", hf_folder, append_eod=True))
@@ -153,7 +153,7 @@ TOLERATED = {
 
 
 def test_malformed_rows_are_rejected_with_their_position_and_all_others_written(tmp_path, hf_folder, monkeypatch):
-    monkeypatch.setattr("megatron_multiverse.data.readers._shard_bytes", lambda total: total // 6)
+    monkeypatch.setattr("megatron_multiverse.data.sources._shard_bytes", lambda total: total // 6)
     rows, expected = [], {}
     for (name, (text, code)), good in zip(BREAKS.items(), [*TOLERATED.values()] * 9, strict=False):
         expected[len(rows) + 1] = (name, text, code)
@@ -261,7 +261,7 @@ def test_question_rows_go_through_the_chat_template(tmp_path, hf_folder):
 @pytest.mark.parametrize(("rule", "changed"), [("identity", 0), ("nmt_nfkc", 1)])
 def test_tokenizer_that_changes_text_is_reported(tmp_path, rule, changed):
     model = train_sentencepiece(tmp_path / "sp", normalization_rule_name=rule)
-    source = _write_rows(tmp_path / "rows.jsonl", [{"prompt": "", "response": "x\u00b2 is \uff11"}])
+    source = _write_rows(tmp_path / "rows.jsonl", [{"prompt": "p", "response": "x\u00b2 is \uff11"}])
     result = preprocess_data(_config(source, tmp_path / "out", model, tokenizer_type="SentencePieceTokenizer"))
     assert result.totals.changed_texts == changed
     assert any("do not decode to themselves" in line for line in result.totals.lines()) == bool(changed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,23 +11,25 @@ import time
 import pytest
 
 from megatron_multiverse.data import preprocess as module
+from megatron_multiverse.data import worker_pool
 from megatron_multiverse.data.preprocess import preprocess_data
 from megatron_multiverse.errors import DataError
 from tests.unit.data.test_preprocess import ROOT, TOOL, _bytes, _config, _rows, _write_rows
 
 
 @pytest.mark.parametrize("damage", ["", '{"key": "ab', "[]", "{}"])
-def test_damaged_manifest_and_plan_count_as_absent(tmp_path, hf_folder, damage):
+def test_a_damaged_manifest_vouches_for_nothing(tmp_path, hf_folder, damage):
     source = _write_rows(tmp_path / "rows.jsonl", _rows(5))
-    first = preprocess_data(_config(source, tmp_path / "out", hf_folder))
+    preprocess_data(_config(source, tmp_path / "out", hf_folder))
     whole = _bytes(tmp_path / "out")
     (tmp_path / "out_manifest.json").write_text(damage)
-    (tmp_path / "out.shards").mkdir()
-    (tmp_path / "out.shards" / "plan.json").write_text(damage)
-    (tmp_path / "out.shards" / "00000.json").write_text("{}")  # of a run that cannot be told from another
-    second = preprocess_data(_config(source, tmp_path / "out", hf_folder))
-    assert second.reused_shards == 0 and second.totals == first.totals and _bytes(tmp_path / "out") == whole
-    assert json.loads((tmp_path / "out_manifest.json").read_text())["totals"]["documents"] == 5
+    with pytest.raises(DataError, match=r"out\.bin.* exist, and .*out_manifest\.json.* is missing or damaged"):
+        preprocess_data(_config(source, tmp_path / "out", hf_folder))
+    assert _bytes(tmp_path / "out") == whole
+    for file in tmp_path.glob("out*"):
+        file.unlink()
+    preprocess_data(_config(source, tmp_path / "out", hf_folder))
+    assert _bytes(tmp_path / "out") == whole
 
 
 @pytest.mark.parametrize("crash_in", ["join_shards", "write_json_atomic"])
@@ -54,16 +55,16 @@ def test_no_manifest_vouches_for_files_of_a_run_that_was_cut_off(tmp_path, hf_fo
 
 
 def test_failed_shard_is_named_and_only_unfinished_shards_are_redone(tmp_path, hf_folder, monkeypatch):
-    monkeypatch.setattr("megatron_multiverse.data.readers._shard_bytes", lambda total: total // 6)
+    monkeypatch.setattr("megatron_multiverse.data.sources._shard_bytes", lambda total: total // 6)
     source = _write_rows(tmp_path / "rows.jsonl", _rows(40))
-    original = module.process_shard
+    original = worker_pool.process_shard
 
     def fails_late(shard, *args, **kwargs):
         if shard.start > source.stat().st_size // 2:
             raise DataError("disk full")
         original(shard, *args, **kwargs)
 
-    monkeypatch.setattr(module, "process_shard", fails_late)
+    monkeypatch.setattr(worker_pool, "process_shard", fails_late)
     with pytest.raises(DataError, match=r"rows\.jsonl \[\d+, \d+\): disk full"):
         preprocess_data(_config(source, tmp_path / "out", hf_folder))
     finished = sorted((tmp_path / "out.shards").glob("*[0-9].json"))
@@ -75,7 +76,7 @@ def test_failed_shard_is_named_and_only_unfinished_shards_are_redone(tmp_path, h
         (tmp_path / f"redone-{path.name}").touch()
         original(shard, path, *args, **kwargs)
 
-    monkeypatch.setattr(module, "process_shard", counts)
+    monkeypatch.setattr(worker_pool, "process_shard", counts)
     result = preprocess_data(_config(source, tmp_path / "out", hf_folder, workers=2))
     redone = sorted(tmp_path.glob("redone-*"))
     assert result.reused_shards == len(times)
@@ -85,7 +86,7 @@ def test_failed_shard_is_named_and_only_unfinished_shards_are_redone(tmp_path, h
 
 
 def test_killed_worker_is_a_clear_error(tmp_path, hf_folder, monkeypatch):
-    monkeypatch.setattr(module, "process_shard", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(worker_pool, "process_shard", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     source = _write_rows(tmp_path / "rows.jsonl", _rows(2))
     with pytest.raises(DataError, match=r"worker process was killed .* run the same command again"):
         preprocess_data(_config(source, tmp_path / "out", hf_folder))

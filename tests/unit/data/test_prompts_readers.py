@@ -16,7 +16,8 @@ from megatron_multiverse.data.prompts import (
     build_sample,
     resolve_columns,
 )
-from megatron_multiverse.data.readers import column_names, open_source, read_rows
+from megatron_multiverse.data.readers import read_rows
+from megatron_multiverse.data.sources import column_names, open_source
 from megatron_multiverse.errors import ConfigError
 from tests.unit.data.conftest import TRAJECTORY
 
@@ -103,7 +104,7 @@ def _all_rows(source, **options):
 
 @pytest.mark.parametrize("cut", [1, 3, 7, 50])
 def test_jsonl_shards_hold_every_line_once(tmp_path, monkeypatch, cut):
-    monkeypatch.setattr("megatron_multiverse.data.readers._shard_bytes", lambda total: max(total // cut, 1))
+    monkeypatch.setattr("megatron_multiverse.data.sources._shard_bytes", lambda total: max(total // cut, 1))
     rows = [{"prompt": "p" * (k % 13), "response": str(k)} for k in range(40)]
     text = "\n".join(json.dumps(row) for row in rows)
     text = text.replace("\n", "\n\n", 3)  # blank lines count as lines only
@@ -129,7 +130,7 @@ def test_parquet_shards_hold_every_row_once(tmp_path, monkeypatch, cut):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr("megatron_multiverse.data.readers._shard_bytes", lambda total: max(total // cut, 1))
+    monkeypatch.setattr("megatron_multiverse.data.sources._shard_bytes", lambda total: max(total // cut, 1))
     table = pa.table({"prompt": [str(k) for k in range(100)], "response": ["r"] * 100, "other": list(range(100))})
     (tmp_path / "data").mkdir()
     pq.write_table(table.slice(0, 70), tmp_path / "data" / "train-0.parquet", row_group_size=30)

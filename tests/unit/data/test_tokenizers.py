@@ -202,3 +202,78 @@ def test_tags_never_share_an_id_with_another_token(tmp_path, hf_folder):
     """The tokenizers library counts tokens to find the next id, which a vocabulary with gaps may have given away."""
     with pytest.raises(ConfigError, match=r"gaps between its ids.* far"):
         HuggingFaceTokenizer(_with_gap(tmp_path, hf_folder, 10))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", POINTER, "git-lfs pointer"),
+        ("tokenizer.json", b'{"version": "1.0", "mod', "damaged or no tokenizer.json"),
+        ("tokenizer_config.json", POINTER, "git-lfs pointer"),
+        ("tokenizer_config.json", b'{"eos_token": ', "is damaged"),
+        ("tokenizer_config.json", b"[]", "holds a list, not an object"),
+        ("tokenizer_config.json", b"\xff", "not UTF-8"),
+        ("chat_template.jinja", POINTER, "git-lfs pointer"),
+    ],
+)
+def test_damaged_files_of_a_tokenizer_are_named(tmp_path, hf_folder, name, content, message):
+    HuggingFaceTokenizer(hf_folder).save(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{name}.*{message}"):
+        HuggingFaceTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "message"), [(POINTER, "git-lfs pointer"), (b"\x0a\x05xx", "damaged or no")])
+def test_a_damaged_sentencepiece_model_is_named(tmp_path, content, message):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"tokenizer\.model.*{message}"):
+        SentencePieceTokenizer(tmp_path)
+
+
+def test_a_folder_with_a_sentencepiece_model_alone_names_the_option(tmp_path, sentencepiece_file):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file.read_bytes())
+    with pytest.raises(ConfigError, match="use --tokenizer-type SentencePieceTokenizer"):
+        HuggingFaceTokenizer(tmp_path)
+
+
+def test_control_tokens_are_the_special_ones_less_the_tags(hf_folder, glued_folder, sentencepiece_file):
+    assert set(HuggingFaceTokenizer(hf_folder).control_tokens.values()) == {"<|end|>", "<|pad|>"}
+    chat = {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+    assert set(HuggingFaceTokenizer(glued_folder).control_tokens.values()) == chat
+    # sentencepiece never reads a control symbol out of a text.
+    tokenizer = SentencePieceTokenizer(sentencepiece_file)
+    assert tokenizer.eod not in tokenizer.tokenize("a </s> b") and not tokenizer.control_tokens
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD", None])
+@pytest.mark.parametrize("text", ["plain", "e\u0301", "\u00e9", "x\u00b2", "\uff11"])
+def test_texts_that_a_normalizer_changes_are_told(tmp_path, glued_folder, form, text):
+    from tokenizers import Tokenizer, normalizers
+
+    backend = Tokenizer.from_file(str(glued_folder / "tokenizer.json"))
+    if form:
+        backend.normalizer = getattr(normalizers, form)()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = HuggingFaceTokenizer(tmp_path)
+    ids = tokenizer.tokenize(text)
+    assert tokenizer.keeps(text, ids) == (tokenizer.detokenize(ids) == text)
+
+
+def test_texts_that_another_tokenizer_changes_are_told(tmp_path, hf_folder):
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers
+
+    backend = Tokenizer.from_file(str(hf_folder / "tokenizer.json"))
+    changes = {
+        "lower": ("normalizer", normalizers.Lowercase()),
+        "prefix": ("pre_tokenizer", pre_tokenizers.ByteLevel()),
+    }
+    for name, (attribute, value) in changes.items():
+        changed = Tokenizer.from_str(backend.to_str())
+        setattr(changed, attribute, value)
+        (tmp_path / name).mkdir()
+        changed.save(str(tmp_path / name / "tokenizer.json"))
+    tokenizer = HuggingFaceTokenizer(tmp_path / "lower")
+    assert not tokenizer.keeps("ABC", tokenizer.tokenize("ABC")) and tokenizer.keeps("abc", tokenizer.tokenize("abc"))

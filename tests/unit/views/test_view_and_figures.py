@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from megatron_multiverse.errors import DataError, StructureError
+from megatron_multiverse.errors import ConfigError, DataError, StructureError
 from megatron_multiverse.structure import Block, render, visible_matrix
 from megatron_multiverse.views.figures import draw_positions, draw_timeline, draw_visibility
 from megatron_multiverse.views.sample_file import load_view
@@ -98,18 +100,48 @@ def test_load_view_reads_rows_and_says_what_is_missing(tmp_path: Path) -> None:
     text = EXAMPLE.read_text().rstrip("\n")
     rows.write_text("".join(json.dumps({"prompt": f"p{k}", "response": text}) + "\n" for k in range(2)))
     plain, cut = (
-        load_view(str(rows), 1),
-        load_view(str(rows), 1, tokenizer_model=str(ROOT / "examples/quickstart/model")),
+        load_view(str(rows), 2),
+        load_view(str(rows), 2, tokenizer_model=str(ROOT / "examples/quickstart/model")),
     )
     assert plain.pieces[0] == "p1" and plain.document.prompt_length == 1
     assert "".join(cut.pieces) == "p1" + text and len(cut.pieces) > len(plain.pieces)
     assert [s.branch for s in cut.stretches] == [s.branch for s in plain.stretches]
-    with pytest.raises(DataError, match="no row 2"):
-        load_view(str(rows), 2)
-    with pytest.raises(DataError, match="no file"):
+    for number in (0, -1, 3):
+        with pytest.raises(DataError, match=f"no row {number}: rows count from 1"):
+            load_view(str(rows), number)
+    with pytest.raises(ConfigError, match="no such file"):
         load_view(str(tmp_path / "none.txt"))
     broken = tmp_path / "broken.txt"
     broken.write_text(text.replace("</Goal>", "", 1))
     with pytest.raises(StructureError, match=r"broken\.txt"):
         load_view(str(broken), strict=True)
     assert load_view(str(broken)).document.malformed
+
+
+ODD_FILES = {
+    "null.jsonl": (b'{"prompt": "a", "response": null}\n', "not_text"),
+    "cut.jsonl": (b'{"prompt": "a", "resp', "no readable row; the first one is not JSON"),
+    "latin.txt": (b"caf\xe9", "encoding: not UTF-8 at byte 3"),
+    "empty.jsonl": (b"", "no readable row"),
+    "blank.txt": (b"\n", "empty"),
+    "array.json": (b"[]", "JSON array"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_what_preprocessing_refuses_is_refused_here(tmp_path: Path, name: str) -> None:
+    content, message = ODD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((ConfigError, DataError), match=message):
+        load_view(str(tmp_path / name))
+
+
+def test_files_are_read_as_preprocessing_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf<Think>\nx\n</Think>\n")
+    assert "".join(load_view(str(tmp_path / "bom.txt"), strict=True).pieces) == "<Think>\nx\n</Think>"
+    windows = EXAMPLE.read_bytes().replace(b"\n", b"\r\n")
+    (tmp_path / "windows.txt").write_bytes(windows)
+    with pytest.raises(StructureError, match="carriage return"):
+        load_view(str(tmp_path / "windows.txt"), strict=True)
+    pq.write_table(pa.table({"q": ["p"], "r": ["plain"]}), tmp_path / "rows.parquet")
+    assert "".join(load_view(str(tmp_path / "rows.parquet"), json_keys=["q", "r"]).pieces) == "pplain"
