@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_multiverse.data.input_files import refuse_lfs_pointer
 from megatron_multiverse.errors import ConfigError
@@ -45,9 +45,10 @@ def _read_config(file: Path) -> dict[str, Any]:
             raise ConfigError(f"{config_file} is damaged ({error}): fetch it again") from error
         if not isinstance(config, dict):
             raise ConfigError(f"{config_file} holds a {type(config).__name__}, not an object: fetch it again")
+    found: dict[str, Any] = config
     if template_file.is_file():
-        config["chat_template"] = _read_text(template_file)
-    return config
+        found["chat_template"] = _read_text(template_file)
+    return found
 
 
 def _read_text(file: Path) -> str:
@@ -103,7 +104,10 @@ def completed_config(config: Mapping[str, Any], added: Mapping[int, Any]) -> dic
     return values
 
 
-def kept_form(backend: Any) -> str | None:
+UnicodeForm = Literal["", "NFC", "NFD", "NFKC", "NFKD"]
+
+
+def kept_form(backend: Any) -> UnicodeForm | None:
     """The Unicode form a text must have so that this tokenizer keeps it byte for byte, if that is all it takes.
 
     Returns:
