@@ -76,6 +76,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
 def test_presets_have_the_published_sizes() -> None:
     published = {
         "qwen2.5-0.5b": 494_032_768,
+        "qwen2.5-1.5b": 1_543_714_304,
         "qwen2.5-7b": 7_615_616_512,
         "qwen2.5-32b": 32_763_876_352,
         "qwen3-0.6b": 596_049_920,
