@@ -73,7 +73,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/bench_preprocess.py
+	$(BIN)/python -m benchmarks.bench_preprocess
 
 bench-gpu:
 	for name in attention structure_scan rope layer plot; do \

@@ -1,20 +1,29 @@
-"""tools/preprocess_data.py against the plain loop of Megatron's script: same tokenizer, rows, cores and run.
+"""tools/preprocess_data.py beside its rivals, whole commands in turns: same rows, tokenizer, cores and machine.
 
-The rival is what Megatron-LM's tools/preprocess_data.py does: a multiprocessing.Pool tokenizes line by line, hands
-the ids to the parent through pickle, and the parent adds them to megatron-core's IndexedDatasetBuilder. It runs
-twice: with megatron-core's tokenizer class, as in that script ("megatron"), and with ours ("pool"). It checks
-nothing; ours also checks the structure of every row and counts statistics. The outputs are compared byte for byte.
+    ours          tools/preprocess_data.py
+    before        the same of another checkout (`--before FOLDER`)
+    encode_batch  `Tokenizer.encode_batch_fast` of the `tokenizers` library alone: no reading, no writing, no loading
+    gigatoken     what Megatron-LM's tools/preprocess_data_fast.py does: gigatoken reads and encodes the file by itself,
+                  on all cores, once for each column, and a loop adds the ids to megatron-core's IndexedDatasetBuilder
+    megatron      what Megatron-LM's tools/preprocess_data.py does: worker processes tokenize line by line with
+                  megatron-core's tokenizer class and hand the ids to the parent, which adds them to the same builder
 
-    python benchmarks/bench_preprocess.py --trajectories FOLDER_OF_XML --megabytes 30 --workers 2
+Only ours checks the structure of every row and counts statistics. The outputs are compared byte for byte. With
+`--texts` the words between the tags are replaced by text from those files, so that none repeats; without it the
+trajectories are repeated, which flatters gigatoken's memory for words, in ours too.
+
+    python -m benchmarks.bench_preprocess --trajectories FOLDER_OF_XML --texts FOLDER --megabytes 30 \\
+        --tokenizer-model FOLDER --before ../old-checkout
 """
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,24 +32,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.preprocess_rows import QUICKSTART, generate_rows, train_tokenizer, write_rows
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import TokenizerType
-from megatron_multiverse.data.input_files import trajectory_files
-from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
 from megatron_multiverse.data.tokenizers import build_tokenizer
 
 ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "examples" / "quickstart"
-_BYTES_PER_GENERATED_ROW = 1450
+_SMALL = 4  # the small input has this part of the rows; the difference to the whole shows the speed beyond start-up
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Compare docs/s and MB/s of preprocessing with a plain worker-pool loop over megatron-core's builder."""
+    """Compare preprocessing with its rivals, in seconds, bytes and memory."""
 
     trajectories: str = ""
     """Folder of trajectory files (*.xml, *.txt), repeated until the input is large enough; empty takes rows of the
     quickstart, whose texts are short and full of tags."""
+    texts: str = ""
+    """Folder of text files (*.md, *.rst, *.txt, *.py) whose words replace those of the trajectories."""
     tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
     """HuggingFaceTokenizer or SentencePieceTokenizer."""
     tokenizer_model: str = ""
@@ -48,11 +57,15 @@ class BenchConfig:
     megabytes: int = 20
     """Size of the input."""
     workers: int = 2
-    """Worker processes, for both of them."""
+    """Worker processes or threads, for all of them."""
     repeats: int = 3
     """How often each of them runs, in turn; the fastest run counts."""
-    run: Literal["all", "ours", "pool", "megatron"] = "all"
-    """Used by the script itself: run one of them only, on the rows in --trajectories."""
+    before: str = ""
+    """Another checkout of this project, whose tools/preprocess_data.py runs too."""
+    rivals: list[str] | None = None
+    """Which rivals run; all that can if not given."""
+    run: Literal["", "encode_batch", "gigatoken", "megatron"] = ""
+    """Used by the script itself: run this one on the rows in --trajectories."""
     output: str = ""
     """Used by the script itself: where that one writes."""
 
@@ -60,148 +73,214 @@ class BenchConfig:
 _tokenizer: Any = None
 
 
-def _start_worker(run: str, tokenizer_type: TokenizerType, tokenizer_model: str) -> None:
+def _start_worker(tokenizer_type: TokenizerType, tokenizer_model: str) -> None:
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if run == "megatron":
-        from megatron.core.tokenizers import MegatronTokenizer
+    from megatron.core.tokenizers import MegatronTokenizer
 
-        library = "huggingface" if tokenizer_type == "HuggingFaceTokenizer" else "sentencepiece"
-        _tokenizer = MegatronTokenizer.from_pretrained(tokenizer_model, metadata_path={"library": library})
-    else:
-        _tokenizer = build_tokenizer(tokenizer_type, tokenizer_model)
+    library = "huggingface" if tokenizer_type == "HuggingFaceTokenizer" else "sentencepiece"
+    _tokenizer = MegatronTokenizer.from_pretrained(tokenizer_model, metadata_path={"library": library})
 
 
-def _encode(line: str) -> tuple[list[int], list[int], int]:
+def _encode(line: str) -> tuple[list[int], list[int]]:
     row = json.loads(line)
-    ids: list[int] = []
-    lengths = []
-    for key in ("prompt", "response"):
-        part = _tokenizer.tokenize(row[key])
-        lengths.append(len(part))
-        ids.extend(part)
-    return ids, lengths, len(line)
+    parts = [_tokenizer.tokenize(row[key]) for key in ("prompt", "response")]
+    return [token for part in parts for token in part], [len(part) for part in parts]
 
 
-def run_ours(config: BenchConfig) -> None:
-    """What tools/preprocess_data.py does once its command line is read."""
-    preprocess_data(
-        PreprocessConfig(
-            input=config.trajectories,
-            output_prefix=config.output,
-            tokenizer_type=config.tokenizer_type,
-            tokenizer_model=config.tokenizer_model,
-            workers=config.workers,
-        )
-    )
-
-
-def run_rival(config: BenchConfig) -> None:
-    """What Megatron's script does."""
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    vocab_size = build_tokenizer(config.tokenizer_type, config.tokenizer_model).vocab_size
+def run_megatron(config: BenchConfig) -> None:
+    """The worker pool of Megatron's script."""
+    builder = _builder(config)
     with open(config.trajectories, encoding="utf-8") as stream:
-        arguments = (config.run, config.tokenizer_type, config.tokenizer_model)
+        arguments = (config.tokenizer_type, config.tokenizer_model)
         with multiprocessing.Pool(config.workers, _start_worker, arguments) as pool:
-            builder = IndexedDatasetBuilder(f"{config.output}.bin", dtype=DType.optimal_dtype(vocab_size))
             documents: Any = pool.imap(_encode, stream, 32)
-            for ids, lengths, _ in documents:
+            for ids, lengths in documents:
                 builder.add_document(ids, lengths)
-            builder.finalize(f"{config.output}.idx")
             pool.close()
             pool.join()
+    builder.finalize(f"{config.output}.idx")
 
 
-def _train_tokenizer(folder: Path, files: list[Path]) -> str:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def run_gigatoken(config: BenchConfig) -> None:
+    """The plain loop around gigatoken's own reader."""
+    import gigatoken
+    import numpy as np
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=16_000, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train([str(file) for file in files], trainer)
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return str(folder)
-
-
-def _write_input(path: Path, files: list[Path], megabytes: int) -> int:
-    rows = [{"prompt": f"Problem {file.stem}", "response": file.read_text(encoding="utf-8")} for file in files]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    repeats = max(1, megabytes * 1_000_000 // len(lines))
-    path.write_text(lines * repeats, encoding="utf-8")
-    return len(rows) * repeats
+    builder = _builder(config)
+    tokenizer = gigatoken.Tokenizer(config.tokenizer_model)
+    columns = [
+        tokenizer.encode_files(gigatoken.JsonlFileSource([config.trajectories], field=key))
+        for key in ("prompt", "response")
+    ]
+    for prompt, response in zip(*columns, strict=True):
+        builder.add_document(np.concatenate((prompt, response)), [len(prompt), len(response)])
+    builder.finalize(f"{config.output}.idx")
 
 
-def _generate_input(path: Path, megabytes: int) -> int:
-    rows = megabytes * 1_000_000 // _BYTES_PER_GENERATED_ROW
-    script = [sys.executable, str(QUICKSTART / "generate_data.py"), "--output", str(path), "--num-rows", str(rows)]
-    subprocess.run(script, check=True, capture_output=True)
-    return rows
+def _builder(config: BenchConfig) -> Any:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    # The script asks the tokenizer for this; the rivals here need no second tokenizer for one number.
+    vocab_size = int((Path(config.output).parent / "vocab_size").read_text())
+    return IndexedDatasetBuilder(f"{config.output}.bin", dtype=DType.optimal_dtype(vocab_size))
 
 
-def _run_one(config: BenchConfig) -> None:
-    """Prints wall-clock and CPU seconds (of all processes) without imports."""
-    if config.run != "ours":  # imports are counted in the whole command only
-        for name in ("megatron.core.datasets.indexed_dataset", "megatron.core.tokenizers", "transformers"):
-            importlib.import_module(name)
-    started, before = time.monotonic(), time.process_time()
-    (run_ours if config.run == "ours" else run_rival)(config)
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = time.process_time() - before + children.ru_utime + children.ru_stime
-    print(f"seconds {time.monotonic() - started} {cpu}")
+def run_encode_batch(config: BenchConfig) -> None:
+    """Prints the wall-clock and CPU seconds of the library's call alone."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(config.tokenizer_model) / "tokenizer.json"))
+    with open(config.trajectories, encoding="utf-8") as stream:
+        texts = [text for line in stream for text in json.loads(line).values()]
+    wall = cpu = 0.0
+    for start in range(0, len(texts), 256):
+        batch = texts[start : start + 256]
+        started, before = time.monotonic(), time.process_time()
+        tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        wall, cpu = wall + time.monotonic() - started, cpu + time.process_time() - before
+    print("alone", wall, cpu)
 
 
-def _measure(who: str, config: BenchConfig, model: str, source: Path, output: Path) -> list[float]:
-    """Seconds of the loop, CPU seconds of the loop, seconds of the whole command."""
-    command = [sys.executable, __file__, "--run", who, "--trajectories", str(source), "--output", str(output)]
-    command += ["--tokenizer-type", config.tokenizer_type, "--tokenizer-model", model, "--workers", str(config.workers)]
-    started = time.monotonic()
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    whole = time.monotonic() - started
-    wall, cpu = map(float, done.stdout.split("seconds ")[1].split())
-    return [wall, cpu, whole]
+RUNS = {"encode_batch": run_encode_batch, "gigatoken": run_gigatoken, "megatron": run_megatron}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Wall-clock and CPU seconds of all processes, and the largest process in MiB."""
+
+    wall: float
+    cpu: float
+    largest: float
+
+    def best(self, other: Measured) -> Measured:
+        return Measured(min(self.wall, other.wall), min(self.cpu, other.cpu), max(self.largest, other.largest))
+
+
+class CannotRunError(Exception):
+    """A run failed; the message holds what it printed."""
+
+
+def _command(who: str, config: BenchConfig, model: str, source: Path, output: Path) -> list[str]:
+    options = ["--tokenizer-type", config.tokenizer_type, "--tokenizer-model", model, "--workers", str(config.workers)]
+    if who in RUNS:
+        options += ["--run", who, "--trajectories", str(source), "--output", str(output)]
+        return [sys.executable, "-m", "benchmarks.bench_preprocess", *options]
+    root = ROOT if who == "ours" else Path(config.before).resolve()
+    options += ["--input", str(source), "--output-prefix", str(output)]
+    return [sys.executable, str(root / "tools" / "preprocess_data.py"), *options]
+
+
+def _measure(who: str, config: BenchConfig, model: str, source: Path, output: Path) -> Measured:
+    for suffix in ("_manifest.json", ".bin", ".idx"):  # or there would be nothing to do
+        Path(f"{output}{suffix}").unlink(missing_ok=True)
+    root = Path(config.before).resolve() if who == "before" else ROOT
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"RAYON_NUM_THREADS": str(config.workers)}
+    with open(f"{output}.log", "w+", encoding="utf-8") as log:
+        command = _command(who, config, model, source, output)
+        started = time.monotonic()
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall, cpu = time.monotonic() - started, usage.ru_utime + usage.ru_stime
+        process.returncode = os.waitstatus_to_exitcode(status)
+        log.seek(0)
+        printed = log.read()
+    if process.returncode:
+        raise CannotRunError(f"{who} cannot run:\n{printed}")
+    if who == "encode_batch":
+        wall, cpu = map(float, printed.split("alone")[1].split())
+    return Measured(wall, cpu, usage.ru_maxrss / 1024)
+
+
+def _total_memory(config: BenchConfig, model: str, source: Path, output: Path) -> float:
+    """MiB of parent and workers together at their highest; memory they share counts once."""
+    import psutil
+
+    Path(f"{output}_manifest.json").unlink(missing_ok=True)
+    command = _command("ours", config, model, source, output)
+    process = psutil.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    highest = 0
+    while process.poll() is None:
+        total = 0
+        for each in [process, *process.children()]:
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                total += each.memory_full_info().pss
+        highest = max(highest, total)
+        time.sleep(0.01)
+    return highest / (1 << 20)
+
+
+def _prepare(config: BenchConfig, folder: Path) -> tuple[str, int]:
+    """Writes the rows and the tokenizer, tags included; returns the tokenizer and the number of rows."""
+    source = folder / "rows.jsonl"
+    if config.trajectories:
+        trajectories, words_from = Path(config.trajectories), Path(config.texts) if config.texts else None
+        model = config.tokenizer_model or train_tokenizer(folder / "tokenizer", trajectories)
+        documents = write_rows(source, trajectories, words_from, config.megabytes)
+    else:
+        model = config.tokenizer_model or str(QUICKSTART / "model")
+        documents = generate_rows(source, config.megabytes)
+    with open(source, "rb") as stream:
+        (folder / "small.jsonl").write_bytes(b"".join(itertools.islice(stream, documents // _SMALL)))
+    tokenizer = build_tokenizer(config.tokenizer_type, model)
+    (folder / "vocab_size").write_text(str(tokenizer.vocab_size))
+    tokenizer.save(folder / "tagged")  # the tags are part of the files: the rivals need not add them
+    is_folder = config.tokenizer_type == "HuggingFaceTokenizer"
+    return str(folder / "tagged" if is_folder else folder / "tagged" / "tokenizer.model"), documents
+
+
+def _rivals(config: BenchConfig) -> list[str]:
+    can = ["before"] if config.before else []
+    if config.tokenizer_type == "HuggingFaceTokenizer":
+        can += ["encode_batch", *(["gigatoken"] if importlib.util.find_spec("gigatoken") else [])]
+    return config.rivals or [*can, "megatron"]
 
 
 def main() -> None:
     config = parse_options(BenchConfig)
-    if config.run != "all":
-        _run_one(config)
+    if config.run:
+        RUNS[config.run](config)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = folder / "rows.jsonl"
-        if config.trajectories:
-            files = trajectory_files(Path(config.trajectories))
-            model = config.tokenizer_model or _train_tokenizer(folder / "tokenizer", files)
-            documents = _write_input(source, files, config.megabytes)
-        else:
-            model = config.tokenizer_model or str(QUICKSTART / "model")
-            documents = _generate_input(source, config.megabytes)
-        tagged = folder / "tagged"  # the tags are part of the files: the rivals need not add them
-        build_tokenizer(config.tokenizer_type, model).save(tagged)
-        model = str(tagged if config.tokenizer_type == "HuggingFaceTokenizer" else tagged / "tokenizer.model")
-        best = {who: [float("inf")] * 3 for who in ("ours", "pool", "megatron")}
-        for _ in range(config.repeats):
-            for who, seconds in best.items():
-                Path(folder / "ours_manifest.json").unlink(missing_ok=True)  # or there would be nothing to do
-                measured = _measure(who, config, model, source, folder / who)
-                best[who] = [min(pair) for pair in zip(seconds, measured, strict=True)]
-        outputs = {who: [Path(f"{folder / who}{suffix}").read_bytes() for suffix in (".bin", ".idx")] for who in best}
-        differing = [who for who in best if outputs[who] != outputs["ours"]]
-        _print_table(best, documents, source.stat().st_size / 1e6)
+        model, documents = _prepare(config, folder)
+        whole, small = folder / "rows.jsonl", folder / "small.jsonl"
+        turns = [("ours", whole), ("ours", small), *((who, whole) for who in _rivals(config))]
+        turns += [("gigatoken", small)] if "gigatoken" in _rivals(config) else []
+        best: dict[tuple[str, Path], Measured] = {}
+        for turn in turns * config.repeats:
+            try:
+                measured = _measure(turn[0], config, model, turn[1], folder / f"{turn[0]}-{turn[1].stem}")
+            except CannotRunError as error:
+                if turn[0] == "ours":
+                    raise
+                print(error)  # gigatoken does not know every tokenizer
+            else:
+                best[turn] = measured.best(best.get(turn, measured))
+        memory = _total_memory(config, model, whole, folder / "ours-rows")
+        written = [who for who, source in best if source == whole and who != "encode_batch"]
+        outputs = {who: [(folder / f"{who}-rows{end}").read_bytes() for end in (".bin", ".idx")] for who in written}
+        differing = [who for who in written if outputs[who] != outputs["ours"]]
+        sizes = {source: source.stat().st_size / 1e6 for source in (whole, small)}
+    _print_table({who: measured for (who, source), measured in best.items() if source == whole}, sizes[whole])
+    for who in ("ours", "gigatoken"):
+        if (who, small) in best:
+            seconds = best[who, whole].wall - best[who, small].wall
+            print(f"{who}: {(sizes[whole] - sizes[small]) / max(seconds, 1e-9):.1f} MB/s beyond start-up")
     print(f"{config.workers} workers, {documents:,} documents; other bytes than ours: {', '.join(differing) or 'none'}")
+    print(f"memory of ours: {memory:.0f} MiB in all processes together")
 
 
-def _print_table(best: dict[str, list[float]], documents: int, megabytes: float) -> None:
-    print(f"{'':40}{'seconds':>9}{'docs/s':>9}{'MB/s':>8}{'ours is faster by':>19}")
-    for column, what in enumerate(("wall clock", "CPU, all processes", "whole command, imports")):
-        for who, measured in best.items():
-            seconds = measured[column]
-            rate = f"{documents / seconds:>9,.1f}{megabytes / seconds:>8.2f}{seconds / best['ours'][column]:>19.2f}"
-            print(f"{what:<28}{who:<12}{seconds:>9.2f}{rate}")
+def _print_table(best: dict[str, Measured], megabytes: float) -> None:
+    print(f"{megabytes:.1f} MB, whole commands (encode_batch: the call alone); ratio = ours / rival")
+    print(f"{'':14}{'seconds':>9}{'MB/s':>8}{'ratio':>8}{'CPU s':>9}{'ratio':>8}{'largest process':>18}")
+    ours = best["ours"]
+    for who, measured in best.items():
+        print(
+            f"{who:14}{measured.wall:>9.2f}{megabytes / measured.wall:>8.2f}{ours.wall / measured.wall:>8.3f}"
+            f"{measured.cpu:>9.2f}{ours.cpu / measured.cpu:>8.3f}{measured.largest:>14,.0f} MiB"
+        )
 
 
 if __name__ == "__main__":

@@ -56,16 +56,19 @@ class ShardWriter:
         self._bin = open(f"{self._part}.bin", "wb")  # noqa: SIM115 (open until `close`)
         self._lengths: list[int] = []
 
-    def add(self, prompt: npt.NDArray[np.int64], response: npt.NDArray[np.int64]) -> None:
-        """Append one document."""
-        ids = np.concatenate((prompt, response))
+    def add(self, documents: Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]]) -> None:
+        """Append documents, the ids of prompt and response of each."""
+        if not documents:
+            return
+        ids = np.concatenate([sequence for document in documents for sequence in document])
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
             raise DataError(
                 f"token ids {int(ids.min())}..{int(ids.max())} leave the vocabulary of {self._vocab_size}; the "
                 "tokenizer reports a wrong vocab_size"
             )
-        self._bin.write(ids.astype(self._dtype).tobytes())
-        self._lengths += (ids.size,) if self._one_sequence else (prompt.size, response.size)
+        self._bin.write(ids.astype(self._dtype).data)
+        for prompt, response in documents:
+            self._lengths += (prompt.size + response.size,) if self._one_sequence else (prompt.size, response.size)
 
     def close(self) -> None:
         self._bin.close()

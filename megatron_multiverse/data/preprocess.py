@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_multiverse.config import TokenizerType
 from megatron_multiverse.data.chat_templates import writes_date
+from megatron_multiverse.data.encoders import DifferentIds, Encoder, EncoderChoice, PlainEncoder, choose_encoder
 from megatron_multiverse.data.indexed_writer import SEQUENCES_PER_DOCUMENT, join_shards, optimal_dtype
 from megatron_multiverse.data.prompts import (
     TRAJECTORY_COLUMNS,
@@ -29,7 +30,7 @@ from megatron_multiverse.data.prompts import (
     uses_template,
 )
 from megatron_multiverse.data.report import Totals
-from megatron_multiverse.data.shard_worker import Recipe
+from megatron_multiverse.data.shard_worker import Recipe, sample_texts
 from megatron_multiverse.data.sources import Source, column_names, open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.data.work_folder import (
@@ -89,6 +90,8 @@ class PreprocessConfig:
     names where it has no clock."""
     split: str | None = None
     """Split of a Hugging Face data set, or of a folder whose files are named after splits; train if not given."""
+    encoder: EncoderChoice = "auto"
+    """auto: gigatoken where it is installed and gives the ids of the tokenizers library; tokenizers: that library."""
     max_rejected: int = 0
     """Exit with an error if more rows than this are rejected; all other rows are written either way."""
 
@@ -154,7 +157,7 @@ def preprocess_data(config: PreprocessConfig) -> PreprocessResult:
             reused = len(source.shards) - len(todo)
             if reused:
                 logger.info("going on: %d of %d shards are finished", reused, len(source.shards))
-            run_workers(folder, source.shards, todo, recipe, tokenizer, config.workers or _available_cores())
+            _write_shards(folder, source, recipe, tokenizer, config)
             totals = _join(folder, source, config, tokenizer)
     except OSError as error:
         raise DataError(
@@ -162,6 +165,27 @@ def preprocess_data(config: PreprocessConfig) -> PreprocessResult:
             "another place, and run the same command again"
         ) from error
     return _result(config, totals, time.monotonic() - started, reused, template)
+
+
+def _write_shards(
+    folder: WorkFolder, source: Source, recipe: Recipe, tokenizer: MultiverseTokenizer, config: PreprocessConfig
+) -> None:
+    """Write the shards that are not finished, and again without gigatoken if it is found to be wrong."""
+
+    def run(encoder: Encoder) -> None:
+        todo = [k for k in range(len(source.shards)) if not folder.is_finished(k)]
+        run_workers(folder, source.shards, todo, recipe, tokenizer, encoder, config.workers or _available_cores())
+
+    if (why := folder.distrusted) is not None:
+        logger.info("encoding with tokenizers: %s", why)
+    elif config.encoder == "auto":
+        encoder = choose_encoder(tokenizer, lambda: sample_texts(source.shards, recipe, tokenizer))
+        try:
+            return run(encoder)
+        except DifferentIds as error:
+            logger.warning("%s; what gigatoken has encoded is encoded again with tokenizers", error)
+            folder.distrust(encoder.name, str(error))
+    run(PlainEncoder(tokenizer))
 
 
 def _check_places(output_prefix: str, source: Source) -> None:

@@ -27,7 +27,7 @@ from megatron_multiverse.data.input_files import (
 from megatron_multiverse.data.readers import ASSUMED_ROW_BYTES, Shard, load_dataset, read_rows
 from megatron_multiverse.errors import ConfigError, DataError
 
-_MIN_SHARD_BYTES, _MAX_SHARD_BYTES, _WANTED_SHARDS = 256 << 10, 64 << 20, 128
+_MIN_SHARD_BYTES, _MAX_SHARD_BYTES, _WANTED_SHARDS = 1 << 20, 64 << 20, 128
 _COMPRESSION = 4  # assumed, for the progress bar only
 _SAMPLED_FILES, _SAMPLED_ROWS = 16, 1024
 

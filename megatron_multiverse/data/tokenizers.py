@@ -159,6 +159,7 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
         from tokenizers import AddedToken
 
         self._backend, self._config = load_hf_backend(Path(tokenizer_model))
+        self._json: str | None = None
         self._backend.no_padding()
         self._backend.no_truncation()
         known = {token.content: token for token in self._backend.get_added_tokens_decoder().values()}
@@ -197,6 +198,12 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
     def detokenize(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode([int(token) for token in ids], skip_special_tokens=False))
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json, tags included."""
+        if self._json is None:
+            self._json = self._backend.to_str()
+        return self._json
+
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._backend.save(str(Path(folder) / "tokenizer.json"))
@@ -205,7 +212,7 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
         (Path(folder) / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
     def fingerprint(self) -> str:
-        parts = [self._backend.to_str(), self.chat_template or ""]
+        parts = [self.to_json(), self.chat_template or ""]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property

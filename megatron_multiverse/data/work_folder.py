@@ -79,6 +79,18 @@ class WorkFolder:
         """Whether an earlier run has written the shard whole."""
         return all(self.part(number).with_suffix(suffix).is_file() for suffix in (".bin", ".npy", ".json"))
 
+    @property
+    def distrusted(self) -> str | None:
+        """Why an earlier run gave up a fast encoder, if it did."""
+        return read_object(self.path / _PLAN).get("distrusted")
+
+    def distrust(self, encoder: str, reason: str) -> None:
+        """Delete the shards that an encoder has written, and keep in mind that it is not to be used again."""
+        write_json_atomic(self.path / _PLAN, {"key": self.key, "distrusted": reason})
+        for report in self.path.glob("*.json"):
+            if report.name != _PLAN and read_object(report).get("encoder") == encoder:
+                report.unlink()
+
     def delete(self) -> None:
         """Delete what runs have written here, the proof of it last, and the folder if nothing else is in it."""
         self._clear()

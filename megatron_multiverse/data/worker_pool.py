@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_multiverse.data.counters import Progress
+from megatron_multiverse.data.encoders import DifferentIds, Encoder
 from megatron_multiverse.data.readers import Shard
 from megatron_multiverse.data.shard_worker import Recipe, process_shard
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
@@ -25,10 +26,12 @@ from megatron_multiverse.progress import ProgressLine
 _worker_state: dict[str, Any] = {}
 
 
-def _init_worker(recipe: Recipe, tokenizer: MultiverseTokenizer, progress: Progress, folder: WorkFolder) -> None:
+def _init_worker(
+    recipe: Recipe, tokenizer: MultiverseTokenizer, encoder: Encoder, progress: Progress, folder: WorkFolder
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops its workers
     folder.unlock()
-    _worker_state.update(recipe=recipe, tokenizer=tokenizer, progress=progress)
+    _worker_state.update(recipe=recipe, tokenizer=tokenizer, encoder=encoder, progress=progress)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -50,6 +53,7 @@ def run_workers(
     todo: Sequence[int],
     recipe: Recipe,
     tokenizer: MultiverseTokenizer,
+    encoder: Encoder,
     workers: int,
 ) -> None:
     """Write shards into the work folder.
@@ -60,16 +64,18 @@ def run_workers(
         todo: numbers of the shards that are not finished.
         recipe: how rows become documents.
         tokenizer: shared by the workers, which are forked.
+        encoder: likewise.
         workers: how many processes, at most.
 
     Raises:
+        DifferentIds: the encoder was found to give other ids than the tokenizer.
         DataError: a shard cannot be read or written, or a worker was killed; finished shards are kept.
     """
     if not todo:
         return
     context = multiprocessing.get_context("fork")
     progress = Progress(context)
-    arguments = (recipe, tokenizer, progress, folder)
+    arguments = (recipe, tokenizer, encoder, progress, folder)
     executor = ProcessPoolExecutor(min(workers, len(todo)), context, _init_worker, arguments)
     with executor:
         try:
@@ -94,6 +100,8 @@ def _check(future: Future[None], shard: Shard) -> None:
     error = future.exception()
     if error is None:
         return
+    if isinstance(error, DifferentIds):
+        raise error
     if isinstance(error, BrokenProcessPool):
         raise DataError(
             "a worker process was killed (out of memory?); finished shards are kept: run the same command again, "

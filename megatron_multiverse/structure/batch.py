@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_multiverse.structure.statistics import Statistics
 from megatron_multiverse.structure.tags import MAX_DEPTH, StructureVocab, Tag
 
 IntArray = npt.NDArray[np.int64]
@@ -57,6 +58,13 @@ class BatchStatistics:
     path_tokens: IntArray
     plain_tokens: IntArray
     critical_tokens: IntArray
+
+    def rows(self) -> list[Statistics | None]:
+        """The counts of each response; None where it is not valid."""
+        names = [name for name in vars(self) if name != "is_valid"]
+        columns = [getattr(self, name).tolist() for name in names]
+        rows = zip(self.is_valid.tolist(), zip(*columns, strict=True), strict=True)
+        return [Statistics(**dict(zip(names, row, strict=True))) if is_valid else None for is_valid, row in rows]
 
 
 @dataclass(frozen=True)

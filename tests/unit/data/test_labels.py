@@ -11,7 +11,7 @@ from megatron_multiverse.data.prompts import RowError
 from megatron_multiverse.data.responses import ResponseReader
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.errors import StructureError
-from megatron_multiverse.structure import Event, StructureMachine, check_text, parse_text
+from megatron_multiverse.structure import Event, StructureMachine, check_text, parse, parse_text
 from tests.unit.data.conftest import GLUED, TRAJECTORY
 
 LABELS = {
@@ -76,7 +76,7 @@ def test_every_path_begins_with_the_tokens_that_the_engine_writes(glued_folder):
     for tail in GLUED:
         text = text_with(f"1:{tail}", f"1:{tail}")
         read = ResponseReader(tokenizer).read(text, tokenizer.tokenize(text))
-        (path,) = read.document.blocks[0].paths
+        (path,) = parse(read.ids, vocab).blocks[0].paths
         assert read.ids[path.start : path.forced_end].tolist() == vocab.path_prefix(forced)
 
 

@@ -76,8 +76,8 @@ def test_writer_bytes_equal_megatron_core_for_every_dtype(tmp_path, vocab_size):
     parts = [tmp_path / f"{k:05d}" for k in range(3)]
     for k, part in enumerate(parts):
         writer = ShardWriter(part, dtype, vocab_size)
-        for prompt, response in documents[k * 25 : (k + 1) * 25]:  # the last shard stays empty
-            writer.add(prompt, response)
+        for start in range(k * 25, (k + 1) * 25, 10):  # the last shard stays empty
+            writer.add(documents[start : min(start + 10, (k + 1) * 25)])
         writer.close()
     join_shards(parts, str(tmp_path / "out"), dtype, work_folder=tmp_path)
     assert _bytes(tmp_path / "out") == _megatron_bytes(tmp_path / "theirs", documents, vocab_size)
@@ -86,7 +86,7 @@ def test_writer_bytes_equal_megatron_core_for_every_dtype(tmp_path, vocab_size):
 def test_ids_outside_the_vocabulary_are_refused(tmp_path):
     writer = ShardWriter(tmp_path / "x", optimal_dtype(10), 10)
     with pytest.raises(DataError, match="leave the vocabulary of 10"):
-        writer.add(np.array([1]), np.array([10]))
+        writer.add([(np.array([1]), np.array([10]))])
 
 
 def test_real_trajectories_all_pass_and_decode_byte_for_byte(tmp_path, samples_folder, hf_folder):

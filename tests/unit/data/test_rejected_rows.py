@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_multiverse.data import readers, shard_worker
+from megatron_multiverse.data.encoders import PlainEncoder
 from megatron_multiverse.data.preprocess import preprocess_data
 from megatron_multiverse.data.prompts import Columns, PromptStyle, RowError, build_sample
 from megatron_multiverse.data.tokenizers import build_tokenizer
@@ -77,7 +78,7 @@ def test_a_text_that_a_tokenizer_cannot_read_harms_no_other(tmp_path, hf_folder,
         return original(self, texts)
 
     monkeypatch.setattr("megatron_multiverse.data.tokenizers.HuggingFaceTokenizer.tokenize_batch", fails)
-    rejected, written = run(tmp_path, hf_folder, ['{"prompt": "p", "response": "bad"}'])
+    rejected, written = run(tmp_path, hf_folder, ['{"prompt": "p", "response": "bad"}'], encoder="tokenizers")
     assert [(entry["row"], entry["reason"]) for entry in rejected] == [(2, "tokenizer")]
     assert len(written) == 2
 
@@ -86,7 +87,7 @@ def test_ctrl_c_is_no_odd_row(hf_folder, monkeypatch):
     tokenizer = build_tokenizer("HuggingFaceTokenizer", hf_folder)
     monkeypatch.setattr(tokenizer, "tokenize_batch", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        shard_worker.tokenize_each(tokenizer, ["a", "b"])
+        shard_worker.encode_each(PlainEncoder(tokenizer), ["a", "b"])
 
 
 def test_a_prompt_that_the_template_refuses_harms_no_other(tmp_path, glued_folder):

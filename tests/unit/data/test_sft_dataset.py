@@ -32,8 +32,7 @@ def write_documents(
     dtype = optimal_dtype(200)
     part = prefix.with_name("00000")
     writer = ShardWriter(part, dtype, 200)
-    for prompt, response in documents:
-        writer.add(prompt, response)
+    writer.add(documents)
     writer.close()
     join_shards([part], str(prefix), dtype)
     return SFTDataset(str(prefix), vocab)
