@@ -4,13 +4,14 @@
 
 A model that computes nothing, over a small vocabulary, stands in for the real one: what is left is planning, uploading,
 sampling and committing. On a GPU this runs beside the kernels at best, and what exceeds them is lost. Prints the median
-milliseconds per step, and the same with what the CPU reference of tree_decode prepares once per step.
+milliseconds per step, and the same with what attention prepares once per step on a CPU and on a GPU.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.inference import Engine, Request
-from megatron_multiverse.kernels.tree_decode import group_rows
+from megatron_multiverse.inference.step.plan import StepPlan
+from megatron_multiverse.inference.step.runner import PendingOutput
+from megatron_multiverse.kernels.tree_decode import divide_work, group_rows, most_parts
 from megatron_multiverse.structure import TAGS, StructureVocab
 
 VOCAB_SIZE = 128
@@ -47,14 +50,13 @@ class Options:
 class NoModel(nn.Module):
     """Attends to nothing and always says the same; counts the time spent in it."""
 
-    def __init__(self, prepare: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.config = SimpleNamespace(num_layers=1, num_query_groups=1, kv_channels=1)
         self.max_sequence_length, self.vocab_size = 1 << 20, VOCAB_SIZE
         self.weight = nn.Parameter(torch.zeros(1))
         self.row = torch.zeros(VOCAB_SIZE)
         self.row[100] = 1.0  # plain text
-        self.prepare = prepare
         self.seconds = 0.0
 
     def __call__(self, input_ids: Tensor, *_: Any, packed_seq_params: Any) -> Tensor:
@@ -62,19 +64,46 @@ class NoModel(nn.Module):
         start = time.perf_counter()
         logits = self.row.expand(1, input_ids.shape[1], -1)
         self.seconds += time.perf_counter() - start
-        if self.prepare:
-            plan = packed_seq_params.plan
-            group_rows(plan.pages, plan.lengths, plan.borders, packed_seq_params.store.keys.shape[2])
         return logits
 
 
-def measure(options: Options, *, prepare: bool = False) -> float:
-    """Median milliseconds per decode step outside of the model."""
-    model = NoModel(prepare)
+KV_HEADS, PROCESSORS = 4, 132
+"""Of Qwen2.5-7B and of an H100: what a list of work is made for."""
+
+
+def rectangles(plan: StepPlan, page_size: int) -> None:
+    """What attention on a CPU prepares once per step."""
+    group_rows(plan.pages, plan.lengths, plan.borders, page_size, KV_HEADS)
+
+
+def work_list(plan: StepPlan, page_size: int) -> None:
+    """What attention on a GPU prepares once per step."""
+    divide_work(
+        plan.pages,
+        plan.lengths,
+        plan.borders,
+        page_size=page_size,
+        kv_heads=KV_HEADS,
+        processors=PROCESSORS,
+        slots=most_parts(len(plan.ids)),
+    )
+
+
+def measure(options: Options, prepare: Callable[[StepPlan, int], None] | None = None) -> float:
+    """Median milliseconds per decode step outside of the model, with what `prepare` does to its plan."""
+    model = NoModel()
     tokens = options.context + options.steps + 16
     pages = options.rows * (-(-tokens // options.page_size) + 1)
     vocab = StructureVocab.from_pieces(PIECES, eos_id=len(PIECES))
     engine = Engine(model, vocab, EngineConfig(num_pages=pages, page_size=options.page_size, max_rows=options.rows))
+    launch = engine.runner.launch
+
+    def prepared(plan: StepPlan) -> PendingOutput:
+        if prepare is not None:
+            prepare(plan, options.page_size)
+        return launch(plan)
+
+    engine.runner.launch = prepared  # type: ignore[method-assign]
     for row in range(options.rows):
         sampling = SamplingParams(max_tokens=options.steps + 8, temperature=options.temperature, ignore_eos=True)
         engine.add_request(Request(prompt_ids=[50 + row] * options.context, sampling=sampling, sample=row))
@@ -96,7 +125,8 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{options.rows} rows x {options.context} tokens, pages of {options.page_size}:")
     print(f"  around the model   {measure(options):.3f} ms per step")
-    print(f"  and the reference's preparation   {measure(options, prepare=True):.3f} ms per step")
+    print(f"  and the rectangles of a CPU   {measure(options, rectangles):.3f} ms per step")
+    print(f"  and the list of work of a GPU   {measure(options, work_list):.3f} ms per step")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 #   returns, the processes are those of before.
 # Seen: the first save starts a multiprocessing.Manager by spawn, a server process that imports the main script anew and
 #   stays as long as the trainer runs. A trainer that is killed, by the out-of-memory killer say, cannot stop it.
+# Output seen: alive after the synchronous save: ['SpawnProcess SyncManager-1']
 # Setting FileSystemWriterAsync's module-level _results_queue to a queue.Queue() before the first save avoids it.
 #
 # Exits with 0 if a server process is there after the save, with another status if that has changed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,15 @@ from torch import Tensor
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.data.tokenizers import build_tokenizer
-from megatron_multiverse.inference import CounterSampler, Engine, Request, Result, SamplingArrays, TokenCallback
-from megatron_multiverse.inference.text.branch import branch_key
+from megatron_multiverse.inference import (
+    CounterSampler,
+    Engine,
+    Request,
+    Result,
+    SamplingArrays,
+    TokenCallback,
+    drawn_from,
+)
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.structure import lay_out, parse
 
@@ -118,14 +124,15 @@ class Decoder:
             results = self.answer(problems, "parallel").results
         finally:
             self.sampler.recording = False
+        recorded = len(self.sampler.logits)
         worst = max(self._difference(number, result) for number, result in enumerate(results))
-        compared = len(self.sampler.logits)
-        self.sampler.logits.clear()
-        return worst, compared
+        if self.sampler.logits:
+            raise RuntimeError(f"{len(self.sampler.logits)} draws belong to no token of the answers; this is a bug")
+        return worst, recorded
 
     @torch.inference_mode()
     def _difference(self, number: int, result: Result) -> float:
-        """Largest difference over the tokens of answer `number`."""
+        """Largest difference over the tokens of answer `number`, whose logits are taken out."""
         prompt, ids = len(result.prompt_ids), [*result.prompt_ids, *result.token_ids]
         layout = lay_out(parse(ids, self.tokenizer.structure_vocab, prompt_length=prompt, strict=False))
         positions = torch.from_numpy(layout.position_ids).long()
@@ -138,30 +145,7 @@ class Decoder:
             packed_seq_params=LayoutParams.from_labels(torch.from_numpy(layout.r)[None].to(self.device)),
         )[0]
         worst = 0.0
-        for drawn, parent in drawn_from(number, result).items():
-            difference = forward[prompt + parent] - self.sampler.logits[drawn]
-            worst = max(worst, float(difference.abs().max()))
+        for drawn, parent in drawn_from(result, sample=number).items():
+            if (logits := self.sampler.logits.pop(drawn, None)) is not None:
+                worst = max(worst, float((forward[prompt + parent] - logits).abs().max()))
         return worst
-
-
-def drawn_from(number: int, result: Result) -> dict[tuple[int, int], int]:
-    """(key of a branch, index among the tokens it drew) -> index in the answer of the token it was drawn from.
-
-    Args:
-        number: `sample` of the request.
-        result: its answer.
-    """
-    paths: list[tuple[tuple[int, int], ...]] = [()] * len(result.token_ids)
-    for block in result.blocks:  # outer blocks come before the blocks inside them
-        for branch in block.branches:
-            paths[branch.start : branch.end] = [branch.path] * (branch.end - branch.start)
-    keys = {path: branch_key(0, number, path) for path in {(), *paths}}
-    table: dict[tuple[int, int], int] = {}
-    count: Counter[int] = Counter()
-    for path, is_sampled, parent in zip(paths, result.sampled, result.parents, strict=True):
-        if is_sampled:
-            table[keys[path], count[keys[path]]] = parent
-            count[keys[path]] += 1
-    if result.finish_reason == "stop":  # the end of the text was drawn, too, but is not part of the answer
-        table[keys[()], count[keys[()]]] = len(result.token_ids) - 1
-    return table

@@ -29,7 +29,7 @@ def run_pipeline(folder: Path, *, train_iters: int) -> dict[str, Any]:
     Returns:
         Figures for the report.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    empty(folder)
     prepare(folder, train_rows=20_000, held_out_rows=300)
     straight, stopped = folder / "run", folder / "interrupted"
     train(folder, straight, RESUME_CHECK_STEPS)
@@ -86,11 +86,26 @@ def tool(script: str, *arguments: str | Path | int) -> None:
         raise RuntimeError(f"{script} ended with exit code {finished.returncode}; its message stands above")
 
 
-def convert_model(source: Path, target: Path) -> Path:
-    """Convert a Hugging Face folder to a megatron-core checkpoint in `target`, which is written anew."""
-    shutil.rmtree(target, ignore_errors=True)
+def convert_model(source: Path, folder: Path) -> Path:
+    """Convert a Hugging Face folder to a megatron-core checkpoint in `folder` (emptied first); returns its place."""
+    empty(folder)
+    target = folder / "model"
     tool("tools/convert_checkpoint.py", "--from", "hf", "--to", "mcore", "--load", source, "--save", target)
     return target
+
+
+def empty(folder: Path) -> None:
+    """Make the folder anew; only one that this function has made before is deleted.
+
+    Raises:
+        RuntimeError: anything else stands there.
+    """
+    mark = folder / ".made_by_quickstart"
+    if folder.exists() and any(folder.iterdir()) and not mark.exists():
+        raise RuntimeError(f"{folder} was not made by the quickstart: delete it yourself, or choose another --output")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    mark.touch()
 
 
 def weights(run: Path) -> bytes:

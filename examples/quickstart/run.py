@@ -63,7 +63,7 @@ def decode_and_measure(options: QuickstartOptions) -> dict[str, object]:
     heading("Converting the model from Hugging Face to megatron-core")
     from pipeline import convert_model
 
-    model = convert_model(options.model, options.output / "model")
+    model = convert_model(options.model, options.output / "converted")
     heading("Loading the model")
     import torch
 

@@ -18,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-ROWS = 16
-"""Rows of a tile of the tensor cores."""
+from . import MAX_ROWS
 
 
 @triton.jit
@@ -107,7 +106,7 @@ def _counters(device: torch.device) -> Tensor:
 
 @functools.cache
 def _blocks(depth: int, width: int, swiglu: bool) -> dict[str, int]:
-    """Tile sizes of a shape, found by `benchmarks/kernels/skinny_linear.py` on an H200."""
+    """Tile sizes of a shape: those that make a whole decode step shortest (benchmarks/results/decode_tiles_h200.md)."""
     rows = width * (2 if swiglu else 1)
     if swiglu:
         tile, splits, warps, stages = (64, 256), 1, 8, 3
@@ -137,7 +136,7 @@ def skinny_linear(
     """x [n, in] weight^T, with what stands after it.
 
     Args:
-        x: [n, in] with n up to ROWS, float16 or bfloat16, last axis contiguous.
+        x: [n, in] with n up to MAX_ROWS, float16 or bfloat16, last axis contiguous.
         weight: [out, in], contiguous, in x's dtype; [2 * out, in] with swiglu, the rows of the gate first.
         bias: one per row of weight, or None.
         residual: [n, out] to be added, overwritten by the result and returned, or None.
@@ -153,11 +152,11 @@ def skinny_linear(
     out = x.new_empty(rows, width) if residual is None else residual
     blocks = blocks or _blocks(depth, width, swiglu)
     splits = blocks["SPLITS"]
-    partial = x.new_empty((splits, ROWS, weight.shape[0]), dtype=torch.float32) if splits > 1 else out
+    partial = x.new_empty((splits, MAX_ROWS, weight.shape[0]), dtype=torch.float32) if splits > 1 else out
     options = {"launch_pdl": True} if pdl else {}
     _skinny_kernel[(triton.cdiv(weight.shape[0], blocks["BLOCK_OUT"]), splits)](
         x, weight, x if bias is None else bias, out, partial,
-        _counters(x.device), rows, depth, width, x.stride(0), out.stride(0), ROWS=ROWS,
+        _counters(x.device), rows, depth, width, x.stride(0), out.stride(0), ROWS=MAX_ROWS,
         SWIGLU=swiglu, BIAS=bias is not None, RESIDUAL=residual is not None, PDL=pdl, **blocks, **options,
     )  # fmt: skip
     return out

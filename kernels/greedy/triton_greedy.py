@@ -42,7 +42,7 @@ def _merge_kernel(tops, sums, tokens, chosen, logprobs, pieces, LANES: tl.conste
     token = tl.load(tokens + row * pieces + lane, mask=inside, other=2147483647)
     best = tl.max(top, 0)
     # Pieces are in order, so the smallest token of those that reach the maximum is the first.
-    tl.store(chosen + row, tl.min(tl.where(inside & (top == best), token, token * 0 + 2147483647), 0).to(tl.int64))
+    tl.store(chosen + row, tl.min(tl.where(inside & (top == best), token, 2147483647), 0).to(tl.int64))
     mass = tl.sum(tl.where(inside, total * tl.exp(top - best), 0.0), 0)
     tl.store(logprobs + row, -tl.log(mass))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .reference import RowGroup, attend_groups, group_rows, tree_decode_reference
-from .work import Work, divide_work
+from .work import Work, divide_work, most_parts
 
 tree_decode = tree_decode_reference
 
@@ -55,7 +55,13 @@ class TreeDecode:
         pages, lengths, borders = self._arrays
         if query.is_cuda and query.dtype != torch.float64 and int(np.diff(borders).max()) <= LONGEST_LISTED:
             work = divide_work(
-                pages, lengths, borders, page_size=page_size, kv_heads=kv_heads, processors=processors(query.device)
+                pages,
+                lengths,
+                borders,
+                page_size=page_size,
+                kv_heads=kv_heads,
+                processors=processors(query.device),
+                slots=most_parts(len(query)),
             )
             self._list = DeviceWork.upload(pages, work, query.device)
         else:
@@ -102,6 +108,7 @@ __all__ = [
     "Work",
     "divide_work",
     "group_rows",
+    "most_parts",
     "processors",
     "tree_decode",
     "tree_decode_reference",

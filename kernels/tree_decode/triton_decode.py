@@ -106,9 +106,9 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
 
 
 @functools.cache
-def _counters(device: torch.device) -> Tensor:
+def _counters(device: torch.device, count: int) -> Tensor:
     """Zeros on which the programs of a launch count a query's parts; launches of one stream share them."""
-    return torch.zeros(1 << 18, dtype=torch.int32, device=device)
+    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def tree_decode_triton(
@@ -151,9 +151,11 @@ def tree_decode_triton(
     parts = query.new_empty((tokens, slots, heads, dim), dtype=torch.float32)
     logs = query.new_empty((tokens, slots, heads), dtype=torch.float32)
     out = query.new_empty(tokens, heads, dim)
+    # Few sizes, so that they are made before a CUDA graph is captured, and stay.
+    counters = _counters(query.device, triton.next_power_of_2(max(tokens * groups, 4096)))
     options = {"launch_pdl": True} if pdl else {}
     _decode_kernel[(len(items), groups)](
-        query, keys, values, pages, items, item_tokens, item_limits, counts, _counters(query.device), parts, logs, out,
+        query, keys, values, pages, items, item_tokens, item_limits, counts, counters, parts, logs, out,
         softmax_scale, query.stride(0), query.stride(1), HEADS=heads, GROUPS=groups, SHARERS=sharers, M=m, DIM=dim,
         LANES=lanes, PAGE=page, BLOCK=64, SLOTS=slots, PDL=pdl, num_warps=4 if m <= 64 else 8, num_stages=3, **options,
     )  # fmt: skip

@@ -49,6 +49,11 @@ class Stretch(NamedTuple):
     end: int
 
 
+def most_parts(queries: int) -> int:
+    """Parts a query may have in a step of `queries`: many where few queries must keep the whole GPU busy."""
+    return max(8, min(64, 512 // queries))
+
+
 def divide_work(
     pages: Int32s,
     lengths: npt.NDArray[np.int32],
@@ -57,7 +62,7 @@ def divide_work(
     page_size: int,
     kv_heads: int,
     processors: int,
-    slots: int = 64,
+    slots: int,
 ) -> Work:
     """The work of a step, as `tree_decode_reference` describes it.
 

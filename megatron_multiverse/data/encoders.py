@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 IdArray = npt.NDArray[np.integer]
 EncoderChoice = Literal["auto", "tokenizers"]
 
-# The tokenizers library takes a hundred times as long, so this share of the text costs a twentieth of the time.
+# The tokenizers library takes many times as long, so only a small share of the text is encoded a second time.
 _CHECKED_SHARE, _CHECKED_CHARACTERS = 1 / 2048, 4096
 _MAX_GROWTH_BYTES = 256 << 20
 # Runs of blanks and digits, line ends, contractions, words longer than what caches hold, control tokens, all tags.

@@ -89,7 +89,7 @@ class ResponseReader:
         except StructureError as error:
             problem = error
         if problem.code == "label":
-            # A token may span the end of a label and the text behind it. Tokenized in pieces, each label has its own.
+            # A token may span the end of a label and the text after it. Tokenized in pieces, each label has its own.
             pieces = self.tokenizer.tokenize_response(text)
             if self.tokenizer.detokenize(pieces) == self.tokenizer.detokenize(cast(Sequence[int], ids)):
                 array, _ = self._without_end(np.array(pieces, dtype=np.int64))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatron_multiverse.inference.engine import Engine
     from megatron_multiverse.inference.step.plan import SamplingArrays, StepOutput, StepPlan
     from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler
+    from megatron_multiverse.inference.text.answer import drawn_from
     from megatron_multiverse.inference.text.detokenize import IncrementalDetokenizer
     from megatron_multiverse.inference.text.request import Request
     from megatron_multiverse.inference.text.result import BlockResult, BranchResult, Result, TimelineSpan
@@ -31,6 +32,7 @@ _HOMES = {
     "inference.engine": ("Engine",),
     "inference.step.plan": ("SamplingArrays", "StepOutput", "StepPlan"),
     "inference.step.sampler": ("CounterSampler", "Sampler"),
+    "inference.text.answer": ("drawn_from",),
     "inference.text.detokenize": ("IncrementalDetokenizer",),
     "inference.text.request": ("Request",),
     "inference.text.result": ("BlockResult", "BranchResult", "Result", "TimelineSpan"),
@@ -55,6 +57,7 @@ __all__ = [
     "TimelineSpan",
     "TokenCallback",
     "build_engine",
+    "drawn_from",
 ]
 
 

@@ -51,7 +51,7 @@ class GenerateConfig:
     output: Path | None = None
     """JSON Lines to write, one row per answer as it finishes; by default answers go to the terminal."""
     prompt_suffix: Literal["none", "parallel", "sequential"] = "none"
-    """Sentence to put behind each prompt, as tools/preprocess_data.py does: models trained with it fork when they read
+    """Sentence to put after each prompt, as tools/preprocess_data.py does: models trained with it fork when they read
     it."""
     chat: bool = False
     """Wrap each prompt in the chat template of the tokenizer."""

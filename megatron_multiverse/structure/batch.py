@@ -150,7 +150,7 @@ class BatchMeter:
         return ~(in_order & (is_gap | ~self._before_gap[before]) & right_depth)
 
     def _read_labels(self, ids: npt.NDArray[np.integer], tag_index: IntArray) -> IntArray:
-        """The code of the label behind each tag; -1 where there is none."""
+        """The code of the label after each tag; -1 where there is none."""
         codes = np.full(len(tag_index), -1, dtype=np.int64)
         last, top = len(ids) - 1, len(self._kind_of) - 1
         rows = np.flatnonzero(ids[np.minimum(tag_index + 1, last)] == self._vocab.newline_id)

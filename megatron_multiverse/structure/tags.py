@@ -70,7 +70,7 @@ class StructureVocab:
         newline_id: the token whose text is exactly one newline: it fills every structural gap.
         label_pieces: token id -> text for tokens that can be part of a label such as ``2.1:``.
         eos_id: the end-of-document token, if there is one.
-        glued_labels: for each token that holds the end of a label and the text behind it, such as ``:**`` or
+        glued_labels: for each token that holds the end of a label and the text after it, such as ``:**`` or
             ``1:x``, the ids of label pieces that spell its part up to the colon.
     """
 

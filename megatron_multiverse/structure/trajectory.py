@@ -110,7 +110,7 @@ def cut_at_labels(text: str) -> list[str]:
 
     Many tokenizers have tokens that span a colon and what follows it, such as ``:**``, or a colon and a newline. The
     engine writes the label of a path in tokens of its own, so in data too it must end where a token ends. The pieces
-    are cut behind the label of each path, and before the labels of paths and outlines.
+    are cut after the label of each path, and before the labels of paths and outlines.
     """
     cuts = [0]
     for match in _BEFORE_LABEL.finditer(text):

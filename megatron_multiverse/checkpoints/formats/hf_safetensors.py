@@ -78,7 +78,7 @@ def read_header(file: Path) -> dict[str, Location]:
 
 
 def _location(file: Path, name: str, entry: Mapping[str, Any], start: int) -> Location:
-    """Where a tensor lies, from its entry in the header and the first byte behind the header."""
+    """Where a tensor lies, from its entry in the header and the first byte after the header."""
     begin, end = entry["data_offsets"]
     if entry["dtype"] not in FILE_DTYPES:
         kind = "a quantised weight, dequantise the model first" if "8" in entry["dtype"] else "no weight, take it out"

@@ -25,7 +25,7 @@ from megatron_multiverse.inference.step.kv_store import KVStore
 from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, pack
 from megatron_multiverse.inference.step.tensors import StepTensors, known_ids
-from megatron_multiverse.kernels.tree_decode import DeviceWork, Work, divide_work, processors
+from megatron_multiverse.kernels.tree_decode import DeviceWork, Work, divide_work, most_parts, processors
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +83,14 @@ class StepGraphs:
             page_size=self.page_size,
             kv_heads=self.kv_heads,
             processors=self.processors,
-            slots=_slots(size),
+            slots=most_parts(size),
         )
         if len(work.items) > self._items(size):
             return None
         kind = _Kind(size, work.tokens.shape[1], _draw(plan, sampler))
         graph = self.graphs.get(kind) or self._capture(kind)
         graph.fill(plan, work)
-        graph.replay()
+        graph.graph.replay()
         self.replays += 1
         if kind.draw != "logits":
             return graph.result
@@ -136,11 +136,6 @@ def _writes(size: int) -> int:
     return 2 * size + 16
 
 
-def _slots(size: int) -> int:
-    """Parts of a query: many where few queries must keep the whole GPU busy."""
-    return max(8, min(64, 512 // size))
-
-
 class _Graph:
     """One captured graph and the tensors it reads."""
 
@@ -174,7 +169,7 @@ class _Graph:
         )
         self.buffer, there = buffer, buffer.device
         work = DeviceWork(
-            there["pages"], there["items"], there["tokens"], there["limits"], there["counts"], _slots(size)
+            there["pages"], there["items"], there["tokens"], there["limits"], there["counts"], most_parts(size)
         )
         tensors = StepTensors(
             there["ids"],
@@ -212,10 +207,6 @@ class _Graph:
         host["pages"][: plan.pages.size] = plan.pages.reshape(-1)
         self.buffer.upload(leave_out=host["pages"].nbytes - plan.pages.nbytes)
 
-    def replay(self) -> None:
-        """Run the graph over what `fill` wrote."""
-        self.graph.replay()
-
 
 def _pad(target: npt.NDArray[np.generic], values: npt.NDArray[np.generic], fill: int) -> None:
     target[: len(values)] = values
@@ -229,22 +220,21 @@ class _Buffer:
     """
 
     def __init__(self, fields: dict[str, tuple[type[np.generic], tuple[int, ...]]], device: torch.device) -> None:
-        sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (dtype, shape) in fields.items()}
-        starts = dict(
-            zip(sizes, np.cumsum([0] + [-(-size // 8) * 8 for size in sizes.values()]).tolist(), strict=False)
-        )
-        total = sum(-(-size // 8) * 8 for size in sizes.values())
+        parts: dict[str, slice] = {}
+        total = 0
+        for name, (dtype, shape) in fields.items():
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            parts[name] = slice(total, total + size)
+            total += -(-size // 8) * 8  # so that every array begins where its numbers may stand
         self._hosts = [torch.zeros(total, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._device = torch.zeros(total, dtype=torch.uint8, device=device)
         self._turn = 0
         self._views: list[dict[str, npt.NDArray[np.generic]]] = [{}, {}]
         self.device: dict[str, Tensor] = {}
         for name, (dtype, shape) in fields.items():
-            part = slice(starts[name], starts[name] + sizes[name])
             for views, host in zip(self._views, self._hosts, strict=True):
-                views[name] = host[part].numpy().view(dtype).reshape(shape)
-            torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-            self.device[name] = self._device[part].view(torch_dtype).view(shape)
+                views[name] = host[parts[name]].numpy().view(dtype).reshape(shape)
+            self.device[name] = self._device[parts[name]].view(torch.from_numpy(np.empty(0, dtype)).dtype).view(shape)
 
     @property
     def host(self) -> dict[str, npt.NDArray[np.generic]]:

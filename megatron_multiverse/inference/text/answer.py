@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from megatron_multiverse.inference.text.branch import Branch
+from megatron_multiverse.inference.text.branch import Branch, BranchPath, branch_key
 from megatron_multiverse.inference.text.result import BlockResult, BranchResult, Result
 from megatron_multiverse.inference.text.state import RequestState
 
@@ -73,3 +73,32 @@ def _shift_labels(result: Result, block: BlockResult) -> None:
         shift = (last - path.end) - (path.start - first)
         for k in range(path.start, path.end):
             result.labels[k] += shift
+
+
+def drawn_from(result: Result, *, seed: int = 0, sample: int = 0) -> dict[tuple[int, int], int]:
+    """Which token of an answer each draw was made from: what compares logits of single steps with one forward pass.
+
+    Args:
+        result: the answer.
+        seed: of the request's `SamplingParams`.
+        sample: of the request.
+
+    Returns:
+        (key of a branch, index among the tokens it drew) -> index in the answer of the token before; -1 is the last
+        token of the prompt. Every branch has one entry beyond its tokens, since what ended it may have been drawn
+        without being part of the answer.
+    """
+    paths: list[BranchPath] = [()] * len(result.token_ids)
+    for block in result.blocks:  # outer blocks come before inner ones
+        for branch in block.branches:
+            paths[branch.start : branch.end] = [branch.path] * (branch.end - branch.start)
+    keys = {path: branch_key(seed, sample, path) for path in {(), *paths}}
+    table: dict[tuple[int, int], int] = {}
+    count: Counter[BranchPath] = Counter()
+    last: dict[BranchPath, int] = {(): -1}
+    for index, (path, drawn) in enumerate(zip(paths, result.sampled, strict=True)):
+        last[path] = index
+        if drawn:
+            table[keys[path], count[path]] = result.parents[index]
+            count[path] += 1
+    return table | {(keys[path], count[path]): index for path, index in last.items()}

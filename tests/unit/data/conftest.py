@@ -46,7 +46,7 @@ GLUED = ("\n", "$x$", "**x**", "(a)", ":")
 
 
 def train_glued(folder: Path) -> Path:
-    """A byte-level BPE cut as Qwen's is, which joins signs and the newlines behind them, with the control tokens of a
+    """A byte-level BPE cut as Qwen's is, which joins signs and the newlines after them, with the control tokens of a
     chat."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 

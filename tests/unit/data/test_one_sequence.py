@@ -16,7 +16,7 @@ from tests.unit.data.test_preprocess import _config, _rows, _write_rows
 
 
 def documents_of_gpt_dataset(prefix, tokenizer, tmp_path):
-    """What GPTDataset shows in one epoch, cut behind each end token."""
+    """What GPTDataset shows in one epoch, cut after each end token."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split

@@ -183,7 +183,7 @@ def test_all_ids_decoded_at_once_are_those_decoded_one_by_one(kind, tmp_path, hf
 
 
 def _with_gap(folder: Path, hf_folder: Path, gap: int) -> Path:
-    """The tokenizer with one more token, whose id lies `gap` behind the last one."""
+    """The tokenizer with one more token, whose id lies `gap` after the last one."""
     content = json.loads((hf_folder / "tokenizer.json").read_text())
     content["model"]["vocab"]["far"] = max(content["model"]["vocab"].values()) + gap
     (folder / "tokenizer.json").write_text(json.dumps(content))

@@ -25,6 +25,19 @@ def test_a_failing_tool_stops_the_pipeline(capfd: pytest.CaptureFixture[str]) ->
     assert "$ python tools/preprocess_data.py --input none.jsonl" in capfd.readouterr().out
 
 
+def test_only_folders_of_the_quickstart_are_emptied(tmp_path: Path) -> None:
+    folder = tmp_path / "training"
+    pipeline.empty(folder)
+    (folder / "rows.jsonl").touch()
+    pipeline.empty(folder)
+    assert not (folder / "rows.jsonl").exists()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.tex").touch()
+    with pytest.raises(RuntimeError, match="own was not made by the quickstart"):
+        pipeline.empty(tmp_path / "own")
+    assert (tmp_path / "own" / "thesis.tex").exists()
+
+
 def test_folders_with_blanks_go_through_every_stage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my runs, [1]"
     pipeline.prepare(folder, train_rows=30, held_out_rows=5)

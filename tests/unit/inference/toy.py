@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_multiverse.config import EngineConfig, SamplingParams
-from megatron_multiverse.inference import Engine, Request, Result, SamplingArrays
+from megatron_multiverse.inference import Engine, Request, Result, SamplingArrays, drawn_from
 from megatron_multiverse.inference.preemption import preempt
 from megatron_multiverse.inference.text.branch import BranchPath, branch_key
 from megatron_multiverse.kernels.greedy import token_logprobs
@@ -197,25 +196,6 @@ def structure_positions(prompt: Sequence[int], result: Result) -> list[int]:
     return lay_out(parse(ids, VOCAB, prompt_length=len(prompt), strict=False)).position_ids[len(prompt) :].tolist()
 
 
-def drawn_from(request: Request, result: Result) -> dict[tuple[int, int], int]:
-    """(key of a branch, index among the tokens it drew) -> index in the answer of the token it was drawn from."""
-    paths: list[BranchPath] = [()] * len(result.token_ids)
-    for block in result.blocks:  # outer blocks come before inner ones
-        for branch in block.branches:
-            paths[branch.start : branch.end] = [branch.path] * (branch.end - branch.start)
-    table: dict[tuple[int, int], int] = {}
-    count: Counter[BranchPath] = Counter()
-    last: dict[BranchPath, int] = {(): -1}
-    for index, (path, drawn) in enumerate(zip(paths, result.sampled, strict=True)):
-        last[path] = index
-        if drawn:
-            table[branch_key(request.sampling.seed, request.sample, path), count[path]] = result.parents[index]
-            count[path] += 1
-    for path, index in last.items():  # the end of the text is drawn, too, but is not part of the answer
-        table[branch_key(request.sampling.seed, request.sample, path), count[path]] = index
-    return table
-
-
 def largest_difference(
     model: nn.Module,
     sampler: ScriptedSampler,
@@ -229,7 +209,7 @@ def largest_difference(
     seen = 0
     for request, result in zip(requests, results, strict=True):
         reference = forward_logits(model, request.prompt_ids, result)
-        for drawn, before in drawn_from(request, result).items():
+        for drawn, before in drawn_from(result, seed=request.sampling.seed, sample=request.sample).items():
             if drawn in sampler.logits:
                 seen += 1
                 expected = reference[len(request.prompt_ids) + before]

@@ -55,7 +55,7 @@ def test_unreadable_metrics_are_named(tmp_path: Path) -> None:
 
 
 def test_damaged_lines_are_passed_over_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A crash may cut off a line anywhere, also within a character, and the next run goes on behind it."""
+    """A crash may cut off a line anywhere, also within a character, and the next run goes on after it."""
     write_metrics(tmp_path, line("train", 1, loss=2.0))
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"kind": "tr\xe2\n[]\n{}\n{"kind": "train", "step": 2, "loss": null}\n')

@@ -1,0 +1,266 @@
+"""Times the engine over fixed work, with random weights: what tools/bench_engine.py does."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_multiverse.config import EngineConfig, LayerConfig, ModelConfig, SamplingParams
+from megatron_multiverse.config.choices import DType
+from megatron_multiverse.dtypes import DTYPES
+from megatron_multiverse.inference.engine import Engine
+from megatron_multiverse.inference.step.plan import SamplingArrays
+from megatron_multiverse.inference.text.branch import BranchPath, branch_key
+from megatron_multiverse.inference.text.request import Request
+from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.kernels.greedy import greedy, token_logprobs
+from megatron_multiverse.model.device import choose_device
+from megatron_multiverse.model.families import preset
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.structure import TAGS, StructureVocab, Tag
+
+PIECES = [*TAGS, "\n", *"0123456789", ".", ":"]
+NEWLINE, DIGITS, COLON, TEXT = len(TAGS), len(TAGS) + 1, len(PIECES) - 1, len(PIECES) + 1
+VOCAB = StructureVocab.from_pieces(PIECES, eos_id=len(PIECES))
+CONCLUSION = 64
+SETTLE = 8
+"""First steps of a measurement that are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What is timed."""
+
+    model_preset: str = "qwen2.5-7b"
+    """Published shape; model/families.py lists them."""
+    num_layers: int | None = None
+    """Fewer layers, for a quick look."""
+    dtype: DType = "bf16"
+    """Of weights and cache."""
+    parts: tuple[Literal["decode", "fork"], ...] = ("decode",)
+    """What to measure."""
+    batch: tuple[int, ...] = (1, 8, 32, 128)
+    """Requests at once."""
+    context: int = 1024
+    """Tokens of each prompt."""
+    new_tokens: int = 128
+    """Tokens that each request writes."""
+    fork_prefix: int = 16384
+    """Tokens before the block."""
+    fork_branches: int = 8
+    """Paths of the block."""
+    fork_tokens: int = 512
+    """Tokens of each path."""
+    repeats: int = 3
+    """Measurements of each case; the median counts, all are printed."""
+    cuda_graphs: bool = True
+    """Replay small steps as CUDA graphs."""
+    page_size: int = 16
+    """Tokens per page of the cache."""
+    output: Path | None = None
+    """JSON file for all figures."""
+
+
+def measure(config: BenchConfig) -> Iterator[dict[str, Any]]:
+    """One row of figures per case."""
+    device = choose_device("auto")
+    shape = preset(config.model_preset)
+    if config.num_layers:
+        shape = dataclasses.replace(shape, num_layers=config.num_layers)
+    model = random_model(shape, DTYPES[config.dtype], device)
+    copy = copy_rate(device)
+    print(
+        f"{device_name(device)}, {config.model_preset}, {config.dtype}; a copy moves {copy / 1e12:.2f} TB/s", flush=True
+    )
+    if "decode" in config.parts:
+        for batch in config.batch:
+            runs = [decode_step(model, shape, config, batch) for _ in range(config.repeats)]
+            yield report(f"decode, batch {batch}", runs, step_bytes(shape, config, batch * config.context), copy, batch)
+    if "fork" in config.parts:
+        forks = [fork_step(model, shape, config, at_once=True) for _ in range(config.repeats)]
+        blocks = [seconds for _, seconds in forks]
+        seen = config.fork_prefix + config.fork_branches * config.fork_tokens // 2
+        row = report("fork", [step for step, _ in forks], step_bytes(shape, config, seen), copy, config.fork_branches)
+        serial = fork_step(model, shape, config, at_once=False)[1]
+        row |= {"block_seconds": statistics.median(blocks), "serial_seconds": serial}
+        row["speedup"] = serial / row["block_seconds"]
+        print(
+            f"  whole block {row['block_seconds']:.3f} s {[round(b, 3) for b in blocks]}, path after path "
+            f"{serial:.3f} s: {row['speedup']:.2f}x with {config.fork_branches} paths",
+            flush=True,
+        )
+        yield row
+
+
+def random_model(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """A model with random weights, drawn on the device."""
+    local = LayerConfig(transformer_impl="local")
+    model: torch.nn.Module = build_gpt_model(shape, dtype=dtype, device=device, initialize=False, layers=local)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.fill_(1.0) if "layernorm" in name else weight.normal_(0, 0.02, generator=generator)
+    return model
+
+
+def decode_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, batch: int) -> float:
+    """Median seconds per step of `batch` requests that write plain text."""
+    tokens = config.context + config.new_tokens + 1
+    engine = make_engine(model, shape, config, pages=batch * (-(-tokens // config.page_size) + 1), rows=batch)
+    sampling = SamplingParams(max_tokens=config.new_tokens, ignore_eos=True)
+    for number in range(batch):
+        engine.add_request(Request(prompt_ids=random_prompt(config.context, shape, number), sampling=sampling))
+    times = list(step_times(engine, until=config.new_tokens, batch=batch))
+    engine.runner.close()
+    return statistics.median(times[SETTLE:])
+
+
+def fork_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, *, at_once: bool) -> tuple[float, float]:
+    """(median seconds per step within the paths, seconds from the fork to the end of the conclusion)."""
+    branches, tokens = config.fork_branches, config.fork_tokens
+    most = branches * (tokens + 64) + CONCLUSION + 512
+    pages = -(-(config.fork_prefix + most) // config.page_size) + 4 * branches + 16
+    engine = make_engine(model, shape, config, pages=pages, rows=branches)
+    engine.runner.sampler = Script(block_script(branches, tokens))
+    sampling = SamplingParams(max_tokens=most, max_concurrent_branches=None if at_once else 1)
+    engine.add_request(Request(prompt_ids=random_prompt(config.fork_prefix, shape, 0), sampling=sampling))
+    times: list[float] = []
+    inside: list[float] = []
+    done: list[Result] = []
+    while not done:
+        live = len(engine.scheduler.nodes)
+        start = time.perf_counter()
+        done = engine.step()
+        seconds = time.perf_counter() - start
+        if live > 1 or times:
+            times.append(seconds)
+        if live > branches and at_once:
+            inside.append(seconds)
+    engine.runner.close()
+    assert len(done[0].blocks) == 1 and done[0].finish_reason == "stop", "the script did not play as written"
+    return statistics.median(inside[SETTLE:] or [0.0]), sum(times)
+
+
+def block_script(branches: int, tokens: int) -> dict[int, list[int]]:
+    """What each branch writes, by the key of its noise: one block of equal paths, then a conclusion and the end."""
+    words = [TEXT + index % 400 for index in range(tokens)]
+    root = [Tag.PARALLEL, NEWLINE, Tag.GOAL]
+    for path in range(branches):
+        root += [NEWLINE, Tag.OUTLINE, NEWLINE, *(DIGITS + int(digit) for digit in str(path + 1)), COLON, TEXT]
+        root.append(Tag.END_OUTLINE)
+    root += [
+        NEWLINE,
+        Tag.END_GOAL,
+        *words[:CONCLUSION],
+        Tag.END_CONCLUSION,
+        NEWLINE,
+        Tag.END_PARALLEL,
+        TEXT,
+        len(PIECES),
+    ]
+    scripts: dict[BranchPath, list[int]] = {(): root}
+    scripts |= {((0, path),): [*words, Tag.END_PATH] for path in range(branches)}
+    return {branch_key(0, 0, path): [int(token) for token in ids] for path, ids in scripts.items()}
+
+
+class Script:
+    """Plays what a script says, at the cost of a draw."""
+
+    def __init__(self, script: dict[int, list[int]]) -> None:
+        self.script = script
+
+    def __call__(self, logits: Tensor, sampling: SamplingArrays) -> tuple[Tensor, Tensor]:
+        """See `Sampler`."""
+        greedy(logits)
+        pairs = zip(sampling.keys.tolist(), sampling.indices.tolist(), strict=True)
+        # A step that was planned before the end was known asks for one more, which is dropped.
+        ids = [self.script[key][index] if index < len(self.script[key]) else TEXT for key, index in pairs]
+        tokens = torch.tensor(ids, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
+        return tokens, token_logprobs(logits, tokens)
+
+
+def make_engine(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, *, pages: int, rows: int) -> Engine:
+    """An engine of the asked size."""
+    engine = EngineConfig(
+        num_pages=pages, page_size=config.page_size, max_rows=max(rows, 8), cuda_graphs=config.cuda_graphs
+    )
+    return Engine(model, VOCAB, engine, vocab_size=shape.vocab_size, max_position=1 << 20)
+
+
+def step_times(engine: Engine, *, until: int, batch: int) -> Iterator[float]:
+    """Seconds of every step in which all requests write a token."""
+    while engine.has_work:
+        before = sum(len(state.root.ids) > state.root.prompt_length for state in engine.scheduler.active)
+        start = time.perf_counter()
+        engine.step()
+        if before == batch:
+            yield time.perf_counter() - start
+
+
+def random_prompt(length: int, shape: ModelConfig, seed: int) -> list[int]:
+    """Ids of words."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(TEXT, shape.vocab_size, (length,), generator=generator).tolist()
+    return ids
+
+
+def step_bytes(shape: ModelConfig, config: BenchConfig, cached_tokens: int) -> int:
+    """Bytes that a decode step reads at least: weights without the embedding, and cached keys and values."""
+    width = DTYPES[config.dtype].itemsize
+    heads, groups, dim, hidden = shape.num_attention_heads, shape.num_query_groups, shape.kv_channels, shape.hidden_size
+    layer = hidden * (heads + 2 * groups) * dim + heads * dim * hidden + 3 * hidden * shape.ffn_hidden_size
+    weights = shape.num_layers * layer + shape.vocab_size * hidden
+    return width * (weights + 2 * shape.num_layers * groups * dim * cached_tokens)
+
+
+def report(name: str, runs: list[float], size: int, copy: float, rows: int) -> dict[str, Any]:
+    """Print a case and return it as a row."""
+    step = statistics.median(runs)
+    row = {
+        "case": name,
+        "ms_per_step": step * 1e3,
+        "runs_ms": [run * 1e3 for run in runs],
+        "tokens_per_second": rows / step,
+        "gigabytes": size / 1e9,
+        "times_copy_bound": step * copy / size,
+    }
+    listed = " ".join(f"{run * 1e3:.2f}" for run in runs)
+    print(
+        f"{name:18} {step * 1e3:7.2f} ms/step [{listed}]  {rows / step:9.0f} tokens/s  {size / 1e9:6.2f} GB  "
+        f"{row['times_copy_bound']:.2f} x copy bound",
+        flush=True,
+    )
+    return row
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second, read and written, of a large copy."""
+    source = torch.empty(1 << (29 if device.type == "cuda" else 24), dtype=torch.int32, device=device).random_()
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(6):
+        wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has nothing to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
