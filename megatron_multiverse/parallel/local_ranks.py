@@ -67,15 +67,19 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
         if not ready:
             missing = [rank for rank, pipe in enumerate(pipes) if pipe not in results]
             raise RankError(f"ranks {missing} of {len(pipes)} did not finish within {timeout:.0f} s")
+        failures = []
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = pipes.index(pipe)
             try:
-                failure, results[pipe] = pickle.loads(pipe.recv_bytes())
+                when, failure, results[pipe] = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                raise RankError(f"rank {rank} of {len(pipes)} died without an error message: out of memory?") from None
+                when, failure = 0.0, "died without an error message: out of memory?"
             if failure is not None:
-                raise RankError(f"rank {rank} of {len(pipes)} failed:\n{failure}")
+                failures.append((when, f"rank {rank} of {len(pipes)} {failure}"))
+        if failures:
+            # A rank that fails takes its connections with it, so others fail after it: the first one is the cause.
+            raise RankError(min(failures)[1])
     return [results[pipe] for pipe in pipes]
 
 
@@ -102,11 +106,11 @@ def _rank(
         )
         result = function(*args)
     except Exception:
-        writer.send_bytes(pickle.dumps((traceback.format_exc(), None)))
+        writer.send_bytes(pickle.dumps((time.monotonic(), f"failed:\n{traceback.format_exc()}", None)))
         # At once: destroying the process group would wait for ranks that wait for this one.
         os._exit(1)
     # Not `send`: it would pass tensors as handles into the memory of this process, which is about to end.
-    writer.send_bytes(pickle.dumps((None, result)))
+    writer.send_bytes(pickle.dumps((time.monotonic(), None, result)))
     writer.close()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

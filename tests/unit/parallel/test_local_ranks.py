@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
+from multiprocessing import Pipe
 
 import pytest
 import torch
 
 from megatron_multiverse.errors import RankError
-from megatron_multiverse.parallel.local_ranks import run_ranks
+from megatron_multiverse.parallel.local_ranks import _collect, run_ranks
 
 
 def sum_of_ranks() -> int:
@@ -34,6 +36,15 @@ def sleep() -> None:
 
 def test_results_come_in_the_order_of_ranks_and_groups_work() -> None:
     assert run_ranks(sum_of_ranks, 2) == [3, 3]
+
+
+def test_of_several_failures_the_first_is_reported() -> None:
+    """A parent that is late finds the failures of all ranks at once."""
+    pipes = [Pipe(duplex=False) for _ in range(3)]
+    for (_, writer), when in zip(pipes, (7.0, 3.0, 5.0), strict=True):
+        writer.send_bytes(pickle.dumps((when, f"failed at {when}", None)))
+    with pytest.raises(RankError, match=r"rank 1 of 3 failed at 3\.0"):
+        _collect([reader for reader, _ in pipes], timeout=5)
 
 
 def test_a_failing_dying_or_hanging_rank_is_reported_at_once() -> None:
