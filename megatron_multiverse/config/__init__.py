@@ -1,14 +1,15 @@
 """Configuration: frozen dataclasses that check themselves, read strictly.
 
 `model.py` is the shape of a model, `layers.py` how it is computed, `parallel.py` over which ranks, `train.py` a run;
-`engine.py` is an inference engine and what one request asks of it.
+`engine.py` is an inference engine, `sampling.py` what one request asks of it.
 """
 
 from megatron_multiverse.config.choices import DType, TokenizerType
-from megatron_multiverse.config.engine import EngineConfig, SamplingParams
+from megatron_multiverse.config.engine import EngineConfig
 from megatron_multiverse.config.layers import LayerConfig
 from megatron_multiverse.config.model import ModelConfig, RopeScaling, pad_vocab_size
 from megatron_multiverse.config.parallel import ParallelConfig
+from megatron_multiverse.config.sampling import SamplingParams
 from megatron_multiverse.config.train import (
     CheckpointConfig,
     DataConfig,

@@ -15,10 +15,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_multiverse.config.engine import EngineConfig, SamplingParams
+    from megatron_multiverse.config.engine import EngineConfig
+    from megatron_multiverse.config.sampling import SamplingParams
     from megatron_multiverse.inference.build import build_engine
     from megatron_multiverse.inference.engine import Engine
-    from megatron_multiverse.inference.step.plan import SamplingArrays, StepOutput, StepPlan
+    from megatron_multiverse.inference.step.plan import SamplingArrays, Shaping, StepOutput, StepPlan
     from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler
     from megatron_multiverse.inference.text.answer import drawn_from
     from megatron_multiverse.inference.text.detokenize import IncrementalDetokenizer
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
     from megatron_multiverse.inference.text.state import TokenCallback
 
 _HOMES = {
-    "config.engine": ("EngineConfig", "SamplingParams"),
+    "config.engine": ("EngineConfig",),
+    "config.sampling": ("SamplingParams",),
     "inference.build": ("build_engine",),
     "inference.engine": ("Engine",),
-    "inference.step.plan": ("SamplingArrays", "StepOutput", "StepPlan"),
+    "inference.step.plan": ("SamplingArrays", "Shaping", "StepOutput", "StepPlan"),
     "inference.step.sampler": ("CounterSampler", "Sampler"),
     "inference.text.answer": ("drawn_from",),
     "inference.text.detokenize": ("IncrementalDetokenizer",),
@@ -52,6 +54,7 @@ __all__ = [
     "Sampler",
     "SamplingArrays",
     "SamplingParams",
+    "Shaping",
     "StepOutput",
     "StepPlan",
     "TimelineSpan",

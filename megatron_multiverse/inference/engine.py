@@ -110,6 +110,8 @@ class Engine:
         # On a GPU an id outside of the embedding is not an exception but the end of the process.
         for index, token in enumerate(request.prompt_ids):
             self._check_id(f"prompt token {index}", token)
+        for token in request.sampling.logit_bias:
+            self._check_id("an id of logit_bias", token)
         for token in request.sampling.stop_token_ids:
             self._check_id("a stop token", token)
             if token in self.vocab.tag_of:
@@ -249,14 +251,14 @@ class Engine:
         """Give every sampled row its token; `text/commit.py` writes all that follows from it."""
         self.num_steps += 1
         served: dict[int, RequestState] = {}
-        tokens, logprobs, finite = (array.tolist() for array in output)
-        for sampled, token, logprob, good in zip(step.sampled, tokens, logprobs, finite, strict=True):
+        tokens, logprobs, finite, *_ = (array.tolist() for array in output)
+        for row, (sampled, token, logprob, good) in enumerate(zip(step.sampled, tokens, logprobs, finite, strict=True)):
             state = sampled.state
             if state.finish_reason is not None or not self.scheduler.is_wanted(sampled):
                 continue  # a sibling failed in this step, or the token before this one changed what comes next
             served[id(state)] = state
             if good:
-                commit_token(state, sampled.branch, token, logprob)
+                commit_token(state, sampled.branch, token, logprob, output.top(row, state.request.sampling.logprobs))
                 self.scheduler.check_fed(sampled, token)
             else:
                 state.error = "the model returned logits that are not finite"

@@ -19,7 +19,7 @@ run, `preemption.py` decides who steps back.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,7 +28,8 @@ import numpy as np
 from megatron_multiverse.inference.cache.book import PageBook
 from megatron_multiverse.inference.cache.prefix import PrefixCache
 from megatron_multiverse.inference.cache.tree import Node, PageTree
-from megatron_multiverse.inference.step.plan import SamplingArrays, StepPlan
+from megatron_multiverse.inference.sampling_plan import Sampled, sampling_arrays
+from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.inference.text.branch import Awaited, Block, Branch
 from megatron_multiverse.inference.text.state import RequestState
 
@@ -39,15 +40,6 @@ class Step(NamedTuple):
     plan: StepPlan
     sampled: list[Sampled]
     """One per row of `plan.sample`."""
-
-
-class Sampled(NamedTuple):
-    """Whom a token belongs to."""
-
-    state: RequestState
-    branch: Branch
-    length: int
-    """Tokens of the branch before it. If the branch has others by the time the token comes, it is dropped."""
 
 
 @dataclass
@@ -70,6 +62,8 @@ class Draft:
     """Whom these tokens belong to."""
     draws: list[int] = field(default_factory=list)
     """Index of each of them among those its branch draws."""
+    coming: list[int] = field(default_factory=list)
+    """For each of them the row of the step in flight that draws the token before it; -1 where it is known."""
 
 
 class Scheduler:
@@ -178,6 +172,7 @@ class Scheduler:
             draft.sample.append(len(draft.nodes))
             draft.sampled.append(Sampled(state, branch, end))
             draft.draws.append(branch.num_sampled + ahead)
+            draft.coming.append(branch.awaits.row if ahead and branch.awaits is not None else -1)
             if branch.span_start is None:
                 branch.span_start = (state.step + self.in_flight, end)  # the timeline shows it from here
         draft.nodes.append(node)
@@ -317,7 +312,7 @@ class Scheduler:
             write_slots=write_slots,
             write_tokens=write_tokens,
             sample=np.array(draft.sample, dtype=np.int64),
-            sampling=sampling_arrays(draft.sampled, draft.draws),
+            sampling=sampling_arrays(draft.sampled, draft.draws, draft.coming),
             freed=np.array(self.book.take_freed() if self.book.freed else (), dtype=np.int64),
         )
         return Step(plan, draft.sampled)
@@ -404,15 +399,3 @@ def holds_row(branch: Branch) -> bool:
     """Whether a branch with a place in the cache takes part in steps: not while it waits for its paths, not once it
     has ended and is fed."""
     return branch.fed < feed_end(branch) or (branch.finish is None and branch.num_joined == len(branch.blocks))
-
-
-def sampling_arrays(sampled: Sequence[Sampled], draws: Sequence[int]) -> SamplingArrays:
-    """How each of these branches draws its token number `draws`."""
-    params = [state.request.sampling for state, _, _ in sampled]
-    return SamplingArrays(
-        keys=np.array([branch.key for _, branch, _ in sampled], dtype=np.int64),
-        indices=np.array(draws, dtype=np.int64),
-        temperature=np.array([p.temperature for p in params], dtype=np.float64),
-        top_k=np.array([p.top_k for p in params], dtype=np.int64),
-        top_p=np.array([p.top_p for p in params], dtype=np.float64),
-    )

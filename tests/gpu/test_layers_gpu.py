@@ -329,7 +329,7 @@ def test_decoding_over_pages_equals_one_forward() -> None:
             write_slots=slots,
             write_tokens=slots - start,
             sample=one,
-            sampling=SamplingArrays(keys=one, indices=one, temperature=one * 0.0, top_k=one, top_p=one + 1.0),
+            sampling=SamplingArrays(keys=one, indices=one, temperature=one * 0.0),
             freed=none,
         )
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_multiverse.inference.step.forward import PagedForward
 from megatron_multiverse.inference.step.kv_store import KVStore
 from megatron_multiverse.inference.step.plan import StepPlan
-from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, pack
+from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, choose, pack
 from megatron_multiverse.inference.step.tensors import StepTensors, known_ids
 from megatron_multiverse.kernels.tree_decode import DeviceWork, Work, divide_work, most_parts, processors
 
@@ -68,7 +68,7 @@ class StepGraphs:
         """Tokens and log-probabilities as `pack` puts them, of at least the sampled rows; None if the step does not fit
         a graph.
 
-        A `CounterSampler` draws inside of the graph, unless top-k or top-p are asked for.
+        A `CounterSampler` draws inside of the graph, unless a row asks for more than a temperature (`Shaping`).
         """
         n = len(plan.ids)
         size = next((size for size in SIZES if size >= n), None)
@@ -94,7 +94,7 @@ class StepGraphs:
         self.replays += 1
         if kind.draw != "logits":
             return graph.result
-        return pack(*sampler(graph.result[: len(plan.sample), : self.vocab_size], plan.sampling))
+        return choose(graph.result[: len(plan.sample), : self.vocab_size], plan.sampling, sampler, self.last_tokens)
 
     def _items(self, size: int) -> int:
         return 3 * size + 2 * self.processors // self.kv_heads + 8
@@ -126,7 +126,7 @@ class StepGraphs:
 def _draw(plan: StepPlan, sampler: Sampler) -> str:
     """See `_Kind.draw`."""
     sampling = plan.sampling
-    if type(sampler) is not CounterSampler or (sampling.top_k > 0).any() or (sampling.top_p < 1).any():
+    if type(sampler) is not CounterSampler or sampling.shaping is not None:
         return "logits"
     return "noise" if sampling.temperature.any() else "greedy"
 

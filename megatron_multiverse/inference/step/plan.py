@@ -7,7 +7,7 @@ store: it holds no object of the scheduler, and `to_bytes` is what travels.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,47 @@ class SamplingArrays:
     """Index of the token among those its branch has drawn."""
     temperature: Floats
     """0 is greedy."""
+    shaping: Shaping | None = None
+    """What some rows ask beyond that; None where none does, which is the fast way."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Shaping:
+    """What changes the distribution of a token before it is drawn, and what is told about it."""
+
     top_k: Ints
-    """0 is off."""
+    """[s]; 0 is off."""
     top_p: Floats
-    """1 is off."""
+    """[s]; 1 is off."""
+    min_p: Floats
+    """[s]; 0 is off."""
+    num_logprobs: Ints
+    """[s], most likely tokens to give beside the drawn one."""
+    bias_rows: Ints
+    """[b], the row whose logits change; a pair of row and id comes once."""
+    bias_ids: Ints
+    """[b]."""
+    biases: Floats
+    """[b], added to that logit; -inf bans the token."""
+    penalised: Ints
+    """[p], rows with penalties."""
+    repetition: Floats
+    """[p]; 1 is off."""
+    presence: Floats
+    """[p]; 0 is off."""
+    frequency: Floats
+    """[p]; 0 is off."""
+    coming: Ints
+    """[p], the row of the previous step that draws the token before this one, where the host does not know it yet; else
+    -1."""
+    seen_rows: Ints
+    """[t], index in `penalised`; a pair with an id comes once."""
+    seen_ids: Ints
+    """[t], tokens that the row sees."""
+    seen_counts: Ints
+    """[t], how often they were drawn; 0 for those of the prompt alone."""
+    exempt: Ints
+    """Ids that are never penalised."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,39 +102,49 @@ class StepPlan:
     def to_bytes(self) -> bytes:
         """All arrays, one after the other, after a header of their sizes."""
         arrays = self._arrays()
-        header = np.array([self.pages.shape[1], *(array.size for array in arrays)], dtype=np.int64)
+        header = np.array([len(arrays), self.pages.shape[1], *(array.size for array in arrays)], dtype=np.int64)
         return b"".join((header.tobytes(), *(array.tobytes() for array in arrays)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StepPlan:
         """What `to_bytes` wrote; the arrays are views of `data`."""
-        names = [*_PLAN_FIELDS, *_SAMPLING_FIELDS]
-        width, *sizes = np.frombuffer(data, dtype=np.int64, count=1 + len(names)).tolist()
-        position = 8 * (1 + len(names))
+        count = int(np.frombuffer(data, dtype=np.int64, count=1)[0])
+        width, *sizes = np.frombuffer(data, dtype=np.int64, count=1 + count, offset=8).tolist()
+        position = 8 * (2 + count)
         arrays: dict[str, npt.NDArray[np.generic]] = {}
-        for name, size in zip(names, sizes, strict=True):
+        for name, size in zip(_DTYPES, sizes, strict=False):  # the arrays of `Shaping` come last, or not at all
             dtype = np.dtype(_DTYPES[name])
             arrays[name] = np.frombuffer(data, dtype=dtype, count=size, offset=position)
             position += size * dtype.itemsize
         arrays["pages"] = arrays["pages"].reshape(-1, width)
         arrays["copies"] = arrays["copies"].reshape(-1, 2)
-        sampling = SamplingArrays(**{name: arrays.pop(name) for name in _SAMPLING_FIELDS})  # type: ignore[arg-type]
-        return cls(sampling=sampling, **arrays)  # type: ignore[arg-type]
+
+        def take(names: list[str]) -> dict[str, Any]:
+            return {name: arrays.pop(name) for name in names}
+
+        plain = take(_PLAN_FIELDS)
+        sampling = take(_SAMPLING_FIELDS)
+        shaping = Shaping(**take(_SHAPING_FIELDS)) if arrays else None
+        return cls(**plain, sampling=SamplingArrays(**sampling, shaping=shaping))
 
     def _arrays(self) -> list[npt.NDArray[np.generic]]:
         plain = [getattr(self, name) for name in _PLAN_FIELDS]
-        return plain + [getattr(self.sampling, name) for name in _SAMPLING_FIELDS]
+        plain += [getattr(self.sampling, name) for name in _SAMPLING_FIELDS]
+        shaping = self.sampling.shaping
+        return plain if shaping is None else plain + [getattr(shaping, name) for name in _SHAPING_FIELDS]
 
 
-_PLAN_FIELDS = [field.name for field in fields(StepPlan) if field.name != "sampling"]
-_SAMPLING_FIELDS = [field.name for field in fields(SamplingArrays)]
 _OF_ANNOTATION = {"Ints": np.int64, "Floats": np.float64, "npt.NDArray[np.int32]": np.int32}
 _DTYPES = {
     field.name: _OF_ANNOTATION[str(field.type)]
-    for field in (*fields(StepPlan), *fields(SamplingArrays))
-    if field.name != "sampling"
+    for part in (StepPlan, SamplingArrays, Shaping)
+    for field in fields(part)
+    if str(field.type) in _OF_ANNOTATION
 }
-"""Types of the arrays, as they are annotated."""
+"""Types of the arrays, as they are annotated, in the order in which they travel."""
+_PLAN_FIELDS, _SAMPLING_FIELDS, _SHAPING_FIELDS = (
+    [field.name for field in fields(part) if field.name in _DTYPES] for part in (StepPlan, SamplingArrays, Shaping)
+)
 
 
 class StepOutput(NamedTuple):
@@ -108,3 +155,13 @@ class StepOutput(NamedTuple):
     """Log-probability of each token under the model's own distribution."""
     finite: npt.NDArray[np.bool_]
     """Whether that is a number: false where the model's logits are broken."""
+    top_ids: Ints
+    """[s, n], the most likely tokens, for the row that asks for most of them; n is 0 where none does."""
+    top_logprobs: Floats
+    """[s, n], theirs."""
+
+    def top(self, row: int, count: int) -> list[tuple[int, float]] | None:
+        """(id, log-probability) of the `count` most likely tokens of a row; None for 0."""
+        if not count:
+            return None
+        return list(zip(self.top_ids[row, :count].tolist(), self.top_logprobs[row, :count].tolist(), strict=True))

@@ -12,7 +12,7 @@ from megatron_multiverse.inference.step.forward import PagedForward
 from megatron_multiverse.inference.step.graphs import StepGraphs
 from megatron_multiverse.inference.step.kv_store import KVStore, PagedParams
 from megatron_multiverse.inference.step.plan import StepOutput, StepPlan
-from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler, pack
+from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler, choose
 from megatron_multiverse.inference.step.tensors import StepTensors
 
 MOST_ROWS = 1 << 16
@@ -43,12 +43,14 @@ class PendingOutput:
         return self
 
     def wait(self) -> StepOutput:
-        """The tokens and log-probabilities."""
+        """The tokens and what is told about them."""
         if self._event is not None:
             self._event.synchronize()
-        tokens, bits = self._packed[:, : self._rows].numpy().copy()
-        logprobs = bits.view(np.float64)
-        return StepOutput(tokens, logprobs, np.isfinite(logprobs))
+        packed = self._packed[:, : self._rows].numpy().copy()
+        logprobs = packed[1].view(np.float64)
+        middle = len(packed) // 2 + 1  # after two lines, as many of ids as of log-probabilities
+        top_ids, top_logprobs = packed[2:middle].T, packed[middle:].view(np.float64).T
+        return StepOutput(packed[0], logprobs, np.isfinite(logprobs), top_ids, top_logprobs)
 
 
 class Runner:
@@ -126,7 +128,7 @@ class Runner:
     def _run_eagerly(self, plan: StepPlan) -> Tensor:
         step = StepTensors.upload(plan, self.store.keys.device, self.last_tokens)
         logits = self.forward(step, self.store) if self.forward else self._call_model(step)
-        return pack(*self.sampler(logits[:, : self.vocab_size], plan.sampling))
+        return choose(logits[:, : self.vocab_size], plan.sampling, self.sampler, self.last_tokens)
 
     def _call_model(self, step: StepTensors) -> Tensor:
         """What `PagedForward` does, by the model's own forward."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.inference.step.plan import SamplingArrays
+from megatron_multiverse.inference.step.shaping import edit_logits, filter_logits, top_logprobs
 from megatron_multiverse.kernels.greedy import greedy, token_logprobs
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: splitmix64's increment
@@ -56,29 +57,8 @@ def gumbel_noise(keys: Tensor, indices: Tensor, vocab_size: int) -> Tensor:
     return -torch.log(-torch.log(uniform))
 
 
-def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Set to -inf what top-k (0: off) and then top-p (1: off) leave out; ties at the border stay in.
-
-    Args:
-        logits: [rows, vocab], divided by the temperature.
-        top_k: int64 [rows].
-        top_p: float64 [rows].
-    """
-    ordered = logits.sort(dim=-1, descending=True).values
-    vocab = logits.shape[-1]
-    rank = torch.arange(vocab, device=logits.device)
-    limit = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)[:, None]
-    ordered = ordered.masked_fill(rank >= limit, float("-inf"))
-    before = ordered.double().softmax(-1).cumsum(-1).roll(1, -1)
-    before[:, 0] = 0.0
-    ordered = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0), float("inf"))
-    # After the two fills the smallest finite entry of a row is its threshold.
-    threshold = ordered.masked_fill(ordered.isinf(), float("inf")).min(-1, keepdim=True).values
-    return logits.masked_fill(logits < threshold, float("-inf"))
-
-
 class DeviceSampling(NamedTuple):
-    """`SamplingArrays` on the device, without top-k and top-p."""
+    """`SamplingArrays` on the device, without what `Shaping` holds."""
 
     keys: Tensor
     indices: Tensor
@@ -88,9 +68,9 @@ class DeviceSampling(NamedTuple):
         """Tokens and log-probabilities as `Sampler` gives them; `noise` false takes every row for greedy."""
         return self._draw(logits, logits.double() / self._divisor()) if noise else greedy(logits)
 
-    def draw_filtered(self, logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-        """The same among what top-k and top-p leave."""
-        return self._draw(logits, filter_logits(logits.double() / self._divisor(), top_k, top_p))
+    def draw_filtered(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
+        """The same among what `filter_logits` leaves."""
+        return self._draw(logits, filter_logits(logits.double() / self._divisor(), top_k, top_p, min_p))
 
     def _divisor(self) -> Tensor:
         return self.temperature.clamp(min=1e-6)[:, None]
@@ -102,7 +82,7 @@ class DeviceSampling(NamedTuple):
 
 
 class CounterSampler:
-    """Greedy at temperature 0; else temperature, top-k, top-p and Gumbel-max."""
+    """Greedy at temperature 0; else temperature, min-p, top-k, top-p and Gumbel-max."""
 
     def __call__(self, logits: Tensor, sampling: SamplingArrays) -> tuple[Tensor, Tensor]:
         """See Sampler."""
@@ -113,12 +93,45 @@ class CounterSampler:
         if not sampling.temperature.any():
             return greedy(logits)
         there = DeviceSampling(*map(column, (sampling.keys, sampling.indices, sampling.temperature)))
-        if (sampling.top_k > 0).any() or (sampling.top_p < 1).any():
-            return there.draw_filtered(logits, column(sampling.top_k), column(sampling.top_p))
+        shaping = sampling.shaping
+        if shaping is not None and ((shaping.top_k > 0) | (shaping.top_p < 1) | (shaping.min_p > 0)).any():
+            return there.draw_filtered(logits, *map(column, (shaping.top_k, shaping.top_p, shaping.min_p)))
         return there.draw(logits)
 
 
-def pack(tokens: Tensor, logprobs: Tensor) -> Tensor:
-    """Tokens int64 [rows] and log-probabilities [rows] as int64 [2, rows], which travels to the host in one copy: the
-    log-probabilities as the bits of a float64."""
-    return torch.stack((tokens, logprobs.double().view(torch.int64)))
+def choose(logits: Tensor, sampling: SamplingArrays, sampler: Sampler, last_tokens: Tensor) -> Tensor:
+    """Draw a token for each row, and tell what is asked about it.
+
+    Args:
+        logits: [rows, vocab], the model's own; all log-probabilities are theirs.
+        sampling: what each row asks.
+        sampler: draws from the logits as biases and penalties leave them.
+        last_tokens: tokens that the previous step drew.
+
+    Returns:
+        See `pack`.
+    """
+    shaping = sampling.shaping
+    if shaping is None:
+        return pack(*sampler(logits, sampling))
+    edited = edit_logits(logits, shaping, last_tokens)
+    tokens, logprobs = sampler(edited, sampling)
+    if edited is not logits:
+        logprobs = token_logprobs(logits, tokens)
+    count = int(shaping.num_logprobs.max(initial=0))
+    return pack(tokens, logprobs, *(top_logprobs(logits, count) if count else ()))
+
+
+def pack(tokens: Tensor, logprobs: Tensor, top_ids: Tensor | None = None, top_logprobs: Tensor | None = None) -> Tensor:
+    """What a step tells, in one tensor that travels to the host in one copy: int64 [2 + 2n, rows].
+
+    Args:
+        tokens: int64 [rows].
+        logprobs: [rows]; like `top_logprobs` they are packed as the bits of a float64.
+        top_ids: int64 [rows, n].
+        top_logprobs: [rows, n].
+    """
+    lines = [tokens[None], logprobs.double().view(torch.int64)[None]]
+    if top_ids is not None and top_logprobs is not None:
+        lines += [top_ids.T, top_logprobs.double().view(torch.int64).T]
+    return torch.cat(lines)

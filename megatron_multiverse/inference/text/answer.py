@@ -18,6 +18,7 @@ def make_result(state: RequestState) -> Result:
         token_ids=[],
         position_ids=[],
         logprobs=[],
+        top_logprobs=None if state.root.top_logprobs is None else [],
         labels=[],
         parents=[],
         blocks=[],
@@ -60,6 +61,8 @@ def _append_tokens(result: Result, branch: Branch, start: int, end: int, parent:
     result.token_ids += branch.ids[start:end]
     result.position_ids += branch.positions[start:end]
     result.logprobs += branch.logprobs[start:end]
+    if result.top_logprobs is not None and branch.top_logprobs is not None:
+        result.top_logprobs += branch.top_logprobs[start:end]
     result.labels += range(len(result.prompt_ids) + first, len(result.prompt_ids) + first + count)
     result.parents += [parent, *range(first, first + count - 1)] if count else []
     return first + count - 1 if count else parent

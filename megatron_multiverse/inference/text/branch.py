@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from megatron_multiverse.inference.text.result import BranchFinish
+from megatron_multiverse.inference.text.counts import TokenCounts
+from megatron_multiverse.inference.text.result import BranchFinish, TopLogprobs
 from megatron_multiverse.structure import StructureMachine
 
 BranchPath = tuple[tuple[int, int], ...]
@@ -89,6 +90,11 @@ class Branch:
     """Position of each of them."""
     logprobs: list[float | None] = field(default_factory=list)
     """Log-probability of each sampled one; None for the prompt and for forced tokens."""
+    top_logprobs: list[TopLogprobs | None] | None = None
+    """Beside each of its tokens the most likely ones, None for the prompt and for forced tokens; None where the request
+    does not ask for them."""
+    seen: TokenCounts | None = None
+    """Tokens that the next one sees, kept where the request has penalties."""
     fed: int = 0
     """How many of its tokens have their keys in the cache, those of the step being planned included."""
     blocks: list[Block] = field(default_factory=list)

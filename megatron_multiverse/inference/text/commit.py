@@ -11,12 +11,15 @@ from collections.abc import Sequence
 
 from megatron_multiverse.inference.text.branch import Block, Branch, branch_key
 from megatron_multiverse.inference.text.budget import MOST_CLOSERS, exhausted, fits, room, shares
-from megatron_multiverse.inference.text.result import BranchFinish, FinishReason
+from megatron_multiverse.inference.text.result import BranchFinish, FinishReason, TopLogprobs
 from megatron_multiverse.inference.text.state import RequestState
+from megatron_multiverse.inference.text.stops import ends
 from megatron_multiverse.structure import Event
 
 
-def commit_token(state: RequestState, branch: Branch, token: int, logprob: float) -> None:
+def commit_token(
+    state: RequestState, branch: Branch, token: int, logprob: float, top: TopLogprobs | None = None
+) -> None:
     """Take a chosen token, and write all that follows from it.
 
     Args:
@@ -24,13 +27,11 @@ def commit_token(state: RequestState, branch: Branch, token: int, logprob: float
         branch: its branch that asked for a token.
         token: what was drawn.
         logprob: its log-probability.
+        top: the most likely tokens beside it.
     """
     branch.num_sampled += 1
     sampling = state.request.sampling
-    if token == branch.machine.vocab.eos_id and not sampling.ignore_eos:
-        _close(state, branch, "eos")
-        return
-    if sampling.stop_token_ids and branch.parent is None and token in sampling.stop_token_ids:
+    if ends(sampling, branch, token):
         _close(state, branch, "eos")
         return
     # No branch ever has more than MOST_CLOSERS tokens to close, so most tokens need no exact count.
@@ -38,7 +39,7 @@ def commit_token(state: RequestState, branch: Branch, token: int, logprob: float
     if left <= MOST_CLOSERS and not fits(branch, token):
         _close(state, branch, "length")
         return
-    event = _append(branch, token, logprob)
+    event = _append(branch, token, logprob, top)
     if state.on_token is not None:
         state.unheard.append((branch.name, [token]))
     if event is Event.FORK:
@@ -63,12 +64,16 @@ def _close_tree(state: RequestState, branch: Branch, reason: BranchFinish) -> No
         _close(state, branch, reason)
 
 
-def _append(branch: Branch, token: int, logprob: float | None) -> Event:
-    """Append a token to the text of a branch; returns what it did to the grammar."""
+def _append(branch: Branch, token: int, logprob: float | None, top: TopLogprobs | None = None) -> Event:
+    """Append a token to the text of a branch, drawn or forced; returns what it did to the grammar."""
     event = branch.machine.push(token)
     branch.ids.append(token)
     branch.positions.append(branch.next_position)
     branch.logprobs.append(logprob)
+    if branch.top_logprobs is not None:
+        branch.top_logprobs.append(top)
+    if branch.seen is not None and logprob is not None:
+        branch.seen.add(token)
     branch.next_position += 1
     branch.total += 1
     return event
@@ -106,6 +111,8 @@ def _fork(state: RequestState, branch: Branch) -> None:
             name=f"{branch.name}.{k + 1}" if branch.name else str(k + 1),
             outline=outline.label,
             block=block.number,
+            top_logprobs=None if branch.top_logprobs is None else [],
+            seen=None if branch.seen is None else branch.seen.copy(),
         )
         block.kids.append(kid)
     branch.blocks.append(block)
@@ -122,6 +129,8 @@ def _join(state: RequestState, branch: Branch) -> None:
     block = branch.blocks[-1]
     block.joined = True
     branch.total += sum(kid.total for kid in block.kids)
+    if branch.seen is not None:
+        branch.seen.join([kid.seen for kid in block.kids if kid.seen is not None])
     branch.next_position = max(kid.next_position for kid in block.kids)
     branch.machine.join()
     _force(state, branch, branch.machine.vocab.conclusion_prefix())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_multiverse.config.engine import SamplingParams, whole_number
+from megatron_multiverse.config.sampling import SamplingParams, whole_number
 from megatron_multiverse.errors import GenerationError
 
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-BranchFinish = Literal["path_end", "eos", "length", "abort", "error"]
+BranchFinish = Literal["path_end", "eos", "stop", "length", "abort", "error"]
+
+TopLogprobs = list[tuple[int, float]]
+"""(id, log-probability) of the most likely tokens, the most likely first."""
 
 
 class TimelineSpan(NamedTuple):
@@ -60,6 +63,9 @@ class Result:
     logprobs: list[float | None]
     """Log-probability of each token the model drew, under its own distribution (temperature 1, nothing filtered);
     None for tokens the engine forced."""
+    top_logprobs: list[TopLogprobs | None] | None
+    """For each drawn token the most likely ones of that distribution, None for forced tokens; None altogether where the
+    request did not ask for them (`SamplingParams.logprobs`)."""
     labels: list[int]
     """Visibility label r of each token as training has it: token i sees an earlier token j iff r[j] <= r[i]. The
     prompt's labels are 0 .. prompt - 1."""

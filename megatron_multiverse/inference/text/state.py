@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from megatron_multiverse.inference.text.branch import Branch, branch_key
 from megatron_multiverse.inference.text.budget import whole_budget
+from megatron_multiverse.inference.text.counts import TokenCounts
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import FinishReason, TimelineSpan
 from megatron_multiverse.structure import StructureMachine
@@ -104,5 +105,7 @@ def new_state(
         ids=prompt,
         positions=list(range(len(prompt))),
         logprobs=[None] * len(prompt),
+        top_logprobs=[None] * len(prompt) if request.sampling.logprobs else None,
+        seen=TokenCounts(prompt) if request.sampling.has_penalties else None,
     )
     return RequestState(request_id, request, root, on_token)

@@ -30,6 +30,7 @@ from .toy import (
 )
 
 TREES = 50
+ASKED = [{"top_p": 0.9}, {}, {"frequency_penalty": 0.4, "repetition_penalty": 1.2, "logprobs": 3, "min_tokens": 30}]
 
 
 def make_sampler(scripts):
@@ -67,10 +68,10 @@ class RemoteRunner:
         return self
 
     def wait(self) -> StepOutput:
-        tokens, logprobs, finite = (
-            np.frombuffer(self.connection.recv_bytes(), dtype=dtype) for dtype in (np.int64, np.float64, np.bool_)
-        )
-        return StepOutput(tokens, logprobs, finite)
+        dtypes = (np.int64, np.float64, np.bool_, np.int64, np.float64)
+        arrays = [np.frombuffer(self.connection.recv_bytes(), dtype=dtype) for dtype in dtypes]
+        rows = len(arrays[0])
+        return StepOutput(*arrays[:3], *(array.reshape(rows, -1 if rows else 0) for array in arrays[3:]))
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -79,7 +80,7 @@ def test_another_process_gives_the_same_tokens(page_size):
     for k in range(TREES):
         rng = random.Random(500 + k)
         scripts.append(random_script(rng, depth=2, blocks=rng.choice([1, 2]), most_paths=3, text=6, free=True))
-        requests.append(ask(random_prompt(rng, 20), max_tokens=1500, temperature=1.0, top_p=0.9, sample=k))
+        requests.append(ask(random_prompt(rng, 20), max_tokens=1500, temperature=1.0, sample=k, **ASKED[k % 3]))
     settings = {"page_size": page_size, "num_pages": 6000 // page_size, "max_rows": 24, "debug": False}
     here = toy_engine(ToyModel(3), sampler=make_sampler(scripts), **settings)
     expected = here.generate(requests)
@@ -100,6 +101,7 @@ def test_another_process_gives_the_same_tokens(page_size):
     for got, want in zip(results, expected, strict=True):
         assert got.token_ids == want.token_ids
         assert got.logprobs == want.logprobs
+        assert got.top_logprobs == want.top_logprobs
         assert got.position_ids == want.position_ids
     assert_drained(there)
 

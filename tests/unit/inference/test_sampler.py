@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_multiverse.inference import CounterSampler, IncrementalDetokenizer, SamplingArrays
-from megatron_multiverse.inference.step.sampler import filter_logits, gumbel_noise
+from megatron_multiverse.inference import CounterSampler, IncrementalDetokenizer, SamplingArrays, Shaping
+from megatron_multiverse.inference.step.sampler import gumbel_noise
+from megatron_multiverse.inference.step.shaping import filter_logits
 from megatron_multiverse.inference.text.branch import branch_key
 from megatron_multiverse.kernels.greedy import token_logprobs
+
+FIELDS = fields(Shaping)
 
 
 def rows(count, *, temperature=1.0, top_k=0, top_p=1.0):
@@ -22,9 +27,15 @@ def rows(count, *, temperature=1.0, top_k=0, top_p=1.0):
         keys=column(1, np.int64),
         indices=np.arange(count),
         temperature=column(temperature, np.float64),
-        top_k=column(top_k, np.int64),
-        top_p=column(top_p, np.float64),
+        shaping=make_shaping(column(0, np.int64), top_k=column(top_k, np.int64), top_p=column(top_p, np.float64)),
     )
+
+
+def make_shaping(zeros, **arrays):
+    """What `zeros` rows ask, which is nothing but `arrays`."""
+    empty = {field.name: np.zeros(0, dtype=np.float64 if field.type == "Floats" else np.int64) for field in FIELDS}
+    rows = {"top_k": zeros, "top_p": zeros + 1.0, "min_p": zeros * 0.0, "num_logprobs": zeros}
+    return Shaping(**empty | rows | arrays)
 
 
 def test_noise_is_standard_gumbel_and_depends_on_every_argument():
@@ -76,7 +87,10 @@ def test_log_probabilities_are_the_models_own_and_show_broken_logits():
 def test_top_k_and_top_p_keep_what_they_should():
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]])).double().expand(5, 4)
     kept = filter_logits(
-        logits, torch.tensor([2, 0, 0, 0, 3]), torch.tensor([1.0, 0.65, 0.01, 1.0, 0.7], dtype=torch.float64)
+        logits,
+        torch.tensor([2, 0, 0, 0, 3]),
+        torch.tensor([1.0, 0.65, 0.01, 1.0, 0.7], dtype=torch.float64),
+        torch.zeros(5, dtype=torch.float64),
     ).isfinite()
     assert kept.tolist() == [
         [False, True, False, True],

@@ -1,0 +1,134 @@
+"""What one request asks for: how its answer is drawn, and where it ends. Imports no torch.
+
+Frozen; it checks itself and keeps copies. Tools read it nested (``--sampling.temperature 0.7``).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import SupportsIndex
+
+from megatron_multiverse.errors import GenerationError
+
+MOST_LOGPROBS = 20
+"""Most alternatives that can be asked for beside each token, as in the APIs of the field."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one answer is drawn, and where it ends.
+
+    A token is drawn in this order: `logit_bias` is added to the logits, the penalties change them, `temperature`
+    divides them; of their softmax `min_p` keeps a part, `top_k` a part of that, `top_p` a part of that.
+    `inference/step/reference.py` is the same in plain float64.
+
+    Raises:
+        GenerationError: a value out of range; the message names the field.
+    """
+
+    max_tokens: int = 512
+    """Most tokens of the answer, forced ones and all branches included. A fork splits what is left evenly among its
+    paths, so that no path depends on how fast its siblings run; what they do not use comes back at the join."""
+    max_critical_tokens: int | None = None
+    """Most tokens on the longest chain of the answer."""
+    min_tokens: int = 0
+    """The answer does not end before it has so many tokens, those of its paths included: until then no end of the text
+    and no stop token is drawn outside of paths, unless the budget is spent."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Draw from the most likely tokens alone, so many; 0 is off. Ties at the border stay in."""
+    top_p: float = 1.0
+    """Draw from the most likely tokens that together have this probability; 1 is off. Ties at the border stay in."""
+    min_p: float = 0.0
+    """Draw from tokens that are at least so likely, as a share of the most likely one; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits, and multiplies the negative ones, of tokens that occur in the prompt or were drawn;
+    above 1 repeats less, 1 is off. Penalties count what the next token sees: a path counts its parent's tokens and
+    its own, the conclusion those of all paths. Forced tokens do not count, and structure tags are never penalised, or
+    each block would make the next one rarer."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logits of tokens that were drawn; -2 to 2, 0 is off."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens as often as they were drawn; -2 to 2, 0 is off."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Added to the logits of these ids; -100 all but bans a token, 100 all but forces it."""
+    seed: int = 0
+    """Same seed, prompt and settings: same answer, whatever else runs, up to rounding: products of other
+    sizes round differently, which in bf16 often changes which of two nearly equal tokens is drawn, in float64 never in
+    practice."""
+    max_concurrent_branches: int | None = None
+    """Most branches of the answer that run at once; 1 decodes path after path with the same result."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Further ids that end the answer, outside of paths; like the end-of-document id they are not part of it. Structure
+    tags are refused: `</Goal>` among them, for example, would end every answer before its first fork."""
+    ignore_eos: bool = False
+    """Treat the end-of-document id as text, so that answers get as long as max_tokens."""
+    logprobs: int = 0
+    """Give so many of the most likely tokens beside each drawn one, with their log-probabilities (at most 20)."""
+
+    def __post_init__(self) -> None:
+        # One Python type each: a list could change while the request waits, and numpy's integers print otherwise.
+        self._set("seed", whole_number("seed", self.seed))
+        self._set("stop_token_ids", tuple(whole_number("stop_token_ids", token) for token in self.stop_token_ids))
+        bias = {whole_number("logit_bias", token): float(value) for token, value in self.logit_bias.items()}
+        self._set("logit_bias", bias)
+        self._check_limits()
+        self._check_draw()
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_limits(self) -> None:
+        refuse_unless(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
+        for name in ("max_critical_tokens", "max_concurrent_branches"):
+            value = getattr(self, name)
+            refuse_unless(value is None or value >= 1, f"{name} must be at least 1, or unset for no limit, got {value}")
+        message = f"min_tokens must lie between 0 and max_tokens ({self.max_tokens}), got {self.min_tokens}"
+        refuse_unless(0 <= self.min_tokens <= self.max_tokens, message)
+        message = f"logprobs must lie between 0 and {MOST_LOGPROBS}, got {self.logprobs}"
+        refuse_unless(0 <= self.logprobs <= MOST_LOGPROBS, message)
+
+    def _check_draw(self) -> None:
+        refuse_unless(0 <= self.temperature < math.inf, f"temperature must be finite and >= 0, got {self.temperature}")
+        refuse_unless(self.top_k >= 0, f"top_k must be >= 0 (0 is off), got {self.top_k}")
+        refuse_unless(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
+        refuse_unless(0 <= self.min_p <= 1, f"min_p must lie in [0, 1], got {self.min_p}")
+        penalty = self.repetition_penalty
+        refuse_unless(0 < penalty < math.inf, f"repetition_penalty must be finite and > 0 (1 is off), got {penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            refuse_unless(-2 <= getattr(self, name) <= 2, f"{name} must lie in [-2, 2], got {getattr(self, name)}")
+        for token, value in self.logit_bias.items():
+            refuse_unless(math.isfinite(value), f"logit_bias of id {token} must be a finite number, got {value}")
+
+    @cached_property
+    def is_shaped(self) -> bool:
+        """Whether every token asks for more than a temperature: another distribution, or other likely tokens."""
+        filtered = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return filtered or self.has_penalties or bool(self.logit_bias) or self.logprobs > 0
+
+    @cached_property
+    def has_penalties(self) -> bool:
+        """Whether any penalty is on."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+def whole_number(name: str, value: SupportsIndex) -> int:
+    """`value` as a plain int.
+
+    Raises:
+        GenerationError: it is no integer, of Python, numpy or torch; the message says `name`.
+    """
+    try:
+        return int(operator.index(value))
+    except TypeError as error:
+        raise GenerationError(f"{name} takes whole numbers, got {value!r}") from error
+
+
+def refuse_unless(condition: bool, message: str) -> None:
+    """Raise a GenerationError with this message where the condition does not hold."""
+    if not condition:
+        raise GenerationError(message)

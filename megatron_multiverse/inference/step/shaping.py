@@ -1,0 +1,106 @@
+"""What changes a distribution before a token is drawn: biases, penalties, and the tokens that filters leave.
+
+All rows of a step at once, on the device, in float64; `reference.py` is the same for one row in plain numpy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_multiverse.inference.step.plan import Shaping
+
+
+def edit_logits(logits: Tensor, shaping: Shaping, last_tokens: Tensor) -> Tensor:
+    """The logits with biases added and penalties taken, before any temperature.
+
+    Args:
+        logits: [rows, vocab], stays as it is.
+        shaping: what each row asks.
+        last_tokens: tokens that the previous step drew, for `Shaping.coming`.
+
+    Returns:
+        float64 [rows, vocab]; `logits` itself where nothing changes.
+    """
+    if not len(shaping.bias_rows) and not len(shaping.penalised):
+        return logits
+    edited = logits.double()
+    if edited is logits:
+        edited = logits.clone()
+
+    def there(array: npt.NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(logits.device)
+
+    edited[there(shaping.bias_rows), there(shaping.bias_ids)] += there(shaping.biases)
+    if len(shaping.penalised):
+        rows = there(shaping.penalised)
+        edited[rows] = _penalise(edited[rows], _counts(logits.shape[-1], shaping, last_tokens), shaping)
+    return edited
+
+
+def _counts(vocab: int, shaping: Shaping, last_tokens: Tensor) -> Tensor:
+    """float64 [penalised rows, vocab]: how often the row sees each token drawn, 0 for the prompt's, -1 for others."""
+    device = last_tokens.device
+    counts = torch.full((len(shaping.penalised), vocab), -1.0, dtype=torch.float64, device=device)
+    seen = torch.from_numpy(np.stack((shaping.seen_rows, shaping.seen_ids))).to(device)
+    counts[seen[0], seen[1]] = torch.from_numpy(shaping.seen_counts).to(device).double()
+    rows = np.flatnonzero(shaping.coming >= 0)
+    if len(rows):
+        tokens = last_tokens[torch.from_numpy(shaping.coming[rows]).to(device)]
+        index = torch.from_numpy(rows).to(device)
+        counts[index, tokens] = counts[index, tokens].clamp(min=0) + 1
+    counts[:, torch.from_numpy(shaping.exempt).to(device)] = -1
+    return counts
+
+
+def _penalise(logits: Tensor, counts: Tensor, shaping: Shaping) -> Tensor:
+    repetition, presence, frequency = (
+        torch.from_numpy(array).to(logits.device)[:, None]
+        for array in (shaping.repetition, shaping.presence, shaping.frequency)
+    )
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(counts >= 0, repeated, logits)
+    drawn = counts.clamp(min=0)
+    return logits - frequency * drawn - presence * (drawn > 0)
+
+
+def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Set to -inf what min-p (0: off), then top-k (0: off), then top-p (1: off) leave out; ties at the border stay in.
+
+    Args:
+        logits: [rows, vocab], divided by the temperature.
+        top_k: int64 [rows].
+        top_p: float64 [rows].
+        min_p: float64 [rows].
+    """
+    logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + min_p.log()[:, None], float("-inf"))
+    ordered = logits.sort(dim=-1, descending=True).values
+    vocab = logits.shape[-1]
+    rank = torch.arange(vocab, device=logits.device)
+    limit = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)
+    smallest = ordered.gather(-1, limit[:, None] - 1)
+    ordered = ordered.masked_fill(ordered < smallest, float("-inf"))
+    before = ordered.double().softmax(-1).cumsum(-1).roll(1, -1)
+    before[:, 0] = 0.0
+    kept = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0) | ordered.isneginf(), float("inf"))
+    return logits.masked_fill(logits < kept.amin(-1, keepdim=True), float("-inf"))
+
+
+def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The most likely tokens under the model's own distribution (temperature 1, nothing changed).
+
+    Args:
+        logits: [rows, vocab].
+        count: how many.
+
+    Returns:
+        Ids int64 [rows, count] and log-probabilities [rows, count], float32 or wider, the most likely first. Where the
+        vocabulary is smaller, the last one repeats.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    best = wide.topk(min(count, wide.shape[-1]), dim=-1)
+    missing = count - best.values.shape[-1]
+    values, ids = (torch.cat((x, x[:, -1:].expand(-1, missing)), 1) for x in (best.values, best.indices))
+    return ids, values
