@@ -15,6 +15,8 @@ TRAIN = ["matplotlib>=3.9"]
 # Encodes text in preprocessing; its wheels are for glibc, macOS and Windows. Exact: another version may give other ids,
 # which preprocessing would find out, but not at once.
 FAST = ["gigatoken==0.10.0"]
+# fastapi: older ones cannot switch their telemetry off.
+SERVE = ["fastapi>=0.165", "msgpack>=1.1", "prometheus-client>=0.20", "uvicorn>=0.30"]
 EVAL = ["matplotlib>=3.9", "rich>=13.0"]
 
 setup(
@@ -44,12 +46,7 @@ setup(
         "gpu": ["triton>=3.6", "transformer-engine[pytorch]>=2.20", "flash-attn-4==4.0.0b36"],
         "fast": FAST,
         "train": [*TRAIN, "datasets>=3.0", "deepspeed>=0.19"],
-        "serve": [
-            "jsonargparse[signatures]>=4.40",
-            "fastapi>=0.115",
-            "uvicorn>=0.30",
-            "prometheus-client>=0.20",
-        ],
+        "serve": SERVE,
         "curate": ["anthropic>=0.40", "rapidfuzz>=3.9"],
         "eval": EVAL,
         # What `make test` and `make quickstart` install: no CUDA, no compiler.
@@ -57,10 +54,13 @@ setup(
             *TRAIN,
             *EVAL,
             *FAST,
+            *SERVE,
             "datasets>=3.0",
             "hypothesis>=6.100",
             "import-linter>=2.0",
+            "httpx2>=2.16",  # the HTTP client of the server's tests
             "mypy>=1.10",
+            "openai>=3.57",  # a client of the server, in its tests
             "pytest>=8.0",
             "pytest-cov>=5.0",
             "pytest-timeout>=2.3",

@@ -113,23 +113,32 @@ class MultiverseTokenizer(ABC):
             names = ", ".join(sorted(self.chat_templates))
             has = f"has chat templates called {names}, but none called default" if names else "has no chat template"
             raise ConfigError(f"the tokenizer {has}; name one so, or use --chat-template never")
+        dates: dict[str, Any] = {}
+        if date is not None and writes_date(template):
+            template, dates = fix_date(template, date)
+        return self.render_conversation([{"role": "user", "content": user_text}], template=template, **dates)
+
+    def render_conversation(self, messages: Sequence[dict[str, Any]], *, template: str, **variables: Any) -> str:
+        """The text of a conversation, by default up to where the assistant starts. Templates run in a sandbox.
+
+        Args:
+            messages: turns, each with role and content.
+            template: jinja, as tokenizer_config.json has it.
+            variables: further names in the template, `add_generation_prompt` and `continue_final_message` included.
+
+        Raises:
+            Exception: whatever the template raises.
+        """
         # The template language has helpers (strftime_now, raise_exception) that transformers defines.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        names_in_template: dict[str, Any] = self._template_names()
-        if date is not None and writes_date(template):
-            template, dates = fix_date(template, date)
-            names_in_template |= dates
-        rendered: Any = render_jinja_template(
-            conversations=[[{"role": "user", "content": user_text}]],
-            chat_template=template,
-            add_generation_prompt=True,
-            **names_in_template,
-        )
+        names = {"add_generation_prompt": True} | variables | self.special_tokens()
+        rendered: Any = render_jinja_template(conversations=[list(messages)], chat_template=template, **names)
         return str(rendered[0][0])
 
-    def _template_names(self) -> dict[str, str]:
-        return {}
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of the tokens that begin, end and fill sequences, under the names that chat templates have for them."""
+        return {} if self.eod is None else {"eos_token": self.id_to_text[self.eod]}
 
     def _finish(self, id_to_text: list[str]) -> None:
         """Keep the table after a check: encoding must give each tag one token, and decoding must give the text back."""
@@ -228,7 +237,7 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
         text = content(self._config.get(name))
         return None if text is None else self._backend.token_to_id(text)
 
-    def _template_names(self) -> dict[str, str]:
+    def special_tokens(self) -> dict[str, str]:
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         return {name: content(self._config.get(name)) or "" for name in names}
 

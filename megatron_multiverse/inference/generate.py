@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 from tqdm import tqdm
 
 from megatron_multiverse.config import DType, EngineConfig, SamplingParams, TokenizerType
+from megatron_multiverse.data.end_tokens import end_ids
 from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
 from megatron_multiverse.data.readers import read_rows
 from megatron_multiverse.data.sources import open_source
@@ -114,7 +115,9 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
         )
     prompts = _prompts(config)
     tokenizer = _tokenizer(config)
-    stop = _stop_ids(config.stop, tokenizer) + _end_ids(config, tokenizer)
+    stop = _stop_ids(config.stop, tokenizer)
+    if not config.sampling.ignore_eos:
+        stop += end_ids(config.load, tokenizer)
     texts = [prompt + _SUFFIXES[config.prompt_suffix] for prompt in prompts if isinstance(prompt, str)]
     chats = [tokenizer.render_chat(text) for text in texts] if config.chat else texts
     prompt_ids = iter(tokenizer.tokenize_batch(chats))
@@ -160,28 +163,6 @@ def _tokenizer(config: GenerateConfig) -> MultiverseTokenizer:
                 f"{config.load}; leave --tokenizer-model out, or name the tokenizer that the model was trained with"
             )
     return tokenizer
-
-
-def _end_ids(config: GenerateConfig, tokenizer: MultiverseTokenizer) -> list[int]:
-    """Ids that generation_config.json names as ends of an answer, beside the tokenizer's own."""
-    if config.sampling.ignore_eos:
-        return []
-    path = config.load / "generation_config.json"
-    named: Any = None
-    if path.is_file():
-        try:
-            named = json.loads(path.read_text(encoding="utf-8-sig")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ConfigError(f"{path}: not a JSON object ({error}); mend or delete it") from error
-    ids = [] if named is None else named if isinstance(named, list) else [named]
-    for token in ids:
-        if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
-            raise ConfigError(
-                f"{path}: eos_token_id {token!r} is no id of the tokenizer (0 to {tokenizer.vocab_size - 1}); mend it"
-            )
-    ends = [*([] if tokenizer.eod is None else [tokenizer.eod]), *ids]
-    logger.info("answers end at: %s", ", ".join(dict.fromkeys(tokenizer.id_to_text[token] for token in ends)) or "none")
-    return ids
 
 
 def _build_engine(config: GenerateConfig, tokenizer: MultiverseTokenizer, longest_prompt: int) -> Engine:

@@ -33,6 +33,7 @@ ALLOWED = {
     "checkpoints": {"progress"},
     "training": {"checkpoints"},
     "inference": {"checkpoints"},
+    "server": {"errors", "config", "structure", "data", "dtypes", "model", "inference"},
     "views": {"errors", "config", "files", "structure", "data", "model", "checkpoints", "inference"},
 }
 ALLOWED["checkpoints"] |= ALLOWED["model"] | {"data", "model"}

@@ -1,0 +1,166 @@
+"""What branches write, put in the order of the answer while it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from megatron_multiverse.data.tokenizers import MultiverseTokenizer
+from megatron_multiverse.inference.text.detokenize import IncrementalDetokenizer
+from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.structure import Tag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What is new of one answer."""
+
+    index: int
+    """Of the answer in its request."""
+    text: str = ""
+    thought: str = ""
+    branch: str | None = None
+    """Name of the branch that wrote it; None where the answer comes in the order of its text."""
+    block: int = 0
+    opens: bool = False
+    """Whether it is the first piece of its branch."""
+    closes: bool = False
+    """Whether it is the last piece of its branch."""
+    result: Result | None = None
+    """The complete answer; such a piece is the last one of its index."""
+
+
+@dataclass(eq=False)
+class Stretch:
+    """What a branch writes up to its next block, and the paths of that block."""
+
+    ids: list[int] = field(default_factory=list)
+    kids: list[BranchNode] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class BranchNode:
+    """One branch as far as it has been heard of."""
+
+    name: str
+    """"" for the root, "2.1" for the first path of a block inside a second path."""
+    block: int
+    """Number of its block in the answer, from 1, in the order of forking; 0 for the root."""
+    stretches: list[Stretch] = field(default_factory=lambda: [Stretch()])
+    ended: bool = False
+
+
+class AnswerTree:
+    """Follows the branches of one answer.
+
+    The engine names branches by their place, so the name of a path comes again in a later block of the same branch.
+    It tells of all paths of a block, in their order, before any of them goes on, and of the branch that forked them
+    only once all have ended.
+
+    Args:
+        end_path_id: id of `</Path>`, which ends the path that writes it.
+    """
+
+    def __init__(self, end_path_id: int) -> None:
+        self.root = BranchNode("", 0)
+        self.num_blocks = 0
+        self._end_path_id = end_path_id
+        self._by_name = {"": self.root}
+        self._in_order = self._walk(self.root)
+
+    def push(self, name: str, ids: Sequence[int]) -> BranchNode:
+        """Take what a branch wrote; returns the branch."""
+        node = self._by_name.get(name)
+        if node is None:
+            node = self._open(name)
+        if kids := node.stretches[-1].kids:
+            for kid in kids:
+                self._end(kid)
+            node.stretches.append(Stretch())
+        node.stretches[-1].ids += ids
+        if node is not self.root and ids[-1] == self._end_path_id:
+            node.ended = True
+        return node
+
+    def take(self) -> list[int]:
+        """The ids that come next in the answer and were not taken yet: paths follow each other as in the text."""
+        taken: list[int] = []
+        for ids in self._in_order:
+            if not ids:
+                break
+            taken += ids
+        return taken
+
+    def finish(self) -> None:
+        """Nothing more comes."""
+        self._end(self.root)
+
+    def _open(self, name: str) -> BranchNode:
+        siblings = self._by_name[name.rpartition(".")[0]].stretches[-1].kids
+        if not siblings:
+            self.num_blocks += 1
+        node = self._by_name[name] = BranchNode(name, siblings[0].block if siblings else self.num_blocks)
+        siblings.append(node)
+        return node
+
+    def _end(self, node: BranchNode) -> None:
+        node.ended = True
+        if node is not self.root:
+            self._by_name.pop(node.name, None)
+        for kid in node.stretches[-1].kids:
+            self._end(kid)
+
+    def _walk(self, node: BranchNode) -> Iterator[list[int]]:
+        """The ids of a branch in order, in pieces; an empty piece where more has to be waited for."""
+        for stretch in node.stretches:  # more may come while this waits
+            done = 0
+            while True:
+                if done < len(stretch.ids):
+                    piece = stretch.ids[done:]
+                    done += len(piece)
+                    yield piece
+                elif stretch.kids:
+                    break
+                elif node.ended:
+                    return
+                else:
+                    yield []
+            for kid in stretch.kids:
+                yield from self._walk(kid)
+            while stretch is node.stretches[-1] and not node.ended:
+                yield []
+
+
+class ThoughtSplitter:
+    """Tells the thought of an answer, what stands between its Think tags, from the rest, as it comes.
+
+    Args:
+        tokenizer: of the model.
+        split: whether to; if not, all text is content.
+    """
+
+    def __init__(self, tokenizer: MultiverseTokenizer, *, split: bool) -> None:
+        self._tokenizer = tokenizer
+        self._split = split
+        self._tags = tokenizer.structure_vocab.tag_of
+        self._thinking = False
+        self._detokenizer = IncrementalDetokenizer(tokenizer.detokenize)
+
+    def push(self, ids: Sequence[int]) -> tuple[str, str]:
+        """Take more ids; returns what is certain by now of (content, thought)."""
+        if not self._split:
+            return self._detokenizer.push(ids), ""
+        texts = ["", ""]
+        start = 0
+        for k, token in enumerate(ids):
+            if self._tags.get(token) is (Tag.END_THINK if self._thinking else Tag.THINK):
+                texts[self._thinking] += self._detokenizer.push(ids[start:k]) + self._detokenizer.finish()
+                self._detokenizer = IncrementalDetokenizer(self._tokenizer.detokenize)
+                self._thinking, start = not self._thinking, k + 1
+        texts[self._thinking] += self._detokenizer.push(ids[start:])
+        return texts[0], texts[1]
+
+    def finish(self) -> tuple[str, str]:
+        """The rest."""
+        rest = self._detokenizer.finish()
+        return ("", rest) if self._thinking else (rest, "")

@@ -1,0 +1,148 @@
+"""Request bodies: bytes to JSON to fields, each fault with the name of what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+
+from megatron_multiverse.server.config import LimitConfig
+from megatron_multiverse.server.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+SHOWN_CHARACTERS = 80
+"""Of a value that is refused."""
+
+
+class Fields(BaseModel):
+    """Fields of a request. Types are strict: a text or a bool is no number. Others are kept for `check_others`."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+F = TypeVar("F", bound=Fields)
+
+
+async def read_fields(request: Request, fields: type[F]) -> F:
+    """The fields of a request's body, which is JSON whatever its content type says: `curl -d` says it is a form.
+
+    Raises:
+        ApiError: 400 for what is no JSON object, for a wrong field and for a text that is no Unicode; 408 and 413.
+    """
+    data = parse_json(await read_body(request, request.app.state.config.limits))
+    if not isinstance(data, dict):
+        raise ApiError(400, f"the body must be a JSON object, got {_kind(data)}", code="invalid_json")
+    try:
+        return fields.model_validate(data)
+    except ValidationError as error:
+        raise _first_fault(error) from error
+
+
+async def read_body(request: Request, limits: LimitConfig) -> bytes:
+    """The body of a request.
+
+    Raises:
+        ApiError: 413 if it is larger than `limits.max_body_bytes`, 408 if it does not arrive in time.
+        ClientDisconnect: the client went away.
+    """
+    length = request.headers.get("content-length", "")
+    body = bytearray()
+    try:
+        if length.isdecimal() and int(length[:20]) > limits.max_body_bytes:
+            raise _too_large(limits.max_body_bytes)
+        async with asyncio.timeout(limits.body_timeout):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limits.max_body_bytes:
+                    raise _too_large(limits.max_body_bytes)
+    except TimeoutError as error:
+        raise ApiError(408, f"the body did not arrive within {limits.body_timeout:g} seconds") from error
+    return bytes(body)
+
+
+def parse_json(body: bytes) -> Any:
+    """JSON as the standard has it: no NaN, no Infinity, UTF-8 only.
+
+    Raises:
+        ApiError: it is none.
+    """
+    try:
+        text = body.decode("utf-8")
+        data = json.loads(text, parse_constant=_refuse_constant)
+        # A lone half of a surrogate pair is JSON, but no Unicode: tokenizers and answers could not hold it.
+        if "\\u" in text:
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeError as error:
+        raise ApiError(400, "the body is not UTF-8, or holds half of a character (\\ud800 to \\udfff)") from error
+    except json.JSONDecodeError as error:
+        raise ApiError(
+            400, f"the body is no JSON: {error.msg}, line {error.lineno}, column {error.colno}", code="invalid_json"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        message = str(error) if isinstance(error, _ConstantError) else "its numbers or its nesting are too large"
+        raise ApiError(400, f"the body is no JSON for this server: {message}", code="invalid_json") from error
+    return data
+
+
+def check_others(fields: Fields, refused: dict[str, tuple[Any, ...]], hint: str = "") -> None:
+    """Refuse fields that clients of this route know and the server does not have; others are ignored.
+
+    Args:
+        fields: of the request.
+        refused: name -> values that ask for nothing, and so are taken.
+        hint: what to do instead.
+
+    Raises:
+        ApiError: 400, naming the first.
+    """
+    for name, value in (fields.model_extra or {}).items():
+        if name not in refused:
+            logger.debug("field %r of a request is not known and ignored", name[:SHOWN_CHARACTERS])
+        elif value is not None and not any(value == neutral for neutral in refused[name]):
+            allowed = " or ".join(json.dumps(neutral) for neutral in refused[name])
+            instead = f"leave it out{f', or give {allowed}' if allowed else ''}{hint}"
+            raise ApiError(
+                400,
+                f"{name}: not supported by this server (got {_shown(value)}); {instead}",
+                param=name,
+                code="unsupported_parameter",
+            )
+
+
+class _ConstantError(ValueError):
+    pass
+
+
+def _refuse_constant(name: str) -> None:
+    raise _ConstantError(f"{name} is no number there")
+
+
+def _first_fault(error: ValidationError) -> ApiError:
+    fault = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in fault["loc"] if not (isinstance(part, str) and "[" in part))
+    message = f"{place}: {fault['msg']}"
+    if fault["type"] != "missing":
+        message += f" (got {_shown(fault['input'])})"
+    return ApiError(400, message, param=str(fault["loc"][0]) if fault["loc"] else None, code="invalid_value")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = json.dumps(value, ensure_ascii=True)
+    except (ValueError, RecursionError):
+        text = _kind(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {limit} bytes; send less at once", code="body_too_large")

@@ -1,0 +1,95 @@
+"""Options of the server. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_multiverse.config import DType, EngineConfig, TokenizerType
+from megatron_multiverse.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitConfig:
+    """How large requests may be, and how long things may take.
+
+    Raises:
+        ConfigError: a limit that nothing could pass; the message names the field.
+    """
+
+    max_body_bytes: int = 8 * 2**20
+    """Bytes of a request body."""
+    max_queued: int = 256
+    """Answers that wait or run at once; a request that would exceed it gets 429. Each prompt and each of `n` counts."""
+    max_prompts: int = 128
+    """Prompts in one request."""
+    max_n: int = 16
+    """Answers to one prompt."""
+    max_stop: int = 16
+    """Stop texts in one request."""
+    max_stop_characters: int = 256
+    """Characters of each."""
+    max_logprobs: int = 20
+    """Alternatives for each token."""
+    request_timeout: float = 3600.0
+    """Seconds after which an answer ends with finish_reason "abort"."""
+    body_timeout: float = 30.0
+    """Seconds within which a request body must have arrived."""
+    idle_stream_timeout: float = 60.0
+    """Seconds a reader of a stream may take nothing before its answer is cancelled."""
+    drain_timeout: float = 60.0
+    """Seconds that running answers get to finish after SIGTERM."""
+    engine_timeout: float = 120.0
+    """Seconds without a sign of life from the engine after which the server is not ready. A long step is no fault."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ConfigError(f"limits.{name} must be above 0, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Options of tools/run_text_generation_server.py.
+
+    Raises:
+        ConfigError: options that cannot work together.
+    """
+
+    load: Path
+    """Checkpoint in any format: Hugging Face, megatron-core, or a model folder of the trainer."""
+    tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
+    """Megatron's name of the kind of tokenizer."""
+    tokenizer_model: str | None = None
+    """Tokenizer folder, file or hub name; by default the model folder."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Anything but a loopback address needs keys (--api-key-file)."""
+    port: int = 5000
+    """Port to listen at; 0 takes a free one, which the log names."""
+    served_model_name: str | None = None
+    """Name of the model in answers and in /v1/models; by default the name of its folder."""
+    api_key_file: Path | None = None
+    """File with one key a line. Clients send `Authorization: Bearer KEY`; a request without one of the keys gets 401.
+    A single key can also come in the environment variable MULTIVERSE_API_KEY, never on the command line, which every
+    user of the machine can read."""
+    chat_template: Path | None = None
+    """Jinja file that turns messages into a prompt; by default the tokenizer's own, else one that fits its vocabulary.
+    Templates run in a sandbox."""
+    weights_root: Path | None = None
+    """Folder below which /update_weights_from_disk may name checkpoints; unset refuses that route."""
+    limits: LimitConfig = field(default_factory=LimitConfig)
+    """How large requests may be, and how long things may take."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Sizes and limits of the engine."""
+    dtype: DType = "float32"
+    """Type of weights and cache."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA when there is a GPU."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """debug also names the fields of requests that are not known and therefore ignored."""
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called in answers."""
+        return self.served_model_name or self.load.resolve().name

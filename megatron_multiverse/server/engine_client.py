@@ -1,0 +1,321 @@
+"""The HTTP side of the engine process: starts it, hands it work, hears what it writes, notices when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import logging
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_multiverse.config import SamplingParams
+from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.server.config import ServerConfig
+from megatron_multiverse.server.errors import ApiError, unavailable
+from megatron_multiverse.server.results import result_from_dict
+from megatron_multiverse.server.wire import HEADER, Message, pack, unpack
+
+logger = logging.getLogger(__name__)
+
+Write = tuple[str, list[int]]
+"""Name of a branch, and what it wrote."""
+
+
+@dataclasses.dataclass(eq=False)
+class Generation:
+    """One answer in the making."""
+
+    number: int
+    batch: Batch
+    started: float
+    writes: list[Write] = dataclasses.field(default_factory=list)
+    """What was written and nobody has taken yet; only of streams."""
+    accepted: bool = False
+    """Whether the engine has taken it."""
+    result: Result | None = None
+    """The answer, once it is complete."""
+
+
+class Batch:
+    """The answers that one HTTP request asks for.
+
+    Args:
+        client: where they are made.
+        deadline: seconds until they are cancelled; they end with finish_reason "abort" then.
+    """
+
+    def __init__(self, client: EngineClient, deadline: float) -> None:
+        self.generations: list[Generation] = []
+        self._client = client
+        self._changed = asyncio.Event()
+        self._error: ApiError | None = None
+        self._timer = asyncio.get_running_loop().call_later(deadline, self.cancel)
+
+    async def accepted(self) -> None:
+        """Wait until the engine has taken all of them.
+
+        Raises:
+            ApiError: it refused one, or died; the others are cancelled.
+        """
+        while not all(generation.accepted for generation in self.generations):
+            await self._news()
+
+    async def results(self) -> list[Result]:
+        """All answers, complete.
+
+        Raises:
+            ApiError: the engine died.
+        """
+        while not self.is_complete:
+            await self._news()
+        return [generation.result for generation in self.generations if generation.result is not None]
+
+    async def news(self, timeout: float) -> list[tuple[int, list[Write], Result | None]]:
+        """What happened since the last call: (index, what was written, the answer if it is now complete) for each
+        answer that has news; nothing after `timeout` seconds without any.
+
+        Raises:
+            ApiError: the engine died.
+        """
+        waiting = [generation for generation in self.generations if generation.result is None]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._news()
+        found = []
+        for index, generation in enumerate(self.generations):
+            writes, generation.writes = generation.writes, []
+            result = generation.result if generation in waiting else None
+            if writes or result is not None:
+                found.append((index, writes, result))
+        return found
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all answers are."""
+        return all(generation.result is not None for generation in self.generations)
+
+    def cancel(self) -> None:
+        """End all that go on, with all their branches, in the engine's next step."""
+        self._timer.cancel()
+        for generation in self.generations:
+            self._client.cancel(generation.number)
+
+    def tell(self, error: ApiError | None = None) -> None:
+        """There is news."""
+        if error is not None and self._error is None:
+            self._error = error
+            self.cancel()
+        if self.is_complete:
+            self._timer.cancel()
+        self._changed.set()
+
+    async def _news(self) -> None:
+        await self._changed.wait()
+        self._changed.clear()
+        if self._error is not None:
+            raise self._error
+
+
+class EngineClient:
+    """Starts an engine process and talks to it. All methods belong to one event loop.
+
+    Attributes:
+        state: "loading", "ready" or "dead".
+        facts: sizes of the engine (`max_position`, `num_pages`, `page_size`, `max_rows`), once ready.
+        stats: what the engine last said of itself.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.state = "loading"
+        self.facts: dict[str, Any] = {}
+        self.stats: dict[str, int] = {}
+        self.failure = ""
+        """Why the engine could not start."""
+        self.process: subprocess.Popen[bytes] | None = None
+        self.on_result: Callable[[Result, float], None] | None = None
+        """Called with every complete answer and the seconds since it was asked for."""
+        self._generations: dict[int, Generation] = {}
+        self._numbers = itertools.count()
+        self._writer: asyncio.StreamWriter | None = None
+        self._last_heard = time.monotonic()
+        self._seconds: deque[float] = deque(maxlen=64)  # how long the last answers took
+        self._settled = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def run(self) -> None:
+        """Start the process and listen to it until it ends."""
+        own, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "megatron_multiverse.server.engine_process", str(theirs.fileno())]
+        with theirs:
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        own.sendall(pack(self._start_message()))
+        await self.listen(own)
+
+    async def listen(self, connection: socket.socket) -> None:
+        """Listen to an engine host at the other end of a connection until it closes."""
+        reader, self._writer = await asyncio.open_connection(sock=connection)
+        try:
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                while True:
+                    (length,) = HEADER.unpack(await reader.readexactly(HEADER.size))
+                    self._handle(unpack(await reader.readexactly(length)))
+        finally:
+            self._die()
+
+    def _start_message(self) -> Message:
+        config = self.config
+        return {
+            "op": "start",
+            "load": str(config.load),
+            "tokenizer_type": config.tokenizer_type,
+            "tokenizer_model": config.tokenizer_model or str(config.load),
+            "engine": dataclasses.asdict(config.engine),
+            "dtype": config.dtype,
+            "device": config.device,
+            "log_level": config.log_level,
+        }
+
+    def close(self) -> None:
+        """Let the engine process end, and see to it that it does."""
+        if self._writer is not None:
+            self._writer.close()
+        if self.process is not None:
+            try:
+                self.process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    @property
+    def num_generations(self) -> int:
+        """Answers in the making, waiting ones included."""
+        return len(self._generations)
+
+    @property
+    def condition(self) -> str:
+        """`state`, or "stalled" if a ready engine has given no sign of life for too long."""
+        silent = time.monotonic() - self._last_heard
+        return "stalled" if self.state == "ready" and silent > self.config.limits.engine_timeout else self.state
+
+    async def settle(self) -> None:
+        """Wait until the engine is ready or dead."""
+        await self._settled.wait()
+
+    async def idle(self) -> None:
+        """Wait until no answer is in the making."""
+        await self._idle.wait()
+
+    def cancel_all(self) -> None:
+        """End every answer that is in the making."""
+        for number in list(self._generations):
+            self.cancel(number)
+
+    def check_room(self, count: int) -> None:
+        """Refuse `count` more answers where they cannot be taken.
+
+        Raises:
+            ApiError: 503 where the engine is not ready, 429 where the queue is full.
+        """
+        if self.condition != "ready":
+            raise unavailable(self.condition)
+        limit = self.config.limits.max_queued
+        if len(self._generations) + count > limit:
+            raise ApiError(
+                429,
+                f"the queue is full: {len(self._generations)} answers wait or run, {count} more were asked for, "
+                f"{limit} are allowed; try again later",
+                code="queue_full",
+                retry_after=sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 1,
+            )
+
+    def submit(self, requests: Sequence[tuple[Sequence[int], SamplingParams, int]], *, stream: bool) -> Batch:
+        """Ask for answers.
+
+        Args:
+            requests: (ids of the prompt, how to draw, number among the answers to that prompt) for each.
+            stream: whether to be told what is written before an answer is complete.
+        """
+        batch = Batch(self, self.config.limits.request_timeout)
+        for prompt_ids, sampling, sample in requests:
+            generation = Generation(next(self._numbers), batch, time.monotonic())
+            batch.generations.append(generation)
+            self._generations[generation.number] = generation
+            self._send(
+                {
+                    "op": "add",
+                    "id": generation.number,
+                    "prompt_ids": list(prompt_ids),
+                    "sampling": dataclasses.asdict(sampling),
+                    "sample": sample,
+                    "stream": stream,
+                }
+            )
+        self._idle.clear()
+        return batch
+
+    def cancel(self, number: int) -> None:
+        """End an answer; unknown numbers are ignored."""
+        if number in self._generations:
+            self._send({"op": "cancel", "id": number})
+
+    def _send(self, message: Message) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(pack(message))
+
+    def _handle(self, message: Message) -> None:
+        self._last_heard = time.monotonic()
+        op = message["op"]
+        if op == "step":
+            for number, branch, ids in message["writes"]:
+                if (generation := self._generations.get(number)) is not None:
+                    generation.writes.append((branch, ids))
+                    generation.batch.tell()
+            for number, fields in message["done"]:
+                self._finish(number, result=result_from_dict(fields))
+        elif op == "accepted":
+            if (generation := self._generations.get(message["id"])) is not None:
+                generation.accepted = True
+                generation.batch.tell()
+        elif op == "refused":
+            text = message["message"]
+            error = ApiError(400, text) if text else ApiError(500, "the engine failed on this request")
+            self._finish(message["id"], error=error)
+        elif op == "beat":
+            self.stats = message["stats"]
+        elif op == "ready":
+            self.facts, self.state = message["facts"], "ready"
+            self._settled.set()
+        elif op == "failed":
+            self.failure = message["message"]
+
+    def _finish(self, number: int, *, result: Result | None = None, error: ApiError | None = None) -> None:
+        generation = self._generations.pop(number, None)
+        if generation is None:
+            return
+        generation.result = result
+        if result is not None:
+            seconds = time.monotonic() - generation.started
+            self._seconds.append(seconds)
+            if self.on_result is not None:
+                self.on_result(result, seconds)
+        generation.batch.tell(error)
+        if not self._generations:
+            self._idle.set()
+
+    def _die(self) -> None:
+        self.state = "dead"
+        self._settled.set()
+        code = self.process.poll() if self.process is not None else None
+        if self._writer is None or not self._writer.is_closing():
+            logger.error("the engine process has ended (exit code %s)", code)
+        for number in list(self._generations):
+            self._finish(number, error=unavailable("dead"))

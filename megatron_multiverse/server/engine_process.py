@@ -1,0 +1,184 @@
+"""The engine process: owns the engine, reads commands, steps, reports. Started by `engine_client.py`.
+
+It knows nothing of HTTP or text. Messages (see `wire.py`), by their field "op":
+
+- in: start (first), add, cancel;
+- out: ready or failed (once, first), accepted or refused (for each add), step (what was written
+  and what finished), beat.
+
+It ends when the other side of the socket closes, whatever the reason, so no engine is left behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+from megatron_multiverse.config import EngineConfig, SamplingParams
+from megatron_multiverse.data.tokenizers import build_tokenizer
+from megatron_multiverse.dtypes import DTYPES
+from megatron_multiverse.errors import GenerationError, MultiverseError
+from megatron_multiverse.inference.build import build_engine
+from megatron_multiverse.inference.engine import Engine
+from megatron_multiverse.inference.text.request import Request
+from megatron_multiverse.model.device import choose_device
+from megatron_multiverse.server.results import result_to_dict
+from megatron_multiverse.server.wire import Channel, Message
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 0.5
+MOST_FAILURES = 20
+"""Steps that raise in a row before the process gives up: requests end after three, so it is none of theirs."""
+
+
+class EngineHost:
+    """Runs an engine for whoever is at the other end of a channel.
+
+    Args:
+        engine: nobody else may step it.
+        channel: to the HTTP process.
+    """
+
+    def __init__(self, engine: Engine, channel: Channel) -> None:
+        self.engine = engine
+        self.channel = channel
+        self._engine_ids: dict[int, int] = {}  # their number of an answer -> the engine's
+        self._their_ids: dict[int, int] = {}
+        self._writes: list[tuple[int, str, list[int]]] = []
+        self._failures = 0
+        self._last_beat = 0.0
+
+    def run(self) -> None:
+        """Serve until the other side closes."""
+        self._warm_up()
+        self.channel.send({"op": "ready", "facts": self._facts()})
+        while not self.channel.closed:
+            busy = self.engine.has_work
+            waits_to_send = [self.channel] if self.channel.is_behind else []
+            select.select([self.channel], waits_to_send, [], 0 if busy else BEAT_SECONDS)
+            for message in self.channel.receive():
+                self._handle(message)
+            if self.engine.has_work:
+                self._step()
+            if time.monotonic() - self._last_beat >= BEAT_SECONDS:
+                self._last_beat = time.monotonic()
+                self.channel.send({"op": "beat", "stats": self._stats()})
+            self.channel.flush()
+
+    def _handle(self, message: Message) -> None:
+        number = message.get("id", -1)
+        try:
+            if message["op"] == "add":
+                self._add(message)
+            elif message["op"] == "cancel" and number in self._engine_ids:
+                self.engine.cancel(self._engine_ids[number])
+        except GenerationError as error:
+            self.channel.send({"op": "refused", "id": number, "message": str(error)})
+        except Exception:
+            logger.exception("message %r of answer %d failed", message["op"], number)
+            self.channel.send({"op": "refused", "id": number, "message": ""})
+
+    def _add(self, message: Message) -> None:
+        sampling = dict(message["sampling"], stop_token_ids=tuple(message["sampling"]["stop_token_ids"]))
+        request = Request(
+            prompt_ids=message["prompt_ids"], sampling=SamplingParams(**sampling), sample=message["sample"]
+        )
+        own = self.engine.add_request(request, on_token=self._hear if message["stream"] else None)
+        self._engine_ids[message["id"]], self._their_ids[own] = own, message["id"]
+        self.channel.send({"op": "accepted", "id": message["id"]})
+
+    def _hear(self, request_id: int, branch: str, ids: list[int]) -> None:
+        self._writes.append((self._their_ids[request_id], branch, ids))
+
+    def _step(self) -> None:
+        try:
+            results = self.engine.step()
+            self._failures = 0
+        except Exception:
+            logger.exception("a step failed")
+            self._failures += 1
+            if self._failures >= MOST_FAILURES:
+                raise
+            return
+        if not results and not self._writes:
+            return
+        done = []
+        for result in results:
+            number = self._their_ids.pop(result.request_id)
+            del self._engine_ids[number]
+            done.append((number, result_to_dict(result)))
+        self.channel.send({"op": "step", "writes": self._writes, "done": done})
+        self._writes = []
+
+    def _warm_up(self) -> None:
+        """Take a first step, which is slower than the others, before anybody waits for it."""
+        self.engine.generate([Request(prompt_ids=[0], sampling=SamplingParams(max_tokens=1))])
+
+    def _facts(self) -> dict[str, Any]:
+        """What the other side needs to know of the engine to check requests by itself."""
+        return {
+            "max_position": self.engine.max_position,
+            "num_pages": self.engine.book.num_pages,
+            "page_size": self.engine.book.page_size,
+            "max_rows": self.engine.config.max_rows,
+        }
+
+    def _stats(self) -> dict[str, int]:
+        scheduler, book = self.engine.scheduler, self.engine.book
+        return {
+            "steps": self.engine.num_steps,
+            "running": len(scheduler.active),
+            "waiting": len(scheduler.waiting),
+            "branches": len(scheduler.nodes),
+            "pages_free": len(book.free),
+            "pages_cached": len(scheduler.prefixes.pages),
+        }
+
+
+def _start(channel: Channel) -> Engine | None:
+    """The engine that the first message asks for; None if the other side went away before."""
+    messages: list[Message] = []
+    while not messages:
+        select.select([channel], [], [])
+        messages = list(channel.receive())
+        if channel.closed:
+            return None
+    options = messages[0]
+    logging.basicConfig(level=options["log_level"].upper(), format="%(asctime)s engine: %(message)s")
+    try:
+        tokenizer = build_tokenizer(options["tokenizer_type"], options["tokenizer_model"])
+        engine = build_engine(
+            options["load"],
+            tokenizer,
+            EngineConfig(**options["engine"]),
+            dtype=DTYPES[options["dtype"]],
+            device=choose_device(options["device"]),
+        )
+    except (MultiverseError, OSError) as error:
+        channel.send({"op": "failed", "message": str(error)})
+        return None
+    return engine
+
+
+def main() -> None:
+    """Serve the socket whose number is the only argument."""
+    # Both reach the whole process group, in a terminal and under SLURM. The HTTP process decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    engine = _start(channel)
+    if engine is not None:
+        EngineHost(engine, channel).run()
+    while channel.is_behind and not channel.closed:
+        select.select([], [channel], [])
+        channel.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Fields that several routes share: how an answer is drawn, where it ends, and what is special about Multiverse.
+
+The names are those of the clients: OpenAI's, with the extensions of vLLM and Megatron. Every field of theirs is either
+here, and honoured, or in `REFUSED`, and then any value but the neutral ones is an error that names it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from megatron_multiverse.config import SamplingParams
+from megatron_multiverse.errors import GenerationError
+from megatron_multiverse.server.body import Fields, check_others
+from megatron_multiverse.server.config import LimitConfig
+from megatron_multiverse.server.errors import refuse
+from megatron_multiverse.server.model import ServedModel
+
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "cache_salt": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "multi_modal_data": (),
+    "prompt_embeds": (),
+    "response_format": ({"type": "text"},),
+    "streaming_interval": (1,),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+}
+"""Fields of the OpenAI routes that are not served, with the values that ask for nothing."""
+
+
+class StreamOptions(Fields):
+    """`stream_options`."""
+
+    include_usage: bool | None = None
+
+
+class MultiverseFields(Fields):
+    """The object `multiverse` of a request."""
+
+    enabled: bool = True
+    """Whether `</Goal>` forks. If not, the whole answer is one sequence."""
+    max_branches: Annotated[int, Field(ge=1)] | None = None
+    """Goals with more outlines stay plain text."""
+    max_depth: Count | None = None
+    """Blocks nested deeper stay plain text."""
+    max_concurrent_branches: Annotated[int, Field(ge=1)] | None = None
+    """Most branches that run at once; 1 decodes path after path, with the same answer."""
+    max_critical_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens on the longest chain."""
+    stream_mode: Literal["linear", "branches"] = "linear"
+    """How a stream comes: in the order of the text, or as branches write, each piece with the name of its branch."""
+    return_tree: bool = False
+    """Whether the answer also comes as data: ids, positions, labels, log-probabilities and parents of all tokens."""
+    separate_reasoning: bool = False
+    """Whether the thought, what stands between the Think tags, comes as `reasoning_content` instead of as content."""
+
+
+class GenerationFields(Fields):
+    """Fields of a route that generates text."""
+
+    model: str | None = None
+    temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    seed: Seed | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    """Taken and not used: OpenAI's clients send it for their provider's own watch."""
+    multiverse: MultiverseFields | None = None
+
+    @property
+    def ours(self) -> MultiverseFields:
+        """The object `multiverse`, with its defaults."""
+        return self.multiverse or MultiverseFields()
+
+    @property
+    def count(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with what it used."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def check(self, model: ServedModel, limits: LimitConfig) -> None:
+        """Refuse what no route can serve.
+
+        Raises:
+            ApiError: 400 or 404, naming the field.
+        """
+        model.check_name(self.model)
+        check_others(self, REFUSED)
+        check_others(self.ours, {})
+        if self.count > limits.max_n:
+            raise refuse("n", f"{self.count} answers asked for, at most {limits.max_n} are allowed")
+        if self.stop_token_ids:
+            model.check_ids("stop_token_ids", self.stop_token_ids)
+
+    def stop_texts(self, limits: LimitConfig) -> list[str]:
+        """`stop` as a list.
+
+        Raises:
+            ApiError: 400, too many or too long.
+        """
+        texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(texts) > limits.max_stop:
+            raise refuse("stop", f"{len(texts)} texts, at most {limits.max_stop} are allowed")
+        for text in texts:
+            if not 1 <= len(text) <= limits.max_stop_characters:
+                raise refuse("stop", f"a text of {len(text)} characters; 1 to {limits.max_stop_characters} are allowed")
+        return texts
+
+    def sampling(self, model: ServedModel, limits: LimitConfig, max_tokens: int) -> SamplingParams:
+        """What to ask of the engine.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        if self.stop_texts(limits):
+            raise refuse("stop", "not supported by this server yet; give stop_token_ids")
+        ours, top_p = self.ours, self.top_p
+        greedy = top_p == 0  # the smallest set of tokens with any probability is the most likely one
+        stop_ids = [*(self.stop_token_ids or []), *([] if self.ignore_eos else model.end_ids)]
+        return make_sampling(
+            max_tokens=max_tokens,
+            max_critical_tokens=ours.max_critical_tokens,
+            temperature=0.0 if greedy else 1.0 if self.temperature is None else float(self.temperature),
+            top_k=max(0, self.top_k or 0),
+            top_p=1.0 if greedy or top_p is None else float(top_p),
+            seed=self.seed,
+            max_concurrent_branches=ours.max_concurrent_branches,
+            stop_token_ids=tuple(stop_ids),
+            ignore_eos=bool(self.ignore_eos),
+        )
+
+
+def make_sampling(*, seed: int | None, **values: Any) -> SamplingParams:
+    """Parameters of the engine; without a seed every answer is another.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    try:
+        return SamplingParams(seed=secrets.randbits(63) if seed is None else seed, **values)
+    except GenerationError as error:
+        text = str(error)
+        raise refuse(text.split()[0], text.partition(" ")[2]) from error

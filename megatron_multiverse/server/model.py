@@ -1,0 +1,109 @@
+"""What the HTTP process knows of the model: its names, its tokenizer, its chat template."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_multiverse.data.end_tokens import end_ids
+from megatron_multiverse.data.tokenizers import MultiverseTokenizer
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.server.config import ServerConfig
+from megatron_multiverse.server.errors import ApiError, refuse
+
+logger = logging.getLogger(__name__)
+
+CHATML = (
+    "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+"""Qwen's form, for its vocabulary without a template."""
+PLAIN = "{%- for message in messages %}{{ message.content }}{{ '\\n' if not loop.last }}{%- endfor %}"
+"""For vocabularies without tokens for turns."""
+THREAD_CHARACTERS = 4096
+"""Longer texts are tokenized in a thread, so that they do not hold up the streams of others."""
+
+
+class ServedModel:
+    """The model as clients see it.
+
+    Args:
+        config: options of the server.
+        tokenizer: of the model.
+
+    Raises:
+        ConfigError: a chat template or generation_config.json that cannot be read.
+    """
+
+    def __init__(self, config: ServerConfig, tokenizer: MultiverseTokenizer) -> None:
+        self.name = config.model_name
+        self.tokenizer = tokenizer
+        self.template = _chat_template(config, tokenizer)
+        self.end_ids = end_ids(config.load, tokenizer)
+        """Ids that end an answer, beside the tokenizer's own."""
+
+    def check_name(self, name: str | None) -> None:
+        """Refuse requests for another model. Clients of Megatron's server, which has no names, say "EMPTY".
+
+        Raises:
+            ApiError: 404.
+        """
+        if name not in (None, "", "EMPTY", self.name):
+            raise ApiError(
+                404,
+                f"no model {name[:80]!r} here; this server has {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text; nothing is added."""
+        if sum(map(len, texts)) < THREAD_CHARACTERS:
+            return self.tokenizer.tokenize_batch(texts)
+        return await asyncio.to_thread(self.tokenizer.tokenize_batch, texts)
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of ids, tags included."""
+        if len(ids) < THREAD_CHARACTERS // 4:
+            return self.tokenizer.detokenize(ids)
+        return await asyncio.to_thread(self.tokenizer.detokenize, ids)
+
+    def check_ids(self, param: str, ids: Sequence[int]) -> None:
+        """Refuse ids that the vocabulary does not have.
+
+        Raises:
+            ApiError: 400, naming the first.
+        """
+        size = self.tokenizer.vocab_size
+        for token in ids:
+            if not 0 <= token < size:
+                raise refuse(param, f"{token} is no token id; the vocabulary has 0 to {size - 1}")
+
+    async def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        """A conversation as the text of a prompt.
+
+        Raises:
+            ApiError: 400, the template does not take these messages.
+        """
+        try:
+            return await asyncio.to_thread(
+                self.tokenizer.render_conversation, messages, template=self.template, **variables
+            )
+        except Exception as error:
+            logger.info("the chat template refused a conversation: %r", error)
+            raise refuse("messages", "the chat template of the model does not take this conversation") from error
+
+
+def _chat_template(config: ServerConfig, tokenizer: MultiverseTokenizer) -> str:
+    if config.chat_template is not None:
+        try:
+            return config.chat_template.read_text(encoding="utf-8")
+        except UnicodeError as error:
+            raise ConfigError(f"--chat-template {config.chat_template} is not UTF-8 text") from error
+    if tokenizer.chat_template is not None:
+        return tokenizer.chat_template
+    is_chatml = "<|im_start|>" in tokenizer.id_to_text
+    logger.info("the tokenizer has no chat template: messages become %s", "ChatML" if is_chatml else "plain text")
+    return CHATML if is_chatml else PLAIN

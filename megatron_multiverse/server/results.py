@@ -1,0 +1,41 @@
+"""Results of the engine as plain data, and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from megatron_multiverse.inference.text.result import BlockResult, BranchResult, Result, TimelineSpan
+
+
+def result_to_dict(result: Result) -> dict[str, Any]:
+    """Everything known of an answer, in lists, maps, numbers and texts."""
+    # Not `asdict` of the whole: it would copy the lists of tokens one number at a time.
+    fields = dict(vars(result))
+    fields["blocks"] = [asdict(block) for block in result.blocks]
+    fields["timeline"] = [list(span) for span in result.timeline]
+    fields["malformed"] = dict(result.malformed)
+    return fields
+
+
+def result_from_dict(fields: dict[str, Any]) -> Result:
+    """The inverse of `result_to_dict`."""
+    fields = dict(fields)
+    blocks = fields.pop("blocks")
+    timeline = fields.pop("timeline")
+    malformed = fields.pop("malformed")
+    return Result(
+        **fields,
+        blocks=[_block_from_dict(block) for block in blocks],
+        timeline=[TimelineSpan(*span) for span in timeline],
+        malformed=Counter(malformed),
+    )
+
+
+def _block_from_dict(block: dict[str, Any]) -> BlockResult:
+    branches = [
+        BranchResult(**{**branch, "path": tuple((number, path) for number, path in branch["path"])})
+        for branch in block["branches"]
+    ]
+    return BlockResult(**{**block, "branches": branches})

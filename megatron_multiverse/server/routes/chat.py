@@ -1,0 +1,241 @@
+"""`/v1/chat/completions` and `/chat/completions`: OpenAI's chat, with Megatron's and vLLM's extensions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.server import shapes
+from megatron_multiverse.server.answer import Piece, ThoughtSplitter
+from megatron_multiverse.server.body import Fields, check_others, read_fields
+from megatron_multiverse.server.engine_client import Batch
+from megatron_multiverse.server.errors import refuse
+from megatron_multiverse.server.fields import Count, GenerationFields
+from megatron_multiverse.server.model import ServedModel
+from megatron_multiverse.server.serving import complete, pieces, submit
+from megatron_multiverse.server.streams import DONE, PING, EventStream, event
+
+router = APIRouter()
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+"""Fields of chat that are not served, with the values that ask for nothing."""
+
+TEMPLATE_NAMES = frozenset({"messages", "conversations", "chat_template", "documents", "tools"})
+"""Names that the template itself is given."""
+
+
+class TextPart(Fields):
+    """A part of a message in OpenAI's longer form."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(Fields):
+    """One turn."""
+
+    role: str
+    content: str | list[TextPart] | None = None
+    reasoning_content: str | None = None
+    prompt_token_ids: list[int] | None = None
+    generation_token_ids: list[int] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The turn as templates take it: its content one text.
+
+        Raises:
+            ApiError: 400 for parts that are no text.
+        """
+        content = self.content or ""
+        if not isinstance(content, str):
+            for part in content:
+                if part.type != "text" or part.text is None:
+                    raise refuse("messages", f"a part of type {part.type[:40]!r}; only text is served")
+            content = "".join(part.text or "" for part in content)
+        plain = {"role": self.role, "content": content}
+        return plain if self.reasoning_content is None else plain | {"reasoning_content": self.reasoning_content}
+
+
+class ChatFields(GenerationFields):
+    """Fields of the route."""
+
+    messages: list[Message]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Count | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    prevent_retokenization: bool | None = None
+    return_tokenized_data: bool | None = None
+
+
+@router.post("/v1/chat/completions")
+@router.post("/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    """The next turn of a conversation."""
+    fields = await read_fields(request, ChatFields)
+    model, limits = request.app.state.model, request.app.state.config.limits
+    fields.check(model, limits)
+    check_others(fields, REFUSED)
+    if fields.logprobs:
+        raise refuse("logprobs", "not supported by this server yet; leave it out")
+    prompt = await chat_prompt(fields, model)
+    sampling = fields.sampling(model, limits, _max_tokens(fields, request.app.state.client.facts, len(prompt)))
+    answer = _Answer(request, fields, prompt)
+    if fields.stream:
+        batch = await submit(request, [prompt], sampling, fields.count, stream=True)
+        return EventStream(answer.events(batch), idle_timeout=limits.idle_stream_timeout)
+    results = await complete(request, [prompt], sampling, fields.count)
+    return JSONResponse(await answer.whole(results))
+
+
+async def chat_prompt(fields: ChatFields, model: ServedModel) -> list[int]:
+    """The conversation as ids.
+
+    Where the last turn of the assistant brings the ids that it was made of (`prevent_retokenization`), they are used as
+    they are, and only what comes after it is tokenized: text tokenized again could give other ids than were drawn.
+
+    Raises:
+        ApiError: 400, naming what is wrong.
+    """
+    if not fields.messages:
+        raise refuse("messages", "empty; give at least one message")
+    variables = dict(fields.chat_template_kwargs or {})
+    taken = TEMPLATE_NAMES & variables.keys()
+    if taken:
+        raise refuse("chat_template_kwargs", f"{sorted(taken)[0]} cannot be given")
+    goes_on = bool(fields.continue_final_message)
+    variables["add_generation_prompt"] = not goes_on and fields.add_generation_prompt is not False
+    variables["continue_final_message"] = goes_on
+    messages = [message.plain() for message in fields.messages]
+    text = await model.render(messages, variables)
+    kept = _kept_ids(fields, model)
+    if kept is None:
+        ids = (await model.tokenize([text]))[0]
+    else:
+        count, known = kept
+        before = await model.render(messages[:count], {"add_generation_prompt": False})
+        content = messages[count - 1]["content"]
+        end = before.rfind(content) + len(content)
+        if not content or not text.startswith(before) or end < len(content):
+            raise refuse("messages", "this chat template changes earlier turns; set prevent_retokenization to false")
+        ids = known + (await model.tokenize([text[end:]]))[0]
+    if not ids:
+        raise refuse("messages", "the conversation has no tokens")
+    return ids
+
+
+def _kept_ids(fields: ChatFields, model: ServedModel) -> tuple[int, list[int]] | None:
+    """(messages up to and with the last one of the assistant, its ids with those of the prompt before it)."""
+    if fields.prevent_retokenization is False:
+        return None
+    for count in range(len(fields.messages), 0, -1):
+        message = fields.messages[count - 1]
+        if message.role == "assistant":
+            if message.prompt_token_ids is None or message.generation_token_ids is None:
+                return None
+            ids = [*message.prompt_token_ids, *message.generation_token_ids]
+            model.check_ids("messages", ids)
+            return count, ids
+    return None
+
+
+def _max_tokens(fields: ChatFields, facts: dict[str, Any], prompt: int) -> int:
+    """What was asked for; by default as much as fits the model and its cache."""
+    asked = fields.max_completion_tokens if fields.max_completion_tokens is not None else fields.max_tokens
+    if asked is not None or not facts:
+        return 1 if asked is None else asked
+    return max(1, min(facts["max_position"], facts["num_pages"] * facts["page_size"]) - prompt)
+
+
+class _Answer:
+    """Makes the objects of one answer."""
+
+    def __init__(self, request: Request, fields: ChatFields, prompt: Sequence[int]) -> None:
+        self.request = request
+        self.fields = fields
+        self.prompt = prompt
+        self.model: ServedModel = request.app.state.model
+        self.head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": self.model.name,
+        }
+
+    async def whole(self, results: Sequence[Result]) -> dict[str, Any]:
+        """The whole answer as one object."""
+        choices = [await self._choice(index, result) for index, result in enumerate(results)]
+        return self.head | {"choices": choices, "usage": shapes.usage(results, [self.prompt])}
+
+    async def _choice(self, index: int, result: Result) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": await self.model.detokenize(result.token_ids)}
+        if self.fields.ours.separate_reasoning:
+            splitter = ThoughtSplitter(self.model.tokenizer, split=True)
+            parts = splitter.push(result.token_ids), splitter.finish()
+            message["content"], message["reasoning_content"] = ("".join(texts) for texts in zip(*parts, strict=True))
+        if self.fields.return_tokenized_data:
+            message |= {"prompt_token_ids": result.prompt_ids, "generation_token_ids": result.token_ids}
+            message["generation_log_probs"] = result.logprobs
+        choice = {"index": index, "message": message, "logprobs": None, "finish_reason": result.finish_reason}
+        return choice | self._extras(result)
+
+    def _extras(self, result: Result) -> dict[str, Any]:
+        if self.fields.multiverse is None:
+            return {}
+        return {"multiverse": shapes.multiverse(result, tree=self.fields.ours.return_tree)}
+
+    async def events(self, batch: Batch) -> AsyncGenerator[bytes, None]:
+        """The answer as a stream."""
+        results = []
+        self.head["object"] = "chat.completion.chunk"
+        for index in range(len(batch.generations)):  # choices open in the order of their index, the role only here
+            delta = {"role": "assistant", "content": ""}
+            yield self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
+        async for piece in pieces(self.request, batch, self.fields.ours):
+            if piece is None:
+                yield PING
+                continue
+            for choice in self._deltas(piece):
+                yield self._chunk(choice)
+            if piece.result is not None:
+                results.append(piece.result)
+        if self.fields.wants_usage:
+            yield event(self.head | {"choices": [], "usage": shapes.usage(results, [self.prompt])})
+        yield DONE
+
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        usage = {"usage": None} if self.fields.wants_usage else {}
+        return event(self.head | {"choices": [choice]} | usage)
+
+    def _deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        """A piece as choices of chunks; the last piece of an answer ends with one that has no text."""
+        delta: dict[str, Any] = {}
+        if piece.thought:
+            delta["reasoning_content"] = piece.thought
+        if piece.text or piece.opens or piece.closes:
+            delta["content"] = piece.text
+        choices: list[dict[str, Any]] = []
+        if delta:
+            choice = {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": None}
+            choices.append(choice | shapes.branch_label(piece))
+        if piece.result is not None:
+            last = {"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": piece.result.finish_reason}
+            choices.append(last | self._extras(piece.result))
+        return choices

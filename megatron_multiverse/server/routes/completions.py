@@ -1,0 +1,139 @@
+"""`/v1/completions` and `/completions`: OpenAI's text completions, with Megatron's and vLLM's extensions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.server import shapes
+from megatron_multiverse.server.answer import Piece
+from megatron_multiverse.server.body import read_fields
+from megatron_multiverse.server.config import LimitConfig
+from megatron_multiverse.server.engine_client import Batch
+from megatron_multiverse.server.errors import refuse
+from megatron_multiverse.server.fields import Count, GenerationFields
+from megatron_multiverse.server.model import ServedModel
+from megatron_multiverse.server.serving import complete, pieces, submit
+from megatron_multiverse.server.streams import DONE, PING, EventStream, event
+
+router = APIRouter()
+
+DEFAULT_MAX_TOKENS = 16
+
+
+class CompletionFields(GenerationFields):
+    """Fields of the route."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Count | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+
+
+@router.post("/v1/completions")
+@router.post("/completions")
+async def completions(request: Request) -> Response:
+    """Continue one prompt or several."""
+    fields = await read_fields(request, CompletionFields)
+    model, limits = request.app.state.model, request.app.state.config.limits
+    fields.check(model, limits)
+    prompts = await prompt_ids(fields.prompt, model, limits)
+    max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
+    if fields.logprobs is not None:
+        raise refuse("logprobs", "not supported by this server yet; leave it out")
+    sampling = fields.sampling(model, limits, max_tokens)
+    answer = _Answer(request, fields, prompts)
+    if fields.stream:
+        batch = await submit(request, prompts, sampling, fields.count, stream=True)
+        return EventStream(answer.events(batch), idle_timeout=limits.idle_stream_timeout)
+    results = await complete(request, prompts, sampling, fields.count)
+    return JSONResponse(await answer.whole(results))
+
+
+async def prompt_ids(
+    prompt: str | list[str] | list[int] | list[list[int]], model: ServedModel, limits: LimitConfig
+) -> list[list[int]]:
+    """Ids of each prompt of a field that holds one or several, as texts or as ids.
+
+    Raises:
+        ApiError: 400, naming what is wrong.
+    """
+    is_one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
+    prompts: list[Any] = [prompt] if is_one else list(prompt)
+    if not 1 <= len(prompts) <= limits.max_prompts:
+        raise refuse("prompt", f"{len(prompts)} prompts, 1 to {limits.max_prompts} are allowed")
+    ids: list[list[int]] = await model.tokenize(prompts) if isinstance(prompts[0], str) else prompts
+    for one in ids:
+        model.check_ids("prompt", one)
+    if not all(ids):
+        raise refuse("prompt", "an empty prompt; give at least one token")
+    return ids
+
+
+class _Answer:
+    """Makes the objects of one answer."""
+
+    def __init__(self, request: Request, fields: CompletionFields, prompts: Sequence[Sequence[int]]) -> None:
+        self.request = request
+        self.fields = fields
+        self.prompts = prompts
+        self.model: ServedModel = request.app.state.model
+        self.head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.model.name,
+        }
+
+    async def whole(self, results: Sequence[Result]) -> dict[str, Any]:
+        """The whole answer as one object."""
+        choices = [await self._choice(index, result) for index, result in enumerate(results)]
+        return self.head | {"choices": choices, "usage": shapes.usage(results, self.prompts)}
+
+    async def _choice(self, index: int, result: Result) -> dict[str, Any]:
+        shown = [*result.prompt_ids, *result.token_ids] if self.fields.echo else result.token_ids
+        text = await self.model.detokenize(shown)
+        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": result.finish_reason}
+        return choice | self._extras(result)
+
+    def _extras(self, result: Result) -> dict[str, Any]:
+        if self.fields.multiverse is None:
+            return {}
+        return {"multiverse": shapes.multiverse(result, tree=self.fields.ours.return_tree)}
+
+    async def events(self, batch: Batch) -> AsyncGenerator[bytes, None]:
+        """The answer as a stream."""
+        count, results = self.fields.count, []
+        for index in range(len(batch.generations)):  # choices open in the order of their index
+            echoed = await self.model.detokenize(self.prompts[index // count]) if self.fields.echo else ""
+            yield self._chunk({"index": index, "text": echoed, "logprobs": None, "finish_reason": None})
+        async for piece in pieces(self.request, batch, self.fields.ours):
+            if piece is None:
+                yield PING
+                continue
+            yield self._chunk(self._delta(piece))
+            if piece.result is not None:
+                results.append(piece.result)
+        if self.fields.wants_usage:
+            yield event(self.head | {"choices": [], "usage": shapes.usage(results, self.prompts)})
+        yield DONE
+
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        usage = {"usage": None} if self.fields.wants_usage else {}
+        return event(self.head | {"choices": [choice]} | usage)
+
+    def _delta(self, piece: Piece) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": piece.index, "text": piece.text, "logprobs": None, "finish_reason": None}
+        choice |= shapes.branch_label(piece)
+        if piece.result is not None:
+            choice["finish_reason"] = piece.result.finish_reason
+            choice |= self._extras(piece.result)
+        return choice

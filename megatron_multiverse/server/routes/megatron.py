@@ -1,0 +1,103 @@
+"""`PUT /api`: the route of Megatron-LM's text-generation server."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.server import shapes
+from megatron_multiverse.server.body import Fields, check_others, read_fields
+from megatron_multiverse.server.errors import refuse
+from megatron_multiverse.server.fields import Count, MultiverseFields, Number, Seed, make_sampling
+from megatron_multiverse.server.model import ServedModel
+from megatron_multiverse.server.serving import complete
+
+router = APIRouter()
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "beam_width": (),
+    "length_penalty": (1, 1.0),
+    "max_len": (),
+    "prevent_newline_after_colon": (False,),
+    "sentences": (),
+    "stop_on_double_eol": (False,),
+    "top_p_bound": (0, 0.0),
+    "top_p_decay": (0, 0.0),
+}
+"""Fields of Megatron's server that are not served, with the values that ask for nothing. It dropped most of them."""
+
+
+class ApiFields(Fields):
+    """Fields of the route, with the bounds that Megatron's server has for them."""
+
+    prompts: list[str]
+    tokens_to_generate: Count = 64
+    temperature: Annotated[Number, Field(gt=0, le=100)] = 1.0
+    top_k: Annotated[int, Field(ge=0, le=1000)] = 0
+    top_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    logprobs: bool = False
+    add_BOS: bool = False
+    random_seed: Annotated[Seed, Field(ge=0)] | None = None
+    stop_token: int | None = None
+    stop_on_eol: bool = False
+    multiverse: MultiverseFields | None = None
+
+
+@router.put("/api")
+async def api(request: Request) -> Response:
+    """Continue prompts: `text`, `segments` and `tokens` hold prompt and answer together."""
+    fields = await read_fields(request, ApiFields)
+    model, limits = request.app.state.model, request.app.state.config.limits
+    check_others(fields, REFUSED)
+    if not 1 <= len(fields.prompts) <= limits.max_prompts:
+        raise refuse("prompts", f"{len(fields.prompts)} prompts, 1 to {limits.max_prompts} are allowed")
+    if fields.logprobs:
+        raise refuse("logprobs", "not supported by this server yet; leave it out")
+    prompts = await _prompts(fields, model)
+    ours = fields.multiverse or MultiverseFields()
+    stop = [] if fields.stop_token is None else [fields.stop_token]
+    model.check_ids("stop_token", stop)
+    sampling = make_sampling(
+        max_tokens=fields.tokens_to_generate,
+        max_critical_tokens=ours.max_critical_tokens,
+        max_concurrent_branches=ours.max_concurrent_branches,
+        temperature=0.0 if fields.top_k == 1 else float(fields.temperature),
+        top_k=fields.top_k,
+        top_p=float(fields.top_p) or 1.0,  # 0 is off there
+        seed=fields.random_seed,
+        stop_token_ids=(*stop, *model.end_ids),
+    )
+    results = await complete(request, prompts, sampling, 1)
+    return JSONResponse(await _answer(fields, model, results))
+
+
+async def _prompts(fields: ApiFields, model: ServedModel) -> list[list[int]]:
+    begin: list[int] = []
+    if fields.add_BOS:
+        text = model.tokenizer.special_tokens().get("bos_token")
+        if not text:
+            raise refuse("add_BOS", "the tokenizer has no token that begins a text; leave it out")
+        begin = model.tokenizer.tokenize(text)
+    prompts = [begin + ids for ids in await model.tokenize(fields.prompts)]
+    if not all(prompts):
+        raise refuse("prompts", "an empty prompt; give at least one token, or add_BOS")
+    return prompts
+
+
+async def _answer(fields: ApiFields, model: ServedModel, results: list[Result]) -> dict[str, Any]:
+    tokens = [[*result.prompt_ids, *result.token_ids] for result in results]
+    pieces = model.tokenizer.id_to_text
+    answer: dict[str, Any] = {
+        "text": [await model.detokenize(ids) for ids in tokens],
+        "segments": [[pieces[token] for token in ids] for ids in tokens],
+        "tokens": tokens,
+    }
+    if fields.multiverse is not None:
+        answer["multiverse"] = [shapes.multiverse(result, tree=fields.multiverse.return_tree) for result in results]
+        answer["usage"] = shapes.usage(results, [result.prompt_ids for result in results])
+    return answer

@@ -1,0 +1,53 @@
+"""What a server is asked about itself: its models, its health, its metrics, its page."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from megatron_multiverse.server.errors import unavailable
+
+router = APIRouter()
+
+
+@router.get("/health/live")
+async def live() -> Response:
+    """The HTTP process answers. Whether the engine does: /health/ready."""
+    return JSONResponse({"status": "live"})
+
+
+@router.get("/health/ready")
+@router.get("/health")
+@router.get("/v1/health")
+async def ready(request: Request) -> Response:
+    """Whether requests are taken and the engine has given a sign of life."""
+    state = request.app.state
+    condition = "draining" if state.draining else state.client.condition
+    if condition != "ready":
+        raise unavailable(condition)
+    return JSONResponse({"status": "ready", "ready": True})
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    """The one model that is served."""
+    state = request.app.state
+    entry = {
+        "id": state.model.name,
+        "object": "model",
+        "created": state.started,
+        "owned_by": "megatron-multiverse",
+        "max_model_len": state.client.facts.get("max_position"),
+    }
+    return JSONResponse({"object": "list", "data": [entry]})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus text. Made in a thread, so that a scrape holds up no stream."""
+    text = await asyncio.to_thread(generate_latest, request.app.state.metrics.registry)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,151 @@
+"""From a checked request to answers, whole or piece by piece: what the routes that generate text share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+
+from starlette.requests import ClientDisconnect, Request
+
+from megatron_multiverse.config import SamplingParams
+from megatron_multiverse.inference.text.detokenize import IncrementalDetokenizer
+from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.server.answer import AnswerTree, BranchNode, Piece, ThoughtSplitter
+from megatron_multiverse.server.engine_client import Batch, EngineClient, Write
+from megatron_multiverse.server.errors import unavailable
+from megatron_multiverse.server.fields import MultiverseFields
+from megatron_multiverse.server.model import ServedModel
+from megatron_multiverse.server.shapes import check_result
+from megatron_multiverse.server.streams import PING_SECONDS, disconnected
+from megatron_multiverse.structure import Tag
+
+
+async def submit(
+    request: Request, prompts: Sequence[Sequence[int]], sampling: SamplingParams, count: int, *, stream: bool
+) -> Batch:
+    """Ask the engine for `count` answers to each prompt; answers to one prompt follow each other.
+
+    Raises:
+        ApiError: 400, 429 or 503; nothing is left running then.
+    """
+    state = request.app.state
+    if state.draining:
+        raise unavailable("draining")
+    client: EngineClient = state.client
+    client.check_room(len(prompts) * count)
+    asked = [(prompt, sampling, sample) for prompt in prompts for sample in range(count)]
+    batch = client.submit(asked, stream=stream)
+    try:
+        await batch.accepted()
+    except BaseException:
+        batch.cancel()
+        raise
+    return batch
+
+
+async def complete(
+    request: Request, prompts: Sequence[Sequence[int]], sampling: SamplingParams, count: int
+) -> list[Result]:
+    """The answers, complete; none where the client leaves before.
+
+    Raises:
+        ApiError: 400, 429, 500 or 503.
+        ClientDisconnect: nobody waits any more; the answers are cancelled.
+    """
+    batch = await submit(request, prompts, sampling, count, stream=False)
+    working = asyncio.create_task(batch.results())
+    leaving = asyncio.create_task(disconnected(request.receive))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        results = working.result()
+    finally:
+        batch.cancel()
+        for task in (working, leaving):
+            task.cancel()
+    for result in results:
+        check_result(result)
+    return results
+
+
+async def pieces(request: Request, batch: Batch, fields: MultiverseFields) -> AsyncGenerator[Piece | None, None]:
+    """What answers become, as it happens; None now and then while nothing does. Ends when all are complete.
+
+    Raises:
+        ApiError: the engine failed.
+    """
+    model: ServedModel = request.app.state.model
+    kind = _BranchPieces if fields.stream_mode == "branches" else _LinearPieces
+    writers = [kind(index, model, fields) for index in range(len(batch.generations))]
+    started, heard = time.monotonic(), False
+    try:
+        while not batch.is_complete:
+            news = await batch.news(PING_SECONDS)
+            if not news:
+                yield None
+            for index, writes, result in news:
+                if writes and not heard:
+                    heard = True
+                    request.app.state.metrics.first_token.observe(time.monotonic() - started)
+                for piece in writers[index].push(writes, result):
+                    yield piece
+    finally:
+        batch.cancel()
+
+
+class _LinearPieces:
+    """Pieces of one answer in the order of its text: what paths write waits until those before them have ended."""
+
+    def __init__(self, index: int, model: ServedModel, fields: MultiverseFields) -> None:
+        self._index = index
+        self._tree = AnswerTree(_end_path_id(model))
+        self._splitter = ThoughtSplitter(model.tokenizer, split=fields.separate_reasoning)
+
+    def push(self, writes: Sequence[Write], result: Result | None) -> list[Piece]:
+        for name, ids in writes:
+            self._tree.push(name, ids)
+        if result is not None:
+            check_result(result)
+            self._tree.finish()
+        text, thought = self._splitter.push(self._tree.take())
+        if result is not None:
+            last_text, last_thought = self._splitter.finish()
+            text, thought = text + last_text, thought + last_thought
+        if not (text or thought or result):
+            return []
+        return [Piece(index=self._index, text=text, thought=thought, result=result)]
+
+
+class _BranchPieces:
+    """Pieces of one answer as its branches write, each with the name of its branch."""
+
+    def __init__(self, index: int, model: ServedModel, fields: MultiverseFields) -> None:
+        self._index = index
+        self._detokenize = model.tokenizer.detokenize
+        self._tree = AnswerTree(_end_path_id(model))
+        self._detokenizers: dict[BranchNode, IncrementalDetokenizer] = {}
+
+    def push(self, writes: Sequence[Write], result: Result | None) -> list[Piece]:
+        found = []
+        for name, ids in writes:
+            node = self._tree.push(name, ids)
+            opens = node not in self._detokenizers
+            detokenizer = self._detokenizers.setdefault(node, IncrementalDetokenizer(self._detokenize))
+            text = detokenizer.push(ids) + (detokenizer.finish() if node.ended else "")
+            if text or opens or node.ended:
+                found.append(self._piece(node, text, opens=opens and node.block > 0))
+        if result is not None:
+            check_result(result)
+            root = self._tree.root
+            rest = self._detokenizers[root].finish() if root in self._detokenizers else ""
+            found.append(Piece(index=self._index, text=rest, branch="", result=result))
+        return found
+
+    def _piece(self, node: BranchNode, text: str, *, opens: bool) -> Piece:
+        return Piece(index=self._index, text=text, branch=node.name, block=node.block, opens=opens, closes=node.ended)
+
+
+def _end_path_id(model: ServedModel) -> int:
+    return model.tokenizer.structure_vocab.tag_ids[Tag.END_PATH]

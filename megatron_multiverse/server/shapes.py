@@ -1,0 +1,100 @@
+"""The objects of answers: usage, and what is special about Multiverse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.server.answer import Piece
+from megatron_multiverse.server.errors import ApiError
+from megatron_multiverse.server.results import result_to_dict
+
+
+def usage(results: Sequence[Result], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What answers used. Each prompt counts once, however many answers it got; tokens of all branches count.
+
+    Args:
+        results: the answers.
+        prompts: the prompts, each once.
+    """
+    prompt_tokens = sum(map(len, prompts))
+    completion = sum(len(result.token_ids) for result in results)
+    critical = sum(result.critical_tokens for result in results)
+    in_branches = sum(
+        block.branches[-1].end - block.branches[0].start
+        for result in results
+        for block in result.blocks
+        if not block.parent  # inner blocks lie within outer ones
+    )
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(result.cached_tokens for result in results)},
+        "critical_tokens": critical,
+        "branch_tokens": in_branches,
+        "num_parallel": round(completion / critical, 4) if critical else 1.0,
+    }
+
+
+def multiverse(result: Result, *, tree: bool) -> dict[str, Any]:
+    """The object `multiverse` of one answer.
+
+    Args:
+        result: the answer.
+        tree: whether to tell everything known of every token.
+    """
+    blocks = [
+        {
+            "id": block.number,
+            "parent": block.parent,
+            "branches": [
+                {
+                    "branch": branch.name,
+                    "outline": branch.outline,
+                    "tokens": branch.end - branch.start,
+                    "finish_reason": branch.finish,
+                    "forced_close": branch.finish != "path_end",
+                }
+                for branch in block.branches
+            ],
+        }
+        for block in result.blocks
+    ]
+    found: dict[str, Any] = {
+        "critical_tokens": result.critical_tokens,
+        "num_parallel": round(result.num_parallel, 4),
+        "decode_steps": result.decode_steps,
+        "preemptions": result.preemptions,
+        "malformed": dict(result.malformed),
+        "blocks": blocks,
+    }
+    if tree:
+        fields = result_to_dict(result)
+        del fields["request_id"], fields["error"]
+        found["tree"] = fields | {"sampled": result.sampled}
+    return found
+
+
+def branch_label(piece: Piece) -> dict[str, Any]:
+    """What a chunk of a stream in branches says beside its text. Never inside `delta`: the SDK's helper adds up what it
+    does not know there."""
+    if piece.branch is None:
+        return {}
+    label: dict[str, Any] = {"branch": piece.branch, "block": piece.block}
+    if piece.opens:
+        label["event"] = "open"
+    elif piece.closes:
+        label["event"] = "close"
+    return {"multiverse": label}
+
+
+def check_result(result: Result) -> None:
+    """Refuse to pass on an answer that failed.
+
+    Raises:
+        ApiError: 500. What failed stands in the log of the engine; its text is not for clients.
+    """
+    if result.finish_reason == "error":
+        raise ApiError(500, "the engine failed on this request; the log of the server says more", code="engine_error")

@@ -1,0 +1,175 @@
+"""Clients leave, queues fill, engines die, servers end: nobody waits for ever, and nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pytest
+
+from megatron_multiverse.config import EngineConfig
+from megatron_multiverse.server.config import LimitConfig
+from tests.unit.server.running import PROMPT, Running, running
+
+LONG = {"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
+
+
+def events(lines: Iterator[str]) -> Iterator[Any]:
+    for line in lines:
+        if line.startswith("data: "):
+            yield line[6:] if line == "data: [DONE]" else json.loads(line[6:])
+
+
+def wait_for_work(server: Running, answers: int = 1) -> None:
+    limit = time.monotonic() + 10
+    while len(server.engine.scheduler.active) + len(server.engine.scheduler.waiting) < answers:
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("body", [LONG, LONG | {"n": 3, "temperature": 1}, LONG | {"stream": True}], ids=str)
+def test_a_client_that_leaves_frees_all_branches(server: Running, body: dict[str, Any]) -> None:
+    with socket.create_connection(tuple(server.url.removeprefix("http://").split(":"))) as connection:  # type: ignore[arg-type]
+        content = json.dumps(body).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(content)
+        connection.sendall(head + content)
+        wait_for_work(server, body.get("n", 1))
+        steps = server.engine.num_steps
+        while server.engine.num_steps < steps + 60:  # well into the first block
+            time.sleep(0.002)
+    server.wait_until_free()
+    assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_others_write_the_same_while_some_leave(server: Running) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 900, "temperature": 0}
+    alone = server.post("/v1/completions", body).json()["choices"][0]["text"]
+    texts: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: texts.append(server.post("/v1/completions", body).json()["choices"][0]["text"]))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for _ in range(4):
+        with httpx2.stream("POST", server.url + "/v1/completions", json=LONG | {"stream": True}) as stream:
+            next(stream.iter_raw())
+    for thread in threads:
+        thread.join()
+    assert texts == [alone] * 3
+    server.wait_until_free()
+
+
+def test_a_full_queue_asks_to_come_later() -> None:
+    with running(limits=LimitConfig(max_queued=2)) as server:
+        with httpx2.stream("POST", server.url + "/v1/completions", json=LONG | {"stream": True, "n": 2}) as stream:
+            next(stream.iter_raw())
+            for body in (LONG, LONG | {"stream": True}):
+                response = server.post("/v1/completions", body)
+                assert response.status_code == 429 and response.json()["error"]["code"] == "queue_full"
+                assert 1 <= int(response.headers["retry-after"]) <= 120
+        server.wait_until_free()
+        assert server.post("/v1/completions", LONG | {"max_tokens": 2}).status_code == 200
+        assert server.post("/v1/completions", LONG | {"max_tokens": 2, "n": 3}).status_code == 429
+
+
+def test_an_answer_that_takes_too_long_is_cut() -> None:
+    with running(limits=LimitConfig(request_timeout=0.3)) as server:
+        choice = server.post("/v1/completions", LONG | {"max_tokens": 3000}).json()["choices"][0]
+        assert choice["finish_reason"] == "abort" and choice["text"].startswith("<Think>")
+        server.wait_until_free()
+
+
+def test_a_dead_engine_fails_all_that_wait_and_the_server_says_so() -> None:
+    with running() as server:
+        found: dict[str, Any] = {}
+
+        def stream() -> None:
+            body = LONG | {"stream": True}
+            with httpx2.stream("POST", server.url + "/v1/completions", json=body, timeout=30) as response:
+                found["events"] = list(events(response.iter_lines()))
+
+        def whole() -> None:
+            found["whole"] = httpx2.post(server.url + "/v1/completions", json=LONG, timeout=30)
+
+        threads = [threading.Thread(target=stream), threading.Thread(target=whole)]
+        for thread in threads:
+            thread.start()
+        wait_for_work(server, 2)
+        start = time.monotonic()
+        server.theirs.shutdown(socket.SHUT_RDWR)  # what a killed process leaves
+        for thread in threads:
+            thread.join()
+        assert time.monotonic() - start < 10
+        assert found["whole"].status_code == 503 and found["whole"].json()["error"]["code"] == "dead"
+        assert found["events"][-1]["error"]["code"] == "dead", "an error, and no [DONE] after it"
+        assert server.http.get("/health/ready").status_code == 503
+        assert server.http.get("/health/live").status_code == 200
+        assert server.post("/v1/completions", LONG).status_code == 503
+
+
+def test_a_step_that_raises_ends_in_one_error_without_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running() as server:
+        launch = server.engine.runner.launch
+
+        def fail(plan: Any) -> Any:
+            raise RuntimeError("secret at 0x7f00")
+
+        monkeypatch.setattr(server.engine.runner, "launch", fail)
+        response = server.post("/v1/completions", LONG)
+        assert response.status_code == 500 and "secret" not in response.text and "0x7f00" not in response.text
+        with httpx2.stream("POST", server.url + "/v1/completions", json=LONG | {"stream": True}) as stream:
+            found = list(events(stream.iter_lines()))
+        assert found[-1]["error"]["type"] == "internal_server_error" and "secret" not in str(found)
+        monkeypatch.setattr(server.engine.runner, "launch", launch)
+        assert server.post("/v1/completions", LONG | {"max_tokens": 5}).status_code == 200
+
+
+def test_an_error_of_the_server_gives_a_number_and_not_its_text(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(server.client, "check_room", fail)
+    response = server.post("/v1/completions", LONG)
+    assert response.status_code == 500 and "secret" not in response.text
+    number = response.json()["message"].split()[2].rstrip(";")
+    assert number in caplog.text and "secret" in caplog.text
+
+
+def test_a_squeezed_cache_changes_no_answer(server: Running) -> None:
+    body = {"prompt": [PROMPT] * 4, "max_tokens": 700, "temperature": 0, "multiverse": {}}
+    expected = server.post("/v1/completions", body).json()["choices"]
+    with running(engine=EngineConfig(max_rows=16, num_pages=50)) as small:
+        found = small.post("/v1/completions", body).json()["choices"]
+        small.wait_until_free()
+    assert [choice["text"] for choice in found] == [choice["text"] for choice in expected]
+    assert sum(choice["multiverse"]["preemptions"] for choice in found) > 0
+
+
+def test_metrics_tell_of_answers_branches_and_refusals(server: Running) -> None:
+    def value(name: str) -> float:
+        lines = server.http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    names = ["multiverse_blocks_total", "multiverse_branches_total", 'multiverse_tokens_total{kind="generated"}']
+    names += [
+        'multiverse_http_responses_total{route="/v1/completions",status="400"}',
+        "multiverse_request_seconds_count",
+    ]
+    before = {name: value(name) for name in names}
+    body = {"prompt": PROMPT, "max_tokens": 900, "temperature": 0}
+    usage = server.post("/v1/completions", body).json()["usage"]
+    server.post("/v1/completions", {"prompt": 5})
+    changes = {name: value(name) - before[name] for name in names}
+    assert list(changes.values()) == [1, 2, usage["completion_tokens"], 1, 1]
+    server.wait_until_free()
+    time.sleep(0.6)  # a beat
+    assert value("multiverse_engine_up") == 1 and value("multiverse_requests_running") == 0
+    assert value("multiverse_cache_pages_free") == server.engine.book.num_pages

@@ -1,0 +1,150 @@
+"""The OpenAI SDK, unmodified, as users call it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from megatron_multiverse.structure import TAGS
+from tests.unit.server.running import PROMPT, Running
+
+NAME = "model"
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as made:
+        yield made
+
+
+def test_models(client: openai.OpenAI) -> None:
+    (model,) = client.models.list()
+    assert model.id == NAME
+
+
+def test_completions_whole_and_streamed_are_the_same(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=900, temperature=0)
+    text, usage = whole.choices[0].text, whole.usage
+    assert "Answer: A = 1550; B = 124" in text and whole.choices[0].finish_reason == "stop" and usage is not None
+    assert usage.num_parallel > 1 and usage.critical_tokens < usage.completion_tokens  # type: ignore[attr-defined]
+    chunks = list(
+        client.completions.create(
+            model=NAME,
+            prompt=PROMPT,
+            max_tokens=900,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == text
+    assert chunks[-1].choices == [] and chunks[-1].usage == usage
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
+    assert len(chunks) > 50
+
+
+def test_several_prompts_and_answers_keep_their_order(client: openai.OpenAI) -> None:
+    prompts = ["Work out A = 1 + 2.", "Work out A = 3 + 4."]
+    whole = client.completions.create(model=NAME, prompt=prompts, max_tokens=20, n=2, temperature=2, seed=3, echo=True)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    for choice in whole.choices:
+        assert choice.text.startswith(prompts[choice.index // 2])
+    assert len({choice.text for choice in whole.choices[:2]}) == 2, "answers to one prompt differ"
+    streamed: dict[int, str] = defaultdict(str)
+    first = []
+    for chunk in client.completions.create(
+        model=NAME, prompt=prompts, max_tokens=20, n=2, temperature=2, seed=3, echo=True, stream=True
+    ):
+        (choice,) = chunk.choices
+        first += [choice.index] * (choice.index not in streamed)
+        streamed[choice.index] += choice.text
+    assert [streamed[k] for k in range(4)] == [choice.text for choice in whole.choices] and first == [0, 1, 2, 3]
+
+
+def test_without_a_seed_every_answer_is_another(client: openai.OpenAI) -> None:
+    texts = {client.completions.create(model=NAME, prompt="abc", max_tokens=30).choices[0].text for _ in range(3)}
+    assert len(texts) == 3
+
+
+def test_chat_and_its_stream_helper(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": PROMPT}]
+    whole = client.chat.completions.create(model=NAME, messages=messages, temperature=0)  # type: ignore[arg-type]
+    content = whole.choices[0].message.content
+    assert content is not None and content.endswith("Answer: A = 1550; B = 124")
+    assert whole.choices[0].message.role == "assistant"
+    with client.chat.completions.stream(model=NAME, messages=messages, temperature=0) as stream:  # type: ignore[arg-type]
+        for _ in stream:
+            pass
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == content and final.choices[0].message.role == "assistant"
+
+
+def test_thoughts_apart_whole_and_streamed(client: openai.OpenAI) -> None:
+    options = {"model": NAME, "messages": [{"role": "user", "content": PROMPT}], "temperature": 0}
+    options["extra_body"] = {"multiverse": {"separate_reasoning": True}}
+    message = client.chat.completions.create(**options).choices[0].message  # type: ignore[call-overload]
+    assert message.content.strip() == "Answer: A = 1550; B = 124"
+    assert "<Path>" in message.reasoning_content and "Think>" not in message.reasoning_content
+    content, thought = "", ""
+    for chunk in client.chat.completions.create(**options, stream=True):  # type: ignore[call-overload]
+        content += chunk.choices[0].delta.content or ""
+        thought += getattr(chunk.choices[0].delta, "reasoning_content", "")
+    assert (content, thought) == (message.content, message.reasoning_content)
+
+
+def test_branches_side_by_side(client: openai.OpenAI) -> None:
+    """Labels stand beside the text, not in it; the pieces of each branch are its text."""
+    options = {"model": NAME, "messages": [{"role": "user", "content": PROMPT}], "temperature": 0}
+    whole = client.chat.completions.create(**options).choices[0].message.content  # type: ignore[call-overload]
+    texts: dict[str, str] = defaultdict(str)
+    order, marks = [], []
+    extra = {"multiverse": {"stream_mode": "branches"}}
+    for chunk in client.chat.completions.create(**options, stream=True, extra_body=extra):  # type: ignore[call-overload]
+        (choice,) = chunk.choices
+        assert not choice.delta.model_extra
+        label = getattr(choice, "multiverse", None)
+        if label is None or "branch" not in label:
+            continue
+        texts[label["branch"]] += choice.delta.content
+        order.append(label["branch"])
+        if "event" in label:
+            marks.append((label["event"], label["branch"], label["block"]))
+    assert marks == [("open", "1", 1), ("open", "2", 1), ("close", "2", 1), ("close", "1", 1)]
+    before, after = texts[""].split("</Goal>")
+    assert before + "</Goal>" + texts["1"] + texts["2"] + after == whole
+    inner = order[order.index("2") : len(order) - order[::-1].index("2")]
+    assert inner.count("1") > 20 and inner.count("2") > 20, "they write at the same time"
+
+
+def test_the_tree_as_data(client: openai.OpenAI) -> None:
+    options = {"model": NAME, "prompt": PROMPT, "max_tokens": 900, "temperature": 0}
+    choice = client.completions.create(**options, extra_body={"multiverse": {"return_tree": True}}).choices[0]  # type: ignore[call-overload]
+    (block,) = choice.multiverse["blocks"]
+    assert [branch["branch"] for branch in block["branches"]] == ["1", "2"]
+    assert all(branch["finish_reason"] == "path_end" and not branch["forced_close"] for branch in block["branches"])
+    tree = choice.multiverse["tree"]
+    count = len(tree["token_ids"])
+    assert all(len(tree[name]) == count for name in ("logprobs", "position_ids", "labels", "parents", "sampled"))
+    assert [logprob is not None for logprob in tree["logprobs"]] == tree["sampled"]
+    assert not any(tag in choice.text.split("</Conclusion>")[-1] for tag in TAGS[6:])
+
+
+def test_errors_are_the_types_of_the_sdk(client: openai.OpenAI, server: Running) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.completions.create(model=NAME, prompt="a", temperature=-1)
+    assert bad.value.param == "temperature" and bad.value.code == "invalid_value" and "-1" in bad.value.message
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="other", prompt="a")
+    assert missing.value.code == "model_not_found" and NAME in missing.value.message
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model=NAME, input="a")
+    server.app.state.draining = True
+    try:
+        with pytest.raises(openai.InternalServerError) as draining:
+            client.completions.create(model=NAME, prompt="a")
+        assert draining.value.status_code == 503 and draining.value.code == "draining"
+    finally:
+        server.app.state.draining = False

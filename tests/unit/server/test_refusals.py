@@ -1,0 +1,237 @@
+"""Whatever a client sends, it gets one error object with the right status, and the server goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+from typing import Any
+
+import httpx2
+import pytest
+
+from megatron_multiverse.server.config import LimitConfig
+from tests.unit.server.running import PROMPT, Running, running
+
+TEXT = "/v1/completions"
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "1 + 1"}]
+
+
+def error_of(response: httpx2.Response) -> dict[str, Any]:
+    """The object, which every error has, and nothing else beside the text for Megatron's clients."""
+    body = response.json()
+    assert set(body) == {"message", "error"} and body["message"] == body["error"]["message"] != ""
+    assert set(body["error"]) == {"message", "type", "code", "param"} and isinstance(body["error"]["type"], str)
+    return body["error"]
+
+
+FIELDS: list[tuple[str, dict[str, Any], str]] = [
+    (TEXT, {}, "prompt"),
+    (TEXT, {"prompt": ""}, "prompt"),
+    (TEXT, {"prompt": []}, "prompt"),
+    (TEXT, {"prompt": [[]]}, "prompt"),
+    (TEXT, {"prompt": ["a", 1]}, "prompt"),
+    (TEXT, {"prompt": [0, 10**6]}, "prompt"),
+    (TEXT, {"prompt": [-1]}, "prompt"),
+    (TEXT, {"prompt": ["a"] * 129}, "prompt"),
+    (TEXT, {"prompt": "a", "max_tokens": True}, "max_tokens"),
+    (TEXT, {"prompt": "a", "max_tokens": -1}, "max_tokens"),
+    (TEXT, {"prompt": "a", "max_tokens": 1.5}, "max_tokens"),
+    (TEXT, {"prompt": "a", "max_tokens": "5"}, "max_tokens"),
+    (TEXT, {"prompt": "a", "max_tokens": 2**40}, "max_tokens"),
+    (TEXT, {"prompt": "a", "temperature": -0.1}, "temperature"),
+    (TEXT, {"prompt": "a", "temperature": "hot"}, "temperature"),
+    (TEXT, {"prompt": "a", "top_p": 1.1}, "top_p"),
+    (TEXT, {"prompt": "a", "top_k": -2}, "top_k"),
+    (TEXT, {"prompt": "a", "n": 0}, "n"),
+    (TEXT, {"prompt": "a", "n": 17}, "n"),
+    (TEXT, {"prompt": "a", "best_of": 2}, "best_of"),
+    (TEXT, {"prompt": "a", "suffix": "b"}, "suffix"),
+    (TEXT, {"prompt": "a", "seed": 2**63}, "seed"),
+    (TEXT, {"prompt": "a", "stop": ["x"] * 17}, "stop"),
+    (TEXT, {"prompt": "a", "stop": "x" * 257}, "stop"),
+    (TEXT, {"prompt": "a", "stop": [""]}, "stop"),
+    (TEXT, {"prompt": "a", "stop_token_ids": [10**6]}, "stop_token_ids"),
+    (TEXT, {"prompt": "a", "stream": "yes"}, "stream"),
+    (TEXT, {"prompt": "a", "multiverse": {"max_depth": -1}}, "multiverse"),
+    (TEXT, {"prompt": "a", "multiverse": {"stream_mode": "tree"}}, "multiverse"),
+    (CHAT, {}, "messages"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": "hi"}, "messages"),
+    (CHAT, {"messages": [{"content": "no role"}]}, "messages"),
+    (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools"),
+    (CHAT, {"messages": MESSAGES, "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
+    (
+        CHAT,
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}
+            ]
+        },
+        "messages",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), FIELDS, ids=[f"{k}-{case[2]}" for k, case in enumerate(FIELDS)])
+def test_wrong_fields_are_named(server: Running, path: str, body: dict[str, Any], param: str) -> None:
+    response = server.post(path, body)
+    error = error_of(response)
+    assert response.status_code == 400 and error["param"] == param and error["type"] == "invalid_request_error"
+    assert error["message"].startswith(param)
+
+
+API: list[tuple[dict[str, Any], str]] = [
+    ({}, "prompts"),
+    ({"prompts": "a"}, "prompts"),
+    ({"prompts": []}, "prompts"),
+    ({"prompts": [""]}, "prompts"),
+    ({"prompts": ["a"] * 129}, "prompts"),
+    ({"prompts": ["a"], "tokens_to_generate": -1}, "tokens_to_generate"),
+    ({"prompts": ["a"], "temperature": 0}, "temperature"),
+    ({"prompts": ["a"], "temperature": 101}, "temperature"),
+    ({"prompts": ["a"], "top_k": 1001}, "top_k"),
+    ({"prompts": ["a"], "top_p": 1.5}, "top_p"),
+    ({"prompts": ["a"], "add_BOS": True}, "add_BOS"),
+    ({"prompts": ["a"], "random_seed": -1}, "random_seed"),
+    ({"prompts": ["a"], "max_len": 10}, "max_len"),
+    ({"prompts": ["a"], "sentences": ["a"]}, "sentences"),
+    ({"prompts": ["a"], "beam_width": 1}, "beam_width"),
+    ({"prompts": ["a"], "top_p_decay": 0.5}, "top_p_decay"),
+    ({"prompts": ["a"], "prevent_newline_after_colon": True}, "prevent_newline_after_colon"),
+    ({"prompts": ["a"], "length_penalty": 2.0}, "length_penalty"),
+    ({"prompts": ["a"], "stop_token": 10**6}, "stop_token"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), API, ids=[f"{k}-{case[1]}" for k, case in enumerate(API)])
+def test_wrong_fields_of_megatron_are_named(server: Running, body: dict[str, Any], param: str) -> None:
+    response = server.http.put("/api", json=body)
+    assert response.status_code == 400 and error_of(response)["param"] == param
+
+
+BODIES = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'"text"',
+    b'{"prompt": "a", "temperature": NaN}',
+    b'{"prompt": "a", "temperature": Infinity}',
+    b'{"prompt": "a", "max_tokens": 1' + b"0" * 5000 + b"}",
+    b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    b'{"prompt": "\xff\xfe"}',
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": "a"} trailing',
+    b"prompt=a&max_tokens=5",
+    b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x07example\x94.",  # a pickle
+]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))
+def test_bodies_that_are_no_json_object(server: Running, body: bytes) -> None:
+    for path in (TEXT, CHAT, "/tokenize", "/detokenize"):
+        response = server.http.post(path, content=body)
+        assert response.status_code == 400 and len(error_of(response)["message"]) < 300
+
+
+def test_a_json_body_needs_no_content_type(server: Running) -> None:
+    body = json.dumps({"prompt": "1 + 1", "max_tokens": 2}).encode()
+    for headers in ({}, {"content-type": "application/x-www-form-urlencoded"}, {"content-type": "text/plain"}):
+        assert server.http.post(TEXT, content=body, headers=headers).status_code == 200
+
+
+def test_routes_and_methods_that_are_not_there(server: Running) -> None:
+    for method, path, status in (
+        ("GET", "/nothing", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/openapi.json", 404),
+        ("POST", "/start_profile", 404),
+        ("GET", TEXT, 405),
+        ("POST", "/api", 405),
+        ("PUT", CHAT, 405),
+        ("DELETE", "/v1/models", 405),
+    ):
+        response = server.http.request(method, path)
+        assert response.status_code == status
+        error_of(response)
+
+
+def test_another_model_is_not_found(server: Running) -> None:
+    for path, body in ((TEXT, {"prompt": "a"}), (CHAT, {"messages": MESSAGES}), ("/tokenize", {"prompt": "a"})):
+        response = server.post(path, body | {"model": "gpt-4"})
+        assert response.status_code == 404 and error_of(response)["code"] == "model_not_found"
+        for name in ("EMPTY", server.app.state.model.name):
+            assert server.post(path, body | {"model": name, "max_tokens": 1}).status_code == 200
+
+
+def test_what_the_cache_cannot_hold_is_refused_with_the_numbers(server: Running) -> None:
+    response = server.post(TEXT, {"prompt": PROMPT, "max_tokens": 10**6})
+    assert response.status_code == 400 and "1000000" in error_of(response)["message"]
+    response = server.post(TEXT, {"prompt": [1] * 5000, "max_tokens": 1})
+    assert response.status_code == 400 and "5000" in error_of(response)["message"]
+    response = server.post(TEXT, {"prompt": [1] * 5000, "max_tokens": 1, "stream": True})
+    assert response.status_code == 400, "a stream that cannot start is no stream"
+    server.wait_until_free()
+
+
+def test_unknown_fields_are_ignored(server: Running) -> None:
+    body = {"prompt": "1 + 1", "max_tokens": 1, "frobnicate": {"deep": [1]}, "multiverse": {"later": 1}, "user": "me"}
+    assert server.post(TEXT, body).status_code == 200
+
+
+def test_large_bodies_are_cut_off_with_and_without_a_length() -> None:
+    with running(limits=LimitConfig(max_body_bytes=1000)) as server:
+        large = json.dumps({"prompt": "a" * 2000}).encode()
+        for content in (large, iter([large[:900], large[900:]])):
+            response = server.http.post(TEXT, content=content)
+            assert response.status_code == 413 and error_of(response)["code"] == "body_too_large"
+        assert server.post(TEXT, {"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_a_body_that_does_not_come_is_given_up() -> None:
+    with running(limits=LimitConfig(body_timeout=0.2)) as server, _connect(server) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_large_headers_are_refused(server: Running) -> None:
+    with _connect(server) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000)
+        answer = connection.recv(1000)
+    assert b" 4" in answer.split(b"\r\n")[0] or answer == b""
+    assert server.post(TEXT, {"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_random_bytes_and_random_json_never_give_a_500(server: Running) -> None:
+    """Random values in all places; whatever is no error must be an answer."""
+    rng = random.Random(0)
+    names = ["prompt", "messages", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop", "echo", "stream"]
+    names += ["multiverse", "logprobs", "stop_token_ids", "stream_options", "model", "user", "tokens", "prompts"]
+
+    def value(depth: int = 0) -> Any:
+        simple = [None, True, 0, 1, -1, 3.5, 2**70, "", "a", "\x00", "<Parallel>", "é" * 5]
+        kind = rng.random()
+        if kind < 0.6 or depth > 2:
+            return rng.choice(simple)
+        if kind < 0.8:
+            return [value(depth + 1) for _ in range(rng.randint(0, 3))]
+        return {rng.choice(names): value(depth + 1) for _ in range(rng.randint(0, 3))}
+
+    for _ in range(150):
+        body = {name: value() for name in rng.sample(names, rng.randint(0, 6))} | {"max_tokens": 3}
+        path = rng.choice([TEXT, CHAT, "/api", "/tokenize", "/detokenize"])
+        content = json.dumps(body).encode() if rng.random() < 0.8 else rng.randbytes(rng.randint(1, 200))
+        response = server.http.request("PUT" if path == "/api" else "POST", path, content=content)
+        assert response.status_code in (200, 400, 404), response.text
+        if response.status_code != 200:
+            error_of(response)
+    server.wait_until_free()
+
+
+def _connect(server: Running) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)

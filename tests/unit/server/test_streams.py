@@ -1,0 +1,104 @@
+"""How a stream of events ends, whatever happens to either side of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+
+from megatron_multiverse.server.errors import ApiError, unavailable
+from megatron_multiverse.server.streams import DONE, EventStream, event
+
+Message = dict[str, Any]
+
+
+class Peer:
+    """The two ends that a server gives an application."""
+
+    def __init__(self, *, stalls_after: int = 10**9) -> None:
+        self.sent: list[Message] = []
+        self.left = asyncio.Event()
+        self._stalls_after = stalls_after
+
+    async def send(self, message: Message) -> None:
+        if len(self.sent) >= self._stalls_after:
+            await asyncio.Event().wait()
+        self.sent.append(message)
+
+    async def receive(self) -> Message:
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent)
+
+
+async def run(events: AsyncGenerator[bytes, None], peer: Peer, idle_timeout: float = 5) -> None:
+    scope = {"type": "http"}
+    await asyncio.wait_for(EventStream(events, idle_timeout=idle_timeout)(scope, peer.receive, peer.send), 5)
+
+
+def test_a_complete_stream_ends_with_done_and_a_blank_line() -> None:
+    async def main() -> None:
+        async def events() -> AsyncGenerator[bytes, None]:
+            yield event({"a": "é\n", "b": 1})
+            yield DONE
+
+        peer = Peer()
+        await run(events(), peer)
+        assert peer.body == 'data: {"a":"é\\n","b":1}\n\ndata: [DONE]\n\n'.encode()
+        headers = dict(peer.sent[0]["headers"])
+        assert headers[b"content-type"].startswith(b"text/event-stream") and b"content-length" not in headers
+        assert peer.sent[-1] == {"type": "http.response.body", "body": b""}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", [unavailable("dead"), ApiError(500, "x")])
+def test_an_error_in_the_middle_is_an_object_and_no_done_follows(error: ApiError) -> None:
+    async def main() -> None:
+        async def events() -> AsyncGenerator[bytes, None]:
+            yield event({"a": 1})
+            raise error
+
+        peer = Peer()
+        await run(events(), peer)
+        last = peer.body.split(b"\n\n")[-2].removeprefix(b"data: ")
+        assert json.loads(last) == error.body() and b"[DONE]" not in peer.body
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("reason", ["left", "stalled", "fault"])
+def test_the_work_behind_a_stream_ends_with_it(reason: str) -> None:
+    async def main() -> None:
+        ended = False
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            nonlocal ended
+            try:
+                for k in range(10**6):
+                    yield event({"k": k})
+                    await asyncio.sleep(0.001)
+                    if reason == "fault" and k == 3:
+                        raise RuntimeError("a fault of the server")
+            finally:
+                ended = True
+
+        peer = Peer(stalls_after=3 if reason == "stalled" else 10**9)
+        running = asyncio.create_task(run(events(), peer, idle_timeout=0.05))
+        await asyncio.sleep(0.02)
+        if reason == "left":
+            peer.left.set()
+        if reason == "fault":
+            with pytest.raises(RuntimeError):
+                await running
+        else:
+            await running
+        assert ended and b"[DONE]" not in peer.body
+
+    asyncio.run(main())
