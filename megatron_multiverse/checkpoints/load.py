@@ -15,8 +15,9 @@ from megatron_multiverse.checkpoints.sources import open_checkpoint
 from megatron_multiverse.config import LayerConfig, ModelConfig, pad_vocab_size
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.model.gpt import build_gpt_model, first_layer_of
-from megatron_multiverse.model.mcore import pipeline_parallel_size, tensor_parallel_place
+from megatron_multiverse.model.mcore import mark_tensor_parallel, pipeline_parallel_size, tensor_parallel_place
 from megatron_multiverse.model.weights import weight_state
+from megatron_multiverse.weight_names import plain_name
 
 
 def load_checkpoint(
@@ -61,22 +62,25 @@ def model_from_source(
     check_divisible(config, tp, pipeline_parallel_size())
     model = build_gpt_model(config, dtype=dtype, device=device, initialize=False, **options)
     missing = weight_state(model)
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     first_layer = first_layer_of(model)
     for entry in source.entries():
-        names = _names_on_this_stage(entry, first_layer, config)
-        targets = [missing.pop(name) for name in names if name in missing]
-        if targets:  # other tensors belong to other stages and are not read
+        names = names_on_stage(entry, first_layer, config)
+        here = [name for name in names if name in missing]
+        if here:  # other tensors belong to other stages and are not read
             part = slices(entry.rule, pad_rows(entry, source.read(entry), config.vocab_size), tp)[rank]
-            for target in targets:
-                target.copy_(part)
+            for name in here:
+                missing.pop(name).copy_(part)
+                if entry.rule != "replicated":
+                    mark_tensor_parallel(parameters[name], dim=1 if entry.rule == "row" else 0)
     if missing:
         raise CheckpointError(f"{source.folder}: no tensor for {len(missing)} parameters, e.g. {min(missing)}")
     return model, config
 
 
-def _names_on_this_stage(entry: Entry, first_layer: int, config: ModelConfig) -> list[str]:
-    """Names that a tensor may have in this rank's model: its layers count from the first of the pipeline stage, and
-    the last stage keeps a copy of a tied embedding as its output layer."""
+def names_on_stage(entry: Entry, first_layer: int, config: ModelConfig) -> list[str]:
+    """Names that a tensor may have in a part of the model whose layers begin with `first_layer` and count from 0; the
+    last pipeline stage keeps a copy of a tied embedding as its output layer."""
     if entry.layer is not None:
         return [entry.mcore.replace(f".{entry.layer}.", f".{entry.layer - first_layer}.", 1)]
     if entry.rule == "vocab" and config.share_embeddings_and_output_weights:

@@ -4,40 +4,64 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
-from megatron_multiverse.config.strict import check
+from megatron_multiverse.config.model import ModelConfig
+from megatron_multiverse.config.strict import check, check_choices
 
-_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Sizes of the parallel groups. Training runs in one process so far, so every size must be 1."""
+    """Sizes of the parallel groups. What they leave of the ranks is data parallel."""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share each layer; only 1 so far."""
-    pipeline_model_parallel_size: int = 1
-    """Stages that the layers are cut into; only 1 so far."""
-    context_parallel_size: int = 1
-    """Ranks that share the tokens of each row; only 1 so far."""
+    """Ranks that share each layer; best within one node."""
     sequence_parallel: bool = False
-    """Split norms and residuals by tokens over the tensor parallel ranks; needs tensor_model_parallel_size above 1, so
-    only false so far."""
+    """Split norms and residuals by tokens over the tensor parallel ranks, which saves their memory; needs
+    tensor_model_parallel_size above 1."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are cut into, each on its own ranks."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Chunks of layers of each stage (interleaved schedule): more of them idle less and communicate more. Above 1 it
+    needs pipeline_model_parallel_size above 1 and a multiple of it as number of microbatches."""
+    context_parallel_size: int = 1
+    """Ranks that share the tokens of each row."""
+    cp_comm_type: Literal["all_gather", "a2a"] = "all_gather"
+    """How context parallel ranks attend to each other's tokens: all_gather gives each rank the keys and values of all,
+    with the queries dealt out by visible area; a2a exchanges tokens for heads, and needs at least as many key/value
+    heads per tensor parallel rank as context_parallel_size."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "parallel.")
         for name in _SIZES:
-            size = getattr(self, name)
-            check(size >= 1, f"parallel.{name} must be at least 1, got {size}")
-            check(size == 1, f"parallel.{name} is {size}, but training runs in one process so far: set it to 1")
+            check(getattr(self, name) >= 1, f"parallel.{name} must be at least 1, got {getattr(self, name)}")
         check(
-            not self.sequence_parallel,
-            "parallel.sequence_parallel has no effect without parallel.tensor_model_parallel_size above 1, which "
-            "training does not have yet: set it to false",
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "parallel.sequence_parallel has no effect without parallel.tensor_model_parallel_size above 1: set both or "
+            "neither",
         )
         check(
-            self.world_size == 1,
-            f"WORLD_SIZE is {self.world_size}, but training runs in one process so far, and each of them would train "
-            "the same model into the same folder: start one process, without torchrun",
+            self.virtual_pipeline_model_parallel_size == 1 or self.pipeline_model_parallel_size > 1,
+            f"parallel.virtual_pipeline_model_parallel_size {self.virtual_pipeline_model_parallel_size} has no effect "
+            "without parallel.pipeline_model_parallel_size above 1: set both or neither",
+        )
+        check(
+            self.cp_comm_type == "all_gather" or self.context_parallel_size > 1,
+            f"parallel.cp_comm_type {self.cp_comm_type} has no effect without parallel.context_parallel_size above 1: "
+            "set both or neither",
+        )
+        check(
+            self.world_size % self.model_ranks == 0,
+            f"{self.world_size} ranks (WORLD_SIZE) cannot be divided into groups of {self.model_ranks} = "
+            "parallel.tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size: start a "
+            "multiple of that with torchrun or srun, or make the sizes smaller",
         )
 
     @property
@@ -46,7 +70,58 @@ class ParallelConfig:
         return int(os.environ.get("WORLD_SIZE", "1"))
 
     @property
+    def model_ranks(self) -> int:
+        """Ranks that together hold one model and work on the same rows."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
     def data_parallel_size(self) -> int:
         """Groups of ranks that each hold a whole model and read rows of their own."""
-        model_ranks = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        return self.world_size // model_ranks
+        return self.world_size // self.model_ranks
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raise ConfigError, which names both numbers, if the model cannot be cut into these parts.
+
+        More tensor parallel ranks than key/value heads are allowed: those that share a head gather its rows.
+        """
+        tp, heads, groups = self.tensor_model_parallel_size, model.num_attention_heads, model.num_query_groups
+        for name in ("num_attention_heads", "ffn_hidden_size"):
+            size = getattr(model, name)
+            check(
+                size % tp == 0,
+                f"parallel.tensor_model_parallel_size ({tp}) must divide the model's {name} ({size})",
+            )
+        check(
+            groups % tp == 0 or tp % groups == 0,
+            f"parallel.tensor_model_parallel_size ({tp}) must be a divisor or a multiple of the model's "
+            f"num_query_groups ({groups})",
+        )
+        stages = self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
+        check(
+            model.num_layers % stages == 0,
+            "parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size "
+            f"({self.pipeline_model_parallel_size} x {self.virtual_pipeline_model_parallel_size}) must divide the "
+            f"model's num_layers ({model.num_layers})",
+        )
+        heads_here = max(1, groups // tp)
+        check(
+            self.cp_comm_type != "a2a" or (heads_here % self.context_parallel_size == 0),
+            f"parallel.cp_comm_type a2a needs a context_parallel_size ({self.context_parallel_size}) that divides the "
+            f"key/value heads of a tensor parallel rank ({heads_here} of {groups}; {heads} query heads): set "
+            "cp_comm_type to all_gather",
+        )
+
+    def check_rows(self, seq_length: int, num_microbatches: int) -> None:
+        """Raise ConfigError if rows of that length, or that many of them in a step, cannot be shared out."""
+        parts = self.context_parallel_size * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
+        check(
+            seq_length % parts == 0,
+            f"data.seq_length ({seq_length}) must be a multiple of {parts} = parallel.context_parallel_size"
+            f"{' x tensor_model_parallel_size (sequence_parallel)' if self.sequence_parallel else ''}",
+        )
+        pp = self.pipeline_model_parallel_size
+        check(
+            self.virtual_pipeline_model_parallel_size == 1 or num_microbatches % pp == 0,
+            f"an interleaved pipeline needs a multiple of parallel.pipeline_model_parallel_size ({pp}) microbatches, "
+            f"got {num_microbatches}: change data.global_batch_size or data.micro_batch_size (training) or eval_iters",
+        )

@@ -155,7 +155,10 @@ class TrainConfig:
     layers: LayerConfig = field(default_factory=LayerConfig)
     """Attention kernel, layer spec, FP8 and activation recompute."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Parallel sizes; one process so far."""
+    """Parallel sizes."""
+    engine: Literal["auto", "one_process", "megatron"] = "auto"
+    """What computes the steps: one_process (one rank), or megatron (megatron-core's schedules and distributed
+    optimizer, any number of ranks); auto takes the first that can run."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and schedule."""
     log: LogConfig = field(default_factory=LogConfig)
@@ -165,7 +168,9 @@ class TrainConfig:
     seed: int = 1234
     """Seed of weights, data order and every random generator."""
     dtype: DType = "float32"
-    """float32 (TF32 on CUDA), bf16 (float32 weights, bf16 matrix products by autocast), float64 (tests)."""
+    """float32 (TF32 on CUDA), bf16 (bf16 matrix products), float64 (tests, one_process only). For bf16 one_process
+    keeps float32 weights and rounds them in each pass (autocast), megatron keeps bf16 weights and float32 ones in its
+    optimizer."""
     deterministic: bool = False
     """The same bits in every run, by torch.use_deterministic_algorithms; attention's backward pass then costs a tenth
     more. torch warns of each operation that has no deterministic form."""
@@ -201,14 +206,36 @@ class TrainConfig:
             "layers.fp8 needs dtype bf16 and a multiple of 16 tokens per microbatch, got dtype "
             f"{self.dtype} and {self.data.micro_batch_size} x {self.data.seq_length} tokens",
         )
+        self._check_parallel()
+        if self.model is not None:
+            check_sequence_length(self.data, self.model)
+
+    def _check_parallel(self) -> None:
         ranks = self.parallel.data_parallel_size
         check(
             self.data.global_batch_size % (self.data.micro_batch_size * ranks) == 0,
             f"data.global_batch_size ({self.data.global_batch_size}) must be divisible by "
             f"data.micro_batch_size ({self.data.micro_batch_size}) x data parallel size ({ranks})",
         )
-        if self.model is not None:
-            check_sequence_length(self.data, self.model)
+        self.parallel.check_rows(self.data.seq_length, self.num_microbatches)
+        if self.data.valid_prefixes:
+            self.parallel.check_rows(self.data.seq_length, self.eval_iters)
+        world = self.parallel.world_size
+        check(
+            self.engine != "one_process" or world == 1,
+            f"engine one_process runs on one rank, but WORLD_SIZE is {world}: set engine to auto or megatron, or start "
+            "one process",
+        )
+        check(
+            self.dtype != "float64" or not self.uses_megatron,
+            "dtype float64 is for engine one_process on one rank; megatron-core's distributed optimizer takes float32 "
+            "and bf16",
+        )
+
+    @property
+    def uses_megatron(self) -> bool:
+        """Whether the megatron engine computes the steps."""
+        return self.engine == "megatron" or (self.engine == "auto" and self.parallel.world_size > 1)
 
     @property
     def num_microbatches(self) -> int:

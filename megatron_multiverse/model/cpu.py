@@ -9,8 +9,9 @@ those calls for the length of a `with` block and puts the originals back. What i
 | torch.cuda.synchronize     | nothing       | dist_checkpointing (filesystem_async), pipeline p2p    |
 | torch.Tensor.cuda          | the tensor    | GPTModel with tied embeddings over pipeline stages     |
 
-megatron-core's pipeline schedules and distributed optimizer, which are not used yet, also need `device="cuda"` to mean
-the CPU on gloo ranks: a TorchFunctionMode, entered in every thread, which would belong beside `_patches`.
+`cuda_is_cpu` goes further, for training over gloo ranks: megatron-core's schedules, gradient buffers and distributed
+optimizer make tensors with `device="cuda"` and compare type names with "torch.cuda.FloatTensor", and its layers keep
+states of CUDA's random generators under sequence parallelism. It costs a few microseconds for each call of torch.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import random as mcore_random
+from torch.overrides import TorchFunctionMode
 
 
 def _patches() -> list[tuple[Any, str, Callable[..., Any]]]:
@@ -46,3 +49,38 @@ def device_neutral_cuda(device: torch.device | None = None) -> Iterator[None]:
             undo.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
         yield
+
+
+@contextlib.contextmanager
+def cuda_is_cpu(device: torch.device) -> Iterator[None]:
+    """Inside the block, in this thread, CUDA means the CPU to megatron-core. Does nothing if `device` is a GPU."""
+    if device.type == "cuda":
+        yield
+        return
+    replaced = [
+        (torch.cuda, "manual_seed", lambda seed: None),
+        (torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
+        (mcore_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
+        (mcore_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)),
+    ]
+    with device_neutral_cuda(device), contextlib.ExitStack() as undo:
+        for owner, name, replacement in replaced:
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
+        undo.enter_context(_CudaIsCpu())
+        yield
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """Tensors asked for on CUDA are made on the CPU, and the type names of tensors say CUDA."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs and torch.device(kwargs["device"] or "cpu").type == "cuda":
+            kwargs = {**kwargs, "device": "cpu"}
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.multiverse_attention import AttentionCase, check_backend
-from megatron_multiverse.model.cpu import device_neutral_cuda
+from megatron_multiverse.model.cpu import cuda_is_cpu, device_neutral_cuda
 from megatron_multiverse.model.layer_specs import choose_transformer_impl, get_final_norm, get_gpt_layer_spec
 from megatron_multiverse.model.layers import PositionIdRotary, install_rotary
 from megatron_multiverse.model.mcore import ensure_cuda_rng_states, ensure_parallel_state
@@ -25,10 +25,11 @@ def transformer_config(
     initialize: bool = True,
     layers: LayerConfig | None = None,
     transformer_impl: str = "local",
+    sequence_parallel: bool = False,
 ) -> TransformerConfig:
     """megatron-core's config for ours: RMSNorm, SwiGLU, no dropout, no fusion that bypasses our parts.
 
-    The tensor and pipeline parallel sizes are those of megatron-core's process groups.
+    The parallel sizes are those of megatron-core's process groups.
 
     Raises:
         ConfigError: uniform recompute in chunks that do not divide the layers of this pipeline stage, or FP8 with
@@ -52,6 +53,9 @@ def transformer_config(
         add_bias_linear=config.add_bias_linear,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline_model_parallel_size=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
         gated_linear_unit=True,
         activation_func=F.silu,
         normalization="RMSNorm",
@@ -81,10 +85,15 @@ def transformer_config(
 
 
 def attention_case(
-    config: ModelConfig, device: torch.device, compute_dtype: torch.dtype, *, deterministic: bool = False
+    config: ModelConfig,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    *,
+    deterministic: bool = False,
+    placed: bool = False,
 ) -> AttentionCase:
     """What a model asks of its attention backend: its head width, on a device, with matrix products of a dtype."""
-    return AttentionCase(device.type, compute_dtype, config.kv_channels, deterministic=deterministic)
+    return AttentionCase(device.type, compute_dtype, config.kv_channels, deterministic=deterministic, placed=placed)
 
 
 def _check_fp8_widths(config: ModelConfig, tp: int) -> None:
@@ -122,6 +131,8 @@ def build_gpt_model(
     initialize: bool = True,
     layers: LayerConfig | None = None,
     compute_dtype: torch.dtype | None = None,
+    sequence_parallel: bool = False,
+    vp_stage: int | None = None,
 ) -> GPTModel:
     """Build a model with fresh weights, or this rank's part of it under tensor and pipeline parallelism.
 
@@ -137,6 +148,8 @@ def build_gpt_model(
         layers: layer spec, FP8, recompute; default: TransformerEngine where it runs, no FP8, no recompute. Its
             attention_backend is only checked here: the LayoutParams of each pass name the one that runs.
         compute_dtype: dtype of the matrix products if autocast makes it another than `dtype`.
+        sequence_parallel: split norms and residuals by tokens over the tensor parallel ranks.
+        vp_stage: which chunk of this pipeline stage, if it has several (interleaved schedule).
 
     Returns:
         The model in training mode, on `device`.
@@ -148,13 +161,15 @@ def build_gpt_model(
     if layers.attention_backend != "auto":
         check_backend(layers.attention_backend, attention_case(config, device, compute_dtype or dtype))
     impl = choose_transformer_impl(layers, device, compute_dtype or dtype)
-    mcore_config = transformer_config(config, dtype, initialize, layers, impl)
+    mcore_config = transformer_config(config, dtype, initialize, layers, impl, sequence_parallel)
     spec = get_gpt_layer_spec(impl, qk_layernorm=config.qk_layernorm)
     block = TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(mcore_config), layer_norm=get_final_norm(impl)
+        layer_specs=[spec] * get_num_layers_to_build(mcore_config, vp_stage=vp_stage), layer_norm=get_final_norm(impl)
     )
-    if impl == "transformer_engine":
-        ensure_cuda_rng_states()
+    if impl == "transformer_engine" or sequence_parallel:
+        with cuda_is_cpu(device):
+            ensure_cuda_rng_states()
+    # Not cuda_is_cpu: weights are drawn on the CPU, whatever `device` is.
     with torch.random.fork_rng(devices=[]), device_neutral_cuda():
         torch.manual_seed(seed)
         model = GPTModel(
@@ -164,12 +179,31 @@ def build_gpt_model(
             max_sequence_length=config.max_sequence_length,
             position_embedding_type="none",  # the rotation is ours: layers.py
             share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+            vp_stage=vp_stage,
         )
     angles = torch.float64 if dtype == torch.float64 else torch.float32
     install_rotary(model, PositionIdRotary(config.kv_channels, config.rotary_base, angles, config.rope_scaling))
     return model.to(device)
+
+
+def hide_padded_rows(model: GPTModel, vocab_size: int) -> None:
+    """Let the rows that pad a vocabulary for tensor parallelism take no part in the loss: their logits become -inf.
+
+    Args:
+        model: this rank's part.
+        vocab_size: rows without padding.
+    """
+    if not model.post_process:
+        return
+    rank = parallel_state.get_tensor_model_parallel_rank()
+
+    def hide(module: torch.nn.Module, args: object, output: tuple[torch.Tensor, object]) -> None:
+        logits = output[0]  # [s, b, rows of this rank]
+        logits[..., max(0, vocab_size - rank * logits.shape[-1]) :] = -torch.inf
+
+    model.output_layer.register_forward_hook(hide)
 
 
 def first_layer_of(model: GPTModel) -> int:

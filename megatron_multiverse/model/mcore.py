@@ -37,25 +37,35 @@ with warnings.catch_warnings():
 def ensure_parallel_state() -> None:
     """Give megatron-core the process groups it wants: one rank, in this process, unless they already exist.
 
-    A program of several ranks calls `torch.distributed.init_process_group` and
-    `parallel_state.initialize_model_parallel` itself before it builds a model. What is made here is destroyed when
-    the process exits (NCCL warns otherwise).
+    A program of several ranks calls `torch.distributed.init_process_group` and `set_parallel_sizes` itself before it
+    builds a model. What is made here is destroyed when the process exits (NCCL warns otherwise).
 
     Raises:
         ConfigError: launched as one of several ranks without an initialised process group.
     """
-    if not torch.distributed.is_initialized():
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if world_size > 1:
-            raise ConfigError(
-                f"WORLD_SIZE is {world_size}, but no process group exists: call "
-                "torch.distributed.init_process_group and parallel_state.initialize_model_parallel first"
-            )
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-        atexit.register(_destroy_own_group, torch.distributed.group.WORLD, os.getpid())
+    ensure_process_group()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
+
+
+def ensure_process_group() -> None:
+    """torch's process group, of one rank unless there is one already; see `ensure_parallel_state`."""
+    if torch.distributed.is_initialized():
+        return
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size}, but no process group exists: call "
+            "torch.distributed.init_process_group and parallel_state.initialize_model_parallel first"
+        )
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    atexit.register(_destroy_own_group, torch.distributed.group.WORLD, os.getpid())
+
+
+def data_parallel_rank() -> int:
+    """Which of the groups that read rows of their own this rank belongs to; 0 without process groups."""
+    return int(parallel_state.get_data_parallel_rank()) if parallel_state.model_parallel_is_initialized() else 0
 
 
 def tensor_parallel_place() -> tuple[int, int]:
@@ -67,22 +77,42 @@ def tensor_parallel_place() -> tuple[int, int]:
     )
 
 
+def mark_tensor_parallel(parameter: torch.nn.Parameter, dim: int) -> None:
+    """Note on a parameter that each tensor parallel rank holds a part of it, cut along `dim`.
+
+    Gradient norms count what is not marked once for all these ranks. megatron-core marks parameters only where it also
+    draws their initial values.
+    """
+    for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+        if hasattr(parameter, name):  # set_tensor_model_parallel_attributes refuses a second time
+            delattr(parameter, name)
+    tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+
+
 def pipeline_parallel_size() -> int:
     """Number of pipeline stages."""
     ensure_parallel_state()
     return int(parallel_state.get_pipeline_model_parallel_world_size())
 
 
-def set_parallel_sizes(tensor: int, pipeline: int) -> None:
-    """Divide the ranks of the process group into tensor and pipeline groups anew.
+def set_parallel_sizes(tensor: int, pipeline: int, *, context: int = 1, virtual_pipeline: int = 1) -> None:
+    """Divide the ranks of the process group into parallel groups anew.
 
     Args:
         tensor: tensor parallel size.
-        pipeline: pipeline parallel size; the world size must be `tensor * pipeline`.
+        pipeline: pipeline parallel size; the world size must be a multiple of `tensor * pipeline * context`.
+        context: context parallel size.
+        virtual_pipeline: chunks of layers on each pipeline stage.
     """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+        context_parallel_size=context,
+        create_gloo_process_groups=False,  # what is said between hosts goes over the default group
+    )
 
 
 def ensure_cuda_rng_states() -> None:
@@ -93,7 +123,8 @@ def ensure_cuda_rng_states() -> None:
     """
     ensure_parallel_state()
     if "model-parallel-rng" not in tensor_parallel.get_cuda_rng_tracker().get_states():
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices):
             tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 

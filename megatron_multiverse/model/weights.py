@@ -45,9 +45,18 @@ def save_model(model: nn.Module, config: ModelConfig, folder: str | Path, *, dty
             f"save_model writes a whole model, but this one is spread over {tp} tensor x {pp} pipeline parallel ranks: "
             "save a torch_dist checkpoint with megatron-core's dist_checkpointing, which every tool here reads"
         )
+    tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in weight_state(model).items()}
+    write_weights(tensors, config, folder)
+
+
+def write_weights(tensors: dict[str, torch.Tensor], config: ModelConfig, folder: str | Path) -> None:
+    """Write the weights of a whole model by plain name, on the CPU and contiguous, and its config.
+
+    Args:
+        folder: created if missing; files of an earlier save in it are replaced.
+    """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in weight_state(model).items()}
     weights_part, config_part = (path / f"{name}.partial" for name in (WEIGHTS_FILE, CONFIG_FILE))
     save_file(tensors, weights_part, metadata={"format": "pt"})
     weights_part.chmod(0o644)  # safetensors makes it readable by its owner only

@@ -44,7 +44,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         for rank in range(world_size):
             reader, writer = context.Pipe(duplex=False)
             options = (function, rank, world_size, f"{folder}/rendezvous", timeout, writer, args)
-            process = context.Process(target=_rank, args=options, daemon=True)
+            process = context.Process(target=_rank, args=options)  # no daemon: saving starts processes of its own
             process.start()
             writer.close()
             pipes.append(reader)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from megatron_multiverse.config import DataConfig, TrainConfig
+from megatron_multiverse.config import TrainConfig
 from megatron_multiverse.data.loader import SFTLoader
 from megatron_multiverse.data.sft_dataset import SFTDataset, read_manifest
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.errors import ConfigError, DataError
+from megatron_multiverse.model.mcore import data_parallel_rank
 from megatron_multiverse.training.start import check_start
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,9 @@ def build_loaders(config: TrainConfig, vocab_size: int) -> tuple[SFTLoader, SFTL
             f"({data.tokenizer_model}): raise model.vocab_size of a fresh model, or set add_control_tokens to true, "
             "which adds rows for the structure tags to the model of init_from"
         )
-    train = _loader(data, data.data_prefixes, tokenizer, config.seed, data.num_workers)
+    train = _loader(config, data.data_prefixes, tokenizer, data.num_workers)
     warn_of_missing_ends(train.dataset, tokenizer.eod)
-    valid = _loader(data, data.valid_prefixes, tokenizer, config.seed, num_workers=0) if data.valid_prefixes else None
+    valid = _loader(config, data.valid_prefixes, tokenizer, num_workers=0) if data.valid_prefixes else None
     return train, valid, tokenizer
 
 
@@ -84,16 +85,19 @@ def warn_of_missing_ends(dataset: SFTDataset, eod: int | None, *, looked_at: int
 
 
 def _loader(
-    config: DataConfig, prefixes: Sequence[str], tokenizer: MultiverseTokenizer, seed: int, num_workers: int
+    config: TrainConfig, prefixes: Sequence[str], tokenizer: MultiverseTokenizer, num_workers: int
 ) -> SFTLoader:
+    data = config.data
     return SFTLoader(
-        SFTDataset(list(prefixes), tokenizer.structure_vocab, malformed=config.malformed),
-        seq_length=config.seq_length,
-        micro_batch_size=config.micro_batch_size,
+        SFTDataset(list(prefixes), tokenizer.structure_vocab, malformed=data.malformed),
+        seq_length=data.seq_length,
+        micro_batch_size=data.micro_batch_size,
         pad=tokenizer.pad,
-        seed=seed,
+        seed=config.seed,
+        data_parallel_rank=data_parallel_rank(),
+        data_parallel_size=config.parallel.data_parallel_size,
         num_workers=num_workers,
         tail="cycle",
-        overlong=config.overlong,
-        train_forced_tokens=config.train_forced_tokens,
+        overlong=data.overlong,
+        train_forced_tokens=data.train_forced_tokens,
     )

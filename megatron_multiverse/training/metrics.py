@@ -11,7 +11,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -108,16 +108,25 @@ def memory_gib(device: torch.device) -> float:
 
 
 class MetricsWriter:
-    """Appends one JSON object per event to metrics.jsonl and writes log lines."""
+    """Appends one JSON object per event to metrics.jsonl and writes log lines.
 
-    def __init__(self, folder: str | Path, train_iters: int) -> None:
+    Args:
+        folder: the run folder; None writes nothing, for ranks that leave it to the first one.
+        train_iters: steps of the whole run.
+    """
+
+    def __init__(self, folder: str | Path | None, train_iters: int) -> None:
         self.train_iters = train_iters
-        self.path = Path(folder) / METRICS_FILE
-        end_unfinished_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._file: IO[str] | None = None
+        if folder is not None:
+            path = Path(folder) / METRICS_FILE
+            end_unfinished_line(path)
+            self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line {"kind", "step", "time", ...}; numbers that are not finite become null."""
+        if self._file is None:
+            return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         record = {"kind": kind, "step": step, "time": time.time(), **clean}
         self._file.write(json.dumps(record) + "\n")
@@ -140,7 +149,7 @@ class MetricsWriter:
         eta_s = (numbers["step_time_s"] or 0.0) * (self.train_iters - step)
         self.write("train", step, lr=lr, eta_s=eta_s, consumed_samples=consumed_samples, **numbers)
         mfu = numbers["mfu"]
-        logger.info(
+        self._log(
             "step %d/%d | loss %s | lr %.3e | grad norm %.3f | %.0f tokens/s | MFU %s | %.2f GiB | ETA %s",
             step, self.train_iters, format_loss(numbers["loss"]), lr, numbers["grad_norm"], numbers["tokens_per_s"],
             "n/a" if mfu is None else f"{100 * mfu:.1f} %", numbers["memory_gib"], format_duration(eta_s),
@@ -149,11 +158,16 @@ class MetricsWriter:
     def valid(self, step: int, loss: float, loss_tokens: int) -> None:
         """A validation result, to the file and to the log."""
         self.write("valid", step, loss=loss, loss_tokens=loss_tokens)
-        logger.info("step %d/%d | validation loss %s", step, self.train_iters, format_loss(loss))
+        self._log("step %d/%d | validation loss %s", step, self.train_iters, format_loss(loss))
+
+    def _log(self, line: str, *values: object) -> None:
+        if self._file is not None:
+            logger.info(line, *values)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def end_unfinished_line(path: Path) -> None:

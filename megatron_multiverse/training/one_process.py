@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig
-from megatron_multiverse.errors import TrainingError
 from megatron_multiverse.model.weights import save_model
 from megatron_multiverse.training import sharded_state
 from megatron_multiverse.training.engine import StepResult
@@ -79,7 +78,8 @@ class OneProcessEngine:
         self.scheduler.step(1)
         sums = forward_backward(self.model, microbatches, self._placer, self.config.dtype)
         grad_norm = clip_gradients(self.model.parameters(), self.config.optim.clip_grad)
-        self._guard.step(self.optimizer, self.scheduler.num_steps, sums.loss, grad_norm)
+        self._guard.watch(self.optimizer, self.scheduler.num_steps, sums.loss, grad_norm)
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(**vars(sums), grad_norm=grad_norm)
 
@@ -90,12 +90,7 @@ class OneProcessEngine:
 
     def check(self, metrics: MetricsWriter) -> None:
         """See `TrainEngine.check`."""
-        if bad_step := int(self._guard.first_bad_step):
-            raise TrainingError(
-                f"loss or gradient norm is not finite at step {bad_step}; no weight was updated from that step on and "
-                "nothing was saved since. Look at the data of that step, lower optim.lr or optim.clip_grad, and start "
-                "again: the run goes on from its last checkpoint"
-            )
+        self._guard.check()
         for placer in (self._placer, self._valid_placer):
             if placer is not None:
                 placer.report(self.scheduler.num_steps, metrics)

@@ -1,4 +1,4 @@
-"""AdamW, its schedule, clipping, and the guard that keeps non-finite numbers out of the weights, for one process."""
+"""AdamW, its schedule, clipping, and the guard that keeps non-finite numbers out of the weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
 from megatron_multiverse.config import OptimConfig
+from megatron_multiverse.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +94,18 @@ class NonFiniteGuard:
     def __init__(self, device: torch.device) -> None:
         self.first_bad_step = torch.zeros((), dtype=torch.int64, device=device)
 
-    def step(self, optimizer: torch.optim.AdamW, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        """Update the weights unless a number in this or an earlier step is not finite."""
+    def watch(self, optimizer: torch.optim.AdamW, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        """Let the next step of the optimizer change nothing if a number in this or an earlier step is not finite."""
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         self.first_bad_step += step * (bad & (self.first_bad_step == 0))
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         optimizer.found_inf = (self.first_bad_step > 0).float()  # type: ignore[attr-defined]
-        optimizer.step()
+
+    def check(self) -> None:
+        """Raise TrainingError if a number was not finite; waits for the device."""
+        if bad_step := int(self.first_bad_step):
+            raise TrainingError(
+                f"loss or gradient norm is not finite at step {bad_step}; no weight was updated from that step on and "
+                "nothing was saved since. Look at the data of that step, lower optim.lr or optim.clip_grad, and start "
+                "again: the run goes on from its last checkpoint"
+            )

@@ -7,6 +7,7 @@ laid out as plain text, because their structure cannot be read, are remembered a
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from megatron_multiverse.errors import TrainingError
 from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan
 from megatron_multiverse.model.attention import LayoutParams
+from megatron_multiverse.parallel.ranks import current_ranks
 from megatron_multiverse.structure import Tag
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Loader, Microbatch
@@ -75,14 +77,15 @@ class TokenPlacer:
             self._compared, self._compared_block = True, has_block
 
     def report(self, step: int, metrics: MetricsWriter) -> None:
-        """Name each document, once per process, that was laid out as plain text (waits for the device).
+        """Name each document, once per process, that was laid out as plain text on any rank (waits for the device).
 
         Raises:
             TrainingError: the scan could not read a document, and such are to be refused.
         """
-        for sample in _flagged(self._parsed):
+        ranks = current_ranks()
+        for sample in _merged(ranks.gather(_flagged(self._parsed))):
             self._tell(sample, step, metrics, "parser", self._loader.sample_problem(sample) or "malformed")
-        for sample in _flagged(self._scanned):
+        for sample in _merged(ranks.gather(_flagged(self._scanned))):
             name = self._loader.sample_name(sample)
             problem = f"{name}: the scan on the GPU cannot read the structure that the loader let pass"
             if self._malformed == "refuse":
@@ -120,6 +123,11 @@ def raise_unless_equal(scan: StructureScan, batch: Microbatch) -> None:
         "this GPU or this version of Triton. Run `pytest -m gpu tests/gpu/test_structure_scan_gpu.py` there and "
         "install triton>=3.6"
     )
+
+
+def _merged(lists: list[list[int]]) -> list[int]:
+    """All numbers, in order and without repetition."""
+    return sorted(set(itertools.chain(*lists)))
 
 
 def _flagged(seen: list[tuple[Tensor, Tensor]]) -> list[int]:

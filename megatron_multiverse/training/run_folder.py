@@ -31,6 +31,7 @@ from megatron_multiverse.checkpoints.run_files import (
 from megatron_multiverse.config import CheckpointConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.files import flush, write_text_atomic
+from megatron_multiverse.parallel.ranks import Ranks
 from megatron_multiverse.training.checkpoint import TrainState, explained, load_state, save_state
 from megatron_multiverse.training.description import RunDescription
 
@@ -50,7 +51,11 @@ class RunFolder:
     """Names, lock, atomicity and clean-up of the checkpoints of one run.
 
     A context manager: inside the block no other process may enter it for the same folder. Entering finds out which
-    checkpoint is in force.
+    checkpoint is in force. With several ranks the first one does all of this, and the others hear of it.
+
+    Args:
+        config: where the folder is, and how many checkpoints it keeps.
+        ranks: those of the run.
 
     Raises:
         CheckpointError: on entering: the folder cannot be written, another run has it, or it is not clear which
@@ -58,8 +63,8 @@ class RunFolder:
         ConfigError: on entering: it has a checkpoint, but `checkpoint.resume` is false.
     """
 
-    def __init__(self, config: CheckpointConfig) -> None:
-        self.config = config
+    def __init__(self, config: CheckpointConfig, ranks: Ranks | None = None) -> None:
+        self.config, self.ranks = config, ranks or Ranks()
         self.folder = Path(config.save)
         self.pointer = self.folder / POINTER_FILE
         self.start_step: int | None = None
@@ -68,19 +73,24 @@ class RunFolder:
         self._told: set[Path] = set()
 
     def __enter__(self) -> RunFolder:
+        self.start_step = self.ranks.first(self._enter)
+        return self
+
+    def _enter(self) -> int | None:
+        """Lock the folder; the step of the checkpoint in force."""
         with explained(f"{self.folder} cannot be used as run folder", "name another folder in checkpoint.save"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / LOCK_FILE, "a", encoding="utf-8")
+            self._lock = open(self.folder / LOCK_FILE, "a", encoding="utf-8")  # noqa: SIM115 (held for the whole run)
             try:
                 self._take_lock(self._lock)
                 for leftover in self._left_over("partial", "replaced"):
                     self._check_ours(leftover)
-                self.start_step = self.latest()
-                self._check_resume()
+                step = self.latest()
+                self._check_resume(step)
             except BaseException:
                 self._lock.close()
                 raise
-        return self
+        return step
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -99,10 +109,10 @@ class RunFolder:
         except OSError as error:
             logger.warning("%s cannot be locked (%s): start no second run in it", self.folder, error.strerror)
 
-    def _check_resume(self) -> None:
-        if self.start_step is not None and not self.config.resume:
+    def _check_resume(self, step: int | None) -> None:
+        if step is not None and not self.config.resume:
             raise ConfigError(
-                f"{self.folder} already holds a checkpoint (step {self.start_step}) and checkpoint.resume is false: "
+                f"{self.folder} already holds a checkpoint (step {step}) and checkpoint.resume is false: "
                 "choose another folder in checkpoint.save or set checkpoint.resume to true"
             )
 
@@ -165,8 +175,8 @@ class RunFolder:
     ) -> Path:
         """Write a checkpoint of the state's step and make it the newest one.
 
-        `write` is for all ranks of a run, each of which writes its part. What comes before and after it works on
-        folders, and is for one rank alone.
+        All ranks call `write`, each of which writes its part. What comes before and after it works on folders, and is
+        done by the first one.
 
         Raises:
             CheckpointError: it cannot be written; the one before it stays in force.
@@ -175,20 +185,21 @@ class RunFolder:
         target = self.folder_of(state.step)
         remedy = "free space or correct the rights, then start again: the run goes on from its last checkpoint"
         with explained(f"{target} cannot be written", remedy):
-            partial = self._make_partial(target)
-            description.write(partial)
+            partial = self.ranks.first(lambda: self._make_partial(target, description))
             write(state, partial)
-            self._put_in_force(partial, target, state.step)
+            self.ranks.any(False)  # every rank has written
+            self.ranks.first(lambda: self._put_in_force(partial, target, state.step))
         logger.info("saved %s in %.1f s", target, time.perf_counter() - started)
         return target
 
-    def _make_partial(self, target: Path) -> Path:
-        """An empty folder for a checkpoint in the making, after what a crash left has been cleared away."""
+    def _make_partial(self, target: Path, description: RunDescription) -> Path:
+        """A folder for a checkpoint in the making, after what a crash left has been cleared away."""
         self._recover(None)
         for leftover in self._left_over("partial", "replaced"):
             self._delete(leftover)
         partial = target.with_name(target.name + ".partial")
         partial.mkdir()
+        description.write(partial)
         return partial
 
     def _put_in_force(self, partial: Path, target: Path, step: int) -> None:

@@ -24,7 +24,7 @@ from megatron_multiverse.weight_names import (
     layer_extra_state,
 )
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's tensors of one parameter, in torch's names; its third value, the step count, is the same for all."""
 
 
@@ -79,7 +79,7 @@ def adamw_state(optimizer: torch.optim.AdamW, model_state: dict[str, Any]) -> di
     sharded: dict[str, Any] = {}
     for number, parameter in enumerate(parameters):
         values = optimizer.state[parameter]
-        for name in _MOMENTS:
+        for name in MOMENTS:
             if name not in values:
                 values[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             sharded[f"{number}.{name}"] = make_sharded_optimizer_tensor(
@@ -98,7 +98,7 @@ def load_adamw(optimizer: torch.optim.AdamW, tensors: dict[str, Any], steps: flo
     """Put back the tensors of `adamw_state`, filled, and the number of updates."""
     for number, parameter in enumerate(_parameters(optimizer)):
         values = optimizer.state[parameter]
-        for name in _MOMENTS:
+        for name in MOMENTS:
             values[name] = tensors[f"{number}.{name}"].to(parameter.device)
         values["step"] = torch.tensor(steps, dtype=torch.float32, device=parameter.device)
 

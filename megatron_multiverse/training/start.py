@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource, tokenizer_folder
+from megatron_multiverse.checkpoints.fresh import FreshSource
 from megatron_multiverse.checkpoints.load import model_from_source
 from megatron_multiverse.checkpoints.protocols import Source
 from megatron_multiverse.checkpoints.sources import open_checkpoint
@@ -18,8 +21,30 @@ from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_token
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.multiverse_attention import choose_backend
 from megatron_multiverse.model.families import preset
-from megatron_multiverse.model.gpt import attention_case, build_gpt_model
+from megatron_multiverse.model.gpt import attention_case, build_gpt_model, hide_padded_rows
+from megatron_multiverse.model.mcore import ensure_process_group, set_parallel_sizes
+from megatron_multiverse.parallel.ranks import Ranks, joined_ranks
 from megatron_multiverse.structure import TAGS
+
+
+@contextlib.contextmanager
+def joined_groups(config: TrainConfig) -> Iterator[Ranks]:
+    """All ranks of the run, divided into the parallel groups of `config.parallel`.
+
+    Raises:
+        ConfigError: see `joined_ranks`.
+    """
+    with joined_ranks(config.parallel.world_size) as ranks:
+        if config.uses_megatron:
+            parallel = config.parallel
+            ensure_process_group()
+            set_parallel_sizes(
+                parallel.tensor_model_parallel_size,
+                parallel.pipeline_model_parallel_size,
+                context=parallel.context_parallel_size,
+                virtual_pipeline=parallel.virtual_pipeline_model_parallel_size,
+            )
+        yield ranks
 
 
 def describe_model(config: TrainConfig) -> ModelConfig:
@@ -27,13 +52,15 @@ def describe_model(config: TrainConfig) -> ModelConfig:
 
     Raises:
         CheckpointError: `config.init_from` is no checkpoint.
-        ConfigError: there is no such preset, or the rows of the data are longer than the model allows.
+        ConfigError: there is no such preset, the rows of the data are longer than the model allows, or the model
+            cannot be cut into the parts of `config.parallel`.
     """
     if config.init_from is not None:
         model_config = open_start(config.init_from, config).config
     else:
         model_config = config.model or preset(config.model_preset or "")  # TrainConfig checks that there is one
     check_sequence_length(config.data, model_config)
+    config.parallel.check_model(model_config)
     return model_config
 
 
@@ -93,10 +120,7 @@ def create_model(config: TrainConfig, model_config: ModelConfig, device: torch.d
         ConfigError: what `config.layers` asks for cannot run on `device`.
     """
     dtype, compute_dtype = dtypes(config)
-    # The one place where a run chooses its attention backend. From here on its name is passed along and recorded.
-    case = attention_case(model_config, device, compute_dtype, deterministic=config.deterministic)
-    backend: Any = choose_backend(config.layers.attention_backend, case)
-    layers = dataclasses.replace(config.layers, attention_backend=backend)
+    layers = chosen_layers(config, model_config, device, compute_dtype)
     if config.init_from is not None:
         source = open_start(config.init_from, config)
         model, _ = model_from_source(source, dtype=dtype, device=device, layers=layers, compute_dtype=compute_dtype)
@@ -105,6 +129,53 @@ def create_model(config: TrainConfig, model_config: ModelConfig, device: torch.d
             model_config, dtype=dtype, device=device, seed=config.seed, layers=layers, compute_dtype=compute_dtype
         )
     return model, dataclasses.replace(layers, transformer_impl=model.config.transformer_impl)
+
+
+def create_chunks(
+    config: TrainConfig, model_config: ModelConfig, device: torch.device
+) -> tuple[list[nn.Module], LayerConfig]:
+    """This rank's part of a model: one chunk of layers, or several with an interleaved pipeline.
+
+    Fresh weights are the same however the model is cut. They are not those of `create_model` from the same seed.
+
+    Returns:
+        The chunks, and `config.layers` with every "auto" replaced by what runs.
+
+    Raises:
+        ConfigError: what `config.layers` asks for cannot run on `device`.
+    """
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    layers, parallel = chosen_layers(config, model_config, device, dtype), config.parallel
+    source: Source = FreshSource(model_config, config.seed)
+    if config.init_from is not None:
+        source = open_start(config.init_from, config)
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for number in range(virtual):
+        options: dict[str, Any] = {"layers": layers, "sequence_parallel": parallel.sequence_parallel}
+        stage = number if virtual > 1 else None
+        chunk, padded = model_from_source(source, dtype=dtype, device=device, vp_stage=stage, **options)
+        if padded.vocab_size > model_config.vocab_size:
+            hide_padded_rows(chunk, model_config.vocab_size)
+        chunks.append(chunk)
+    return chunks, dataclasses.replace(layers, transformer_impl=chunks[0].config.transformer_impl)
+
+
+def chosen_layers(
+    config: TrainConfig, model_config: ModelConfig, device: torch.device, compute_dtype: torch.dtype
+) -> LayerConfig:
+    """`config.layers` with the attention backend that runs: the one place where a run chooses it. From here on its name
+    is passed along and recorded."""
+    parallel = config.parallel
+    case = attention_case(
+        model_config,
+        device,
+        compute_dtype,
+        deterministic=config.deterministic,
+        placed=parallel.context_parallel_size > 1 and parallel.cp_comm_type == "all_gather",
+    )
+    backend: Any = choose_backend(config.layers.attention_backend, case)
+    return dataclasses.replace(config.layers, attention_backend=backend)
 
 
 def dtypes(config: TrainConfig) -> tuple[torch.dtype, torch.dtype]:

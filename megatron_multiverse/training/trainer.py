@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 import time
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from megatron_multiverse.config import ModelConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.model.device import choose_device
+from megatron_multiverse.parallel.ranks import Ranks
 from megatron_multiverse.training.checkpoint import TrainState, explained
 from megatron_multiverse.training.description import RunDescription
 from megatron_multiverse.training.engine import EngineFactory, TrainEngine
@@ -27,7 +30,7 @@ from megatron_multiverse.training.one_process import OneProcessEngine
 from megatron_multiverse.training.run_folder import RunFolder
 from megatron_multiverse.training.seeds import seed_everything
 from megatron_multiverse.training.signals import StopSignals
-from megatron_multiverse.training.start import create_model, describe_model
+from megatron_multiverse.training.start import create_chunks, create_model, describe_model, joined_groups
 
 logger = logging.getLogger(__name__)
 
@@ -63,24 +66,26 @@ def train(
         ConfigError: settings that do not fit together, the data or the checkpoint.
         TrainingError: the loss or the gradient is not finite, or no token is trained.
     """
-    with RunFolder(config.checkpoint) as run:
+    model_config, tokenizer = describe_model(config), None
+    with joined_groups(config) as ranks, RunFolder(config.checkpoint, ranks) as run:
         check_not_past(config, run)
         seed_everything(config.seed)
-        model_config, tokenizer = describe_model(config), None
         if loader is None:
             from megatron_multiverse.training.data import build_loaders
 
             loader, valid_loader, tokenizer = build_loaders(config, model_config.vocab_size)
+        check_agreement(config, loader, ranks)
         engine = (make_engine or build_engine)(config, model_config, loader, valid_loader)
         state = TrainState(engine, loader)
         described = dataclasses.replace(config, layers=engine.layers)
         description = RunDescription(model_config, described, tokenizer)
         resumed = run.resume(state, description)
-        metrics = start_record(description, run.folder, state.step, resumed)
-        meter, saved_step = StepMeter(engine.device), state.step
+        metrics = start_record(description, run.folder if ranks.is_first else None, state.step, resumed)
+        meter = StepMeter(engine.device)
 
         with StopSignals() as stop, engine.running(), contextlib.closing(stream(loader)) as batches:
-            while state.step < config.train_iters and not stop:
+            is_stopping = ranks.any(bool(stop))
+            while state.step < config.train_iters and not is_stopping:
                 waiting = time.perf_counter()
                 microbatches = [next(batches) for _ in range(config.num_microbatches)]
                 meter.waited_s += time.perf_counter() - waiting
@@ -90,28 +95,25 @@ def train(
                 state.consumed_samples += config.data.global_batch_size
                 meter.add(result.loss_sum, result.loss_tokens, result.tokens, result.visible_pairs, result.grad_norm)
 
-                last = state.step == config.train_iters or bool(stop)
+                is_stopping = ranks.any(bool(stop))
+                last = state.step == config.train_iters or is_stopping
                 if last or state.step % config.log.log_interval == 0:
                     engine.check(metrics)
                     meter.check_trained(state.step)
                     numbers = meter.read(model_config, engine.peak_tflops)
                     metrics.train(state.step, numbers, engine.learning_rate, state.consumed_samples)
-                validation_due = is_due(state.step, config.eval_interval) or (last and not stop)
+                validation_due = is_due(state.step, config.eval_interval) or (last and not is_stopping)
                 if valid_loader is not None and validation_due:
                     run_validation(engine, valid_loader, config.eval_iters, metrics, state.step)
                     meter.reset()
                 if last or is_due(state.step, config.checkpoint.save_interval):
                     engine.check(metrics)  # names documents trained as plain text: a resumed run starts after them
                     run.save(state, description)
-                    saved_step = state.step
                     meter.reset()
 
-            if state.step != saved_step:  # a signal arrived between the end of a step and the loop's condition
-                engine.check(metrics)
-                run.save(state, description)
             finished = state.step >= config.train_iters
             if finished:  # inside the block, so that a signal does not cut the writing off
-                save_model(engine, description, run.folder / MODEL_FOLDER)
+                save_model(engine, description, run.folder / MODEL_FOLDER, ranks)
         stopped_by = None if finished else stop.received
         metrics.write("end", state.step, stopped_by=stopped_by)
         metrics.close()
@@ -149,35 +151,51 @@ def run_validation(engine: TrainEngine, loader: Loader, iters: int, metrics: Met
     metrics.valid(step, loss, count)
 
 
+def check_agreement(config: TrainConfig, loader: Loader, ranks: Ranks) -> None:
+    """Raise ConfigError on every rank unless all have the same settings and stand at the same place in the same data:
+    otherwise they would wait for each other, or train parts of different models."""
+    settings = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+    remedy = "start every rank with the same config file and flags"
+    ranks.check_same("the hash of the configuration", settings, remedy)
+    remedy = "copy the same .bin and .idx files to every host, or put them on a shared file system"
+    ranks.check_same("the state of the training data", loader.state_dict(), remedy)
+
+
 def build_engine(
     config: TrainConfig, model_config: ModelConfig, loader: Loader, valid_loader: Loader | None
 ) -> TrainEngine:
     """The engine that the config asks for; see `EngineFactory`."""
-    model, layers = create_model(config, model_config, choose_device(config.device))
+    device = choose_device(config.device)
+    if config.uses_megatron:
+        from megatron_multiverse.training.megatron import MegatronEngine
+
+        chunks, layers = create_chunks(config, model_config, device)
+        return MegatronEngine(config, chunks, model_config, layers, loader, valid_loader)
+    model, layers = create_model(config, model_config, device)
     return OneProcessEngine(config, model, model_config, layers, loader, valid_loader)
 
 
-def start_record(description: RunDescription, folder: Path, step: int, resumed: bool) -> MetricsWriter:
+def start_record(description: RunDescription, folder: Path | None, step: int, resumed: bool) -> MetricsWriter:
     """Write down in the run folder what runs from this step on, and open the metrics.
 
     The config is kept as the newest, and as the one in force from this step on.
 
     Args:
         description: of the run.
-        folder: the run folder.
+        folder: the run folder; None on ranks that write nothing.
         step: optimizer steps done.
         resumed: the run continues from a checkpoint.
     """
     config = description.config
     with explained(f"{folder} cannot be written", "free space or correct the rights, then start again"):
-        for name in ("config.json", f"config_{step:07d}.json"):
+        for name in ("config.json", f"config_{step:07d}.json") if folder is not None else ():
             write_json_atomic(folder / name, config.to_dict())
         metrics = MetricsWriter(folder, config.train_iters)
         metrics.start(step, resumed, description.model, config.layers)
     return metrics
 
 
-def save_model(engine: TrainEngine, description: RunDescription, folder: Path) -> None:
+def save_model(engine: TrainEngine, description: RunDescription, folder: Path, ranks: Ranks) -> None:
     """Write the final weights with their tokenizer, so that the folder is whole by itself.
 
     Raises:
@@ -185,4 +203,5 @@ def save_model(engine: TrainEngine, description: RunDescription, folder: Path) -
     """
     with explained(f"{folder} cannot be written", "free space or correct the rights, then start again"):
         engine.save_model(folder)
-        description.write_tokenizer(folder)
+        if ranks.is_first:
+            description.write_tokenizer(folder)

@@ -1,0 +1,196 @@
+"""The engine over many ranks: megatron-core's schedules, gradient reduction and distributed optimizer.
+
+Tensor, sequence, pipeline (also interleaved), context and data parallelism, as `config.parallel` says. One rank runs,
+too. Nothing in a step waits for the device but what a pipeline waits for by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from torch import Tensor, distributed
+
+from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig
+from megatron_multiverse.model.cpu import cuda_is_cpu
+from megatron_multiverse.parallel.ranks import current_ranks
+from megatron_multiverse.training import sharded_state
+from megatron_multiverse.training.distributed_adamw import DistributedAdamW
+from megatron_multiverse.training.engine import StepResult
+from megatron_multiverse.training.flops import peak_tflops
+from megatron_multiverse.training.forward import arithmetic
+from megatron_multiverse.training.gathered_model import save_gathered
+from megatron_multiverse.training.metrics import MetricsWriter
+from megatron_multiverse.training.microbatches import Loader, Microbatch
+from megatron_multiverse.training.optim import NonFiniteGuard, build_scheduler, warn_of_another_schedule
+from megatron_multiverse.training.pipeline import counts_for_its_model, run_schedule
+from megatron_multiverse.training.placement import TokenPlacer
+
+
+class MegatronEngine:
+    """See `TrainEngine`. megatron-core's process groups must have the sizes of `config.parallel`.
+
+    Args:
+        config: the run.
+        chunks: this rank's part of the model, on its device: one model, or several with an interleaved pipeline.
+        model_config: shape of the whole model, vocabulary without padding.
+        layers: how its layers are computed, without any "auto".
+        loader: where the microbatches of `step` come from.
+        valid_loader: where those of `validate` come from, if there are any.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        chunks: Sequence[Any],
+        model_config: ModelConfig,
+        layers: LayerConfig,
+        loader: Loader,
+        valid_loader: Loader | None = None,
+    ) -> None:
+        self.config, self.models, self.model_config, self.layers = config, list(chunks), model_config, layers
+        weight = next(chunks[0].parameters())
+        self.device, self.ranks = weight.device, current_ranks()
+        peak = peak_tflops(self.device, config.dtype, config.log.peak_tflops)
+        self.peak_tflops = None if peak is None else peak * self.ranks.size
+        with cuda_is_cpu(self.device):
+            self.chunks = [wrapped(model, first=number == 0) for number, model in enumerate(self.models)]
+            self.optimizer = DistributedAdamW(self.chunks, config.optim, weight.dtype)
+        self._connect()
+        self.scheduler = build_scheduler(self.optimizer.adamw, config.optim, config.train_iters)
+        self._guard = NonFiniteGuard(self.device)
+        self._placer = self._placer_of(loader)
+        self._valid_placer = None if valid_loader is None else self._placer_of(valid_loader)
+
+    def _placer_of(self, loader: Loader) -> TokenPlacer:
+        return TokenPlacer(loader, self.device, self.layers.attention_backend, self.config.data.malformed)
+
+    def _connect(self) -> None:
+        """Tell megatron-core's schedules how to treat this model; they read it from the model's config."""
+        interleaved = len(self.chunks) > 1
+        for model in self.models:
+            core = model.config
+            core.calculate_per_token_loss = True  # gradients come divided already, see pipeline._loss
+            core.finalize_model_grads_func = _finalize
+            core.deallocate_pipeline_outputs = True
+            # gloo mixes up batched sends and receives; megatron-core's interleaved schedule does not batch on GPUs, too
+            core.batch_p2p_comm = self.device.type == "cuda" and not interleaved
+            if self.chunks[0].ddp_config.overlap_grad_reduce:
+                no_sync = [chunk.no_sync for chunk in self.chunks]
+                core.no_sync_func = no_sync if interleaved else no_sync[0]
+
+    @property
+    def learning_rate(self) -> float:
+        """See `TrainEngine.learning_rate`."""
+        return float(self.optimizer.adamw.param_groups[0]["lr"])
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """See `TrainEngine.running`."""
+        with arithmetic(self.config), cuda_is_cpu(self.device):
+            yield
+
+    def step(self, microbatches: Sequence[Microbatch]) -> StepResult:
+        """See `TrainEngine.step`."""
+        self.scheduler.step(1)
+        loss_tokens, tokens = self._sum_over_models(
+            sum(int(batch["loss_mask"].sum()) for batch in microbatches),
+            sum(batch["input_ids"].numel() for batch in microbatches),
+        )
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        sums = run_schedule(self.chunks, microbatches, self._placer, 1 / max(1, loss_tokens), forward_only=False)
+        loss_sum, pairs = reduced(*sums)
+        grad_norm = self.optimizer.clip_gradients()
+        self._guard.watch(self.optimizer.adamw, self.scheduler.num_steps, loss_sum, grad_norm)
+        self.optimizer.step()
+        return StepResult(loss_sum, loss_tokens, tokens, pairs.long(), grad_norm)
+
+    def _sum_over_models(self, *counts: int) -> list[int]:
+        """Sums over the data parallel ranks, of which each is several ranks with the same rows."""
+        return self.ranks.sum([count * counts_for_its_model() for count in counts])
+
+    @torch.no_grad()
+    def validate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
+        """See `TrainEngine.validate`."""
+        assert self._valid_placer is not None, "an engine that validates is built with a valid_loader"
+        batches = list(microbatches)
+        (count,) = self._sum_over_models(sum(int(batch["loss_mask"].sum()) for batch in batches))
+        loss_sum, _ = reduced(*run_schedule(self.chunks, batches, self._valid_placer, 1.0, forward_only=True))
+        return float(loss_sum) / count if count else float("nan"), count
+
+    def check(self, metrics: MetricsWriter) -> None:
+        """See `TrainEngine.check`."""
+        self._guard.check()
+        for placer in (self._placer, self._valid_placer):
+            if placer is not None:
+                placer.report(self.scheduler.num_steps, metrics)
+
+    def state(self, *, is_loading: bool = False) -> dict[str, Any]:
+        """See `TrainEngine.state`."""
+        models = {str(number): sharded_state.model_state(model) for number, model in enumerate(self.models)}
+        weights, moments = self.optimizer.sharded_state(models, is_loading=is_loading)
+        if is_loading:
+            return {"model": weights, "optimizer": moments}
+        extras = {
+            name: {key: value for key, value in model.items() if sharded_state.is_extra_state(key)}
+            for name, model in models.items()
+        }
+        other = {
+            name: sharded_state.missing_extra_states(model, models[name])
+            for name, model in zip(models, self.models, strict=True)
+        }
+        return {
+            "model": weights,
+            "optimizer": moments,
+            "extra_states": extras,
+            "other_spec": other,
+            "optimizer_step": sharded_state.adamw_steps(self.optimizer.adamw),
+            "opt_param_scheduler": self.scheduler.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any], folder: Path) -> None:
+        """See `TrainEngine.load`."""
+        self.optimizer.load(state["model"], state["optimizer"], state["optimizer_step"])
+        warn_of_another_schedule(self.scheduler, state["opt_param_scheduler"])
+        self.scheduler.load_state_dict(state["opt_param_scheduler"])
+
+    def save_model(self, folder: Path) -> None:
+        """See `TrainEngine.save_model`."""
+        save_gathered(self.models, self.model_config, folder, self.ranks)
+
+
+def wrapped(model: Any, *, first: bool) -> DistributedDataParallel:
+    """A chunk of the model with its gradients in float32 buffers, reduced while the backward pass still runs.
+
+    Args:
+        model: the chunk.
+        first: whether it is the first of this rank; only its gradients are reduced in several parts.
+    """
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    model.config.calculate_per_token_loss = True  # sums over ranks, no means
+    return DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, overlap_grad_reduce=ranks > 1, use_distributed_optimizer=True
+        ),
+        model,
+        disable_bucketing=not first,
+    )
+
+
+def _finalize(chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Reduce the gradients over ranks. The token count that the schedule hands over is not used: see pipeline._loss."""
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+def reduced(loss_sum: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over all ranks of what `run_schedule` returned on each."""
+    both = torch.stack([loss_sum, pairs])
+    distributed.all_reduce(both)
+    return both[0], both[1]

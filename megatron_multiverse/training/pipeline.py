@@ -1,0 +1,141 @@
+"""Forward and backward passes over all ranks of a model, by megatron-core's schedules.
+
+Every rank of a model gets the same microbatches from its loader, lays them out by itself, once each, and so has
+position ids, labels and layout on every pipeline stage without sending them. What travels between stages are
+activations alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_multiverse.model.attention import AttentionParams
+from megatron_multiverse.training.microbatches import Microbatch
+from megatron_multiverse.training.placement import TokenPlacer, to_device
+
+
+@dataclass
+class PlacedMicrobatch:
+    """What this rank's part of the model is called with. Tensors [b, s] on the device."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    params: AttentionParams
+    visible_pairs: Tensor
+    """Pairs of the whole microbatch, int64 scalar; counted on one rank of each model, 0 on the others."""
+
+
+class PlacedMicrobatches:
+    """The microbatches of a step, each laid out when the first chunk of the model asks for it and shared by all chunks.
+
+    Args:
+        microbatches: on the host.
+        placer: lays them out.
+        num_chunks: chunks of the model on this rank.
+    """
+
+    def __init__(self, microbatches: Sequence[Microbatch], placer: TokenPlacer, num_chunks: int) -> None:
+        self._microbatches, self._placer = microbatches, placer
+        self._num_chunks = num_chunks
+        self._placed: dict[int, tuple[PlacedMicrobatch, int]] = {}
+        self.visible_pairs = torch.zeros((), dtype=torch.int64, device=placer.device)
+        """Of all microbatches placed so far."""
+
+    def iterators(self) -> list[Iterator[PlacedMicrobatch]]:
+        """One for each chunk."""
+        return [self._iterate() for _ in range(self._num_chunks)]
+
+    def _iterate(self) -> Iterator[PlacedMicrobatch]:
+        for number in range(len(self._microbatches)):
+            yield self._get(number)
+
+    def _get(self, number: int) -> PlacedMicrobatch:
+        if number not in self._placed:
+            placed = place(self._microbatches[number], self._placer)
+            self.visible_pairs += placed.visible_pairs
+            self._placed[number] = placed, self._num_chunks
+        placed, waiting = self._placed.pop(number)
+        if waiting > 1:  # the last chunk that asks takes it along, so that its memory is free after the backward pass
+            self._placed[number] = placed, waiting - 1
+        return placed
+
+
+def place(batch: Microbatch, placer: TokenPlacer) -> PlacedMicrobatch:
+    """Lay out one microbatch."""
+    device = placer.device
+    ids, labels, loss_mask = (to_device(batch[name], device) for name in ("input_ids", "labels", "loss_mask"))
+    position_ids, params = placer.place(batch, ids)
+    pairs = params.num_visible_pairs() if counts_for_its_model() else torch.zeros((), dtype=torch.int64, device=device)
+    return PlacedMicrobatch(ids, position_ids, labels, loss_mask, params, pairs)
+
+
+def counts_for_its_model() -> bool:
+    """Whether this rank adds to sums over models what all ranks of its model know."""
+    return parallel_state.get_model_parallel_group().rank() == 0 and parallel_state.get_context_parallel_rank() == 0
+
+
+def run_schedule(
+    chunks: Sequence[Any], microbatches: Sequence[Microbatch], placer: TokenPlacer, scale: float, *, forward_only: bool
+) -> tuple[Tensor, Tensor]:
+    """Run all microbatches through the model; gradients are added to the parameters' `main_grad`.
+
+    Args:
+        chunks: this rank's part of the model: DistributedDataParallel around each chunk.
+        microbatches: those of this data parallel rank.
+        placer: lays them out.
+        scale: what the summed loss is multiplied with before it is differentiated.
+        forward_only: no gradients.
+
+    Returns:
+        Sum of the loss over the trained tokens of this rank, and visible pairs that this rank counts, float64 scalars
+        on the device. Summed over all ranks they are those of the step.
+    """
+    batches = PlacedMicrobatches(microbatches, placer, len(chunks))
+    rows, length = microbatches[0]["input_ids"].shape
+    sums = get_forward_backward_func()(
+        forward_step_func=partial(_forward, scale=scale),
+        data_iterator=batches.iterators(),
+        model=list(chunks),
+        num_microbatches=len(microbatches),
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+    )
+    loss_sum = torch.zeros((), dtype=torch.float64, device=placer.device)
+    if parallel_state.get_tensor_model_parallel_rank() == 0:  # all tensor parallel ranks have the same loss
+        for batch_sum in sums:  # empty but on the last stage
+            loss_sum += batch_sum
+    return loss_sum, batches.visible_pairs.double()
+
+
+def _forward(batches: Iterator[PlacedMicrobatch], model: Any, *, scale: float) -> tuple[Tensor, Any]:
+    """megatron-core's `forward_step_func`."""
+    batch = next(batches)
+    output = model(
+        batch.input_ids,
+        batch.position_ids,
+        attention_mask=None,
+        labels=batch.labels,
+        packed_seq_params=batch.params,
+    )
+    return output, partial(_loss, batch.loss_mask, scale)
+
+
+def _loss(loss_mask: Tensor, scale: float, per_token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What is differentiated, a token count that nobody uses, and what `run_schedule` adds up.
+
+    Gradients are divided by the tokens of the whole step from the start (`scale`), as in one process; megatron-core
+    would divide at the end by counts that it adds up here.
+    """
+    loss_sum = (per_token * loss_mask).sum()
+    return loss_sum * scale, torch.ones((), dtype=torch.int, device=loss_sum.device), loss_sum.detach()
