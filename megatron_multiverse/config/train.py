@@ -211,15 +211,6 @@ class TrainConfig:
             check_sequence_length(self.data, self.model)
 
     def _check_parallel(self) -> None:
-        ranks = self.parallel.data_parallel_size
-        check(
-            self.data.global_batch_size % (self.data.micro_batch_size * ranks) == 0,
-            f"data.global_batch_size ({self.data.global_batch_size}) must be divisible by "
-            f"data.micro_batch_size ({self.data.micro_batch_size}) x data parallel size ({ranks})",
-        )
-        self.parallel.check_rows(self.data.seq_length, self.num_microbatches)
-        if self.data.valid_prefixes:
-            self.parallel.check_rows(self.data.seq_length, self.eval_iters)
         world = self.parallel.world_size
         check(
             self.engine != "one_process" or world == 1,
@@ -231,6 +222,15 @@ class TrainConfig:
             "dtype float64 is for engine one_process on one rank; megatron-core's distributed optimizer takes float32 "
             "and bf16",
         )
+        ranks = self.parallel.data_parallel_size
+        check(
+            self.data.global_batch_size % (self.data.micro_batch_size * ranks) == 0,
+            f"data.global_batch_size ({self.data.global_batch_size}) must be divisible by "
+            f"data.micro_batch_size ({self.data.micro_batch_size}) x data parallel size ({ranks})",
+        )
+        self.parallel.check_rows(self.data.seq_length, self.num_microbatches)
+        if self.data.valid_prefixes:
+            self.parallel.check_rows(self.data.seq_length, self.eval_iters)
 
     @property
     def uses_megatron(self) -> bool:

@@ -22,6 +22,9 @@ from megatron_multiverse.errors import ConfigError
 logging.getLogger("torch.utils.cpp_extension").addFilter(lambda r: not r.getMessage().startswith("No CUDA runtime"))
 logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(lambda r: "DEPRECATED" not in r.getMessage())
 
+# megatron-core calls collectives by names that torch 2.13 is about to drop.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     warnings.filterwarnings("ignore", message="Apex is not installed")

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_multiverse.errors import ConfigError, MultiverseError, RankError
 
@@ -140,9 +142,9 @@ def joined_ranks(world_size: int, *, timeout: timedelta = timedelta(minutes=30))
         store, rank = _connect(timeout)
         if rank != 0:  # the first rank says for all what all would say
             logging.getLogger("megatron_multiverse").setLevel(logging.ERROR)
-        with _ending_together(distributed.PrefixStore("failures", store), rank):
+        with _ending_together(PrefixStore("failures", store), rank):
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            groups = distributed.PrefixStore("groups", store)
+            groups = PrefixStore("groups", store)
             distributed.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
             yield Ranks(rank, world_size)
             distributed.barrier()
@@ -165,7 +167,7 @@ def _connect(timeout: timedelta) -> tuple[Any, int]:
                 "(torchrun --nproc-per-node)"
             )
         torch.cuda.set_device(local)
-    store, rank, _ = next(distributed.rendezvous("env://", timeout=timeout))
+    store, rank, _ = next(rendezvous("env://", timeout=timeout))
     return store, rank
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -25,7 +25,6 @@ from megatron_multiverse.training.optim import build_optimizer
 from megatron_multiverse.training.sharded_state import MOMENTS
 
 Parameter = nn.Parameter
-Sharded = ShardedTensor | ShardedTensorFactory
 WEIGHT = "param"
 """What megatron-core calls the float32 weights beside the moments."""
 
@@ -183,8 +182,8 @@ class DistributedAdamW:
         return None if parts is None else torch.cat([part.cpu() for part in parts])
 
 
-def _with_data(sharded: Sharded, data: Tensor) -> Sharded:
-    """The same place in the whole model for another tensor."""
+def _with_data(sharded: Any, data: Tensor) -> Any:
+    """The ShardedTensor, or factory of such, for the same place in the whole model and another tensor."""
     if isinstance(sharded, ShardedTensorFactory):
         return replace(sharded, data=data)
     return replace(sharded, data=data, dtype=data.dtype)

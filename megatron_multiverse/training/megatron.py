@@ -30,6 +30,7 @@ from megatron_multiverse.training.microbatches import Loader, Microbatch
 from megatron_multiverse.training.optim import NonFiniteGuard, build_scheduler, warn_of_another_schedule
 from megatron_multiverse.training.pipeline import counts_for_its_model, run_schedule
 from megatron_multiverse.training.placement import TokenPlacer
+from megatron_multiverse.weight_names import is_extra_state
 
 
 class MegatronEngine:
@@ -138,8 +139,7 @@ class MegatronEngine:
         if is_loading:
             return {"model": weights, "optimizer": moments}
         extras = {
-            name: {key: value for key, value in model.items() if sharded_state.is_extra_state(key)}
-            for name, model in models.items()
+            name: {key: value for key, value in model.items() if is_extra_state(key)} for name, model in models.items()
         }
         other = {
             name: sharded_state.missing_extra_states(model, models[name])

@@ -81,7 +81,8 @@ def place(batch: Microbatch, placer: TokenPlacer) -> PlacedMicrobatch:
 
 def counts_for_its_model() -> bool:
     """Whether this rank adds to sums over models what all ranks of its model know."""
-    return parallel_state.get_model_parallel_group().rank() == 0 and parallel_state.get_context_parallel_rank() == 0
+    ranks = parallel_state.get_model_parallel_group().rank(), parallel_state.get_context_parallel_rank()
+    return ranks == (0, 0)
 
 
 def run_schedule(

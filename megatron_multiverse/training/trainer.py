@@ -188,8 +188,9 @@ def start_record(description: RunDescription, folder: Path | None, step: int, re
     """
     config = description.config
     with explained(f"{folder} cannot be written", "free space or correct the rights, then start again"):
-        for name in ("config.json", f"config_{step:07d}.json") if folder is not None else ():
-            write_json_atomic(folder / name, config.to_dict())
+        if folder is not None:
+            for name in ("config.json", f"config_{step:07d}.json"):
+                write_json_atomic(folder / name, config.to_dict())
         metrics = MetricsWriter(folder, config.train_iters)
         metrics.start(step, resumed, description.model, config.layers)
     return metrics

@@ -16,9 +16,21 @@ TOKENIZER = Path(__file__).parents[2] / "examples/quickstart/model"
 MODEL: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2,
     "kv_channels": 8, "vocab_size": 321, "max_sequence_length": 512, "add_qkv_bias": True,
-    "share_embeddings_and_output_weights": False,
+    "share_embeddings_and_output_weights": True,
 }  # fmt: skip
 """An odd vocabulary: two tensor parallel ranks pad it."""
+
+_TP, _PP, _CP = (f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
+_SP, _VPP = "parallel.sequence_parallel", "parallel.virtual_pipeline_model_parallel_size"
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tensor": (2, {_TP: 2}),
+    "sequence": (2, {_TP: 2, _SP: True}),
+    "pipeline": (2, {_PP: 2}),
+    "interleaved": (2, {_PP: 2, _VPP: 2}),
+    "data": (2, {}),
+    "tensor and pipeline": (4, {_TP: 2, _SP: True, _PP: 2}),
+}
+"""Name -> ranks and settings."""
 
 
 def config(data: Path, save: Path, **changes: Any) -> TrainConfig:
@@ -30,7 +42,7 @@ def config(data: Path, save: Path, **changes: Any) -> TrainConfig:
             "micro_batch_size": 1, "global_batch_size": 4, "num_workers": 0, "overlong": "drop",
         },
         "checkpoint": {"save": str(save), "save_interval": 0},
-        "optim": {"lr": 1e-2, "lr_warmup_iters": 2, "weight_decay": 0.1, "lr_decay_style": "constant"},
+        "optim": {"lr": 1e-3, "lr_warmup_iters": 2, "weight_decay": 0.1, "lr_decay_style": "constant"},
         "log": {"log_interval": 1},
         "engine": "megatron", "train_iters": 20, "device": "cpu",
     }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_multiverse.cli import parse_options
-from megatron_multiverse.config import ModelConfig, TrainConfig, pad_vocab_size
+from megatron_multiverse.config import ModelConfig, ParallelConfig, TrainConfig, pad_vocab_size
 from megatron_multiverse.errors import ConfigError
 
 MODEL = {
@@ -73,10 +73,17 @@ def test_round_trip_through_plain_values_and_json(tmp_path: Path) -> None:
         ("model.hidden_size", 0, r"model.hidden_size must be at least 1, got 0"),
         ("init_from", "folder", r"exactly one of `model`"),
         ("model", None, r"exactly one of `model`"),
-        ("parallel.tensor_model_parallel_size", 2, r"tensor_model_parallel_size is 2, but .* one process so far"),
-        ("parallel.pipeline_model_parallel_size", 2, r"pipeline_model_parallel_size is 2"),
+        ("parallel.tensor_model_parallel_size", 2, r"1 ranks \(WORLD_SIZE\) cannot be divided into groups of 2"),
+        (
+            "parallel.virtual_pipeline_model_parallel_size",
+            2,
+            r"has no effect without .*pipeline_model",
+        ),
+        ("parallel.cp_comm_type", "ring", r"'ring', allowed: all_gather, a2a"),
+        ("parallel.cp_comm_type", "a2a", r"a2a has no effect without parallel.context_parallel_size above 1"),
+        ("engine", "zero", r"'zero', allowed: auto, one_process, megatron"),
         ("parallel.context_parallel_size", 0, r"context_parallel_size must be at least 1, got 0"),
-        ("parallel.sequence_parallel", True, r"sequence_parallel has no effect without .* set it to false"),
+        ("parallel.sequence_parallel", True, r"sequence_parallel has no effect without .* set both or neither"),
         ("parallel.data_parallel_size", 2, r"parallel\.data_parallel_size: unknown key"),
         ("dtype", "fp8", r"'fp8', allowed: float32, bf16, float64"),
         ("checkpoint.save", "", r"checkpoint.save is empty"),
@@ -92,12 +99,49 @@ def test_wrong_values_are_named(dotted: str, value: Any, message: str) -> None:
         TrainConfig.from_dict(values(**{dotted: value}))
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of them would train alone and write into the same folder."""
-    assert TrainConfig.from_dict(values()).parallel.data_parallel_size == 1
+@pytest.mark.parametrize(
+    ("world", "changes", "message"),
+    [
+        (8, {"engine": "one_process"}, r"one_process runs on one rank, but WORLD_SIZE is 8"),
+        (8, {"dtype": "float64"}, r"float64 is for engine one_process"),
+        (8, {"parallel.tensor_model_parallel_size": 3}, r"8 ranks .* groups of 3"),
+        (4, {"data.global_batch_size": 6}, r"\(6\) must be divisible by .* \(2\) x data parallel size \(4\)"),
+        (3, {"parallel.context_parallel_size": 3}, r"seq_length \(256\) must be a multiple of 3"),
+        (
+            2,
+            {
+                "parallel.pipeline_model_parallel_size": 2,
+                "parallel.virtual_pipeline_model_parallel_size": 2,
+                "data.global_batch_size": 2,
+            },
+            r"multiple of parallel.pipeline_model_parallel_size \(2\) microbatches, got 1",
+        ),
+    ],
+)
+def test_what_cannot_be_spread_over_the_ranks_is_named(
+    world: int, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(values(**changes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tensor_model_parallel_size": 8}, r"size \(8\) must divide the model's num_attention_heads \(4\)"),
+        ({"pipeline_model_parallel_size": 8}, r"\(8 x 1\) must divide the model's num_layers \(2\)"),
+        ({"context_parallel_size": 8, "cp_comm_type": "a2a"}, r"context_parallel_size \(8\) that divides .* \(2 of 2"),
+    ],
+)
+def test_models_that_cannot_be_cut_are_refused(
+    sizes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(ConfigError, match="WORLD_SIZE is 8, but training runs in one process so far"):
-        TrainConfig.from_dict(values())
+    model = TrainConfig.from_dict(values(**{"data.global_batch_size": 16})).model
+    assert model is not None
+    with pytest.raises(ConfigError, match=message):
+        ParallelConfig(**sizes).check_model(model)
 
 
 def test_missing_keys_are_named() -> None:
