@@ -2,11 +2,10 @@
 
 `trainer.train` decides when something happens: which microbatches make a step, when to log, validate, save and stop.
 An engine decides how it is computed and owns everything that this needs: model, gradients, optimizer, learning rate,
-precision, devices and, later, ranks. Today there is one, `one_process.OneProcessEngine`.
-
-Two more are meant to fit here without a change to the loop. A Megatron engine runs megatron-core's pipeline schedules,
-its DistributedDataParallel and its distributed optimizer. A DeepSpeed engine runs ZeRO. Each member below says what it
-means for them. In all engines the numbers that leave a member are those of the whole run, the same on every rank.
+precision, devices and ranks. There are two: `one_process.OneProcessEngine`, and `megatron.MegatronEngine`, which runs
+megatron-core's pipeline schedules, its DistributedDataParallel and its distributed optimizer. One more is meant to fit
+here without a change to the loop: a DeepSpeed engine that runs ZeRO. In all engines the numbers that leave a member are
+those of the whole run, the same on every rank.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class TrainEngine(Protocol):
     def running(self) -> contextlib.AbstractContextManager[None]:
         """What holds from the first step of the run to its last weight written: arithmetic settings of this process.
 
-        An engine of several ranks leaves its process groups to it.
+        The process groups of several ranks exist already, and outlive it.
         """
         ...
 
