@@ -26,13 +26,17 @@ class EngineConfig:
     max_rows: int = 64
     """Branches per step."""
     max_step_tokens: int = 2048
-    """Tokens per step beyond one per row; longer prompts are fed in chunks."""
+    """Tokens per step beyond one per row: prompts enter the steps of what decodes in chunks that fit."""
+    token_latency_target_ms: float | None = None
+    """How long a step, so each next token, should take at most. Requests bring further branches, and longer chunks of
+    prompts, only while the step is predicted to end in time; unset, as many as max_rows and max_step_tokens allow."""
     max_paths: int | None = 64
     """Goals with more outlines stay plain text; unset for no limit."""
     max_depth: int | None = MAX_DEPTH
     """Blocks nested deeper stay plain text; unset for no limit."""
-    prefix_pages: int = 0
-    """Pages kept for prompts that begin alike, as those with one few-shot header do; 0 keeps none."""
+    prefix_cache: bool = True
+    """Requests that begin alike share what was computed for their beginning. It lies in pages that nothing else needs,
+    so it takes no room."""
     cuda_graphs: bool = True
     """On a GPU, replay steps of few tokens as CUDA graphs; false runs every step call by call."""
     overlap: bool | None = None
@@ -44,8 +48,12 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("page_size", "max_rows", "max_step_tokens"):
             refuse_unless(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_pages", "prefix_pages"):
-            refuse_unless(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        refuse_unless(self.num_pages >= 0, f"num_pages must not be negative, got {self.num_pages}")
+        target = self.token_latency_target_ms
+        refuse_unless(
+            target is None or 0 < target < float("inf"),
+            f"token_latency_target_ms must be finite and above 0 (unset for none), got {target}",
+        )
         for name in ("max_paths", "max_depth"):
             value = getattr(self, name)
             refuse_unless(value is None or value >= 0, f"{name} must not be negative (unset for no limit), got {value}")

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
 from megatron_multiverse.config.engine import EngineConfig
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference.cache.book import PageBook
+from megatron_multiverse.inference.draft import Step
 from megatron_multiverse.inference.preemption import recover, relieve
-from megatron_multiverse.inference.scheduler import Scheduler, Step
+from megatron_multiverse.inference.scheduler import Scheduler
 from megatron_multiverse.inference.step.plan import StepOutput
 from megatron_multiverse.inference.step.runner import PendingOutput, Runner
 from megatron_multiverse.inference.step.sampler import Sampler
@@ -26,9 +29,19 @@ from megatron_multiverse.inference.text.commit import close_all, commit_token
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.inference.text.state import RequestState, TokenCallback, new_state
+from megatron_multiverse.inference.width import StepLoad, StepTime
 from megatron_multiverse.structure import StructureMachine, StructureVocab
 
 logger = logging.getLogger(__name__)
+
+
+class Flight(NamedTuple):
+    """A step that runs."""
+
+    step: Step
+    output: PendingOutput
+    start: float
+    """When its planning began."""
 
 
 class Engine:
@@ -41,6 +54,7 @@ class Engine:
         max_position: positions the model can take; by default what the model says.
         vocab_size: ids of the tokenizer; the padding of the output layer above it is never chosen.
         sampler: chooses tokens; by default `CounterSampler`.
+        clock: seconds, to measure steps by.
     """
 
     def __init__(
@@ -52,6 +66,7 @@ class Engine:
         max_position: int | None = None,
         vocab_size: int | None = None,
         sampler: Sampler | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config = config = config or EngineConfig()
         self.vocab = structure_vocab
@@ -67,14 +82,20 @@ class Engine:
             sampler=sampler,
             cuda_graphs=config.cuda_graphs,
         )
+        target = None if config.token_latency_target_ms is None else config.token_latency_target_ms / 1000
+        self.step_time = None if target is None else StepTime()
         self.scheduler = Scheduler(
             self.book,
             max_rows=config.max_rows,
             max_step_tokens=config.max_step_tokens,
-            prefix_pages=config.prefix_pages,
+            prefix_cache=config.prefix_cache,
+            step_time=self.step_time,
+            latency_target=target,
         )
         self.overlap = self.runner.graphs is not None if config.overlap is None else config.overlap
-        self._flight: tuple[Step, PendingOutput] | None = None
+        self._clock = clock
+        self._last_output = -float("inf")  # when the last step's tokens came
+        self._flight: Flight | None = None
         self.num_steps = 0
         self._next_id = 0
         self._cancelled: set[int] = set()
@@ -203,14 +224,15 @@ class Engine:
         """
         with self._guard():
             self._end_cancelled()
+            start = self._clock()
             step = self._plan()
             flight, self._flight = self._flight, None
             if step is not None:
-                self._flight = step, self.runner.launch(step.plan)
+                self._flight = Flight(step, self.runner.launch(step.plan), start)
             if not self.overlap:
                 flight, self._flight = self._flight, None
             if flight is not None:
-                self._commit(flight[0], flight[1].wait())
+                self._land(flight)
             self.scheduler.in_flight = self._flight is not None
             self._hand_out()
             self._end_cancelled()
@@ -223,9 +245,9 @@ class Engine:
         """The next step; where nothing can run, the tokens in flight may change that, then requests step back."""
         while (step := self.scheduler.plan()) is None and self.scheduler.active:
             if self._flight is not None:
-                (last, output), self._flight = self._flight, None
+                flight, self._flight = self._flight, None
                 self.scheduler.in_flight = False
-                self._commit(last, output.wait())
+                self._land(flight)
             else:
                 relieve(self.scheduler)
             self._hand_out()
@@ -247,6 +269,18 @@ class Engine:
         finally:
             self._stepping = False
 
+    def _land(self, flight: Flight) -> None:
+        """Wait for the tokens of a step and take them; how long everyone waited tells how wide steps may be."""
+        output = flight.output.wait()
+        now = self._clock()
+        if self.step_time is not None:
+            plan = flight.step.plan
+            rows = len(plan.lengths)
+            load = StepLoad(rows, int(plan.lengths.sum()), len(plan.ids) - rows)
+            self.step_time.observe(load, now - max(flight.start, self._last_output))
+        self._last_output = now
+        self._commit(flight.step, output)
+
     def _commit(self, step: Step, output: StepOutput) -> None:
         """Give every sampled row its token; `text/commit.py` writes all that follows from it."""
         self.num_steps += 1
@@ -262,6 +296,7 @@ class Engine:
                 self.scheduler.check_fed(sampled, token)
             else:
                 state.error = "the model returned logits that are not finite"
+                self.scheduler.distrust(state)
                 close_all(state, "error")
         for state in served.values():
             state.decode_steps += 1
@@ -318,5 +353,5 @@ class Engine:
 
 
 def pages_for(longest: int, config: EngineConfig) -> int:
-    """Pages for eight answers of `longest` tokens, prompt included, their forks, and the kept prompts."""
-    return 8 * (-(-longest // config.page_size) + 16) + config.prefix_pages
+    """Pages for eight answers of `longest` tokens, prompt included, and their forks."""
+    return 8 * (-(-longest // config.page_size) + 16)

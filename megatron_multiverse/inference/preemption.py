@@ -24,9 +24,7 @@ def preempt(scheduler: Scheduler, state: RequestState) -> None:
 
 
 def relieve(scheduler: Scheduler) -> None:
-    """No branch can get a page: the prompts kept for later go, then the newest request; the last one ends."""
-    if scheduler.prefixes.clear():
-        return
+    """No branch can get a page: the newest request steps back; the last one ends."""
     newest = scheduler.active[-1]
     if len(scheduler.active) > 1:
         preempt(scheduler, newest)

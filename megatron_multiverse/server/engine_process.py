@@ -136,8 +136,8 @@ class EngineHost:
             "running": len(scheduler.active),
             "waiting": len(scheduler.waiting),
             "branches": len(scheduler.nodes),
-            "pages_free": len(book.free),
-            "pages_cached": len(scheduler.prefixes.pages),
+            "pages_free": book.available,
+            "pages_cached": len(scheduler.prefixes),
         }
 
 

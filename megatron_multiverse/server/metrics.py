@@ -15,7 +15,7 @@ _GAUGES = {
     "waiting": ("requests_waiting", "Answers that wait for a place in the cache"),
     "branches": ("branches_running", "Branches with a place in the cache"),
     "pages_free": ("cache_pages_free", "Pages of the cache that nobody owns"),
-    "pages_cached": ("cache_pages_cached", "Pages kept for prompts that begin alike"),
+    "pages_cached": ("cache_pages_cached", "Pages, free or owned, that requests with the same beginning would find"),
     "steps": ("engine_steps", "Steps of the engine since it started"),
 }
 

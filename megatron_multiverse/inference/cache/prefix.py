@@ -1,16 +1,18 @@
-"""Reuse of the cache between requests whose prompts begin alike.
+"""Reuse of the cache between requests whose text begins alike.
 
-Only full pages of a prompt are kept, under a hash chained over all ids before them. Nothing that was computed inside
-a block or after one enters: the keys of a path, computed beside its siblings, are not those of the same text read
-causally, so text alone must never find them.
+Full pages of a root are found by a hash chained over all ids before them, each with its first position and a salt.
+Only the root's text up to its first fork is kept. Nothing that was computed inside a block or after one enters: the
+keys of a path, computed beside its siblings, are not those of the same text read causally, so text alone must never
+find them.
+
+A page may be found as soon as the step that computes it is planned, by other rows of that step too: every layer writes
+the keys of all rows before any row reads. So requests with one prompt that come at once compute it once.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,66 +20,95 @@ import numpy as np
 from megatron_multiverse.inference.cache.book import PageBook, PageList
 
 
-class PrefixCache:
-    """Pages by the text up to their end; the least recently used go first.
+class PageKeys:
+    """The keys of the full pages of one text, made as the text grows.
 
     Args:
-        book: who owns which page; this cache is one more owner of each page it keeps.
-        capacity: most pages kept.
+        page_size: tokens per page.
+        salt: texts with different salts never have a key in common.
     """
 
-    def __init__(self, book: PageBook, capacity: int) -> None:
+    def __init__(self, page_size: int, salt: bytes) -> None:
+        self._size = page_size
+        self._salt = salt
+        self._keys: list[bytes] = []
+
+    def key(self, ids: Sequence[int], page: int) -> bytes:
+        """Key of a full page of `ids`, a text that begins as it did in earlier calls."""
+        if page >= len(self._keys):
+            self._extend(ids)
+        return self._keys[page]
+
+    def _extend(self, ids: Sequence[int]) -> None:
+        size, done = self._size, len(self._keys)
+        key = self._keys[-1] if self._keys else self._salt
+        text = np.asarray(ids[done * size : len(ids) // size * size], dtype=np.int64).tobytes()
+        for offset in range(0, len(text), 8 * size):
+            position = done * size + offset // 8
+            page = position.to_bytes(8, "little") + text[offset : offset + 8 * size]
+            key = hashlib.blake2b(key + page, digest_size=16).digest()
+            self._keys.append(key)
+
+
+class PrefixCache:
+    """Which page holds which text.
+
+    It owns no page: kept pages that nobody owns lie idle in the book until they are needed for something else.
+
+    Args:
+        book: who owns which page.
+        enabled: whether anything is kept.
+    """
+
+    def __init__(self, book: PageBook, *, enabled: bool = True) -> None:
         self.book = book
-        self.capacity = capacity
-        self._pages: OrderedDict[bytes, int] = OrderedDict()
+        self.enabled = enabled
+        book.on_evict = self._forget
+        self._pages: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
         # Hashes cannot be prepared outside of this process.
-        self._salt = os.urandom(16)
+        self._secret = os.urandom(16)
 
-    @property
-    def pages(self) -> list[int]:
-        """Pages kept, for the owner census."""
-        return list(self._pages.values())
+    def __len__(self) -> int:
+        return len(self._pages)
 
-    def find(self, prompt: Sequence[int]) -> list[int]:
-        """Pages of the longest known beginning of `prompt`, leaving at least one token to compute."""
-        keys = self._keys(prompt, (len(prompt) - 1) // self.book.page_size)
-        known = list(itertools.takewhile(self._pages.__contains__, keys))
-        self._touch(known)
-        return [self._pages[key] for key in known]
+    def keys(self, salt: str) -> PageKeys:
+        """The keys of a new text; texts share pages only with those of the same salt."""
+        return PageKeys(self.book.page_size, hashlib.blake2b(salt.encode(), key=self._secret).digest())
 
-    def _touch(self, keys: Sequence[bytes]) -> None:
-        """These were used last. A page is found only after those before it, so the last pages of a prompt go first."""
-        for key in reversed(keys):
-            self._pages.move_to_end(key)
+    def find(self, keys: PageKeys, ids: Sequence[int], start: int, end: int) -> list[int]:
+        """Known pages of `ids` from page `start` on, up to the first that is not known or page `end`."""
+        found: list[int] = []
+        for k in range(start, end) if self._pages else ():
+            page = self._pages.get(keys.key(ids, k))
+            if page is None:
+                break
+            found.append(page)
+        return found
 
-    def add(self, prompt: Sequence[int], pages: PageList) -> None:
-        """Keep the full pages of a prompt that has been computed; `pages` begin with them."""
-        full = min(len(prompt) // self.book.page_size, self.capacity)
-        keys = self._keys(prompt, full)
-        for key, page in zip(keys, map(int, pages[:full]), strict=True):
-            if key not in self._pages:
-                self.book.retain([page])
-                self._pages[key] = page
-        self._touch(keys)
-        while len(self._pages) > self.capacity:
-            self.book.release([self._pages.popitem(last=False)[1]])
+    def add(self, keys: PageKeys, ids: Sequence[int], pages: PageList, start: int, end: int) -> None:
+        """Keep the pages [start, end) of a text; `pages` are all of it, with an owner each."""
+        for k in range(start, end) if self.enabled else ():
+            key, page = keys.key(ids, k), int(pages[k])
+            if key not in self._pages and page not in self._keys:
+                self._pages[key], self._keys[page] = page, key
+                self.book.keep(page)
 
-    def clear(self) -> bool:
-        """Let go of everything; whether there was anything."""
-        pages = self.pages
-        self._pages.clear()
-        self.book.release(pages)
-        return bool(pages)
+    def drop(self, pages: PageList) -> None:
+        """What these pages hold is not to be trusted: nobody finds it any more."""
+        for page in map(int, pages):
+            if page in self._keys:
+                self._forget(page)
+                self.book.drop(page)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.drop(list(self._keys))
 
     def forget(self) -> None:
-        """Drop everything without giving pages back: the book itself is about to be reset."""
+        """Forget everything without telling the book, which is about to be reset."""
         self._pages.clear()
+        self._keys.clear()
 
-    def _keys(self, prompt: Sequence[int], count: int) -> list[bytes]:
-        size = self.book.page_size
-        key, keys = self._salt, []
-        for k in range(count):
-            data = np.asarray(prompt[k * size : (k + 1) * size], dtype=np.int64).tobytes()
-            key = hashlib.blake2b(key + data, digest_size=16).digest()
-            keys.append(key)
-        return keys
+    def _forget(self, page: int) -> None:
+        self._pages.pop(self._keys.pop(page))

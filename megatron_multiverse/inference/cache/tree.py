@@ -132,7 +132,7 @@ class PageTree:
             self._source[node.last_page * self.page_size + offset] = ~self._num_tokens
             self._num_tokens += 1
             return True
-        if self.append_cost(node, count) > len(self.book.free):
+        if self.append_cost(node, count) > self.book.available:
             return False
         self._grow(node, count)
         for slot in self.slots(node, start, node.length).tolist():
@@ -156,10 +156,10 @@ class PageTree:
         node.length += count
 
     def share(self, node: Node, pages: list[int]) -> None:
-        """Let a new root begin with full pages that hold its first tokens already."""
-        self.book.retain(pages)
+        """Lengthen a root that ends with a page border by kept pages, which hold its next tokens already."""
+        self.book.adopt(pages)
         node.add_pages(pages)
-        node.length = len(pages) * self.page_size
+        node.length += len(pages) * self.page_size
 
     def fork(self, node: Node, count: int) -> list[Node]:
         """Children that see all of `node`: full pages shared, the open page copied."""

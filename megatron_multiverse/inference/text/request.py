@@ -23,6 +23,9 @@ class Request:
     """How the answer is drawn, and where it ends."""
     sample: int = 0
     """Number of the answer, to draw several to one prompt with one seed."""
+    cache_salt: str = ""
+    """Requests share what was computed for their beginning only with those of the same salt: with one salt for each
+    tenant, none can tell from the time of an answer what another asked."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_ids", tuple(whole_number("prompt_ids", token) for token in self.prompt_ids))

@@ -83,7 +83,7 @@ class Result:
     about it (`forced_close`, `fork_refused`)."""
     timeline: list[TimelineSpan]
     cached_tokens: int = 0
-    """Tokens of the prompt that the prefix cache had."""
+    """Tokens of the prompt that other requests had computed."""
     preemptions: int = 0
     error: str = ""
     """Why, if finish_reason is "error" or memory ran out."""

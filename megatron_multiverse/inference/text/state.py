@@ -42,9 +42,7 @@ class RequestState:
     pages_wanted: int = 0
     """Free pages to wait for before a request that stepped back starts again."""
     cached_tokens: int = 0
-    """Tokens of the prompt that the prefix cache had when the request first started."""
-    prompt_kept: bool = False
-    """Whether the prefix cache has been offered the prompt."""
+    """Tokens of the prompt that other requests had computed when the request first started."""
     counts: Counter[str] = field(default_factory=Counter)
     """What the engine did about output that broke the grammar or the budget."""
     timeline: list[TimelineSpan] = field(default_factory=list)
@@ -76,7 +74,6 @@ class RequestState:
             for block in branch.blocks:
                 block.started = 0
         self.live = []
-        self.prompt_kept = False
 
 
 def new_state(

@@ -110,7 +110,7 @@ class Fails(ToyModel):
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_after_a_failed_step_everything_goes_on_as_if_nothing_had_happened(page_size, error):
     scripts, requests = tree_requests(5)
-    settings = {"page_size": page_size, "prefix_pages": 20, "max_step_tokens": 20}
+    settings = {"page_size": page_size, "max_step_tokens": 20}
     expected = answers(toy_engine(ToyModel(), sampler=ScriptedSampler(scripts), **settings).generate(requests))
     engine = toy_engine(Fails({1, 2, 20, 21, 50}, error), sampler=ScriptedSampler(scripts), **settings)
     heard = []
@@ -126,7 +126,6 @@ def test_after_a_failed_step_everything_goes_on_as_if_nothing_had_happened(page_
     assert raised == 5
     assert answers([results[k] for k in range(3)]) == expected
     assert len(heard) == sum(len(result.token_ids) for result in results.values())
-    engine.scheduler.prefixes.clear()
     assert_drained(engine)
 
 

@@ -138,7 +138,7 @@ def test_several_samples_of_a_prompt_differ_and_repeat():
     texts = {row["sample"]: row["text"] for row in generate_answers(GenerateConfig(**options))}
     assert sorted(texts) == [0, 1, 2]
     assert len(set(texts.values())) == 3
-    again = generate_answers(GenerateConfig(**options, engine=EngineConfig(prefix_pages=8, page_size=4)))
+    again = generate_answers(GenerateConfig(**options, engine=EngineConfig(prefix_cache=False, page_size=4)))
     assert {row["sample"]: row["text"] for row in again} == texts
     with pytest.raises(GenerationError, match="num_samples is 2 at temperature"):
         next(generate_answers(GenerateConfig(load=MODEL, prompt=PROMPT, num_samples=2)))

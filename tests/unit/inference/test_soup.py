@@ -20,6 +20,7 @@ from .toy import (
     ask,
     assert_drained,
     changed,
+    jumping_clock,
     structure_positions,
     toy_engine,
 )
@@ -58,10 +59,11 @@ def check(request: Request, result, *, exact: bool) -> None:
     pages=st.sampled_from(["many", "few"]),
     count=st.integers(1, 3),
     cancel=st.none() | st.integers(0, 40),
-    prefix_pages=st.sampled_from([0, 0, 2, 50]),
+    prefix_cache=st.booleans(),
+    latency=st.sampled_from([None, None, 1.0, 3.0]),
 )
 def test_tag_soup_always_ends(
-    seed, max_tokens, critical, page_size, max_rows, waves, limits, pages, count, cancel, prefix_pages
+    seed, max_tokens, critical, page_size, max_rows, waves, limits, pages, count, cancel, prefix_cache, latency
 ):
     requests = [
         ask(
@@ -82,7 +84,9 @@ def test_tag_soup_always_ends(
         max_paths=limits[0],
         max_depth=limits[1],
         max_step_tokens=32,
-        prefix_pages=prefix_pages,
+        prefix_cache=prefix_cache,
+        token_latency_target_ms=latency,
+        clock=jumping_clock(seed),
     )
     for request in requests:
         engine.add_request(request)
@@ -96,7 +100,6 @@ def test_tag_soup_always_ends(
     assert sorted(results) == list(range(count)), "hangs"
     for k, request in enumerate(requests):
         check(request, results[k], exact=limits == (None, None))
-    engine.scheduler.prefixes.clear()
     assert_drained(engine)
 
 

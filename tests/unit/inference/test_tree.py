@@ -38,9 +38,9 @@ class Oracle:
         return node
 
     def append(self, node: Node, count: int) -> bool:
-        if self.tree.append_cost(node, count) > len(self.book.free):
+        if self.tree.append_cost(node, count) > self.book.available:
             with pytest.raises(GenerationError, match="pages asked for"):
-                self.book.allocate(len(self.book.free) + 1)
+                self.book.allocate(self.book.available + 1)
             return False
         self.tree.append(node, count)
         numbers = list(range(self.counter, self.counter + count))
@@ -51,7 +51,7 @@ class Oracle:
 
     def fork(self, node: Node, count: int, *, at_once: bool = True) -> list[Node]:
         """at_once: everything noted so far happens before, so that the copies can be counted."""
-        if self.tree.fork_cost(node, count) > len(self.book.free):
+        if self.tree.fork_cost(node, count) > self.book.available:
             return []
         if at_once:
             self.run()
@@ -73,15 +73,15 @@ class Oracle:
         own = sorted(number for kid in kids for number in self.want[kid][length:])
         for group in [[kid] for kid in kids] if one_by_one else [kids]:
             cost = self.tree.join_cost(node, group)
-            if cost > len(self.book.free):
+            if cost > self.book.available:
                 if group[0] is not kids[0]:
                     self.free(node)  # halfway and stuck: give the tree up
                 return 0
             if at_once:
                 self.run()
-            free = len(self.book.free)
+            free = self.book.available
             self.tree.join(node, group)
-            assert free - len(self.book.free) == cost
+            assert free - self.book.available == cost
             if at_once:
                 count = len(self.tree._source)
                 assert count <= (2 * len(group) + 1) * self.book.page_size
@@ -150,7 +150,7 @@ def test_random_histories_match_lists(page_size, actions):
     oracle.check_contents()
     for node in [node for node in oracle.want if node.parent is None]:
         oracle.free(node)
-    assert len(oracle.book.free) == oracle.book.num_pages
+    assert oracle.book.available == oracle.book.num_pages
     oracle.book.check_integrity([])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -256,13 +256,25 @@ def toy_engine(model: nn.Module | None = None, **settings: object) -> Engine:
     return Engine(model or ToyModel(), VOCAB, EngineConfig(**sizes), **values)  # type: ignore[arg-type]
 
 
+def jumping_clock(seed: int) -> Callable[[], float]:
+    """A clock by which a step takes anything up to four milliseconds."""
+    rng, now = random.Random(seed), 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += rng.uniform(0, 0.004)
+        return now
+
+    return clock
+
+
 def force_preemption(engine: Engine) -> None:
     """Make the newest request step back, as a full cache would."""
     preempt(engine.scheduler, engine.scheduler.active[-1])
 
 
 def assert_drained(engine: Engine) -> None:
-    assert len(engine.book.free) == engine.book.num_pages
+    assert engine.book.available == engine.book.num_pages
     engine.book.check_integrity([])
     assert not engine.has_work
 

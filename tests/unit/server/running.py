@@ -56,9 +56,8 @@ class Running:
         """Until nothing is left in the engine: no answer, no branch, no page."""
         limit = time.monotonic() + seconds
         while time.monotonic() < limit:
-            scheduler, book = self.engine.scheduler, self.engine.book
-            kept = len(scheduler.prefixes.pages)
-            if not (self.client.num_generations or self.engine.has_work) and len(book.free) + kept == book.num_pages:
+            book = self.engine.book
+            if not (self.client.num_generations or self.engine.has_work) and book.available == book.num_pages:
                 return
             time.sleep(0.005)
         raise AssertionError(f"still busy: {self.client.num_generations} answers, {self.client.stats}")

@@ -41,7 +41,10 @@ def test_completions_whole_and_streamed_are_the_same(client: openai.OpenAI) -> N
         )
     )
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == text
-    assert chunks[-1].choices == [] and chunks[-1].usage == usage
+    again = chunks[-1].usage
+    assert chunks[-1].choices == [] and again is not None and again.prompt_tokens_details is not None
+    assert again.prompt_tokens_details.cached_tokens > 0, "the first answer computed this prompt"
+    assert again == usage.model_copy(update={"prompt_tokens_details": again.prompt_tokens_details})
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
     assert len(chunks) > 50
 
