@@ -1,4 +1,4 @@
-"""Products of up to 16 rows, bound by reading the weights once, with bias, activation or residual in the same launch.
+"""Products of few rows, bound by reading the weights once, with bias, activation or residual in the same launch.
 
 Every program streams a stretch of the weights of some outputs, in tiles as deep in flight as shared memory allows; the
 rows of x stay in the L2 cache. Where there are too few outputs to keep the GPU busy, several programs share them: each
@@ -17,8 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-from . import MAX_ROWS
 
 
 @triton.jit
@@ -105,22 +103,34 @@ def _counters(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _blocks(depth: int, width: int, swiglu: bool) -> dict[str, int]:
-    """Tile sizes of a shape: those that make a whole decode step shortest (benchmarks/results/decode_tiles_h200.md)."""
+def _blocks(depth: int, width: int, swiglu: bool, lanes: int) -> dict[str, int]:
+    """Tile sizes of a shape: those that make a whole decode step shortest (benchmarks/results/decode_tiles_h200.md).
+
+    Args:
+        depth, width, swiglu: see `skinny_linear`.
+        lanes: rows of x, rounded up.
+    """
     rows = width * (2 if swiglu else 1)
-    if swiglu:
-        tile, splits, warps, stages = (64, 256), 1, 8, 3
+    splits = 1
+    if swiglu and depth < 2048:
+        tile, warps, stages = (128, 128), 8 if lanes == 16 else 4, 4
+    elif swiglu:
+        tile, warps, stages = ((64, 256), 8, 3) if lanes == 16 else ((64, 128), 4, 4)
     elif rows >= 8192:
-        tile, splits, warps, stages = (64, 128), 1, 4, 4
+        tile, warps, stages = (64, 128), 4, 4
     elif rows >= 4096:
-        tile, splits, warps, stages = (16, 128), 1, 2, 6
+        tile, warps, stages = (16, 128), 2, 6
+    elif lanes > 16 and (depth < 4096 or rows < 2048):
+        tile, warps, stages = (64, 256), 8, 3
+        splits = 2 if depth < 4096 else 4
     else:
         # About 230 programs, nearly two for every multiprocessor.
         tile = (64 if rows >= 2048 else 32, 128)
         splits = max(1, min(depth // 512, round(230 / triton.cdiv(rows, tile[0]))))
-        warps, stages = (8 if tile[0] == 64 and depth < 8192 else 4), 4
+        warps, stages = (8 if tile[0] == 64 and depth < 8192 else 4), 4 if tile[0] == 64 else 5
     sizes = dict(zip(("BLOCK_OUT", "BLOCK_K"), tile, strict=True))
-    return sizes | {"SPLITS": splits, "num_warps": warps, "num_stages": stages, "PREFETCH": 256}
+    prefetch = 512 if depth < 2048 else 256
+    return sizes | {"SPLITS": splits, "num_warps": warps, "num_stages": stages, "PREFETCH": prefetch}
 
 
 def skinny_linear(
@@ -150,13 +160,14 @@ def skinny_linear(
     rows, depth = x.shape
     width = weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = x.new_empty(rows, width) if residual is None else residual
-    blocks = blocks or _blocks(depth, width, swiglu)
+    lanes = max(16, triton.next_power_of_2(rows))
+    blocks = blocks or _blocks(depth, width, swiglu, lanes)
     splits = blocks["SPLITS"]
-    partial = x.new_empty((splits, MAX_ROWS, weight.shape[0]), dtype=torch.float32) if splits > 1 else out
+    partial = x.new_empty((splits, lanes, weight.shape[0]), dtype=torch.float32) if splits > 1 else out
     options = {"launch_pdl": True} if pdl else {}
     _skinny_kernel[(triton.cdiv(weight.shape[0], blocks["BLOCK_OUT"]), splits)](
         x, weight, x if bias is None else bias, out, partial,
-        _counters(x.device), rows, depth, width, x.stride(0), out.stride(0), ROWS=MAX_ROWS,
+        _counters(x.device), rows, depth, width, x.stride(0), out.stride(0), ROWS=lanes,
         SWIGLU=swiglu, BIAS=bias is not None, RESIDUAL=residual is not None, PDL=pdl, **blocks, **options,
     )  # fmt: skip
     return out

@@ -32,12 +32,18 @@ def _write_kernel(mixed, table, keys, values, slots, tokens, query, query_norm, 
     width: tl.constexpr = (PER_GROUP + 2) * 2 * HALF
     lane, head = tl.arange(0, LANES), tl.arange(0, HEADS)
     half = lane < HALF
+    # All but `mixed` is there before the kernel right before this one starts.
+    there = number < n
+    cos = tl.load(table + number * 2 * HALF + lane, mask=half & there, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(table + number * 2 * HALF + HALF + lane, mask=half & there, other=0.0).to(tl.float32)[None, :]
+    slot = tl.load(slots + number, mask=number < writes, other=-1).to(tl.int64)
+    token = tl.load(tokens + number, mask=number < writes, other=0).to(tl.int64)
+    key_cos = tl.load(table + token * 2 * HALF + lane, mask=half, other=0.0).to(tl.float32)[None, :]
+    key_sin = tl.load(table + token * 2 * HALF + HALF + lane, mask=half, other=0.0).to(tl.float32)[None, :]
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if number < n:
-        cos = tl.load(table + number * 2 * HALF + lane, mask=half, other=0.0).to(tl.float32)[None, :]
-        sin = tl.load(table + number * 2 * HALF + HALF + lane, mask=half, other=0.0).to(tl.float32)[None, :]
+    if there:
         source = mixed + (number * GROUPS + group) * width
         in_heads = head < PER_GROUP
         first, second = _rotated_heads(source, query_norm, cos, sin, eps, head, lane, in_heads, HALF, NORM)
@@ -45,23 +51,18 @@ def _write_kernel(mixed, table, keys, values, slots, tokens, query, query_norm, 
         at = query + ((number * GROUPS + group) * PER_GROUP + head[:, None]) * (2 * HALF) + lane[None, :]
         tl.store(at, first.to(query.dtype.element_ty), mask=mask)
         tl.store(at + HALF, second.to(query.dtype.element_ty), mask=mask)
-    if number < writes:
-        slot = tl.load(slots + number).to(tl.int64)
-        if slot >= 0:
-            token = tl.load(tokens + number).to(tl.int64)
-            cos = tl.load(table + token * 2 * HALF + lane, mask=half, other=0.0).to(tl.float32)[None, :]
-            sin = tl.load(table + token * 2 * HALF + HALF + lane, mask=half, other=0.0).to(tl.float32)[None, :]
-            source = mixed + (token * GROUPS + group) * width + PER_GROUP * 2 * HALF
-            one = head < 1
-            first, second = _rotated_heads(source, key_norm, cos, sin, eps, head, lane, one, HALF, NORM)
-            mask = one[:, None] & half[None, :]
-            into = (slot * GROUPS + group) * 2 * HALF + head[:, None] * 0 + lane[None, :]
-            tl.store(keys + into, first.to(keys.dtype.element_ty), mask=mask)
-            tl.store(keys + into + HALF, second.to(keys.dtype.element_ty), mask=mask)
-            # The value is copied bit by bit, whatever it holds.
-            at = source + 2 * HALF + head[:, None] * 0 + lane[None, :]
-            tl.store(values + into, tl.load(at, mask=mask), mask=mask)
-            tl.store(values + into + HALF, tl.load(at + HALF, mask=mask), mask=mask)
+    if slot >= 0:
+        key = mixed + (token * GROUPS + group) * width + PER_GROUP * 2 * HALF
+        one = head < 1
+        first, second = _rotated_heads(key, key_norm, key_cos, key_sin, eps, head, lane, one, HALF, NORM)
+        mask = one[:, None] & half[None, :]
+        into = (slot * GROUPS + group) * 2 * HALF + head[:, None] * 0 + lane[None, :]
+        tl.store(keys + into, first.to(keys.dtype.element_ty), mask=mask)
+        tl.store(keys + into + HALF, second.to(keys.dtype.element_ty), mask=mask)
+        # The value is copied bit by bit, whatever it holds.
+        at = key + 2 * HALF + head[:, None] * 0 + lane[None, :]
+        tl.store(values + into, tl.load(at, mask=mask), mask=mask)
+        tl.store(values + into + HALF, tl.load(at + HALF, mask=mask), mask=mask)
 
 
 def write_kv_triton(

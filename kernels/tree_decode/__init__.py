@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..device import processors
 from .reference import RowGroup, attend_groups, group_rows, tree_decode_reference
 from .work import Work, divide_work, most_parts
 
@@ -96,11 +97,6 @@ class DeviceWork:
         )  # fmt: skip
 
 
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 __all__ = [
     "DeviceWork",
     "RowGroup",
@@ -109,7 +105,6 @@ __all__ = [
     "divide_work",
     "group_rows",
     "most_parts",
-    "processors",
     "tree_decode",
     "tree_decode_reference",
 ]

@@ -1,15 +1,13 @@
-"""Attention over the paged cache in one launch, cut into parts that add themselves up.
+"""Attention over the paged cache: one launch that attends, cut into parts, and one that adds the parts up.
 
 What to read is decided on the host, by `work.py`: a list of items, each a stretch of one row's keys and the queries
 that look at it. Long rows are cut into several items so that all multiprocessors have work; branches that share the
 pages of a prefix look at it in one item, so it is read once for all of them. A query that is in one item has its result
 at once. Otherwise every item leaves a part, the mean of the values it saw and the log of the sum of their weights, and
-the program that finishes a query's last part merges them, in the order of the parts, so the result is always the same.
+a second launch merges each query's parts, in their order, so the result is always the same.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import triton
@@ -19,36 +17,43 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, counts, arrived, parts, logs, out,
+def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, counts, parts, logs, out,
                    scale, q_token, q_head,
                  HEADS: tl.constexpr, GROUPS: tl.constexpr, SHARERS: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr,
                  LANES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
-    """One program per item and key/value head; the query heads of all its tokens are the M rows of its products."""
+    """One program per item and key/value head; the query heads of all its tokens are the M rows of its products.
+
+    With PDL it reads the list before it waits: no kernel writes it.
+    """
     item, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first_page, start = tl.load(items + 4 * item), tl.load(items + 4 * item + 1)
+    end, slot = tl.load(items + 4 * item + 2), tl.load(items + 4 * item + 3)
+    per_group: tl.constexpr = HEADS // GROUPS
+    m, lane = tl.arange(0, M), tl.arange(0, LANES)
+    sharer, head = m // per_group, group * per_group + m % per_group
+    token = tl.load(item_tokens + item * SHARERS + sharer, mask=sharer < SHARERS, other=-1).to(tl.int64)
+    limit = tl.load(item_limits + item * SHARERS + sharer, mask=sharer < SHARERS, other=0)
+    in_dim, asked = lane < DIM, token >= 0
+    count = tl.load(counts + token, mask=asked & (start < end), other=0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    first_page, start = tl.load(items + 4 * item), tl.load(items + 4 * item + 1)
-    end, slot = tl.load(items + 4 * item + 2), tl.load(items + 4 * item + 3)
     if start < end:
-        per_group: tl.constexpr = HEADS // GROUPS
-        m, lane = tl.arange(0, M), tl.arange(0, LANES)
-        sharer, head = m // per_group, group * per_group + m % per_group
-        token = tl.load(item_tokens + item * SHARERS + sharer, mask=sharer < SHARERS, other=-1).to(tl.int64)
-        limit = tl.load(item_limits + item * SHARERS + sharer, mask=sharer < SHARERS, other=0)
-        in_dim, asked = lane < DIM, token >= 0
         at = query + token[:, None] * q_token + head[:, None] * q_head + lane[None, :]
         q = tl.load(at, mask=asked[:, None] & in_dim[None, :], other=0.0)
         top = tl.full((M,), float("-inf"), tl.float32)
         total = tl.zeros((M,), tl.float32)
         sums = tl.zeros((M, LANES), tl.float32)
+        # The page of a block is loaded one block ahead, so that loading its keys need not wait for it.
+        ahead = start + tl.arange(0, BLOCK)
+        page = tl.load(pages + first_page + ahead // PAGE, mask=ahead < end, other=0)
         for block in range(start, end, BLOCK):
             key = block + tl.arange(0, BLOCK)
             # What lies after the end may be anything, NaN included, so it is never read.
             inside = key < end
-            page = tl.load(pages + first_page + key // PAGE, mask=inside, other=0).to(tl.int64)
-            place = ((page * PAGE + key % PAGE) * GROUPS + group) * DIM
+            place = ((page.to(tl.int64) * PAGE + key % PAGE) * GROUPS + group) * DIM
+            page = tl.load(pages + first_page + (key + BLOCK) // PAGE, mask=key + BLOCK < end, other=0)
             loaded = inside[:, None] & in_dim[None, :]
             k = tl.load(keys + place[:, None] + lane[None, :], mask=loaded, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
@@ -64,51 +69,50 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
         seen = total > 0
         mean = sums / tl.where(seen, total, 1.0)[:, None]
         log = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
-        count = tl.load(counts + token, mask=asked, other=0)
         into = out + (token * HEADS + head)[:, None] * DIM + lane[None, :]
         tl.store(into, mean.to(out.dtype.element_ty), mask=(count == 1)[:, None] & in_dim[None, :])
-        most = tl.max(count, 0)
-        if most > 1:
-            several = count > 1
-            part = (token * SLOTS + slot) * HEADS + head
-            tl.store(parts + part[:, None] * DIM + lane[None, :], mean, mask=several[:, None] & in_dim[None, :])
-            tl.store(logs + part, log, mask=several)
-            tl.debug_barrier()  # all threads' stores come before the one that says so
-            seat = tl.arange(0, SHARERS)
-            seat_token = tl.load(item_tokens + item * SHARERS + seat).to(tl.int64)
-            seat_count = tl.load(counts + seat_token, mask=seat_token >= 0, other=0)
-            counter = arrived + seat_token * GROUPS + group
-            before = tl.atomic_add(counter, 1, mask=seat_count > 1, sem="acq_rel")
-            seat_done = (seat_count > 1) & (before == seat_count - 1)
-            tl.store(counter, 0, mask=seat_done)
-            here = sharer[:, None] == seat[None, :]
-            done = tl.sum((here & seat_done[None, :]).to(tl.int32), 1) > 0
-            if tl.max(done.to(tl.int32), 0) > 0:
-                best = tl.full((M,), float("-inf"), tl.float32)
-                whole = tl.zeros((M,), tl.float32)
-                merged = tl.zeros((M, LANES), tl.float32)
-                for number in range(0, most):
-                    there = done & (number < count)
-                    its = (token * SLOTS + number) * HEADS + head
-                    its_log = tl.load(logs + its, mask=there, other=float("-inf"), cache_modifier=".cg")
-                    its_mean = tl.load(
-                        parts + its[:, None] * DIM + lane[None, :], mask=there[:, None] & in_dim[None, :], other=0.0,
-                        cache_modifier=".cg",
-                    )  # fmt: skip
-                    new_best = tl.maximum(best, its_log)
-                    finite = tl.where(new_best == float("-inf"), 0.0, new_best)
-                    weight, fade = tl.exp2(its_log - finite), tl.exp2(best - finite)
-                    merged = merged * fade[:, None] + weight[:, None] * its_mean
-                    whole = whole * fade + weight
-                    best = new_best
-                result = merged / tl.where(whole > 0, whole, 1.0)[:, None]
-                tl.store(into, result.to(out.dtype.element_ty), mask=done[:, None] & in_dim[None, :])
+        several = count > 1
+        part = (token * SLOTS + slot) * HEADS + head
+        tl.store(parts + part[:, None] * DIM + lane[None, :], mean, mask=several[:, None] & in_dim[None, :])
+        tl.store(logs + part, log, mask=several)
 
 
-@functools.cache
-def _counters(device: torch.device, count: int) -> Tensor:
-    """Zeros on which the programs of a launch count a query's parts; launches of one stream share them."""
-    return torch.zeros(count, dtype=torch.int32, device=device)
+@triton.jit
+def _merge_kernel(parts, logs, counts, out, HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
+                  SLOTS: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program per token and query head adds up the parts, TOGETHER at once; nothing for a token with one part."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    count = tl.load(counts + token)
+    number, lane = tl.arange(0, TOGETHER), tl.arange(0, LANES)
+    in_dim = lane < DIM
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if count > 1:
+        top, total, sums = float("-inf"), 0.0, tl.zeros((LANES,), tl.float32)
+        for first in range(0, count, TOGETHER):
+            part = (token * SLOTS + first + number) * HEADS + head
+            there = first + number < count
+            log = tl.load(logs + part, mask=there, other=float("-inf"))
+            mean = tl.load(
+                parts + part[:, None] * DIM + lane[None, :], mask=there[:, None] & in_dim[None, :], other=0.0
+            )
+            new_top = tl.maximum(top, tl.max(log, 0))
+            safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weight, fade = tl.exp2(log - safe), tl.exp2(top - safe)
+            sums = sums * fade + tl.sum(weight[:, None] * mean, 0)
+            total = total * fade + tl.sum(weight, 0)
+            top = new_top
+        result = sums / tl.where(total > 0, total, 1.0)
+        tl.store(out + (token * HEADS + head) * DIM + lane, result.to(out.dtype.element_ty), mask=in_dim)
+
+
+def _blocks(m: int, programs: int) -> dict[str, int]:
+    """Tile sizes for products of m rows: the fastest on an H200 (benchmarks/results/decode_tiles_h200.md)."""
+    if m >= 64:
+        return {"BLOCK": 32, "num_warps": 4, "num_stages": 4}
+    # Many programs hide each other's waits if they are small enough to be resident together.
+    return {"BLOCK": 64, "num_warps": 4, "num_stages": 2 if programs > 256 else 3}
 
 
 def tree_decode_triton(
@@ -124,6 +128,7 @@ def tree_decode_triton(
     *,
     slots: int,
     pdl: bool = True,
+    blocks: dict[str, int] | None = None,
 ) -> Tensor:
     """Attend from new tokens over a paged cache by a list of work, see `work.Work`.
 
@@ -139,6 +144,7 @@ def tree_decode_triton(
         softmax_scale: factor on the scores.
         slots: most parts of a query.
         pdl: start while the preceding kernel ends; False where there is no GPU.
+        blocks: tile sizes, for benchmarks.
 
     Returns:
         ``[tokens, heads, head dim]`` in the dtype of `query`.
@@ -151,12 +157,17 @@ def tree_decode_triton(
     parts = query.new_empty((tokens, slots, heads, dim), dtype=torch.float32)
     logs = query.new_empty((tokens, slots, heads), dtype=torch.float32)
     out = query.new_empty(tokens, heads, dim)
-    # Few sizes, so that they are made before a CUDA graph is captured, and stay.
-    counters = _counters(query.device, triton.next_power_of_2(max(tokens * groups, 4096)))
     options = {"launch_pdl": True} if pdl else {}
+    blocks = blocks or _blocks(m, tokens * groups)
     _decode_kernel[(len(items), groups)](
-        query, keys, values, pages, items, item_tokens, item_limits, counts, counters, parts, logs, out,
+        query, keys, values, pages, items, item_tokens, item_limits, counts, parts, logs, out,
         softmax_scale, query.stride(0), query.stride(1), HEADS=heads, GROUPS=groups, SHARERS=sharers, M=m, DIM=dim,
-        LANES=lanes, PAGE=page, BLOCK=64, SLOTS=slots, PDL=pdl, num_warps=4 if m <= 64 else 8, num_stages=3, **options,
+        LANES=lanes, PAGE=page, SLOTS=slots, PDL=pdl, **blocks, **options,
     )  # fmt: skip
+    if slots > 1:
+        together = min(32, triton.next_power_of_2(slots))
+        _merge_kernel[(tokens, heads)](
+            parts, logs, counts, out, HEADS=heads, DIM=dim, LANES=lanes, SLOTS=slots, TOGETHER=together,
+            PDL=pdl, num_warps=max(1, together // 8), **options,
+        )  # fmt: skip
     return out

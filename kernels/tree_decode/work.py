@@ -37,7 +37,7 @@ class Work(NamedTuple):
     counts: Int32s
     """[tokens], parts of each query."""
     slots: int
-    """Most parts a query may have."""
+    """Most parts a query may have; 1 if all have one, so that nothing is to be merged."""
 
 
 class Stretch(NamedTuple):
@@ -92,13 +92,13 @@ def divide_work(
         ],
         dtype=np.int64,
     )
-    piece = _piece(seats[:, 2] - seats[:, 1], int(lengths.max()), kv_heads, processors, slots - depth)
+    piece = _piece(seats[:, 2] - seats[:, 1], int(lengths.max()), kv_heads, 2 * processors, slots - depth)
     return _cut(seats, piece, pages.shape[1], limits.astype(np.int32), slots)
 
 
-def _piece(sizes: npt.NDArray[np.signedinteger], longest: int, kv_heads: int, processors: int, most: int) -> int:
-    """Keys of an item: a program for every multiprocessor, but no more than `most` parts for a query."""
-    even = -(-int(sizes.sum()) * kv_heads // processors)
+def _piece(sizes: npt.NDArray[np.signedinteger], longest: int, kv_heads: int, programs: int, most: int) -> int:
+    """Keys of an item, for about so many programs, but no more than `most` parts for a query."""
+    even = -(-int(sizes.sum()) * kv_heads // programs)
     return -(-max(even, -(-longest // most), LEAST_PIECE) // BLOCK) * BLOCK
 
 
@@ -110,7 +110,10 @@ def _even_pieces(sizes: npt.NDArray[np.signedinteger], piece: int) -> npt.NDArra
 
 def _alone(lengths: npt.NDArray[np.int32], width: int, kv_heads: int, processors: int, slots: int) -> Work:
     """The work of rows with one query each that share nothing: what most decode steps are."""
-    piece = _piece(lengths, int(lengths.max()), kv_heads, processors, slots - 1)
+    # Two programs for every multiprocessor hide each other's waits; where there is about one anyway, a second part and
+    # the merge would cost more than that.
+    programs = 2 * processors if 2 * len(lengths) * kv_heads <= processors else processors
+    piece = _piece(lengths, int(lengths.max()), kv_heads, programs, slots - 1)
     pieces = _even_pieces(lengths, piece)
     counts = -(-lengths // pieces)
     rows = np.arange(len(lengths), dtype=np.int32)
@@ -121,7 +124,7 @@ def _alone(lengths: npt.NDArray[np.int32], width: int, kv_heads: int, processors
     items[:, 0], items[:, 1], items[:, 3] = owner * width, part * pieces, part
     limits = lengths[owner]
     np.minimum(items[:, 1] + pieces, limits, out=items[:, 2])
-    return Work(items, owner[:, None], limits[:, None], counts, slots)
+    return Work(items, owner[:, None], limits[:, None], counts, slots if len(owner) > len(lengths) else 1)
 
 
 def _depth(stretches: list[Stretch], borders: npt.NDArray[np.int64]) -> int:
@@ -151,7 +154,8 @@ def _cut(seats: npt.NDArray[np.int64], piece: int, width: int, limits: Int32s, s
     items[:, 2], items[:, 3] = np.minimum(start + each[owner], seats[owner, 2]), base[owner] + index
     tokens = seats[owner, 3, None] + np.arange(SHARERS)
     tokens = np.where(tokens < seats[owner, 4, None], tokens, -1).astype(np.int32)
-    return Work(items, tokens, np.where(tokens >= 0, limits[tokens], 0).astype(np.int32), counts, slots)
+    limits = np.where(tokens >= 0, limits[tokens], 0).astype(np.int32)
+    return Work(items, tokens, limits, counts, slots if counts.max() > 1 else 1)
 
 
 def _stretches(pages: Int32s, lengths: npt.NDArray[np.int32], page_size: int) -> list[Stretch] | None:
@@ -179,7 +183,8 @@ def _split(
 ) -> None:
     """Add the stretches of the rows [first, last) from `start` on, where all of them have been equal so far."""
     if last - first == 1:
-        found.append(Stretch(first, last, start, int(lengths[first])))
+        if start < lengths[first]:
+            found.append(Stretch(first, last, start, int(lengths[first])))
         return
     inner = common[first : last - 1]
     end = int(inner.min())

@@ -25,7 +25,8 @@ from megatron_multiverse.inference.step.kv_store import KVStore
 from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, choose, pack
 from megatron_multiverse.inference.step.tensors import StepTensors, known_ids
-from megatron_multiverse.kernels.tree_decode import DeviceWork, Work, divide_work, most_parts, processors
+from megatron_multiverse.kernels.device import processors
+from megatron_multiverse.kernels.tree_decode import DeviceWork, Work, divide_work, most_parts
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +38,11 @@ MOST_PAGES = 4096
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a graph is made for: tokens, queries per item of attention, and how tokens are drawn."""
+    """What a graph is made for: tokens, attention's queries per item and parts per query, how tokens are drawn."""
 
     size: int
     sharers: int
+    slots: int
     draw: str
     """greedy, noise, or logits: the caller draws."""
 
@@ -87,7 +89,7 @@ class StepGraphs:
         )
         if len(work.items) > self._items(size):
             return None
-        kind = _Kind(size, work.tokens.shape[1], _draw(plan, sampler))
+        kind = _Kind(size, work.tokens.shape[1], work.slots, _draw(plan, sampler))
         graph = self.graphs.get(kind) or self._capture(kind)
         graph.fill(plan, work)
         graph.graph.replay()
@@ -168,9 +170,7 @@ class _Graph:
             device,
         )
         self.buffer, there = buffer, buffer.device
-        work = DeviceWork(
-            there["pages"], there["items"], there["tokens"], there["limits"], there["counts"], most_parts(size)
-        )
+        work = DeviceWork(there["pages"], there["items"], there["tokens"], there["limits"], there["counts"], kind.slots)
         tensors = StepTensors(
             there["ids"],
             there["positions"],

@@ -32,7 +32,7 @@ def check_skinny() -> None:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    for rows, depth, width, splits in ((1, 40, 33, 1), (5, 64, 16, 2), (16, 100, 50, 3), (3, 96, 40, 5)):
+    for rows, depth, width, splits in ((1, 40, 33, 1), (5, 64, 16, 2), (16, 100, 50, 3), (19, 96, 40, 5)):
         x, weight, up = random(rows, depth), random(width, depth), random(width, depth)
         bias, residual = random(2 * width), random(rows, width)
         options = {"pdl": False, "blocks": BLOCKS | {"SPLITS": splits}}

@@ -94,7 +94,7 @@ def launch_skinny() -> None:
     from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear
 
     for depth, width in ((3584, 4608), (3584, 18944), (1536, 151936)):
-        for rows in (1, 16):
+        for rows in (1, 32):
             x = torch.zeros(rows, depth, dtype=torch.bfloat16)
             weight = torch.zeros(width, 1, dtype=torch.bfloat16).expand(-1, depth)
             skinny_linear(x, weight, bias=x[0, :1].expand(width))
@@ -144,7 +144,7 @@ LAUNCHES: dict[Callable[[], None], set[str]] = {
     launch_rope_qkv: {"_qkv_kernel"},
     launch_skinny: {"_skinny_kernel", "_norm_kernel", "_swiglu_kernel"},
     launch_greedy: {"_piece_kernel", "_merge_kernel"},
-    launch_decode: {"_write_kernel", "_decode_kernel"},
+    launch_decode: {"_write_kernel", "_decode_kernel", "_merge_kernel"},
     launch_structure_scan: {"tags_kernel", "documents_kernel", "expand_kernel", "_lists_kernel"},
 }
 
