@@ -19,12 +19,13 @@ ENVIRONMENT = ("gpu", "versions", "commit", "date", "command")
 PACKAGES = ("torch", "triton", "flash-attn-4", "transformer-engine", "megatron-core")
 
 
-def environment(commit: str | None = None) -> dict[str, Any]:
+def environment(commit: str | None = None, command: str | None = None) -> dict[str, Any]:
     """GPU, versions, commit, date and command of this run.
 
     Args:
         commit: commit of the code that runs, for a copy that is no git checkout. By default git says it, and "-dirty"
             is appended if tracked files differ.
+        command: how this program was started, without its options; default `python -m benchmarks.kernels.NAME`.
 
     Raises:
         ConfigError: no GPU.
@@ -45,7 +46,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "versions": versions,
         "commit": commit or head,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "python -m benchmarks.kernels." + " ".join([Path(sys.argv[0]).stem, *_arguments()]),
+        "command": " ".join([command or f"python -m benchmarks.kernels.{Path(sys.argv[0]).stem}", *_arguments()]),
     }
 
 
@@ -72,11 +73,13 @@ class Recorder:
     Rows of earlier runs stay until a row of the same case, which is one with equal `key` fields, replaces them.
     """
 
-    def __init__(self, name: str, folder: str | None, commit: str | None, *, key: tuple[str, ...]) -> None:
+    def __init__(
+        self, name: str, folder: str | None, commit: str | None, *, key: tuple[str, ...], command: str | None = None
+    ) -> None:
         self.key = key
         self.folder = Path(folder) if folder else RESULTS
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.environment = environment(commit)
+        self.environment = environment(commit, command)
         self.stem = f"{name}_{self.environment['gpu'].replace('NVIDIA ', '').replace(' ', '_').lower()}"
         self.lines = self.folder / f"{self.stem}.jsonl"
         earlier = self.lines.read_text().splitlines() if self.lines.exists() else []

@@ -146,8 +146,9 @@ def joined_ranks(world_size: int, *, timeout: timedelta = timedelta(minutes=30))
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             groups = PrefixStore("groups", store)
             distributed.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
-            yield Ranks(rank, world_size)
-            distributed.barrier()
+            ranks = Ranks(rank, world_size)
+            yield ranks
+            ranks.any(False)  # nobody leaves while another one still needs it
         distributed.destroy_process_group()
 
 
@@ -160,6 +161,8 @@ def _connect(timeout: timedelta) -> tuple[Any, int]:
             "them for each rank"
         )
     local = int(os.environ["LOCAL_RANK"])
+    # One hardware queue: otherwise kernels may overtake the communication that is meant to run beside them.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             raise ConfigError(

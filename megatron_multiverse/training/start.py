@@ -136,7 +136,8 @@ def create_chunks(
 ) -> tuple[list[nn.Module], LayerConfig]:
     """This rank's part of a model: one chunk of layers, or several with an interleaved pipeline.
 
-    Fresh weights are the same however the model is cut. They are not those of `create_model` from the same seed.
+    Fresh weights are the same however the model is cut. They are drawn on the device, so a GPU has others than a CPU,
+    and they are not those of `create_model` from the same seed.
 
     Returns:
         The chunks, and `config.layers` with every "auto" replaced by what runs.
@@ -146,7 +147,7 @@ def create_chunks(
     """
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     layers, parallel = chosen_layers(config, model_config, device, dtype), config.parallel
-    source: Source = FreshSource(model_config, config.seed)
+    source: Source = FreshSource(model_config, config.seed, device)
     if config.init_from is not None:
         source = open_start(config.init_from, config)
     virtual = parallel.virtual_pipeline_model_parallel_size
