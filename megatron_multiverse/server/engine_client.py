@@ -41,6 +41,8 @@ class Generation:
     """Whether the engine has taken it."""
     result: Result | None = None
     """The answer, once it is complete."""
+    is_told: bool = False
+    """Whether `Batch.news` has given the result."""
 
 
 class Batch:
@@ -84,14 +86,20 @@ class Batch:
         Raises:
             ApiError: the engine died.
         """
-        waiting = [generation for generation in self.generations if generation.result is None]
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await self._news()
+        found = self._take_news()
+        if not found:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._news()
+            found = self._take_news()
+        return found
+
+    def _take_news(self) -> list[tuple[int, list[Write], Result | None]]:
         found = []
         for index, generation in enumerate(self.generations):
             writes, generation.writes = generation.writes, []
-            result = generation.result if generation in waiting else None
+            result = None if generation.is_told else generation.result
+            generation.is_told = generation.result is not None
             if writes or result is not None:
                 found.append((index, writes, result))
         return found

@@ -77,6 +77,12 @@ class GenerationFields(Fields):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    min_tokens: Count | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -126,8 +132,21 @@ class GenerationFields(Fields):
                 raise refuse("stop", f"a text of {len(text)} characters; 1 to {limits.max_stop_characters} are allowed")
         return texts
 
-    def sampling(self, model: ServedModel, limits: LimitConfig, max_tokens: int) -> SamplingParams:
+    def _bias(self, model: ServedModel) -> dict[int, float]:
+        keys = list(self.logit_bias or {})
+        if not all(key.isascii() and key.isdecimal() and len(key) < 10 for key in keys):
+            raise refuse("logit_bias", 'its names must be token ids, such as "42"')
+        model.check_ids("logit_bias", [int(key) for key in keys])
+        return {int(key): float(value) for key, value in (self.logit_bias or {}).items()}
+
+    def sampling(self, model: ServedModel, limits: LimitConfig, max_tokens: int, logprobs: int = 0) -> SamplingParams:
         """What to ask of the engine.
+
+        Args:
+            model: that is served.
+            limits: of the server.
+            max_tokens: most tokens of each answer.
+            logprobs: alternatives to tell beside each token.
 
         Raises:
             ApiError: 400, naming the field.
@@ -147,6 +166,13 @@ class GenerationFields(Fields):
             max_concurrent_branches=ours.max_concurrent_branches,
             stop_token_ids=tuple(stop_ids),
             ignore_eos=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
+            min_p=float(self.min_p or 0),
+            repetition_penalty=float(self.repetition_penalty or 1),
+            presence_penalty=float(self.presence_penalty or 0),
+            frequency_penalty=float(self.frequency_penalty or 0),
+            logit_bias=self._bias(model),
+            logprobs=logprobs,
         )
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from megatron_multiverse.inference.text.result import BlockResult, BranchResult, Result, TimelineSpan
+from megatron_multiverse.inference.text.result import BlockResult, BranchResult, Result, TimelineSpan, TopLogprobs
 
 
 def result_to_dict(result: Result) -> dict[str, Any]:
@@ -25,12 +25,18 @@ def result_from_dict(fields: dict[str, Any]) -> Result:
     blocks = fields.pop("blocks")
     timeline = fields.pop("timeline")
     malformed = fields.pop("malformed")
+    top = fields.pop("top_logprobs")
     return Result(
         **fields,
         blocks=[_block_from_dict(block) for block in blocks],
         timeline=[TimelineSpan(*span) for span in timeline],
         malformed=Counter(malformed),
+        top_logprobs=None if top is None else [_pairs(likely) for likely in top],
     )
+
+
+def _pairs(likely: list[list[Any]] | None) -> TopLogprobs | None:
+    return None if likely is None else [(token, logprob) for token, logprob in likely]
 
 
 def _block_from_dict(block: dict[str, Any]) -> BlockResult:

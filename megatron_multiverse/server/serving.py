@@ -81,11 +81,13 @@ async def pieces(request: Request, batch: Batch, fields: MultiverseFields) -> As
     writers = [kind(index, model, fields) for index in range(len(batch.generations))]
     started, heard = time.monotonic(), False
     try:
-        while not batch.is_complete:
+        going = len(writers)
+        while going:
             news = await batch.news(PING_SECONDS)
             if not news:
                 yield None
             for index, writes, result in news:
+                going -= result is not None
                 if writes and not heard:
                     heard = True
                     request.app.state.metrics.first_token.observe(time.monotonic() - started)

@@ -25,7 +25,7 @@ def pack(message: Message) -> bytes:
 
 def unpack(body: bytes) -> Message:
     """The message of a frame's body."""
-    message: Message = msgpack.unpackb(body)
+    message: Message = msgpack.unpackb(body, strict_map_key=False)  # logit_bias has ids as keys
     return message
 
 

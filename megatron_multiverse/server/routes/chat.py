@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from megatron_multiverse.inference.text.result import Result
-from megatron_multiverse.server import shapes
+from megatron_multiverse.server import logprobs, shapes
 from megatron_multiverse.server.answer import Piece, ThoughtSplitter
 from megatron_multiverse.server.body import Fields, check_others, read_fields
 from megatron_multiverse.server.engine_client import Batch
@@ -93,10 +93,15 @@ async def chat_completions(request: Request) -> Response:
     model, limits = request.app.state.model, request.app.state.config.limits
     fields.check(model, limits)
     check_others(fields, REFUSED)
-    if fields.logprobs:
-        raise refuse("logprobs", "not supported by this server yet; leave it out")
+    if (fields.top_logprobs or 0) > limits.max_logprobs:
+        raise refuse("top_logprobs", f"{fields.top_logprobs} asked for, at most {limits.max_logprobs} are allowed")
+    if fields.top_logprobs and not fields.logprobs:
+        raise refuse("top_logprobs", "needs logprobs: true")
+    if fields.logprobs and (fields.stream or fields.ours.separate_reasoning):
+        raise refuse("logprobs", "not together with stream or separate_reasoning; leave one of them out")
     prompt = await chat_prompt(fields, model)
-    sampling = fields.sampling(model, limits, _max_tokens(fields, request.app.state.client.facts, len(prompt)))
+    max_tokens = _max_tokens(fields, request.app.state.client.facts, len(prompt))
+    sampling = fields.sampling(model, limits, max_tokens, fields.top_logprobs or 0)
     answer = _Answer(request, fields, prompt)
     if fields.stream:
         batch = await submit(request, [prompt], sampling, fields.count, stream=True)
@@ -194,6 +199,8 @@ class _Answer:
             message |= {"prompt_token_ids": result.prompt_ids, "generation_token_ids": result.token_ids}
             message["generation_log_probs"] = result.logprobs
         choice = {"index": index, "message": message, "logprobs": None, "finish_reason": result.finish_reason}
+        if self.fields.logprobs:
+            choice["logprobs"] = logprobs.chat_object(logprobs.of_answer(result), self.model.tokenizer)
         return choice | self._extras(result)
 
     def _extras(self, result: Result) -> dict[str, Any]:

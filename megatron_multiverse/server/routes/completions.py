@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from megatron_multiverse.inference.text.result import Result
-from megatron_multiverse.server import shapes
+from megatron_multiverse.server import logprobs, shapes
 from megatron_multiverse.server.answer import Piece
 from megatron_multiverse.server.body import read_fields
 from megatron_multiverse.server.config import LimitConfig
@@ -48,8 +48,11 @@ async def completions(request: Request) -> Response:
     prompts = await prompt_ids(fields.prompt, model, limits)
     max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
     if fields.logprobs is not None:
-        raise refuse("logprobs", "not supported by this server yet; leave it out")
-    sampling = fields.sampling(model, limits, max_tokens)
+        if fields.logprobs > limits.max_logprobs:
+            raise refuse("logprobs", f"{fields.logprobs} alternatives, at most {limits.max_logprobs} are allowed")
+        if fields.stream or fields.echo:
+            raise refuse("logprobs", "not together with stream or echo; leave one of them out")
+    sampling = fields.sampling(model, limits, max_tokens, fields.logprobs or 0)
     answer = _Answer(request, fields, prompts)
     if fields.stream:
         batch = await submit(request, prompts, sampling, fields.count, stream=True)
@@ -101,7 +104,9 @@ class _Answer:
     async def _choice(self, index: int, result: Result) -> dict[str, Any]:
         shown = [*result.prompt_ids, *result.token_ids] if self.fields.echo else result.token_ids
         text = await self.model.detokenize(shown)
-        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": result.finish_reason}
+        choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": result.finish_reason}
+        if self.fields.logprobs is not None:
+            choice["logprobs"] = logprobs.completion_object(logprobs.of_answer(result), self.model.tokenizer, 0)
         return choice | self._extras(result)
 
     def _extras(self, result: Result) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from megatron_multiverse.structure import TAGS
-from tests.unit.server.running import PROMPT, Running
+from tests.unit.server.running import PROMPT, Running, tokenizer
 
 NAME = "model"
 
@@ -133,6 +133,59 @@ def test_the_tree_as_data(client: openai.OpenAI) -> None:
     assert all(len(tree[name]) == count for name in ("logprobs", "position_ids", "labels", "parents", "sampled"))
     assert [logprob is not None for logprob in tree["logprobs"]] == tree["sampled"]
     assert not any(tag in choice.text.split("</Conclusion>")[-1] for tag in TAGS[6:])
+
+
+def test_logprobs_of_completions(client: openai.OpenAI) -> None:
+    choice = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=700, temperature=0, logprobs=3).choices[0]
+    found = choice.logprobs
+    assert found is not None and found.tokens is not None and "".join(found.tokens) == choice.text
+    assert found.token_logprobs is not None and found.top_logprobs is not None and found.text_offset is not None
+    forced = 0
+    for text, logprob, top, offset in zip(
+        found.tokens, found.token_logprobs, found.top_logprobs, found.text_offset, strict=True
+    ):
+        assert choice.text.startswith(text, offset)
+        if logprob is None:
+            forced += 1
+            assert top is None
+        else:
+            assert top[text] == logprob == max(top.values()), "greedy, to the last bit"
+    assert 10 < forced < 60, "what the engine wrote has none"
+
+
+def test_logprobs_of_chat(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": PROMPT}]
+    options = {"model": NAME, "messages": messages, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    choice = client.chat.completions.create(**options).choices[0]  # type: ignore[call-overload]
+    entries = choice.logprobs.content
+    assert "".join(entry.token for entry in entries) == choice.message.content
+    drawn = [entry for entry in entries if entry.logprob is not None]
+    assert 0 < len(drawn) < len(entries)
+    assert all(len(entry.top_logprobs) == 2 and entry.top_logprobs[0].logprob == entry.logprob for entry in drawn)
+
+
+def test_ways_of_drawing_reach_the_engine(client: openai.OpenAI) -> None:
+    (word,) = tokenizer().tokenize("1")
+    text = (
+        client.completions.create(model=NAME, prompt="A = ", max_tokens=8, temperature=0, logit_bias={str(word): 100})
+        .choices[0]
+        .text
+    )
+    assert text == "1" * 8
+    penalised = (
+        client.completions.create(
+            model=NAME,
+            prompt="A = ",
+            max_tokens=8,
+            temperature=0,
+            logit_bias={str(word): 100},
+            frequency_penalty=2,
+            extra_body={"repetition_penalty": 1000.0, "min_tokens": 8, "min_p": 0.1, "top_k": 50},
+        )
+        .choices[0]
+        .text
+    )
+    assert "1" in penalised and penalised != text
 
 
 def test_errors_are_the_types_of_the_sdk(client: openai.OpenAI, server: Running) -> None:

@@ -66,7 +66,7 @@ def test_the_end_of_the_other_side_is_noticed() -> None:
 
 def test_results_travel_unchanged() -> None:
     engine = toy_engine(NullModel(), sampler=SoupSampler(1))
-    results: list[Result] = engine.generate([ask([30], sample=k, max_tokens=300) for k in range(10)])
+    results: list[Result] = engine.generate([ask([30], sample=k, max_tokens=300, logprobs=k % 3) for k in range(10)])
     assert any(result.blocks for result in results)
     one, other = socket.socketpair()
     sender, receiver = Channel(one), Channel(other)

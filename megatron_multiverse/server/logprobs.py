@@ -1,0 +1,90 @@
+"""Log-probabilities in the two shapes that OpenAI has for them.
+
+They are those of the model, before temperature and filters. Tokens that the engine forced were not drawn and have none.
+JSON has no infinity: what is less likely than `LEAST` is given as that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_multiverse.data.tokenizers import MultiverseTokenizer
+from megatron_multiverse.inference.text.result import Result, TopLogprobs
+
+LEAST = -9999.0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """One token, and what was likely in its place."""
+
+    token: int
+    logprob: float | None
+    """None for a token that was not drawn."""
+    top: TopLogprobs
+    """The most likely first; the token itself need not be among them."""
+
+
+def of_answer(result: Result) -> list[TokenLogprobs]:
+    """Those of the tokens of an answer, in text order."""
+    tops = result.top_logprobs or [None] * len(result.token_ids)
+    return [
+        TokenLogprobs(token, logprob, top or [])
+        for token, logprob, top in zip(result.token_ids, result.logprobs, tops, strict=True)
+    ]
+
+
+def completion_object(entries: Sequence[TokenLogprobs], tokenizer: MultiverseTokenizer, offset: int) -> dict[str, Any]:
+    """`logprobs` of a choice of /v1/completions: four lists, one entry for each token.
+
+    The chosen token is always among its alternatives, with the very same number: evaluators compare the two to find out
+    whether it was the most likely one.
+
+    Args:
+        entries: the tokens.
+        tokenizer: of the model.
+        offset: characters before the first of them.
+    """
+    texts = [tokenizer.id_to_text[entry.token] for entry in entries]
+    offsets = []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": texts,
+        "token_logprobs": [_number(entry.logprob) for entry in entries],
+        "top_logprobs": [_by_text(entry, tokenizer) for entry in entries],
+        "text_offset": offsets,
+    }
+
+
+def chat_object(entries: Sequence[TokenLogprobs], tokenizer: MultiverseTokenizer) -> dict[str, Any]:
+    """`logprobs` of a choice of /v1/chat/completions."""
+
+    def named(token: int, logprob: float | None) -> dict[str, Any]:
+        text = tokenizer.id_to_text[token]
+        return {"token": text, "logprob": _number(logprob), "bytes": list(text.encode())}
+
+    return {
+        "content": [
+            named(entry.token, entry.logprob) | {"top_logprobs": [named(*pair) for pair in entry.top]}
+            for entry in entries
+        ]
+    }
+
+
+def _by_text(entry: TokenLogprobs, tokenizer: MultiverseTokenizer) -> dict[str, float] | None:
+    if entry.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for token, logprob in [(entry.token, entry.logprob), *(pair for pair in entry.top if pair[0] != entry.token)]:
+        text = tokenizer.id_to_text[token]
+        # Parts of characters all have the same text.
+        found[text if text not in found else f"token_id:{token}"] = max(logprob, LEAST)
+    return found
+
+
+def _number(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LEAST)
