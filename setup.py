@@ -29,7 +29,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["megatron_multiverse", "megatron_multiverse.*"]), *KERNELS],
     package_dir={"megatron_multiverse.kernels": "kernels"},
-    package_data={"megatron_multiverse": ["py.typed"]},
+    package_data={"megatron_multiverse": ["py.typed", "server/page.html"]},
     install_requires=[
         "torch>=2.6",
         "jsonargparse[signatures]>=4.40",  # every tool's options

@@ -22,6 +22,8 @@ class Piece:
     branch: str | None = None
     """Name of the branch that wrote it; None where the answer comes in the order of its text."""
     block: int = 0
+    tokens: int = 0
+    """That it holds; only where it has the name of a branch."""
     opens: bool = False
     """Whether it is the first piece of its branch."""
     closes: bool = False

@@ -136,17 +136,23 @@ class _BranchPieces:
             opens = node not in self._detokenizers
             detokenizer = self._detokenizers.setdefault(node, IncrementalDetokenizer(self._detokenize))
             text = detokenizer.push(ids) + (detokenizer.finish() if node.ended else "")
-            if text or opens or node.ended:
-                found.append(self._piece(node, text, opens=opens and node.block > 0))
+            found.append(
+                Piece(
+                    index=self._index,
+                    text=text,
+                    branch=name,
+                    block=node.block,
+                    tokens=len(ids),
+                    opens=opens and node.block > 0,
+                    closes=node.ended,
+                )
+            )
         if result is not None:
             check_result(result)
             root = self._tree.root
             rest = self._detokenizers[root].finish() if root in self._detokenizers else ""
             found.append(Piece(index=self._index, text=rest, branch="", result=result))
         return found
-
-    def _piece(self, node: BranchNode, text: str, *, opens: bool) -> Piece:
-        return Piece(index=self._index, text=text, branch=node.name, block=node.block, opens=opens, closes=node.ended)
 
 
 def _end_path_id(model: ServedModel) -> int:

@@ -82,7 +82,7 @@ def branch_label(piece: Piece) -> dict[str, Any]:
     does not know there."""
     if piece.branch is None:
         return {}
-    label: dict[str, Any] = {"branch": piece.branch, "block": piece.block}
+    label: dict[str, Any] = {"branch": piece.branch, "block": piece.block, "tokens": piece.tokens}
     if piece.opens:
         label["event"] = "open"
     elif piece.closes:

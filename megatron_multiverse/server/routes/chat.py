@@ -236,7 +236,7 @@ class _Answer:
         delta: dict[str, Any] = {}
         if piece.thought:
             delta["reasoning_content"] = piece.thought
-        if piece.text or piece.opens or piece.closes:
+        if piece.text or piece.branch is not None:
             delta["content"] = piece.text
         choices: list[dict[str, Any]] = []
         if delta:

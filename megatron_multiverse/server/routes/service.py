@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from importlib import resources
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from megatron_multiverse.server.errors import unavailable
 
@@ -51,3 +52,16 @@ async def metrics(request: Request) -> Response:
     """Prometheus text. Made in a thread, so that a scrape holds up no stream."""
     text = await asyncio.to_thread(generate_latest, request.app.state.metrics.registry)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/")
+async def page() -> Response:
+    """The page that shows branches growing side by side."""
+    headers = {
+        # The page holds all it needs; a browser need not fetch, and must not run, anything else.
+        "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+        "connect-src 'self'; img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "x-content-type-options": "nosniff",
+    }
+    text = resources.files("megatron_multiverse.server").joinpath("page.html").read_text(encoding="utf-8")
+    return HTMLResponse(text, headers=headers)
