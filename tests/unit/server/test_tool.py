@@ -1,0 +1,177 @@
+"""The tool in processes of its own: docs/serving.md as written, signals, a killed engine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+
+from tests.unit.server.running import MODEL, PROMPT
+
+ROOT = Path(__file__).parents[3]
+TOOL = ROOT / "tools" / "run_text_generation_server.py"
+DOCS = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LONG = {"prompt": PROMPT, "max_tokens": 3000, "ignore_eos": True, "temperature": 0}
+
+
+class Tool:
+    """The running tool."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        port = self.wait_for(r"listening at http://127\.0\.0\.1:(\d+)")
+        self.url = f"http://127.0.0.1:{port}"
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.log.extend(iter(self.process.stderr.readline, ""))
+
+    def wait_for(self, pattern: str, seconds: float = 120) -> str:
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit and self.process.poll() is None:
+            for line in list(self.log):
+                if found := re.search(pattern, line):
+                    return found[1] if found.groups() else found[0]
+            time.sleep(0.02)
+        raise AssertionError("".join(self.log))
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+
+@contextlib.contextmanager
+def started(*options: str) -> Iterator[Tool]:
+    command = [sys.executable, str(TOOL), "--load", str(MODEL), "--port", "0", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        tool = Tool(process)
+        try:
+            tool.wait_for("ready: ")
+            yield tool
+        finally:
+            for child in tool.children() if process.poll() is None else []:
+                child.kill()
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[Tool]:
+    with started() as running:
+        yield running
+
+
+def run_as_written(command: str, tool: Tool) -> str:
+    command = command.replace("http://127.0.0.1:5000", tool.url)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_commands_of_the_docs_run_as_written(tool: Tool) -> None:
+    commands = [text for kind, text in FENCE.findall(DOCS) if not kind and text.startswith("curl")]
+    outputs = [run_as_written(command, tool) for command in commands]
+    assert len(outputs) >= 3 and all('"error"' not in output for output in outputs)
+    assert "Answer: A = 1550; B = 124" in outputs[0] and '"num_parallel"' in outputs[0]
+    assert '"segments"' in outputs[1]
+    assert outputs[2].endswith("data: [DONE]\n\n") and '"event":"open"' in outputs[2]
+
+
+def test_the_python_of_the_docs_runs_as_written(tool: Tool) -> None:
+    (script,) = [text for kind, text in FENCE.findall(DOCS) if kind == "python"]
+    script = script.replace("http://127.0.0.1:5000", tool.url)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Answer: A = 1550; B = 124" in done.stdout, done.stderr
+
+
+def test_the_start_of_the_docs_is_what_this_starts() -> None:
+    (block,) = [text for kind, text in FENCE.findall(DOCS) if "run_text_generation_server.py --load" in text]
+    *_, command = block.strip().splitlines()
+    assert command == (
+        ".venv/bin/python tools/run_text_generation_server.py --load examples/quickstart/model --port 5000"
+    )
+
+
+def test_sigterm_lets_answers_finish_and_says_no_to_new_ones(tool: Tool) -> None:
+    """The last test with this server."""
+    found: dict[str, Any] = {}
+    body = {"prompt": PROMPT, "max_tokens": 900, "temperature": 0}
+
+    def ask() -> None:
+        found["answer"] = httpx2.post(tool.url + "/v1/completions", json=body, timeout=60)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.3)
+    tool.process.send_signal(signal.SIGTERM)
+    tool.wait_for("draining: 1 answers")
+    assert httpx2.get(tool.url + "/health/live").status_code == 200
+    ready = httpx2.get(tool.url + "/health/ready")
+    refused = httpx2.post(tool.url + "/v1/completions", json=body)
+    assert ready.status_code == refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+    thread.join()
+    assert found["answer"].status_code == 200 and "Answer: A = 1550" in found["answer"].text
+    assert tool.process.wait(20) == 0
+    assert not [line for line in tool.log if "Traceback" in line or "ERROR" in line], "".join(tool.log)
+
+
+def test_a_killed_engine_fails_those_that_wait_and_a_signal_ends_the_rest() -> None:
+    with started() as tool:
+        (engine,) = tool.children()
+        found: dict[str, Any] = {}
+
+        def ask() -> None:
+            found["answer"] = httpx2.post(tool.url + "/v1/completions", json=LONG, timeout=60)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        time.sleep(0.5)
+        start = time.monotonic()
+        engine.kill()
+        thread.join()
+        assert found["answer"].status_code == 503 and time.monotonic() - start < 10
+        assert httpx2.get(tool.url + "/health/ready").status_code == 503
+        tool.wait_for("the engine process has ended")
+        tool.process.send_signal(signal.SIGINT)
+        assert tool.process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--load", "/no/such/folder"], "no such folder"),
+        (["--host", "0.0.0.0"], "--api-key-file"),
+        (["--limits.max-n", "0"], "limits.max_n must be above 0"),
+        (["--engine.page-size", "0"], "page_size must be at least 1"),
+    ],
+)
+def test_what_cannot_work_is_one_line(options: list[str], message: str) -> None:
+    command = [sys.executable, str(TOOL), "--load", str(MODEL), "--port", "0", *options]
+    environment = {name: value for name, value in os.environ.items() if name != "MULTIVERSE_API_KEY"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_an_engine_that_cannot_start_ends_the_server_with_its_reason(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_bytes((MODEL / name).read_bytes())
+    command = [sys.executable, str(TOOL), "--load", str(tmp_path), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and str(tmp_path) in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
