@@ -245,12 +245,15 @@ class EngineClient:
                 retry_after=sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 1,
             )
 
-    def submit(self, requests: Sequence[tuple[Sequence[int], SamplingParams, int]], *, stream: bool) -> Batch:
+    def submit(
+        self, requests: Sequence[tuple[Sequence[int], SamplingParams, int]], *, stream: bool, cache_salt: str = ""
+    ) -> Batch:
         """Ask for answers.
 
         Args:
             requests: (ids of the prompt, how to draw, number among the answers to that prompt) for each.
             stream: whether to be told what is written before an answer is complete.
+            cache_salt: only requests with the same share what was computed for prompts that begin alike.
         """
         batch = Batch(self, self.config.limits.request_timeout)
         for prompt_ids, sampling, sample in requests:
@@ -264,6 +267,7 @@ class EngineClient:
                     "prompt_ids": list(prompt_ids),
                     "sampling": dataclasses.asdict(sampling),
                     "sample": sample,
+                    "cache_salt": cache_salt,
                     "stream": stream,
                 }
             )

@@ -87,7 +87,10 @@ class EngineHost:
     def _add(self, message: Message) -> None:
         sampling = dict(message["sampling"], stop_token_ids=tuple(message["sampling"]["stop_token_ids"]))
         request = Request(
-            prompt_ids=message["prompt_ids"], sampling=SamplingParams(**sampling), sample=message["sample"]
+            prompt_ids=message["prompt_ids"],
+            sampling=SamplingParams(**sampling),
+            sample=message["sample"],
+            cache_salt=message["cache_salt"],
         )
         own = self.engine.add_request(request, on_token=self._hear if message["stream"] else None)
         self._engine_ids[message["id"]], self._their_ids[own] = own, message["id"]

@@ -25,7 +25,6 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 REFUSED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "cache_salt": (),
     "guided_json": (),
     "guided_regex": (),
     "multi_modal_data": (),
@@ -83,6 +82,8 @@ class GenerationFields(Fields):
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    """Only requests with the same salt, and the same key of the server, share what was computed for their prompts."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

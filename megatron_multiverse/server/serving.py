@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -21,10 +23,19 @@ from megatron_multiverse.server.streams import PING_SECONDS, disconnected
 from megatron_multiverse.structure import Tag
 
 
-async def submit(
-    request: Request, prompts: Sequence[Sequence[int]], sampling: SamplingParams, count: int, *, stream: bool
-) -> Batch:
-    """Ask the engine for `count` answers to each prompt; answers to one prompt follow each other.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a request asks of the engine."""
+
+    prompts: Sequence[Sequence[int]]
+    sampling: SamplingParams
+    count: int = 1
+    """Answers to each prompt; those to one prompt follow each other."""
+    cache_salt: str | None = None
+
+
+async def submit(request: Request, asked: Asked, *, stream: bool) -> Batch:
+    """Hand the engine what was asked for.
 
     Raises:
         ApiError: 400, 429 or 503; nothing is left running then.
@@ -33,9 +44,11 @@ async def submit(
     if state.draining:
         raise unavailable("draining")
     client: EngineClient = state.client
-    client.check_room(len(prompts) * count)
-    asked = [(prompt, sampling, sample) for prompt in prompts for sample in range(count)]
-    batch = client.submit(asked, stream=stream)
+    client.check_room(len(asked.prompts) * asked.count)
+    requests = [(prompt, asked.sampling, sample) for prompt in asked.prompts for sample in range(asked.count)]
+    # How long a prompt takes tells whether another began alike; so each key has a cache of its own.
+    salt = repr((request.headers.get("authorization"), asked.cache_salt))
+    batch = client.submit(requests, stream=stream, cache_salt=hashlib.sha256(salt.encode()).hexdigest())
     try:
         await batch.accepted()
     except BaseException:
@@ -44,16 +57,14 @@ async def submit(
     return batch
 
 
-async def complete(
-    request: Request, prompts: Sequence[Sequence[int]], sampling: SamplingParams, count: int
-) -> list[Result]:
+async def complete(request: Request, asked: Asked) -> list[Result]:
     """The answers, complete; none where the client leaves before.
 
     Raises:
         ApiError: 400, 429, 500 or 503.
         ClientDisconnect: nobody waits any more; the answers are cancelled.
     """
-    batch = await submit(request, prompts, sampling, count, stream=False)
+    batch = await submit(request, asked, stream=False)
     working = asyncio.create_task(batch.results())
     leaving = asyncio.create_task(disconnected(request.receive))
     try:

@@ -19,7 +19,7 @@ from megatron_multiverse.server.engine_client import Batch
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, GenerationFields
 from megatron_multiverse.server.model import ServedModel
-from megatron_multiverse.server.serving import complete, pieces, submit
+from megatron_multiverse.server.serving import Asked, complete, pieces, submit
 from megatron_multiverse.server.streams import DONE, PING, EventStream, event
 
 router = APIRouter()
@@ -103,10 +103,11 @@ async def chat_completions(request: Request) -> Response:
     max_tokens = _max_tokens(fields, request.app.state.client.facts, len(prompt))
     sampling = fields.sampling(model, limits, max_tokens, fields.top_logprobs or 0)
     answer = _Answer(request, fields, prompt)
+    asked = Asked(prompts=[prompt], sampling=sampling, count=fields.count, cache_salt=fields.cache_salt)
     if fields.stream:
-        batch = await submit(request, [prompt], sampling, fields.count, stream=True)
+        batch = await submit(request, asked, stream=True)
         return EventStream(answer.events(batch), idle_timeout=limits.idle_stream_timeout)
-    results = await complete(request, [prompt], sampling, fields.count)
+    results = await complete(request, asked)
     return JSONResponse(await answer.whole(results))
 
 

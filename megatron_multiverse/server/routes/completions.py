@@ -21,7 +21,7 @@ from megatron_multiverse.server.engine_client import Batch
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, GenerationFields
 from megatron_multiverse.server.model import ServedModel
-from megatron_multiverse.server.serving import complete, pieces, submit
+from megatron_multiverse.server.serving import Asked, complete, pieces, submit
 from megatron_multiverse.server.streams import DONE, PING, EventStream, event
 
 router = APIRouter()
@@ -54,10 +54,11 @@ async def completions(request: Request) -> Response:
             raise refuse("logprobs", "not together with stream or echo; leave one of them out")
     sampling = fields.sampling(model, limits, max_tokens, fields.logprobs or 0)
     answer = _Answer(request, fields, prompts)
+    asked = Asked(prompts=prompts, sampling=sampling, count=fields.count, cache_salt=fields.cache_salt)
     if fields.stream:
-        batch = await submit(request, prompts, sampling, fields.count, stream=True)
+        batch = await submit(request, asked, stream=True)
         return EventStream(answer.events(batch), idle_timeout=limits.idle_stream_timeout)
-    results = await complete(request, prompts, sampling, fields.count)
+    results = await complete(request, asked)
     return JSONResponse(await answer.whole(results))
 
 

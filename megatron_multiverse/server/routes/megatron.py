@@ -15,7 +15,7 @@ from megatron_multiverse.server.body import Fields, check_others, read_fields
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, MultiverseFields, Number, Seed, make_sampling
 from megatron_multiverse.server.model import ServedModel
-from megatron_multiverse.server.serving import complete
+from megatron_multiverse.server.serving import Asked, complete
 
 router = APIRouter()
 
@@ -72,7 +72,7 @@ async def api(request: Request) -> Response:
         seed=fields.random_seed,
         stop_token_ids=(*stop, *model.end_ids),
     )
-    results = await complete(request, prompts, sampling, 1)
+    results = await complete(request, Asked(prompts=prompts, sampling=sampling))
     return JSONResponse(await _answer(fields, model, results))
 
 

@@ -11,7 +11,7 @@ from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.server.app import PATHS
 from megatron_multiverse.server.config import ServerConfig
 from megatron_multiverse.server.start import KEY_VARIABLE, read_keys, serve
-from tests.unit.server.running import MODEL, Running, running
+from tests.unit.server.running import MODEL, PROMPT, Running, running
 
 KEYS = ["secret-one", "secret-two"]
 
@@ -56,6 +56,19 @@ def test_pages_of_other_origins_and_foreign_names_are_kept_out(locked: Running) 
         ({"Host": "[::1]"}, 200),
     ):
         assert locked.http.get("/v1/models", headers=allowed | headers).status_code == status, headers
+
+
+def test_prompts_share_nothing_between_keys_or_salts(locked: Running) -> None:
+    """How soon an answer comes must not tell what others asked."""
+
+    def cached(key: str, **fields: str) -> int:
+        headers = {"Authorization": f"Bearer {key}"}
+        body = {"prompt": PROMPT * 3, "max_tokens": 1} | fields
+        usage = locked.http.post("/v1/completions", json=body, headers=headers).json()["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    assert cached(KEYS[0]) == 0 and cached(KEYS[0]) > 50
+    assert cached(KEYS[1]) == 0 and cached(KEYS[0], cache_salt="x") == 0 and cached(KEYS[0], cache_salt="x") > 50
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
