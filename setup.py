@@ -17,6 +17,7 @@ TRAIN = ["matplotlib>=3.9"]
 FAST = ["gigatoken==0.10.0"]
 # fastapi: older ones cannot switch their telemetry off.
 SERVE = ["fastapi>=0.165", "msgpack>=1.1", "prometheus-client>=0.20", "uvicorn>=0.30"]
+CURATE = ["anthropic>=2.14,<3", "openai>=3.0", "rapidfuzz>=3.9", "math-verify>=0.9", "matplotlib>=3.9"]
 EVAL = ["matplotlib>=3.9", "rich>=13.0"]
 
 setup(
@@ -29,7 +30,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["megatron_multiverse", "megatron_multiverse.*"]), *KERNELS],
     package_dir={"megatron_multiverse.kernels": "kernels"},
-    package_data={"megatron_multiverse": ["py.typed", "server/page.html"]},
+    package_data={
+        "megatron_multiverse": ["py.typed", "server/page.html"],
+        "megatron_multiverse.curation": ["models.json", "viewer.html", "prompts/*.md"],
+    },
     install_requires=[
         "torch>=2.6",
         "jsonargparse[signatures]>=4.40",  # every tool's options
@@ -47,11 +51,12 @@ setup(
         "fast": FAST,
         "train": [*TRAIN, "datasets>=3.0", "deepspeed>=0.19"],
         "serve": SERVE,
-        "curate": ["anthropic>=0.40", "rapidfuzz>=3.9"],
+        "curate": CURATE,
         "eval": EVAL,
         # What `make test` and `make quickstart` install: no CUDA, no compiler.
         "dev": [
             *TRAIN,
+            *CURATE,
             *EVAL,
             *FAST,
             *SERVE,

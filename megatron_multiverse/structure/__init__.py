@@ -17,9 +17,9 @@ from megatron_multiverse.structure.frames import Event, Outline
 from megatron_multiverse.structure.layout import Layout, lay_out, pack_layouts, padding_layout, visible_matrix
 from megatron_multiverse.structure.machine import StructureMachine
 from megatron_multiverse.structure.parser import parse
-from megatron_multiverse.structure.statistics import Statistics, measure
+from megatron_multiverse.structure.statistics import BlockStatistics, Statistics, measure, measure_blocks
 from megatron_multiverse.structure.tags import MAX_DEPTH, TAGS, StructureVocab, Tag
-from megatron_multiverse.structure.trajectory import Block, Parts, check_text, cut_at_labels, parse_text, render
+from megatron_multiverse.structure.trajectory import Block, Parts, check_text, cut_at_labels, lex, parse_text, render
 
 __all__ = [
     "MAX_DEPTH",
@@ -28,6 +28,7 @@ __all__ = [
     "BatchStatistics",
     "Block",
     "BlockSpan",
+    "BlockStatistics",
     "Document",
     "Event",
     "Layout",
@@ -41,7 +42,9 @@ __all__ = [
     "check_text",
     "cut_at_labels",
     "lay_out",
+    "lex",
     "measure",
+    "measure_blocks",
     "pack_layouts",
     "padding_layout",
     "parse",

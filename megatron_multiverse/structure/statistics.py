@@ -59,6 +59,40 @@ def measure(document: Document) -> Statistics:
     )
 
 
+@dataclass(frozen=True)
+class BlockStatistics:
+    """Counts over one block; all lengths in tokens."""
+
+    depth: int
+    """1 = outermost."""
+    paths: int
+    sequential_tokens: int
+    """Steps if its paths were plain text, without tags and labels, one after the other; blocks in them stay."""
+    critical_tokens: int
+    """Steps of a parallel decoder from `<Parallel>` to `</Parallel>`."""
+
+
+def measure_blocks(document: Document) -> list[BlockStatistics]:
+    """Measure each complete block, outer before inner, in text order."""
+    if not document.num_tokens:
+        return []
+    positions = lay_out(document).position_ids
+
+    def steps(start: int, end: int) -> int:
+        return int(positions[end - 1] - positions[start]) + 1
+
+    return [
+        BlockStatistics(
+            depth,
+            len(block.paths),
+            sum(steps(path.forced_end, path.end - 1) for path in block.paths if path.forced_end < path.end - 1),
+            steps(block.start, block.end),
+        )
+        for depth, block in document.walk()
+        if block.end >= 0
+    ]
+
+
 def _structure_tokens(block: BlockSpan) -> int:
     """Tokens of one block, without those of inner blocks, that the same text written sequentially would not have."""
     goal = block.goal_end - block.start

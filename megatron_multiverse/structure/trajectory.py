@@ -52,21 +52,27 @@ def _render_block(block: Block, prefix: str) -> str:
     return "\n".join(lines)
 
 
-_LEXER = re.compile("|".join([*map(re.escape, TAGS), r"\n", r"(?<=\n)[0-9][0-9.]*:", r"[^\n<]+", "<"]))
+_FIXED_PIECES = [*map(re.escape, TAGS), r"\n", r"(?<=\n)[0-9][0-9.]*:"]
 _LABEL = re.compile("[0-9][0-9.]*:")
 _NEWLINE, _WORD, _FIRST_LABEL = len(TAGS), len(TAGS) + 1, len(TAGS) + 2
 _BEFORE_LABEL = re.compile(r"<(?:Outline|(?P<path>Path))>\n(?P<label>[0-9][0-9.]*:)?")
 
 
-def _lex(text: str) -> tuple[list[int], list[int], StructureVocab]:
+def lex(text: str, *, max_characters: int | None = None) -> tuple[list[int], list[int], StructureVocab]:
     """Cut text into tokens that the grammar can read: tags, newlines, labels and other runs of text.
+
+    Args:
+        text: a response.
+        max_characters: longest run; with 4 the number of tokens is about that of a real tokenizer.
 
     Returns their ids, the character at which each begins, and the vocabulary of these ids.
     """
+    runs = r"[^\n<]+" if max_characters is None else rf"[^\n<]{{1,{max_characters}}}"
+    lexer = re.compile("|".join([*_FIXED_PIECES, runs, "<"]))
     fixed = {tag: k for k, tag in enumerate(TAGS)} | {"\n": _NEWLINE}
     labels: dict[str, int] = {}
     ids, offsets = [], []
-    for match in _LEXER.finditer(text):
+    for match in lexer.finditer(text):
         piece = match.group()
         token = fixed.get(piece, _WORD)
         if token == _WORD and _LABEL.fullmatch(piece):
@@ -79,7 +85,7 @@ def _lex(text: str) -> tuple[list[int], list[int], StructureVocab]:
 
 def _parse_lexed(text: str, sample: str | None) -> tuple[Document, list[int]]:
     """The spans of a text, and the character at which each of its tokens begins, with the end of the text behind."""
-    ids, offsets, vocab = _lex(text)
+    ids, offsets, vocab = lex(text)
     offsets.append(len(text))
     try:
         return parse(ids, vocab, sample=sample, max_depth=MAX_DEPTH), offsets

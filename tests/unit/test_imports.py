@@ -28,6 +28,7 @@ ALLOWED = {
     "structure": {"errors"},
     "kernels": {"errors", "structure"},
     "data": {"errors", "config", "files", "progress", "structure", "cli"},
+    "curation": {"errors", "config", "files", "structure", "data"},
     "parallel": {"errors"},
     "model": {"errors", "config", "dtypes", "files", "weight_names", "structure", "kernels", "parallel"},
     "checkpoints": {"progress"},
@@ -39,7 +40,7 @@ ALLOWED = {
 ALLOWED["checkpoints"] |= ALLOWED["model"] | {"data", "model"}
 ALLOWED["training"] |= ALLOWED["checkpoints"]
 ALLOWED["inference"] |= ALLOWED["checkpoints"]
-NO_TORCH = {"errors", "config", "files", "progress", "structure", "weight_names"}
+NO_TORCH = {"errors", "config", "curation", "files", "progress", "structure", "weight_names"}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -1,0 +1,117 @@
+"""What a curated text has to hold: the words of the original, its answer, and paths that stand alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from megatron_multiverse.curation.trees import plain_text
+from megatron_multiverse.structure import Block
+
+_TRANSITION = re.compile(
+    r"(?:Alternatively|Next|Then|Finally|Similarly|Likewise|Furthermore|Moreover|Additionally|Secondly|Thirdly|Lastly"
+    r"|On the other hand|In contrast|Another|Afterwards?|Again)\b",
+)
+_SIBLING = re.compile(
+    r"\b(?:the )?(?:previous|preceding|other|first|second|third|next) (?:paths?|branch(?:es)?)\b"
+    r"|\b(?:paths?|branch) (?:\d|above|below)"
+    r"|\b(?:as|like) in the (?:previous|other|first|second) (?:case|approach|method|step|part)\b"
+    r"|\bthe (?:previous|other) (?:case|approach|method|part)\b",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?![\w])")
+_WORKED_OUT = re.compile(r"(?:=|≈|\\approx|\\equiv|:)\s*\$?\s*-?\s*$")
+_MIN_DIGITS = 3
+_ANSWER_TIMEOUT_S = 5
+
+
+def distance(text: str, original: str) -> float:
+    """Levenshtein distance divided by the length of the longer text, from 0 (equal) to 1."""
+    from rapidfuzz.distance import Levenshtein
+
+    return Levenshtein.normalized_distance(text.strip(), original.strip())
+
+
+def dependences(block: Block, before: str) -> Iterator[str]:
+    """Signs that a path of the block depends on another one, inner blocks included; one sentence each.
+
+    This looks at words alone: a transition at the start of a path, the mention of a sibling, and a number of three or
+    more digits that an earlier sibling has worked out and a later one takes as given.
+
+    Args:
+        block: a rewritten block.
+        before: the text that all its paths can see.
+    """
+    yield from _dependences(block, before, "")
+
+
+def _dependences(block: Block, before: str, prefix: str) -> Iterator[str]:
+    texts = [plain_text(path) for path in block.paths]
+    for k, (path, text) in enumerate(zip(block.paths, texts, strict=True)):
+        label = f"{prefix}{k + 1}"
+        if k and (found := _TRANSITION.match(text.lstrip())):
+            yield f'path {label} begins with "{found.group()}", which leads over from another path'
+        if found := _SIBLING.search(text):
+            yield f'path {label} says "{found.group()}"'
+        for j in range(k):
+            if numbers := _taken_over(text, texts[j], before):
+                yield f"path {label} uses {', '.join(numbers)}, which path {prefix}{j + 1} works out"
+        seen = before
+        for part in path:
+            if isinstance(part, Block):
+                yield from _dependences(part, seen, f"{label}.")
+            seen += "\n" + (part if isinstance(part, str) else plain_text((part,)))
+
+
+def _taken_over(text: str, sibling: str, before: str) -> list[str]:
+    """Numbers that `sibling` works out, `text` takes as given, and nobody has named before."""
+    known = set(_NUMBER.findall(before))
+    given: dict[str, bool] = {}
+    for match in _NUMBER.finditer(text):
+        given.setdefault(match.group(), not _WORKED_OUT.search(text, max(0, match.start() - 12), match.start()))
+    worked_out = {match.group() for match in _NUMBER.finditer(sibling) if _is_result(sibling, match)}
+    return sorted(
+        number
+        for number, is_given in given.items()
+        if is_given and number in worked_out and number not in known and sum(map(str.isdigit, number)) >= _MIN_DIGITS
+    )
+
+
+def _is_result(text: str, match: re.Match[str]) -> bool:
+    return _WORKED_OUT.search(text, max(0, match.start() - 12), match.start()) is not None
+
+
+def final_answer(text: str) -> str:
+    r"""The content of the last ``\boxed{...}``; without one the last line that is not empty."""
+    start = text.rfind(r"\boxed{")
+    if start >= 0:
+        depth, begin = 0, start + len(r"\boxed{")
+        for k in range(begin - 1, len(text)):
+            depth += (text[k] == "{") - (text[k] == "}")
+            if depth == 0:
+                return text[begin:k]
+    return text.strip().rsplit("\n", 1)[-1]
+
+
+def same_answer(text: str, original: str) -> bool:
+    """Whether both texts come to the same final answer: the same words, or by math-verify the same value."""
+    ours, theirs = final_answer(text), final_answer(original)
+    if ours.split() == theirs.split():
+        return True
+    if r"\boxed{" not in original or r"\boxed{" not in text:
+        return False
+    return _same_value(ours, theirs)
+
+
+def _same_value(ours: str, theirs: str) -> bool:
+    # math-verify bounds its time with an alarm signal, so this runs in the main thread only.
+    from math_verify import parse, verify
+
+    wanted = parse(rf"\boxed{{{theirs}}}", parsing_timeout=_ANSWER_TIMEOUT_S)
+    given = parse(rf"\boxed{{{ours}}}", parsing_timeout=_ANSWER_TIMEOUT_S)
+    return bool(wanted and given) and bool(verify(wanted, given, timeout_seconds=_ANSWER_TIMEOUT_S))
+
+
+def holds_answer(blocks: Sequence[Block], answer: str) -> list[bool]:
+    """For each block, whether its text holds the answer."""
+    return [answer in plain_text((block,)) for block in blocks]
