@@ -2,7 +2,8 @@
 
 Example:
     python tools/generate.py --load examples/quickstart/model --prompt "..."
-    python tools/generate.py --load MODEL --input prompts.jsonl --output answers.jsonl --temperature 0.7 --num-samples 4
+    python tools/generate.py --load MODEL --input prompts.jsonl --output answers.jsonl \\
+        --sampling.temperature 0.7 --sampling.n 4
 
 Answers are written as they finish; "index" says which row of the input they answer. Rows that cannot be answered are
 written with the reason, and the exit status is 1 then.

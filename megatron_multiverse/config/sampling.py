@@ -60,19 +60,37 @@ class SamplingParams:
     """Same seed, prompt and settings: same answer, whatever else runs, up to rounding: products of other
     sizes round differently, which in bf16 often changes which of two nearly equal tokens is drawn, in float64 never in
     practice."""
+    n: int = 1
+    """Answers to the prompt, which they share in the cache. Each takes a request id of its own."""
     max_concurrent_branches: int | None = None
     """Most branches of the answer that run at once; 1 decodes path after path with the same result."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer, outside of paths, wherever they fall on tokens. The tokens of a stop text stay in the
+    answer, because the model has read them; `answer_text` leaves the text out."""
     stop_token_ids: tuple[int, ...] = ()
     """Further ids that end the answer, outside of paths; like the end-of-document id they are not part of it. Structure
     tags are refused: `</Goal>` among them, for example, would end every answer before its first fork."""
+    stop_in_branches: bool = False
+    """Stop texts and stop tokens in a path end that path."""
+    commit_after: int = 0
+    """Take the paths of each block for tries: once so many have succeeded, the paths that have not ended are dropped.
+    Their text is cut to their label and closed, their pages come free at once, and the conclusion reads what finished.
+    0 is off. Which tries are early is told by their length, not by the clock (`inference/text/trial.py`)."""
+    commit_on: str = ""
+    """A path succeeds when it writes `</Path>` and its text has this in it; empty for every path that ends. A predicate
+    of your own: `Request.accept`."""
     ignore_eos: bool = False
     """Treat the end-of-document id as text, so that answers get as long as max_tokens."""
     logprobs: int = 0
     """Give so many of the most likely tokens beside each drawn one, with their log-probabilities (at most 20)."""
+    prompt_logprobs: int | None = None
+    """Give the log-probability of each token of the prompt, and so many of the most likely ones beside it (0: none);
+    unset, nothing. The prompt is computed afresh then, whatever the prefix cache has."""
 
     def __post_init__(self) -> None:
         # One Python type each: a list could change while the request waits, and numpy's integers print otherwise.
         self._set("seed", whole_number("seed", self.seed))
+        self._set("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         self._set("stop_token_ids", tuple(whole_number("stop_token_ids", token) for token in self.stop_token_ids))
         bias = {whole_number("logit_bias", token): float(value) for token, value in self.logit_bias.items()}
         self._set("logit_bias", bias)
@@ -84,13 +102,25 @@ class SamplingParams:
 
     def _check_limits(self) -> None:
         refuse_unless(self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}")
+        refuse_unless(self.commit_after >= 0, f"commit_after must be >= 0 (0 is off), got {self.commit_after}")
+        refuse_unless(
+            not self.commit_on or self.commit_after > 0, "commit_on says which paths succeed; set commit_after, too"
+        )
+        refuse_unless(self.n >= 1, f"n must be at least 1, got {self.n}")
+        alike = self.n > 1 and self.temperature == 0
+        refuse_unless(
+            not alike, f"n is {self.n} at temperature 0, where all answers are the same; give a temperature above 0"
+        )
+        empty = not all(isinstance(text, str) and text for text in self.stop)
+        refuse_unless(not empty, f"stop takes texts of at least one character, got {list(self.stop)}")
         for name in ("max_critical_tokens", "max_concurrent_branches"):
             value = getattr(self, name)
             refuse_unless(value is None or value >= 1, f"{name} must be at least 1, or unset for no limit, got {value}")
         message = f"min_tokens must lie between 0 and max_tokens ({self.max_tokens}), got {self.min_tokens}"
         refuse_unless(0 <= self.min_tokens <= self.max_tokens, message)
-        message = f"logprobs must lie between 0 and {MOST_LOGPROBS}, got {self.logprobs}"
-        refuse_unless(0 <= self.logprobs <= MOST_LOGPROBS, message)
+        for name in ("logprobs", "prompt_logprobs"):
+            message = f"{name} must lie between 0 and {MOST_LOGPROBS}, got {getattr(self, name)}"
+            refuse_unless(0 <= (getattr(self, name) or 0) <= MOST_LOGPROBS, message)
 
     def _check_draw(self) -> None:
         refuse_unless(0 <= self.temperature < math.inf, f"temperature must be finite and >= 0, got {self.temperature}")

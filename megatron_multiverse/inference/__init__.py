@@ -21,10 +21,17 @@ if TYPE_CHECKING:
     from megatron_multiverse.inference.engine import Engine
     from megatron_multiverse.inference.step.plan import SamplingArrays, Shaping, StepOutput, StepPlan
     from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler
-    from megatron_multiverse.inference.text.answer import drawn_from
+    from megatron_multiverse.inference.text.answer import answer_text, drawn_from
     from megatron_multiverse.inference.text.detokenize import IncrementalDetokenizer
-    from megatron_multiverse.inference.text.request import Request
-    from megatron_multiverse.inference.text.result import BlockResult, BranchResult, Result, TimelineSpan
+    from megatron_multiverse.inference.text.request import Request, Try
+    from megatron_multiverse.inference.text.result import (
+        BlockResult,
+        BranchResult,
+        DroppedText,
+        Result,
+        StopMatch,
+        TimelineSpan,
+    )
     from megatron_multiverse.inference.text.state import TokenCallback
 
 _HOMES = {
@@ -34,10 +41,10 @@ _HOMES = {
     "inference.engine": ("Engine",),
     "inference.step.plan": ("SamplingArrays", "Shaping", "StepOutput", "StepPlan"),
     "inference.step.sampler": ("CounterSampler", "Sampler"),
-    "inference.text.answer": ("drawn_from",),
+    "inference.text.answer": ("answer_text", "drawn_from"),
     "inference.text.detokenize": ("IncrementalDetokenizer",),
-    "inference.text.request": ("Request",),
-    "inference.text.result": ("BlockResult", "BranchResult", "Result", "TimelineSpan"),
+    "inference.text.request": ("Request", "Try"),
+    "inference.text.result": ("BlockResult", "BranchResult", "DroppedText", "Result", "StopMatch", "TimelineSpan"),
     "inference.text.state": ("TokenCallback",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -46,6 +53,7 @@ __all__ = [
     "BlockResult",
     "BranchResult",
     "CounterSampler",
+    "DroppedText",
     "Engine",
     "EngineConfig",
     "IncrementalDetokenizer",
@@ -57,8 +65,11 @@ __all__ = [
     "Shaping",
     "StepOutput",
     "StepPlan",
+    "StopMatch",
     "TimelineSpan",
     "TokenCallback",
+    "Try",
+    "answer_text",
     "build_engine",
     "drawn_from",
 ]

@@ -39,4 +39,10 @@ def build_engine(
     if not config.num_pages:
         longest = longest or model_config.max_sequence_length
         config = dataclasses.replace(config, num_pages=pages_for(longest, config))
-    return Engine(model, tokenizer.structure_vocab, config, vocab_size=tokenizer.vocab_size)
+    return Engine(
+        model,
+        tokenizer.structure_vocab,
+        config,
+        vocab_size=tokenizer.vocab_size,
+        detokenize=tokenizer.detokenize,
+    )

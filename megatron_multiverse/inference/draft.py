@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_multiverse.inference.cache.tree import Node, PageTree
-from megatron_multiverse.inference.sampling_plan import Sampled, sampling_arrays
+from megatron_multiverse.inference.sampling_plan import Sampled, Scored, sampling_arrays, scored_arrays
 from megatron_multiverse.inference.step.plan import StepPlan
 
 
@@ -18,6 +18,8 @@ class Step(NamedTuple):
     plan: StepPlan
     sampled: list[Sampled]
     """One per row of `plan.sample`."""
+    scored: list[Scored]
+    """Pieces of prompts, one after the other in `plan.scored`."""
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Draft:
     """Index of each of them among those its branch draws."""
     coming: list[int] = field(default_factory=list)
     """For each of them the row of the step in flight that draws the token before it; -1 where it is known."""
+    scored: list[Scored] = field(default_factory=list)
+    """Pieces of prompts whose log-probabilities are asked for."""
 
     def make_plan(self, tree: PageTree) -> StepPlan:
         """The rows as arrays. Python work is per row, never per token."""
@@ -70,5 +74,6 @@ class Draft:
             write_tokens=write_tokens,
             sample=np.array(self.sample, dtype=np.int64),
             sampling=sampling_arrays(self.sampled, self.draws, self.coming),
+            **scored_arrays(self.scored),
             freed=np.array(book.take_freed() if book.freed else (), dtype=np.int64),
         )

@@ -8,6 +8,7 @@ within its budget, and gives everything back.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +27,10 @@ from megatron_multiverse.inference.step.runner import PendingOutput, Runner
 from megatron_multiverse.inference.step.sampler import Sampler
 from megatron_multiverse.inference.text.answer import make_result
 from megatron_multiverse.inference.text.commit import close_all, commit_token
+from megatron_multiverse.inference.text.prompt_scores import PromptScores
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
-from megatron_multiverse.inference.text.state import RequestState, TokenCallback, new_state
+from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, new_state
 from megatron_multiverse.inference.width import StepLoad, StepTime
 from megatron_multiverse.structure import StructureMachine, StructureVocab
 
@@ -55,6 +57,7 @@ class Engine:
         vocab_size: ids of the tokenizer; the padding of the output layer above it is never chosen.
         sampler: chooses tokens; by default `CounterSampler`.
         clock: seconds, to measure steps by.
+        detokenize: ids -> text, tags kept; needed by requests that say something about text, such as stop texts.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ class Engine:
         vocab_size: int | None = None,
         sampler: Sampler | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        detokenize: Detokenize | None = None,
     ) -> None:
+        self.detokenize = detokenize
         self.config = config = config or EngineConfig()
         self.vocab = structure_vocab
         own_limit = getattr(model, "max_sequence_length", None)
@@ -128,6 +133,11 @@ class Engine:
                 f"prompt ({prompt} tokens) leaves no room in the {self.max_position} positions of the model; "
                 "shorten the prompt"
             )
+        sampling = request.sampling
+        if (sampling.stop or sampling.commit_on or request.accept) and self.detokenize is None:
+            raise GenerationError(
+                "stop, commit_on and accept read text, which needs the tokenizer: Engine(..., detokenize=...)"
+            )
         # On a GPU an id outside of the embedding is not an exception but the end of the process.
         for index, token in enumerate(request.prompt_ids):
             self._check_id(f"prompt token {index}", token)
@@ -152,15 +162,23 @@ class Engine:
     def add_request(self, request: Request, *, on_token: TokenCallback | None = None) -> int:
         """Queue a request; returns its id.
 
+        A request for n answers takes n ids, the one returned and those that follow. Each gives a result of its own;
+        their samples are `request.sample`, `request.sample` + 1, ...
+
         Raises:
             GenerationError: see `check`.
         """
         self.check(request)
-        machine = StructureMachine(self.vocab, max_depth=self.config.max_depth, max_paths=self.config.max_paths)
-        state = new_state(self._next_id, request, machine, self.max_position, on_token)
-        self._next_id += 1
-        self.scheduler.waiting.append(state)
-        return state.request_id
+        first, sampling = self._next_id, request.sampling
+        scores = None if sampling.prompt_logprobs is None else PromptScores(first, len(request.prompt_ids))
+        for k in range(sampling.n):
+            machine = StructureMachine(self.vocab, max_depth=self.config.max_depth, max_paths=self.config.max_paths)
+            answer = dataclasses.replace(request, sample=request.sample + k) if k else request
+            state = new_state(first + k, answer, machine, self.max_position, on_token, self.detokenize)
+            state.scores = scores
+            self.scheduler.waiting.append(state)
+        self._next_id += sampling.n
+        return first
 
     def cancel(self, request_id: int) -> None:
         """End a request and everything it forked; the next `step` returns its result. Unknown ids are ignored."""
@@ -173,13 +191,13 @@ class Engine:
         return bool(self.scheduler.active or self.scheduler.waiting or self._finished)
 
     def generate(self, requests: Sequence[Request], *, on_token: TokenCallback | None = None) -> list[Result]:
-        """Serve requests to the end; results in their order.
+        """Serve requests to the end; results in their order, one for each of a request's n answers.
 
         Requests added by others are served along; their results wait for the next `step`.
 
         Args:
             requests: any number; those that do not fit at once wait.
-            on_token: called with (index of the request, branch name, ids) as branches write.
+            on_token: called with (index of the result, branch name, ids) as branches write.
 
         Raises:
             GenerationError: a request can never be served (see `check`); none is started then.
@@ -194,7 +212,8 @@ class Engine:
             on_token(index[request_id], branch, ids)
 
         for request in requests:
-            index[self.add_request(request, on_token=None if on_token is None else renumber)] = len(index)
+            first = self.add_request(request, on_token=None if on_token is None else renumber)
+            index |= {first + k: len(index) + k for k in range(request.sampling.n)}
         own: dict[int, Result] = {}
         foreign: list[Result] = []
         try:
@@ -285,7 +304,8 @@ class Engine:
         """Give every sampled row its token; `text/commit.py` writes all that follows from it."""
         self.num_steps += 1
         served: dict[int, RequestState] = {}
-        tokens, logprobs, finite, *_ = (array.tolist() for array in output)
+        self._score(step, output)
+        tokens, logprobs, finite = (array.tolist() for array in output[:3])
         for row, (sampled, token, logprob, good) in enumerate(zip(step.sampled, tokens, logprobs, finite, strict=True)):
             state = sampled.state
             if state.finish_reason is not None or not self.scheduler.is_wanted(sampled):
@@ -293,7 +313,11 @@ class Engine:
             served[id(state)] = state
             if good:
                 commit_token(state, sampled.branch, token, logprob, output.top(row, state.request.sampling.logprobs))
+                if state.cuts:
+                    self.scheduler.take_back(state)
                 self.scheduler.check_fed(sampled, token)
+                if state.error:
+                    close_all(state, "error")
             else:
                 state.error = "the model returned logits that are not finite"
                 self.scheduler.distrust(state)
@@ -303,6 +327,16 @@ class Engine:
             state.failures = 0  # not after a step that only feeds again what the failed ones lost
         for state in self.scheduler.active:
             state.step += 1
+
+    def _score(self, step: Step, output: StepOutput) -> None:
+        """Keep the log-probabilities of prompts."""
+        start = 0
+        for state, _, first, count in step.scored:
+            end, top = start + count, state.request.sampling.prompt_logprobs or 0
+            if state.scores is not None:
+                tops = [output.score_top(index, top) for index in range(start, end)]
+                state.scores.put(first + 1, output.scores[start:end].tolist(), tops)
+            start = end
 
     def _hand_out(self) -> None:
         """Tell the callbacks what was written, and take out the requests whose answers are complete."""

@@ -23,6 +23,7 @@ from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, GenerationError, MultiverseError
 from megatron_multiverse.inference.build import build_engine
 from megatron_multiverse.inference.engine import Engine
+from megatron_multiverse.inference.text.answer import answer_text
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.model.device import choose_device
@@ -58,13 +59,9 @@ class GenerateConfig:
     """Wrap each prompt in the chat template of the tokenizer."""
     sequential: bool = False
     """Decode path after path instead of all at once; the answers are the same."""
-    num_samples: int = 1
-    """Answers per prompt; more than one needs a temperature."""
-    stop: list[str] = field(default_factory=list)
-    """Further tokens, as text, that end an answer outside of paths; they are not part of it. No structure tags. The end
-    tokens that generation_config.json of the model names end answers anyway."""
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=2048))
-    """How answers are drawn, and where they end."""
+    """How answers are drawn, and where they end. The end tokens that generation_config.json of the model names end them
+    anyway."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Sizes and limits of the engine."""
     dtype: DType = "float32"
@@ -107,31 +104,21 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
         CheckpointError, ConfigError: no model, or a tokenizer of another model.
         GenerationError: options that cannot work, or `config.prompt` cannot be answered.
     """
-    temperature = config.sampling.temperature
-    if config.num_samples < 1 or (config.num_samples > 1 and temperature == 0):
-        raise GenerationError(
-            f"num_samples is {config.num_samples} at temperature {temperature}; give at least 1, and a "
-            "temperature above 0 if it is more than 1 (greedy answers are all the same)"
-        )
     prompts = _prompts(config)
     tokenizer = _tokenizer(config)
-    stop = _stop_ids(config.stop, tokenizer)
-    if not config.sampling.ignore_eos:
-        stop += end_ids(config.load, tokenizer)
     texts = [prompt + _SUFFIXES[config.prompt_suffix] for prompt in prompts if isinstance(prompt, str)]
     chats = [tokenizer.render_chat(text) for text in texts] if config.chat else texts
     prompt_ids = iter(tokenizer.tokenize_batch(chats))
     ids = [next(prompt_ids) if isinstance(prompt, str) else [] for prompt in prompts]
     engine = _build_engine(config, tokenizer, max(map(len, ids)))
-    sampling = _sampling(config, stop)
-    origin: dict[int, tuple[int, int]] = {}
+    sampling = _sampling(config, [] if config.sampling.ignore_eos else end_ids(config.load, tokenizer))
+    origin: dict[int, int] = {}
     for index, prompt in enumerate(prompts):
         try:
             if isinstance(prompt, DataError):
                 raise prompt
-            for sample in range(config.num_samples):
-                request = Request(prompt_ids=ids[index], sampling=sampling, sample=sample)
-                origin[engine.add_request(request)] = index, sample
+            first = engine.add_request(Request(prompt_ids=ids[index], sampling=sampling))
+            origin |= dict.fromkeys(range(first, first + sampling.n), index)
         except MultiverseError as error:
             if config.input is None:
                 raise
@@ -139,10 +126,10 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
     with tqdm(total=len(origin), unit="answer", disable=None) as bar:
         while engine.has_work:
             for result in engine.step():
-                index, sample = origin[result.request_id]
+                index = origin[result.request_id]
                 bar.update()
-                text = tokenizer.detokenize(result.token_ids)
-                yield {"index": index, "sample": sample, "prompt": prompts[index], "text": text, **_facts(result)}
+                text = answer_text(result, tokenizer.detokenize)
+                yield {"index": index, "prompt": prompts[index], "text": text, **_facts(result)}
 
 
 def _tokenizer(config: GenerateConfig) -> MultiverseTokenizer:
@@ -176,18 +163,10 @@ def _build_engine(config: GenerateConfig, tokenizer: MultiverseTokenizer, longes
     )
 
 
-def _sampling(config: GenerateConfig, stop: list[int]) -> SamplingParams:
-    """What `config` asks of every answer."""
-    sampling = dataclasses.replace(config.sampling, stop_token_ids=(*config.sampling.stop_token_ids, *stop))
+def _sampling(config: GenerateConfig, ends: list[int]) -> SamplingParams:
+    """What `config` asks of every answer, which also ends at the ids `ends`."""
+    sampling = dataclasses.replace(config.sampling, stop_token_ids=(*config.sampling.stop_token_ids, *ends))
     return dataclasses.replace(sampling, max_concurrent_branches=1) if config.sequential else sampling
-
-
-def _stop_ids(stop: list[str], tokenizer: MultiverseTokenizer) -> list[int]:
-    ids = [tokenizer.tokenize(text) for text in stop]
-    for text, tokens in zip(stop, ids, strict=True):
-        if len(tokens) != 1:
-            raise GenerationError(f"--stop {text!r} is {len(tokens)} tokens of this tokenizer; give single tokens")
-    return [tokens[0] for tokens in ids]
 
 
 def _prompts(config: GenerateConfig) -> Prompts:
@@ -216,7 +195,9 @@ def _prompts(config: GenerateConfig) -> Prompts:
 
 def _facts(result: Result) -> dict[str, Any]:
     return {
+        "sample": result.sample,
         "finish_reason": result.finish_reason,
+        "stop_reason": result.stop_reason,
         "tokens": len(result.token_ids),
         "critical_tokens": result.critical_tokens,
         "num_parallel": round(result.num_parallel, 4),

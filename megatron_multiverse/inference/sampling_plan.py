@@ -8,10 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_multiverse.config.sampling import SamplingParams
-from megatron_multiverse.inference.step.plan import SamplingArrays, Shaping
+from megatron_multiverse.inference.step.plan import Ints, SamplingArrays, Shaping
 from megatron_multiverse.inference.text.branch import Branch
 from megatron_multiverse.inference.text.state import RequestState
 from megatron_multiverse.inference.text.stops import banned_ids
+
+_NONE = np.zeros(0, dtype=np.int64)
 
 
 class Sampled(NamedTuple):
@@ -21,6 +23,31 @@ class Sampled(NamedTuple):
     branch: Branch
     length: int
     """Tokens of the branch before it. If the branch has others by the time the token comes, it is dropped."""
+
+
+class Scored(NamedTuple):
+    """A piece of a prompt whose log-probabilities are asked for."""
+
+    state: RequestState
+    token: int
+    """Number of its first token in the step."""
+    first: int
+    """Index of that token in the prompt; what is scored is the token after it."""
+    num_tokens: int
+
+
+def scored_arrays(scored: Sequence[Scored]) -> dict[str, Ints]:
+    """The fields of a `StepPlan` that ask for log-probabilities of known tokens."""
+    if not scored:
+        return {"scored": _NONE, "targets": _NONE, "num_scores": _NONE}
+    targets = [token for piece in scored for token in piece.state.root.ids[piece.first + 1 :][: piece.num_tokens]]
+    counts = [piece.num_tokens for piece in scored]
+    tops = [piece.state.request.sampling.prompt_logprobs or 0 for piece in scored]
+    return {
+        "scored": np.concatenate([piece.token + np.arange(piece.num_tokens) for piece in scored]),
+        "targets": np.array(targets, dtype=np.int64),
+        "num_scores": np.repeat(np.array(tops, dtype=np.int64), counts),
+    }
 
 
 def sampling_arrays(sampled: Sequence[Sampled], draws: Sequence[int], coming: Sequence[int]) -> SamplingArrays:
@@ -58,7 +85,6 @@ def _shaping(
     rows = [row for row, p in enumerate(params) if p.has_penalties]
     seen = [sampled[row].branch.seen for row in rows]
     exempt = sampled[0].branch.machine.vocab.tag_ids
-    none = np.zeros(0, dtype=np.int64)
 
     def floats(values: Sequence[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         return np.array(values, dtype=np.float64)
@@ -77,7 +103,7 @@ def _shaping(
         frequency=floats([params[row].frequency_penalty for row in rows]),
         coming=np.array([coming[row] for row in rows], dtype=np.int64),
         seen_rows=np.repeat(np.arange(len(rows)), [len(counts.ids) for counts in seen if counts]),
-        seen_ids=np.concatenate([none, *(counts.ids for counts in seen if counts)]),
-        seen_counts=np.concatenate([none, *(counts.counts for counts in seen if counts)]),
+        seen_ids=np.concatenate([_NONE, *(counts.ids for counts in seen if counts)]),
+        seen_counts=np.concatenate([_NONE, *(counts.counts for counts in seen if counts)]),
         exempt=np.array(exempt, dtype=np.int64),
     )

@@ -24,7 +24,7 @@ from megatron_multiverse.inference.cache.book import PageBook
 from megatron_multiverse.inference.cache.prefix import PageKeys, PrefixCache
 from megatron_multiverse.inference.cache.tree import Node, PageTree
 from megatron_multiverse.inference.draft import Draft, Step
-from megatron_multiverse.inference.sampling_plan import Sampled
+from megatron_multiverse.inference.sampling_plan import Sampled, Scored
 from megatron_multiverse.inference.text.branch import Awaited, Block, Branch
 from megatron_multiverse.inference.text.feed import (
     block_to_join,
@@ -36,6 +36,9 @@ from megatron_multiverse.inference.text.feed import (
 )
 from megatron_multiverse.inference.text.state import RequestState
 from megatron_multiverse.inference.width import StepTime, allot
+
+MOST_SCORED = 256
+"""Tokens per step of a prompt whose log-probabilities are asked for: each needs the logits of a whole vocabulary."""
 
 
 class Scheduler:
@@ -201,6 +204,9 @@ class Scheduler:
             draft.coming.append(branch.awaits.row if ahead and branch.awaits is not None else -1)
             if branch.span_start is None:
                 branch.span_start = (state.step + self.in_flight, end)  # the timeline shows it from here
+        if state.scores_prompt and start + 1 < branch.prompt_length:
+            last = min(start + count, branch.prompt_length - 1)
+            draft.scored.append(Scored(state, len(draft.ids), start, last - start))
         draft.nodes.append(node)
         draft.counts.append(count)
         if start < known:
@@ -217,14 +223,14 @@ class Scheduler:
         root, node, size = state.root, self.nodes[state.root], self.book.page_size
         keys, end = self._keys[state], feed_end(root)
         known: list[int] = []
-        if node.length % size == 0:
+        if node.length % size == 0 and not state.scores_prompt:
             known = self.prefixes.find(keys, root.ids, node.length // size, (end - 1) // size)
         if known:
             self.tree.share(node, known)
             root.fed = node.length
             state.cached_tokens += len(known) * size if state.preemptions == 0 else 0
         start = root.fed
-        count = min(end - start, self._token_room)
+        count = min(end - start, self._token_room, MOST_SCORED if state.scores_prompt else end)
         if count < 1:
             return
         if start + count < end:
@@ -346,7 +352,7 @@ class Scheduler:
         self.planned += 1
         for row, (_, branch, length) in enumerate(self._draft.sampled):
             branch.awaits = Awaited(self.planned, row, length)
-        return Step(self._draft.make_plan(self.tree), self._draft.sampled)
+        return Step(self._draft.make_plan(self.tree), self._draft.sampled, self._draft.scored)
 
     def remove(self, state: RequestState) -> None:
         """Give back everything the request holds in the cache; its text stays."""
@@ -387,6 +393,22 @@ class Scheduler:
         if branch.fed > length and branch.ids[length : length + 1] != [token]:
             branch.fed = length
             self.tree.retract(self.nodes[branch])
+
+    def take_back(self, state: RequestState) -> None:
+        """Give back the pages of tries that were dropped, but for their first tokens, which go on to be fed."""
+        for branch, kept, inner in state.cuts:
+            for gone in inner:
+                self.nodes.pop(gone, None)
+            state.live = [other for other in state.live if other not in inner]
+            node = self.nodes.get(branch)
+            branch.fed, branch.num_joined = min(branch.fed, kept), 0
+            if node is not None:
+                available = self.book.available
+                self.tree.truncate(node, node.base + branch.fed)
+                state.freed_pages += self.book.available - available
+                if branch not in state.live:
+                    state.live.append(branch)
+        state.cuts = []
 
     def reset(self) -> None:
         """Whatever state an exception left behind: no page has an owner, and all requests wait to be fed again."""

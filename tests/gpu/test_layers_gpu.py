@@ -330,6 +330,9 @@ def test_decoding_over_pages_equals_one_forward() -> None:
             write_tokens=slots - start,
             sample=one,
             sampling=SamplingArrays(keys=one, indices=one, temperature=one * 0.0),
+            scored=none,
+            targets=none,
+            num_scores=none,
             freed=none,
         )
 

@@ -147,6 +147,17 @@ class PageTree:
         if node.length % self.page_size == 0:
             self.book.release([node.drop_page()])
 
+    def truncate(self, node: Node, length: int) -> None:
+        """Let a node end at an earlier token, of its own and before anything was joined into it. What was forked from
+        it goes."""
+        assert node.base <= length <= node.length
+        for kid in list(node.children):
+            self.free(kid)
+        kept = -(-length // self.page_size)
+        self.book.release(node.pages[kept:])
+        node.num_pages, node.length = kept, length
+        node.last_page = int(node.pages[-1]) if kept else -1
+
     def _grow(self, node: Node, count: int) -> None:
         """Lengthen a node, with new pages where the open one is full."""
         if count and node.length % self.page_size:

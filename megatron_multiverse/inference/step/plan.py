@@ -96,6 +96,12 @@ class StepPlan:
     """[s], rows that want a token after their last one."""
     sampling: SamplingArrays
     """For these rows."""
+    scored: Ints
+    """[t], tokens of the step whose logits are asked for although the next token is known."""
+    targets: Ints
+    """[t], these next tokens."""
+    num_scores: Ints
+    """[t], most likely tokens to give beside each."""
     freed: Ints
     """Pages that came free; a store made for debugging fills them with NaN. Empty otherwise."""
 
@@ -159,9 +165,21 @@ class StepOutput(NamedTuple):
     """[s, n], the most likely tokens, for the row that asks for most of them; n is 0 where none does."""
     top_logprobs: Floats
     """[s, n], theirs."""
+    scores: Floats
+    """[t], log-probabilities of `StepPlan.targets`."""
+    score_top_ids: Ints
+    """[t, m], the most likely tokens in their places."""
+    score_top_logprobs: Floats
+    """[t, m], theirs."""
 
     def top(self, row: int, count: int) -> list[tuple[int, float]] | None:
-        """(id, log-probability) of the `count` most likely tokens of a row; None for 0."""
-        if not count:
-            return None
-        return list(zip(self.top_ids[row, :count].tolist(), self.top_logprobs[row, :count].tolist(), strict=True))
+        """(id, log-probability) of the `count` most likely tokens of a sampled row; None for 0."""
+        return _pairs(self.top_ids[row, :count], self.top_logprobs[row, :count])
+
+    def score_top(self, index: int, count: int) -> list[tuple[int, float]] | None:
+        """The same in the place of a target."""
+        return _pairs(self.score_top_ids[index, :count], self.score_top_logprobs[index, :count])
+
+
+def _pairs(ids: Ints, logprobs: Floats) -> list[tuple[int, float]] | None:
+    return list(zip(ids.tolist(), logprobs.tolist(), strict=True)) or None

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from megatron_multiverse.inference.step.forward import PagedForward
 from megatron_multiverse.inference.step.graphs import StepGraphs
 from megatron_multiverse.inference.step.kv_store import KVStore, PagedParams
-from megatron_multiverse.inference.step.plan import StepOutput, StepPlan
-from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler, choose
+from megatron_multiverse.inference.step.plan import Floats, Ints, StepOutput, StepPlan
+from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler, choose, score
 from megatron_multiverse.inference.step.tensors import StepTensors
 
 MOST_ROWS = 1 << 16
@@ -31,9 +32,14 @@ class PendingOutput:
         self._host = torch.empty(256, dtype=torch.int64, pin_memory=self._event is not None)
         self._packed = self._host.view(2, -1)
         self._rows = 0
+        self._scores: Tensor | None = None
 
-    def fetch(self, packed: Tensor, rows: int) -> PendingOutput:
-        """Begin to bring over the first `rows` of what `pack` made; what was fetched before is gone."""
+    def fetch(self, packed: Tensor, rows: int, scores: Tensor | None = None) -> PendingOutput:
+        """Begin to bring over the first `rows` of what `pack` made; what was fetched before is gone.
+
+        `scores` are packed likewise; they are rare, and brought over by `wait`.
+        """
+        self._scores = scores
         if packed.numel() > len(self._host):
             self._host = torch.empty(2 * packed.numel(), dtype=torch.int64, pin_memory=self._event is not None)
         self._packed, self._rows = self._host[: packed.numel()].view(packed.shape), rows
@@ -46,11 +52,25 @@ class PendingOutput:
         """The tokens and what is told about them."""
         if self._event is not None:
             self._event.synchronize()
-        packed = self._packed[:, : self._rows].numpy().copy()
-        logprobs = packed[1].view(np.float64)
-        middle = len(packed) // 2 + 1  # after two lines, as many of ids as of log-probabilities
-        top_ids, top_logprobs = packed[2:middle].T, packed[middle:].view(np.float64).T
-        return StepOutput(packed[0], logprobs, np.isfinite(logprobs), top_ids, top_logprobs)
+        tokens, logprobs, top_ids, top_logprobs = _unpack(self._packed[:, : self._rows].numpy().copy())
+        packed = np.empty((2, 0), dtype=np.int64) if self._scores is None else self._scores.cpu().numpy()
+        _, scores, score_top_ids, score_top_logprobs = _unpack(packed)
+        return StepOutput(
+            tokens,
+            logprobs,
+            np.isfinite(logprobs),
+            top_ids,
+            top_logprobs,
+            scores,
+            score_top_ids,
+            score_top_logprobs,
+        )
+
+
+def _unpack(packed: npt.NDArray[np.int64]) -> tuple[Ints, Floats, Ints, Floats]:
+    """What `pack` packed."""
+    middle = len(packed) // 2 + 1  # after two lines, as many of ids as of log-probabilities
+    return packed[0], packed[1].view(np.float64), packed[2:middle].T, packed[middle:].view(np.float64).T
 
 
 class Runner:
@@ -117,18 +137,24 @@ class Runner:
             store.copy(plan.copies)
         if len(plan.freed):
             store.poison(plan.freed)
-        packed = None if self.graphs is None else self.graphs.launch(plan, self.sampler)
+        packed, scores = None, None
+        if self.graphs is not None and not len(plan.scored):
+            packed = self.graphs.launch(plan, self.sampler)
         if packed is None:
-            packed = self._run_eagerly(plan)
+            packed, scores = self._run_eagerly(plan)
         rows = len(plan.sample)
         self.last_tokens[:rows] = packed[0, :rows]
         self._turn = 1 - self._turn
-        return self._outputs[self._turn].fetch(packed, rows)
+        return self._outputs[self._turn].fetch(packed, rows, scores)
 
-    def _run_eagerly(self, plan: StepPlan) -> Tensor:
+    def _run_eagerly(self, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
         step = StepTensors.upload(plan, self.store.keys.device, self.last_tokens)
         logits = self.forward(step, self.store) if self.forward else self._call_model(step)
-        return choose(logits[:, : self.vocab_size], plan.sampling, self.sampler, self.last_tokens)
+        logits, rows = logits[:, : self.vocab_size], len(plan.sample)
+        packed = choose(logits[:rows], plan.sampling, self.sampler, self.last_tokens)
+        if not len(plan.scored):
+            return packed, None
+        return packed, score(logits[rows:], plan.targets, int(plan.num_scores.max()))
 
     def _call_model(self, step: StepTensors) -> Tensor:
         """What `PagedForward` does, by the model's own forward."""

@@ -18,6 +18,8 @@ from megatron_multiverse.inference.step.plan import SamplingArrays
 from megatron_multiverse.inference.step.shaping import edit_logits, filter_logits, top_logprobs
 from megatron_multiverse.kernels.greedy import greedy, token_logprobs
 
+_SCORED_AT_ONCE = 64
+"""Rows of a wide vocabulary that stand in float32 at once."""
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: splitmix64's increment
 
 
@@ -120,6 +122,25 @@ def choose(logits: Tensor, sampling: SamplingArrays, sampler: Sampler, last_toke
         logprobs = token_logprobs(logits, tokens)
     count = int(shaping.num_logprobs.max(initial=0))
     return pack(tokens, logprobs, *(top_logprobs(logits, count) if count else ()))
+
+
+def score(logits: Tensor, targets: npt.NDArray[np.int64], count: int) -> Tensor:
+    """Log-probabilities of known tokens under the model's own distribution.
+
+    Args:
+        logits: [rows, vocab].
+        targets: int64 [rows].
+        count: most likely tokens to give beside each.
+
+    Returns:
+        See `pack`.
+    """
+    parts = []
+    for start in range(0, len(targets), _SCORED_AT_ONCE):
+        rows = logits[start : start + _SCORED_AT_ONCE]
+        tokens = torch.from_numpy(targets[start : start + _SCORED_AT_ONCE]).to(logits.device)
+        parts.append(pack(tokens, token_logprobs(rows, tokens), *(top_logprobs(rows, count) if count else ())))
+    return torch.cat(parts, 1)
 
 
 def pack(tokens: Tensor, logprobs: Tensor, top_ids: Tensor | None = None, top_logprobs: Tensor | None = None) -> Tensor:

@@ -25,7 +25,7 @@ class StepTensors:
     positions: Tensor
     """int64 [n]."""
     logit_tokens: Tensor
-    """int64 [s], the tokens whose logits are asked for."""
+    """int64 [s + t], the tokens whose logits are asked for: those of the sampled rows, then the scored ones."""
     write_slots: Tensor
     """int64 [m]."""
     write_tokens: Tensor | None
@@ -44,7 +44,7 @@ class StepTensors:
         return cls(
             ids=known_ids(up(plan.ids), up(plan.sources), last_tokens) if (plan.sources >= 0).any() else up(plan.ids),
             positions=up(plan.positions),
-            logit_tokens=up(plan.borders[1:][plan.sample] - 1),
+            logit_tokens=up(np.concatenate((plan.borders[1:][plan.sample] - 1, plan.scored))),
             write_slots=up(plan.write_slots),
             write_tokens=None if in_order else up(plan.write_tokens),
             attention=TreeDecode(plan.pages, plan.lengths, plan.borders),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from megatron_multiverse.inference.text.branch import Branch, BranchPath, branch_key
-from megatron_multiverse.inference.text.result import BlockResult, BranchResult, Result
+from megatron_multiverse.inference.text.result import BlockResult, BranchResult, DroppedText, Result
 from megatron_multiverse.inference.text.state import RequestState
+from megatron_multiverse.inference.text.trial import written_by
 
 
 def make_result(state: RequestState) -> Result:
@@ -26,11 +28,19 @@ def make_result(state: RequestState) -> Result:
         critical_tokens=state.root.next_position - state.root.prompt_length,
         decode_steps=state.decode_steps,
         malformed=Counter(state.counts),
+        sample=state.request.sample,
+        dropped_tokens=state.root.dropped_tokens,
+        freed_pages=state.freed_pages,
+        stop_reason=state.root.stop_reason,
         timeline=sorted(state.timeline, key=lambda span: (span.start, span.block, span.branch)),
         cached_tokens=state.cached_tokens,
         preemptions=state.preemptions,
         error=state.error,
     )
+    if state.scores is not None:
+        result.prompt_logprobs = list(state.scores.logprobs)
+        if state.request.sampling.prompt_logprobs:
+            result.prompt_top_logprobs = list(state.scores.top_logprobs)
     _append_branch(result, state.root, -1)
     for branch in state.branches():
         result.malformed.update(branch.machine.malformed)
@@ -49,9 +59,37 @@ def _append_branch(result: Result, branch: Branch, parent: int) -> None:
             start = len(result.token_ids)
             _append_branch(result, kid, parent)
             end = len(result.token_ids)
-            record.branches.append(BranchResult(kid.name, kid.path, kid.outline, start, end, kid.finish or "abort"))
+            dropped = None
+            if kid.tried is not None and block.commit_at is not None:
+                dropped = DroppedText([], [], [])
+                for writer, index in written_by(kid.tried, block.commit_at):
+                    dropped.token_ids.append(writer.ids[index])
+                    dropped.position_ids.append(writer.positions[index])
+                    dropped.logprobs.append(writer.logprobs[index])
+            record.branches.append(
+                BranchResult(
+                    kid.name, kid.path, kid.outline, start, end, kid.finish or "abort", kid.stop_reason, dropped
+                )
+            )
         _shift_labels(result, record)
+    if branch.stop is not None:
+        here = len(result.token_ids) - done
+        result.stops.append(branch.stop._replace(start=here + branch.stop.start, end=here + branch.stop.end))
     _append_tokens(result, branch, done, len(branch.ids), parent)
+
+
+def answer_text(result: Result, detokenize: Callable[[list[int]], str]) -> str:
+    """The text of an answer, tags kept, without the stop texts that ended it or its paths.
+
+    Args:
+        result: the answer.
+        detokenize: ids -> text, tags kept.
+    """
+    text, done = "", 0
+    for stop in result.stops:
+        text += detokenize(result.token_ids[done : stop.start]) + stop.kept
+        done = stop.end
+    return text + detokenize(result.token_ids[done:])
 
 
 def _append_tokens(result: Result, branch: Branch, start: int, end: int, parent: int) -> int:
@@ -89,7 +127,7 @@ def drawn_from(result: Result, *, seed: int = 0, sample: int = 0) -> dict[tuple[
     Returns:
         (key of a branch, index among the tokens it drew) -> index in the answer of the token before; -1 is the last
         token of the prompt. Every branch has one entry beyond its tokens, since what ended it may have been drawn
-        without being part of the answer.
+        without being part of the answer; a try that was dropped has none, since nothing it drew is in the answer.
     """
     paths: list[BranchPath] = [()] * len(result.token_ids)
     for block in result.blocks:  # outer blocks come before inner ones
@@ -104,4 +142,5 @@ def drawn_from(result: Result, *, seed: int = 0, sample: int = 0) -> dict[tuple[
         if drawn:
             table[keys[path], count[path]] = result.parents[index]
             count[path] += 1
-    return table | {(keys[path], count[path]): index for path, index in last.items()}
+    dropped = {branch.path for block in result.blocks for branch in block.branches if branch.finish == "dropped"}
+    return table | {(keys[path], count[path]): index for path, index in last.items() if path not in dropped}

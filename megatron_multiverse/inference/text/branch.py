@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megatron_multiverse.inference.text.counts import TokenCounts
-from megatron_multiverse.inference.text.result import BranchFinish, TopLogprobs
+from megatron_multiverse.inference.text.result import BranchFinish, StopMatch, TopLogprobs
+from megatron_multiverse.inference.text.scanner import StopScanner
 from megatron_multiverse.structure import StructureMachine
 
 BranchPath = tuple[tuple[int, int], ...]
@@ -49,6 +50,10 @@ class Block:
     kids: list[Branch]
     joined: bool = False
     """Whether all paths have ended and the conclusion has begun."""
+    successes: list[int] = field(default_factory=list)
+    """Where paths ended that succeeded, in order, if the paths are tries."""
+    commit_at: int | None = None
+    """The position at which enough had."""
     started: int = 0
     """Paths that were given a place in the cache, in their order."""
 
@@ -93,6 +98,12 @@ class Branch:
     top_logprobs: list[TopLogprobs | None] | None = None
     """Beside each of its tokens the most likely ones, None for the prompt and for forced tokens; None where the request
     does not ask for them."""
+    scanner: StopScanner | None = None
+    """Looks for stop texts in what the branch writes, where the request has some that count here."""
+    stop: StopMatch | None = None
+    """The stop text that ended it."""
+    stop_reason: str | int | None = None
+    """The stop text or stop token that ended it."""
     seen: TokenCounts | None = None
     """Tokens that the next one sees, kept where the request has penalties."""
     fed: int = 0
@@ -106,6 +117,10 @@ class Branch:
     """Tokens sampled so far: the index of the next one's noise."""
     total: int = 0
     """Tokens written by the branch and by all its joined blocks."""
+    dropped_tokens: int = 0
+    """Tokens of tries that were dropped in its joined blocks; they are no part of the text, but of the budget."""
+    tried: Branch | None = None
+    """What it was before it was dropped."""
     finish: BranchFinish | None = None
     """Why it ended; None while it goes on."""
     span_start: tuple[int, int] | None = None
@@ -113,9 +128,24 @@ class Branch:
     none."""
 
     @property
+    def spent(self) -> int:
+        """What it took of its budget of tokens."""
+        return self.total + self.dropped_tokens
+
+    @property
     def open_block(self) -> Block | None:
         """The block whose paths are being written."""
         return self.blocks[-1] if self.blocks and not self.blocks[-1].joined else None
+
+
+class Cut(NamedTuple):
+    """A path whose text was cut; what the cache has of it goes."""
+
+    branch: Branch
+    kept: int
+    """Tokens at its beginning that are as they were."""
+    inner: list[Branch]
+    """Branches that it had forked."""
 
 
 def branch_key(seed: int, sample: int, path: Sequence[tuple[int, int]]) -> int:

@@ -35,7 +35,7 @@ def whole_budget(request: Request, max_position: int) -> Budget:
 
 def room(branch: Branch) -> int:
     """Tokens that still fit, what closes the branch included."""
-    return min(branch.budget.tokens - branch.total, branch.budget.position - branch.next_position)
+    return min(branch.budget.tokens - branch.spent, branch.budget.position - branch.next_position)
 
 
 def fits(branch: Branch, token: int) -> bool:
@@ -71,7 +71,7 @@ def shares(branch: Branch, prefixes: Sequence[Sequence[int]]) -> list[Budget] | 
     # Each path needs at least its prefix and a newline with </Path>.
     needs = [len(prefix) + 2 for prefix in prefixes]
     tail = len(branch.machine.closing_ids())
-    spare = branch.budget.tokens - branch.total - tail - sum(needs)
+    spare = branch.budget.tokens - branch.spent - tail - sum(needs)
     position = branch.budget.position - tail
     if spare < 0 or branch.next_position + max(needs) > position:
         return None

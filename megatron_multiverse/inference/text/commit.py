@@ -7,13 +7,15 @@ closes what is open. The scheduler feeds what was written, in the next steps; th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
-from megatron_multiverse.inference.text.branch import Block, Branch, branch_key
+from megatron_multiverse.inference.text.branch import Block, Branch, Cut, branch_key
 from megatron_multiverse.inference.text.budget import MOST_CLOSERS, exhausted, fits, room, shares
 from megatron_multiverse.inference.text.result import BranchFinish, FinishReason, TopLogprobs
 from megatron_multiverse.inference.text.state import RequestState
 from megatron_multiverse.inference.text.stops import ends
+from megatron_multiverse.inference.text.trial import inner_branches, is_late, note_end, written_by
 from megatron_multiverse.structure import Event
 
 
@@ -30,9 +32,17 @@ def commit_token(
         top: the most likely tokens beside it.
     """
     branch.num_sampled += 1
+    _take(state, branch, token, logprob, top)
+    if state.request.sampling.commit_after:
+        _settle_around(state, branch)
+
+
+def _take(state: RequestState, branch: Branch, token: int, logprob: float, top: TopLogprobs | None) -> None:
     sampling = state.request.sampling
     if ends(sampling, branch, token):
-        _close(state, branch, "eos")
+        by_stop_token = token in sampling.stop_token_ids
+        branch.stop_reason = token if by_stop_token else None
+        _close(state, branch, "stop" if by_stop_token else "eos")
         return
     # No branch ever has more than MOST_CLOSERS tokens to close, so most tokens need no exact count.
     left = room(branch)
@@ -42,18 +52,20 @@ def commit_token(
     event = _append(branch, token, logprob, top)
     if state.on_token is not None:
         state.unheard.append((branch.name, [token]))
-    if event is Event.FORK:
-        _fork(state, branch)
-    elif event is Event.PATH_END:
+    if event is Event.PATH_END:
         _end(state, branch, "path_end")
+    elif _stops(state, branch, 1):
+        _close(state, branch, "stop")
+    elif event is Event.FORK:
+        _fork(state, branch)
     elif left <= MOST_CLOSERS + 1 and exhausted(branch):
         _close(state, branch, "length")
 
 
 def close_all(state: RequestState, finish: FinishReason) -> None:
     """End every branch of a request where it stands, with its structure closed."""
-    _close_tree(state, state.root, "abort" if finish == "stop" else finish)
     state.finish_reason = finish
+    _close_tree(state, state.root, "abort" if finish == "stop" else finish)
 
 
 def _close_tree(state: RequestState, branch: Branch, reason: BranchFinish) -> None:
@@ -87,6 +99,17 @@ def _force(state: RequestState, branch: Branch, ids: Sequence[int]) -> None:
         state.unheard.append((branch.name, list(ids)))
 
 
+def _stops(state: RequestState, branch: Branch, count: int) -> bool:
+    """Whether the last `count` tokens of a branch complete a stop text."""
+    if branch.scanner is None:
+        return False
+    match = branch.scanner.find(branch.ids, count)
+    if match is None or (branch.parent is None and branch.total < state.request.sampling.min_tokens):
+        return False
+    branch.stop, branch.stop_reason = match, match.text
+    return True
+
+
 def _fork(state: RequestState, branch: Branch) -> None:
     """Begin the paths of the block just announced; if their forced tokens do not fit, close the branch instead."""
     machine = branch.machine
@@ -113,14 +136,17 @@ def _fork(state: RequestState, branch: Branch) -> None:
             block=block.number,
             top_logprobs=None if branch.top_logprobs is None else [],
             seen=None if branch.seen is None else branch.seen.copy(),
+            scanner=state.new_scanner() if sampling.stop_in_branches else None,
         )
         block.kids.append(kid)
     branch.blocks.append(block)
     state.end_span(branch, state.step + 1)
     for kid, prefix in zip(block.kids, prefixes, strict=True):
         _force(state, kid, prefix)
-    for kid in block.kids:
-        if exhausted(kid):
+    for kid, prefix in zip(block.kids, prefixes, strict=True):
+        if _stops(state, kid, len(prefix)):
+            _close(state, kid, "stop")
+        elif exhausted(kid):
             _close(state, kid, "length")
 
 
@@ -129,12 +155,22 @@ def _join(state: RequestState, branch: Branch) -> None:
     block = branch.blocks[-1]
     block.joined = True
     branch.total += sum(kid.total for kid in block.kids)
+    branch.dropped_tokens += sum(kid.dropped_tokens for kid in block.kids)
+    if block.commit_at is not None:
+        tried = [(kid.tried, len(kid.ids)) for kid in block.kids if kid.tried is not None]
+        written = [sum(1 for _ in written_by(old, block.commit_at)) - kept for old, kept in tried]
+        branch.dropped_tokens += sum(max(0, extra) for extra in written)
     if branch.seen is not None:
         branch.seen.join([kid.seen for kid in block.kids if kid.seen is not None])
     branch.next_position = max(kid.next_position for kid in block.kids)
     branch.machine.join()
-    _force(state, branch, branch.machine.vocab.conclusion_prefix())
-    if exhausted(branch):
+    if branch.scanner is not None:
+        branch.scanner.begin(block.at)
+    prefix = branch.machine.vocab.conclusion_prefix()
+    _force(state, branch, prefix)
+    if _stops(state, branch, len(prefix)):
+        _close(state, branch, "stop")
+    elif exhausted(branch):
         _close(state, branch, "length")
 
 
@@ -152,5 +188,53 @@ def _end(state: RequestState, branch: Branch, finish: BranchFinish) -> None:
     branch.finish = finish
     state.end_span(branch, state.step + 1)
     parent = branch.parent
-    if parent is not None and all(kid.finish is not None for kid in parent.blocks[-1].kids):
+    if parent is None:
+        return
+    block = parent.blocks[-1]
+    if finish == "path_end" and state.request.sampling.commit_after and state.finish_reason is None:
+        note_end(state, block, branch)
+    _settle(state, parent)
+
+
+def _settle(state: RequestState, parent: Branch) -> None:
+    """Drop the tries that are late in the open block of a branch, and join it if all its paths have ended."""
+    block = parent.blocks[-1]
+    if block.commit_at is not None and state.finish_reason is None:
+        for k, kid in enumerate(block.kids):
+            if kid.finish != "dropped" and is_late(kid, block.commit_at):
+                _drop(state, parent, k)
+    if all(kid.finish is not None for kid in block.kids):
         _join(state, parent)
+
+
+def _settle_around(state: RequestState, branch: Branch) -> None:
+    """The branch has gone on: that may make it late, or the paths around it."""
+    parent = branch.parent
+    while parent is not None:
+        if parent.open_block is not None and parent.open_block.commit_at is not None:
+            _settle(state, parent)
+        parent = parent.parent
+
+
+def _drop(state: RequestState, parent: Branch, k: int) -> None:
+    """Cut path `k` of the open block to its forced beginning, and close it."""
+    kid = parent.blocks[-1].kids[k]
+    inner = list(inner_branches(kid))
+    for branch in (kid, *inner):
+        state.end_span(branch, state.step + 1)
+    kid.tried = dataclasses.replace(kid)
+    kid.machine, kid.next_position = parent.machine.fork(k), parent.next_position
+    kid.ids, kid.positions, kid.logprobs, kid.blocks = [], [], [], []
+    kid.top_logprobs = None if kid.top_logprobs is None else []
+    kid.seen = None if parent.seen is None else parent.seen.copy()
+    kid.scanner = kid.stop = kid.stop_reason = None
+    kid.total = kid.dropped_tokens = 0
+    for token in parent.machine.vocab.path_prefix(parent.machine.outlines[k].label_ids):
+        _append(kid, token, None)
+    state.cuts.append(Cut(kid, len(kid.ids), inner))
+    closing = kid.machine.closing_ids()
+    for token in closing:
+        _append(kid, token, None)
+    if kid.finish is None and state.on_token is not None:
+        state.unheard.append((kid.name, closing))
+    kid.finish = "dropped"

@@ -25,6 +25,11 @@ class IncrementalDetokenizer:
         self._window = 0  # first token of the window
         self._done = 0  # first token whose text is not out yet
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text of all ids is out."""
+        return self._done == len(self._ids)
+
     def push(self, ids: Sequence[int]) -> str:
         """Take more ids; returns the text that is certain by now."""
         self._ids += ids

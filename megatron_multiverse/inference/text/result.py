@@ -7,10 +7,23 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-BranchFinish = Literal["path_end", "eos", "stop", "length", "abort", "error"]
+BranchFinish = Literal["path_end", "eos", "stop", "length", "dropped", "abort", "error"]
 
 TopLogprobs = list[tuple[int, float]]
 """(id, log-probability) of the most likely tokens, the most likely first."""
+
+
+class StopMatch(NamedTuple):
+    """A stop text that ended an answer or a path."""
+
+    text: str
+    """As `SamplingParams.stop` has it."""
+    start: int
+    """The first token that holds some of it."""
+    end: int
+    """After the last one; what follows closes the structure."""
+    kept: str
+    """Text of these tokens before it."""
 
 
 class TimelineSpan(NamedTuple):
@@ -26,6 +39,15 @@ class TimelineSpan(NamedTuple):
     tokens: int
 
 
+class DroppedText(NamedTuple):
+    """What a try had written when its block was committed, and is no part of the answer; what it forked included, in
+    text order."""
+
+    token_ids: list[int]
+    position_ids: list[int]
+    logprobs: list[float | None]
+
+
 @dataclass
 class BranchResult:
     """One path of a block; tokens [start, end) of the answer."""
@@ -38,7 +60,11 @@ class BranchResult:
     start: int
     end: int
     finish: BranchFinish
-    """`path_end`: the model wrote `</Path>`; else the engine closed it."""
+    """`path_end`: the model wrote `</Path>`; else the engine closed it. `dropped`: another try succeeded before."""
+    stop_reason: str | int | None = None
+    """The stop text or stop token that ended it."""
+    dropped: DroppedText | None = None
+    """What it had written when it was dropped."""
 
 
 @dataclass
@@ -82,6 +108,21 @@ class Result:
     """How often the output broke the grammar (codes of structure.StructureMachine) and what the engine did
     about it (`forced_close`, `fork_refused`)."""
     timeline: list[TimelineSpan]
+    sample: int = 0
+    """Number of the answer to its prompt."""
+    stop_reason: str | int | None = None
+    """The stop text or stop token that ended the answer."""
+    stops: list[StopMatch] = field(default_factory=list)
+    """Where stop texts ended the answer or its paths, in text order."""
+    dropped_tokens: int = 0
+    """Tokens of tries that were dropped; they count towards `max_tokens`."""
+    freed_pages: int = 0
+    """Pages that came free when they were."""
+    prompt_logprobs: list[float | None] | None = None
+    """Log-probability of each token of the prompt, None for the first; shorter where the request ended before its
+    prompt was read, None where it did not ask."""
+    prompt_top_logprobs: list[TopLogprobs | None] | None = None
+    """Beside each the most likely ones; None for the first, and altogether where the request did not ask."""
     cached_tokens: int = 0
     """Tokens of the prompt that other requests had computed."""
     preemptions: int = 0

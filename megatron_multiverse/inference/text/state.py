@@ -6,12 +6,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from megatron_multiverse.inference.text.branch import Branch, branch_key
+from megatron_multiverse.inference.text.branch import Branch, Cut, branch_key
 from megatron_multiverse.inference.text.budget import whole_budget
 from megatron_multiverse.inference.text.counts import TokenCounts
+from megatron_multiverse.inference.text.prompt_scores import PromptScores
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import FinishReason, TimelineSpan
+from megatron_multiverse.inference.text.scanner import StopScanner
 from megatron_multiverse.structure import StructureMachine
+
+Detokenize = Callable[[list[int]], str]
+"""Ids to text, tags kept (`MultiverseTokenizer.detokenize`)."""
 
 TokenCallback = Callable[[int, str, list[int]], None]
 """Called with (request id, branch name, ids) for everything a branch writes, forced tokens included, once the step
@@ -27,6 +32,10 @@ class RequestState:
     request: Request
     root: Branch
     on_token: TokenCallback | None = None
+    detokenize: Detokenize | None = None
+    """Needed where the request asks for something about text."""
+    scores: PromptScores | None = None
+    """Log-probabilities of the prompt, where the request asks for them; all answers to it have the same ones."""
     unheard: list[tuple[str, list[int]]] = field(default_factory=list)
     """(branch name, ids) written since `on_token` was last called."""
     live: list[Branch] = field(default_factory=list)
@@ -43,11 +52,27 @@ class RequestState:
     """Free pages to wait for before a request that stepped back starts again."""
     cached_tokens: int = 0
     """Tokens of the prompt that other requests had computed when the request first started."""
+    cuts: list[Cut] = field(default_factory=list)
+    """Tries that were dropped, and are not yet out of the cache."""
+    freed_pages: int = 0
+    """Pages that came free by that."""
     counts: Counter[str] = field(default_factory=Counter)
     """What the engine did about output that broke the grammar or the budget."""
     timeline: list[TimelineSpan] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str = ""
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether this answer's pass over the prompt gives the log-probabilities of the prompt."""
+        return self.scores is not None and self.scores.request_id == self.request_id and not self.scores.complete
+
+    def new_scanner(self) -> StopScanner | None:
+        """What looks for stop texts in a branch; None if there are none."""
+        if not self.request.sampling.stop:
+            return None
+        assert self.detokenize is not None
+        return StopScanner(self.request.sampling.stop, self.detokenize)
 
     def branches(self) -> Iterator[Branch]:
         """Every branch, waiting and ended ones included."""
@@ -73,7 +98,7 @@ class RequestState:
             self.end_span(branch, self.step)
             for block in branch.blocks:
                 block.started = 0
-        self.live = []
+        self.live, self.cuts = [], []
 
 
 def new_state(
@@ -82,6 +107,7 @@ def new_state(
     machine: StructureMachine,
     max_position: int,
     on_token: TokenCallback | None = None,
+    detokenize: Detokenize | None = None,
 ) -> RequestState:
     """The state of a request of which nothing is written yet.
 
@@ -91,6 +117,7 @@ def new_state(
         machine: a fresh grammar.
         max_position: positions the model can take.
         on_token: hears what is written.
+        detokenize: needed for stop texts.
     """
     prompt = list(request.prompt_ids)
     root = Branch(
@@ -105,4 +132,8 @@ def new_state(
         top_logprobs=[None] * len(prompt) if request.sampling.logprobs else None,
         seen=TokenCounts(prompt) if request.sampling.has_penalties else None,
     )
-    return RequestState(request_id, request, root, on_token)
+    state = RequestState(request_id, request, root, on_token, detokenize)
+    root.scanner = state.new_scanner()
+    if root.scanner is not None:
+        root.scanner.begin(len(prompt))
+    return state

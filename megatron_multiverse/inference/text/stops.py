@@ -1,4 +1,4 @@
-"""What ends an answer before its budget does."""
+"""Tokens that end an answer, or a path, before its budget does; stop texts are found by `scanner.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def ends(params: SamplingParams, branch: Branch, token: int) -> bool:
     """Whether a drawn token ends the branch instead of becoming part of it."""
     if token == branch.machine.vocab.eos_id and not params.ignore_eos:
         return True
-    return branch.parent is None and token in params.stop_token_ids
+    return (branch.parent is None or params.stop_in_branches) and token in params.stop_token_ids
 
 
 def banned_ids(params: SamplingParams, branch: Branch, *, ahead: int = 0) -> Sequence[int]:

@@ -15,6 +15,7 @@ from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, GenerationError
 from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
+from megatron_multiverse.structure import Tag
 
 ROOT = Path(__file__).parents[3]
 MODEL = ROOT / "examples" / "quickstart" / "model"
@@ -132,16 +133,13 @@ def test_several_samples_of_a_prompt_differ_and_repeat():
     options = {
         "load": MODEL,
         "prompt": PROMPT,
-        "sampling": SamplingParams(max_tokens=40, temperature=3.0),
-        "num_samples": 3,
+        "sampling": SamplingParams(max_tokens=40, temperature=3.0, n=3),
     }
     texts = {row["sample"]: row["text"] for row in generate_answers(GenerateConfig(**options))}
     assert sorted(texts) == [0, 1, 2]
     assert len(set(texts.values())) == 3
     again = generate_answers(GenerateConfig(**options, engine=EngineConfig(prefix_cache=False, page_size=4)))
     assert {row["sample"]: row["text"] for row in again} == texts
-    with pytest.raises(GenerationError, match="num_samples is 2 at temperature"):
-        next(generate_answers(GenerateConfig(load=MODEL, prompt=PROMPT, num_samples=2)))
 
 
 def test_limits_and_stop_tokens_reach_the_engine():
@@ -155,23 +153,26 @@ def test_limits_and_stop_tokens_reach_the_engine():
         ]
         >= 1
     )
-    stopped = next(generate_answers(GenerateConfig(**options, stop=["\n"])))
-    assert stopped["finish_reason"] == "stop"
-    assert free["text"].startswith(stopped["text"])
-    assert "\n" not in stopped["text"]
+    stop = free["text"][7:17]
+    assert len(build_tokenizer("HuggingFaceTokenizer", MODEL).tokenize(stop)) > 1
+    stopped = next(
+        generate_answers(GenerateConfig(**options | {"sampling": replace(LONG, stop=("no such text", stop))}))
+    )
+    assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", stop)
+    assert stopped["text"].startswith(free["text"][: free["text"].index(stop)])
+    assert stop not in stopped["text"]
     assert (
         next(generate_answers(GenerateConfig(**options | {"sampling": replace(LONG, ignore_eos=True)})))[
             "finish_reason"
         ]
         == "length"
     )
-    with pytest.raises(GenerationError, match=r"--stop 'two words of text' is \d+ tokens"):
-        next(generate_answers(GenerateConfig(**options, stop=["two words of text"])))
 
 
 def test_structure_tags_do_not_stop_answers() -> None:
+    goal = (build_tokenizer("HuggingFaceTokenizer", MODEL).structure_vocab.tag_ids[Tag.END_GOAL],)
     with pytest.raises(GenerationError, match="structure tag </Goal>"):
-        next(generate_answers(GenerateConfig(load=MODEL, prompt=PROMPT, stop=["</Goal>", "</Path>"])))
+        next(generate_answers(GenerateConfig(load=MODEL, prompt=PROMPT, sampling=SamplingParams(stop_token_ids=goal))))
 
 
 def test_a_tokenizer_of_another_model_is_refused(qwen3_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""Log-probabilities of the prompt are those of one forward over it, in chunks, beside others, after stepping back."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from megatron_multiverse.inference import scheduler
+
+from .toy import ToyModel, ask, assert_drained, force_preemption, forward_logits, random_prompt, toy_engine
+
+MODEL = ToyModel(4)
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("seed", range(4))
+def test_they_equal_one_forward(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    monkeypatch.setattr(scheduler, "MOST_SCORED", rng.choice([2, 5, 256]))
+    common = random_prompt(rng, 30)
+    prompts = [[*common, *random_prompt(rng, 10)] for _ in range(5)] + [[3]]
+    requests = [
+        ask(prompt, max_tokens=12, prompt_logprobs=rng.choice([None, 0, 1, 5]), ignore_eos=True) for prompt in prompts
+    ]
+    engine = toy_engine(MODEL, page_size=rng.choice([1, 16]), max_step_tokens=rng.choice([3, 11, 4096]))
+    for request in requests:
+        engine.add_request(request)
+    results, steps = {}, 0
+    while engine.has_work:
+        results.update((result.request_id, result) for result in engine.step())
+        steps += 1
+        if steps in (2, 5) and engine.scheduler.active:
+            force_preemption(engine)
+    for k, request in enumerate(requests):
+        result, count = results[k], request.sampling.prompt_logprobs
+        if count is None:
+            assert result.prompt_logprobs is None and result.prompt_top_logprobs is None
+            continue
+        own = forward_logits(MODEL, request.prompt_ids, result).log_softmax(-1)
+        assert result.prompt_logprobs is not None and len(result.prompt_logprobs) == len(request.prompt_ids)
+        assert result.prompt_logprobs[0] is None
+        for index, logprob in enumerate(result.prompt_logprobs[1:]):
+            assert logprob is not None
+            assert abs(logprob - own[index, request.prompt_ids[index + 1]].item()) < 1e-9
+        if count == 0:
+            assert result.prompt_top_logprobs is None
+            continue
+        assert result.prompt_top_logprobs is not None and result.prompt_top_logprobs[0] is None
+        for index, top in enumerate(result.prompt_top_logprobs[1:]):
+            assert top is not None
+            values, ids = own[index].topk(count)
+            assert [token for token, _ in top] == ids.tolist()
+            assert max(abs(a - b) for (_, a), b in zip(top, values.tolist(), strict=True)) < 1e-9
+    engine.scheduler.prefixes.clear()
+    assert_drained(engine)
