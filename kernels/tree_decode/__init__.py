@@ -1,12 +1,13 @@
 """Attention over a paged cache in which branches share the pages of their prefix.
 
-`TreeDecode` is one step's attention, prepared once for all layers: on a GPU by a list of work for the kernels, on a
-CPU, in float64 and for long prompts by rectangles for torch's attention.
+`TreeDecode` is one step's attention, prepared once for all layers: on a GPU by a list of work for the kernels, with
+long prompts by flash attention; on a CPU and in float64 by rectangles for torch's attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +15,14 @@ import torch
 from torch import Tensor
 
 from ..device import processors
+from .prompt import Prompt, attend_prompt
 from .reference import RowGroup, attend_groups, group_rows, tree_decode_reference
 from .work import Work, divide_work, most_parts
 
 tree_decode = tree_decode_reference
+
+Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""(query, keys, values, softmax scale) -> what the new tokens of a step attend to."""
 
 LONGEST_LISTED = 64
 """Tokens of a row beyond which it is a prompt, whose keys are better read once than once per eight tokens."""
@@ -36,37 +41,79 @@ class TreeDecode:
         self, pages: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32], borders: npt.NDArray[np.int64]
     ) -> None:
         self._arrays = pages, lengths, borders
-        self._groups: Sequence[RowGroup] | None = None
-        self._list: DeviceWork | None = None
+        self._attend: Attention | None = None
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, softmax_scale: float) -> Tensor:
         """query [tokens, heads, dim], keys and values [pages, page_size, kv heads, dim] -> [tokens, heads, dim].
 
         The first call prepares what the other layers use again.
         """
-        if self._groups is None and self._list is None:
-            self._prepare(query, keys)
-        if self._list is not None:
-            return self._list(query, keys, values, softmax_scale)
-        assert self._groups is not None
-        return attend_groups(query, keys, values, self._groups, softmax_scale)
+        if self._attend is None:
+            self._attend = self._prepare(query, keys)
+        return self._attend(query, keys, values, softmax_scale)
 
-    def _prepare(self, query: Tensor, keys: Tensor) -> None:
+    def _prepare(self, query: Tensor, keys: Tensor) -> Attention:
         page_size, kv_heads = keys.shape[1:3]
         pages, lengths, borders = self._arrays
-        if query.is_cuda and query.dtype != torch.float64 and int(np.diff(borders).max()) <= LONGEST_LISTED:
-            work = divide_work(
-                pages,
-                lengths,
-                borders,
-                page_size=page_size,
-                kv_heads=kv_heads,
-                processors=processors(query.device),
-                slots=most_parts(len(query)),
+        long = np.diff(borders) > LONGEST_LISTED
+        listed = query.is_cuda and (query.dtype == torch.float32 or query.dtype.itemsize == 2)
+        if not listed or (long.any() and query.dtype.itemsize != 2):
+            return Rectangles(group_rows(pages, lengths, borders, page_size, kv_heads, keys.device))
+        prompts = [
+            Prompt.upload(
+                pages[row], int(lengths[row]), int(borders[row]), int(borders[row + 1]), page_size, query.device
             )
-            self._list = DeviceWork.upload(pages, work, query.device)
-        else:
-            self._groups = group_rows(pages, lengths, borders, page_size, kv_heads, keys.device)
+            for row in np.flatnonzero(long)
+        ]
+        if long.all():
+            return Mixed(prompts, None, None)
+        counts = np.diff(borders)
+        rest = pages[~long]
+        work = divide_work(
+            rest,
+            lengths[~long],
+            np.concatenate(([0], np.cumsum(counts[~long]))),
+            page_size=page_size,
+            kv_heads=kv_heads,
+            processors=processors(query.device),
+            slots=most_parts(int(counts[~long].sum())),
+        )
+        device_work = DeviceWork.upload(rest, work, query.device)
+        if not prompts:
+            return device_work
+        tokens = torch.from_numpy(np.flatnonzero(np.repeat(~long, counts))).to(query.device)
+        return Mixed(prompts, device_work, tokens)
+
+
+@dataclass(frozen=True)
+class Rectangles:
+    """Rows padded to rectangles, for torch's attention; see `group_rows`."""
+
+    groups: Sequence[RowGroup]
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, softmax_scale: float) -> Tensor:
+        """See `TreeDecode`."""
+        return attend_groups(query, keys, values, self.groups, softmax_scale)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Prompts one after the other, all other rows by a list of work."""
+
+    prompts: Sequence[Prompt]
+    work: DeviceWork | None
+    tokens: Tensor | None
+    """int64, the tokens that `work` has."""
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, softmax_scale: float) -> Tensor:
+        """See `TreeDecode`."""
+        out = torch.empty_like(query)
+        if self.work is not None and self.tokens is not None:
+            out[self.tokens] = self.work(query[self.tokens], keys, values, softmax_scale)
+        for prompt in self.prompts:
+            mine = slice(prompt.begin, prompt.end)
+            out[mine] = attend_prompt(query[mine], keys, values, prompt, softmax_scale)
+        return out
 
 
 class DeviceWork:
@@ -98,6 +145,7 @@ class DeviceWork:
 
 
 __all__ = [
+    "Attention",
     "DeviceWork",
     "RowGroup",
     "TreeDecode",

@@ -85,7 +85,7 @@ def test_attention_over_random_trees_equals_its_reference(dtype, seed):
     pages = np.zeros((len(lists), max(map(len, lists))), dtype=np.int32)
     for row, numbers in enumerate(lists):
         pages[row, : len(numbers)] = numbers
-    borders = np.cumsum([0, *rng.integers(1, 1 + np.minimum(lengths, rng.choice([1, 20])))]).astype(np.int64)
+    borders = np.cumsum([0, *rng.integers(1, 1 + np.minimum(lengths, rng.choice([1, 20, 300])))]).astype(np.int64)
     generator = torch.Generator("cuda").manual_seed(seed)
     shape = (2, pages.max() + 1, page, groups, dim)
     keys, values = torch.randn(*shape, device="cuda", generator=generator).to(dtype)

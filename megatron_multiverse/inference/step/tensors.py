@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.inference.step.plan import StepPlan
-from megatron_multiverse.kernels.tree_decode import TreeDecode
-
-Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+from megatron_multiverse.kernels.tree_decode import Attention, TreeDecode
 
 
 @dataclass(frozen=True, eq=False)

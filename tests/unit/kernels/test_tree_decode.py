@@ -7,6 +7,7 @@ import torch
 
 from megatron_multiverse.kernels.kv_copy import copy_slots
 from megatron_multiverse.kernels.tree_decode import group_rows, reference, tree_decode
+from megatron_multiverse.kernels.tree_decode.prompt import Prompt, attend_prompt
 
 PAGE = 4
 
@@ -53,6 +54,14 @@ def test_equals_the_formula(heads, kv_heads, counts, split, monkeypatch):
     torch.testing.assert_close(got, by_loops(*case, 0.3), atol=1e-12, rtol=0)
     groups = group_rows(*(x.numpy() for x in case[3:]), PAGE, kv_heads)
     assert torch.equal(tree_decode(*case, 0.3, groups=groups), got)
+
+
+@pytest.mark.parametrize(("count", "length"), [(9, 9), (9, 20), (1, 7), (16, 18)])
+def test_a_prompt_attends_like_any_row(count, length):
+    query, keys, values, pages, lengths, borders = make_case([count], [length], heads=6)
+    prompt = Prompt.upload(pages[0].numpy(), length, 0, count, PAGE, torch.device("cpu"))
+    got = attend_prompt(query, keys, values, prompt, 0.3)
+    torch.testing.assert_close(got, tree_decode(query, keys, values, pages, lengths, borders, 0.3), atol=1e-12, rtol=0)
 
 
 def test_the_order_of_full_pages_and_what_follows_the_last_one_do_not_matter():

@@ -1,0 +1,53 @@
+"""Attention of a long run of new tokens of one row: a prompt, or a chunk of one, after what the row has seen before."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+
+class Prompt(NamedTuple):
+    """A row of a step with many new tokens."""
+
+    begin: int
+    """Its first new token."""
+    end: int
+    """After its last one."""
+    slots: Tensor
+    """int64 [k], slots of all the keys that the last token sees, in order."""
+
+    @classmethod
+    def upload(
+        cls, pages: npt.NDArray[np.int32], length: int, begin: int, end: int, page_size: int, device: torch.device
+    ) -> Prompt:
+        """The tokens [begin, end) of a step, the last of the `length` that stand in `pages`."""
+        slots = (pages[: -(-length // page_size), None].astype(np.int64) * page_size + np.arange(page_size)).reshape(-1)
+        return cls(begin, end, torch.from_numpy(slots[:length]).to(device))
+
+
+def attend_prompt(query: Tensor, keys: Tensor, values: Tensor, prompt: Prompt, softmax_scale: float) -> Tensor:
+    """Causal attention of a prompt over its keys, by torch's flash attention where there is one.
+
+    Args:
+        query: [q, heads, dim], of the prompt's tokens.
+        keys: [pages, page size, kv heads, dim].
+        values: same shape as `keys`.
+        prompt: the row.
+        softmax_scale: factor on the scores.
+
+    Returns:
+        [q, heads, dim].
+    """
+    # Flash attention reads no page tables; copying a row's keys costs little beside looking at them q times.
+    row_keys, row_values = (x.flatten(0, 1).index_select(0, prompt.slots).transpose(0, 1)[None] for x in (keys, values))
+    out = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None], row_keys, row_values, scale=softmax_scale, enable_gqa=True,
+        attn_mask=causal_lower_right(len(query), len(prompt.slots)),
+    )  # fmt: skip
+    return out[0].transpose(0, 1)
