@@ -45,8 +45,10 @@ class BenchConfig:
     """Fewer layers, for a quick look."""
     dtype: DType = "bf16"
     """Of weights and cache."""
-    parts: tuple[Literal["decode", "fork"], ...] = ("decode",)
+    parts: tuple[Literal["prompt", "decode", "fork"], ...] = ("decode",)
     """What to measure."""
+    prompts: tuple[int, ...] = (1024, 16384)
+    """Tokens of a prompt whose first token is waited for, alone."""
     batch: tuple[int, ...] = (1, 8, 32, 128)
     """Requests at once."""
     context: int = 1024
@@ -80,6 +82,10 @@ def measure(config: BenchConfig) -> Iterator[dict[str, Any]]:
     print(
         f"{device_name(device)}, {config.model_preset}, {config.dtype}; a copy moves {copy / 1e12:.2f} TB/s", flush=True
     )
+    if "prompt" in config.parts:
+        for length in config.prompts:
+            runs = [first_token(model, shape, config, length) for _ in range(config.repeats + 1)]
+            yield report_prompt(length, runs[1:])  # the first run compiles
     if "decode" in config.parts:
         for batch in config.batch:
             runs = [decode_step(model, shape, config, batch) for _ in range(config.repeats)]
@@ -109,6 +115,18 @@ def random_model(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -
         for name, weight in model.named_parameters():
             weight.fill_(1.0) if "layernorm" in name else weight.normal_(0, 0.02, generator=generator)
     return model
+
+
+def first_token(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, length: int) -> float:
+    """Seconds from a request to its first token."""
+    engine = make_engine(model, shape, config, pages=-(-length // config.page_size) + 2, rows=1)
+    engine.add_request(Request(prompt_ids=random_prompt(length, shape, 0), sampling=SamplingParams(max_tokens=1)))
+    start = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    seconds = time.perf_counter() - start
+    engine.runner.close()
+    return seconds
 
 
 def decode_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, batch: int) -> float:
@@ -239,6 +257,14 @@ def report(name: str, runs: list[float], size: int, copy: float, rows: int) -> d
         flush=True,
     )
     return row
+
+
+def report_prompt(length: int, runs: list[float]) -> dict[str, Any]:
+    """Print the time to a first token and return it as a row."""
+    seconds = statistics.median(runs)
+    listed = " ".join(f"{run * 1e3:.1f}" for run in runs)
+    print(f"prompt {length:<11} {seconds * 1e3:7.1f} ms to the first token [{listed}]", flush=True)
+    return {"case": f"prompt, {length} tokens", "ms": seconds * 1e3, "runs_ms": [run * 1e3 for run in runs]}
 
 
 def copy_rate(device: torch.device) -> float:

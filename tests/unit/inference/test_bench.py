@@ -14,11 +14,12 @@ def test_the_host_step_is_timed(prepare):
     assert bench_host_step.measure(options, prepare) > 0
 
 
-def test_decode_and_fork_are_timed():
+def test_prompts_decode_and_fork_are_timed():
     config = BenchConfig(
         model_preset="tiny",
         dtype="float32",
-        parts=("decode", "fork"),
+        parts=("prompt", "decode", "fork"),
+        prompts=(20,),
         batch=(2,),
         context=16,
         new_tokens=12,
@@ -27,6 +28,7 @@ def test_decode_and_fork_are_timed():
         fork_tokens=12,
         repeats=1,
     )
-    decode, fork = measure(config)
+    prompt, decode, fork = measure(config)
+    assert prompt["case"] == "prompt, 20 tokens" and prompt["ms"] > 0
     assert decode["tokens_per_second"] == pytest.approx(2 / decode["ms_per_step"] * 1e3)
     assert fork["ms_per_step"] > 0 and fork["speedup"] > 0
