@@ -4,11 +4,12 @@ Example:
     python tools/bench_engine.py --model-preset qwen2.5-7b --batch 1 8 32 128
     python tools/bench_engine.py --model-preset qwen2.5-7b --parts prompt fork --fork-prefix 16384
 
-prompt: the time to the first token of a request that is alone. decode: `batch` requests with prompts of `context` tokens write `new-tokens` each; the figure is the median time between
-two answers of the engine, everything that a user waits for included. fork: one request with a long prompt opens a block
-whose paths write `fork-tokens` each, joins them and writes a conclusion, as a script says; beside it the same paths one
-after the other. Bytes are what a step must read: all weights but the embedding, and the cached keys and values, those
-that siblings share once. They are compared with a plain copy on the same GPU.
+prompt: the time to the first token of a request that is alone. decode: `batch` requests with prompts of `context`
+tokens write `new-tokens` each; the figure is the median time between two answers of the engine, everything that a user
+waits for included. fork: one request with a long prompt opens a block whose paths write `fork-tokens` each, joins them
+and writes a conclusion, as a script says; beside it the same paths one after the other. Bytes are what a step must
+read: all weights but the embedding, and the cached keys and values, those that siblings share once. They are compared
+with a plain copy on the same GPU.
 """
 
 from __future__ import annotations
