@@ -81,6 +81,8 @@ def layouts(world: int) -> dict[str, dict[str, Any]]:
     return {
         f"TP{world}": {_TP: world},
         f"TP{world}+SP": {_TP: world, "sequence_parallel": True},
+        f"CP{world} all_gather": {_CP: world},
+        f"CP{world} a2a": {_CP: world, "cp_comm_type": "a2a"},
         f"PP{world}": {_PP: world},
         f"PP{world} interleaved": {_PP: world, "virtual_pipeline_model_parallel_size": 2},
         f"DP{world}": {},

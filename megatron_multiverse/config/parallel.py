@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,8 @@ _SIZES = (
     "virtual_pipeline_model_parallel_size",
     "context_parallel_size",
 )
+_CP_CHUNK = 16
+"""Fewest neighbouring tokens that are dealt out together to a context parallel rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +116,13 @@ class ParallelConfig:
 
     def check_rows(self, seq_length: int, num_microbatches: int) -> None:
         """Raise ConfigError if rows of that length, or that many of them in a step, cannot be shared out."""
-        parts = self.context_parallel_size * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
+        cp, tp = self.context_parallel_size, self.tensor_model_parallel_size if self.sequence_parallel else 1
+        parts = cp * math.lcm(tp, _CP_CHUNK if cp > 1 else 1)
         check(
             seq_length % parts == 0,
-            f"data.seq_length ({seq_length}) must be a multiple of {parts} = parallel.context_parallel_size"
-            f"{' x tensor_model_parallel_size (sequence_parallel)' if self.sequence_parallel else ''}",
+            f"data.seq_length ({seq_length}) must be a multiple of {parts}, so that parallel.context_parallel_size "
+            f"({cp}) parts of it are whole chunks of {_CP_CHUNK} tokens, and sequence_parallel can cut each by "
+            f"tensor_model_parallel_size ({self.tensor_model_parallel_size})",
         )
         pp = self.pipeline_model_parallel_size
         check(

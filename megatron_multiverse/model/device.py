@@ -1,8 +1,9 @@
-"""The one place that chooses the device of a run."""
+"""The one place that chooses the device of a run, and how tensors get there."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from megatron_multiverse.errors import ConfigError
 
@@ -20,3 +21,10 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no GPU: set device to cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device. From pinned memory, since a copy from pageable memory waits for earlier kernels."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_multiverse.config import TrainConfig
+from megatron_multiverse.model.device import to_device
 from megatron_multiverse.training.engine import LossSums
 from megatron_multiverse.training.microbatches import Microbatch
-from megatron_multiverse.training.placement import TokenPlacer, to_device
+from megatron_multiverse.training.placement import TokenPlacer
 
 
 def precision(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

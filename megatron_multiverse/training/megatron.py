@@ -105,12 +105,19 @@ class MegatronEngine:
         )
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        sums = run_schedule(self.chunks, microbatches, self._placer, 1 / max(1, loss_tokens), forward_only=False)
+        sums = self._run(microbatches, self._placer, 1 / max(1, loss_tokens), forward_only=False)
         loss_sum, pairs = reduced(*sums)
         grad_norm = self.optimizer.clip_gradients()
         self._guard.watch(self.optimizer.adamw, self.scheduler.num_steps, loss_sum, grad_norm)
         self.optimizer.step()
         return StepResult(loss_sum, loss_tokens, tokens, pairs.long(), grad_norm)
+
+    def _run(
+        self, microbatches: Sequence[Microbatch], placer: TokenPlacer, scale: float, *, forward_only: bool
+    ) -> tuple[Tensor, Tensor]:
+        parallel = self.config.parallel
+        comm_type = parallel.cp_comm_type if parallel.context_parallel_size > 1 else None
+        return run_schedule(self.chunks, microbatches, placer, scale, comm_type=comm_type, forward_only=forward_only)
 
     def _sum_over_models(self, *counts: int) -> list[int]:
         """Sums over the data parallel ranks, of which each is several ranks with the same rows."""
@@ -122,7 +129,7 @@ class MegatronEngine:
         assert self._valid_placer is not None, "an engine that validates is built with a valid_loader"
         batches = list(microbatches)
         (count,) = self._sum_over_models(sum(int(batch["loss_mask"].sum()) for batch in batches))
-        loss_sum, _ = reduced(*run_schedule(self.chunks, batches, self._valid_placer, 1.0, forward_only=True))
+        loss_sum, _ = reduced(*self._run(batches, self._valid_placer, 1.0, forward_only=True))
         return float(loss_sum) / count if count else float("nan"), count
 
     def check(self, metrics: MetricsWriter) -> None:

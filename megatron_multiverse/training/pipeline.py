@@ -18,13 +18,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_multiverse.model.attention import AttentionParams
+from megatron_multiverse.model.context_parallel import share_tokens
+from megatron_multiverse.model.device import to_device
 from megatron_multiverse.training.microbatches import Microbatch
-from megatron_multiverse.training.placement import TokenPlacer, to_device
+from megatron_multiverse.training.placement import TokenPlacer
 
 
 @dataclass
 class PlacedMicrobatch:
-    """What this rank's part of the model is called with. Tensors [b, s] on the device."""
+    """What this rank's part of the model is called with. Tensors [b, s], or [b, s / context parallel size], on the
+    device."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -41,11 +44,14 @@ class PlacedMicrobatches:
     Args:
         microbatches: on the host.
         placer: lays them out.
+        comm_type: how context parallel ranks share the tokens; None without context parallelism.
         num_chunks: chunks of the model on this rank.
     """
 
-    def __init__(self, microbatches: Sequence[Microbatch], placer: TokenPlacer, num_chunks: int) -> None:
-        self._microbatches, self._placer = microbatches, placer
+    def __init__(
+        self, microbatches: Sequence[Microbatch], placer: TokenPlacer, comm_type: str | None, num_chunks: int
+    ) -> None:
+        self._microbatches, self._placer, self._comm_type = microbatches, placer, comm_type
         self._num_chunks = num_chunks
         self._placed: dict[int, tuple[PlacedMicrobatch, int]] = {}
         self.visible_pairs = torch.zeros((), dtype=torch.int64, device=placer.device)
@@ -61,7 +67,7 @@ class PlacedMicrobatches:
 
     def _get(self, number: int) -> PlacedMicrobatch:
         if number not in self._placed:
-            placed = place(self._microbatches[number], self._placer)
+            placed = place(self._microbatches[number], self._placer, self._comm_type)
             self.visible_pairs += placed.visible_pairs
             self._placed[number] = placed, self._num_chunks
         placed, waiting = self._placed.pop(number)
@@ -70,12 +76,15 @@ class PlacedMicrobatches:
         return placed
 
 
-def place(batch: Microbatch, placer: TokenPlacer) -> PlacedMicrobatch:
-    """Lay out one microbatch."""
+def place(batch: Microbatch, placer: TokenPlacer, comm_type: str | None) -> PlacedMicrobatch:
+    """Lay out one microbatch; of its tokens this context parallel rank gets its own."""
     device = placer.device
     ids, labels, loss_mask = (to_device(batch[name], device) for name in ("input_ids", "labels", "loss_mask"))
     position_ids, params = placer.place(batch, ids)
     pairs = params.num_visible_pairs() if counts_for_its_model() else torch.zeros((), dtype=torch.int64, device=device)
+    if comm_type is not None:
+        params, places = share_tokens(params, batch["r"], comm_type)
+        ids, position_ids, labels, loss_mask = (x.gather(1, places) for x in (ids, position_ids, labels, loss_mask))
     return PlacedMicrobatch(ids, position_ids, labels, loss_mask, params, pairs)
 
 
@@ -86,7 +95,13 @@ def counts_for_its_model() -> bool:
 
 
 def run_schedule(
-    chunks: Sequence[Any], microbatches: Sequence[Microbatch], placer: TokenPlacer, scale: float, *, forward_only: bool
+    chunks: Sequence[Any],
+    microbatches: Sequence[Microbatch],
+    placer: TokenPlacer,
+    scale: float,
+    *,
+    comm_type: str | None = None,
+    forward_only: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run all microbatches through the model; gradients are added to the parameters' `main_grad`.
 
@@ -95,13 +110,14 @@ def run_schedule(
         microbatches: those of this data parallel rank.
         placer: lays them out.
         scale: what the summed loss is multiplied with before it is differentiated.
+        comm_type: how context parallel ranks share the tokens; None without context parallelism.
         forward_only: no gradients.
 
     Returns:
         Sum of the loss over the trained tokens of this rank, and visible pairs that this rank counts, float64 scalars
         on the device. Summed over all ranks they are those of the step.
     """
-    batches = PlacedMicrobatches(microbatches, placer, len(chunks))
+    batches = PlacedMicrobatches(microbatches, placer, comm_type, len(chunks))
     rows, length = microbatches[0]["input_ids"].shape
     sums = get_forward_backward_func()(
         forward_step_func=partial(_forward, scale=scale),

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_multiverse.errors import TrainingError
 from megatron_multiverse.kernels.structure_scan import StructureScan, structure_scan
 from megatron_multiverse.model.attention import LayoutParams
+from megatron_multiverse.model.device import to_device
 from megatron_multiverse.parallel.ranks import current_ranks
 from megatron_multiverse.structure import Tag
 from megatron_multiverse.training.metrics import MetricsWriter
@@ -137,10 +138,3 @@ def _flagged(seen: list[tuple[Tensor, Tensor]]) -> list[int]:
     ids = torch.cat([samples.flatten() for samples, _ in seen])
     flags = torch.cat([flags.flatten() for _, flags in seen]).cpu()
     return sorted({int(sample) for sample in ids[flags] if sample >= 0})
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device. From pinned memory, since a copy from pageable memory waits for earlier kernels."""
-    if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

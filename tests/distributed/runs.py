@@ -28,7 +28,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline": (2, {_PP: 2}),
     "interleaved": (2, {_PP: 2, _VPP: 2}),
     "data": (2, {}),
+    "context": (2, {_CP: 2}),
+    "context by heads": (2, {_CP: 2, "parallel.cp_comm_type": "a2a"}),
     "tensor and pipeline": (4, {_TP: 2, _SP: True, _PP: 2}),
+    "context and tensor": (4, {_CP: 2, _TP: 2, _SP: True}),
 }
 """Name -> ranks and settings."""
 
