@@ -1,24 +1,48 @@
 """Supervised fine-tuning on Multiverse data: a YAML file plus dotted overrides.
 
-Example:
+Examples:
     python pretrain_scripts/sft_multiverse.py --config pretrain_scripts/configs/tiny_cpu.yaml --optim.lr 1e-4
+    torchrun --nproc-per-node 8 pretrain_scripts/sft_multiverse.py --config pretrain_scripts/configs/...yaml
+    WORLD_SIZE=16 python pretrain_scripts/sft_multiverse.py --config pretrain_scripts/configs/...yaml --dry-run
 
 Exit code 0: the run is finished. 75: SIGTERM or SIGUSR1 stopped it, and it saved; the same command continues it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
+from dataclasses import dataclass
 
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import TrainConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainConfig):
+    """The run, and whether it is only looked at."""
+
+    dry_run: bool = False
+    """Build the model of every pipeline stage without memory, print what each rank will need, and stop. Needs no GPU;
+    WORLD_SIZE says for how many ranks."""
+    dry_run_shape: str | None = None
+    """Published shape, e.g. qwen2.5-32b, for a dry run where the checkpoint that init_from names is not at hand."""
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("megatron").setLevel(logging.WARNING)
-    config = parse_options(TrainConfig)
+    options = parse_options(Options)
+    config = TrainConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(TrainConfig)})
+    if options.dry_run:
+        from megatron_multiverse.model.families import preset
+        from megatron_multiverse.training.memory import report
+        from megatron_multiverse.training.start import describe_model
+
+        shape = options.dry_run_shape
+        print(report(config, describe_model(config) if shape is None else preset(shape)))
+        return
     from megatron_multiverse.training.signals import EXIT_CODE_STOPPED
     from megatron_multiverse.training.trainer import train
 

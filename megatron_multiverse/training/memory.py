@@ -1,0 +1,192 @@
+"""What a training run needs on each GPU, worked out without one: `pretrain_scripts/sft_multiverse.py --dry-run`.
+
+The parts of the model are really built, for one rank of every pipeline stage, but on torch's meta device, which has
+shapes and no memory; so whatever would refuse to be cut refuses here. What follows from the weights is exact.
+Activations are counted by what the layers keep for the backward pass; buffers of NCCL, workspaces and fragmentation are
+not counted: leave about 5 GiB for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import distributed
+
+from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig, pad_vocab_size
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.model.mcore import set_parallel_sizes
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on each rank of one pipeline stage."""
+
+    parameters: int
+    """Of this rank, not bytes."""
+    layers: int
+    """Transformer layers of this rank."""
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def estimate(config: TrainConfig, model: ModelConfig) -> list[StageMemory]:
+    """What the ranks of each pipeline stage need with the megatron engine.
+
+    Args:
+        config: the run; its number of ranks is WORLD_SIZE.
+        model: shape of the model.
+
+    Raises:
+        ConfigError: the model cannot be cut into the parts of `config.parallel`.
+    """
+    config.parallel.check_model(model)
+    stages = config.parallel.pipeline_model_parallel_size
+    return [_stage(config, model, stage) for stage in range(stages)]
+
+
+def _stage(config: TrainConfig, model: ModelConfig, stage: int) -> StageMemory:
+    parallel = config.parallel
+    with _pretended_ranks(config, stage):
+        parameters, layers = _parameters(config, model)
+    width = 2 if config.dtype == "bf16" else 4
+    sharing = parallel.data_parallel_size * parallel.context_parallel_size
+    # Float32 weights beside bf16 ones, and AdamW's two moments.
+    optimizer = parameters * (12 if width == 2 else 8) // sharing
+    is_last = stage == parallel.pipeline_model_parallel_size - 1
+    return StageMemory(
+        parameters=parameters,
+        layers=layers,
+        weights=parameters * width,
+        gradients=parameters * 4,
+        optimizer=optimizer,
+        activations=tokens_of(config) * kept_per_token(config, model) * layers_in_flight(config, layers, stage),
+        logits=tokens_of(config) * logits_per_token(config, model) if is_last else 0,
+    )
+
+
+@contextlib.contextmanager
+def _pretended_ranks(config: TrainConfig, stage: int) -> Iterator[None]:
+    """Process groups of as many ranks as the run has, seen from the first one of a stage; nothing is ever sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    parallel = config.parallel
+    world, stages = parallel.world_size, parallel.pipeline_model_parallel_size
+    distributed.init_process_group("fake", store=FakeStore(), rank=stage * (world // stages), world_size=world)
+    try:
+        set_parallel_sizes(
+            parallel.tensor_model_parallel_size,
+            stages,
+            context=parallel.context_parallel_size,
+            virtual_pipeline=parallel.virtual_pipeline_model_parallel_size,
+        )
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def _parameters(config: TrainConfig, model: ModelConfig) -> tuple[int, int]:
+    """Parameters and layers of this rank, all its chunks together."""
+    parallel = config.parallel
+    shape = dataclasses.replace(model, vocab_size=pad_vocab_size(model.vocab_size, parallel.tensor_model_parallel_size))
+    parameters = layers = 0
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    for number in range(virtual):
+        with torch.device("meta"):
+            chunk = build_gpt_model(
+                shape,
+                device="meta",
+                initialize=False,
+                layers=LayerConfig(transformer_impl="local"),  # the same weights as TransformerEngine's, built anywhere
+                sequence_parallel=parallel.sequence_parallel,
+                vp_stage=number if virtual > 1 else None,
+            )
+        parameters += sum(parameter.numel() for parameter in chunk.parameters())
+        layers += len(chunk.decoder.layers)
+    return parameters, layers
+
+
+def tokens_of(config: TrainConfig) -> int:
+    """Tokens of a microbatch on each rank."""
+    return config.data.micro_batch_size * config.data.seq_length // config.parallel.context_parallel_size
+
+
+def kept_per_token(config: TrainConfig, model: ModelConfig) -> int:
+    """Bytes that a layer keeps of each token for the backward pass (TransformerEngine's layers).
+
+    h: width of the residual stream, q and kv: of all query and key heads, f: of the MLP, t: tensor parallel ranks.
+    Input and output of both norms: 4 h, shared by the ranks with sequence parallelism. Queries, keys, values and the
+    output of attention: (2 q + 2 kv) / t. Gate and up projection and their product: 3 f / t. Full recompute keeps the
+    input alone, selective recompute of the MLP leaves out its part.
+    """
+    parallel, layers = config.parallel, config.layers
+    width = 2 if config.dtype == "bf16" else 4
+    tp = parallel.tensor_model_parallel_size
+    shared = tp if parallel.sequence_parallel else 1
+    if layers.recompute_granularity == "full":
+        return width * model.hidden_size // shared
+    queries, keys = (n * model.kv_channels for n in (model.num_attention_heads, model.num_query_groups))
+    kept = 4 * model.hidden_size // shared + (2 * queries + 2 * keys) // tp
+    return width * (kept if layers.recomputes("mlp") else kept + 3 * model.ffn_hidden_size // tp)
+
+
+def logits_per_token(config: TrainConfig, model: ModelConfig) -> int:
+    """Bytes of the output layer for each token: logits, their float32 softmax and their gradient."""
+    rows = pad_vocab_size(model.vocab_size, config.parallel.tensor_model_parallel_size)
+    width = 2 if config.dtype == "bf16" else 4
+    return rows // config.parallel.tensor_model_parallel_size * (width + 4 + width)
+
+
+def layers_in_flight(config: TrainConfig, layers: int, stage: int) -> int:
+    """Layers times microbatches whose activations a stage holds at the same time: 1F1B, or interleaved."""
+    parallel = config.parallel
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if virtual == 1:
+        return layers * min(config.num_microbatches, stages - stage)
+    chunks = 2 * (stages - stage - 1) + (virtual - 1) * stages + 1
+    return layers // virtual * min(config.num_microbatches * virtual, chunks)
+
+
+def report(config: TrainConfig, model: ModelConfig) -> str:
+    """The estimate as text, with its arithmetic. Layers of activations count once for each microbatch in flight."""
+    parallel, tokens, kept = config.parallel, tokens_of(config), kept_per_token(config, model)
+    sharing = parallel.data_parallel_size * parallel.context_parallel_size
+    lines = [
+        f"{model.num_parameters / 1e9:.2f} billion parameters on {parallel.world_size} ranks: "
+        f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
+        f"context {parallel.context_parallel_size} x data {parallel.data_parallel_size}; "
+        f"{config.num_microbatches} microbatches of {config.data.micro_batch_size} x {config.data.seq_length} tokens",
+    ]
+    for stage, memory in enumerate(estimate(config, model)):
+        width = memory.weights // memory.parameters
+        in_flight = layers_in_flight(config, memory.layers, stage)
+        lines += [
+            f"stage {stage}: {memory.layers} layers, {memory.parameters / 1e9:.3f} billion parameters on each rank",
+            f"  weights      {_gib(memory.weights)} = parameters x {width} bytes",
+            f"  gradients    {_gib(memory.gradients)} = parameters x 4 bytes",
+            f"  optimizer    {_gib(memory.optimizer)} = parameters x {12 if width == 2 else 8} bytes / {sharing} ranks",
+            f"  activations  {_gib(memory.activations)} = {tokens} tokens x {kept} bytes x {in_flight} layers",
+        ]
+        if memory.logits:
+            per_token = memory.logits // tokens
+            lines.append(f"  logits       {_gib(memory.logits)} = {tokens} tokens x {per_token} bytes")
+        lines.append(f"  together     {_gib(memory.total)}")
+    lines.append("not counted: buffers of NCCL, workspaces, fragmentation; leave about 5 GiB for them")
+    return "\n".join(lines)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:7.2f} GiB"

@@ -1,0 +1,68 @@
+"""The dry run: parts of the model are built without memory, and the arithmetic of a rank adds up."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_multiverse.config import TrainConfig
+from megatron_multiverse.training.memory import kept_per_token, layers_in_flight, logits_per_token
+
+from .synthetic import config
+
+ROOT = Path(__file__).parents[3]
+
+
+def dry_run(world: int, name: str) -> subprocess.CompletedProcess[str]:
+    script, file = ROOT / "pretrain_scripts/sft_multiverse.py", ROOT / f"pretrain_scripts/configs/{name}.yaml"
+    options = ["--config", str(file), "--dry-run", "--dry-run-shape", "qwen2.5-32b"]
+    environment = os.environ | {"WORLD_SIZE": str(world)}
+    return subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True)
+
+
+def test_the_dry_run_of_a_real_config_needs_no_gpu() -> None:
+    done = dry_run(16, "qwen2.5_32b_tp8_pp2")
+    assert done.returncode == 0, done.stderr
+    parameters = [float(number) for number in re.findall(r"([\d.]+) billion parameters on each rank", done.stdout)]
+    # Two stages of 8 tensor parallel ranks; the norms and nothing else are on all of these.
+    assert 8 * sum(parameters) == pytest.approx(32.76, rel=1e-3)
+    together = [float(number) for number in re.findall(r"together +([\d.]+) GiB", done.stdout)]
+    assert len(together) == 2 and all(25 < number < 75 for number in together)
+    refused = dry_run(8, "qwen2.5_32b_tp8_pp2")
+    assert refused.returncode == 1 and "8 ranks (WORLD_SIZE) cannot be divided into groups of 16" in refused.stderr
+
+
+def run_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, **changes: Any) -> TrainConfig:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    return config(tmp_path, **{"data.global_batch_size": 32, "dtype": "bf16", **changes})
+
+
+def test_what_layers_keep_of_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hidden 16, MLP 24, 2 heads of 8 with one key head, 32 rows of vocabulary."""
+    plain = run_of(tmp_path, monkeypatch, 1)
+    assert plain.model is not None
+    assert kept_per_token(plain, plain.model) == 2 * (4 * 16 + 2 * 16 + 2 * 8 + 3 * 24)
+    assert logits_per_token(plain, plain.model) == 32 * (2 + 4 + 2)
+    two = {"parallel.tensor_model_parallel_size": 2}
+    split = run_of(tmp_path, monkeypatch, 2, **two)
+    assert kept_per_token(split, plain.model) == 2 * (4 * 16 + (2 * 16 + 2 * 8 + 3 * 24) // 2)
+    sequence = {**two, "parallel.sequence_parallel": True, "layers.recompute_granularity": "full"}
+    assert kept_per_token(run_of(tmp_path, monkeypatch, 2, **sequence), plain.model) == 2 * 16 // 2
+    selective = run_of(tmp_path, monkeypatch, 1, **{"layers.recompute_granularity": "selective"})
+    assert kept_per_token(selective, plain.model) == 2 * (4 * 16 + 2 * 16 + 2 * 8)
+
+
+def test_earlier_stages_hold_more_microbatches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    four = {"parallel.pipeline_model_parallel_size": 4}
+    run = run_of(tmp_path, monkeypatch, 4, **four)
+    assert [layers_in_flight(run, 2, stage) for stage in range(4)] == [8, 6, 4, 2]
+    few = run_of(tmp_path, monkeypatch, 4, **four, **{"data.global_batch_size": 4})
+    assert [layers_in_flight(few, 2, stage) for stage in range(4)] == [4, 4, 4, 2]
+    interleaved = run_of(tmp_path, monkeypatch, 4, **four, **{"parallel.virtual_pipeline_model_parallel_size": 2})
+    assert [layers_in_flight(interleaved, 2, stage) for stage in range(4)] == [11, 9, 7, 5]
