@@ -10,6 +10,7 @@ from megatron_multiverse.curation.conversation import Conversation
 from megatron_multiverse.curation.exchange import Answer, Failure, Request
 from megatron_multiverse.curation.prices import Budget, BudgetReached, Prices
 from megatron_multiverse.curation.providers.protocol import Provider, ProviderError
+from megatron_multiverse.curation.run_folder import SampleState
 
 logger = logging.getLogger(__name__)
 
@@ -94,16 +95,14 @@ class LiveRunner:
 
     async def _talk(self, conversation: Conversation) -> None:
         while (request := conversation.request) is not None:
-            answer = await self._ask(request)
+            answer = await self._ask(request, conversation.state)
             if answer is None:
                 return
-            if isinstance(answer, Answer):
-                await asyncio.to_thread(conversation.state.keep, request, answer)
             conversation.tell(answer)
         self._finish(conversation)
 
-    async def _ask(self, request: Request) -> Answer | Failure | None:
-        """An answer, or the failure after the last try; None if the run has been stopped."""
+    async def _ask(self, request: Request, state: SampleState) -> Answer | Failure | None:
+        """An answer that has been kept, or the failure after the last try; None if the run has been stopped."""
         answer: Answer | Failure = Failure("not asked")
         for number in range(TRIES):
             if number:
@@ -120,6 +119,9 @@ class LiveRunner:
                 answer = Failure("not asked")
                 try:
                     answer = await self.provider.complete(request)
+                    if isinstance(answer, Answer):
+                        # Before the next request takes the slot: a killed run loses no more answers than it has slots.
+                        await asyncio.to_thread(state.keep, request, answer)
                 except ProviderError as error:
                     self._error = error
                     self.stop(str(error))

@@ -20,7 +20,7 @@ from megatron_multiverse.curation.trees import shape, walk, without_announcement
 from megatron_multiverse.errors import StructureError
 from megatron_multiverse.structure import Block, Tag, parse_text, render
 
-_THINKING_TOKENS: dict[Effort, int] = {"low": 6_000, "medium": 14_000, "high": 24_000, "xhigh": 48_000, "max": 80_000}
+_THINKING_TOKENS: dict[Effort, int] = {"low": 6_000, "medium": 13_000, "high": 24_000, "xhigh": 48_000, "max": 80_000}
 """Room for thinking. Only a limit: what is not used is not paid."""
 _PLAN_TOKENS = 8_000
 _CHARACTERS_PER_TOKEN = 2.5
