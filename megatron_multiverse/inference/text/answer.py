@@ -25,7 +25,7 @@ def make_result(state: RequestState) -> Result:
         parents=[],
         blocks=[],
         finish_reason=state.finish_reason,
-        critical_tokens=state.root.next_position - state.root.prompt_length,
+        critical_tokens=state.root.next_position - state.root.positions[state.root.prompt_length - 1] - 1,
         decode_steps=state.decode_steps,
         malformed=Counter(state.counts),
         sample=state.request.sample,
@@ -50,7 +50,7 @@ def make_result(state: RequestState) -> Result:
 def _append_branch(result: Result, branch: Branch, parent: int) -> None:
     """Append the text of a branch and of its blocks; `parent`: index of the token before its first one."""
     done = branch.prompt_length
-    for block in branch.blocks:
+    for block in branch.blocks[branch.prompt_blocks :]:
         parent = _append_tokens(result, branch, done, block.at, parent)
         done = block.at
         record = BlockResult(block.number, branch.name)

@@ -87,6 +87,8 @@ class Branch:
     """Label of a path as its outline writes it."""
     block: int = 0
     """Number of the block it belongs to; 0 for the root."""
+    prompt_blocks: int = 0
+    """Blocks of earlier answers in the prompt, which come first in `blocks`; only the root has them."""
     prompt_length: int = 0
     """Tokens of the prompt at the beginning of `ids`; only the root has them."""
     ids: list[int] = field(default_factory=list)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_multiverse.config.sampling import SamplingParams
 from megatron_multiverse.inference.text.branch import Branch, Budget
-from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.structure import Tag
 
 MAX_GROWTH = 3
@@ -21,16 +21,16 @@ MOST_CLOSERS = 32
 more room than this no exact count is needed."""
 
 
-def whole_budget(request: Request, max_position: int) -> Budget:
+def whole_budget(sampling: SamplingParams, start: int, max_position: int) -> Budget:
     """What the root of a request may write.
 
     Args:
-        request: names the limits.
+        sampling: names the limits.
+        start: position of its first token.
         max_position: positions the model can take.
     """
-    sampling, prompt = request.sampling, len(request.prompt_ids)
     chain = sampling.max_tokens if sampling.max_critical_tokens is None else sampling.max_critical_tokens
-    return Budget(sampling.max_tokens, min(prompt + chain, max_position))
+    return Budget(sampling.max_tokens, min(start + chain, max_position))
 
 
 def room(branch: Branch) -> int:

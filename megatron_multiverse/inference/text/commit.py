@@ -119,7 +119,7 @@ def _fork(state: RequestState, branch: Branch) -> None:
         state.counts["fork_refused"] += 1
         _close(state, branch, "length")
         return
-    sampling, ordinal = state.request.sampling, len(branch.blocks)
+    sampling, ordinal = state.request.sampling, len(branch.blocks) - branch.prompt_blocks
     state.num_blocks += 1
     block = Block(state.num_blocks, len(branch.ids), [])
     for k, (outline, budget) in enumerate(zip(machine.outlines, budgets, strict=True)):

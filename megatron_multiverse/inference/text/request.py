@@ -30,7 +30,8 @@ class Request:
     """
 
     prompt_ids: Sequence[int]
-    """Token ids; tags among them are inert. Kept as a tuple, so that what is done to the list later changes nothing."""
+    """Token ids; tags among them are inert, but for `replay_structure`. Kept as a tuple, so that what is done to the
+    list later changes nothing."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """How the answer is drawn, and where it ends."""
     sample: int = 0
@@ -41,11 +42,28 @@ class Request:
     accept: Callable[[Try], bool] | None = None
     """Whether a path that has ended succeeds, where `SamplingParams.commit_after` asks. All requests wait for it, so it
     should take microseconds. If it raises, its request ends with `error`."""
+    replay_structure: tuple[tuple[int, int], ...] = ()
+    """[start, end) in `prompt_ids` of each earlier answer of the model whose blocks are to be laid out as they were
+    generated: paths beside each other, what follows after the longest of them. Elsewhere, and without it everywhere,
+    tags are text, read causally."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_ids", tuple(whole_number("prompt_ids", token) for token in self.prompt_ids))
         object.__setattr__(self, "sample", whole_number("sample", self.sample))
         if self.accept is not None and not self.sampling.commit_after:
             raise GenerationError("accept says which paths succeed; set commit_after in the sampling parameters, too")
+        pairs = [[whole_number("replay_structure", border) for border in pair] for pair in self.replay_structure]
+        spans = tuple((start, end) for start, end in pairs)
+        object.__setattr__(self, "replay_structure", spans)
+        borders = [0, *(border for span in spans for border in span), len(self.prompt_ids)]
+        if borders != sorted(borders) or (spans and spans[-1][1] == len(self.prompt_ids)):
+            raise GenerationError(
+                f"replay_structure is {list(spans)} in a prompt of {len(self.prompt_ids)} tokens; give [start, end) "
+                "of each answer in turn, none beyond the end, and at least one token of the next turn after the last"
+            )
+        if spans and self.sampling.prompt_logprobs is not None:
+            raise GenerationError(
+                "prompt_logprobs are those of a prompt read as text; leave out replay_structure, or prompt_logprobs"
+            )
         if not self.prompt_ids:
             raise GenerationError("prompt_ids is empty; give at least one token")

@@ -85,7 +85,7 @@ class Result:
     prompt_ids: list[int]
     token_ids: list[int]
     position_ids: list[int]
-    """Position of each token (the prompt takes 0 .. prompt - 1)."""
+    """Position of each token (the prompt takes 0 .. prompt - 1, less if `Request.replay_structure` lays out paths)."""
     logprobs: list[float | None]
     """Log-probability of each token the model drew, under its own distribution (temperature 1, nothing filtered);
     None for tokens the engine forced."""
@@ -94,7 +94,7 @@ class Result:
     request did not ask for them (`SamplingParams.logprobs`)."""
     labels: list[int]
     """Visibility label r of each token as training has it: token i sees an earlier token j iff r[j] <= r[i]. The
-    prompt's labels are 0 .. prompt - 1."""
+    prompt's labels are 0 .. prompt - 1, but for paths of `Request.replay_structure`."""
     parents: list[int]
     """Index of the token before each token on its own branch (for the first token of a path: on the branch that
     forked), -1 for the last of the prompt. A sampled token was drawn from the logits of its parent."""

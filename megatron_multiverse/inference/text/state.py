@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from megatron_multiverse.inference.text.branch import Branch, Cut, branch_key
+from megatron_multiverse.inference.text.branch import Branch, Budget, Cut, branch_key
 from megatron_multiverse.inference.text.budget import whole_budget
 from megatron_multiverse.inference.text.counts import TokenCounts
 from megatron_multiverse.inference.text.prompt_scores import PromptScores
+from megatron_multiverse.inference.text.replay import replay
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import FinishReason, TimelineSpan
 from megatron_multiverse.inference.text.scanner import StopScanner
@@ -119,21 +120,19 @@ def new_state(
         on_token: hears what is written.
         detokenize: needed for stop texts.
     """
-    prompt = list(request.prompt_ids)
+    prompt = request.prompt_ids
     root = Branch(
         machine=machine,
-        next_position=len(prompt),
-        budget=whole_budget(request, max_position),
+        next_position=0,
+        budget=Budget(0, 0),
         key=branch_key(request.sampling.seed, request.sample, ()),
-        prompt_length=len(prompt),
-        ids=prompt,
-        positions=list(range(len(prompt))),
-        logprobs=[None] * len(prompt),
-        top_logprobs=[None] * len(prompt) if request.sampling.logprobs else None,
-        seen=TokenCounts(prompt) if request.sampling.has_penalties else None,
+        seen=TokenCounts(list(prompt)) if request.sampling.has_penalties else None,
     )
+    replay(root, prompt, request.replay_structure)
+    root.top_logprobs = [None] * len(root.ids) if request.sampling.logprobs else None
+    root.budget = whole_budget(request.sampling, root.next_position, max_position)
     state = RequestState(request_id, request, root, on_token, detokenize)
     root.scanner = state.new_scanner()
     if root.scanner is not None:
-        root.scanner.begin(len(prompt))
+        root.scanner.begin(len(root.ids))
     return state

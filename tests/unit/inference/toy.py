@@ -187,10 +187,11 @@ class SoupSampler:
         return [rng.randrange(12, VOCAB_SIZE) for _ in range(rng.randint(1, 6))]
 
 
-def forward_logits(model: nn.Module, prompt: Sequence[int], result: Result) -> Tensor:
-    """Logits [prompt + answer, vocab] of one teacher-forced forward over the layout that structure/ gives."""
+def forward_logits(model: nn.Module, prompt: Sequence[int], result: Result, inert: int | None = None) -> Tensor:
+    """Logits [prompt + answer, vocab] of one teacher-forced forward over the layout that structure/ gives; structure
+    counts after `inert` tokens, by default the prompt."""
     ids = [*prompt, *result.token_ids]
-    plan = lay_out(parse(ids, VOCAB, prompt_length=len(prompt), strict=False))
+    plan = lay_out(parse(ids, VOCAB, prompt_length=len(prompt) if inert is None else inert, strict=False))
     device = next(model.parameters()).device
     params = LayoutParams.from_labels(torch.from_numpy(plan.r)[None].long().to(device), backend="dense")
     positions = torch.from_numpy(plan.position_ids)[None].long().to(device)
@@ -219,7 +220,8 @@ def largest_difference(
     largest = 0.0
     seen = 0
     for request, result in zip(requests, results, strict=True):
-        reference = forward_logits(model, request.prompt_ids, result)
+        inert = request.replay_structure[0][0] if request.replay_structure else None
+        reference = forward_logits(model, request.prompt_ids, result, inert)
         for drawn, before in drawn_from(result, seed=request.sampling.seed, sample=request.sample).items():
             if drawn in sampler.logits:
                 seen += 1
