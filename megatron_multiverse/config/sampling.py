@@ -67,6 +67,10 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Texts that end the answer, outside of paths, wherever they fall on tokens. The tokens of a stop text stay in the
     answer, because the model has read them; `answer_text` leaves the text out."""
+    max_paths: int | None = None
+    """Goals with more outlines stay plain text, if the engine does not draw the line earlier."""
+    max_depth: int | None = None
+    """Blocks nested deeper stay plain text, if the engine does not draw the line earlier; 0 forks never."""
     stop_token_ids: tuple[int, ...] = ()
     """Further ids that end the answer, outside of paths; like the end-of-document id they are not part of it. Structure
     tags are refused: `</Goal>` among them, for example, would end every answer before its first fork."""
@@ -116,6 +120,9 @@ class SamplingParams:
         for name in ("max_critical_tokens", "max_concurrent_branches"):
             value = getattr(self, name)
             refuse_unless(value is None or value >= 1, f"{name} must be at least 1, or unset for no limit, got {value}")
+        for name in ("max_paths", "max_depth"):
+            value = getattr(self, name)
+            refuse_unless(value is None or value >= 0, f"{name} must not be negative (unset for no limit), got {value}")
         message = f"min_tokens must lie between 0 and max_tokens ({self.max_tokens}), got {self.min_tokens}"
         refuse_unless(0 <= self.min_tokens <= self.max_tokens, message)
         for name in ("logprobs", "prompt_logprobs"):

@@ -169,10 +169,14 @@ class Engine:
             GenerationError: see `check`.
         """
         self.check(request)
-        first, sampling = self._next_id, request.sampling
+        first, sampling, config = self._next_id, request.sampling, self.config
         scores = None if sampling.prompt_logprobs is None else PromptScores(first, len(request.prompt_ids))
         for k in range(sampling.n):
-            machine = StructureMachine(self.vocab, max_depth=self.config.max_depth, max_paths=self.config.max_paths)
+            machine = StructureMachine(
+                self.vocab,
+                max_depth=smaller(config.max_depth, sampling.max_depth),
+                max_paths=smaller(config.max_paths, sampling.max_paths),
+            )
             answer = dataclasses.replace(request, sample=request.sample + k) if k else request
             state = new_state(first + k, answer, machine, self.max_position, on_token, self.detokenize)
             state.scores = scores
@@ -384,6 +388,11 @@ class Engine:
 
     def _states(self) -> list[RequestState]:
         return [*self.scheduler.active, *self.scheduler.waiting]
+
+
+def smaller(one: int | None, other: int | None) -> int | None:
+    """The smaller of two limits; None is no limit."""
+    return min((limit for limit in (one, other) if limit is not None), default=None)
 
 
 def pages_for(longest: int, config: EngineConfig) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
+from megatron_multiverse.inference.text.answer import answer_text
 from megatron_multiverse.inference.text.detokenize import IncrementalDetokenizer
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.structure import Tag
@@ -143,14 +144,14 @@ class ThoughtSplitter:
 
     def __init__(self, tokenizer: MultiverseTokenizer, *, split: bool) -> None:
         self._tokenizer = tokenizer
-        self._split = split
+        self.splits = split
         self._tags = tokenizer.structure_vocab.tag_of
         self._thinking = False
         self._detokenizer = IncrementalDetokenizer(tokenizer.detokenize)
 
     def push(self, ids: Sequence[int]) -> tuple[str, str]:
         """Take more ids; returns what is certain by now of (content, thought)."""
-        if not self._split:
+        if not self.splits:
             return self._detokenizer.push(ids), ""
         texts = ["", ""]
         start = 0
@@ -162,7 +163,31 @@ class ThoughtSplitter:
         texts[self._thinking] += self._detokenizer.push(ids[start:])
         return texts[0], texts[1]
 
+    def add(self, text: str) -> tuple[str, str]:
+        """Text that comes next and is in no ids, after all that is held back."""
+        text = self._detokenizer.finish() + text
+        self._detokenizer = IncrementalDetokenizer(self._tokenizer.detokenize)
+        return ("", text) if self._thinking else (text, "")
+
     def finish(self) -> tuple[str, str]:
         """The rest."""
-        rest = self._detokenizer.finish()
-        return ("", rest) if self._thinking else (rest, "")
+        return self.add("")
+
+
+def answer_texts(result: Result, tokenizer: MultiverseTokenizer, *, split: bool) -> tuple[str, str]:
+    """(content, thought) of a complete answer, without the stop texts that ended it or its paths.
+
+    Args:
+        result: the answer.
+        tokenizer: of the model.
+        split: whether to tell the thought apart; if not, all is content.
+    """
+    if not split:
+        return answer_text(result, tokenizer.detokenize), ""
+    splitter, parts, done = ThoughtSplitter(tokenizer, split=True), [], 0
+    for stop in result.stops:
+        parts += [splitter.push(result.token_ids[done : stop.start]), splitter.add(stop.kept)]
+        done = stop.end
+    parts += [splitter.push(result.token_ids[done:]), splitter.finish()]
+    content, thought = ("".join(texts) for texts in zip(*parts, strict=True))
+    return content, thought

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from megatron_multiverse.config import SamplingParams
@@ -112,8 +112,7 @@ class Batch:
     def cancel(self) -> None:
         """End all that go on, with all their branches, in the engine's next step."""
         self._timer.cancel()
-        for generation in self.generations:
-            self._client.cancel(generation.number)
+        self._client.cancel(generation.number for generation in self.generations)
 
     def tell(self, error: ApiError | None = None) -> None:
         """There is news."""
@@ -224,8 +223,7 @@ class EngineClient:
 
     def cancel_all(self) -> None:
         """End every answer that is in the making."""
-        for number in list(self._generations):
-            self.cancel(number)
+        self.cancel(list(self._generations))
 
     def check_room(self, count: int) -> None:
         """Refuse `count` more answers where they cannot be taken.
@@ -246,38 +244,45 @@ class EngineClient:
             )
 
     def submit(
-        self, requests: Sequence[tuple[Sequence[int], SamplingParams, int]], *, stream: bool, cache_salt: str = ""
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        count: int,
+        *,
+        stream: bool,
+        cache_salt: str = "",
     ) -> Batch:
-        """Ask for answers.
+        """Ask for answers; those to one prompt follow each other.
 
         Args:
-            requests: (ids of the prompt, how to draw, number among the answers to that prompt) for each.
+            prompts: ids of each prompt.
+            sampling: how they are drawn.
+            count: answers to each prompt.
             stream: whether to be told what is written before an answer is complete.
             cache_salt: only requests with the same share what was computed for prompts that begin alike.
         """
         batch = Batch(self, self.config.limits.request_timeout)
-        for prompt_ids, sampling, sample in requests:
-            generation = Generation(next(self._numbers), batch, time.monotonic())
-            batch.generations.append(generation)
-            self._generations[generation.number] = generation
+        for prompt_ids in prompts:
+            made = [Generation(next(self._numbers), batch, time.monotonic()) for _ in range(count)]
+            batch.generations += made
+            self._generations |= {generation.number: generation for generation in made}
             self._send(
                 {
                     "op": "add",
-                    "id": generation.number,
+                    "ids": [generation.number for generation in made],
                     "prompt_ids": list(prompt_ids),
                     "sampling": dataclasses.asdict(sampling),
-                    "sample": sample,
-                    "cache_salt": cache_salt,
                     "stream": stream,
+                    "cache_salt": cache_salt,
                 }
             )
         self._idle.clear()
         return batch
 
-    def cancel(self, number: int) -> None:
-        """End an answer; unknown numbers are ignored."""
-        if number in self._generations:
-            self._send({"op": "cancel", "id": number})
+    def cancel(self, numbers: Iterable[int]) -> None:
+        """End answers; numbers of complete ones are ignored."""
+        if ids := [number for number in numbers if number in self._generations]:
+            self._send({"op": "cancel", "ids": ids})
 
     def _send(self, message: Message) -> None:
         if self._writer is not None and not self._writer.is_closing():
@@ -294,13 +299,14 @@ class EngineClient:
             for number, fields in message["done"]:
                 self._finish(number, result=result_from_dict(fields))
         elif op == "accepted":
-            if (generation := self._generations.get(message["id"])) is not None:
-                generation.accepted = True
-                generation.batch.tell()
+            for number in self._generations.keys() & message["ids"]:
+                self._generations[number].accepted = True
+                self._generations[number].batch.tell()
         elif op == "refused":
             text = message["message"]
             error = ApiError(400, text) if text else ApiError(500, "the engine failed on this request")
-            self._finish(message["id"], error=error)
+            for number in message["ids"]:
+                self._finish(number, error=error)
         elif op == "beat":
             self.stats = message["stats"]
         elif op == "ready":

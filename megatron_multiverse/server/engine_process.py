@@ -11,6 +11,7 @@ It ends when the other side of the socket closes, whatever the reason, so no eng
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import select
 import signal
@@ -72,29 +73,35 @@ class EngineHost:
             self.channel.flush()
 
     def _handle(self, message: Message) -> None:
-        number = message.get("id", -1)
+        ids = message.get("ids", [])
         try:
             if message["op"] == "add":
                 self._add(message)
-            elif message["op"] == "cancel" and number in self._engine_ids:
-                self.engine.cancel(self._engine_ids[number])
+            elif message["op"] == "cancel":
+                for number in self._engine_ids.keys() & ids:
+                    self.engine.cancel(self._engine_ids[number])
         except GenerationError as error:
-            self.channel.send({"op": "refused", "id": number, "message": str(error)})
+            self.channel.send({"op": "refused", "ids": ids, "message": str(error)})
         except Exception:
-            logger.exception("message %r of answer %d failed", message["op"], number)
-            self.channel.send({"op": "refused", "id": number, "message": ""})
+            logger.exception("message %r failed", message["op"])
+            self.channel.send({"op": "refused", "ids": ids, "message": ""})
 
     def _add(self, message: Message) -> None:
-        sampling = dict(message["sampling"], stop_token_ids=tuple(message["sampling"]["stop_token_ids"]))
-        request = Request(
-            prompt_ids=message["prompt_ids"],
-            sampling=SamplingParams(**sampling),
-            sample=message["sample"],
-            cache_salt=message["cache_salt"],
-        )
-        own = self.engine.add_request(request, on_token=self._hear if message["stream"] else None)
-        self._engine_ids[message["id"]], self._their_ids[own] = own, message["id"]
-        self.channel.send({"op": "accepted", "id": message["id"]})
+        """Answers to one prompt; if they are drawn at random, as one request, which computes the prompt once."""
+        ids = message["ids"]
+        sampling = SamplingParams(**message["sampling"])
+        together = len(ids) if sampling.temperature > 0 else 1  # the engine takes greedy answers one by one
+        for start in range(0, len(ids), together):
+            request = Request(
+                prompt_ids=message["prompt_ids"],
+                sampling=dataclasses.replace(sampling, n=together),
+                sample=start,
+                cache_salt=message["cache_salt"],
+            )
+            own = self.engine.add_request(request, on_token=self._hear if message["stream"] else None)
+            for k, number in enumerate(ids[start : start + together]):
+                self._engine_ids[number], self._their_ids[own + k] = own + k, number
+        self.channel.send({"op": "accepted", "ids": ids})
 
     def _hear(self, request_id: int, branch: str, ids: list[int]) -> None:
         self._writes.append((self._their_ids[request_id], branch, ids))

@@ -60,6 +60,12 @@ class MultiverseFields(Fields):
     """How a stream comes: in the order of the text, or as branches write, each piece with the name of its branch."""
     return_tree: bool = False
     """Whether the answer also comes as data: ids, positions, labels, log-probabilities and parents of all tokens."""
+    stop_in_branches: bool = False
+    """Whether stop texts and stop tokens in a path end that path; else they end the answer, outside of paths alone."""
+    commit_after: Count = 0
+    """Take the paths of each block for tries: once so many have succeeded, the others are dropped; 0 is off."""
+    commit_on: str = ""
+    """A try succeeds when it ends and its text has this in it."""
     separate_reasoning: bool = False
     """Whether the thought, what stands between the Think tags, comes as `reasoning_content` instead of as content."""
 
@@ -114,6 +120,8 @@ class GenerationFields(Fields):
         model.check_name(self.model)
         check_others(self, REFUSED)
         check_others(self.ours, {})
+        if self.stream and self.ours.commit_after and self.ours.stream_mode == "linear":
+            raise refuse("multiverse", "commit_after drops what was streamed; give stream_mode branches, or no stream")
         if self.count > limits.max_n:
             raise refuse("n", f"{self.count} answers asked for, at most {limits.max_n} are allowed")
         if self.stop_token_ids:
@@ -140,7 +148,14 @@ class GenerationFields(Fields):
         model.check_ids("logit_bias", [int(key) for key in keys])
         return {int(key): float(value) for key, value in (self.logit_bias or {}).items()}
 
-    def sampling(self, model: ServedModel, limits: LimitConfig, max_tokens: int, logprobs: int = 0) -> SamplingParams:
+    def sampling(
+        self,
+        model: ServedModel,
+        limits: LimitConfig,
+        max_tokens: int,
+        logprobs: int = 0,
+        prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
         """What to ask of the engine.
 
         Args:
@@ -148,23 +163,21 @@ class GenerationFields(Fields):
             limits: of the server.
             max_tokens: most tokens of each answer.
             logprobs: alternatives to tell beside each token.
+            prompt_logprobs: those beside each token of the prompt; None tells nothing of the prompt.
 
         Raises:
             ApiError: 400, naming the field.
         """
-        if self.stop_texts(limits):
-            raise refuse("stop", "not supported by this server yet; give stop_token_ids")
-        ours, top_p = self.ours, self.top_p
+        top_p = self.top_p
         greedy = top_p == 0  # the smallest set of tokens with any probability is the most likely one
         stop_ids = [*(self.stop_token_ids or []), *([] if self.ignore_eos else model.end_ids)]
         return make_sampling(
+            self.ours,
             max_tokens=max_tokens,
-            max_critical_tokens=ours.max_critical_tokens,
             temperature=0.0 if greedy else 1.0 if self.temperature is None else float(self.temperature),
             top_k=max(0, self.top_k or 0),
             top_p=1.0 if greedy or top_p is None else float(top_p),
             seed=self.seed,
-            max_concurrent_branches=ours.max_concurrent_branches,
             stop_token_ids=tuple(stop_ids),
             ignore_eos=bool(self.ignore_eos),
             min_tokens=self.min_tokens or 0,
@@ -174,17 +187,34 @@ class GenerationFields(Fields):
             frequency_penalty=float(self.frequency_penalty or 0),
             logit_bias=self._bias(model),
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            stop=tuple(self.stop_texts(limits)),
         )
 
 
-def make_sampling(*, seed: int | None, **values: Any) -> SamplingParams:
+def make_sampling(ours: MultiverseFields, *, seed: int | None, **values: Any) -> SamplingParams:
     """Parameters of the engine; without a seed every answer is another.
+
+    Args:
+        ours: the object `multiverse`.
+        seed: of the request.
+        values: further parameters.
 
     Raises:
         ApiError: 400, naming the field.
     """
     try:
-        return SamplingParams(seed=secrets.randbits(63) if seed is None else seed, **values)
+        return SamplingParams(
+            seed=secrets.randbits(63) if seed is None else seed,
+            max_critical_tokens=ours.max_critical_tokens,
+            max_concurrent_branches=ours.max_concurrent_branches,
+            max_paths=ours.max_branches,
+            max_depth=ours.max_depth if ours.enabled else 0,
+            stop_in_branches=ours.stop_in_branches,
+            commit_after=ours.commit_after,
+            commit_on=ours.commit_on,
+            **values,
+        )
     except GenerationError as error:
         text = str(error)
         raise refuse(text.split()[0], text.partition(" ")[2]) from error

@@ -36,7 +36,19 @@ def of_answer(result: Result) -> list[TokenLogprobs]:
     ]
 
 
-def completion_object(entries: Sequence[TokenLogprobs], tokenizer: MultiverseTokenizer, offset: int) -> dict[str, Any]:
+def of_prompt(result: Result) -> list[TokenLogprobs]:
+    """Those of the tokens of its prompt; the first has none."""
+    logprobs = result.prompt_logprobs or [None] * len(result.prompt_ids)
+    tops = result.prompt_top_logprobs or [None] * len(result.prompt_ids)
+    return [
+        TokenLogprobs(token, logprob, top or [])
+        for token, logprob, top in zip(result.prompt_ids, logprobs, tops, strict=True)
+    ]
+
+
+def completion_object(
+    entries: Sequence[TokenLogprobs], tokenizer: MultiverseTokenizer, *, is_empty: bool = False
+) -> dict[str, Any]:
     """`logprobs` of a choice of /v1/completions: four lists, one entry for each token.
 
     The chosen token is always among its alternatives, with the very same number: evaluators compare the two to find out
@@ -45,19 +57,25 @@ def completion_object(entries: Sequence[TokenLogprobs], tokenizer: MultiverseTok
     Args:
         entries: the tokens.
         tokenizer: of the model.
-        offset: characters before the first of them.
+        is_empty: the answer ended with its first token, which is no part of it. It gets an entry without text:
+            evaluators ask for one token after the prompt, and drop the last entry without looking.
     """
+    offset = 0
     texts = [tokenizer.id_to_text[entry.token] for entry in entries]
     offsets = []
     for text in texts:
         offsets.append(offset)
         offset += len(text)
-    return {
+    found: dict[str, list[Any]] = {
         "tokens": texts,
         "token_logprobs": [_number(entry.logprob) for entry in entries],
         "top_logprobs": [_by_text(entry, tokenizer) for entry in entries],
         "text_offset": offsets,
     }
+    if is_empty:
+        for name, last in {"tokens": "", "token_logprobs": None, "top_logprobs": None, "text_offset": offset}.items():
+            found[name].append(last)
+    return found
 
 
 def chat_object(entries: Sequence[TokenLogprobs], tokenizer: MultiverseTokenizer) -> dict[str, Any]:

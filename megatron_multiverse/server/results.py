@@ -6,7 +6,15 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from megatron_multiverse.inference.text.result import BlockResult, BranchResult, Result, TimelineSpan, TopLogprobs
+from megatron_multiverse.inference.text.result import (
+    BlockResult,
+    BranchResult,
+    DroppedText,
+    Result,
+    StopMatch,
+    TimelineSpan,
+    TopLogprobs,
+)
 
 
 def result_to_dict(result: Result) -> dict[str, Any]:
@@ -14,7 +22,6 @@ def result_to_dict(result: Result) -> dict[str, Any]:
     # Not `asdict` of the whole: it would copy the lists of tokens one number at a time.
     fields = dict(vars(result))
     fields["blocks"] = [asdict(block) for block in result.blocks]
-    fields["timeline"] = [list(span) for span in result.timeline]
     fields["malformed"] = dict(result.malformed)
     return fields
 
@@ -25,13 +32,16 @@ def result_from_dict(fields: dict[str, Any]) -> Result:
     blocks = fields.pop("blocks")
     timeline = fields.pop("timeline")
     malformed = fields.pop("malformed")
-    top = fields.pop("top_logprobs")
+    stops = fields.pop("stops")
+    top, prompt_top = fields.pop("top_logprobs"), fields.pop("prompt_top_logprobs")
     return Result(
         **fields,
         blocks=[_block_from_dict(block) for block in blocks],
         timeline=[TimelineSpan(*span) for span in timeline],
         malformed=Counter(malformed),
+        stops=[StopMatch(*stop) for stop in stops],
         top_logprobs=None if top is None else [_pairs(likely) for likely in top],
+        prompt_top_logprobs=None if prompt_top is None else [_pairs(likely) for likely in prompt_top],
     )
 
 
@@ -40,8 +50,10 @@ def _pairs(likely: list[list[Any]] | None) -> TopLogprobs | None:
 
 
 def _block_from_dict(block: dict[str, Any]) -> BlockResult:
-    branches = [
-        BranchResult(**{**branch, "path": tuple((number, path) for number, path in branch["path"])})
-        for branch in block["branches"]
-    ]
-    return BlockResult(**{**block, "branches": branches})
+    return BlockResult(**{**block, "branches": [_branch_from_dict(branch) for branch in block["branches"]]})
+
+
+def _branch_from_dict(branch: dict[str, Any]) -> BranchResult:
+    path = tuple((number, path) for number, path in branch["path"])
+    dropped = None if branch["dropped"] is None else DroppedText(*branch["dropped"])
+    return BranchResult(**{**branch, "path": path, "dropped": dropped})

@@ -13,10 +13,10 @@ from starlette.requests import ClientDisconnect, Request
 from megatron_multiverse.config import SamplingParams
 from megatron_multiverse.inference.text.detokenize import IncrementalDetokenizer
 from megatron_multiverse.inference.text.result import Result
-from megatron_multiverse.server.answer import AnswerTree, BranchNode, Piece, ThoughtSplitter
+from megatron_multiverse.server.answer import AnswerTree, BranchNode, Piece, ThoughtSplitter, answer_texts
 from megatron_multiverse.server.engine_client import Batch, EngineClient, Write
 from megatron_multiverse.server.errors import unavailable
-from megatron_multiverse.server.fields import MultiverseFields
+from megatron_multiverse.server.fields import GenerationFields
 from megatron_multiverse.server.model import ServedModel
 from megatron_multiverse.server.shapes import check_result
 from megatron_multiverse.server.streams import PING_SECONDS, disconnected
@@ -45,10 +45,10 @@ async def submit(request: Request, asked: Asked, *, stream: bool) -> Batch:
         raise unavailable("draining")
     client: EngineClient = state.client
     client.check_room(len(asked.prompts) * asked.count)
-    requests = [(prompt, asked.sampling, sample) for prompt in asked.prompts for sample in range(asked.count)]
     # How long a prompt takes tells whether another began alike; so each key has a cache of its own.
     salt = repr((request.headers.get("authorization"), asked.cache_salt))
-    batch = client.submit(requests, stream=stream, cache_salt=hashlib.sha256(salt.encode()).hexdigest())
+    salt = hashlib.sha256(salt.encode()).hexdigest()
+    batch = client.submit(asked.prompts, asked.sampling, asked.count, stream=stream, cache_salt=salt)
     try:
         await batch.accepted()
     except BaseException:
@@ -81,14 +81,14 @@ async def complete(request: Request, asked: Asked) -> list[Result]:
     return results
 
 
-async def pieces(request: Request, batch: Batch, fields: MultiverseFields) -> AsyncGenerator[Piece | None, None]:
+async def pieces(request: Request, batch: Batch, fields: GenerationFields) -> AsyncGenerator[Piece | None, None]:
     """What answers become, as it happens; None now and then while nothing does. Ends when all are complete.
 
     Raises:
         ApiError: the engine failed.
     """
     model: ServedModel = request.app.state.model
-    kind = _BranchPieces if fields.stream_mode == "branches" else _LinearPieces
+    kind = _BranchPieces if fields.ours.stream_mode == "branches" else _LinearPieces
     writers = [kind(index, model, fields) for index in range(len(batch.generations))]
     started, heard = time.monotonic(), False
     try:
@@ -109,32 +109,53 @@ async def pieces(request: Request, batch: Batch, fields: MultiverseFields) -> As
 
 
 class _LinearPieces:
-    """Pieces of one answer in the order of its text: what paths write waits until those before them have ended."""
+    """Pieces of one answer in the order of its text: what paths write waits until those before them have ended.
 
-    def __init__(self, index: int, model: ServedModel, fields: MultiverseFields) -> None:
+    A stop text is no part of the text, so what could become one is held back until it is known.
+    """
+
+    def __init__(self, index: int, model: ServedModel, fields: GenerationFields) -> None:
         self._index = index
+        self._model = model
         self._tree = AnswerTree(_end_path_id(model))
-        self._splitter = ThoughtSplitter(model.tokenizer, split=fields.separate_reasoning)
+        self._splitter = ThoughtSplitter(model.tokenizer, split=fields.ours.separate_reasoning)
+        stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
+        self._held_back = max((len(text) - 1 for text in stop), default=0)
+        self._text = self._thought = ""  # what is known
+        self._sent = [0, 0]  # characters of each that are out
 
     def push(self, writes: Sequence[Write], result: Result | None) -> list[Piece]:
         for name, ids in writes:
             self._tree.push(name, ids)
-        if result is not None:
+        if result is None:
+            self._take(*self._splitter.push(self._tree.take()))
+            end = self._held_back
+        else:
             check_result(result)
             self._tree.finish()
-        text, thought = self._splitter.push(self._tree.take())
-        if result is not None:
-            last_text, last_thought = self._splitter.finish()
-            text, thought = text + last_text, thought + last_thought
+            self._take(*self._splitter.push(self._tree.take()))
+            self._take(*self._splitter.finish())
+            end = 0
+            if result.stops:
+                self._text, self._thought = answer_texts(result, self._model.tokenizer, split=self._splitter.splits)
+        text, thought = self._new(0, self._text, end), self._new(1, self._thought, end)
         if not (text or thought or result):
             return []
         return [Piece(index=self._index, text=text, thought=thought, result=result)]
+
+    def _take(self, text: str, thought: str) -> None:
+        self._text += text
+        self._thought += thought
+
+    def _new(self, which: int, text: str, held_back: int) -> str:
+        start, self._sent[which] = self._sent[which], max(self._sent[which], len(text) - held_back)
+        return text[start : self._sent[which]]
 
 
 class _BranchPieces:
     """Pieces of one answer as its branches write, each with the name of its branch."""
 
-    def __init__(self, index: int, model: ServedModel, fields: MultiverseFields) -> None:
+    def __init__(self, index: int, model: ServedModel, fields: GenerationFields) -> None:
         self._index = index
         self._detokenize = model.tokenizer.detokenize
         self._tree = AnswerTree(_end_path_id(model))

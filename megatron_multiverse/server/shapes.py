@@ -67,6 +67,7 @@ def multiverse(result: Result, *, tree: bool) -> dict[str, Any]:
         "num_parallel": round(result.num_parallel, 4),
         "decode_steps": result.decode_steps,
         "preemptions": result.preemptions,
+        "dropped_tokens": result.dropped_tokens,
         "malformed": dict(result.malformed),
         "blocks": blocks,
     }

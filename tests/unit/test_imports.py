@@ -35,6 +35,7 @@ ALLOWED = {
     "training": {"checkpoints"},
     "inference": {"checkpoints"},
     "server": {"errors", "config", "structure", "data", "dtypes", "model", "inference"},
+    "clients": {"errors", "config", "files", "structure", "data", "inference", "views"},
     "views": {"errors", "config", "files", "structure", "data", "model", "checkpoints", "inference"},
 }
 ALLOWED["checkpoints"] |= ALLOWED["model"] | {"data", "model"}

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import logprobs, shapes
-from megatron_multiverse.server.answer import Piece, ThoughtSplitter
+from megatron_multiverse.server.answer import Piece, answer_texts
 from megatron_multiverse.server.body import Fields, check_others, read_fields
 from megatron_multiverse.server.engine_client import Batch
 from megatron_multiverse.server.errors import refuse
@@ -108,7 +108,7 @@ async def chat_completions(request: Request) -> Response:
         batch = await submit(request, asked, stream=True)
         return EventStream(answer.events(batch), idle_timeout=limits.idle_stream_timeout)
     results = await complete(request, asked)
-    return JSONResponse(await answer.whole(results))
+    return JSONResponse(answer.whole(results))
 
 
 async def chat_prompt(fields: ChatFields, model: ServedModel) -> list[int]:
@@ -185,17 +185,17 @@ class _Answer:
             "model": self.model.name,
         }
 
-    async def whole(self, results: Sequence[Result]) -> dict[str, Any]:
+    def whole(self, results: Sequence[Result]) -> dict[str, Any]:
         """The whole answer as one object."""
-        choices = [await self._choice(index, result) for index, result in enumerate(results)]
+        choices = [self._choice(index, result) for index, result in enumerate(results)]
         return self.head | {"choices": choices, "usage": shapes.usage(results, [self.prompt])}
 
-    async def _choice(self, index: int, result: Result) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": await self.model.detokenize(result.token_ids)}
-        if self.fields.ours.separate_reasoning:
-            splitter = ThoughtSplitter(self.model.tokenizer, split=True)
-            parts = splitter.push(result.token_ids), splitter.finish()
-            message["content"], message["reasoning_content"] = ("".join(texts) for texts in zip(*parts, strict=True))
+    def _choice(self, index: int, result: Result) -> dict[str, Any]:
+        split = self.fields.ours.separate_reasoning
+        content, thought = answer_texts(result, self.model.tokenizer, split=split)
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if split:
+            message["reasoning_content"] = thought
         if self.fields.return_tokenized_data:
             message |= {"prompt_token_ids": result.prompt_ids, "generation_token_ids": result.token_ids}
             message["generation_log_probs"] = result.logprobs
@@ -216,7 +216,7 @@ class _Answer:
         for index in range(len(batch.generations)):  # choices open in the order of their index, the role only here
             delta = {"role": "assistant", "content": ""}
             yield self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
-        async for piece in pieces(self.request, batch, self.fields.ours):
+        async for piece in pieces(self.request, batch, self.fields):
             if piece is None:
                 yield PING
                 continue

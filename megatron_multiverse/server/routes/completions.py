@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -12,6 +13,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from megatron_multiverse.inference.text.answer import answer_text
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import logprobs, shapes
 from megatron_multiverse.server.answer import Piece
@@ -47,19 +49,25 @@ async def completions(request: Request) -> Response:
     fields.check(model, limits)
     prompts = await prompt_ids(fields.prompt, model, limits)
     max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
+    if max_tokens == 0 and (fields.stream or not fields.echo):
+        raise refuse("max_tokens", "0 asks for nothing but the prompt, which needs echo, and no stream")
     if fields.logprobs is not None:
         if fields.logprobs > limits.max_logprobs:
             raise refuse("logprobs", f"{fields.logprobs} alternatives, at most {limits.max_logprobs} are allowed")
-        if fields.stream or fields.echo:
-            raise refuse("logprobs", "not together with stream or echo; leave one of them out")
-    sampling = fields.sampling(model, limits, max_tokens, fields.logprobs or 0)
+        if fields.stream:
+            raise refuse("logprobs", "not together with stream; leave one of them out")
+    scored = fields.logprobs if fields.echo else None
+    # The engine writes at least one token. Where none is asked for, it is left out of the answer.
+    sampling = fields.sampling(model, limits, max(1, max_tokens), fields.logprobs or 0, scored)
     answer = _Answer(request, fields, prompts)
     asked = Asked(prompts=prompts, sampling=sampling, count=fields.count, cache_salt=fields.cache_salt)
     if fields.stream:
         batch = await submit(request, asked, stream=True)
         return EventStream(answer.events(batch), idle_timeout=limits.idle_stream_timeout)
     results = await complete(request, asked)
-    return JSONResponse(await answer.whole(results))
+    if max_tokens == 0:
+        results = [without_tokens(result) for result in results]
+    return JSONResponse(answer.whole(results))
 
 
 async def prompt_ids(
@@ -82,6 +90,23 @@ async def prompt_ids(
     return ids
 
 
+def without_tokens(result: Result) -> Result:
+    """The result of a request that asked for no token: what the engine knows of the prompt."""
+    return dataclasses.replace(
+        result,
+        token_ids=[],
+        position_ids=[],
+        logprobs=[],
+        top_logprobs=None if result.top_logprobs is None else [],
+        labels=[],
+        parents=[],
+        blocks=[],
+        stops=[],
+        critical_tokens=0,
+        finish_reason="length",
+    )
+
+
 class _Answer:
     """Makes the objects of one answer."""
 
@@ -97,17 +122,21 @@ class _Answer:
             "model": self.model.name,
         }
 
-    async def whole(self, results: Sequence[Result]) -> dict[str, Any]:
+    def whole(self, results: Sequence[Result]) -> dict[str, Any]:
         """The whole answer as one object."""
-        choices = [await self._choice(index, result) for index, result in enumerate(results)]
+        choices = [self._choice(index, result) for index, result in enumerate(results)]
         return self.head | {"choices": choices, "usage": shapes.usage(results, self.prompts)}
 
-    async def _choice(self, index: int, result: Result) -> dict[str, Any]:
-        shown = [*result.prompt_ids, *result.token_ids] if self.fields.echo else result.token_ids
-        text = await self.model.detokenize(shown)
+    def _choice(self, index: int, result: Result) -> dict[str, Any]:
+        tokenizer = self.model.tokenizer
+        echoed = tokenizer.detokenize(result.prompt_ids) if self.fields.echo else ""
+        text = echoed + answer_text(result, tokenizer.detokenize)
         choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": result.finish_reason}
         if self.fields.logprobs is not None:
-            choice["logprobs"] = logprobs.completion_object(logprobs.of_answer(result), self.model.tokenizer, 0)
+            entries = logprobs.of_prompt(result) if self.fields.echo else []
+            is_empty = not result.token_ids and self.fields.max_tokens != 0
+            entries += logprobs.of_answer(result)
+            choice["logprobs"] = logprobs.completion_object(entries, tokenizer, is_empty=is_empty)
         return choice | self._extras(result)
 
     def _extras(self, result: Result) -> dict[str, Any]:
@@ -121,7 +150,7 @@ class _Answer:
         for index in range(len(batch.generations)):  # choices open in the order of their index
             echoed = await self.model.detokenize(self.prompts[index // count]) if self.fields.echo else ""
             yield self._chunk({"index": index, "text": echoed, "logprobs": None, "finish_reason": None})
-        async for piece in pieces(self.request, batch, self.fields.ours):
+        async for piece in pieces(self.request, batch, self.fields):
             if piece is None:
                 yield PING
                 continue

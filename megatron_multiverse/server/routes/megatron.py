@@ -10,11 +10,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from megatron_multiverse.inference.text.result import Result
-from megatron_multiverse.server import shapes
+from megatron_multiverse.server import logprobs, shapes
 from megatron_multiverse.server.body import Fields, check_others, read_fields
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, MultiverseFields, Number, Seed, make_sampling
 from megatron_multiverse.server.model import ServedModel
+from megatron_multiverse.server.routes.completions import without_tokens
 from megatron_multiverse.server.serving import Asked, complete
 
 router = APIRouter()
@@ -56,16 +57,16 @@ async def api(request: Request) -> Response:
     check_others(fields, REFUSED)
     if not 1 <= len(fields.prompts) <= limits.max_prompts:
         raise refuse("prompts", f"{len(fields.prompts)} prompts, 1 to {limits.max_prompts} are allowed")
-    if fields.logprobs:
-        raise refuse("logprobs", "not supported by this server yet; leave it out")
+    if fields.tokens_to_generate == 0 and not fields.logprobs:
+        raise refuse("tokens_to_generate", "0 asks for nothing but the prompt, which needs logprobs")
     prompts = await _prompts(fields, model)
-    ours = fields.multiverse or MultiverseFields()
     stop = [] if fields.stop_token is None else [fields.stop_token]
     model.check_ids("stop_token", stop)
     sampling = make_sampling(
-        max_tokens=fields.tokens_to_generate,
-        max_critical_tokens=ours.max_critical_tokens,
-        max_concurrent_branches=ours.max_concurrent_branches,
+        fields.multiverse or MultiverseFields(),
+        max_tokens=max(1, fields.tokens_to_generate),
+        prompt_logprobs=0 if fields.logprobs else None,
+        stop=("\n",) if fields.stop_on_eol else (),
         temperature=0.0 if fields.top_k == 1 else float(fields.temperature),
         top_k=fields.top_k,
         top_p=float(fields.top_p) or 1.0,  # 0 is off there
@@ -73,6 +74,8 @@ async def api(request: Request) -> Response:
         stop_token_ids=(*stop, *model.end_ids),
     )
     results = await complete(request, Asked(prompts=prompts, sampling=sampling))
+    if fields.tokens_to_generate == 0:
+        results = [without_tokens(result) for result in results]
     return JSONResponse(await _answer(fields, model, results))
 
 
@@ -97,6 +100,12 @@ async def _answer(fields: ApiFields, model: ServedModel, results: list[Result]) 
         "segments": [[pieces[token] for token in ids] for ids in tokens],
         "tokens": tokens,
     }
+    if fields.logprobs:
+        # As Megatron has them: none for the first token, one for each other token of prompt and answer.
+        answer["logprobs"] = [
+            [entry.logprob for entry in [*logprobs.of_prompt(result)[1:], *logprobs.of_answer(result)]]
+            for result in results
+        ]
     if fields.multiverse is not None:
         answer["multiverse"] = [shapes.multiverse(result, tree=fields.multiverse.return_tree) for result in results]
         answer["usage"] = shapes.usage(results, [result.prompt_ids for result in results])

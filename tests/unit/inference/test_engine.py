@@ -315,15 +315,24 @@ def test_malformed_output_goes_on_as_plain_text_and_is_counted(root, code):
     assert result.malformed[code] >= 1
 
 
-def test_blocks_deeper_than_allowed_stay_serial():
+@pytest.mark.parametrize(("of_engine", "of_request"), [(1, None), (5, 1), (1, 5), (None, 1)])
+def test_blocks_deeper_than_allowed_stay_serial(of_engine, of_request):
     script = {
         (): [*goal(1), EOS],
         ((0, 0),): [*goal(1), Tag.END_PATH],
     }
-    engine = toy_engine(sampler=ScriptedSampler([script]), max_depth=1)
-    result = engine.generate([ask([TEXT])])[0]
+    engine = toy_engine(sampler=ScriptedSampler([script]), max_depth=of_engine)
+    result = engine.generate([ask([TEXT], max_depth=of_request)])[0]
     assert result.malformed["too_deep"] == 1
     assert len(result.blocks) == 1
+
+
+@pytest.mark.parametrize(("of_engine", "of_request"), [(2, None), (64, 2), (2, 64), (None, 2)])
+def test_goals_with_more_outlines_than_allowed_stay_serial(of_engine, of_request):
+    script = {(): [*goal(3), TEXT, EOS]}
+    engine = toy_engine(sampler=ScriptedSampler([script]), max_paths=of_engine)
+    result = engine.generate([ask([TEXT], max_paths=of_request)])[0]
+    assert result.blocks == [] and result.token_ids[-1] == TEXT
 
 
 def test_tags_in_the_prompt_are_inert():

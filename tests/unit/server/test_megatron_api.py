@@ -56,6 +56,21 @@ def test_stop_token(server: Running) -> None:
     assert put(server, body)["text"][0] == PROMPT + "<Think>\n</Think>", "what was open is closed"
 
 
+def test_logprobs_and_a_prompt_alone(server: Running) -> None:
+    body = {"prompts": ["A = 15"], "tokens_to_generate": 3, "top_k": 1, "logprobs": True}
+    answer = put(server, body)
+    (logprobs,), (tokens,) = answer["logprobs"], answer["tokens"]
+    assert len(logprobs) == len(tokens) - 1 and all(logprob < 0 for logprob in logprobs)
+    alone = put(server, body | {"tokens_to_generate": 0})
+    assert alone["text"] == ["A = 15"] and alone["logprobs"][0] == logprobs[: len(alone["tokens"][0]) - 1]
+
+
+def test_stop_on_eol(server: Running) -> None:
+    body = {"prompts": [PROMPT + "<Think>\n"], "tokens_to_generate": 50, "top_k": 1, "stop_on_eol": True}
+    assert "Let's think in parallel." in put(server, body)["text"][0]
+    assert "<Parallel>" not in put(server, body)["text"][0]
+
+
 def test_errors_are_objects_with_a_message(server: Running) -> None:
     with pytest.raises(urllib.error.HTTPError) as raised:
         put(server, {"prompts": [], "tokens_to_generate": 2})

@@ -122,6 +122,14 @@ def test_branches_side_by_side(client: openai.OpenAI) -> None:
     assert inner.count("1") > 20 and inner.count("2") > 20, "they write at the same time"
 
 
+@pytest.mark.parametrize("limit", [{"enabled": False}, {"max_depth": 0}, {"max_branches": 1}], ids=str)
+def test_forks_can_be_limited(client: openai.OpenAI, limit: dict[str, object]) -> None:
+    options = {"model": NAME, "prompt": PROMPT, "max_tokens": 100, "temperature": 0}
+    choice = client.completions.create(**options, extra_body={"multiverse": limit}).choices[0]  # type: ignore[call-overload]
+    assert choice.multiverse["blocks"] == [] and choice.multiverse["num_parallel"] == 1
+    assert "</Goal>" in choice.text
+
+
 def test_the_tree_as_data(client: openai.OpenAI) -> None:
     options = {"model": NAME, "prompt": PROMPT, "max_tokens": 900, "temperature": 0}
     choice = client.completions.create(**options, extra_body={"multiverse": {"return_tree": True}}).choices[0]  # type: ignore[call-overload]
@@ -151,6 +159,55 @@ def test_logprobs_of_completions(client: openai.OpenAI) -> None:
         else:
             assert top[text] == logprob == max(top.values()), "greedy, to the last bit"
     assert 10 < forced < 60, "what the engine wrote has none"
+
+
+def test_a_prompt_is_scored_as_evaluators_ask(client: openai.OpenAI) -> None:
+    """Ids in, echo, one token, one alternative; and the same with no token at all, as Megatron's clients ask."""
+    ids = [tokenizer().tokenize(PROMPT + "<Think>\nLet's think in parallel.\n"), tokenizer().tokenize("A = 15")]
+    for most in (1, 0):
+        choices = client.completions.create(
+            model=NAME, prompt=ids, max_tokens=most, echo=True, logprobs=1, temperature=0, seed=1234
+        ).choices
+        for choice, prompt in zip(choices, ids, strict=True):
+            found = choice.logprobs
+            assert found is not None and found.token_logprobs is not None and found.top_logprobs is not None
+            assert len(found.token_logprobs) == len(found.top_logprobs) == len(prompt) + most
+            assert found.token_logprobs[0] is None and "".join(found.tokens or []) == choice.text
+            for logprob, top in zip(found.token_logprobs[1 : len(prompt)], found.top_logprobs[1:], strict=False):
+                assert logprob in top.values(), "the very same number"
+    greedy = [logprob == max(top.values()) for logprob, top in zip(*_scored(client, ids[0]), strict=True)]
+    assert greedy[-8:] == [True] * 8 and not all(greedy)
+
+
+def _scored(client: openai.OpenAI, prompt: list[int]) -> tuple[list[float], list[dict[str, float]]]:
+    found = (
+        client.completions.create(model=NAME, prompt=prompt, max_tokens=0, echo=True, logprobs=1, temperature=0)
+        .choices[0]
+        .logprobs
+    )
+    assert found is not None and found.token_logprobs is not None and found.top_logprobs is not None
+    return found.token_logprobs[1:], found.top_logprobs[1:]
+
+
+@pytest.mark.parametrize("stop", ["carry", ["nowhere", "0, carry"], "</Conclusion>\n", "in parallel"])
+def test_stop_texts_end_answers_whole_and_streamed(client: openai.OpenAI, stop: str | list[str]) -> None:
+    options = {"model": NAME, "prompt": PROMPT, "max_tokens": 700, "temperature": 0}
+    full = client.completions.create(**options).choices[0].text  # type: ignore[call-overload]
+    whole = client.completions.create(**options, stop=stop).choices[0]  # type: ignore[call-overload]
+    streamed = "".join(c.choices[0].text for c in client.completions.create(**options, stop=stop, stream=True))  # type: ignore[call-overload]
+    assert streamed == whole.text and whole.finish_reason == "stop"
+    in_paths = stop in ("carry", ["nowhere", "0, carry"])
+    assert (whole.text == full) == in_paths, "outside of paths alone"
+    if not in_paths:
+        assert stop not in whole.text and full.startswith(whole.text.split("\n</")[0])
+
+
+def test_tries_are_committed(client: openai.OpenAI) -> None:
+    options = {"model": NAME, "prompt": PROMPT, "max_tokens": 700, "temperature": 0}
+    choice = client.completions.create(**options, extra_body={"multiverse": {"commit_after": 1}}).choices[0]  # type: ignore[call-overload]
+    (block,) = choice.multiverse["blocks"]
+    assert sorted(branch["finish_reason"] for branch in block["branches"]) == ["dropped", "path_end"]
+    assert choice.multiverse["dropped_tokens"] > 0
 
 
 def test_logprobs_of_chat(client: openai.OpenAI) -> None:

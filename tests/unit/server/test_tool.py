@@ -92,6 +92,13 @@ def test_the_commands_of_the_docs_run_as_written(tool: Tool) -> None:
     assert outputs[2].endswith("data: [DONE]\n\n") and '"event":"open"' in outputs[2]
 
 
+def test_the_tools_of_the_docs_run_as_written(tool: Tool) -> None:
+    (block,) = [text for kind, text in FENCE.findall(DOCS) if "text_generation_cli.py" in text]
+    chat, bench = block.replace(".venv/bin/python", sys.executable).strip().splitlines()
+    assert "root       | Answer: A = 3; B = 7" in run_as_written(chat, tool)
+    assert "0 errors" in run_as_written(bench, tool).splitlines()[-1]
+
+
 def test_the_python_of_the_docs_runs_as_written(tool: Tool) -> None:
     (script,) = [text for kind, text in FENCE.findall(DOCS) if kind == "python"]
     script = script.replace("http://127.0.0.1:5000", tool.url)

@@ -1,0 +1,110 @@
+"""The little of HTTP that all clients here need."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx2
+
+from megatron_multiverse.errors import GenerationError
+
+KEY_VARIABLE = "MULTIVERSE_API_KEY"
+
+
+class ServerError(GenerationError):
+    """A server refused a request, or broke off.
+
+    Attributes:
+        status: HTTP status; 0 for a stream that broke off.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def connect(url: str, *, timeout: float = 600.0, most: int | None = None) -> httpx2.AsyncClient:
+    """A client of a server, with the key of MULTIVERSE_API_KEY if that is set.
+
+    Args:
+        url: base of the server, without /v1.
+        timeout: seconds that the server may stay silent.
+        most: connections at once; default: no limit.
+    """
+    key = os.environ.get(KEY_VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx2.AsyncClient(
+        base_url=url.rstrip("/"), headers=headers, timeout=timeout, limits=httpx2.Limits(max_connections=most)
+    )
+
+
+async def post(client: httpx2.AsyncClient, path: str, body: dict[str, Any]) -> Any:
+    """The JSON of an answer.
+
+    Raises:
+        ServerError: the server refused, or cannot be reached.
+        httpx2.HTTPError: it broke off.
+    """
+    with _told(client):
+        return _json(await client.post(path, json=body))
+
+
+async def get(client: httpx2.AsyncClient, path: str) -> Any:
+    """What the server says of itself.
+
+    Raises:
+        ServerError, httpx2.HTTPError: see `post`.
+    """
+    with _told(client):
+        return _json(await client.get(path))
+
+
+def _json(response: httpx2.Response) -> Any:
+    if response.status_code != 200:
+        raise ServerError(response.status_code, error_text(response.status_code, response.text))
+    return response.json()
+
+
+async def stream(client: httpx2.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[Any]:
+    """The chunks of a stream, as they come.
+
+    Raises:
+        ServerError: the server cannot be reached, refused, sent an error, or ended without saying that it was done.
+        httpx2.HTTPError: it broke off.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        with _told(client):
+            response = await stack.enter_async_context(client.stream("POST", path, json=body | {"stream": True}))
+        if response.status_code != 200:
+            raise ServerError(response.status_code, error_text(response.status_code, (await response.aread()).decode()))
+        async with contextlib.aclosing(response.aiter_lines()) as lines:  # type: ignore[type-var]
+            async for line in lines:
+                if line == "data: [DONE]":
+                    return
+                if line.startswith("data: "):
+                    chunk = json.loads(line[6:])
+                    if "error" in chunk:
+                        raise ServerError(0, error_text(0, line[6:]))
+                    yield chunk
+    raise ServerError(0, "the stream ended without [DONE]")
+
+
+@contextlib.contextmanager
+def _told(client: httpx2.AsyncClient) -> Iterator[None]:
+    try:
+        yield
+    except httpx2.ConnectError as error:
+        raise ServerError(
+            0, f"no server answers at {client.base_url}; start one, or name another with --url"
+        ) from error
+
+
+def error_text(status: int, text: str) -> str:
+    """What an error says, whatever its shape."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(text)["error"]["message"])
+    return f"status {status}: {text[:200]}"

@@ -1,0 +1,111 @@
+"""The tools that talk to servers, against a server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_multiverse.clients.chat import ChatConfig, converse
+from megatron_multiverse.clients.http import ServerError, connect, post, stream
+from megatron_multiverse.clients.load import LoadConfig, measure
+from megatron_multiverse.clients.soak import LENGTHS, PROMPTS, Clients, SoakConfig
+from megatron_multiverse.errors import ConfigError
+from tests.unit.server.running import PROMPT, Running
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_load_in_both_loops_counts_what_was_served(server: Running) -> None:
+    config = LoadConfig(
+        url=server.url,
+        concurrency=[2],
+        rate=[50.0],
+        num_requests=3,
+        warmup=1,
+        prompt="Work out A = 1 + 2.",
+        max_tokens=20,
+    )
+
+    async def rows() -> list[dict[str, float]]:
+        return [row async for row in measure(config)]
+
+    closed, opened = asyncio.run(rows())
+    assert closed["concurrency"] == 2 and opened["rate"] == 50
+    for row in (closed, opened):
+        assert row["answers"] == 3 and row["num_errors"] == 0 and row["tokens_per_second"] > 0
+        assert 0 < row["ttft_ms_p50"] <= row["ttft_ms_p95"] <= row["ttft_ms_p99"] <= row["latency_ms_p99"]
+    with pytest.raises(ConfigError):
+        LoadConfig(rate=[0.0])
+
+
+def test_load_reports_errors_and_goes_on(server: Running) -> None:
+    config = LoadConfig(url=server.url, concurrency=[1], num_requests=2, warmup=0, temperature=-1.0)
+
+    async def rows() -> list[dict[str, object]]:
+        return [row async for row in measure(config)]
+
+    (row,) = asyncio.run(rows())
+    assert row["answers"] == 0 and row["num_errors"] == 2 and "temperature" in str(row["errors"])
+
+
+def test_chat_prints_every_branch(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    asyncio.run(converse(ChatConfig(url=server.url, prompt=PROMPT, max_tokens=700)))
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert "path 1     | A = 1550" in lines and "path 2     | B = 124" in lines
+    assert lines[-1] == "root       | Answer: A = 1550; B = 124"
+    assert "tokens for each on the longest chain" in printed.err
+
+
+def test_a_server_that_is_not_there_is_one_line() -> None:
+    for tool in ("text_generation_cli.py", "bench_server.py"):
+        command = [sys.executable, str(ROOT / "tools" / tool), "--url", "http://127.0.0.1:9", "--prompt", "x"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and done.stderr.startswith("error: no server answers at http://127.0.0.1:9")
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_errors_keep_what_the_server_said(server: Running) -> None:
+    async def main() -> None:
+        async with connect(server.url) as client:
+            with pytest.raises(ServerError, match="temperature") as raised:
+                await post(client, "/v1/completions", {"prompt": "a", "temperature": -1})
+            assert raised.value.status == 400
+            with pytest.raises(ServerError, match="temperature"):
+                async for _ in stream(client, "/v1/completions", {"prompt": "a", "temperature": -1}):
+                    raise AssertionError("no chunk")
+
+    asyncio.run(main())
+
+
+def test_a_short_soak_holds(server: Running) -> None:
+    """The clients of tools/dev/soak_server.py for some seconds; what they find wrong is empty."""
+    clients = Clients(SoakConfig(seconds=3, rate=15), server.url)
+
+    async def main() -> None:
+        await clients.learn()
+        await clients.come()
+
+    asyncio.run(main())
+    tally = clients.tally
+    assert tally.wrong == [] and tally.hangs == 0 and sum(tally.kinds.values()) > 10
+    assert len(clients.expected) == len(PROMPTS) * len(LENGTHS)
+    server.wait_until_free(30)
+
+
+def test_the_soak_notices_what_is_wrong(server: Running) -> None:
+    clients = Clients(SoakConfig(), server.url)
+
+    async def main() -> None:
+        clients.expected = {(prompt, length): "never said" for prompt in range(len(PROMPTS)) for length in LENGTHS}
+        async with connect(server.url) as client:
+            await clients._visit(clients._whole, client, asyncio.Semaphore())
+
+    asyncio.run(main())
+    (wrong,) = clients.tally.wrong
+    assert "never said" in wrong and json.dumps(wrong)
