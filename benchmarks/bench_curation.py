@@ -1,0 +1,182 @@
+"""The curator under stress, against the local server of its tests: faults, kills and throughput.
+
+    python -m benchmarks.bench_curation --part faults
+    python -m benchmarks.bench_curation --part kills
+    python -m benchmarks.bench_curation --part throughput --samples FOLDER
+
+Prints one JSON object. The figures in docs/curation.md are from benchmarks/results/curation_*.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_multiverse.cli import parse_options, run_tool
+from megatron_multiverse.curation.trees import parse_think
+from megatron_multiverse.structure import Parts
+from tests.unit.curation.anthropic_server import KEY, AnthropicServer, Faults
+from tests.unit.curation.conftest import read_rows, write_chains
+from tests.unit.curation.random_trees import trajectory
+from tests.unit.curation.scripted import Script
+
+ROOT = Path(__file__).parents[1]
+LIVE_FAULTS = (
+    "429", "429_after", "529", "500", "timeout", "drop", "cut_json", "html",
+    "refusal", "max_tokens", "context_window", "wrong_structure",
+)  # fmt: skip
+BATCH_FAULTS = (
+    "errored", "invalid", "expired", "canceled", "refusal", "max_tokens", "context_window", "wrong_structure"
+)  # fmt: skip
+ANSWER_S = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Stress the curator against a local server."""
+
+    part: Literal["faults", "kills", "throughput"] = "faults"
+    """faults: every fault of a provider at once. kills: kill -9 at random moments. throughput: are the slots busy?"""
+    count: int = 0
+    """Number of chains; 0 takes 200, 40 and 1,000."""
+    samples: str = ""
+    """Folder of real trajectories (*.xml) for the throughput; random ones without it."""
+    concurrency: int = 4
+    """Requests at the same time, for the throughput."""
+    fault_rate: float = 0.05
+    """Share of requests that each fault hits; with at least three requests for a sample, about three times as many
+    samples."""
+
+
+def command(folder: Path, server: AnthropicServer, *options: str) -> list[str]:
+    words = [sys.executable, "tools/curate_data.py", "--input", str(folder / "chains.jsonl")]
+    words += ["--output", str(folder / "out"), "--model", "claude-sonnet-5-5", "--base-url", server.url, "--yes"]
+    words += ["--min-net-gain", "0", "--independence", "report", "--views", "0", "--poll-interval", "0.1"]
+    return [*words, *options]
+
+
+def run(words: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"ANTHROPIC_API_KEY": KEY}
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def bench_faults(options: BenchOptions, folder: Path) -> dict[str, Any]:
+    scripts = [Script(trajectory(seed)) for seed in range(options.count or 200)]
+    found: dict[str, Any] = {"samples": len(scripts), "rate_per_request": options.fault_rate}
+    for name in ("live", "batch"):
+        own = folder / name
+        own.mkdir()
+        write_chains(own / "chains.jsonl", scripts)
+        live = dict.fromkeys(LIVE_FAULTS, options.fault_rate) if name == "live" else {}
+        batch = dict.fromkeys(BATCH_FAULTS, options.fault_rate)
+        with AnthropicServer(scripts, faults=Faults(live), batch_faults=batch) as server:
+            started = time.monotonic()
+            done = run(command(own, server, "--request-timeout", "2", *(["--batch"] if name == "batch" else [])))
+            report = json.loads((own / "out" / "report.json").read_text())
+            aside = read_rows(own / "out" / "set_aside.jsonl")
+            found[name] = {
+                "exit_code": done.returncode,
+                "seconds": round(time.monotonic() - started, 1),
+                "faults": {fault: count for fault, count in sorted(server.failed.items()) if count},
+                "passed": report["passed"],
+                "set_aside": report["set_aside"],
+                "left": report["left"],
+                "set_aside_without_history": sum(not row["history"] for row in aside),
+                "answers_delivered": server.delivered.total(),
+                "delivered_twice": sum(count - 1 for count in server.delivered.values()),
+            }
+    return found
+
+
+def bench_kills(options: BenchOptions, folder: Path) -> dict[str, Any]:
+    scripts = [Script(trajectory(seed)) for seed in range(options.count or 40)]
+    found: dict[str, Any] = {"samples": len(scripts)}
+    rng = random.Random(0)
+    for name in ("live", "batch"):
+        own = folder / name
+        own.mkdir()
+        write_chains(own / "chains.jsonl", scripts)
+        more = ["--concurrency", "4", *(["--batch"] if name == "batch" else [])]
+        with AnthropicServer(scripts, latency_s=0.2, batch_s=0.5) as server:
+            environment = os.environ | {"ANTHROPIC_API_KEY": KEY}
+            killed = 0
+            for _ in range(20):
+                process = subprocess.Popen(
+                    command(own, server, *more), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )  # fmt: skip
+                calls = server.calls.total()
+                while server.calls.total() == calls and process.poll() is None:
+                    time.sleep(0.005)
+                time.sleep(rng.uniform(0, 0.5))
+                killed += process.poll() is None
+                process.kill()
+                process.wait()
+            done = run(command(own, server, *more))
+            rows = [row["deepseek_thinking_trajectory_parallel"] for row in read_rows(own / "out" / "rows.jsonl")]
+            found[name] = {
+                "killed_while_running": killed,
+                "exit_code": done.returncode,
+                "rows_as_without_kills": sum(
+                    parse_think(row) == script.parts for row, script in zip(rows, scripts, strict=True)
+                ),
+                "answers_delivered": server.delivered.total(),
+                "sent_again_because_under_way_when_killed": sum(c - 1 for c in server.delivered.values()),
+            }
+    return found
+
+
+def bench_throughput(options: BenchOptions, folder: Path) -> dict[str, Any]:
+    count = options.count or 1_000
+    files = sorted(Path(options.samples).glob("*.xml")) if options.samples else []
+    trees = [parse_think(file.read_text(encoding="utf-8")) for file in files] or [trajectory(k) for k in range(14)]
+    scripts = [Script(_numbered(trees[k % len(trees)], k)) for k in range(count)]
+    write_chains(folder / "chains.jsonl", scripts)
+    with AnthropicServer(scripts, latency_s=ANSWER_S) as server:
+        done = run(command(folder, server, "--concurrency", str(options.concurrency)))
+        busy = server.busy
+    area = sum(width * (after - before) for (before, width), (after, _) in pairwise(busy))
+    seconds = busy[-1][0] - busy[0][0]
+    return {
+        "samples": count,
+        "characters": sum(len(script.text) for script in scripts),
+        "concurrency": options.concurrency,
+        "answer_s": ANSWER_S,
+        "exit_code": done.returncode,
+        "seconds": round(seconds, 1),
+        "answers": server.delivered.total(),
+        "busy_share_seen_by_the_server": round(area / seconds / options.concurrency, 3),
+        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+    }
+
+
+def _numbered(parts: Parts, number: int) -> Parts:
+    """The same trajectory as another sample."""
+    first = parts[0]
+    return (f"Sample {number}.\n{first}", *parts[1:]) if isinstance(first, str) else (f"Sample {number}.", *parts)
+
+
+def main() -> None:
+    options = parse_options(BenchOptions)
+    parts = {"faults": bench_faults, "kills": bench_kills, "throughput": bench_throughput}
+    with tempfile.TemporaryDirectory() as folder:
+        figures = parts[options.part](options, Path(folder))
+    chosen = {**dataclasses.asdict(options), "samples": bool(options.samples)}
+    made = {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "python": platform.python_version()}
+    print(json.dumps({**made, "options": chosen, **figures}, indent=2))
+
+
+if __name__ == "__main__":
+    run_tool(main)
