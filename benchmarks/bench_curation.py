@@ -49,6 +49,8 @@ class BenchOptions:
 
     part: Literal["faults", "kills", "throughput"] = "faults"
     """faults: every fault of a provider at once. kills: kill -9 at random moments. throughput: are the slots busy?"""
+    mode: Literal["both", "live", "batch"] = "both"
+    """Live requests, batches, or one after the other; for faults and kills."""
     count: int = 0
     """Number of chains; 0 takes 200, 40 and 1,000."""
     samples: str = ""
@@ -72,10 +74,14 @@ def run(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+def modes(options: BenchOptions) -> tuple[str, ...]:
+    return ("live", "batch") if options.mode == "both" else (options.mode,)
+
+
 def bench_faults(options: BenchOptions, folder: Path) -> dict[str, Any]:
     scripts = [Script(trajectory(seed)) for seed in range(options.count or 200)]
     found: dict[str, Any] = {"samples": len(scripts), "rate_per_request": options.fault_rate}
-    for name in ("live", "batch"):
+    for name in modes(options):
         own = folder / name
         own.mkdir()
         write_chains(own / "chains.jsonl", scripts)
@@ -104,7 +110,7 @@ def bench_kills(options: BenchOptions, folder: Path) -> dict[str, Any]:
     scripts = [Script(trajectory(seed)) for seed in range(options.count or 40)]
     found: dict[str, Any] = {"samples": len(scripts)}
     rng = random.Random(0)
-    for name in ("live", "batch"):
+    for name in modes(options):
         own = folder / name
         own.mkdir()
         write_chains(own / "chains.jsonl", scripts)

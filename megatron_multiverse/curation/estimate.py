@@ -97,21 +97,21 @@ async def estimate_run(samples: Iterable[Sample], provider: Provider, prices: Pr
     for sample in samples:
         if sample.problem:
             continue
+        chain = cut_chain(sample.chain)
         if len(requests) < _COUNTED_SAMPLES:
-            requests.append(Questions(cut_chain(sample.chain), rules.effort, is_cached=False).outline(1, None))
-        lengths.append(len(cut_chain(sample.chain).numbered()))
+            requests.append(Questions(chain, rules.effort, is_cached=False).outline(1, None))
+        lengths.append(len(chain.numbered()))
     per_token, counted = await _characters_per_token(requests, provider)
     overhead = {stage: len(fill("system")) + _task_characters(stage) for stage in _ATTEMPTS}
-    chain = sum(lengths)
-    count = len(lengths)
+    characters, count = sum(lengths), len(lengths)
     sent = {"outline": 0.0, "groups": _OUTLINE_SHARE / 2, "rewrite": _BLOCKS_SHARE}
     answered = {"outline": _OUTLINE_SHARE, "groups": _GROUPS_SHARE, "rewrite": _REWRITTEN_SHARE}
     usage: dict[Stage, Usage] = {}
     cached: dict[Stage, Usage] = {}
     for stage, attempts in _ATTEMPTS.items():
-        shared = attempts * (chain + count * len(fill("shared", numbered=""))) / per_token
-        task = attempts * (count * overhead[stage] + sent[stage] * chain) / per_token
-        output = attempts * (count * _THINKING[rules.effort] + answered[stage] * chain / per_token)
+        shared = attempts * (characters + count * len(fill("shared", numbered=""))) / per_token
+        task = attempts * (count * overhead[stage] + sent[stage] * characters) / per_token
+        output = attempts * (count * _THINKING[rules.effort] + answered[stage] * characters / per_token)
         usage[stage] = Usage(input=round(shared + task), output=round(output))
         cached[stage] = replace(usage[stage], input=round(task))
         if stage == "rewrite":  # a request without a schema shares no cache with those that have one
