@@ -59,8 +59,8 @@ def check_type(value: Any, kind: Any, place: str) -> str | None:
     if isinstance(origin, type) and issubclass(origin, Iterable):
         if not isinstance(value, list):
             return f"{place}: a list is expected"
-        reasons = (check_type(item, arguments[0], f"{place}.{k}") for k, item in enumerate(value))
-        return next((reason for reason in reasons if reason), None)
+        items = (check_type(item, arguments[0], f"{place}.{k}") for k, item in enumerate(value))
+        return next((reason for reason in items if reason), None)
     if kind is type(None):
         return None if value is None else f"{place}: null is expected"
     if isinstance(kind, type):
