@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from megatron_multiverse.config.sampling import SamplingParams
     from megatron_multiverse.inference.build import build_engine
     from megatron_multiverse.inference.engine import Engine
+    from megatron_multiverse.inference.record import TrainingRow, from_record, to_record, training_row
     from megatron_multiverse.inference.step.plan import SamplingArrays, Shaping, StepOutput, StepPlan
     from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler
     from megatron_multiverse.inference.text.answer import answer_text, drawn_from
@@ -39,6 +40,7 @@ _HOMES = {
     "config.sampling": ("SamplingParams",),
     "inference.build": ("build_engine",),
     "inference.engine": ("Engine",),
+    "inference.record": ("TrainingRow", "from_record", "to_record", "training_row"),
     "inference.step.plan": ("SamplingArrays", "Shaping", "StepOutput", "StepPlan"),
     "inference.step.sampler": ("CounterSampler", "Sampler"),
     "inference.text.answer": ("answer_text", "drawn_from"),
@@ -68,10 +70,14 @@ __all__ = [
     "StopMatch",
     "TimelineSpan",
     "TokenCallback",
+    "TrainingRow",
     "Try",
     "answer_text",
     "build_engine",
     "drawn_from",
+    "from_record",
+    "to_record",
+    "training_row",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TextIO, TypeAlias
 
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, GenerationError, MultiverseError
 from megatron_multiverse.inference.build import build_engine
 from megatron_multiverse.inference.engine import Engine
+from megatron_multiverse.inference.record import to_record
 from megatron_multiverse.inference.text.answer import answer_text
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
@@ -52,6 +54,9 @@ class GenerateConfig:
     """Rows with a field "prompt": a file of JSON Lines or Parquet, or a folder of such files."""
     output: Path | None = None
     """JSON Lines to write, one row per answer as it finishes; by default answers go to the terminal."""
+    records: Path | None = None
+    """JSON Lines to write as well, one record per answer: each token with its log-probability, position, visibility
+    label and segment (docs/engine.md)."""
     prompt_suffix: Literal["none", "parallel", "sequential"] = "none"
     """Sentence to put after each prompt, as tools/preprocess_data.py does: models trained with it fork when they read
     it."""
@@ -123,13 +128,20 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
             if config.input is None:
                 raise
             yield {"index": index, "finish_reason": "error", "error": str(error)}
-    with tqdm(total=len(origin), unit="answer", disable=None) as bar:
+    with _record_file(config) as records, tqdm(total=len(origin), unit="answer", disable=None) as bar:
         while engine.has_work:
             for result in engine.step():
                 index = origin[result.request_id]
                 bar.update()
+                if records is not None:
+                    records.write(json.dumps({"index": index, **to_record(result)}) + "\n")
+                    records.flush()
                 text = answer_text(result, tokenizer.detokenize)
                 yield {"index": index, "prompt": prompts[index], "text": text, **_facts(result)}
+
+
+def _record_file(config: GenerateConfig) -> contextlib.AbstractContextManager[TextIO | None]:
+    return contextlib.nullcontext() if config.records is None else config.records.open("w", encoding="utf-8")
 
 
 def _tokenizer(config: GenerateConfig) -> MultiverseTokenizer:

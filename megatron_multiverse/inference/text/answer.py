@@ -28,6 +28,7 @@ def make_result(state: RequestState) -> Result:
         critical_tokens=state.root.next_position - state.root.positions[state.root.prompt_length - 1] - 1,
         decode_steps=state.decode_steps,
         malformed=Counter(state.counts),
+        seed=state.request.sampling.seed,
         sample=state.request.sample,
         dropped_tokens=state.root.dropped_tokens,
         freed_pages=state.freed_pages,

@@ -108,6 +108,8 @@ class Result:
     """How often the output broke the grammar (codes of structure.StructureMachine) and what the engine did
     about it (`forced_close`, `fork_refused`)."""
     timeline: list[TimelineSpan]
+    seed: int = 0
+    """Of its sampling parameters."""
     sample: int = 0
     """Number of the answer to its prompt."""
     stop_reason: str | int | None = None
