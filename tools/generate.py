@@ -33,9 +33,11 @@ def main() -> None:
                 print(f"-- row {row['index']}: {row['error']}", file=sys.stderr)
                 continue
             print(row["text"], flush=True)
+            dropped = row["dropped_tokens"]
             print(
                 f"-- row {row['index']}, {row['finish_reason']}: {row['tokens']} tokens, {row['critical_tokens']} "
-                f"on the longest chain, num_parallel {row['num_parallel']:.2f}, {row['decode_steps']} steps",
+                f"on the longest chain, num_parallel {row['num_parallel']:.2f}, {row['decode_steps']} steps"
+                + (f", tries dropped after {dropped} tokens, {row['freed_pages']} pages came free" if dropped else ""),
                 file=sys.stderr,
             )
     if refused:

@@ -214,6 +214,8 @@ def _facts(result: Result) -> dict[str, Any]:
         "critical_tokens": result.critical_tokens,
         "num_parallel": round(result.num_parallel, 4),
         "decode_steps": result.decode_steps,
+        "dropped_tokens": result.dropped_tokens,
+        "freed_pages": result.freed_pages,
         "malformed": dict(result.malformed),
         "blocks": [asdict(block) for block in result.blocks],
         "timeline": [span._asdict() for span in result.timeline],

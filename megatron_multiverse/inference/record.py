@@ -125,16 +125,16 @@ def _segments(result: Result) -> tuple[list[dict[str, Any]], list[int]]:
             branches[branch.start : branch.end] = [branch] * (branch.end - branch.start)
     segments: list[dict[str, Any]] = []
     ids: list[int] = []
-    for index, branch in enumerate(branches):
+    for index, owner in enumerate(branches):
         parent = result.parents[index]
-        if index == 0 or parent != index - 1 or branch is not branches[index - 1]:
+        if index == 0 or parent != index - 1 or owner is not branches[index - 1]:
             segments.append(
                 {
                     "start": index,
-                    "branch": "" if branch is None else branch.name,
-                    "path": [] if branch is None else [list(step) for step in branch.path],
+                    "branch": "" if owner is None else owner.name,
+                    "path": [] if owner is None else [list(step) for step in owner.path],
                     "parent": ids[parent] if parent >= 0 else -1,
-                    "finish": result.finish_reason if branch is None else branch.finish,
+                    "finish": result.finish_reason if owner is None else owner.finish,
                 }
             )
         ids.append(len(segments) - 1)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_multiverse.config import SamplingParams
+from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.config import EngineConfig, SamplingParams
+from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference import Engine, Request, Result, Try
 from megatron_multiverse.structure import Tag, lay_out, parse
@@ -215,3 +219,49 @@ def test_policies_that_cannot_work_are_refused() -> None:
         SamplingParams(commit_on="v")
     with pytest.raises(GenerationError, match="commit_after"):
         Request(prompt_ids=[1], accept=lambda attempt: True)
+
+
+QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart" / "model"
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_what_a_right_try_saves_on_the_quickstart_task(page_size: int) -> None:
+    """Three tries of one product, two of them wrong and longer: `= 1828` ends them."""
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", QUICKSTART)
+    vocab = tokenizer.structure_vocab
+    head = "\n".join(f"<Outline>\n{k}: A = 914 * 2\n</Outline>" for k in (1, 2, 3))
+    wrong = "ones: 4 * 2 + 0 = 9, write 9, carry 0, left 91 * 2\ntens: 1 * 2 + 0 = 2\nA = 1829\n</Path>"
+    right = "914 + 914\nA = 1828\n</Path>"
+    texts = {
+        (): f"<Parallel>\n<Goal>\n{head}\n</Goal>",
+        ((0, 0),): f" A = 914 * 2\n{wrong}",
+        ((0, 1),): f" A = 914 * 2\n{right}",
+        ((0, 2),): f" A = 2 * 914\n{wrong}",
+    }
+    script = {path: tokenizer.tokenize(text) for path, text in texts.items()}
+    script[()] += [*tokenizer.tokenize("A = 1828\n</Conclusion>\n</Parallel>\n"), vocab.eos_id or 0]
+    prompt = tokenizer.tokenize("Work out A = 914 * 2. Think step by step and in parallel before answering.\n")
+    results = []
+    for commit_after in (0, 1):
+        model, _ = load_checkpoint(QUICKSTART, dtype=torch.float64)
+        config = EngineConfig(page_size=page_size, num_pages=4096 // page_size, overlap=False, debug=True)
+        engine = Engine(model, vocab, config, sampler=ScriptedSampler([script]), detokenize=tokenizer.detokenize)
+        on = {"commit_after": 1, "commit_on": "= 1828"} if commit_after else {}
+        results += engine.generate([ask(prompt, max_tokens=600, **on)])
+        assert_drained(engine)
+    whole, early = results
+    long, short = len(script[(0, 0),]), len(script[(0, 1),])
+    assert [branch.finish for branch in early.blocks[0].branches] == ["dropped", "path_end", "dropped"]
+    assert whole.decode_steps - early.decode_steps == max(long, len(script[(0, 2),])) - short
+    assert whole.critical_tokens - early.critical_tokens == max(long, len(script[(0, 2),])) - short
+    # Each wrong try had drawn as many tokens as the right one; all but the last were in the cache.
+    base = len(prompt) + early.blocks[0].branches[0].start
+    prefix = len(vocab.path_prefix(vocab_label(tokenizer, "1:")))
+    held, kept = base + prefix + short - 1, base + prefix
+    assert early.freed_pages == 2 * (-(-held // page_size) - -(-kept // page_size))
+    assert early.dropped_tokens == 2 * (short - 2)  # its two closing tokens stand in the answer instead
+    assert whole.freed_pages == whole.dropped_tokens == 0
+
+
+def vocab_label(tokenizer: MultiverseTokenizer, label: str) -> list[int]:
+    return tokenizer.tokenize_response(f"<Path>\n{label}")[2:]
