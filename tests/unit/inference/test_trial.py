@@ -88,7 +88,7 @@ def test_a_right_try_ends_two_wrong_ones_and_what_that_saves(page_size: int) -> 
         # Of each, all that was fed but the forced beginning. In turn its last token was not fed yet.
         assert result.freed_pages == 2 * (6 - (not engine.overlap))
     assert result.critical_tokens == whole.critical_tokens - 35
-    assert largest_difference(MODEL, sampler, [request], [result], dropped=True) < 1e-9
+    assert largest_difference(MODEL, sampler, [request], [result], tokens_only=True) < 1e-9
     for branch in (result.blocks[0].branches[0], result.blocks[0].branches[2]):
         assert branch.dropped is not None
         head = result.token_ids[: branch.start]
@@ -155,7 +155,7 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_trees_are_exact_and_the_same_whatever_runs_beside(seed: int) -> None:
     rng = random.Random(seed)
     script = random_script(rng, depth=rng.choice([1, 2, 2, 3]), blocks=2, most_paths=4, text=8)
@@ -175,7 +175,7 @@ def test_random_trees_are_exact_and_the_same_whatever_runs_beside(seed: int) -> 
                 force_preemption(engine)
         (result,) = results
         assert result.finish_reason == "stop" and set(result.malformed) <= {"forced_close"}
-        assert largest_difference(MODEL, sampler, [request], [result], dropped=True) < 1e-9
+        assert largest_difference(MODEL, sampler, [request], [result], tokens_only=True) < 1e-9
         assert result.position_ids == structure_positions(request.prompt_ids, result)
         lay_out(parse(result.token_ids, VOCAB, strict=True))
         assert_drained(engine)

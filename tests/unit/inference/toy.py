@@ -211,26 +211,28 @@ def largest_difference(
     results: Sequence[Result],
     *,
     logprob_atol: float = 1e-9,
-    dropped: bool = False,
+    tokens_only: bool = False,
 ) -> float:
     """Largest difference between the logits of any decode step and those of the teacher-forced forward.
 
-    dropped: tries were dropped, so that some logits belong to no token of the answers.
+    tokens_only: leave out logits that belong to no token of the answers: those of tries that were dropped, and of the
+    end of text or stop token of a branch that was closed after it.
     """
     largest = 0.0
     seen = 0
     for request, result in zip(requests, results, strict=True):
         inert = request.replay_structure[0][0] if request.replay_structure else None
         reference = forward_logits(model, request.prompt_ids, result, inert)
-        for drawn, before in drawn_from(result, seed=request.sampling.seed, sample=request.sample).items():
-            if drawn in sampler.logits:
+        table = drawn_from(result, seed=request.sampling.seed, sample=request.sample)
+        for drawn, before in table.items():
+            if drawn in sampler.logits and (not tokens_only or (drawn[0], drawn[1] + 1) in table):
                 seen += 1
                 expected = reference[len(request.prompt_ids) + before]
                 difference = (sampler.logits[drawn] - expected).abs().max().item()
                 assert difference == difference, "NaN: a freed page was read"
                 largest = max(largest, difference)
         assert_logprobs(reference, request, result, logprob_atol)
-    assert dropped or seen == len(sampler.logits), "some logits belong to no token of the answers"
+    assert tokens_only or seen == len(sampler.logits), "some logits belong to no token of the answers"
     return largest
 
 
