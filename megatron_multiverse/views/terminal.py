@@ -92,7 +92,7 @@ class LiveBranches:
         text = node.detokenizer.push(ids)
         self._append(node, text)
         if text.endswith("</Path>"):
-            node.ended = True
+            self._end(node)
         self._num_tokens += len(ids)
         if self._live is None:
             self._print_lines(node, final=node.ended)
@@ -114,8 +114,14 @@ class LiveBranches:
             return
         # The branch writes again, so the paths of the block it forked last are over.
         for child in self._children(node):
-            child.ended = True
+            self._end(child)
         node.items.append(text)
+
+    def _end(self, node: _Node) -> None:
+        """A path is over, and with it everything that it forked."""
+        node.ended = True
+        for child in self._children(node):
+            self._end(child)
 
     def _node(self, branch: str) -> _Node:
         node = self._nodes.get(branch)
@@ -175,7 +181,16 @@ class LiveBranches:
         node.printed = max(node.printed, len(complete))
 
 
+# What a model writes must not steer the terminal: control characters are shown as their pictures, marks that turn the
+# writing direction of all that follows as replacement characters. Arabic and Hebrew need none of these marks.
+_SHOWN = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+_SHOWN |= {0x7F: "\u2421", ord("\t"): "    "}
+_SHOWN |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
+
+
 def _without_tags(text: str) -> str:
+    """The text as a screen can show it, line by line."""
+    text = text.translate(_SHOWN)
     for tag in TAGS:
         text = text.replace(tag, "")
     return "\n".join(line for line in text.split("\n") if line.strip())

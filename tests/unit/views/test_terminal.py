@@ -112,3 +112,67 @@ def test_a_long_branch_is_not_decoded_again_for_each_token() -> None:
         for token in b"word " * 200:
             live.on_token(0, "", [token])
     assert max(lengths) < 10
+
+
+SCRIPTS = [
+    "答えは四十二です。「漢字」",
+    "한국어 답변",
+    "مرحبا بالعالم، الجواب ٤٢",
+    "שלום עולם",
+    "नमस्ते दुनिया, उत्तर ४२",
+    "สวัสดีชาวโลก",
+    "e\u0301 o\u0308 n\u0303",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 🇯🇵 👍🏽 1️⃣ ❤️",
+]
+
+
+def grow_bytes(live: LiveBranches, texts: Sequence[str]) -> None:
+    """One path per text, siblings in turn, one byte a token: characters fall into pieces."""
+    for ids in itertools.zip_longest(*(f"<Path>\n{k + 1}: {text}\n".encode() for k, text in enumerate(texts))):
+        for k, byte in enumerate(ids):
+            if byte is not None:
+                live.on_token(0, str(k + 1), [byte])
+
+
+def from_bytes(ids: Sequence[int]) -> str:
+    return bytes(ids).decode(errors="replace")
+
+
+def test_every_script_comes_whole_and_the_columns_stay_straight() -> None:
+    from rich.cells import cell_len
+
+    for pair in itertools.combinations(SCRIPTS, 2):
+        live = LiveBranches(from_bytes, output=io.StringIO())
+        grow_bytes(live, pair)
+        screen = shown(live)
+        assert "\ufffd" not in screen
+        for text in pair:
+            assert text in screen
+        boxes = [line for line in screen.split("\n") if line and line[0] in "╭│╰"]
+        assert len(boxes) >= 3
+        assert {cell_len(line) for line in boxes} == {100}
+    output = io.StringIO()
+    with LiveBranches(from_bytes, output=output) as live:
+        grow_bytes(live, SCRIPTS)
+    for k, text in enumerate(SCRIPTS):
+        assert f"path {k + 1}     | {k + 1}: {text}\n" in output.getvalue()
+
+
+def test_what_a_model_writes_does_not_steer_the_terminal() -> None:
+    text = "red \x1b[31m, clear \x1b[2J, back\r\b, bell \a, csi \x9b2J, override \u202eabc, del \x7f, tab\tend"
+    output = io.StringIO()
+    with LiveBranches(from_bytes, output=output) as live:
+        grow_bytes(live, [text])
+        screen = shown(live)
+    for written in (screen, output.getvalue()):
+        assert not any(char in written for char in "\x1b\r\b\a\x9b\u202e\x7f\t")
+        assert "␛[31m" in written and "tab    end" in written
+
+
+def test_a_path_that_ends_ends_what_it_forked() -> None:
+    """As when a try is dropped in the midst of a block of its own."""
+    live = LiveBranches(from_bytes, output=io.StringIO())
+    for branch, text in [("1", "a"), ("2", "b"), ("2.1", "c"), ("2.2", "d"), ("2", "\n</Path>")]:
+        live.on_token(0, branch, list(text.encode()))
+    assert "branches writing at once" not in shown(live)
+    assert "path 2.1 ✓" in shown(live) and "path 1 …" in shown(live)
