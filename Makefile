@@ -1,5 +1,5 @@
 # Everything runs from a fresh clone with nothing but python3 (3.11 or newer).
-#   make quickstart   see a small model think in parallel, measure it, train one     (about 5 minutes)
+#   make quickstart   see a small model think in parallel, measure it, train one     (about 4 minutes)
 #   make test         all CPU tests
 #   make coverage     the tests of structure/ and inference/; fails below 95 % of lines and branches
 #   make test-mcore   all CPU tests with another megatron-core: MCORE=0.19.2 PYTHON=python3.12 (0.17 and later need 3.12)
@@ -37,7 +37,7 @@ $(STAMP): setup.py $(CONSTRAINTS)
 	touch $(STAMP)
 
 quickstart: $(STAMP)
-	OMP_NUM_THREADS=2 $(BIN)/python examples/quickstart/run.py
+	$(BIN)/python examples/quickstart/run.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests $(TEST_ARGS)

@@ -81,7 +81,7 @@ class RecordingSampler:
 class Decoder:
     """The model in `folder` with an engine around it, on the CPU unless told otherwise."""
 
-    def __init__(self, folder: Path, *, device: str = "cpu", max_rows: int = 64, num_pages: int = 8192) -> None:
+    def __init__(self, folder: Path, *, device: str = "cpu", max_rows: int = 256, num_pages: int = 8192) -> None:
         self.tokenizer = build_tokenizer("HuggingFaceTokenizer", str(folder))
         model, self.config = load_checkpoint(folder, device=device)
         self.model = model.eval()

@@ -11,8 +11,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -30,16 +31,18 @@ def run_pipeline(folder: Path, *, train_iters: int) -> dict[str, Any]:
         Figures for the report.
     """
     empty(folder)
-    prepare(folder, train_rows=20_000, held_out_rows=300)
+    prepare(folder, train_rows=12 * train_iters, held_out_rows=300)  # a step reads about eight
     straight, stopped = folder / "run", folder / "interrupted"
-    train(folder, straight, RESUME_CHECK_STEPS)
-    train(folder, stopped, INTERRUPTED_AT)
-    train(folder, stopped, RESUME_CHECK_STEPS)
-    same = weights(straight) == weights(stopped) and losses(straight) == losses(stopped)
-    print(f"straight run and resumed run after {RESUME_CHECK_STEPS} steps: {'equal' if same else 'DIFFERENT'}")
-
-    train(folder, straight, train_iters)
-    curve = losses(straight)
+    with ThreadPoolExecutor(1) as other_core:
+        output = other_core.submit(train_with_interruption, folder, stopped)
+        keep = ("--checkpoint.save_interval", RESUME_CHECK_STEPS, "--checkpoint.keep_last", 0)
+        train(folder, straight, train_iters, *keep)
+        print(f"\nAt the same time, on another core:\n{output.result()}")
+    curve, resumed = losses(straight), losses(stopped)
+    same = resumed == {step: loss for step, loss in curve.items() if step <= RESUME_CHECK_STEPS} and same_weights(
+        straight / f"iter_{RESUME_CHECK_STEPS:07d}", stopped / "model"
+    )
+    print(f"straight run and resumed run at step {RESUME_CHECK_STEPS}: {'equal' if same else 'DIFFERENT'}")
     tool("tools/plot_loss.py", "--runs", straight, "--output", folder / "loss.png")
     first, last = curve[min(curve)], curve[max(curve)]
     return {
@@ -62,28 +65,40 @@ def prepare(folder: Path, *, train_rows: int, held_out_rows: int) -> None:
         tool("tools/preprocess_data.py", "--input", lines, *output, *tokenizer, "--append-eod")
 
 
-def train(folder: Path, run: Path, train_iters: int) -> None:
+def train_with_interruption(folder: Path, run: Path) -> str:
+    """Train to INTERRUPTED_AT, then start again to RESUME_CHECK_STEPS; returns what both starts printed."""
+    with (folder / "interrupted.log").open("w+", encoding="utf-8") as log:
+        for steps in (INTERRUPTED_AT, RESUME_CHECK_STEPS):
+            train(folder, run, steps, log=log)
+        log.seek(0)
+        return log.read()
+
+
+def train(folder: Path, run: Path, train_iters: int, *options: str | int, log: TextIO | None = None) -> None:
     """Train until `train_iters`, going on from the newest checkpoint in `run`."""
     splits = (("data_prefixes", "train"), ("valid_prefixes", "held_out"))
     data = [f"--data.{name}={json.dumps([str(folder / 'data' / split)])}" for name, split in splits]
-    options = ("--checkpoint.save", run, "--train_iters", train_iters, "--data.tokenizer_model", HERE / "model")
-    tool("pretrain_scripts/sft_multiverse.py", "--config", HERE / "tiny_cpu.yaml", *data, *options)
+    words = ("--checkpoint.save", run, "--train_iters", train_iters, "--data.tokenizer_model", HERE / "model", *options)
+    tool("pretrain_scripts/sft_multiverse.py", "--config", HERE / "tiny_cpu.yaml", *data, *words, log=log)
 
 
-def tool(script: str, *arguments: str | Path | int) -> None:
-    """Run one of the repository's scripts, one word per argument; its output goes to ours.
+def tool(script: str, *arguments: str | Path | int, log: TextIO | None = None) -> None:
+    """Run one of the repository's scripts, one word per argument; its output goes to ours, or into `log`.
 
     Raises:
         RuntimeError: the script failed.
     """
     words = [str(argument) for argument in arguments]
-    print(f"\n$ python {shlex.join([script, *words])}".replace(f"{ROOT}/", ""), flush=True)
+    print(f"\n$ python {shlex.join([script, *words])}".replace(f"{ROOT}/", ""), flush=True, file=log)
     # One thread: with matrices this small a second one gains little, and loses much where the cores are busy.
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / script), *words]
-    finished = subprocess.run(command, check=False, cwd=ROOT, env=one_thread)
+    finished = subprocess.run(
+        command, check=False, cwd=ROOT, env=one_thread, stdout=log, stderr=subprocess.STDOUT if log else None
+    )
     if finished.returncode:
-        raise RuntimeError(f"{script} ended with exit code {finished.returncode}; its message stands above")
+        where = f"in {log.name}" if log else "above"
+        raise RuntimeError(f"{script} ended with exit code {finished.returncode}; its message stands {where}")
 
 
 def convert_model(source: Path, folder: Path) -> Path:
@@ -108,9 +123,15 @@ def empty(folder: Path) -> None:
     mark.touch()
 
 
-def weights(run: Path) -> bytes:
-    """The final weights of a run."""
-    return (run / "model/model.safetensors").read_bytes()
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same weights, bit for bit."""
+    import torch
+
+    from megatron_multiverse.checkpoints.load import load_checkpoint
+    from megatron_multiverse.model.weights import weight_state
+
+    ours, theirs = (weight_state(load_checkpoint(folder)[0]) for folder in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -10,8 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-SPLIT_BY_LENGTH = 8192
-"""Keys in a step beyond which rows of very different length are not padded to one rectangle."""
+MOST_KEYS_CPU, MOST_KEYS_GPU = 4096, 1 << 17
+"""Keys of one rectangle. On a CPU what was gathered for it should still be in the cache when attention reads it."""
+MOST_PADDING = 512
+"""Padded keys of one rectangle: they cost about as much as another rectangle."""
 
 
 class RowGroup(NamedTuple):
@@ -38,17 +40,32 @@ def group_rows(
 ) -> list[RowGroup]:
     """How `tree_decode_reference` pads the rows of a step: the same for all layers of a pass, so made once.
 
-    Padding at most doubles the queries of a row (rows are grouped by powers of two) and, once there are many, its keys.
+    Padding at most doubles the queries of a row (rows are grouped by powers of two); keys: see `MOST_PADDING`.
     Arguments as in `tree_decode_reference`, on the host.
     """
-    counts = np.diff(borders)
-    buckets = np.where(counts == 1, 0, np.ceil(np.log2(counts))) * 64
-    if len(lengths) * int(lengths.max()) > SPLIT_BY_LENGTH:
-        buckets += np.ceil(np.log2(lengths))
+    most_keys = MOST_KEYS_CPU if torch.device(device).type == "cpu" else MOST_KEYS_GPU
     return [
-        _group(np.flatnonzero(buckets == bucket), pages, lengths, borders, page_size, kv_heads, device)
-        for bucket in np.unique(buckets)
+        _group(rows, pages, lengths, borders, page_size, kv_heads, device)
+        for rows in _alike(lengths, np.diff(borders), most_keys)
     ]
+
+
+def _alike(
+    lengths: npt.NDArray[np.int32], counts: npt.NDArray[np.int64], most_keys: int
+) -> list[npt.NDArray[np.int64]]:
+    """The rows of each rectangle."""
+    buckets = np.where(counts == 1, 0, np.ceil(np.log2(counts)))
+    order = np.lexsort((-lengths, buckets))
+    found: list[list[int]] = []
+    last = longest = padding = -1
+    for row, bucket, length in zip(order.tolist(), buckets[order].tolist(), lengths[order].tolist(), strict=True):
+        padding += longest - length
+        if bucket == last and padding <= MOST_PADDING and (len(found[-1]) + 1) * longest <= most_keys:
+            found[-1].append(row)
+        else:
+            found.append([row])
+            last, longest, padding = bucket, length, 0
+    return [np.sort(rows) for rows in found]
 
 
 def _group(

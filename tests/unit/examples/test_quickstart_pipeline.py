@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def test_a_failing_tool_stops_the_pipeline(capfd: pytest.CaptureFixture[str]) ->
     assert "$ python tools/preprocess_data.py --input none.jsonl" in capfd.readouterr().out
 
 
+def test_a_failing_tool_in_the_background_names_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told = pytest.raises(RuntimeError, match=r"plot_loss\.py ended with exit code 1; its message stands in .*log")
+    with (tmp_path / "log").open("w", encoding="utf-8") as log, told:
+        pipeline.tool("tools/plot_loss.py", "--runs", "none", log=log)
+    command, message = (tmp_path / "log").read_text(encoding="utf-8").split("\n", 2)[1:]
+    assert command == "$ python tools/plot_loss.py --runs none" and message.startswith("error: ")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_only_folders_of_the_quickstart_are_emptied(tmp_path: Path) -> None:
     folder = tmp_path / "training"
     pipeline.empty(folder)
@@ -43,10 +53,20 @@ def test_folders_with_blanks_go_through_every_stage(tmp_path: Path, capfd: pytes
     pipeline.prepare(folder, train_rows=30, held_out_rows=5)
     pipeline.train(folder, folder / "run 1", 11)
     assert sorted(pipeline.losses(folder / "run 1")) == [10, 11]
-    assert (folder / "run 1" / "model" / "model.safetensors").is_file()
+    assert pipeline.same_weights(folder / "run 1" / "iter_0000011", folder / "run 1" / "model")
+    assert not pipeline.same_weights(folder / "run 1" / "model", altered(folder / "run 1" / "model"))
     echoed = [line[2:] for line in capfd.readouterr().out.splitlines() if line.startswith("$ ")]
     assert len(echoed) == 5
     assert any(word == str(folder / "data/train") for word in shlex.split(echoed[1]))  # can be pasted into a shell
+
+
+def altered(model: Path) -> Path:
+    """A copy of a model folder in which the last bit of the last weight is another."""
+    copy = shutil.copytree(model, model.with_name("altered"))
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-4] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    return copy
 
 
 GOOD = {

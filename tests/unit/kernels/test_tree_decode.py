@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,9 +46,9 @@ def make_case(counts, lengths, *, heads=4, kv_heads=2, seed=0):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
 @pytest.mark.parametrize("counts", [[1, 1, 1], [5, 5, 5], [1, 7, 3], [9]])
-@pytest.mark.parametrize("split", [0, 8192])
-def test_equals_the_formula(heads, kv_heads, counts, split, monkeypatch):
-    monkeypatch.setattr(reference, "SPLIT_BY_LENGTH", split)
+@pytest.mark.parametrize("padding", [0, 512])
+def test_equals_the_formula(heads, kv_heads, counts, padding, monkeypatch):
+    monkeypatch.setattr(reference, "MOST_PADDING", padding)
     lengths = [20, 7, 11][: len(counts)]
     case = make_case(counts, lengths, heads=heads, kv_heads=kv_heads)
     got = tree_decode(*case, 0.3)
@@ -62,6 +63,19 @@ def test_a_prompt_attends_like_any_row(count, length):
     prompt = Prompt.upload(pages[0].numpy(), length, 0, count, PAGE, torch.device("cpu"))
     got = attend_prompt(query, keys, values, prompt, 0.3)
     torch.testing.assert_close(got, tree_decode(query, keys, values, pages, lengths, borders, 0.3), atol=1e-12, rtol=0)
+
+
+def test_rows_share_a_rectangle_while_little_is_padded():
+    def rectangles(counts, lengths):
+        pages, borders = np.zeros((len(counts), 300), dtype=np.int32), np.cumsum([0, *counts])
+        groups = group_rows(pages, np.array(lengths, dtype=np.int32), borders, 16, 2)
+        return [(len(group.places), group.q, group.places.shape[2]) for group in groups]
+
+    assert rectangles([1, 1, 1], [400, 200, 300]) == [(3, 1, 400)]
+    assert rectangles([1, 1, 1], [900, 300, 890]) == [(2, 1, 900), (1, 1, 300)]
+    assert rectangles([1] * 9, [1024] * 9) == [(4, 1, 1024), (4, 1, 1024), (1, 1, 1024)]
+    assert rectangles([1, 1], [4800, 4800]) == [(1, 1, 4800), (1, 1, 4800)]
+    assert rectangles([1, 8, 5], [8, 8, 8]) == [(1, 1, 8), (2, 8, 8)]
 
 
 def test_the_order_of_full_pages_and_what_follows_the_last_one_do_not_matter():
