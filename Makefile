@@ -4,7 +4,7 @@
 #   make coverage     the tests of structure/ and inference/; fails below 95 % of lines and branches
 #   make test-mcore   all CPU tests with another megatron-core: MCORE=0.19.2 PYTHON=python3.12 (0.17 and later need 3.12)
 #   make test-transformers   the tests of exported models with another transformers: TRANSFORMERS=4.57.1
-#   make lint         formatting, types and the import rules
+#   make lint         formatting, types, the import rules, shell scripts
 #   make bench        the benchmarks that run on a CPU
 #   make bench-gpu    those of the kernels, on a machine with a GPU, with the packages of PYTHON
 SHELL := /bin/bash
@@ -67,6 +67,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck $$(git ls-files '*.sh' '*.sbatch' .ci/run)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

