@@ -86,5 +86,5 @@ class StopSignals:
             self.received = signal.Signals(number).name
 
     def __bool__(self) -> bool:
-        """True once a signal came. With several ranks this is the place to all-reduce the flag."""
+        """True once a signal came to this process. Signals may reach some ranks only: the trainer asks all of them."""
         return self.received is not None

@@ -18,7 +18,7 @@ from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_dat
 from megatron_multiverse.model.weights import save_model
 from megatron_multiverse.training.trainer import train
 
-from .runs import LAYOUTS, MODEL, TOKENIZER, config, numbers, train_on
+from .runs import LAYOUTS, MODEL, STEPS, TOKENIZER, config, numbers, train_on
 
 EXAMPLE = Path(__file__).parents[2] / "examples/quickstart"
 
@@ -54,13 +54,13 @@ def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 @pytest.fixture(scope="session")
 def half_way(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Layout to the folder of a run of ten steps in it."""
+    """Layout to the folder of a run in it that is half done."""
     folder = tmp_path_factory.mktemp("runs")
 
     @functools.cache
     def run(name: str) -> Path:
         ranks, settings = LAYOUTS[name]
-        train_on(ranks, data, folder / name, train_iters=10, **settings)
+        train_on(ranks, data, folder / name, train_iters=STEPS // 2, **settings)
         return folder / name
 
     return run

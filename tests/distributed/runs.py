@@ -12,6 +12,8 @@ from typing import Any
 from megatron_multiverse.config import TrainConfig
 from megatron_multiverse.parallel.local_ranks import run_ranks
 
+STEPS = int(os.environ.get("MULTIVERSE_STEPS", "4"))
+"""Length of a run; `MULTIVERSE_STEPS=20` is the thorough test."""
 TOKENIZER = Path(__file__).parents[2] / "examples/quickstart/model"
 MODEL: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2,
@@ -37,17 +39,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def config(data: Path, save: Path, **changes: Any) -> TrainConfig:
-    """A run of 20 steps with two microbatches of two rows each; dotted names change settings."""
+    """A run of STEPS steps with two microbatches each; dotted names change settings."""
     values: dict[str, Any] = {
         "model": dict(MODEL),
         "data": {
             "data_prefixes": [str(data)], "tokenizer_model": str(TOKENIZER), "seq_length": 512,
-            "micro_batch_size": 1, "global_batch_size": 4, "num_workers": 0, "overlong": "drop",
+            "micro_batch_size": 1, "global_batch_size": 2, "num_workers": 0, "overlong": "drop",
         },
         "checkpoint": {"save": str(save), "save_interval": 0},
-        "optim": {"lr": 1e-3, "lr_warmup_iters": 2, "weight_decay": 0.1, "lr_decay_style": "constant"},
+        "optim": {"lr": 1e-3, "lr_warmup_iters": 1, "weight_decay": 0.1, "lr_decay_style": "constant"},
         "log": {"log_interval": 1},
-        "engine": "megatron", "train_iters": 20, "device": "cpu",
+        "engine": "megatron", "train_iters": STEPS, "device": "cpu",
     }  # fmt: skip
     for dotted, value in changes.items():
         *parents, last = dotted.split(".")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .runs import LAYOUTS, numbers, train_on
+from .runs import LAYOUTS, STEPS, numbers, train_on
 
 TOLERANCE = 1e-5
 """Relative; what the order of float32 sums leaves is 100 times smaller."""
@@ -19,12 +19,12 @@ NAMES = list(LAYOUTS)
 def test_every_layout_trains_as_one_process_does(
     name: str, half_way: Callable[[str], Path], reference: dict[str, list[float]], data: Path, tmp_path: Path
 ) -> None:
-    """Ten steps, and ten more that go on from the checkpoint of another layout: weights, moments, data and schedule."""
+    """Half of a run, and the other half from the checkpoint of another layout: weights, moments, data and schedule."""
     ranks, settings = LAYOUTS[name]
     other = NAMES[NAMES.index(name) - 1]
     shutil.copytree(half_way(other), tmp_path / "run")
     train_on(ranks, data, tmp_path / "run", **settings)
-    for run, steps in ((half_way(name), 10), (tmp_path / "run", 20)):
+    for run, steps in ((half_way(name), STEPS // 2), (tmp_path / "run", STEPS)):
         found = numbers(run)
         assert len(found["loss"]) == steps
         assert found["loss_tokens"] == reference["loss_tokens"][:steps]
