@@ -179,7 +179,7 @@ class TrainConfig:
     eval_interval: int = 0
     """Steps between validations; 0 validates at the end only, if there is a validation set."""
     eval_iters: int = 10
-    """Microbatches per validation, always the same ones."""
+    """Microbatches per validation on each data parallel rank, always the same ones."""
 
     def __post_init__(self) -> None:
         check(

@@ -43,13 +43,13 @@ def config(data: Path, save: Path, **changes: Any) -> TrainConfig:
     values: dict[str, Any] = {
         "model": dict(MODEL),
         "data": {
-            "data_prefixes": [str(data)], "tokenizer_model": str(TOKENIZER), "seq_length": 512,
-            "micro_batch_size": 1, "global_batch_size": 2, "num_workers": 0, "overlong": "drop",
+            "data_prefixes": [str(data)], "valid_prefixes": [str(data)], "tokenizer_model": str(TOKENIZER),
+            "seq_length": 512, "micro_batch_size": 1, "global_batch_size": 2, "num_workers": 0, "overlong": "drop",
         },
         "checkpoint": {"save": str(save), "save_interval": 0},
         "optim": {"lr": 1e-3, "lr_warmup_iters": 1, "weight_decay": 0.1, "lr_decay_style": "constant"},
         "log": {"log_interval": 1},
-        "engine": "megatron", "train_iters": STEPS, "device": "cpu",
+        "engine": "megatron", "train_iters": STEPS, "eval_iters": 2, "device": "cpu",
     }  # fmt: skip
     for dotted, value in changes.items():
         *parents, last = dotted.split(".")

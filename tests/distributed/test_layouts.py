@@ -30,3 +30,27 @@ def test_every_layout_trains_as_one_process_does(
         assert found["loss_tokens"] == reference["loss_tokens"][:steps]
         for column in ("loss", "grad_norm"):
             assert found[column] == pytest.approx(reference[column][:steps], rel=TOLERANCE)
+    if name != "data":  # each of two data parallel ranks validates on as many rows as one rank does
+        assert found["valid"][-1:] == pytest.approx(reference["valid"], rel=TOLERANCE)
+
+
+def test_one_process_goes_on_where_several_ranks_stopped(
+    half_way: Callable[[str], Path], reference: dict[str, list[float]], data: Path, tmp_path: Path
+) -> None:
+    """The other engine, and a vocabulary without the padding that two tensor parallel ranks need."""
+    shutil.copytree(half_way("tensor"), tmp_path / "run")
+    train_on(1, data, tmp_path / "run", engine="one_process")
+    found = numbers(tmp_path / "run")
+    for column in ("loss", "grad_norm"):
+        assert found[column] == pytest.approx(reference[column], rel=TOLERANCE)
+    assert found["valid"][-1:] == pytest.approx(reference["valid"], rel=TOLERANCE)
+
+
+def test_bf16_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    """The float32 weights that only the optimizer has are what a checkpoint holds."""
+    bf16 = {"dtype": "bf16", "eval_iters": 1}
+    straight = train_on(2, data, tmp_path / "straight", **bf16, **LAYOUTS["tensor"][1])
+    train_on(2, data, tmp_path / "cut", train_iters=STEPS // 2, **bf16, **LAYOUTS["tensor"][1])
+    train_on(2, data, tmp_path / "cut", **bf16, **LAYOUTS["tensor"][1])
+    assert numbers(tmp_path / "cut")["loss"] == straight["loss"]
+    assert straight["loss"][-1] < straight["loss"][0]
