@@ -8,6 +8,9 @@ from typing import Any
 
 from megatron_multiverse.errors import ConfigError
 
+DEFAULT_DATE = "2024-07-26"
+"""The date that Llama 3.1's template names where it has no clock."""
+
 _CLOCK = "strftime_now"
 _CLOCK_CALL = re.compile(_CLOCK + r"\(\s*(['\"])(.*?)\1\s*\)")
 # `+%}` keeps a newline at the start of the template, which the renderer would else take for the end of this line.
@@ -37,6 +40,18 @@ def named_templates(value: Any) -> dict[str, str]:
         f"chat_template in tokenizer_config.json is a {type(value).__name__} that holds no templates; it must be a "
         'text, or a list of {"name": ..., "template": ...}'
     )
+
+
+def parse_date(text: str) -> datetime.date:
+    """The date that the option ``template_date`` names.
+
+    Raises:
+        ConfigError: it is no date.
+    """
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(f"template_date ({text}) must be a date such as 2026-01-31") from error
 
 
 def writes_date(template: str) -> bool:

@@ -8,7 +8,6 @@ imports torch.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import logging
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_multiverse.config import TokenizerType
-from megatron_multiverse.data.chat_templates import writes_date
+from megatron_multiverse.data.chat_templates import DEFAULT_DATE, parse_date, writes_date
 from megatron_multiverse.data.encoders import DifferentIds, Encoder, EncoderChoice, PlainEncoder, choose_encoder
 from megatron_multiverse.data.indexed_writer import SEQUENCES_PER_DOCUMENT, join_shards, optimal_dtype
 from megatron_multiverse.data.prompts import (
@@ -85,7 +84,7 @@ class PreprocessConfig:
     question columns only."""
     chat_template: ChatTemplate = "auto"
     """Wrap the prompt in the tokenizer's chat template. auto: for question columns only."""
-    template_date: str = "2024-07-26"
+    template_date: str = DEFAULT_DATE
     """Date that a chat template writes which would write today's; the default is the one that Llama 3.1's template
     names where it has no clock."""
     split: str | None = None
@@ -104,10 +103,7 @@ class PreprocessConfig:
                 f"output_prefix ({self.output_prefix!r}) must end in a name, not in a folder: "
                 f"{os.path.join(self.output_prefix, 'train')} makes train.bin there"
             )
-        try:
-            datetime.date.fromisoformat(self.template_date)
-        except ValueError as error:
-            raise ConfigError(f"template_date ({self.template_date}) must be a date such as 2026-01-31") from error
+        parse_date(self.template_date)
 
     @property
     def inputs(self) -> list[str]:
@@ -227,7 +223,7 @@ def _check_tokenizer(tokenizer: MultiverseTokenizer, recipe: Recipe) -> str:
         return "not applied (auto applies it to question columns only)"
     if recipe.style.chat_template == "auto" and not tokenizer.chat_templates:
         return "none in this tokenizer"
-    date = datetime.date.fromisoformat(recipe.template_date)
+    date = parse_date(recipe.template_date)
     try:
         rendered = tokenizer.render_chat("QUESTION", date=date)  # loads transformers once, before the workers fork
     except ConfigError:

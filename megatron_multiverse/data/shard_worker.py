@@ -5,7 +5,6 @@ Runs in worker processes. PATH.json is written last and by rename: it marks the 
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from megatron_multiverse.data.chat_templates import parse_date
 from megatron_multiverse.data.counters import Progress
 from megatron_multiverse.data.encoders import DifferentIds, Encoder, IdArray
 from megatron_multiverse.data.indexed_writer import ShardWriter, optimal_dtype
@@ -100,7 +100,7 @@ class TextWriter:
     """Turns a row as read into the texts of prompt and response."""
 
     def __init__(self, recipe: Recipe, tokenizer: MultiverseTokenizer) -> None:
-        date = datetime.date.fromisoformat(recipe.template_date)
+        date = parse_date(recipe.template_date)
         self._render_chat = partial(tokenizer.render_chat, date=date) if tokenizer.chat_template is not None else None
         self._control_tokens = tokenizer.control_pattern()
         self._recipe = recipe

@@ -15,6 +15,7 @@ from typing import Any, Literal, TextIO, TypeAlias
 from tqdm import tqdm
 
 from megatron_multiverse.config import DType, EngineConfig, SamplingParams, TokenizerType
+from megatron_multiverse.data.chat_templates import DEFAULT_DATE, parse_date
 from megatron_multiverse.data.end_tokens import end_ids
 from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
 from megatron_multiverse.data.readers import read_rows
@@ -62,6 +63,9 @@ class GenerateConfig:
     it."""
     chat: bool = False
     """Wrap each prompt in the chat template of the tokenizer."""
+    template_date: str | None = None
+    """Date that a chat template writes which would write today's; by default 2024-07-26, as tools/preprocess_data.py
+    writes it, so that the model reads what it was trained on."""
     sequential: bool = False
     """Decode path after path instead of all at once; the answers are the same."""
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(max_tokens=2048))
@@ -73,6 +77,11 @@ class GenerateConfig:
     """Type of weights and cache."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when there is a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.template_date is not None and not self.chat:
+            raise GenerationError("--template-date has no effect without --chat: add --chat, or leave it out")
+        parse_date(self.template_date or DEFAULT_DATE)
 
 
 def write_answers(config: GenerateConfig) -> tuple[int, int]:
@@ -112,7 +121,8 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
     prompts = _prompts(config)
     tokenizer = _tokenizer(config)
     texts = [prompt + _SUFFIXES[config.prompt_suffix] for prompt in prompts if isinstance(prompt, str)]
-    chats = [tokenizer.render_chat(text) for text in texts] if config.chat else texts
+    date = parse_date(config.template_date or DEFAULT_DATE)
+    chats = [tokenizer.render_chat(text, date=date) for text in texts] if config.chat else texts
     prompt_ids = iter(tokenizer.tokenize_batch(chats))
     ids = [next(prompt_ids) if isinstance(prompt, str) else [] for prompt in prompts]
     engine = _build_engine(config, tokenizer, max(map(len, ids)))

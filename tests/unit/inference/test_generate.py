@@ -14,6 +14,7 @@ import pytest
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, GenerationError
+from megatron_multiverse.inference import Request, generate
 from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
 from megatron_multiverse.structure import Tag
 
@@ -191,6 +192,31 @@ def test_a_missing_model_and_a_missing_chat_template_are_named(tmp_path: Path) -
         next(generate_answers(GenerateConfig(load=tmp_path / "nowhere", prompt="a")))
     with pytest.raises(GenerationError, match="leave --chat out"):
         next(generate_answers(GenerateConfig(load=MODEL, prompt="a", chat=True)))
+
+
+def test_a_chat_template_writes_the_date_of_preprocessing_or_the_one_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}"
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    asked: list[list[int]] = []
+
+    def request(*, prompt_ids: list[int], sampling: SamplingParams) -> Request:
+        asked.append(prompt_ids)
+        return Request(prompt_ids=prompt_ids, sampling=sampling)
+
+    monkeypatch.setattr(generate, "Request", request)
+    for given in ({}, {"template_date": "2026-01-31"}):
+        options = {"load": model, "prompt": "a", "chat": True, "sampling": SamplingParams(max_tokens=1)}
+        next(generate_answers(GenerateConfig(**options, **given)))
+    detokenize = build_tokenizer("HuggingFaceTokenizer", str(model)).detokenize
+    assert [detokenize(ids) for ids in asked] == ["2024-07-26 a", "2026-01-31 a"]
+    with pytest.raises(ConfigError, match=r"template_date \(today\) must be a date"):
+        GenerateConfig(load=model, prompt="a", chat=True, template_date="today")
+    with pytest.raises(GenerationError, match="--template-date has no effect without --chat"):
+        GenerateConfig(load=model, prompt="a", template_date="2026-01-31")
 
 
 def test_the_training_suffix_is_put_behind_the_prompt() -> None:
