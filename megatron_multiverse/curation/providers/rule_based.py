@@ -16,7 +16,11 @@ from megatron_multiverse.structure import Tag
 
 _NUMBERED = re.compile(r"^\[(\d+)\] (.*(?:\n(?!\[\d+\] |</text>).*)*)", re.MULTILINE)
 _STARTS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("case_study", re.compile(r"(?:\*\*)?(?:Case|If|When|For) \S+", re.IGNORECASE)),
+    (
+        "text",
+        re.compile(r"(?:Put together|Together|Therefore|Thus|Hence|Overall|In total|All\b|The answer|That makes)"),
+    ),
+    ("case_study", re.compile(r"(?:\*\*)?Case \S+", re.IGNORECASE)),
     ("path_exploration", re.compile(r"(?:Alternatively|Maybe|Another (?:way|approach|idea)|What if)\b", re.IGNORECASE)),
     ("subtask", re.compile(r"(?:First|Second|Third|Next|Then|Finally|Also|\d+[.)])[,\s]", re.IGNORECASE)),
 )
@@ -94,6 +98,7 @@ def _rewrite(request: Request) -> str:
         block = re.sub(r"(<Path>\n\d+: )(?:Alternatively|Next|Then|Finally|Also|Another),? *", r"\1", block)
         count = block.count(Tag.PATH.text)
         conclusion = f"{Tag.CONCLUSION.text}\n(dry run) The {count} paths above were put side by side by rules.\n"
+        block = re.sub(rf"(<Outline>\n\d+: )(?:{'|'.join(kind for kind, _ in _STARTS)}): ", r"\1", block)
         written.append(block.replace(f"{Tag.CONCLUSION.text}\n\n", conclusion))
     return "\n\n".join(written)
 

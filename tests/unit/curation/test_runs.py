@@ -301,6 +301,18 @@ def test_options_that_cannot_work_are_refused(run: Run, options: dict[str, Any],
         run(None, **options)
 
 
+def test_the_dry_run_of_the_document_runs_as_written(run: Run) -> None:
+    text = (ROOT / "docs" / "curation.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.endswith("--dry-run")]
+    words = line.replace("runs/dry", str(run.output)).split()
+    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "2 passed" in done.stdout and "2 kept" in done.stdout
+    assert {kind for row in run.rows for kind in [block["kind"] for block in row["curation"]["blocks"]]} == {
+        "case_study",
+        "path_exploration",
+    }
+
+
 def test_the_tool_ends_in_one_line(run: Run) -> None:
     command = [sys.executable, "tools/curate_data.py", "--input", str(run.input), "--output", str(run.output)]
     environment = {"PATH": "/usr/bin", "HOME": str(run.folder)}
