@@ -103,7 +103,8 @@ class PackedRows:
     tag_ids: tuple[int, ...] = TAG_IDS
 
     def __init__(self, case: str, tokens: int, words: int, rank: int, size: int) -> None:
-        self._ids, self._documents = make_ids(case, tokens + 1)
+        self._ids, documents = make_ids(case, tokens + 1)  # one more, for the last label
+        self._documents = documents.clamp(max=tokens)
         scan = structure_scan_reference(self._ids[:, :-1], self._documents, torch.tensor(TAG_IDS))
         self._position_ids, self._r = scan.position_ids, scan.r
         self._words, self._rank, self._size, self._number = words, rank, size, 0
