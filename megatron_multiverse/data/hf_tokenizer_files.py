@@ -10,6 +10,7 @@ from typing import Any, Literal
 from megatron_multiverse.data.input_files import refuse_lfs_pointer
 from megatron_multiverse.errors import ConfigError
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 _ADDED_TOKEN = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
@@ -36,18 +37,31 @@ def _load_tokenizer_json(file: Path) -> Any:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    config_file, template_file = file.with_name("tokenizer_config.json"), file.with_name("chat_template.jinja")
-    config: Any = {}
-    if config_file.is_file():
-        try:
-            config = json.loads(_read_text(config_file))
-        except ValueError as error:
-            raise ConfigError(f"{config_file} is damaged ({error}): fetch it again") from error
-        if not isinstance(config, dict):
-            raise ConfigError(f"{config_file} holds a {type(config).__name__}, not an object: fetch it again")
-    found: dict[str, Any] = config
+    """tokenizer_config.json beside a tokenizer.json, with what other files say of the same.
+
+    As in transformers, special_tokens_map.json overrides the names of special tokens where the config has no table
+    `added_tokens_decoder`, and is not looked at where it has one.
+    """
+    template_file = file.with_name("chat_template.jinja")
+    found = _read_object(file.with_name("tokenizer_config.json"))
+    if "added_tokens_decoder" not in found:
+        named = _read_object(file.with_name("special_tokens_map.json"))
+        found |= {name: named[name] for name in SPECIAL_TOKENS if name in named}
     if template_file.is_file():
         found["chat_template"] = _read_text(template_file)
+    return found
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        found: Any = json.loads(_read_text(file))
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}): fetch it again") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} holds a {type(found).__name__}, not an object: fetch it again")
     return found
 
 
@@ -75,8 +89,7 @@ def _load_by_transformers(model: Path) -> tuple[Any, dict[str, Any]]:
         ) from error
     if not getattr(loaded, "is_fast", False):
         raise ConfigError(f"{model} has no fast tokenizer; convert it to a tokenizer.json first")
-    names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    config = {name: getattr(loaded, name) for name in names if getattr(loaded, name, None) is not None}
+    config = {name: getattr(loaded, name) for name in SPECIAL_TOKENS if getattr(loaded, name, None) is not None}
     config["chat_template"] = loaded.chat_template
     # A copy: adding our tags must not change the object that transformers may share.
     return Tokenizer.from_str(loaded.backend_tokenizer.to_str()), config

@@ -218,7 +218,9 @@ def _check_options(config: PreprocessConfig, source: Source) -> None:
 def _check_tokenizer(tokenizer: MultiverseTokenizer, recipe: Recipe) -> str:
     """Refuse what will not work; returns what will be done with the chat template."""
     if recipe.append_eod and tokenizer.eod is None:
-        raise ConfigError("--append-eod: the tokenizer names no end token (eos_token in tokenizer_config.json)")
+        named = tokenizer.special_tokens().get("eos_token")
+        what = f"the end token {named!r}, which is not in its vocabulary" if named else "no end token"
+        raise ConfigError(f"--append-eod: the tokenizer names {what} (eos_token in tokenizer_config.json): correct it")
     if not uses_template(recipe.style, recipe.columns):
         return "not applied (auto applies it to question columns only)"
     if recipe.style.chat_template == "auto" and not tokenizer.chat_templates:

@@ -20,7 +20,13 @@ import numpy as np
 
 from megatron_multiverse.config import TokenizerType
 from megatron_multiverse.data.chat_templates import fix_date, named_templates, writes_date
-from megatron_multiverse.data.hf_tokenizer_files import completed_config, content, kept_form, load_hf_backend
+from megatron_multiverse.data.hf_tokenizer_files import (
+    SPECIAL_TOKENS,
+    completed_config,
+    content,
+    kept_form,
+    load_hf_backend,
+)
 from megatron_multiverse.data.input_files import refuse_lfs_pointer
 from megatron_multiverse.data.sentencepiece_model import add_user_defined_symbols, keep_blanks
 from megatron_multiverse.errors import ConfigError
@@ -238,8 +244,7 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
         return None if text is None else self._backend.token_to_id(text)
 
     def special_tokens(self) -> dict[str, str]:
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        return {name: content(self._config.get(name)) or "" for name in names}
+        return {name: content(self._config.get(name)) or "" for name in SPECIAL_TOKENS}
 
 
 class SentencePieceTokenizer(MultiverseTokenizer):

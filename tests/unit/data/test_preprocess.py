@@ -237,6 +237,9 @@ def test_end_token_and_template_must_exist(tmp_path, hf_folder):
     (tmp_path / "tokenizer.json").write_bytes((hf_folder / "tokenizer.json").read_bytes())
     with pytest.raises(ConfigError, match="names no end token"):
         preprocess_data(_config(source, tmp_path / "out", tmp_path, append_eod=True))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|gone|>"}')
+    with pytest.raises(ConfigError, match=r"names the end token '<\|gone\|>', which is not in its vocabulary"):
+        preprocess_data(_config(source, tmp_path / "out", tmp_path, append_eod=True))
     with pytest.raises(ConfigError, match="no chat template"):
         preprocess_data(_config(source, tmp_path / "out", hf_folder, chat_template="always"))
 

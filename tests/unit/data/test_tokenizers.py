@@ -117,6 +117,25 @@ def test_tag_that_swallows_blanks_is_refused(tmp_path, hf_folder):
         HuggingFaceTokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("mapped", ["<|pad|>", {"content": "<|pad|>", "lstrip": False}])
+def test_special_tokens_map_counts_as_in_transformers(tmp_path, hf_folder, table, mapped):
+    """It overrides the config, unless that has a table of added tokens."""
+    from transformers import AutoTokenizer
+
+    (tmp_path / "tokenizer.json").write_bytes((hf_folder / "tokenizer.json").read_bytes())
+    config = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    added = {"added_tokens_decoder": {"0": {"content": "<|end|>", "special": True}}} if table else {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | added))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": mapped}))
+    ours, theirs = HuggingFaceTokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.eod == theirs.eos_token_id == (0 if table else 1)
+    (tmp_path / "special_tokens_map.json").write_text("[1")
+    if not table:
+        with pytest.raises(ConfigError, match=r"special_tokens_map\.json is damaged"):
+            HuggingFaceTokenizer(tmp_path)
+
+
 def test_chat_template_wraps_the_user_turn(hf_folder, tmp_path):
     tokenizer = HuggingFaceTokenizer(hf_folder)
     with pytest.raises(ConfigError, match="no chat template"):
