@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from megatron_multiverse.curation.trees import plain_text
 from megatron_multiverse.structure import Block
@@ -110,8 +110,3 @@ def _same_value(ours: str, theirs: str) -> bool:
     wanted = parse(rf"\boxed{{{theirs}}}", parsing_timeout=_ANSWER_TIMEOUT_S)
     given = parse(rf"\boxed{{{ours}}}", parsing_timeout=_ANSWER_TIMEOUT_S)
     return bool(wanted and given) and bool(verify(wanted, given, timeout_seconds=_ANSWER_TIMEOUT_S))
-
-
-def holds_answer(blocks: Sequence[Block], answer: str) -> list[bool]:
-    """For each block, whether its text holds the answer."""
-    return [answer in plain_text((block,)) for block in blocks]

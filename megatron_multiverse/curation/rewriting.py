@@ -113,7 +113,8 @@ class Rewriting:
         written = {draft: result for draft, result in results.items() if isinstance(result, Block)}
         problems |= yield from self._dependent([outer for outer in missing if outer.draft in written], written)
         self.accepted |= {draft: block for draft, block in written.items() if draft not in problems}
-        return problems or self._changed(plan)  # nothing is missing any more
+        # Without a problem every block is there, so the text can be looked at as a whole.
+        return problems or self._changed(plan)
 
     def _dependent(self, outers: list[Outer], written: Mapping[Block, Block]) -> Dialogue[dict[Block, Problem]]:
         """Blocks whose paths depend on each other, by their words and, if asked for, by the judge."""
