@@ -4,6 +4,7 @@ Example:
     python tools/generate.py --load examples/quickstart/model --prompt "..."
     python tools/generate.py --load MODEL --input prompts.jsonl --output answers.jsonl \\
         --sampling.temperature 0.7 --sampling.n 4
+    torchrun --nproc-per-node 2 tools/generate.py --load MODEL --prompt "..." --tensor-model-parallel-size 2
 
 Answers are written as they finish; "index" says which row of the input they answer. Rows that cannot be answered are
 written with the reason, and the exit status is 1 then.
@@ -13,15 +14,33 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from megatron_multiverse.cli import parse_options, run_tool
 
+if TYPE_CHECKING:
+    from megatron_multiverse.inference.generate import GenerateConfig
+
 
 def main() -> None:
-    from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
+    from megatron_multiverse.inference.build import engine_ranks
+    from megatron_multiverse.inference.generate import GenerateConfig, follow_answers
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config = parse_options(GenerateConfig)
+    with engine_ranks(config.tensor_model_parallel_size, config.pipeline_model_parallel_size) as ranks:
+        if not ranks.is_first:
+            follow_answers(config)
+            return
+        refused = show_answers(config)
+    if refused:
+        sys.exit(f"{refused} rows could not be answered; each says why in its field error")
+
+
+def show_answers(config: GenerateConfig) -> int:
+    """Write or print all answers; returns how many rows could not be answered."""
+    from megatron_multiverse.inference.generate import generate_answers, write_answers
+
     refused = 0
     if config.output is not None:
         answered, refused = write_answers(config)
@@ -40,8 +59,7 @@ def main() -> None:
                 + (f", tries dropped after {dropped} tokens, {row['freed_pages']} pages came free" if dropped else ""),
                 file=sys.stderr,
             )
-    if refused:
-        sys.exit(f"{refused} rows could not be answered; each says why in its field error")
+    return refused
 
 
 if __name__ == "__main__":

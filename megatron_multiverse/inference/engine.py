@@ -114,6 +114,10 @@ class Engine:
             )
         self._num_ids: int | None = vocab_size if vocab_size is not None else rows
 
+    def close(self) -> None:
+        """Let go of the model, which stays usable for anything else; the ranks that follow this one stop."""
+        self.runner.close()
+
     def check(self, request: Request) -> None:
         """Refuse a request that could never be served.
 

@@ -23,7 +23,7 @@ from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, GenerationError, MultiverseError
-from megatron_multiverse.inference.build import build_engine
+from megatron_multiverse.inference.build import build_engine, follow_engine
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.record import to_record
 from megatron_multiverse.inference.text.answer import answer_text
@@ -77,6 +77,10 @@ class GenerateConfig:
     """Type of weights and cache."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when there is a GPU."""
+    tensor_model_parallel_size: int = 1
+    """Processes that each hold a part of every layer; torchrun starts them."""
+    pipeline_model_parallel_size: int = 1
+    """Processes, times that, that each hold some of the layers."""
 
     def __post_init__(self) -> None:
         if self.template_date is not None and not self.chat:
@@ -138,7 +142,8 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
             if config.input is None:
                 raise
             yield {"index": index, "finish_reason": "error", "error": str(error)}
-    with _record_file(config) as records, tqdm(total=len(origin), unit="answer", disable=None) as bar:
+    bar = tqdm(total=len(origin), unit="answer", disable=None)
+    with contextlib.closing(engine), _record_file(config) as records, bar:
         while engine.has_work:
             for result in engine.step():
                 index = origin[result.request_id]
@@ -152,6 +157,11 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
 
 def _record_file(config: GenerateConfig) -> contextlib.AbstractContextManager[TextIO | None]:
     return contextlib.nullcontext() if config.records is None else config.records.open("w", encoding="utf-8")
+
+
+def follow_answers(config: GenerateConfig) -> None:
+    """What the other ranks do while the first one writes answers."""
+    follow_engine(config.load, dtype=DTYPES[config.dtype], device=choose_device(config.device))
 
 
 def _tokenizer(config: GenerateConfig) -> MultiverseTokenizer:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from megatron_multiverse.inference.step.kv_store import KVStore
+from megatron_multiverse.inference.step.model_ranks import ModelRanks
 from megatron_multiverse.inference.step.tensors import StepTensors
 from megatron_multiverse.kernels.fused_linear import linear_add, norm_linear, norm_swiglu
 from megatron_multiverse.kernels.kv_write import write_kv
@@ -43,45 +44,73 @@ class _Layer:
 
 
 class PagedForward:
-    """A GPTModel's forward pass over the paged cache.
+    """A GPTModel's forward pass over the paged cache, or this rank's part of it.
 
     The weights are shared with the model: what changes them in place changes this.
 
     Args:
-        model: whole, not cut over ranks, as `model.build_gpt_model` makes it; see `runs`.
+        model: as `model.build_gpt_model` makes it; see `runs`.
+        ranks: those that hold the model between them; default: megatron-core's.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, ranks: ModelRanks | None = None) -> None:
         config: Any = model.config
+        self.ranks = ranks or ModelRanks.current()
         self.eps = config.layernorm_epsilon
-        self.num_groups = config.num_query_groups
+        self.hidden_size = config.hidden_size
+        self.num_groups = config.num_query_groups // self.ranks.tensor_size
         self.softmax_scale = config.kv_channels**-0.5
         rotary = model.position_id_rotary
         assert isinstance(rotary, PositionIdRotary)
         self.rotary = rotary
         state = weight_state(model)
-        self.embedding = state["embedding.word_embeddings.weight"]
-        self.layers = [_layer(state, index) for index in range(config.num_layers)]
-        self.final_norm = state["decoder.final_layernorm.weight"]
+        # The first stage has the embedding, the last one the final norm and the output layer.
+        self.embedding = state.get("embedding.word_embeddings.weight")
+        decoder: Any = model.decoder
+        self.layers = [_layer(state, index) for index in range(len(decoder.layers))]
+        self.final_norm = state.get("decoder.final_layernorm.weight")
         self.output = state.get("output_layer.weight", self.embedding)
 
     @staticmethod
     def runs(model: nn.Module) -> bool:
-        """Whether this can stand in for the model: one that `build_gpt_model` made, on one rank, not in FP8."""
+        """Whether this can stand in for the model: one that `build_gpt_model` made, not in FP8, whose tensor parallel
+        ranks have key/value heads of their own."""
         if not isinstance(getattr(model, "position_id_rotary", None), PositionIdRotary):
             return False
         config: Any = model.config
-        return bool(config.tensor_model_parallel_size == config.pipeline_model_parallel_size == 1 and not config.fp8)
+        return not config.fp8 and config.num_query_groups % config.tensor_model_parallel_size == 0
 
-    def __call__(self, step: StepTensors, store: KVStore) -> Tensor:
-        """Run the model once; returns the logits [s, vocab] asked for, the padding of the vocabulary included."""
-        x = F.embedding(step.ids, self.embedding)
+    def __call__(self, step: StepTensors, store: KVStore) -> Tensor | None:
+        """Run the model once.
+
+        Returns:
+            The logits [s, vocab] asked for, the padding of the vocabulary included; None on all pipeline stages but the
+            last.
+        """
+        ranks = self.ranks
+        if ranks.is_first_stage:
+            assert self.embedding is not None
+            x = ranks.embed(step.ids, self.embedding)
+        else:
+            x = ranks.receive_hidden(len(step.ids), self.layers[0].qkv.weight, self.hidden_size)
         table = self.rotary.table(step.positions[None])
         for layer in self.layers:
-            x = linear_add(self._attend(x, layer, table, step, store), layer.proj.weight, x, layer.proj.bias)
+            x = self._add(self._attend(x, layer, table, step, store), layer.proj, x)
             hidden = norm_swiglu(x, layer.mlp_norm, self.eps, layer.fc1.weight, layer.fc1.bias)
-            x = linear_add(hidden, layer.fc2.weight, x, layer.fc2.bias)
-        return norm_linear(x.index_select(0, step.logit_tokens), self.final_norm, self.eps, self.output)
+            x = self._add(hidden, layer.fc2, x)
+        if not ranks.is_last_stage:
+            ranks.send_hidden(x)
+            return None
+        assert self.final_norm is not None and self.output is not None
+        logits = norm_linear(x.index_select(0, step.logit_tokens), self.final_norm, self.eps, self.output)
+        return ranks.join_vocab(logits)
+
+    def _add(self, x: Tensor, linear: _Linear, residual: Tensor) -> Tensor:
+        """The residual stream after a product whose sum is cut over the tensor parallel ranks: one of them brings what
+        is there once."""
+        if self.ranks.tensor_rank == 0:
+            return self.ranks.sum(linear_add(x, linear.weight, residual, linear.bias))
+        return self.ranks.sum(linear_add(x, linear.weight, torch.zeros_like(residual)))
 
     def _attend(self, x: Tensor, layer: _Layer, table: Tensor, step: StepTensors, store: KVStore) -> Tensor:
         """Attention of one layer over the cache: x [n, hidden] -> [n, heads * head dim]."""

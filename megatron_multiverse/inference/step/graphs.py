@@ -118,6 +118,7 @@ class StepGraphs:
         def step(tensors: StepTensors, sources: Tensor, sampling: DeviceSampling) -> Tensor:
             ids = known_ids(tensors.ids, sources, self.last_tokens)
             logits = self.forward(dataclasses.replace(tensors, ids=ids), self.store)
+            assert logits is not None  # graphs run where the model is on one rank
             if kind.draw == "logits":
                 return logits
             return pack(*sampling.draw(logits[:, : self.vocab_size], noise=kind.draw == "noise"))

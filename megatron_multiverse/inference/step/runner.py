@@ -1,4 +1,5 @@
-"""Runs one step on this rank: plan in, tokens out. The place for CUDA graphs, tensor and pipeline parallelism."""
+"""Runs one step on this rank: plan in, tokens out. Where a model is spread over ranks, the first one's runner hands its
+plans on, and the others' `follow` them."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from megatron_multiverse.inference.step.forward import PagedForward
 from megatron_multiverse.inference.step.graphs import StepGraphs
 from megatron_multiverse.inference.step.kv_store import KVStore, PagedParams
+from megatron_multiverse.inference.step.model_ranks import ModelRanks, PlanChannel
 from megatron_multiverse.inference.step.plan import Floats, Ints, StepOutput, StepPlan
 from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler, choose, score
 from megatron_multiverse.inference.step.tensors import StepTensors
@@ -79,7 +81,7 @@ class Runner:
     Args:
         model: called as ``model(input_ids, position_ids, None, packed_seq_params=params)`` -> logits [1, n, vocab];
             see `KVStore.for_model` for what its `config` names.
-        num_pages: pages of the cache.
+        num_pages: pages of the cache; this and the next two are those of the first rank on all that share a model.
         page_size: tokens per page.
         vocab_size: ids of the tokenizer; the padding of the output layer above it is never chosen.
         sampler: draws tokens; by default `CounterSampler`.
@@ -97,6 +99,11 @@ class Runner:
         cuda_graphs: bool = True,
     ) -> None:
         self.model = model.eval()
+        self.ranks = ModelRanks.current()
+        self._channel = PlanChannel() if self.ranks.size > 1 else None
+        if self._channel is not None:
+            num_pages, page_size, ids = self._channel.agree(num_pages, page_size, vocab_size or 0)
+            vocab_size = ids or None
         self.store = KVStore.for_model(model, num_pages, page_size)
         self.sampler: Sampler = sampler or CounterSampler()
         self.vocab_size = vocab_size
@@ -106,8 +113,8 @@ class Runner:
         self._turn = 0
         on_gpu = self.store.keys.is_cuda and self.store.keys.dtype != torch.float64
         self.graphs: StepGraphs | None = None
-        self.forward = PagedForward(model) if PagedForward.runs(model) else None
-        if cuda_graphs and self.forward and on_gpu:
+        self.forward = PagedForward(model, self.ranks) if PagedForward.runs(model) else None
+        if cuda_graphs and self.forward and on_gpu and self.ranks.size == 1:
             self.graphs = StepGraphs(self.forward, self.store, self.last_tokens, vocab_size)
         self._logit_tokens: Tensor | None = None
         self._selected = False
@@ -117,7 +124,10 @@ class Runner:
         )
 
     def close(self) -> None:
-        """Take the hook off the model, which stays usable for anything else."""
+        """Take the hook off the model, which stays usable for anything else; the ranks that follow this one stop."""
+        if self._channel is not None and self.ranks.is_first:
+            self._channel.send(None)
+            self._channel = None
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -126,12 +136,23 @@ class Runner:
         """Run a step and wait for its tokens."""
         return self.launch(plan).wait()
 
-    @torch.inference_mode()
+    def follow(self) -> None:
+        """Run the plans of the first rank until its runner is closed; for all other ranks."""
+        assert self._channel is not None, "there are no other ranks"
+        while (plan := self._channel.receive()) is not None:
+            self._launch(plan)
+
     def launch(self, plan: StepPlan) -> PendingOutput:
         """Copy what forks and joins ask for, run the model once, and draw a token for every row that wants one.
 
         On a GPU nothing is waited for. The next plan may name these tokens by `StepPlan.sources`.
         """
+        if self._channel is not None:
+            self._channel.send(plan)
+        return self._launch(plan)
+
+    @torch.inference_mode()
+    def _launch(self, plan: StepPlan) -> PendingOutput:
         store = self.store
         if len(plan.copies):
             store.copy(plan.copies)
@@ -148,23 +169,35 @@ class Runner:
         return self._outputs[self._turn].fetch(packed, rows, scores)
 
     def _run_eagerly(self, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
-        step = StepTensors.upload(plan, self.store.keys.device, self.last_tokens)
+        device = self.store.keys.device
+        step = StepTensors.upload(plan, device, self.last_tokens)
         logits = self.forward(step, self.store) if self.forward else self._call_model(step)
-        logits, rows = logits[:, : self.vocab_size], len(plan.sample)
-        packed = choose(logits[:rows], plan.sampling, self.sampler, self.last_tokens)
-        if not len(plan.scored):
-            return packed, None
-        return packed, score(logits[rows:], plan.targets, int(plan.num_scores.max()))
+        packed, scores, rows = None, None, len(plan.sample)
+        if logits is not None:
+            logits = logits[:, : self.vocab_size]
+            packed = choose(logits[:rows], plan.sampling, self.sampler, self.last_tokens)
+            if len(plan.scored):
+                scores = score(logits[rows:], plan.targets, int(plan.num_scores.max()))
+        packed = self.ranks.from_last_stage(packed, device)
+        return packed, self.ranks.from_last_stage(scores, device) if len(plan.scored) else None
 
-    def _call_model(self, step: StepTensors) -> Tensor:
+    def _call_model(self, step: StepTensors) -> Tensor | None:
         """What `PagedForward` does, by the model's own forward."""
+        model: Any = self.model
         self._logit_tokens, self._selected = step.logit_tokens, False
         params = PagedParams(store=self.store, tensors=step)
+        if not self.ranks.is_first_stage:
+            like = next(model.parameters())
+            model.set_input_tensor(self.ranks.receive_hidden(len(step.ids), like, model.config.hidden_size)[:, None])
         try:
-            logits: Tensor = self.model(step.ids[None], step.positions[None], None, packed_seq_params=params)[0]
-            return logits if self._selected else logits.index_select(0, step.logit_tokens)
+            out: Tensor = model(step.ids[None], step.positions[None], None, packed_seq_params=params)
         finally:
             self._logit_tokens = None
+        if not self.ranks.is_last_stage:
+            self.ranks.send_hidden(out[:, 0])
+            return None
+        logits = out[0] if self._selected else out[0].index_select(0, step.logit_tokens)
+        return self.ranks.join_vocab(logits)
 
     def _select_hidden(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Keep only the tokens whose logits are asked for: the vocabulary is wide, most tokens need none."""

@@ -1,0 +1,151 @@
+"""The ranks that hold one model between them, as a step sees them.
+
+Tensor parallel ranks each hold a part of every layer, pipeline stages some of the layers.
+
+Every rank runs the same plans, in the same order, with its own layers, heads and key/value store. The first rank makes
+the plans; `PlanChannel` brings them to the others over the host, as bytes. Every tensor parallel rank draws every token
+itself, since the draw depends on the logits and the plan alone; the other pipeline stages are told by the last one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, distributed
+
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.inference.step.plan import StepPlan
+from megatron_multiverse.model.mcore import pipeline_parallel_size, tensor_parallel_place
+
+
+@dataclass(frozen=True)
+class ModelRanks:
+    """This rank's place; with one rank all methods return what they are given."""
+
+    tensor_size: int = 1
+    tensor_rank: int = 0
+    stages: int = 1
+    stage: int = 0
+
+    @classmethod
+    def current(cls) -> ModelRanks:
+        """The place in megatron-core's process groups.
+
+        Raises:
+            ConfigError: the program has further ranks, which would miss what this one says to all.
+        """
+        size, rank = tensor_parallel_place()
+        stages = pipeline_parallel_size()
+        ranks = cls(size, rank, stages, parallel_state.get_pipeline_model_parallel_rank())
+        if ranks.size not in (1, distributed.get_world_size()):
+            raise ConfigError(
+                f"an engine over {size} tensor parallel ranks and {stages} pipeline stages needs {ranks.size} ranks, "
+                f"this program has {distributed.get_world_size()}: start one program for each engine"
+            )
+        return ranks
+
+    @property
+    def size(self) -> int:
+        """Ranks of the model."""
+        return self.tensor_size * self.stages
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank makes the plans."""
+        return self.tensor_rank == self.stage == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether tokens enter the model here."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether logits come out here."""
+        return self.stage == self.stages - 1
+
+    def embed(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """Rows of an embedding whose vocabulary is cut over the tensor parallel ranks: ids [n] -> [n, hidden]."""
+        if self.tensor_size == 1:
+            return torch.nn.functional.embedding(ids, weight)
+        mine = ids - self.tensor_rank * len(weight)
+        outside = (mine < 0) | (mine >= len(weight))
+        rows = torch.nn.functional.embedding(mine.masked_fill(outside, 0), weight)
+        return self.sum(rows.masked_fill_(outside[:, None], 0.0))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the tensor parallel ranks, in place."""
+        if self.tensor_size > 1:
+            distributed.all_reduce(x, group=parallel_state.get_tensor_model_parallel_group())
+        return x
+
+    def join_vocab(self, logits: Tensor) -> Tensor:
+        """Logits [n, vocab / ranks] of each tensor parallel rank -> [n, vocab] on all of them."""
+        if self.tensor_size == 1:
+            return logits
+        parts = [torch.empty_like(logits) for _ in range(self.tensor_size)]
+        distributed.all_gather(parts, logits.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+        return torch.cat(parts, -1)
+
+    def receive_hidden(self, tokens: int, like: Tensor, hidden: int) -> Tensor:
+        """What the stage before this one computed, [tokens, hidden]; dtype and device are those of `like`."""
+        x = like.new_empty(tokens, hidden)
+        distributed.recv(x, parallel_state.get_pipeline_model_parallel_prev_rank())
+        return x
+
+    def send_hidden(self, x: Tensor) -> None:
+        """Give the next stage [tokens, hidden]."""
+        distributed.send(x.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+
+    def from_last_stage(self, packed: Tensor | None, device: torch.device) -> Tensor:
+        """int64 [lines, rows] of the last stage, on all stages.
+
+        Args:
+            packed: on the last stage.
+            device: where it goes.
+        """
+        if self.stages == 1:
+            assert packed is not None
+            return packed
+        group = parallel_state.get_pipeline_model_parallel_group()
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        shape = torch.zeros(2, dtype=torch.int64, device=device)
+        if packed is not None:
+            shape.copy_(torch.tensor(packed.shape))
+        distributed.broadcast(shape, last, group=group)
+        if packed is None:
+            packed = torch.empty(*shape.tolist(), dtype=torch.int64, device=device)
+        packed = packed.contiguous()
+        distributed.broadcast(packed, last, group=group)
+        return packed
+
+
+class PlanChannel:
+    """Brings plans from the first rank to all others, over the host."""
+
+    def agree(self, *numbers: int) -> list[int]:
+        """On the first rank: these numbers; on the others: those of the first."""
+        tensor = torch.tensor(numbers)
+        distributed.broadcast(tensor, 0)
+        return [int(number) for number in tensor]
+
+    def send(self, plan: StepPlan | None) -> None:
+        """On the first rank: the next step, or None for the end."""
+        data = b"" if plan is None else plan.to_bytes()
+        distributed.broadcast(torch.tensor([len(data)]), 0)
+        if data:
+            distributed.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0)
+
+    def receive(self) -> StepPlan | None:
+        """On the others: what the first rank sent."""
+        size = torch.zeros(1, dtype=torch.int64)
+        distributed.broadcast(size, 0)
+        if not size:
+            return None
+        data = torch.empty(int(size), dtype=torch.uint8)
+        distributed.broadcast(data, 0)
+        array: Any = data.numpy()
+        return StepPlan.from_bytes(array.tobytes())
