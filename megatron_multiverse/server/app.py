@@ -22,11 +22,11 @@ from megatron_multiverse.server.engine_client import EngineClient
 from megatron_multiverse.server.errors import ApiError
 from megatron_multiverse.server.metrics import Metrics
 from megatron_multiverse.server.model import ServedModel
-from megatron_multiverse.server.routes import chat, completions, megatron, service, tokenizer
+from megatron_multiverse.server.routes import chat, completions, megatron, rollout, service, tokenizer
 
 logger = logging.getLogger(__name__)
 
-ROUTERS = (megatron.router, completions.router, chat.router, tokenizer.router, service.router)
+ROUTERS = (megatron.router, completions.router, chat.router, tokenizer.router, rollout.router, service.router)
 PATHS = frozenset(route.path for router in ROUTERS for route in router.routes if isinstance(route, Route))
 """Of all routes."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -173,3 +175,13 @@ def test_metrics_tell_of_answers_branches_and_refusals(server: Running) -> None:
     time.sleep(0.6)  # a beat
     assert value("multiverse_engine_up") == 1 and value("multiverse_requests_running") == 0
     assert value("multiverse_cache_pages_free") == server.engine.book.num_pages
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(server: Running) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "grafana.json").read_text()
+    names = set(re.findall(r"multiverse_[a-z_]+", text)) - {"multiverse_"}
+    shown = server.http.get("/metrics").text
+    assert len(names) > 15
+    assert {name for name in names if f"\n{name}" not in shown and f"# TYPE {name}" not in shown} <= {
+        "multiverse_malformed_total",  # appears with the first malformed output
+    }

@@ -51,6 +51,13 @@ class Tool:
             time.sleep(0.02)
         raise AssertionError("".join(self.log))
 
+    def wait_for_answers(self, count: int) -> None:
+        """Until so many are in the making."""
+        limit = time.monotonic() + 60
+        while f"multiverse_queue {count:.1f}" not in httpx2.get(self.url + "/metrics").text:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children()
 
@@ -95,7 +102,7 @@ def test_the_commands_of_the_docs_run_as_written(tool: Tool) -> None:
 def test_the_tools_of_the_docs_run_as_written(tool: Tool) -> None:
     (block,) = [text for kind, text in FENCE.findall(DOCS) if "text_generation_cli.py" in text]
     chat, bench = block.replace(".venv/bin/python", sys.executable).strip().splitlines()
-    assert "root       | Answer: A = 3; B = 7" in run_as_written(chat, tool)
+    assert "root       | Answer: A = 37; B = 75" in run_as_written(chat, tool)
     assert "0 errors" in run_as_written(bench, tool).splitlines()[-1]
 
 
@@ -124,7 +131,7 @@ def test_sigterm_lets_answers_finish_and_says_no_to_new_ones(tool: Tool) -> None
 
     thread = threading.Thread(target=ask)
     thread.start()
-    time.sleep(0.3)
+    tool.wait_for_answers(1)
     tool.process.send_signal(signal.SIGTERM)
     tool.wait_for("draining: 1 answers")
     assert httpx2.get(tool.url + "/health/live").status_code == 200
@@ -147,7 +154,7 @@ def test_a_killed_engine_fails_those_that_wait_and_a_signal_ends_the_rest() -> N
 
         thread = threading.Thread(target=ask)
         thread.start()
-        time.sleep(0.5)
+        tool.wait_for_answers(1)
         start = time.monotonic()
         engine.kill()
         thread.join()
@@ -182,3 +189,23 @@ def test_an_engine_that_cannot_start_ends_the_server_with_its_reason(tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and str(tmp_path) in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_slurm_script_and_its_client(tmp_path: Path) -> None:
+    """Without SLURM the script serves here; the client waits for it and asks with the key."""
+    environment = os.environ | {"PYTHON": sys.executable, "RUN_FOLDER": str(tmp_path), "HOST": "127.0.0.1"}
+    environment |= {"DTYPE": "float32", "OMP_NUM_THREADS": "1"}
+    script, client = ROOT / "examples" / "serve" / "serve.sbatch", ROOT / "examples" / "serve" / "client.py"
+    with subprocess.Popen(["bash", str(script)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not (tmp_path / "url").exists():
+                time.sleep(0.05)
+            done = subprocess.run(
+                [sys.executable, str(client), str(tmp_path)], capture_output=True, text=True, timeout=200
+            )
+            assert "Answer: A = 1550; B = 124" in done.stdout, done.stderr
+            assert (tmp_path / "key").stat().st_mode & 0o077 == 0
+            assert httpx2.get((tmp_path / "url").read_text().strip() + "/v1/models").status_code == 401
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
