@@ -155,7 +155,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: no such route, or not with this method."""
     assert isinstance(error, HTTPException)
     messages = {
-        404: f"no route {request.url.path[:SHOWN_CHARACTERS]}; GET / lists none, docs/serving.md has them all",
+        404: f"no route {request.url.path[:SHOWN_CHARACTERS]}; docs/serving.md lists them all",
         405: f"{request.method} is not what {request.url.path[:SHOWN_CHARACTERS]} takes",
     }
     converted = ApiError(error.status_code, messages.get(error.status_code, "the request cannot be served"))
