@@ -4,7 +4,7 @@
     python -m benchmarks.bench_curation --part kills
     python -m benchmarks.bench_curation --part throughput --samples FOLDER
 
-Prints one JSON object. The figures in docs/curation.md are from benchmarks/results/curation_*.json.
+Prints one JSON object. The figures in docs/curation.md are from benchmarks/results/curation_faults.json.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def bench_faults(options: BenchOptions, folder: Path) -> dict[str, Any]:
         batch = dict.fromkeys(BATCH_FAULTS, options.fault_rate)
         with AnthropicServer(scripts, faults=Faults(live), batch_faults=batch) as server:
             started = time.monotonic()
-            done = run(command(own, server, "--request-timeout", "2", *(["--batch"] if name == "batch" else [])))
+            done = run(command(own, server, "--request-timeout", "8", *(["--batch"] if name == "batch" else [])))
             report = json.loads((own / "out" / "report.json").read_text())
             aside = read_rows(own / "out" / "set_aside.jsonl")
             found[name] = {
@@ -100,6 +100,7 @@ def bench_faults(options: BenchOptions, folder: Path) -> dict[str, Any]:
                 "set_aside": report["set_aside"],
                 "left": report["left"],
                 "set_aside_without_history": sum(not row["history"] for row in aside),
+                "answers_kept": len(list((own / "out" / "samples").glob("*/[0-9]*.json"))),
                 "answers_delivered": server.delivered.total(),
                 "delivered_twice": sum(count - 1 for count in server.delivered.values()),
             }
