@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -29,6 +29,7 @@ from megatron_multiverse.inference.record import to_record
 from megatron_multiverse.inference.text.answer import answer_text
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.inference.text.state import TokenCallback
 from megatron_multiverse.model.device import choose_device
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,10 @@ _SUFFIXES = {"none": "", "parallel": PARALLEL_SUFFIX, "sequential": SEQUENTIAL_S
 
 Prompts: TypeAlias = list[str | DataError]
 """Prompts in order; in place of a row that holds none, what is wrong with it."""
+
+
+Watch: TypeAlias = Callable[[MultiverseTokenizer, str], TokenCallback]
+"""Called with the tokenizer and the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,8 @@ class GenerateConfig:
     """Rows with a field "prompt": a file of JSON Lines or Parquet, or a folder of such files."""
     output: Path | None = None
     """JSON Lines to write, one row per answer as it finishes; by default answers go to the terminal."""
+    live: bool = False
+    """Show the branches of one answer side by side while they grow, instead of its text at the end."""
     records: Path | None = None
     """JSON Lines to write as well, one record per answer: each token with its log-probability, position, visibility
     label and segment (docs/engine.md)."""
@@ -101,6 +108,8 @@ def write_answers(config: GenerateConfig) -> tuple[int, int]:
     assert config.output is not None
     if config.input is not None and config.output.exists() and config.output.samefile(config.input):
         raise GenerationError(f"--output {config.output} is the input; give it another name")
+    if config.live:
+        raise GenerationError("--live shows the answer in the terminal; leave out --live, or --output")
     answered = refused = 0
     with config.output.open("w", encoding="utf-8") as file:
         for row in generate_answers(config):
@@ -110,8 +119,12 @@ def write_answers(config: GenerateConfig) -> tuple[int, int]:
     return answered, refused
 
 
-def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
+def generate_answers(config: GenerateConfig, *, watch: Watch | None = None) -> Iterator[dict[str, Any]]:
     """Answer the prompts of `config`.
+
+    Args:
+        config: what to answer, and how.
+        watch: makes what hears the tokens of the answer, of which there may be one then.
 
     Yields:
         One row per answer, as they finish: index (of the prompt, from 0), sample, prompt, text, finish_reason, counts,
@@ -123,6 +136,8 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
         GenerationError: options that cannot work, or `config.prompt` cannot be answered.
     """
     prompts = _prompts(config)
+    if watch is not None and (len(prompts) > 1 or config.sampling.n > 1):
+        raise GenerationError("--live shows one answer; give one prompt and leave --sampling.n at 1")
     tokenizer = _tokenizer(config)
     texts = [prompt + _SUFFIXES[config.prompt_suffix] for prompt in prompts if isinstance(prompt, str)]
     date = parse_date(config.template_date or DEFAULT_DATE)
@@ -136,13 +151,14 @@ def generate_answers(config: GenerateConfig) -> Iterator[dict[str, Any]]:
         try:
             if isinstance(prompt, DataError):
                 raise prompt
-            first = engine.add_request(Request(prompt_ids=ids[index], sampling=sampling))
+            on_token = None if watch is None else watch(tokenizer, prompt)
+            first = engine.add_request(Request(prompt_ids=ids[index], sampling=sampling), on_token=on_token)
             origin |= dict.fromkeys(range(first, first + sampling.n), index)
         except MultiverseError as error:
             if config.input is None:
                 raise
             yield {"index": index, "finish_reason": "error", "error": str(error)}
-    bar = tqdm(total=len(origin), unit="answer", disable=None)
+    bar = tqdm(total=len(origin), unit="answer", disable=True if watch else None)
     with contextlib.closing(engine), _record_file(config) as records, bar:
         while engine.has_work:
             for result in engine.step():

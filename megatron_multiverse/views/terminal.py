@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference import IncrementalDetokenizer
 from megatron_multiverse.structure import TAGS
 
@@ -51,9 +52,11 @@ class LiveBranches:
         output: TextIO | None = None,
         refresh_per_second: int = 12,
     ) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
+        try:
+            from rich.console import Console
+            from rich.live import Live
+        except ModuleNotFoundError as error:
+            raise ConfigError('the live view needs rich: pip install "megatron-multiverse[eval]"') from error
         self._detokenize = detokenize
         self._output = output or sys.stdout
         self._title = title

@@ -14,7 +14,7 @@ import pytest
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, GenerationError
-from megatron_multiverse.inference import Request, generate
+from megatron_multiverse.inference import Request, from_record, generate
 from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
 from megatron_multiverse.structure import Tag
 
@@ -168,6 +168,23 @@ def test_limits_and_stop_tokens_reach_the_engine():
         ]
         == "length"
     )
+
+
+def test_live_hears_one_answer_and_records_are_written(tmp_path: Path) -> None:
+    heard: dict[str, list[int]] = {}
+    config = GenerateConfig(load=MODEL, prompt=PROMPT, sampling=LONG, live=True, records=tmp_path / "records.jsonl")
+
+    def watch(tokenizer, prompt):
+        assert prompt == PROMPT
+        return lambda request, branch, ids: heard.setdefault(branch, []).extend(ids)
+
+    (row,) = generate_answers(config, watch=watch)
+    (record,) = read(tmp_path / "records.jsonl")
+    assert sorted(token for ids in heard.values() for token in ids) == sorted(record["token_ids"])
+    assert from_record(record).finish_reason == row["finish_reason"]
+    several = replace(config, sampling=SamplingParams(n=2, temperature=1.0))
+    with pytest.raises(GenerationError, match="--live shows one answer"):
+        next(generate_answers(several, watch=watch))
 
 
 def test_structure_tags_do_not_stop_answers() -> None:
