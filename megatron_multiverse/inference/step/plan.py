@@ -174,11 +174,11 @@ class StepOutput(NamedTuple):
 
     def top(self, row: int, count: int) -> list[tuple[int, float]] | None:
         """(id, log-probability) of the `count` most likely tokens of a sampled row; None for 0."""
-        return _pairs(self.top_ids[row, :count], self.top_logprobs[row, :count])
+        return _pairs(self.top_ids[row, :count], self.top_logprobs[row, :count]) if count else None
 
     def score_top(self, index: int, count: int) -> list[tuple[int, float]] | None:
         """The same in the place of a target."""
-        return _pairs(self.score_top_ids[index, :count], self.score_top_logprobs[index, :count])
+        return _pairs(self.score_top_ids[index, :count], self.score_top_logprobs[index, :count]) if count else None
 
 
 def _pairs(ids: Ints, logprobs: Floats) -> list[tuple[int, float]] | None:
