@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import keyword
 import re
@@ -88,7 +89,7 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
     parser.add_argument(DEBUG_FLAG, action="store_true", help="show the traceback of an error")
     parser.add_class_arguments(cls)
     given = [_underscored(argument) for argument in (sys.argv[1:] if args is None else args)]
-    _refuse_duplicate_keys(given)
+    _refuse_wrong_keys(cls, given)
     given, texts = _with_values(cls, given)
     parsed = parser.parse_args(given)
     for name, text in texts.items():
@@ -103,11 +104,15 @@ def _build(cls: type[T], values: Any) -> T:
     hints = typing.get_type_hints(cls)
     built = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        value, hint = values[field.name], hints[field.name]
-        parts = [part for part in (hint, *typing.get_args(hint)) if isinstance(part, type)]
-        parts = [part for part in parts if dataclasses.is_dataclass(part)]
-        built[field.name] = _build(parts[0], value) if parts and isinstance(value, Namespace) else value
+        value, part = values[field.name], _part(hints[field.name])
+        built[field.name] = _build(part, value) if part and isinstance(value, Namespace) else value
     return cls(**built)
+
+
+def _part(hint: Any) -> type[Any] | None:
+    """The dataclass among the types that a field may have."""
+    types = (part for part in (hint, *typing.get_args(hint)) if isinstance(part, type))
+    return next((part for part in types if dataclasses.is_dataclass(part)), None)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -126,13 +131,36 @@ class _UniqueKeys(yaml.SafeLoader):
         return mapping
 
 
-def _refuse_duplicate_keys(args: list[str]) -> None:
-    """Look through the YAML files of --config; what else is wrong with them jsonargparse says."""
+def _refuse_wrong_keys(cls: type[Any], args: list[str]) -> None:
+    """Keys that stand twice in a YAML file of --config, and unknown keys of optional parts.
+
+    jsonargparse says the rest, but of an optional part it says only that no type of a union fits.
+    """
     for flag, words in _flags_with_words(args):
+        if "." in flag:
+            nested: Any = None
+            for name in reversed(flag[2:].split(".")):
+                nested = {name: nested}
+            _refuse_unknown_keys(cls, nested)
         for file in words if flag == "--config" else []:
             if Path(file).is_file():
                 with open(file, encoding="utf-8", errors="replace") as stream, contextlib.suppress(yaml.YAMLError):
-                    yaml.load(stream, Loader=_UniqueKeys)
+                    _refuse_unknown_keys(cls, yaml.load(stream, Loader=_UniqueKeys), f"{file}: ")
+
+
+def _refuse_unknown_keys(cls: type[Any], values: Any, where: str = "") -> None:
+    hints = typing.get_type_hints(cls)
+    for name, inner in values.items() if isinstance(values, dict) else ():
+        part = _part(hints.get(name))
+        if part is None or not isinstance(inner, dict):
+            continue
+        allowed = [field.name for field in dataclasses.fields(part)]
+        for key in inner if part is not hints[name] else ():  # jsonargparse says it well where there is no union
+            if str(key).split(".")[0] not in allowed:
+                close = difflib.get_close_matches(str(key), allowed, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(allowed)}"
+                raise ConfigError(f"{where}{name} has no setting {key!r}; {hint}")
+        _refuse_unknown_keys(part, inner, f"{where}{name}.")
 
 
 def _hyphenated(text: str) -> str:

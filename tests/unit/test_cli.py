@@ -147,3 +147,25 @@ def test_an_interrupt_ends_with_its_own_code(
         run_tool(interrupt)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithOptionalPart:
+    """A tool whose part may be left out."""
+
+    model: Nested | None = None
+    """A part."""
+
+
+def test_an_unknown_key_of_an_optional_part_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^model has no setting 'page_sise'; did you mean page_size\?$"):
+        parse_options(WithOptionalPart, ["--model.page-sise", "3"])
+    file = tmp_path / "run.yaml"
+    file.write_text("model:\n  zzz: 3\n")
+    with pytest.raises(
+        ConfigError, match=r"run\.yaml: model has no setting 'zzz'; allowed are page_size, debug, stop_ids$"
+    ):
+        parse_options(WithOptionalPart, ["--config", str(file)])
+    file.write_text("model:\n  page_size: 3\n")
+    given = ["--config", str(file), "--model.debug", "true"]
+    assert parse_options(WithOptionalPart, given) == WithOptionalPart(model=Nested(page_size=3, debug=True))
