@@ -18,7 +18,7 @@ FAST = ["gigatoken==0.10.0"]
 # fastapi: older ones cannot switch their telemetry off.
 SERVE = ["fastapi>=0.165", "httpx2>=2.16", "msgpack>=1.1", "prometheus-client>=0.20", "uvicorn>=0.30"]
 CURATE = ["anthropic>=2.14,<3", "openai>=3.0", "rapidfuzz>=3.9", "math-verify>=0.9", "matplotlib>=3.9"]
-EVAL = ["matplotlib>=3.9", "rich>=13.0"]
+EVAL = ["httpx2>=2.16", "math-verify>=0.9", "matplotlib>=3.9", "rich>=13.0"]
 
 setup(
     name="megatron-multiverse",

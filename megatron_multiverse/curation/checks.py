@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from megatron_multiverse.curation.trees import plain_text
+from megatron_multiverse.grading import boxes, same_value
 from megatron_multiverse.structure import Block
 
 _TRANSITION = re.compile(
@@ -22,7 +23,6 @@ _SIBLING = re.compile(
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?![\w])")
 _WORKED_OUT = re.compile(r"(?:=|≈|\\approx|\\equiv|:)\s*\$?\s*-?\s*$")
 _MIN_DIGITS = 3
-_ANSWER_TIMEOUT_S = 5
 
 
 def distance(text: str, original: str) -> float:
@@ -83,14 +83,8 @@ def _is_result(text: str, match: re.Match[str]) -> bool:
 
 def final_answer(text: str) -> str:
     r"""The content of the last ``\boxed{...}``; without one the last line that is not empty."""
-    start = text.rfind(r"\boxed{")
-    if start >= 0:
-        depth, begin = 0, start + len(r"\boxed{")
-        for k in range(begin - 1, len(text)):
-            depth += (text[k] == "{") - (text[k] == "}")
-            if depth == 0:
-                return text[begin:k]
-    return text.strip().rsplit("\n", 1)[-1]
+    found = boxes(text)
+    return found[-1].content if found else text.strip().rsplit("\n", 1)[-1]
 
 
 def same_answer(text: str, original: str) -> bool:
@@ -98,15 +92,4 @@ def same_answer(text: str, original: str) -> bool:
     ours, theirs = final_answer(text), final_answer(original)
     if ours.split() == theirs.split():
         return True
-    if r"\boxed{" not in original or r"\boxed{" not in text:
-        return False
-    return _same_value(ours, theirs)
-
-
-def _same_value(ours: str, theirs: str) -> bool:
-    # math-verify bounds its time with an alarm signal, so this runs in the main thread only.
-    from math_verify import parse, verify
-
-    wanted = parse(rf"\boxed{{{theirs}}}", parsing_timeout=_ANSWER_TIMEOUT_S)
-    given = parse(rf"\boxed{{{ours}}}", parsing_timeout=_ANSWER_TIMEOUT_S)
-    return bool(wanted and given) and bool(verify(wanted, given, timeout_seconds=_ANSWER_TIMEOUT_S))
+    return bool(boxes(text) and boxes(original)) and same_value(theirs, ours)

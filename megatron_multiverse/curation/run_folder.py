@@ -12,85 +12,37 @@ Every file is written whole or not at all. The state of a sample that is not fin
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_multiverse.curation.exchange import Answer, Request
-from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.files import write_json_atomic
-
-logger = logging.getLogger(__name__)
+from megatron_multiverse.locked_folder import LockedFolder
 
 _FORMAT = 1
-_SETTINGS, _LOCK, _OUTCOME = "run.json", "lock", "outcome.json"
-_PATIENCE_S = 2.0  # a killed run takes a moment to let go
+_OUTCOME = "outcome.json"
 
 
-class RunFolder:
-    """The folder of a run, locked from `__enter__` to `__exit__`.
+class RunFolder(LockedFolder):
+    """The folder of a curation run; see `LockedFolder`.
 
     Args:
         path: made if it is missing.
         settings: what decides the questions; another run's are refused.
-
-    Raises:
-        ConfigError: on entering: the folder holds something else, or a run with other settings.
-        DataError: on entering: another process works here.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        self._settings = {"format": _FORMAT, **settings}
-        self._lock: IO[str] | None = None
+        super().__init__(path, {"format": _FORMAT, **settings}, "a curation run")
 
     def __enter__(self) -> RunFolder:
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / _LOCK).is_file():
-            raise ConfigError(f"--output {self.path} holds something else than a curation run: choose a new folder")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / _LOCK, "a", encoding="utf-8")
-        try:
-            self._take_lock(self._lock)
-            self._check_settings()
-        except BaseException:
-            self._lock.close()
-            raise
+        super().__enter__()
         for name in ("samples", "batches"):
             (self.path / name).mkdir(exist_ok=True)
         return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
-
-    def _take_lock(self, lock: IO[str]) -> None:
-        deadline = time.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise DataError(
-                        f"another run works in {self.path}: wait for it, or choose another --output"
-                    ) from None
-                time.sleep(0.05)
-
-    def _check_settings(self) -> None:
-        file = self.path / _SETTINGS
-        if not file.is_file():
-            write_json_atomic(file, self._settings)
-            return
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        names = sorted(earlier.keys() | self._settings.keys())
-        changed = [name for name in names if earlier.get(name) != self._settings.get(name)]
-        if changed:
-            lines = ", ".join(f"{n} was {earlier.get(n)!r} and is {self._settings.get(n)!r} now" for n in changed)
-            raise ConfigError(f"--output {self.path} holds a run with other settings ({lines}): choose a new folder")
 
     def sample(self, name: str) -> SampleState:
         """What is known of one sample."""

@@ -41,6 +41,20 @@ def subplots(height: float, ratios: Sequence[float], *, width: float = 11.0) -> 
     return figure, list(axes[:, 0])
 
 
+def grid(rows: int, columns: int, *, width: float, row_height: float) -> tuple[Figure, list[list[Axes]]]:
+    """Empty axes that share nothing, by row and column (inches: for the whole width, and for each row)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (width, row_height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes.tolist()
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write the figure as PNG, making the folder if need be, and free it."""
     import matplotlib.pyplot as plt

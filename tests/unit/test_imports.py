@@ -23,12 +23,14 @@ ALLOWED = {
     "config": {"errors", "structure"},
     "dtypes": set(),
     "files": set(),
+    "grading": set(),
+    "locked_folder": {"errors", "files"},
     "progress": set(),
     "weight_names": set(),
     "structure": {"errors"},
     "kernels": {"errors", "structure"},
     "data": {"errors", "config", "files", "progress", "structure", "cli"},
-    "curation": {"errors", "config", "files", "structure", "data"},
+    "curation": {"errors", "config", "files", "grading", "locked_folder", "structure", "data"},
     "parallel": {"errors"},
     "model": {"errors", "config", "dtypes", "files", "weight_names", "structure", "kernels", "parallel"},
     "checkpoints": {"progress"},
@@ -41,7 +43,18 @@ ALLOWED = {
 ALLOWED["checkpoints"] |= ALLOWED["model"] | {"data", "model"}
 ALLOWED["training"] |= ALLOWED["checkpoints"]
 ALLOWED["inference"] |= ALLOWED["checkpoints"]
-NO_TORCH = {"errors", "config", "curation", "files", "progress", "structure", "weight_names"}
+ALLOWED["evaluation"] = ALLOWED["views"] | {"dtypes", "grading", "locked_folder", "views"}
+NO_TORCH = {
+    "errors",
+    "config",
+    "curation",
+    "files",
+    "grading",
+    "locked_folder",
+    "progress",
+    "structure",
+    "weight_names",
+}
 
 
 def imported_modules(path: Path) -> set[str]:

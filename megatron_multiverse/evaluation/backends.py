@@ -1,0 +1,257 @@
+"""Who answers: an engine in this process, or a running server. Both give the same answers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron_multiverse.errors import ConfigError, GenerationError, MultiverseError
+from megatron_multiverse.evaluation.config import EvaluateConfig
+from megatron_multiverse.evaluation.samples import Answer, Job
+
+if TYPE_CHECKING:
+    import httpx2
+
+    from megatron_multiverse.inference import Result
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE_S = 300.0
+_LONGEST_PAUSE_S = 30.0
+
+Outcome = Answer | MultiverseError
+"""An answer, or why this one prompt got none; the others go on."""
+
+
+class Backend(Protocol):
+    """What the evaluation asks of whoever answers."""
+
+    name: str
+    """Of the model; a run goes on only with the same one."""
+
+    def answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+        """Answer jobs, yielding each as it finishes.
+
+        Raises:
+            MultiverseError: nothing more can be answered.
+        """
+
+
+class EngineBackend:
+    """An engine in this process.
+
+    Raises:
+        CheckpointError, ConfigError: see `build_engine`.
+    """
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        from megatron_multiverse.data.end_tokens import end_ids
+        from megatron_multiverse.data.tokenizers import build_tokenizer
+
+        assert config.load is not None
+        if not config.load.exists():
+            raise ConfigError(f"--load {config.load}: no such folder; name a folder with a model")
+        self.name = str(config.load)
+        self._config = config
+        self._tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model or config.load)
+        self._ends = tuple(end_ids(config.load, self._tokenizer))
+
+    def answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+        """See `Backend`."""
+        from megatron_multiverse.inference import Request, answer_text
+
+        prompts = self._prompt_ids(jobs)
+        waiting = iter(zip(jobs, prompts, strict=True))
+        engine = self._engine(max(map(len, prompts)))
+        running: dict[int, tuple[Job, float]] = {}
+        while True:
+            for job, ids in islice(waiting, self._config.concurrency - len(running)):
+                try:
+                    number = engine.add_request(Request(prompt_ids=ids, sampling=self._sampling(job)))
+                    running[number] = job, time.perf_counter()
+                except GenerationError as error:
+                    yield job, error
+            if not running:
+                return
+            for result in engine.step():
+                job, started = running.pop(result.request_id)
+                text = answer_text(result, self._tokenizer.detokenize)
+                yield job, _of_result(result, text, time.perf_counter() - started)
+
+    def _prompt_ids(self, jobs: Sequence[Job]) -> list[list[int]]:
+        texts = [job.prompt for job in jobs]
+        if self._config.chat and self._tokenizer.chat_template is not None:
+            texts = [self._tokenizer.render_chat(text) for text in texts]
+        return self._tokenizer.tokenize_batch(texts)
+
+    def _engine(self, longest_prompt: int) -> Any:
+        from megatron_multiverse.dtypes import DTYPES
+        from megatron_multiverse.inference import build_engine
+        from megatron_multiverse.model.device import choose_device
+
+        config = self._config
+        assert config.load is not None
+        return build_engine(
+            config.load,
+            self._tokenizer,
+            config.engine,
+            longest=longest_prompt + config.draw.max_tokens,
+            dtype=DTYPES[config.dtype],
+            device=choose_device(config.device),
+        )
+
+    def _sampling(self, job: Job) -> Any:
+        from megatron_multiverse.config import SamplingParams
+
+        draw = self._config.draw
+        return SamplingParams(
+            **vars(draw),
+            seed=job.key.seed,
+            max_critical_tokens=job.key.budget,
+            max_concurrent_branches=1 if self._config.sequential else None,
+            stop_token_ids=self._ends,
+        )
+
+
+def _of_result(result: Result, text: str, seconds: float) -> Outcome:
+    if result.finish_reason not in ("stop", "length"):
+        return GenerationError(f"the engine ended the answer ({result.finish_reason}): {result.error}")
+    return Answer(
+        text=text,
+        finish_reason=result.finish_reason,
+        tokens=len(result.token_ids),
+        critical_tokens=result.critical_tokens,
+        decode_steps=result.decode_steps,
+        blocks=len(result.blocks),
+        paths=sum(len(block.branches) for block in result.blocks),
+        malformed=dict(result.malformed),
+        seconds=seconds,
+    )
+
+
+class ServerBackend:
+    """A running tools/run_text_generation_server.py, over HTTP.
+
+    Raises:
+        GenerationError: nobody answers there, or the key is refused.
+    """
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        import httpx2
+
+        assert config.url is not None
+        self._config = config
+        key = os.environ.get("MULTIVERSE_API_KEY")
+        self._client = httpx2.Client(
+            base_url=config.url.rstrip("/").removesuffix("/v1"),
+            timeout=httpx2.Timeout(config.timeout, connect=10.0),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx2.Limits(max_connections=config.concurrency),
+        )
+        models = self._ask("GET", "/v1/models", None)
+        try:
+            self.name = str(models["data"][0]["id"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise GenerationError(f"--url {config.url}: /v1/models names no model; is this our server?") from error
+
+    def answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+        """See `Backend`. Threads wait for the server; grades are given by the caller's thread."""
+        waiting = iter(jobs)
+        running: dict[Future[Outcome], Job] = {}
+        pool = ThreadPoolExecutor(self._config.concurrency)
+        try:
+            while True:
+                for job in islice(waiting, self._config.concurrency - len(running)):
+                    running[pool.submit(self._answer, job)] = job
+                if not running:
+                    return
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(done), done.result()
+        finally:
+            # Ends the requests under way, so that their threads end now and the server frees what they hold.
+            self._client.close()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _answer(self, job: Job) -> Outcome:
+        config = self._config
+        ours: dict[str, Any] = {"max_critical_tokens": job.key.budget}
+        if config.sequential:
+            ours["max_concurrent_branches"] = 1
+        body: dict[str, Any] = {**vars(config.draw), "seed": job.key.seed, "multiverse": ours}
+        route = "/v1/chat/completions" if config.chat else "/v1/completions"
+        body |= {"messages": [{"role": "user", "content": job.prompt}]} if config.chat else {"prompt": job.prompt}
+        try:
+            answer, seconds = self._timed("POST", route, body)
+        except _Refused as error:
+            return GenerationError(str(error))
+        return _of_response(answer, seconds)
+
+    def _ask(self, method: str, route: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        return self._timed(method, route, body)[0]
+
+    def _timed(self, method: str, route: str, body: dict[str, Any] | None) -> tuple[dict[str, Any], float]:
+        """The answer, and the seconds of the try that brought it. A server that is busy or starting is asked again."""
+        import httpx2
+
+        deadline, pause = time.monotonic() + _PATIENCE_S, 1.0
+        while True:
+            started = time.perf_counter()
+            try:
+                response = self._client.request(method, route, json=body)
+            except httpx2.TimeoutException as error:
+                raise GenerationError(f"--url {self._config.url}: no answer in {self._config.timeout:g} s") from error
+            except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+                raise GenerationError(
+                    f"--url {self._config.url}: {error}; start tools/run_text_generation_server.py there, then the "
+                    "same command goes on"
+                ) from error
+            if response.status_code not in (429, 503) or time.monotonic() > deadline:
+                return self._content(response), time.perf_counter() - started
+            asked = response.headers.get("retry-after", "")
+            time.sleep(min(float(asked) if asked.isdecimal() else pause, _LONGEST_PAUSE_S))
+            pause *= 2
+
+    def _content(self, response: httpx2.Response) -> dict[str, Any]:
+        try:
+            content = response.json()
+        except ValueError:
+            content = None
+        if response.status_code == 200 and isinstance(content, dict):
+            return content
+        said = content.get("message") if isinstance(content, dict) else response.text[:200]
+        message = f"{self._config.url} says {response.status_code}: {said}"
+        if response.status_code in (400, 500):
+            raise _Refused(message)
+        raise GenerationError(message)
+
+
+class _Refused(GenerationError):
+    """This one request cannot be served."""
+
+
+def _of_response(response: dict[str, Any], seconds: float) -> Outcome:
+    try:
+        choice = response["choices"][0]
+        ours = choice["multiverse"]
+        if choice["finish_reason"] not in ("stop", "length"):
+            return GenerationError(f"the server ended the answer ({choice['finish_reason']})")
+        return Answer(
+            text=choice["message"]["content"] if "message" in choice else choice["text"],
+            finish_reason=choice["finish_reason"],
+            tokens=response["usage"]["completion_tokens"],
+            critical_tokens=ours["critical_tokens"],
+            decode_steps=ours["decode_steps"],
+            blocks=len(ours["blocks"]),
+            paths=sum(len(block["branches"]) for block in ours["blocks"]),
+            malformed=ours["malformed"],
+            seconds=seconds,
+        )
+    except (KeyError, IndexError, TypeError) as error:
+        raise GenerationError(
+            f"the answer has no {error}: --url takes the address of tools/run_text_generation_server.py"
+        ) from error

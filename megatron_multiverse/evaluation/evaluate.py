@@ -1,0 +1,122 @@
+"""A whole evaluation, and the comparison of two: what tools/evaluate.py does."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_multiverse.errors import DataError
+from megatron_multiverse.evaluation.backends import Backend, EngineBackend, ServerBackend
+from megatron_multiverse.evaluation.compare import Comparison, compare_runs
+from megatron_multiverse.evaluation.config import EvaluateConfig
+from megatron_multiverse.evaluation.report import write_comparison, write_report
+from megatron_multiverse.evaluation.samples import SAMPLES, Job, Sample, SampleLog, make_jobs, read_samples
+from megatron_multiverse.evaluation.scores import Score, Setting, score_settings
+from megatron_multiverse.evaluation.tasks import load_problems
+from megatron_multiverse.locked_folder import LockedFolder
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_PLAIN_LINE_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a run came to."""
+
+    scores: dict[Setting, Score]
+    missing: int
+    """Answers that could not be had; the same command asks for them again."""
+    first_error: str = ""
+    """Why the first of them is missing."""
+
+
+def evaluate(config: EvaluateConfig) -> Evaluated:
+    """Ask for all answers that the run does not have yet, grade them, and write the report.
+
+    Call it in the main thread, which the grader needs.
+
+    Raises:
+        MultiverseError: bad options or data, no model, or a server that answers no more. Finished answers are kept.
+    """
+    sources = config.sources()
+    problems = [problem for task in config.tasks for problem in load_problems(task, sources.get(task), config.limit)]
+    jobs = make_jobs(problems, config.thinking, config.budgets, config.num_seeds)
+    backend: Backend = EngineBackend(config) if config.load is not None else ServerBackend(config)
+    settings = {
+        "format": _FORMAT,
+        "model": backend.name,
+        "chat": config.chat,
+        "sequential": config.sequential,
+        "draw": dict(vars(config.draw)),
+    }
+    with LockedFolder(config.output, settings, "an evaluation"):
+        log = SampleLog(config.output / SAMPLES)
+        errors = _answer(backend, [job for job in jobs if job.key not in log.samples], log, config.concurrency)
+        chosen = [log.samples[job.key] for job in jobs if job.key in log.samples]
+        if not chosen:
+            raise DataError(f"no answer could be had; the first one failed because {errors[0]}")
+        scores = score_settings(chosen)
+        facts = {**settings, "tasks": config.tasks, "problems": len(problems), "seeds": config.num_seeds}
+        write_report(config.output, {**facts, "missing answers": len(errors)}, scores, chosen)
+    return Evaluated(scores, len(errors), errors[0] if errors else "")
+
+
+def _answer(backend: Backend, jobs: list[Job], log: SampleLog, concurrency: int) -> list[str]:
+    """Answer and grade jobs; returns why answers are missing."""
+    from tqdm import tqdm
+
+    errors: list[str] = []
+    if not jobs:
+        return errors
+    if log.samples:
+        logger.info("%d answers are there already, %d are asked for", len(log.samples), len(jobs))
+    right = done = 0
+    started = printed = time.monotonic()
+    with tqdm(total=len(jobs), unit="answer", disable=None, desc="evaluating") as bar:
+        for job, outcome in backend.answers(jobs):
+            if isinstance(outcome, Exception):
+                errors.append(str(outcome))
+            else:
+                answer, correct = job.problem.grade(outcome.text)
+                log.append(_sample(job, vars(outcome), answer, correct, concurrency))
+                right += correct
+            done += 1
+            bar.set_postfix_str(f"{right} right, {len(errors)} missing", refresh=False)
+            bar.update()
+            now = time.monotonic()
+            if bar.disable and now - printed >= _PLAIN_LINE_EVERY_S:
+                printed = now
+                eta = (len(jobs) - done) * (now - started) / done
+                logger.info(
+                    "%d of %d answers: %d right, %d missing, ETA %.0f s", done, len(jobs), right, len(errors), eta
+                )
+    return errors
+
+
+def _sample(job: Job, answered: dict[str, object], answer: str | None, correct: bool, concurrency: int) -> Sample:
+    return Sample(
+        **answered,  # type: ignore[arg-type]
+        **job.key._asdict(),
+        concurrency=concurrency,
+        gold=job.problem.gold,
+        answer=answer,
+        correct=correct,
+        prompt=job.prompt,
+    )
+
+
+def compare(config: EvaluateConfig) -> list[Comparison]:
+    """Compare the two runs of `config.compare` and write comparison.md, .json and .png into `config.output`.
+
+    Raises:
+        ConfigError: the runs share nothing.
+        DataError: a run has no readable samples.
+    """
+    first, second = (list(read_samples(Path(run) / SAMPLES)) for run in config.compare)
+    comparisons = compare_runs(first, second)
+    write_comparison(config.output, config.compare, comparisons)
+    return comparisons

@@ -1,0 +1,126 @@
+"""Pictures (PNG) of a run and of a comparison, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_multiverse.evaluation.compare import Comparison, Interval
+from megatron_multiverse.evaluation.samples import Sample
+from megatron_multiverse.evaluation.scores import Score, Setting
+from megatron_multiverse.views.canvas import DEPTH_COLORS, grid, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLORS = {"parallel": DEPTH_COLORS[1], "sequential": DEPTH_COLORS[2], "none": DEPTH_COLORS[3]}
+
+
+def draw_scores(scores: Mapping[Setting, Score], samples: Sequence[Sample], path: str | Path) -> None:
+    """Draw accuracy, parallelism, lengths and wall clock; with budgets, accuracy over length and over wall clock."""
+    has_budgets = len({setting.budget for setting in scores}) > 1
+    height = max(3.4, 0.34 * len(scores) + 1.6)
+    figure, axes = grid(3 if has_budgets else 2, 2, width=11.0, row_height=max(3.2, height))
+    _draw_accuracy(axes[0][0], scores)
+    _draw_parallel(axes[0][1], samples)
+    _draw_lengths(axes[1][0], samples)
+    _draw_means(axes[1][1], scores)
+    if has_budgets:
+        _draw_budgets(axes[2][0], scores, "token_latency", "mean tokens on the longest chain")
+        _draw_budgets(axes[2][1], scores, "seconds", "mean seconds of an answer")
+    save(figure, path)
+
+
+def draw_comparison(comparisons: Sequence[Comparison], path: str | Path) -> None:
+    """Draw difference and net speed-up of each setting with their 95 % intervals."""
+    figure, axes = grid(1, 2, width=11.0, row_height=0.42 * len(comparisons) + 1.8)
+    names = [one.task + ("" if one.budget is None else f", budget {one.budget}") for one in comparisons]
+    differences = [Interval(*(100 * value for value in vars(one.difference).values())) for one in comparisons]
+    _draw_intervals(axes[0][0], names, differences, 0.0, "second minus first, points of accuracy")
+    _draw_intervals(
+        axes[0][1], names, [one.speedup for one in comparisons], 1.0, "net speed-up in wall clock (1: none)"
+    )
+    save(figure, path)
+
+
+def _draw_intervals(axis: Axes, names: Sequence[str], found: Sequence[Interval], zero: float, label: str) -> None:
+    values = [one.value for one in found]
+    # A bootstrap interval may lie beside its value, where matplotlib takes no error bar.
+    errors = [[max(one.value - one.low, 0) for one in found], [max(one.high - one.value, 0) for one in found]]
+    axis.errorbar(values, range(len(found)), xerr=errors, fmt="o", color=DEPTH_COLORS[1], capsize=4)
+    axis.axvline(zero, color="black", linewidth=0.8, linestyle=":")
+    axis.set(yticks=range(len(found)), yticklabels=names, xlabel=label, ylim=(len(found) - 0.5, -0.5))
+
+
+def _draw_accuracy(axis: Axes, scores: Mapping[Setting, Score]) -> None:
+    values = [100 * score.accuracy for score in scores.values()]
+    errors = [100 * (score.stderr_seeds or score.stderr_problems or 0) for score in scores.values()]
+    colors = [_COLORS[setting.thinking] for setting in scores]
+    axis.barh(range(len(scores)), values, xerr=errors, color=colors, capsize=3)
+    axis.set(yticks=range(len(scores)), yticklabels=[setting.label for setting in scores], xlim=(0, 100))
+    axis.set(title="accuracy", xlabel="pass@1, % (bars: standard error)")
+    _show_rows(axis, len(scores))
+
+
+def _draw_parallel(axis: Axes, samples: Sequence[Sample]) -> None:
+    groups = _by_thinking(samples, lambda sample: sample.tokens / max(sample.critical_tokens, 1))
+    _draw_histogram(axis, groups)
+    axis.set(title="# parallel", xlabel="tokens / tokens on the longest chain, of each answer", ylabel="answers")
+    axis.yaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_lengths(axis: Axes, samples: Sequence[Sample]) -> None:
+    for thinking in _by_thinking(samples, lambda sample: 0.0):
+        chosen = [sample for sample in samples if sample.thinking == thinking]
+        for correct, marker in ((True, "o"), (False, "x")):
+            dots = [sample for sample in chosen if sample.correct is correct]
+            if dots:
+                xs, ys = [sample.tokens for sample in dots], [sample.critical_tokens for sample in dots]
+                label = f"{thinking}, {'right' if correct else 'wrong'}"
+                axis.scatter(xs, ys, s=14, marker=marker, alpha=0.6, color=_COLORS[thinking], label=label)
+    longest = max(sample.tokens for sample in samples)
+    axis.plot([0, longest], [0, longest], color="#aaaaaa", linestyle=":", label="one token at a time")
+    axis.set(title="length of answers", xlabel="tokens, all branches", ylabel="tokens on the longest chain")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _draw_means(axis: Axes, scores: Mapping[Setting, Score]) -> None:
+    colors = [_COLORS[setting.thinking] for setting in scores]
+    axis.barh(range(len(scores)), [score.seconds for score in scores.values()], color=colors)
+    axis.set(yticks=range(len(scores)), yticklabels=[setting.label for setting in scores])
+    axis.set(title="wall clock", xlabel="mean seconds of an answer, others under way")
+    _show_rows(axis, len(scores))
+
+
+def _show_rows(axis: Axes, count: int) -> None:
+    """The first bar at the top; few bars stay thin."""
+    axis.set_ylim(max(count, 4) - 0.5, -0.5)
+
+
+def _draw_budgets(axis: Axes, scores: Mapping[Setting, Score], name: str, label: str) -> None:
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for setting, score in scores.items():
+        point = (float(getattr(score, name)), 100 * score.accuracy)
+        lines.setdefault((setting.task, setting.thinking), []).append(point)
+    for (task, thinking), points in lines.items():
+        xs, ys = zip(*sorted(points), strict=True)
+        axis.plot(xs, ys, marker="o", label=f"{task}, {thinking}")
+    axis.set(title="accuracy over budgets", xlabel=label, ylabel="pass@1, %")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _by_thinking(samples: Sequence[Sample], value: Any) -> dict[str, list[float]]:
+    groups: dict[str, list[float]] = {}
+    for sample in samples:
+        groups.setdefault(sample.thinking, []).append(value(sample))
+    return groups
+
+
+def _draw_histogram(axis: Axes, groups: Mapping[str, Sequence[float]]) -> None:
+    every = [value for values in groups.values() for value in values]
+    low, high = min(every), max(every)
+    bins = [low + max(high - low, 0.1) * k / 24 for k in range(25)]
+    for thinking, values in groups.items():
+        axis.hist(values, bins=bins, color=_COLORS[thinking], alpha=0.6, label=thinking)
+    axis.legend(frameon=False, fontsize=8)

@@ -1,0 +1,137 @@
+"""Which answers a run asks for, and the finished ones on the disk: one line each, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_multiverse.errors import DataError
+from megatron_multiverse.evaluation.tasks import Problem, Thinking
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = "samples.jsonl"
+
+
+class Key(NamedTuple):
+    """What tells one answer of a run from the others."""
+
+    task: str
+    problem: str
+    thinking: Thinking
+    budget: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """An answer to ask for."""
+
+    key: Key
+    problem: Problem
+
+    @property
+    def prompt(self) -> str:
+        """The turn of the user."""
+        return self.problem.prompt(self.key.thinking)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came back, and what it cost."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+    """Of all branches."""
+    critical_tokens: int
+    """On the longest chain."""
+    decode_steps: int
+    """Forward passes that gave the answer a token."""
+    blocks: int
+    paths: int
+    malformed: dict[str, int]
+    seconds: float
+    """From asking to having it, while others were under way (`concurrency`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Answer):
+    """A graded answer: one line of samples.jsonl."""
+
+    task: str
+    problem: str
+    thinking: Thinking
+    budget: int | None
+    seed: int
+    concurrency: int
+    """Answers under way at once, which `seconds` depends on."""
+    gold: str
+    answer: str | None
+    """As the text states it; None if it states none."""
+    correct: bool
+    prompt: str
+
+    @property
+    def key(self) -> Key:
+        """See `Key`."""
+        return Key(self.task, self.problem, self.thinking, self.budget, self.seed)
+
+
+def make_jobs(
+    problems: Sequence[Problem], thinking: Sequence[Thinking], budgets: Sequence[int | None], num_seeds: int
+) -> list[Job]:
+    """All answers of a run, seed after seed: an interrupted run has most problems of the first seeds."""
+    return [
+        Job(Key(problem.task, problem.name, how, budget, seed), problem)
+        for seed, budget, how, problem in product(range(num_seeds), budgets or [None], thinking, problems)
+    ]
+
+
+class SampleLog:
+    """Appends finished samples to a file; each is on the disk when `append` returns.
+
+    Args:
+        path: samples.jsonl of the run. What a killed run left of a last line is cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        if path.is_file():
+            content = path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                os.truncate(path, whole)
+        self.samples = {sample.key: sample for sample in read_samples(path)} if path.is_file() else {}
+
+    def append(self, sample: Sample) -> None:
+        """Add one."""
+        line = json.dumps(asdict(sample), ensure_ascii=False) + "\n"
+        with open(self._path, "a", encoding="utf-8") as stream:
+            stream.write(line)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.samples[sample.key] = sample
+
+
+def read_samples(path: Path) -> Iterator[Sample]:
+    """The finished samples of a run.
+
+    Raises:
+        DataError: no such file, or a line that is no sample.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; name the --output folder of tools/evaluate.py")
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                fields: dict[str, Any] = json.loads(line)
+                yield Sample(**fields)
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{path}, line {number} is no sample ({error}): delete the line") from error

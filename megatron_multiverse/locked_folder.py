@@ -1,0 +1,76 @@
+"""A folder that one process works in at a time, for one run with the same settings whenever it goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_multiverse.errors import ConfigError, DataError
+from megatron_multiverse.files import write_json_atomic
+
+_SETTINGS, _LOCK = "run.json", "lock"
+_PATIENCE_S = 2.0  # a killed run takes a moment to let go
+
+
+class LockedFolder:
+    """The folder of a run, locked from `__enter__` to `__exit__`; run.json in it holds the settings.
+
+    Args:
+        path: made if it is missing.
+        settings: what must be the same when the run goes on, as JSON values.
+        run: what such a run is called in messages, with its article.
+
+    Raises:
+        ConfigError: on entering: the folder holds something else, or a run with other settings.
+        DataError: on entering: another process works here.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], run: str) -> None:
+        self.path = path
+        self._settings = settings
+        self._run = run
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> LockedFolder:
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / _LOCK).is_file():
+            raise ConfigError(f"--output {self.path} holds something else than {self._run}: choose a new folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / _LOCK, "a", encoding="utf-8")
+        try:
+            self._take_lock(self._lock)
+            self._check_settings()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def _take_lock(self, lock: IO[str]) -> None:
+        deadline = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DataError(
+                        f"another run works in {self.path}: wait for it, or choose another --output"
+                    ) from None
+                time.sleep(0.05)
+
+    def _check_settings(self) -> None:
+        file = self.path / _SETTINGS
+        if not file.is_file():
+            write_json_atomic(file, self._settings)
+            return
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        names = sorted(earlier.keys() | self._settings.keys())
+        changed = [name for name in names if earlier.get(name) != self._settings.get(name)]
+        if changed:
+            lines = ", ".join(f"{n} was {earlier.get(n)!r} and is {self._settings.get(n)!r} now" for n in changed)
+            raise ConfigError(f"--output {self.path} holds a run with other settings ({lines}): choose a new folder")

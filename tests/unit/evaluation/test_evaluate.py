@@ -1,0 +1,136 @@
+"""The whole command on the quickstart's model: in this process and through a server, interrupted and again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_multiverse.config import EngineConfig
+from megatron_multiverse.errors import ConfigError, GenerationError
+from megatron_multiverse.evaluation.config import DrawConfig, EvaluateConfig
+from megatron_multiverse.evaluation.evaluate import compare, evaluate
+from megatron_multiverse.evaluation.samples import SAMPLES, Sample, read_samples
+from tests.unit.server.running import MODEL, running
+
+QUESTIONS = {
+    "Work out A = 583 + 967; B = 48 + 76.": "A = 1550; B = 124",
+    "Work out A = 12 + 13; B = 40 + 2.": "A = 25; B = 43",  # wrong on purpose: the model says 42
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EvaluateConfig:
+    rows = [{"problem": question, "answer": gold} for question, gold in QUESTIONS.items()]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return EvaluateConfig(
+        tasks=["arithmetic"],
+        data=[f"arithmetic={file}"],
+        load=MODEL,
+        output=tmp_path / "run",
+        draw=DrawConfig(temperature=0, max_tokens=600),
+        engine=EngineConfig(max_rows=16),
+        dtype="float32",
+        device="cpu",
+        chat=False,
+    )
+
+
+def measured(folder: Path) -> dict[Any, dict[str, Any]]:
+    """All that does not depend on the clock."""
+    return {
+        sample.key: {name: value for name, value in vars(sample).items() if name != "seconds"}
+        for sample in read_samples(folder / SAMPLES)
+    }
+
+
+def test_engine_and_server_answer_alike(config: EvaluateConfig, tmp_path: Path) -> None:
+    result = evaluate(dataclasses.replace(config, budgets=[60, 500]))
+    full, cut = (next(score for key, score in result.scores.items() if key.budget == b) for b in (500, 60))
+    assert (full.accuracy, full.trigger_ratio, full.malformed, full.truncated) == (0.5, 1.0, 0.0, 0.0)
+    assert full.num_parallel > 1.2 and cut.token_latency <= 60 and cut.truncated == 1.0 and cut.accuracy == 0.0
+    with running(engine=config.engine) as server:
+        over_http = dataclasses.replace(config, load=None, url=server.url, budgets=[60, 500], output=tmp_path / "http")
+        evaluate(over_http)
+        chat = dataclasses.replace(over_http, chat=True, budgets=[500], output=tmp_path / "chat")
+        evaluate(chat)
+        grown = evaluate(dataclasses.replace(over_http, thinking=["parallel", "none"], budgets=[500], limit=1))
+        assert [(score.samples, setting.thinking) for setting, score in grown.scores.items()] == [
+            (1, "parallel"),
+            (1, "none"),
+        ]
+    assert measured(tmp_path / "run") == {
+        key: value for key, value in measured(tmp_path / "http").items() if key.thinking == "parallel"
+    }
+    # This model has no chat template: chat asks it the same.
+    assert measured(tmp_path / "chat").items() <= measured(tmp_path / "run").items()
+    assert {"report.md", "report.json", "report.png"} <= {file.name for file in (tmp_path / "http").iterdir()}
+    with pytest.raises(GenerationError, match="start tools"):
+        evaluate(over_http)  # nobody is there any more
+
+
+def test_a_run_goes_on_where_it_was_killed(config: EvaluateConfig) -> None:
+    evaluate(config)
+    file = config.output / SAMPLES
+    whole = measured(config.output)
+    first, second = file.read_bytes().splitlines(keepends=True)
+    kept = first.replace(b'"tokens": ', b'"tokens": 1')  # told apart from one that was made again
+    file.write_bytes(kept + second[: len(second) // 2])
+    result = evaluate(config)
+    again = measured(config.output)
+    assert again.keys() == whole.keys() and result.missing == 0
+    assert file.read_bytes().startswith(kept)
+    assert sum(again[key] != whole[key] for key in whole) == 1
+    with pytest.raises(ConfigError, match=r"other settings .*sequential"):
+        evaluate(dataclasses.replace(config, sequential=True))
+
+
+def test_an_answer_that_cannot_be_had_is_missing_and_the_others_are_kept(config: EvaluateConfig) -> None:
+    long = {"problem": "1 + " * 3000 + "1", "answer": "3001"}
+    with Path(config.data[0].partition("=")[2]).open("a") as file:
+        file.write(json.dumps(long) + "\n")
+    result = evaluate(config)
+    assert result.missing == 1 and "shorten the prompt" in result.first_error
+    assert len(measured(config.output)) == 2
+    assert json.loads((config.output / "report.json").read_text())["missing answers"] == 1
+
+
+def test_two_runs_are_compared(config: EvaluateConfig, tmp_path: Path) -> None:
+    evaluate(config)
+    slow = [
+        dataclasses.replace(sample, seconds=3 * sample.seconds, thinking="sequential", correct=False)
+        for sample in read_samples(config.output / SAMPLES)
+    ]
+    (tmp_path / "slow").mkdir()
+    write(tmp_path / "slow" / SAMPLES, slow)
+    (found,) = compare(EvaluateConfig(compare=[tmp_path / "slow", config.output], output=tmp_path / "comparison"))
+    assert found.accuracy == (0.0, 0.5) and found.difference.low >= 0
+    assert found.speedup.value == pytest.approx(3) and found.step_speedup.value == 1
+    assert {"comparison.md", "comparison.json", "comparison.png"} == {
+        file.name for file in (tmp_path / "comparison").iterdir()
+    }
+
+
+def write(file: Path, samples: list[Sample]) -> None:
+    file.write_text("".join(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in samples))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--tasks is missing"),
+        ({"tasks": ["aime24"]}, "either --load"),
+        ({"tasks": ["aime24"], "load": MODEL, "url": "http://x"}, "either --load"),
+        ({"tasks": ["aime24"], "load": MODEL, "num_seeds": 0}, "--num-seeds must be at least 1"),
+        ({"tasks": ["aime24"], "load": MODEL, "budgets": [0]}, "--budgets must be at least 1"),
+        ({"tasks": ["aime24"], "load": MODEL, "num_seeds": 2, "draw": DrawConfig(temperature=0)}, "all answers are"),
+        ({"compare": [Path("a")]}, "--compare takes two"),
+    ],
+)
+def test_options_that_cannot_work(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EvaluateConfig(**options)

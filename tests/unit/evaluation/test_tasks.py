@@ -1,0 +1,86 @@
+"""Rows of the hub's columns, as small local files, to problems and prompts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_multiverse.errors import ConfigError, DataError
+from megatron_multiverse.evaluation.tasks import TASKS, load_problems
+
+
+def rows(tmp_path: Path, *fields: dict[str, Any]) -> str:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in fields))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("fields", "gold"),
+    [
+        ({"id": 60, "problem": "q", "solution": "s", "answer": "204", "url": "u", "year": "2024"}, "204"),
+        ({"ID": "2024-I-1", "Problem": "q", "Solution": "s", "Answer": 204}, "204"),
+        ({"problem": "q", "solution": r"\boxed{204}", "id": 1}, "204"),
+        ({"problem_idx": 1, "problem": "q", "answer": 204}, "204"),
+        ({"problem": "q", "solution": "s", "answer": r"\left(3, \pi\right)", "unique_id": "x"}, r"\left(3, \pi\right)"),
+    ],
+)
+def test_columns_of_the_hub(tmp_path: Path, fields: dict[str, Any], gold: str) -> None:
+    (problem,) = load_problems("aime24", rows(tmp_path, fields), None)
+    assert problem.gold == gold
+    assert problem.prompt("none") == f"q\n\n{TASKS['aime24'].instruction}"
+    assert problem.prompt("parallel").endswith("}. Think step by step and in parallel before answering.")
+    assert problem.prompt("sequential").endswith("}. Think step by step before answering.")
+
+
+def test_choices_stand_in_an_order_that_follows_from_their_text(tmp_path: Path) -> None:
+    asked = [
+        {"Question": f"q{k}", "Correct Answer": "right\n", **{f"Incorrect Answer {j}": f"wrong {j}" for j in (1, 2, 3)}}
+        for k in range(40)
+    ]
+    file = tmp_path / "gpqa.csv"
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, asked[0])
+        writer.writeheader()
+        writer.writerows(asked)
+    problems = load_problems("gpqa_diamond", str(file), None)
+    assert {problem.gold for problem in problems} == set("ABCD")
+    for problem in problems:
+        assert f"\n{problem.gold}) right\n" in problem.question
+        assert problem.grade(f"so\nAnswer: {problem.gold}") == (problem.gold, True)
+    backwards = load_problems("gpqa_diamond", rows(tmp_path, *reversed(asked)), None)
+    assert backwards[::-1] == problems
+
+
+def test_limit_and_repeated_questions(tmp_path: Path) -> None:
+    source = rows(tmp_path, *({"problem": text, "answer": 1} for text in "aabc"))
+    assert [problem.question for problem in load_problems("own", source, 2)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"problem": "q"}, "row 1: none of the columns answer"),
+        ({"problem": "q", "solution": "no box"}, "row 1: no answer"),
+        ({"problem": " ", "answer": 3}, "row 1: none of the columns problem, question"),
+        ({"problem": "q", "answer": ["3"]}, "holds list"),
+        ({"Question": "q", "Correct Answer": "a"}, "incorrect answer 1"),
+    ],
+)
+def test_rows_that_are_no_problem(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_problems("own", rows(tmp_path, fields), None)
+
+
+def test_tasks_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="known are aime24"):
+        load_problems("own", None, None)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_problems("aime24", str(tmp_path / "none.jsonl"), None)
+    (tmp_path / "bad.jsonl").write_text('{"problem": \n')
+    with pytest.raises(DataError, match=r"bad\.jsonl, row 1"):
+        load_problems("aime24", str(tmp_path / "bad.jsonl"), None)

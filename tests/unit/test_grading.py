@@ -1,0 +1,106 @@
+"""Answers as responses state them, and what math-verify 0.9.0 (latex2sympy2_extended 1.11.0) makes of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_multiverse.grading import boxes, is_right, stated_answer, stated_letter
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{\frac{1}{2}} it is", r"\frac{1}{2}"),
+        (r"\boxed{3}, which is wrong. Then \boxed{4}", "4"),
+        (r"\boxed{3} and \boxed{4}", "3, 4"),
+        (r"$\boxed{3}$, $\boxed{4}$ or $\boxed{5}$.", "3, 4, 5"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{1, 2\right.}", r"\left\{1, 2\right."),
+        (r"\boxed{1} but \boxed{2 is cut off", "1"),
+        (r"\boxed{\boxed{7}}", r"\boxed{7}"),
+        ("Answer: 5\nno\nAnswer:  A = 1; B = 2", "A = 1; B = 2"),
+        ("the final answer is 12", "12"),
+        ("nothing of the kind", None),
+        (r"<Think>\boxed{3}</Think> I do not know", None),
+        (r"<Think>\boxed{3} it goes on", "3"),
+        ("", None),
+    ],
+)
+def test_the_stated_answer(text: str, answer: str | None) -> None:
+    assert stated_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("Answer: B", "B"),
+        ("**Answer: (C)**", "C"),
+        (r"Answer: $\boxed{D}$", "D"),
+        (r"\boxed{\text{A}}", "A"),
+        ("The answer is A. No, the correct answer is B.", "B"),
+        ("Answer: E", None),
+        ("Answer: Because", None),
+        ("An answer: a thing", None),
+        ("<Think>Answer: A</Think>\nAnswer: D", "D"),
+        ("no letter", None),
+    ],
+)
+def test_the_stated_letter(text: str, letter: str | None) -> None:
+    assert stated_letter(text, "ABCD") == letter
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        (r"\frac{1}{2}", "0.5", True),
+        (r"\dfrac12", r"\frac{1}{2}", True),
+        ("3/2", r"1 \frac{1}{2}", True),
+        (r"2\sqrt{3}", r"\sqrt{12}", True),
+        ("x^2+2x+1", "(x+1)^2", True),
+        ("204", "0204", True),
+        ("1000", "1,000", True),
+        ("3", "4", False),
+        ("3", None, False),
+        ("3", "", False),
+        # intervals, tuples, sets: math-verify alone takes (1,2) and {1,2} for equal
+        ("(1,2)", "(1, 2)", True),
+        ("(1,2)", "(2,1)", False),
+        ("(1,2)", "[1,2]", False),
+        ("[2,5)", "[2,5]", False),
+        ("(1,2)", r"\{1,2\}", False),
+        (r"\{1,2\}", "(1,2)", False),
+        (r"\left(1,2\right)", "(1,2)", True),
+        (r"\{1,2\}", r"\{2,1\}", True),
+        ("3, 4", "4, 3", True),
+        ("4", "3, 4", False),
+        # not symmetric
+        ("1<x<2", "(1,2)", True),
+        ("(1,2)", "1<x<2", False),
+        ("1/3", "0.333333", True),
+        ("0.333", "1/3", False),
+        # percentages and units do not count, not even wrong ones
+        (r"50\%", "50", True),
+        (r"50\%", "0.5", True),
+        (r"5\text{ cm}", "5", True),
+        (r"5\text{ cm}", r"5\text{ m}", True),
+        (r"90^\circ", "90", True),
+        ("2516_8", "2516", True),
+        # words
+        (r"\text{Evelyn}", "Evelyn", True),
+        (r"\text{Evelyn}", r"\text{Bob}", False),
+        ("x=5", "5", True),
+        ("x=5", "y=5", False),
+        ("A = 1; B = 2", "A =  1; B = 2", True),
+        ("A = 1; B = 2", "A = 1; B = 3", False),
+    ],
+)
+def test_right_answers(gold: str, answer: str | None, right: bool) -> None:
+    assert is_right(gold, answer) is right
+
+
+def test_boxes_have_their_places() -> None:
+    text = r"a \boxed{1} \fbox{2}"
+    assert [(text[box.start : box.end], box.content) for box in boxes(text)] == [
+        (r"\boxed{1}", "1"),
+        (r"\fbox{2}", "2"),
+    ]
