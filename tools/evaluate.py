@@ -23,8 +23,8 @@ def main() -> None:
     for name in ("httpx2", "httpcore2", "math_verify", "latex2sympy2_extended"):
         logging.getLogger(name).setLevel(logging.WARNING)
     config = parse_options(EvaluateConfig)
-    from megatron_multiverse.evaluation.evaluate import compare, evaluate
     from megatron_multiverse.evaluation.report import comparison_lines, score_lines
+    from megatron_multiverse.evaluation.run import compare, evaluate
 
     if config.compare:
         print("\n".join(comparison_lines(compare(config))))

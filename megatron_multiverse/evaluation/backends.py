@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_multiverse.clients.http import KEY_VARIABLE, error_text
 from megatron_multiverse.errors import ConfigError, GenerationError, MultiverseError
 from megatron_multiverse.evaluation.config import EvaluateConfig
 from megatron_multiverse.evaluation.samples import Answer, Job
@@ -146,7 +147,7 @@ class ServerBackend:
 
         assert config.url is not None
         self._config = config
-        key = os.environ.get("MULTIVERSE_API_KEY")
+        key = os.environ.get(KEY_VARIABLE)
         self._client = httpx2.Client(
             base_url=config.url.rstrip("/").removesuffix("/v1"),
             timeout=httpx2.Timeout(config.timeout, connect=10.0),
@@ -217,14 +218,14 @@ class ServerBackend:
             pause *= 2
 
     def _content(self, response: httpx2.Response) -> dict[str, Any]:
-        try:
-            content = response.json()
-        except ValueError:
-            content = None
-        if response.status_code == 200 and isinstance(content, dict):
-            return content
-        said = content.get("message") if isinstance(content, dict) else response.text[:200]
-        message = f"{self._config.url} says {response.status_code}: {said}"
+        if response.status_code == 200:
+            try:
+                content = response.json()
+            except ValueError:
+                content = None
+            if isinstance(content, dict):
+                return content
+        message = f"--url {self._config.url}: {error_text(response.status_code, response.text)}"
         if response.status_code in (400, 500):
             raise _Refused(message)
         raise GenerationError(message)

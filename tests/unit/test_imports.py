@@ -43,7 +43,7 @@ ALLOWED = {
 ALLOWED["checkpoints"] |= ALLOWED["model"] | {"data", "model"}
 ALLOWED["training"] |= ALLOWED["checkpoints"]
 ALLOWED["inference"] |= ALLOWED["checkpoints"]
-ALLOWED["evaluation"] = ALLOWED["views"] | {"dtypes", "grading", "locked_folder", "views"}
+ALLOWED["evaluation"] = ALLOWED["views"] | {"clients", "dtypes", "grading", "locked_folder", "views"}
 NO_TORCH = {
     "errors",
     "config",

@@ -12,7 +12,7 @@ import pytest
 from megatron_multiverse.config import EngineConfig
 from megatron_multiverse.errors import ConfigError, GenerationError
 from megatron_multiverse.evaluation.config import DrawConfig, EvaluateConfig
-from megatron_multiverse.evaluation.evaluate import compare, evaluate
+from megatron_multiverse.evaluation.run import compare, evaluate
 from megatron_multiverse.evaluation.samples import SAMPLES, Sample, read_samples
 from tests.unit.server.running import MODEL, running
 
