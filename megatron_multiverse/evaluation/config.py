@@ -73,7 +73,7 @@ class EvaluateConfig:
     """With --load: tokenizer folder, file or hub name; by default the checkpoint."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """With --load: sizes and limits of the engine."""
-    dtype: DType = "bfloat16"
+    dtype: DType = "bf16"
     """With --load: type of weights and cache."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """With --load: auto takes CUDA when there is a GPU."""
