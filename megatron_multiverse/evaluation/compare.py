@@ -47,6 +47,12 @@ class Comparison:
     """The same of tokens on the longest chain."""
     concurrency: tuple[list[int], list[int]]
 
+    @property
+    def label(self) -> str:
+        """For rows and axes."""
+        thinking = self.first if self.first == self.second else f"{self.first} / {self.second}"
+        return f"{self.task}, {thinking}" + ("" if self.budget is None else f", budget {self.budget}")
+
 
 def compare_runs(first: Sequence[Sample], second: Sequence[Sample], *, seed: int = 0) -> list[Comparison]:
     """Compare each setting of two runs.

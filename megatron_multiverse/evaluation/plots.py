@@ -35,7 +35,7 @@ def draw_scores(scores: Mapping[Setting, Score], samples: Sequence[Sample], path
 def draw_comparison(comparisons: Sequence[Comparison], path: str | Path) -> None:
     """Draw difference and net speed-up of each setting with their 95 % intervals."""
     figure, axes = grid(1, 2, width=11.0, row_height=0.42 * len(comparisons) + 1.8)
-    names = [one.task + ("" if one.budget is None else f", budget {one.budget}") for one in comparisons]
+    names = [one.label for one in comparisons]
     differences = [Interval(*(100 * value for value in vars(one.difference).values())) for one in comparisons]
     _draw_intervals(axes[0][0], names, differences, 0.0, "second minus first, points of accuracy")
     _draw_intervals(

@@ -90,7 +90,7 @@ def score_lines(scores: Mapping[Setting, Score]) -> list[str]:
 def comparison_lines(comparisons: Sequence[Comparison]) -> list[str]:
     """The comparison for a terminal."""
     return [
-        f"{one.task}{'' if one.budget is None else f', budget {one.budget}'}: "
+        f"{one.label}: "
         f"{_percent(one.accuracy[0])} % -> {_percent(one.accuracy[1])} % (p {one.p_value:.3f}, {one.problems} "
         f"problems), net speed-up {_shown(one.speedup)}, longest chain {_shown(one.step_speedup)}"
         for one in comparisons
@@ -104,10 +104,10 @@ def _plus_minus(score: Score) -> str:
 
 def _warnings(one: Comparison) -> Iterator[str]:
     if one.unpaired:
-        yield f"\n{one.task}: {one.unpaired} problems are in one run only and left out."
+        yield f"\n{one.label}: {one.unpaired} problems are in one run only and left out."
     if one.concurrency[0] != one.concurrency[1]:
         yield (
-            f"\n{one.task}: the runs had other numbers of answers under way ({one.concurrency[0]} and "
+            f"\n{one.label}: the runs had other numbers of answers under way ({one.concurrency[0]} and "
             f"{one.concurrency[1]}), so their seconds do not compare."
         )
 
