@@ -26,7 +26,7 @@ from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_token
 from megatron_multiverse.errors import DataError
 from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.structure import Statistics, measure, measure_blocks
-from megatron_multiverse.views.canvas import DEPTH_COLORS, grid, save
+from megatron_multiverse.views.canvas import DEPTH_COLORS, count_whole, grid, save
 from megatron_multiverse.views.figures import draw_timeline
 from megatron_multiverse.views.sample_view import SampleView, ideal_timeline, sequential_timeline, view_ids, view_text
 
@@ -237,12 +237,12 @@ def _histogram(
     logarithmic: bool = False,
 ) -> None:
     if logarithmic and values:
-        axis.hist(values, bins=np.geomspace(min(values), max(values) + 1, 25), color=DEPTH_COLORS[1])
+        axis.hist(values, bins=np.geomspace(min(values), max(values) + 1, 25).tolist(), color=DEPTH_COLORS[1])
         axis.set_xscale("log")
     elif values:
         low, high = min(values), max(values)
-        axis.hist(values, bins=np.linspace(low, max(high, low + 0.1), 25), color=DEPTH_COLORS[1])
-    axis.yaxis.get_major_locator().set_params(integer=True)
+        axis.hist(values, bins=np.linspace(low, max(high, low + 0.1), 25).tolist(), color=DEPTH_COLORS[1])
+    count_whole(axis)
     if line is not None:
         axis.axvline(line, color="black", linewidth=0.8, linestyle=":")
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
@@ -253,5 +253,5 @@ def _bars(axis: Axes, values: Sequence[int], title: str, xlabel: str, ylabel: st
     if counts:
         axis.bar(list(counts), list(counts.values()), color=DEPTH_COLORS[1])
         axis.set_xticks(range(min(counts), max(counts) + 1))
-    axis.yaxis.get_major_locator().set_params(integer=True)
+    count_whole(axis)
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel)

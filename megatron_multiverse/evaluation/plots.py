@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_multiverse.evaluation.compare import Comparison, Interval
 from megatron_multiverse.evaluation.samples import Sample
 from megatron_multiverse.evaluation.scores import Score, Setting
-from megatron_multiverse.views.canvas import DEPTH_COLORS, grid, save
+from megatron_multiverse.views.canvas import DEPTH_COLORS, count_whole, grid, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def _draw_parallel(axis: Axes, samples: Sequence[Sample]) -> None:
     groups = _by_thinking(samples, lambda sample: sample.tokens / max(sample.critical_tokens, 1))
     _draw_histogram(axis, groups)
     axis.set(title="# parallel", xlabel="tokens / tokens on the longest chain, of each answer", ylabel="answers")
-    axis.yaxis.get_major_locator().set_params(integer=True)
+    count_whole(axis)
 
 
 def _draw_lengths(axis: Axes, samples: Sequence[Sample]) -> None:

@@ -55,6 +55,13 @@ def grid(rows: int, columns: int, *, width: float, row_height: float) -> tuple[F
     return figure, axes.tolist()
 
 
+def count_whole(axis: Axes) -> None:
+    """Ticks of the vertical axis at whole numbers: it counts something."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write the figure as PNG, making the folder if need be, and free it."""
     import matplotlib.pyplot as plt
