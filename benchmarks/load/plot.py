@@ -35,6 +35,7 @@ def draw(results: dict[str, Any], output: Path) -> None:
             ax.spines[["top", "right"]].set_visible(False)
             ax.set_ylim(bottom=0)
             if key == "step_ms":
+                ax.set_ylim(top=max(58, ax.get_ylim()[1]))
                 ax.axhline(50, color="#b33", lw=0.9, ls="--")
             if column == 0:
                 ax.set_ylabel(label)
@@ -49,7 +50,7 @@ def draw(results: dict[str, Any], output: Path) -> None:
             twin.set_ylabel("users (shaded)")
         axes[-1][column].set_xlabel("seconds")
     axes[0][0].text(0, 51, "promised: 50 ms", color="#b33", fontsize=8, va="bottom")
-    axes[1][0].legend(frameon=False, loc="upper left")
+    axes[1][0].legend(frameon=False, loc="lower center")
     figure.tight_layout()
     figure.savefig(output, dpi=110)
     plt.close(figure)
