@@ -28,4 +28,4 @@ rm -rf "$RUN/export"
   --tokenizer-model "$MODEL" --dtype bfloat16
 cp "$RUN/export"/{config.json,generation_config.json,model.safetensors} "$MODEL"
 "$PYTHON" tools/plot_loss.py --runs "$RUN/checkpoints" --output "$MODEL/loss.png"
-"$PYTHON" examples/quickstart/evaluate.py --model "$MODEL" --num-problems 1000 --output "$MODEL/accuracy.json"
+"$PYTHON" examples/quickstart/accuracy.py --model "$MODEL" --num-problems 1000 --output "$MODEL/accuracy.json"

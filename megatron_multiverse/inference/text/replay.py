@@ -15,7 +15,7 @@ from megatron_multiverse.structure import StructureMachine, StructureVocab, lay_
 from megatron_multiverse.structure.document import BlockSpan, Document
 
 
-def replay(root: Branch, ids: Sequence[int], answers: Sequence[tuple[int, int]]) -> None:
+def replay_answers(root: Branch, ids: Sequence[int], answers: Sequence[tuple[int, int]]) -> None:
     """Write a prompt into a fresh root, with the blocks of earlier answers as ended, joined blocks of it.
 
     Args:

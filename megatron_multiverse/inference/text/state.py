@@ -10,7 +10,7 @@ from megatron_multiverse.inference.text.branch import Branch, Budget, Cut, branc
 from megatron_multiverse.inference.text.budget import whole_budget
 from megatron_multiverse.inference.text.counts import TokenCounts
 from megatron_multiverse.inference.text.prompt_scores import PromptScores
-from megatron_multiverse.inference.text.replay import replay
+from megatron_multiverse.inference.text.replay import replay_answers
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import FinishReason, TimelineSpan
 from megatron_multiverse.inference.text.scanner import StopScanner
@@ -128,7 +128,7 @@ def new_state(
         key=branch_key(request.sampling.seed, request.sample, ()),
         seen=TokenCounts(list(prompt)) if request.sampling.has_penalties else None,
     )
-    replay(root, prompt, request.replay_structure)
+    replay_answers(root, prompt, request.replay_structure)
     root.top_logprobs = [None] * len(root.ids) if request.sampling.logprobs else None
     root.budget = whole_budget(request.sampling, root.next_position, max_position)
     state = RequestState(request_id, request, root, on_token, detokenize)
