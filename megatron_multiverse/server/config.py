@@ -76,8 +76,6 @@ class ServerConfig:
     chat_template: Path | None = None
     """Jinja file that turns messages into a prompt; by default the tokenizer's own, else one that fits its vocabulary.
     Templates run in a sandbox."""
-    weights_root: Path | None = None
-    """Folder below which /update_weights_from_disk may name checkpoints; unset refuses that route."""
     limits: LimitConfig = field(default_factory=LimitConfig)
     """How large requests may be, and how long things may take."""
     engine: EngineConfig = field(default_factory=EngineConfig)
