@@ -4,6 +4,7 @@
 #   make coverage     the tests of structure/ and inference/; fails below 95 % of lines and branches
 #   make test-mcore   all CPU tests with another megatron-core: MCORE=0.19.2 PYTHON=python3.12 (0.17 and later need 3.12)
 #   make test-transformers   the tests of exported models with another transformers: TRANSFORMERS=4.57.1
+#   make test-slurm   the batch script on a SLURM of one node, started for it
 #   make lint         formatting, types, the import rules, shell scripts
 #   make bench        the benchmarks that run on a CPU
 #   make bench-gpu    those of the kernels, on a machine with a GPU, with the packages of PYTHON
@@ -28,7 +29,7 @@ MCORE_VENV = .venv-mcore-$(MCORE)
 TRANSFORMERS ?= 4.57.1
 TRANSFORMERS_VENV = .venv-transformers-$(TRANSFORMERS)
 
-.PHONY: quickstart test test-mcore test-transformers coverage lint format bench bench-gpu clean
+.PHONY: quickstart test test-mcore test-transformers test-slurm coverage lint format bench bench-gpu clean
 
 # Installed again only when what is to be installed changes.
 $(STAMP): setup.py $(CONSTRAINTS)
@@ -57,6 +58,9 @@ test-transformers:
 		'transformers==$(TRANSFORMERS)' pytest pytest-timeout
 	$(TRANSFORMERS_VENV)/bin/python -m pytest -q tests/unit/checkpoints/test_exports.py $(TEST_ARGS)
 
+test-slurm: $(STAMP)
+	$(BIN)/python -m pytest -q -x -m slurm tests/slurm $(TEST_ARGS)
+
 # The two parts where a branch that no test takes would be a wrong answer.
 coverage: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(COVERED:%=tests/unit/%) $(COVERED:%=--cov=megatron_multiverse.%) \
@@ -67,6 +71,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	for file in $$(git ls-files '*.sh' '*.sbatch' .ci/run); do bash -n $$file || exit 1; done
 	$(BIN)/shellcheck $$(git ls-files '*.sh' '*.sbatch' .ci/run)
 
 format: $(STAMP)

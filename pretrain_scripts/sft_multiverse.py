@@ -43,10 +43,14 @@ def main() -> None:
         shape = options.dry_run_shape
         print(report(config, describe_model(config) if shape is None else preset(shape)))
         return
-    from megatron_multiverse.training.signals import EXIT_CODE_STOPPED
+    from megatron_multiverse.training.signals import EXIT_CODE_STOPPED, StopSignals
+
+    # To the end of the process: neither a signal before the first step nor one after the last save may kill it.
+    stop = StopSignals()
+    stop.__enter__()
     from megatron_multiverse.training.trainer import train
 
-    result = train(config)
+    result = train(config, stop=stop)
     sys.exit(EXIT_CODE_STOPPED if result.stopped_by is not None else 0)
 
 

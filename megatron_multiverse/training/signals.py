@@ -88,3 +88,8 @@ class StopSignals:
     def __bool__(self) -> bool:
         """True once a signal came to this process. Signals may reach some ranks only: the trainer asks all of them."""
         return self.received is not None
+
+
+def listening(stop: StopSignals | None) -> contextlib.AbstractContextManager[StopSignals]:
+    """Signals that somebody listens to already, or those of this block."""
+    return StopSignals() if stop is None else contextlib.nullcontext(stop)

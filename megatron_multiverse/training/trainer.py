@@ -29,7 +29,7 @@ from megatron_multiverse.training.microbatches import Loader, stream
 from megatron_multiverse.training.one_process import OneProcessEngine
 from megatron_multiverse.training.run_folder import RunFolder
 from megatron_multiverse.training.seeds import seed_everything
-from megatron_multiverse.training.signals import StopSignals
+from megatron_multiverse.training.signals import StopSignals, listening
 from megatron_multiverse.training.start import create_chunks, create_model, describe_model, joined_groups
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ def train(
     loader: Loader | None = None,
     valid_loader: Loader | None = None,
     make_engine: EngineFactory | None = None,
+    *,
+    stop: StopSignals | None = None,
 ) -> TrainResult:
     """Train, or go on training if `checkpoint.save` holds a checkpoint.
 
@@ -60,6 +62,7 @@ def train(
         loader: training data; default: what `config.data` describes.
         valid_loader: validation data; default likewise.
         make_engine: builds what computes the steps; default: `build_engine`.
+        stop: signals that the caller listens to, from before the run until after it; default: those during the steps.
 
     Raises:
         CheckpointError: the run folder or a checkpoint cannot be used, read or written.
@@ -83,7 +86,7 @@ def train(
         metrics = start_record(description, run.folder if ranks.is_first else None, state.step, resumed)
         meter = StepMeter(engine.device)
 
-        with StopSignals() as stop, engine.running(), contextlib.closing(stream(loader)) as batches:
+        with listening(stop) as stop, engine.running(), contextlib.closing(stream(loader)) as batches:
             is_stopping = ranks.any(bool(stop))
             while state.step < config.train_iters and not is_stopping:
                 waiting = time.perf_counter()

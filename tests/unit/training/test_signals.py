@@ -113,3 +113,13 @@ def test_the_flag_is_set_by_this_process_alone_and_handlers_come_back() -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
         assert stop and stop.received == "SIGUSR1"
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_caller_can_listen_from_before_the_run_until_after_it(tmp_path: Path) -> None:
+    """What a program does whose batch system may signal it at any moment."""
+    with StopSignals() as stop:
+        finished = train(config(tmp_path / "whole"), SyntheticLoader(), stop=stop)
+        signal.raise_signal(signal.SIGUSR1)  # after the last save: kills nothing
+        stopped = train(config(tmp_path / "none"), SyntheticLoader(), stop=stop)
+    assert (finished.step, finished.stopped_by) == (6, None)
+    assert (stopped.step, stopped.stopped_by, stopped.model_folder) == (0, "SIGUSR1", None)
