@@ -20,9 +20,9 @@ from megatron_multiverse.cli import parse_options, run_tool
 
 def main() -> None:
     """Answer on the first rank; the others compute along."""
-    from megatron_multiverse.views.terminal_answers import show_answers
     from megatron_multiverse.inference.build import engine_ranks
     from megatron_multiverse.inference.generate import GenerateConfig, follow_answers
+    from megatron_multiverse.views.terminal_answers import show_answers
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config = parse_options(GenerateConfig)

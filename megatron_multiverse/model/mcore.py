@@ -34,7 +34,8 @@ with warnings.catch_warnings():
     import megatron.core
     import megatron.core.dist_checkpointing
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state as parallel_state
+    from megatron.core import tensor_parallel
 
 
 def ensure_parallel_state() -> None:

@@ -114,7 +114,7 @@ def test_a_run_goes_on_after_a_signal_and_after_the_time_limit(cluster: Cluster,
 def test_an_error_ends_the_job_with_its_reason(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     job = Job(cluster, data, tmp_path)
     job.config["data"]["global_batch_size"] = 3
-    job.submit(5)
+    job.submit(20)
     job.wait_for_state("FAILED")
     assert cluster.field(job.number, "ExitCode") == "1:0"
     assert "data.global_batch_size (3) must be divisible by" in job.log()

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor, distributed
 
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference.step.plan import StepPlan
-from megatron_multiverse.model.mcore import pipeline_parallel_size, tensor_parallel_place
+from megatron_multiverse.model.mcore import parallel_state, pipeline_parallel_size, tensor_parallel_place
 
 
 @dataclass(frozen=True)
