@@ -61,7 +61,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 def test_running_a_case_again_replaces_that_case_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = {"gpu": "NVIDIA X", "versions": {"torch": "2"}, "command": "c", "date": "d"}
-    monkeypatch.setattr(record, "environment", lambda commit: made | {"commit": commit})
+    monkeypatch.setattr(record, "environment", lambda commit, command: made | {"commit": commit})
     first = record.Recorder("speed", str(tmp_path), "one", key=("case", "tokens"))
     first.add(case="a", tokens=8, ms=1.0)
     first.add(case="b", tokens=8, ms=2.0, tags=6)

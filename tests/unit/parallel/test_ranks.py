@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.parallel.local_ranks import run_ranks
@@ -84,6 +85,7 @@ def test_one_rank_needs_no_others() -> None:
 def test_a_rank_that_does_not_know_its_place_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # another test may have made a group
     for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with (
