@@ -8,6 +8,7 @@ The folder is the one that serve.sbatch makes: it holds the address and the key 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -22,11 +23,9 @@ def wait_until_ready(url: str, seconds: float = 1800.0) -> None:
     """Models take minutes to load; meanwhile the port is closed or the server answers 503."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
-        try:
+        with contextlib.suppress(httpx2.TransportError):
             if httpx2.get(f"{url}/health/ready").status_code == 200:
                 return
-        except httpx2.TransportError:
-            pass
         time.sleep(2)
     sys.exit(f"{url} was not ready within {seconds:g} seconds; its log says why")
 

@@ -136,7 +136,7 @@ def decode_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig,
     sampling = SamplingParams(max_tokens=config.new_tokens, ignore_eos=True)
     for number in range(batch):
         engine.add_request(Request(prompt_ids=random_prompt(config.context, shape, number), sampling=sampling))
-    times = list(step_times(engine, until=config.new_tokens, batch=batch))
+    times = list(step_times(engine, batch=batch))
     engine.runner.close()
     return statistics.median(times[SETTLE:])
 
@@ -213,7 +213,7 @@ def make_engine(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig,
     return Engine(model, VOCAB, engine, vocab_size=shape.vocab_size, max_position=1 << 20)
 
 
-def step_times(engine: Engine, *, until: int, batch: int) -> Iterator[float]:
+def step_times(engine: Engine, *, batch: int) -> Iterator[float]:
     """Seconds of every step in which all requests write a token."""
     while engine.has_work:
         before = sum(len(state.root.ids) > state.root.prompt_length for state in engine.scheduler.active)

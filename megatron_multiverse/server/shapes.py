@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,11 @@ from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server.answer import Piece
 from megatron_multiverse.server.errors import ApiError
 from megatron_multiverse.server.results import result_to_dict
+
+
+def head(prefix: str, kind: str, model: str) -> dict[str, Any]:
+    """What every object of an answer begins with: an id of its own, its kind, the time and the model's name."""
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
 def usage(results: Sequence[Result], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:

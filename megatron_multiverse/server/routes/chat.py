@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -178,12 +176,7 @@ class _Answer:
         self.fields = fields
         self.prompt = prompt
         self.model: ServedModel = request.app.state.model
-        self.head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": self.model.name,
-        }
+        self.head = shapes.head("chatcmpl", "chat.completion", self.model.name)
 
     def whole(self, results: Sequence[Result]) -> dict[str, Any]:
         """The whole answer as one object."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any
 
@@ -115,12 +113,7 @@ class _Answer:
         self.fields = fields
         self.prompts = prompts
         self.model: ServedModel = request.app.state.model
-        self.head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": self.model.name,
-        }
+        self.head = shapes.head("cmpl", "text_completion", self.model.name)
 
     def whole(self, results: Sequence[Result]) -> dict[str, Any]:
         """The whole answer as one object."""
