@@ -20,7 +20,7 @@ from megatron_multiverse.config.engine import EngineConfig
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference.cache.book import PageBook
 from megatron_multiverse.inference.draft import Step
-from megatron_multiverse.inference.preemption import recover, relieve
+from megatron_multiverse.inference.preemption import recover, relieve, restart
 from megatron_multiverse.inference.scheduler import Scheduler
 from megatron_multiverse.inference.step.plan import StepOutput
 from megatron_multiverse.inference.step.runner import PendingOutput, Runner
@@ -102,6 +102,7 @@ class Engine:
         self._last_output = -float("inf")  # when the last step's tokens came
         self._flight: Flight | None = None
         self.num_steps = 0
+        self.weight_version = 0
         self._next_id = 0
         self._cancelled: set[int] = set()
         self._finished: list[Result] = []
@@ -184,6 +185,7 @@ class Engine:
             answer = dataclasses.replace(request, sample=request.sample + k) if k else request
             state = new_state(first + k, answer, machine, self.max_position, on_token, self.detokenize)
             state.scores = scores
+            state.use_weights(self.weight_version)
             self.scheduler.waiting.append(state)
         self._next_id += sampling.n
         return first
@@ -192,6 +194,29 @@ class Engine:
         """End a request and everything it forked; the next `step` returns its result. Unknown ids are ignored."""
         if request_id < self._next_id:
             self._cancelled.add(request_id)
+
+    def use_weights(self, version: int) -> None:
+        """The model's weights have been changed in place (`model.weights.copy_weights`, an optimizer's step).
+
+        Nothing computed with the old ones is read again: the prefix cache is emptied, and answers in work go on from
+        the text they have, whose keys are computed afresh. Each token of a result names the version that wrote it.
+
+        Args:
+            version: what the new weights are called in results.
+
+        Raises:
+            GenerationError: called from within a step.
+        """
+        with self._guard():
+            flight, self._flight = self._flight, None
+            self.scheduler.in_flight = False
+            if flight is not None:
+                self._land(flight)  # it was launched before the change
+                self._hand_out()
+            restart(self.scheduler)
+            self.weight_version = version
+            for state in self._states():
+                state.use_weights(version)
 
     @property
     def has_work(self) -> bool:

@@ -38,6 +38,13 @@ def relieve(scheduler: Scheduler) -> None:
     close_all(newest, "length")
 
 
+def restart(scheduler: Scheduler) -> None:
+    """Nothing computed so far is to be read again: all active requests step back, to start again in their order."""
+    for state in reversed(scheduler.active.copy()):
+        preempt(scheduler, state)
+    scheduler.prefixes.clear()
+
+
 def recover(scheduler: Scheduler, error: BaseException) -> list[RequestState]:
     """A step raised: all active requests start again; returns those that end instead, closed.
 

@@ -21,6 +21,7 @@ from megatron_multiverse.inference.text.result import (
     BlockResult,
     BranchResult,
     DroppedText,
+    EndDraw,
     Result,
     StopMatch,
     TimelineSpan,
@@ -31,7 +32,7 @@ from megatron_multiverse.structure import StructureVocab, lay_out, parse
 FORMAT = "multiverse-answer/1"
 """Name and version of the form of records."""
 
-_PER_TOKEN = ("position_ids", "logprobs", "labels", "parents")
+_PER_TOKEN = ("position_ids", "logprobs", "labels", "parents", "weight_versions")
 
 
 def to_record(result: Result) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def to_record(result: Result) -> dict[str, Any]:
         if branch.dropped is not None
     ]
     record["stops"] = [stop._asdict() for stop in result.stops]
+    record["ends"] = [end._asdict() for end in result.ends]
     record["timeline"] = [span._asdict() for span in result.timeline]
     record["malformed"] = dict(result.malformed)
     for block in record["blocks"]:
@@ -98,6 +100,7 @@ def _read(record: dict[str, Any], names: list[str]) -> Result:
     values["malformed"] = Counter(record["malformed"])
     values["timeline"] = [TimelineSpan(**span) for span in record["timeline"]]
     values["stops"] = [StopMatch(**stop) for stop in record["stops"]]
+    values["ends"] = [EndDraw(**end) for end in record["ends"]]
     for name in ("top_logprobs", "prompt_top_logprobs"):
         values[name] = _tops(record[name])
     return Result(**values)
@@ -116,8 +119,8 @@ def _tops(tops: list[list[list[float]] | None] | None) -> list[TopLogprobs | Non
 def _segments(result: Result) -> tuple[list[dict[str, Any]], list[int]]:
     """The segments of an answer in text order, and which one each of its tokens belongs to.
 
-    A segment names its branch, why that ended, and its parent: the segment that it follows on its own branch, or the
-    one that forked it; -1 for the first.
+    A segment names its branch, why that ended, the versions of the weights that wrote its first and its last token, and
+    its parent: the segment that it follows on its own branch, or the one that forked it; -1 for the first.
     """
     branches: list[BranchResult | None] = [None] * len(result.token_ids)
     for block in result.blocks:  # outer blocks come before inner ones
@@ -135,9 +138,11 @@ def _segments(result: Result) -> tuple[list[dict[str, Any]], list[int]]:
                     "path": [] if owner is None else [list(step) for step in owner.path],
                     "parent": ids[parent] if parent >= 0 else -1,
                     "finish": result.finish_reason if owner is None else owner.finish,
+                    "weight_versions": [result.weight_versions[index]] * 2,
                 }
             )
         ids.append(len(segments) - 1)
+        segments[-1]["weight_versions"][1] = result.weight_versions[index]
     return segments, ids
 
 

@@ -27,6 +27,25 @@ def weight_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {plain_name(name): t for name, t in model.state_dict().items() if not is_extra_state(name)}
 
 
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copy the weights of a model into another of the same shape, in place, each in the dtype and on the device of the
+    target: tensors that an engine holds stay the ones it holds.
+
+    Raises:
+        ConfigError: the models have different weights.
+    """
+    given, wanted = weight_state(source), weight_state(target)
+    misfits = given.keys() ^ wanted.keys()
+    misfits |= {name for name in given.keys() & wanted.keys() if given[name].shape != wanted[name].shape}
+    if misfits:
+        raise ConfigError(
+            f"the models differ in {len(misfits)} weights, e.g. {min(misfits)}: copy between models of one shape"
+        )
+    for name, tensor in wanted.items():
+        tensor.copy_(given[name])
+
+
 def save_model(model: nn.Module, config: ModelConfig, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Write the weights and the config; `checkpoints.load.load_checkpoint` reads them.
 

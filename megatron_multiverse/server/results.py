@@ -10,6 +10,7 @@ from megatron_multiverse.inference.text.result import (
     BlockResult,
     BranchResult,
     DroppedText,
+    EndDraw,
     Result,
     StopMatch,
     TimelineSpan,
@@ -32,7 +33,7 @@ def result_from_dict(fields: dict[str, Any]) -> Result:
     blocks = fields.pop("blocks")
     timeline = fields.pop("timeline")
     malformed = fields.pop("malformed")
-    stops = fields.pop("stops")
+    stops, ends = fields.pop("stops"), fields.pop("ends")
     top, prompt_top = fields.pop("top_logprobs"), fields.pop("prompt_top_logprobs")
     return Result(
         **fields,
@@ -40,6 +41,7 @@ def result_from_dict(fields: dict[str, Any]) -> Result:
         timeline=[TimelineSpan(*span) for span in timeline],
         malformed=Counter(malformed),
         stops=[StopMatch(*stop) for stop in stops],
+        ends=[EndDraw(*end) for end in ends],
         top_logprobs=None if top is None else [_pairs(likely) for likely in top],
         prompt_top_logprobs=None if prompt_top is None else [_pairs(likely) for likely in prompt_top],
     )

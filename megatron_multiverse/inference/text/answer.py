@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from megatron_multiverse.inference.text.branch import Branch, BranchPath, branch_key
-from megatron_multiverse.inference.text.result import BlockResult, BranchResult, DroppedText, Result
+from megatron_multiverse.inference.text.result import BlockResult, BranchResult, DroppedText, EndDraw, Result
 from megatron_multiverse.inference.text.state import RequestState
 from megatron_multiverse.inference.text.trial import written_by
 
@@ -76,6 +76,10 @@ def _append_branch(result: Result, branch: Branch, parent: int) -> None:
     if branch.stop is not None:
         here = len(result.token_ids) - done
         result.stops.append(branch.stop._replace(start=here + branch.stop.start, end=here + branch.stop.end))
+    if branch.end_draw is not None:
+        length, token, logprob = branch.end_draw
+        before = len(result.token_ids) + length - done - 1 if length > done else parent
+        result.ends.append(EndDraw(before, token, logprob))
     _append_tokens(result, branch, done, len(branch.ids), parent)
 
 
@@ -102,9 +106,18 @@ def _append_tokens(result: Result, branch: Branch, start: int, end: int, parent:
     result.logprobs += branch.logprobs[start:end]
     if result.top_logprobs is not None and branch.top_logprobs is not None:
         result.top_logprobs += branch.top_logprobs[start:end]
+    result.weight_versions += _versions(branch, start, end)
     result.labels += range(len(result.prompt_ids) + first, len(result.prompt_ids) + first + count)
     result.parents += [parent, *range(first, first + count - 1)] if count else []
     return first + count - 1 if count else parent
+
+
+def _versions(branch: Branch, start: int, end: int) -> list[int]:
+    """The version of the weights that wrote each of the own tokens [start, end) of a branch."""
+    versions: list[int] = []
+    for (first, version), (after, _) in zip(branch.versions, [*branch.versions[1:], (end, 0)], strict=True):
+        versions += [version] * (min(after, end) - max(first, start))
+    return versions
 
 
 def _shift_labels(result: Result, block: BlockResult) -> None:

@@ -100,12 +100,16 @@ class Branch:
     top_logprobs: list[TopLogprobs | None] | None = None
     """Beside each of its tokens the most likely ones, None for the prompt and for forced tokens; None where the request
     does not ask for them."""
+    versions: list[tuple[int, int]] = field(default_factory=list)
+    """(index in `ids`, version of the weights from there on), in order."""
     scanner: StopScanner | None = None
     """Looks for stop texts in what the branch writes, where the request has some that count here."""
     stop: StopMatch | None = None
     """The stop text that ended it."""
     stop_reason: str | int | None = None
     """The stop text or stop token that ended it."""
+    end_draw: tuple[int, int, float] | None = None
+    """(length of `ids` before it, token, log-probability) of a token that ended it without becoming text."""
     seen: TokenCounts | None = None
     """Tokens that the next one sees, kept where the request has penalties."""
     fed: int = 0

@@ -42,6 +42,7 @@ def _take(state: RequestState, branch: Branch, token: int, logprob: float, top: 
     if ends(sampling, branch, token):
         by_stop_token = token in sampling.stop_token_ids
         branch.stop_reason = token if by_stop_token else None
+        branch.end_draw = (len(branch.ids), token, logprob)
         _close(state, branch, "stop" if by_stop_token else "eos")
         return
     # No branch ever has more than MOST_CLOSERS tokens to close, so most tokens need no exact count.
@@ -134,6 +135,7 @@ def _fork(state: RequestState, branch: Branch) -> None:
             name=f"{branch.name}.{k + 1}" if branch.name else str(k + 1),
             outline=outline.label,
             block=block.number,
+            versions=[(0, state.weight_version)],
             top_logprobs=None if branch.top_logprobs is None else [],
             seen=None if branch.seen is None else branch.seen.copy(),
             scanner=state.new_scanner() if sampling.stop_in_branches else None,
@@ -227,7 +229,8 @@ def _drop(state: RequestState, parent: Branch, k: int) -> None:
     kid.ids, kid.positions, kid.logprobs, kid.blocks = [], [], [], []
     kid.top_logprobs = None if kid.top_logprobs is None else []
     kid.seen = None if parent.seen is None else parent.seen.copy()
-    kid.scanner = kid.stop = kid.stop_reason = None
+    kid.versions = [(0, state.weight_version)]
+    kid.scanner = kid.stop = kid.stop_reason = kid.end_draw = None
     kid.total = kid.dropped_tokens = 0
     for token in parent.machine.vocab.path_prefix(parent.machine.outlines[k].label_ids):
         _append(kid, token, None)

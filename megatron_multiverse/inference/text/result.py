@@ -39,6 +39,17 @@ class TimelineSpan(NamedTuple):
     tokens: int
 
 
+class EndDraw(NamedTuple):
+    """A token that the model drew to end a branch, and that is no part of its text: the end-of-document id, or a stop
+    token."""
+
+    parent: int
+    """Index in the answer of the token that it was drawn after, -1 for the last of the prompt."""
+    token: int
+    logprob: float
+    """As in `Result.logprobs`."""
+
+
 class DroppedText(NamedTuple):
     """What a try had written when its block was committed, and is no part of the answer; what it forked included, in
     text order."""
@@ -116,6 +127,10 @@ class Result:
     """The stop text or stop token that ended the answer."""
     stops: list[StopMatch] = field(default_factory=list)
     """Where stop texts ended the answer or its paths, in text order."""
+    ends: list[EndDraw] = field(default_factory=list)
+    """What was drawn to end branches without becoming text, in text order."""
+    weight_versions: list[int] = field(default_factory=list)
+    """For each token the version of the weights (`Engine.use_weights`) when it was written."""
     dropped_tokens: int = 0
     """Tokens of tries that were dropped; they count towards `max_tokens`."""
     freed_pages: int = 0

@@ -41,6 +41,8 @@ class RequestState:
     """(branch name, ids) written since `on_token` was last called."""
     live: list[Branch] = field(default_factory=list)
     """Branches with a place in the cache and something left to do, in the order in which they started."""
+    weight_version: int = 0
+    """Version of the weights that its next tokens are drawn with."""
     step: int = 0
     """Steps in which the request was active."""
     decode_steps: int = 0
@@ -91,6 +93,12 @@ class RequestState:
             if end > start:
                 span = TimelineSpan(branch.name, branch.block, start, end, len(branch.ids) - tokens)
                 self.timeline.append(span)
+
+    def use_weights(self, version: int) -> None:
+        """Tokens written from now on are drawn with weights of this version."""
+        self.weight_version = version
+        for branch in self.branches():
+            branch.versions.append((len(branch.ids), version))
 
     def forget_cache(self) -> None:
         """Nothing of the request is in the cache any more; its text stays."""

@@ -11,7 +11,7 @@ from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.model import weights
 from megatron_multiverse.model.families import PRESETS, preset, qwen2
 from megatron_multiverse.model.gpt import build_gpt_model
-from megatron_multiverse.model.weights import save_model, weight_state
+from megatron_multiverse.model.weights import copy_weights, save_model, weight_state
 
 
 def tiny(tied: bool = True, vocab_size: int = 40) -> ModelConfig:
@@ -84,3 +84,13 @@ def test_presets_have_the_published_sizes() -> None:
     assert {name: preset(name).num_parameters for name in PRESETS if name != "tiny"} == published
     with pytest.raises(ConfigError, match="unknown model preset 'gpt5'"):
         preset("gpt5")
+
+
+def test_copied_weights_keep_dtype_and_place() -> None:
+    source, target = build_gpt_model(tiny(), seed=1), build_gpt_model(tiny(), seed=2, dtype=torch.bfloat16)
+    held = weight_state(target)
+    copy_weights(source, target)
+    for name, tensor in weight_state(source).items():
+        assert held[name].dtype == torch.bfloat16 and torch.equal(held[name], tensor.bfloat16())
+    with pytest.raises(ConfigError, match="differ in"):
+        copy_weights(source, build_gpt_model(tiny(vocab_size=48)))
