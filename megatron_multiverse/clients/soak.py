@@ -11,13 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import random
-import re
-import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ import httpx2
 import psutil
 
 from megatron_multiverse.clients.http import ServerError, connect, post, stream
-from megatron_multiverse.errors import GenerationError
+from megatron_multiverse.clients.local_server import local_server
 
 PROMPTS = [
     "Work out A = 583 + 967; B = 48 + 76. Think step by step and in parallel before answering.",
@@ -237,7 +234,13 @@ async def soak(config: SoakConfig) -> dict[str, Any]:
     Raises:
         GenerationError: the server did not start.
     """
-    async with _server(config) as (url, process):
+    options = {
+        "load": config.load,
+        "engine.num-pages": config.num_pages,
+        "engine.debug": "true",
+        "limits.max-queued": config.max_queued,
+    }
+    async with local_server(options) as (url, process):
         clients = Clients(config, url)
         await clients.learn()
         start = time.monotonic()
@@ -264,49 +267,6 @@ async def soak(config: SoakConfig) -> dict[str, Any]:
     }
     held = not tally.wrong and not tally.hangs and rest["queue"] == 0 and rest["pages_free"] == config.num_pages
     return report | {"ok": held and death["ok"] and rest["preemptions"] > 0}
-
-
-@contextlib.asynccontextmanager
-async def _server(config: SoakConfig) -> AsyncIterator[tuple[str, psutil.Process]]:
-    tool = Path(__file__).parents[2] / "tools" / "run_text_generation_server.py"
-    options = {
-        "--load": config.load,
-        "--port": 0,
-        "--engine.num-pages": config.num_pages,
-        "--engine.debug": "true",
-        "--limits.max-queued": config.max_queued,
-    }
-    words = [str(word) for pair in options.items() for word in pair]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(tool), *words, stderr=asyncio.subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert process.stderr is not None
-    url, lines = "", list[str]()
-    while not url or "ready:" not in lines[-1]:
-        lines.append((await process.stderr.readline()).decode())
-        if not lines[-1]:
-            raise GenerationError("the server did not start: " + "".join(lines))
-        if found := re.search(r"listening at (http://\S+)", lines[-1]):
-            url = found[1]
-    reading = asyncio.create_task(_drop(process.stderr))
-    try:
-        yield url, psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        try:
-            async with asyncio.timeout(90):
-                code = await process.wait()
-        except TimeoutError:
-            process.kill()
-            raise GenerationError("the server did not end after SIGTERM") from None
-        reading.cancel()
-        if code != 0:
-            raise GenerationError(f"the server ended with status {code} after SIGTERM")
-
-
-async def _drop(reader: asyncio.StreamReader) -> None:
-    while await reader.read(65536):
-        pass
 
 
 async def _settled(url: str) -> dict[str, int]:

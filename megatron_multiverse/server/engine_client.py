@@ -143,7 +143,7 @@ class EngineClient:
         self.config = config
         self.state = "loading"
         self.facts: dict[str, Any] = {}
-        self.stats: dict[str, int] = {}
+        self.stats: dict[str, Any] = {}
         self.failure = ""
         """Why the engine could not start."""
         self.process: subprocess.Popen[bytes] | None = None

@@ -11,6 +11,7 @@ It ends when the other side of the socket closes, whatever the reason, so no eng
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import logging
 import select
@@ -29,7 +30,7 @@ from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.model.device import choose_device
 from megatron_multiverse.server.results import result_to_dict
-from megatron_multiverse.server.wire import Channel, Message
+from megatron_multiverse.server.wire import STEP_SECONDS, Channel, Message
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class EngineHost:
         self._writes: list[tuple[int, str, list[int]]] = []
         self._failures = 0
         self._last_beat = 0.0
+        self._step_counts = [0] * (len(STEP_SECONDS) + 1)
+        self._step_seconds = 0.0
 
     def run(self) -> None:
         """Serve until the other side closes."""
@@ -107,6 +110,7 @@ class EngineHost:
         self._writes.append((self._their_ids[request_id], branch, ids))
 
     def _step(self) -> None:
+        start = time.perf_counter()
         try:
             results = self.engine.step()
             self._failures = 0
@@ -116,6 +120,9 @@ class EngineHost:
             if self._failures >= MOST_FAILURES:
                 raise
             return
+        seconds = time.perf_counter() - start
+        self._step_counts[bisect.bisect_left(STEP_SECONDS, seconds)] += 1
+        self._step_seconds += seconds
         if not results and not self._writes:
             return
         done = []
@@ -139,7 +146,7 @@ class EngineHost:
             "max_rows": self.engine.config.max_rows,
         }
 
-    def _stats(self) -> dict[str, int]:
+    def _stats(self) -> dict[str, Any]:
         scheduler, book = self.engine.scheduler, self.engine.book
         return {
             "steps": self.engine.num_steps,
@@ -148,6 +155,8 @@ class EngineHost:
             "branches": len(scheduler.nodes),
             "pages_free": book.available,
             "pages_cached": len(scheduler.prefixes),
+            "step_counts": self._step_counts,
+            "step_seconds": self._step_seconds,
         }
 
 

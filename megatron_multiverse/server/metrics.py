@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server.engine_client import EngineClient
+from megatron_multiverse.server.wire import STEP_SECONDS
 
 LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 PARALLELISM = (1, 1.1, 1.25, 1.5, 2, 3, 4, 6, 8, 16)
@@ -18,6 +24,21 @@ _GAUGES = {
     "pages_cached": ("cache_pages_cached", "Pages, free or owned, that requests with the same beginning would find"),
     "steps": ("engine_steps", "Steps of the engine since it started"),
 }
+
+
+class _StepTimes(Collector):
+    """What the engine last said of its steps, which it counts itself."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        counts = self._client.stats.get("step_counts", [0] * (len(STEP_SECONDS) + 1))
+        bounds = [*(f"{bound:g}" for bound in STEP_SECONDS), "+Inf"]
+        buckets = list(zip(bounds, itertools.accumulate(counts), strict=True))
+        total = self._client.stats.get("step_seconds", 0.0)
+        text = "Seconds of a step of the engine"
+        yield HistogramMetricFamily("multiverse_step_seconds", text, buckets=buckets, sum_value=total)
 
 
 class Metrics:
@@ -38,6 +59,7 @@ class Metrics:
         Gauge("multiverse_engine_up", "1 if the engine is ready", registry=registry).set_function(
             lambda: float(client.condition == "ready")
         )
+        registry.register(_StepTimes(client))
         self.responses = Counter("multiverse_http_responses", "HTTP responses", ["route", "status"], registry=registry)
         self._finished = Counter("multiverse_answers", "Complete answers", ["finish_reason"], registry=registry)
         self._tokens = Counter("multiverse_tokens", "Tokens", ["kind"], registry=registry)

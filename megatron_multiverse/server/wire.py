@@ -13,8 +13,11 @@ from typing import Any
 import msgpack
 
 Message = dict[str, Any]
+_DECADE = (1, 1.25, 1.6, 2, 2.5, 3.2, 4, 5, 6.3, 8)
 HEADER = struct.Struct("<I")
 _READ_SIZE = 1 << 18
+STEP_SECONDS = tuple(round(step * 10.0**power, 6) for power in (-4, -3, -2, -1, 0) for step in _DECADE)
+"""Upper bounds of the buckets in which the engine counts its steps; longer ones come last."""
 
 
 def pack(message: Message) -> bytes:

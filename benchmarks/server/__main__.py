@@ -1,0 +1,74 @@
+"""Measures what HTTP costs, on a GPU or a CPU, with random weights: no trained model, no network.
+
+Example:
+    python -m benchmarks.server --model-preset qwen2.5-7b --output runs/server.json
+    python -m benchmarks.server --model-preset tiny --dtype float32 --context 64 --new-tokens 64 --batch 1 8
+    python -m benchmarks.server --parts stalls
+
+overhead: tokens per second of the server, whole answers and streams, beside those of `Engine` in this process, for the
+same requests at once; and the time to the first token of a request that is alone. The engine of the server is the same
+build over the same weights, which lie in a temporary folder. stalls: how long the engine's steps take while clients
+disturb the HTTP process, beside how long they take without them (the quickstart's model).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_multiverse.cli import parse_options, run_tool
+from megatron_multiverse.config.choices import DType
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerBenchConfig:
+    """What is measured."""
+
+    parts: tuple[Literal["overhead", "stalls"], ...] = ("overhead",)
+    """Measurements to make."""
+    model_preset: str = "qwen2.5-1.5b"
+    """overhead: published shape; model/families.py lists them."""
+    dtype: DType = "bf16"
+    """overhead: of weights and cache."""
+    batch: tuple[int, ...] = (1, 32)
+    """overhead: requests at once."""
+    context: int = 1024
+    """overhead: tokens of each prompt; no two begin alike."""
+    new_tokens: int = 256
+    """overhead: tokens that each request writes."""
+    prompt: int = 1024
+    """overhead: tokens of the prompt whose first token is waited for."""
+    repeats: int = 5
+    """overhead: measurements of each case after one that does not count; all are reported."""
+    teraflops: float = 790.0
+    """overhead: what the device computes at most, for the bound of the first token; default: an H200 in bf16."""
+    seconds: float = 20.0
+    """stalls: of each stretch, with and without disturbance, in turns."""
+    turns: int = 3
+    """stalls: stretches of each kind."""
+    output: Path | None = None
+    """JSON file for all figures."""
+
+
+def main() -> None:
+    from benchmarks.server.overhead import measure_overhead
+    from benchmarks.server.stalls import measure_stalls
+
+    config = parse_options(ServerBenchConfig)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.strip()}
+    if "overhead" in config.parts:
+        report["overhead"] = measure_overhead(config)
+    if "stalls" in config.parts:
+        report["stalls"] = measure_stalls(config)
+    if config.output is not None:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        config.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_tool(main)
