@@ -3,6 +3,7 @@
 Example:
     python tools/bench_engine.py --model-preset qwen2.5-7b --batch 1 8 32 128
     python tools/bench_engine.py --model-preset qwen2.5-7b --parts prompt fork --fork-prefix 16384
+    torchrun --nproc-per-node 2 tools/bench_engine.py --model-preset qwen2.5-7b --tensor-model-parallel-size 2
 
 prompt: the time to the first token of a request that is alone. decode: `batch` requests with prompts of `context`
 tokens write `new-tokens` each; the figure is the median time between two answers of the engine, everything that a user
@@ -22,10 +23,12 @@ from megatron_multiverse.cli import parse_options, run_tool
 def main() -> None:
     """Print a line per case, and write them if asked to."""
     from megatron_multiverse.inference.bench import BenchConfig, measure
+    from megatron_multiverse.inference.build import engine_ranks
 
     config = parse_options(BenchConfig)
-    rows = list(measure(config))
-    if config.output is not None:
+    with engine_ranks(config.tensor_model_parallel_size, 1) as ranks:
+        rows = list(measure(config))
+    if config.output is not None and ranks.is_first:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         config.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

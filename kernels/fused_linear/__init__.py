@@ -39,8 +39,9 @@ def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias
     return swiglu_rows(F.linear(normed, weight, bias))
 
 
-def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Linear into the residual stream: adds x [n, in] weight^T (+ bias) to residual [n, out] in place; returns it."""
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Linear into the residual stream: adds x [n, in] weight^T (+ bias) to residual [n, out] in place and returns it;
+    without a residual, the product alone."""
     if _on_gpu(x, weight) and len(x) <= MAX_ROWS:
         from .triton_skinny import skinny_linear
 

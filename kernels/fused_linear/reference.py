@@ -34,8 +34,13 @@ def norm_swiglu_reference(
     return F.silu(gate) * up
 
 
-def linear_add_reference(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Linear into the residual stream: adds x [n, in] weight^T (+ bias) to residual [n, out] in place; returns it."""
+def linear_add_reference(
+    x: Tensor, weight: Tensor, residual: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Linear into the residual stream: adds x [n, in] weight^T (+ bias) to residual [n, out] in place and returns it;
+    without a residual, the product alone."""
+    if residual is None:
+        return F.linear(x, weight, bias)
     if bias is not None:
         residual.add_(bias)
     return residual.addmm_(x, weight.t())

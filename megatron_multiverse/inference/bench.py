@@ -17,7 +17,10 @@ from megatron_multiverse.config import EngineConfig, LayerConfig, ModelConfig, S
 from megatron_multiverse.config.choices import DType
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.inference.engine import Engine
+from megatron_multiverse.inference.step.model_ranks import ModelRanks
 from megatron_multiverse.inference.step.plan import SamplingArrays
+from megatron_multiverse.inference.step.runner import Runner
+from megatron_multiverse.inference.step.sampler import Sampler
 from megatron_multiverse.inference.text.branch import BranchPath, branch_key
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
@@ -67,43 +70,67 @@ class BenchConfig:
     """Replay small steps as CUDA graphs."""
     page_size: int = 16
     """Tokens per page of the cache."""
+    tensor_model_parallel_size: int = 1
+    """GPUs that share the model; start one process for each with torchrun."""
     output: Path | None = None
     """JSON file for all figures."""
 
 
 def measure(config: BenchConfig) -> Iterator[dict[str, Any]]:
-    """One row of figures per case."""
+    """One row of figures per case, on the first rank."""
+    first = ModelRanks.current().is_first
     device = choose_device("auto")
     shape = preset(config.model_preset)
     if config.num_layers:
         shape = dataclasses.replace(shape, num_layers=config.num_layers)
     model = random_model(shape, DTYPES[config.dtype], device)
     copy = copy_rate(device)
-    print(
-        f"{device_name(device)}, {config.model_preset}, {config.dtype}; a copy moves {copy / 1e12:.2f} TB/s", flush=True
-    )
+    if first:
+        gpus = f"{config.tensor_model_parallel_size} x " if config.tensor_model_parallel_size > 1 else ""
+        print(
+            f"{gpus}{device_name(device)}, {config.model_preset}, {config.dtype}; a copy moves {copy / 1e12:.2f} TB/s"
+        )
     if "prompt" in config.parts:
         for length in config.prompts:
             runs = [first_token(model, shape, config, length) for _ in range(config.repeats + 1)]
-            yield report_prompt(length, runs[1:])  # the first run compiles
+            if first:
+                yield report_prompt(length, runs[1:])  # the first run compiles
     if "decode" in config.parts:
         for batch in config.batch:
             runs = [decode_step(model, shape, config, batch) for _ in range(config.repeats)]
-            yield report(f"decode, batch {batch}", runs, step_bytes(shape, config, batch * config.context), copy, batch)
+            size = step_bytes(shape, config, batch * config.context)
+            if first:
+                yield report(f"decode, batch {batch}", runs, size, copy, batch)
     if "fork" in config.parts:
         forks = [fork_step(model, shape, config, at_once=True) for _ in range(config.repeats)]
-        blocks = [seconds for _, seconds in forks]
-        seen = config.fork_prefix + config.fork_branches * config.fork_tokens // 2
-        row = report("fork", [step for step, _ in forks], step_bytes(shape, config, seen), copy, config.fork_branches)
-        serial = fork_step(model, shape, config, at_once=False)[1]
-        row |= {"block_seconds": statistics.median(blocks), "serial_seconds": serial}
-        row["speedup"] = serial / row["block_seconds"]
-        print(
-            f"  whole block {row['block_seconds']:.3f} s {[round(b, 3) for b in blocks]}, path after path "
-            f"{serial:.3f} s: {row['speedup']:.2f}x with {config.fork_branches} paths",
-            flush=True,
-        )
-        yield row
+        _, serial = fork_step(model, shape, config, at_once=False)
+        if first:
+            yield report_fork(shape, config, forks, serial, copy)
+
+
+def report_fork(
+    shape: ModelConfig, config: BenchConfig, forks: list[tuple[float, float]], serial: float, copy: float
+) -> dict[str, Any]:
+    """Print the case of one block and return it as a row; `forks` and `serial` are what `fork_step` gave."""
+    blocks = [seconds for _, seconds in forks]
+    seen = config.fork_prefix + config.fork_branches * config.fork_tokens // 2
+    row = report("fork", [step for step, _ in forks], step_bytes(shape, config, seen), copy, config.fork_branches)
+    row |= {"block_seconds": statistics.median(blocks), "serial_seconds": serial}
+    row["speedup"] = serial / row["block_seconds"]
+    print(
+        f"  whole block {row['block_seconds']:.3f} s {[round(b, 3) for b in blocks]}, path after path "
+        f"{serial:.3f} s: {row['speedup']:.2f}x with {config.fork_branches} paths",
+        flush=True,
+    )
+    return row
+
+
+def follows(model: torch.nn.Module, config: BenchConfig, sampler: Sampler | None = None) -> bool:
+    """On all ranks but the first: run one case as that rank says. Whether this is one of them."""
+    if ModelRanks.current().is_first:
+        return False
+    Runner(model, num_pages=0, page_size=0, sampler=sampler, cuda_graphs=config.cuda_graphs).follow()
+    return True
 
 
 def random_model(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
@@ -119,6 +146,8 @@ def random_model(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -
 
 def first_token(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, length: int) -> float:
     """Seconds from a request to its first token."""
+    if follows(model, config):
+        return 0.0
     engine = make_engine(model, shape, config, pages=-(-length // config.page_size) + 2, rows=1)
     engine.add_request(Request(prompt_ids=random_prompt(length, shape, 0), sampling=SamplingParams(max_tokens=1)))
     start = time.perf_counter()
@@ -131,6 +160,8 @@ def first_token(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig,
 
 def decode_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, batch: int) -> float:
     """Median seconds per step of `batch` requests that write plain text."""
+    if follows(model, config):
+        return 0.0
     tokens = config.context + config.new_tokens + 1
     engine = make_engine(model, shape, config, pages=batch * (-(-tokens // config.page_size) + 1), rows=batch)
     sampling = SamplingParams(max_tokens=config.new_tokens, ignore_eos=True)
@@ -144,10 +175,13 @@ def decode_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig,
 def fork_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, *, at_once: bool) -> tuple[float, float]:
     """(median seconds per step within the paths, seconds from the fork to the end of the conclusion)."""
     branches, tokens = config.fork_branches, config.fork_tokens
+    script = Script(block_script(branches, tokens))
+    if follows(model, config, script):
+        return 0.0, 0.0
     most = branches * (tokens + 64) + CONCLUSION + 512
     pages = -(-(config.fork_prefix + most) // config.page_size) + 4 * branches + 16
     engine = make_engine(model, shape, config, pages=pages, rows=branches)
-    engine.runner.sampler = Script(block_script(branches, tokens))
+    engine.runner.sampler = script
     sampling = SamplingParams(max_tokens=most, max_concurrent_branches=None if at_once else 1)
     engine.add_request(Request(prompt_ids=random_prompt(config.fork_prefix, shape, 0), sampling=sampling))
     times: list[float] = []
@@ -231,12 +265,13 @@ def random_prompt(length: int, shape: ModelConfig, seed: int) -> list[int]:
 
 
 def step_bytes(shape: ModelConfig, config: BenchConfig, cached_tokens: int) -> int:
-    """Bytes that a decode step reads at least: weights without the embedding, and cached keys and values."""
+    """Bytes that a decode step reads at least on each GPU: weights without the embedding, cached keys and values."""
     width = DTYPES[config.dtype].itemsize
     heads, groups, dim, hidden = shape.num_attention_heads, shape.num_query_groups, shape.kv_channels, shape.hidden_size
     layer = hidden * (heads + 2 * groups) * dim + heads * dim * hidden + 3 * hidden * shape.ffn_hidden_size
     weights = shape.num_layers * layer + shape.vocab_size * hidden
-    return width * (weights + 2 * shape.num_layers * groups * dim * cached_tokens)
+    cached = 2 * shape.num_layers * groups * dim * cached_tokens
+    return width * (weights + cached) // config.tensor_model_parallel_size
 
 
 def report(name: str, runs: list[float], size: int, copy: float, rows: int) -> dict[str, Any]:

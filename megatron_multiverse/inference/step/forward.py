@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from megatron_multiverse.inference.step.kv_store import KVStore
@@ -110,7 +109,7 @@ class PagedForward:
         is there once."""
         if self.ranks.tensor_rank == 0:
             return self.ranks.sum(linear_add(x, linear.weight, residual, linear.bias))
-        return self.ranks.sum(linear_add(x, linear.weight, torch.zeros_like(residual)))
+        return self.ranks.sum(linear_add(x, linear.weight))
 
     def _attend(self, x: Tensor, layer: _Layer, table: Tensor, step: StepTensors, store: KVStore) -> Tensor:
         """Attention of one layer over the cache: x [n, hidden] -> [n, heads * head dim]."""

@@ -118,7 +118,7 @@ class StepGraphs:
         def step(tensors: StepTensors, sources: Tensor, sampling: DeviceSampling) -> Tensor:
             ids = known_ids(tensors.ids, sources, self.last_tokens)
             logits = self.forward(dataclasses.replace(tensors, ids=ids), self.store)
-            assert logits is not None  # graphs run where the model is on one rank
+            assert logits is not None  # pipeline stages run without graphs
             if kind.draw == "logits":
                 return logits
             return pack(*sampling.draw(logits[:, : self.vocab_size], noise=kind.draw == "noise"))
@@ -190,7 +190,8 @@ class _Graph:
             step(tensors, there["sources"], sampling)
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # Other threads go on meanwhile: NCCL's asks whether earlier sums are done, which must not end the capture.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.result = step(tensors, there["sources"], sampling)
 
     def fill(self, plan: StepPlan, work: Work) -> None:

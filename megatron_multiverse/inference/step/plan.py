@@ -112,7 +112,7 @@ class StepPlan:
         return b"".join((header.tobytes(), *(array.tobytes() for array in arrays)))
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> StepPlan:
+    def from_bytes(cls, data: bytes | memoryview) -> StepPlan:
         """What `to_bytes` wrote; the arrays are views of `data`."""
         count = int(np.frombuffer(data, dtype=np.int64, count=1)[0])
         width, *sizes = np.frombuffer(data, dtype=np.int64, count=1 + count, offset=8).tolist()

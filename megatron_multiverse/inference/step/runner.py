@@ -105,6 +105,7 @@ class Runner:
             num_pages, page_size, ids = self._channel.agree(num_pages, page_size, vocab_size or 0)
             vocab_size = ids or None
         self.store = KVStore.for_model(model, num_pages, page_size)
+        self.ranks = self.ranks.on(self.store.keys)
         self.sampler: Sampler = sampler or CounterSampler()
         self.vocab_size = vocab_size
         self.last_tokens = torch.zeros(MOST_ROWS, dtype=torch.int64, device=self.store.keys.device)
@@ -114,7 +115,7 @@ class Runner:
         on_gpu = self.store.keys.is_cuda and self.store.keys.dtype != torch.float64
         self.graphs: StepGraphs | None = None
         self.forward = PagedForward(model, self.ranks) if PagedForward.runs(model) else None
-        if cuda_graphs and self.forward and on_gpu and self.ranks.size == 1:
+        if cuda_graphs and self.forward and on_gpu and self.ranks.stages == 1:
             self.graphs = StepGraphs(self.forward, self.store, self.last_tokens, vocab_size)
         self._logit_tokens: Tensor | None = None
         self._selected = False

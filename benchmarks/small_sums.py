@@ -1,0 +1,107 @@
+"""Sums of a decode step's rows over tensor parallel GPUs: PyTorch's symmetric memory beside NCCL, both in CUDA graphs.
+
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.small_sums
+
+A graph holds as many sums as a model of 28 layers needs in a step, each of what the one before it gave.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from benchmarks.kernels.record import Recorder
+from benchmarks.training_layouts import RESULTS
+from megatron_multiverse.cli import parse_options, run_tool
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.inference.step.symmetric_sum import MOST_BYTES, SymmetricSum
+from megatron_multiverse.parallel.ranks import joined_ranks
+
+SUMS = 56
+REPLAYS = 50
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    rows: tuple[int, ...] = (1, 8, 32, 64, 128)
+    """Tokens of a step."""
+    hidden_size: int = 3584
+    """Width of a row, in bfloat16."""
+    output: str | None = None
+    """Folder of the results; default benchmarks/results."""
+    commit: str | None = None
+    """Commit to record; default that of the working tree."""
+
+
+def microseconds(x: Tensor, symmetric: SymmetricSum | None) -> float:
+    """Of one sum within a graph of many."""
+
+    def chain() -> Tensor:
+        y = x
+        for _ in range(SUMS):
+            if symmetric is not None:
+                y = symmetric(y)
+            else:
+                distributed.all_reduce(y)
+        return y
+
+    chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        chain()
+    graph.replay()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(REPLAYS):
+        graph.replay()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e6 / (SUMS * REPLAYS)
+
+
+def main() -> None:
+    """Measure every number of rows."""
+    o = parse_options(Options)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world < 2 or not torch.cuda.is_available():
+        raise ConfigError(f"needs two GPUs or more, one rank each; {world} ranks were started: use torchrun")
+    with joined_ranks(world) as ranks:
+        group = distributed.group.WORLD
+        assert group is not None
+        device = torch.device("cuda", torch.cuda.current_device())
+        recorder = None
+        if ranks.is_first:
+            command = f"torchrun --standalone --nproc-per-node {world} -m benchmarks.small_sums"
+            key = ("gpus", "rows", "hidden_size")
+            recorder = Recorder("small_sums", o.output or str(RESULTS), o.commit, key=key, command=command)
+        symmetric = SymmetricSum.where_possible(group, torch.bfloat16, device)
+        if symmetric is None:
+            raise ConfigError("these GPUs cannot read each other's memory")
+        for rows in o.rows:
+            x = torch.randn(rows, o.hidden_size, device=device, dtype=torch.bfloat16)
+            summed, reference = symmetric(x), x.clone()
+            distributed.all_reduce(reference)
+            torch.testing.assert_close(summed, reference, rtol=1e-2, atol=1e-2)
+            zeros = torch.zeros_like(x)
+            nccl = microseconds(zeros, None)
+            ours = microseconds(zeros, symmetric) if symmetric.takes(zeros) else None
+            if recorder is not None:
+                recorder.add(
+                    gpus=world, rows=rows, hidden_size=o.hidden_size, kib=x.nbytes / 1024, nccl_us=nccl,
+                    symmetric_memory_us=ours, ratio=None if ours is None else ours / nccl,
+                )  # fmt: skip
+        if recorder is not None:
+            recorder.table(
+                "One sum over the GPUs, within a CUDA graph of many. The engine takes symmetric memory up to "
+                f"{MOST_BYTES // 1024} KiB."
+            )
+
+
+if __name__ == "__main__":
+    run_tool(main)
