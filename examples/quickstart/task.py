@@ -143,6 +143,13 @@ def render_autoregressive(problem: Problem) -> tuple[str, str]:
     return f"Work out {problem}." + SEQUENTIAL_REQUEST, f"{thought}\n\nAnswer: {problem.answer}"
 
 
+def render_undecided(problem: Problem, rng: random.Random, *, fork_share: float) -> tuple[str, str]:
+    """Prompt and response without a request for either way of thinking: each list of expressions, the problem's and
+    those of sub-expressions, becomes a block with probability `fork_share`, whether that pays or not."""
+    thought = render(("<Think>", *_undecided(problem.named, rng, fork_share), "</Think>"))
+    return f"Work out {problem}.", f"{thought}\n\nAnswer: {problem.answer}"
+
+
 def check_answer(problem: Problem, text: str) -> bool:
     """True if the text's last ``Answer:`` line gives exactly the right results and nothing else."""
     head, found, answer = text.rpartition("Answer: ")
@@ -215,6 +222,23 @@ def _block(named: tuple[tuple[str, Expression], ...]) -> Block:
         paths=tuple(_path(name, expression) for name, expression in named),
         conclusion=_results(named),
     )
+
+
+def _undecided(named: tuple[tuple[str, Expression], ...], rng: random.Random, fork_share: float) -> list[str | Block]:
+    """The work on some expressions, in a block or one after the other."""
+    works = [_undecided_work(name, expression, rng, fork_share) for name, expression in named]
+    if rng.random() >= fork_share:
+        return [part for work in works for part in work]
+    outlines = tuple(f"{name} = {expression}" for name, expression in named)
+    return [FORK_LINE, Block(outlines, tuple(tuple(work) for work in works), _results(named))]
+
+
+def _undecided_work(name: str, expression: Expression, rng: random.Random, fork_share: float) -> list[str | Block]:
+    """The work on one expression: first its sub-expressions, then what is left to combine."""
+    work = "\n".join(_combining_lines(name, expression))
+    if not expression.children:
+        return [work]
+    return [f"{name} = {expression}", *_undecided(_child_names(name, expression), rng, fork_share), work]
 
 
 def _sample_expression(rng: random.Random, max_depth: int, nested_share: float, level: int = 0) -> Expression:

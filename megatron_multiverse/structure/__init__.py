@@ -14,7 +14,14 @@ parallel a sample is. docs/structure.md explains the same with pictures.
 from megatron_multiverse.structure.batch import BatchMeter, BatchStatistics
 from megatron_multiverse.structure.document import BlockSpan, Document, PathSpan
 from megatron_multiverse.structure.frames import Event, Outline
-from megatron_multiverse.structure.layout import Layout, lay_out, pack_layouts, padding_layout, visible_matrix
+from megatron_multiverse.structure.layout import (
+    Layout,
+    lay_out,
+    pack_layouts,
+    padding_layout,
+    share_prefix,
+    visible_matrix,
+)
 from megatron_multiverse.structure.machine import StructureMachine
 from megatron_multiverse.structure.parser import parse
 from megatron_multiverse.structure.statistics import BlockStatistics, Statistics, measure, measure_blocks
@@ -50,5 +57,6 @@ __all__ = [
     "parse",
     "parse_text",
     "render",
+    "share_prefix",
     "visible_matrix",
 ]

@@ -175,6 +175,37 @@ def pack_layouts(layouts: Sequence[Layout]) -> Layout:
     )
 
 
+def share_prefix(layouts: Sequence[Layout], prefix: int) -> Layout:
+    """The layout of documents with the same beginning, which stands there once, followed by the rest of each.
+
+    What follows the prefix in each document is a path of one block that never joins, so every token has the position it
+    had and sees the tokens it saw. That is the layout of several answers to one prompt.
+
+    Args:
+        layouts: of the documents alone; at least one.
+        prefix: tokens that they share, all of them part of their prompts; at least one.
+    """
+    shifts = np.cumsum([0, *(part.num_tokens - prefix for part in layouts)]).tolist()
+    segments, breaks = [np.zeros((1, 3), dtype=np.int64)], []
+    total = prefix + shifts.pop()
+    for shift, part in zip(shifts, layouts, strict=True):
+        own = part.segments.copy()
+        own[:, 0] = np.maximum(own[:, 0], prefix)
+        own = own[np.diff(own[:, 0], append=part.num_tokens) > 0]  # of those that begin in the prefix the last counts
+        # A path [s, e) of a block [S, E), where S is the end of the prefix, s = S + shift and E the end of all.
+        segments.append(own + np.array([shift, -shift, (total - part.num_tokens - shift) - shift]))
+        breaks.append(part.breaks + shift if shift == 0 else np.append(prefix, part.breaks) + shift)
+    own_pairs = prefix * (prefix + 1) // 2
+    return Layout(
+        num_tokens=total,
+        segments=np.concatenate(segments),
+        forced=np.concatenate([part.forced + shift for shift, part in zip(shifts, layouts, strict=True)]),
+        breaks=np.concatenate(breaks),
+        prompts=np.array([[0, prefix]], dtype=np.int64),
+        num_visible_pairs=own_pairs + sum(part.num_visible_pairs - own_pairs for part in layouts),
+    )
+
+
 def visible_matrix(layout: Layout) -> BoolArray:
     """The mask written out, [N, N], True where the query (row) sees the key (column). For tests and pictures only."""
     index, r = np.arange(layout.num_tokens), layout.r

@@ -25,7 +25,7 @@ from megatron_multiverse.checkpoints.formats.torch_dist import TorchDistReader
 from megatron_multiverse.errors import CheckpointError, MultiverseError
 from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.training.engine import TrainEngine
-from megatron_multiverse.training.microbatches import Loader
+from megatron_multiverse.training.microbatches import Position
 from megatron_multiverse.training.seeds import rng_state, set_rng_state
 from megatron_multiverse.training.signals import hold_signals
 
@@ -35,7 +35,7 @@ class TrainState:
     """Everything that changes while training, i.e. everything a checkpoint holds."""
 
     engine: TrainEngine
-    loader: Loader
+    loader: Position
     step: int = 0
     """Optimizer steps done."""
     consumed_samples: int = 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, TOKENIZER_RECORD_FILE, TRAIN_CONFIG_FILE
-from megatron_multiverse.config import ModelConfig, TrainConfig
+from megatron_multiverse.config import ModelConfig, RLConfig, TrainConfig
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.files import write_json_atomic
@@ -41,7 +41,7 @@ class RunDescription:
 
     model: ModelConfig
     """Shape of the model."""
-    config: TrainConfig
+    config: TrainConfig | RLConfig
     """The run, without any "auto" in its layers."""
     tokenizer: MultiverseTokenizer | None = None
     """The one that wrote the data, with the tags; None if the run was handed its data otherwise."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from megatron_multiverse.model.device import to_device
 from megatron_multiverse.training.engine import LossSums
 from megatron_multiverse.training.microbatches import Microbatch
 from megatron_multiverse.training.placement import TokenPlacer
+
+LossFunction = Callable[[nn.Module, Microbatch, TokenPlacer], tuple[Tensor, Tensor]]
+"""(model, microbatch, placer) -> loss summed over the microbatch's trained tokens, and its number of visible pairs."""
 
 
 def precision(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -42,7 +45,13 @@ def masked_loss_sum(model: nn.Module, batch: Microbatch, placer: TokenPlacer) ->
     return (per_token * loss_mask).sum(), params.num_visible_pairs()
 
 
-def forward_backward(model: nn.Module, microbatches: Sequence[Microbatch], placer: TokenPlacer, dtype: str) -> LossSums:
+def forward_backward(
+    model: nn.Module,
+    microbatches: Sequence[Microbatch],
+    placer: TokenPlacer,
+    dtype: str,
+    loss: LossFunction = masked_loss_sum,
+) -> LossSums:
     """Gradients of the mean loss over *all* trained tokens of the step, added to the parameters' `.grad`.
 
     Each microbatch is divided by the token count of the whole step, not by its own: a mean of means would weight
@@ -54,7 +63,7 @@ def forward_backward(model: nn.Module, microbatches: Sequence[Microbatch], place
     pairs = torch.zeros((), dtype=torch.int64, device=device)
     for batch in microbatches:
         with precision(dtype, device):
-            batch_sum, batch_pairs = masked_loss_sum(model, batch, placer)
+            batch_sum, batch_pairs = loss(model, batch, placer)
         with backward_precision(model, dtype, device):
             (batch_sum / max(1, loss_tokens)).backward()  # type: ignore[no-untyped-call]
         loss_sum += batch_sum.detach()

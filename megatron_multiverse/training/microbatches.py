@@ -17,8 +17,8 @@ If the loader has tag ids, also what tells the D documents of a row apart: ``doc
 int [b, D], ``malformed`` bool [b, D]; see `data.sft_dataset.pack_arrays`."""
 
 
-class Loader(Protocol):
-    """A stream of the microbatches of one data parallel rank, which knows where it stands."""
+class Documents(Protocol):
+    """What is known of the documents in microbatches."""
 
     @property
     def tag_ids(self) -> tuple[int, ...] | None:
@@ -29,10 +29,6 @@ class Loader(Protocol):
         """
         ...
 
-    def __iter__(self) -> Iterator[Microbatch]:
-        """Continue from the current position. The stream of training data must not end."""
-        ...
-
     def sample_name(self, sample_id: int) -> str:
         """How messages call the document with this number in ``sample_ids``."""
         ...
@@ -41,12 +37,24 @@ class Loader(Protocol):
         """Why the loader could not read the structure of a document, None if it could."""
         ...
 
+
+class Position(Protocol):
+    """A place in the data, as part of a checkpoint."""
+
     def state_dict(self) -> dict[str, Any]:
         """The position, as plain values for the checkpoint; the same on all ranks."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from that position. Raises CheckpointError if it belongs to other data or settings."""
+        ...
+
+
+class Loader(Documents, Position, Protocol):
+    """A stream of the microbatches of one data parallel rank, which knows where it stands."""
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        """Continue from the current position. The stream of training data must not end."""
         ...
 
 

@@ -18,9 +18,15 @@ from megatron_multiverse.model.weights import save_model
 from megatron_multiverse.training import sharded_state
 from megatron_multiverse.training.engine import StepResult
 from megatron_multiverse.training.flops import peak_tflops
-from megatron_multiverse.training.forward import arithmetic, forward_backward, mean_loss
+from megatron_multiverse.training.forward import (
+    LossFunction,
+    arithmetic,
+    forward_backward,
+    masked_loss_sum,
+    mean_loss,
+)
 from megatron_multiverse.training.metrics import MetricsWriter
-from megatron_multiverse.training.microbatches import Loader, Microbatch
+from megatron_multiverse.training.microbatches import Documents, Microbatch
 from megatron_multiverse.training.optim import (
     NonFiniteGuard,
     build_optimizer,
@@ -41,6 +47,7 @@ class OneProcessEngine:
         layers: how its layers are computed, without any "auto".
         loader: where the microbatches of `step` come from.
         valid_loader: where those of `validate` come from, if there are any.
+        loss: what `step` differentiates.
     """
 
     def __init__(
@@ -49,19 +56,21 @@ class OneProcessEngine:
         model: nn.Module,
         model_config: ModelConfig,
         layers: LayerConfig,
-        loader: Loader,
-        valid_loader: Loader | None = None,
+        loader: Documents,
+        valid_loader: Documents | None = None,
+        loss: LossFunction = masked_loss_sum,
     ) -> None:
         self.config, self.model, self.model_config, self.layers = config, model, model_config, layers
         self.device = next(model.parameters()).device
         self.peak_tflops = peak_tflops(self.device, config.dtype, config.log.peak_tflops)
         self.optimizer = build_optimizer(model, config.optim)
         self.scheduler = build_scheduler(self.optimizer, config.optim, config.train_iters)
+        self._loss = loss
         self._guard = NonFiniteGuard(self.device)
         self._placer = self._placer_of(loader)
         self._valid_placer = None if valid_loader is None else self._placer_of(valid_loader)
 
-    def _placer_of(self, loader: Loader) -> TokenPlacer:
+    def _placer_of(self, loader: Documents) -> TokenPlacer:
         return TokenPlacer(loader, self.device, self.layers.attention_backend, self.config.data.malformed)
 
     @property
@@ -76,7 +85,7 @@ class OneProcessEngine:
     def step(self, microbatches: Sequence[Microbatch]) -> StepResult:
         """See `TrainEngine.step`."""
         self.scheduler.step(1)
-        sums = forward_backward(self.model, microbatches, self._placer, self.config.dtype)
+        sums = forward_backward(self.model, microbatches, self._placer, self.config.dtype, self._loss)
         grad_norm = clip_gradients(self.model.parameters(), self.config.optim.clip_grad)
         self._guard.watch(self.optimizer, self.scheduler.num_steps, sums.loss, grad_norm)
         self.optimizer.step()

@@ -20,7 +20,7 @@ from megatron_multiverse.model.device import to_device
 from megatron_multiverse.parallel.ranks import current_ranks
 from megatron_multiverse.structure import Tag
 from megatron_multiverse.training.metrics import MetricsWriter
-from megatron_multiverse.training.microbatches import Loader, Microbatch
+from megatron_multiverse.training.microbatches import Documents, Microbatch
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class TokenPlacer:
     """Lays out the microbatches of one loader.
 
     Args:
-        loader: without tag ids (see `Loader.tag_ids`), ``position_ids`` and ``r`` of its microbatches count on every
+        loader: without tag ids (see `Documents.tag_ids`), ``position_ids`` and ``r`` of its microbatches count on every
             device.
         device: where the model runs.
         backend: name of the attention backend that runs; not "auto".
@@ -37,7 +37,7 @@ class TokenPlacer:
             (the run stops) or causal (they are named).
     """
 
-    def __init__(self, loader: Loader, device: torch.device, backend: str, malformed: str = "refuse") -> None:
+    def __init__(self, loader: Documents, device: torch.device, backend: str, malformed: str = "refuse") -> None:
         self.device = device
         self._loader = loader
         self._backend = backend

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_multiverse.checkpoints.run_files import MODEL_FOLDER
-from megatron_multiverse.config import ModelConfig, TrainConfig
+from megatron_multiverse.config import ModelConfig, RLConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.model.device import choose_device
@@ -125,7 +125,7 @@ def train(
         return TrainResult(state.step, stopped_by, run.folder / MODEL_FOLDER if finished else None)
 
 
-def check_not_past(config: TrainConfig, run: RunFolder) -> None:
+def check_not_past(config: TrainConfig | RLConfig, run: RunFolder) -> None:
     """A run cannot end before the step at which it goes on.
 
     Raises:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_multiverse.cli import parse_options
-from megatron_multiverse.config import ModelConfig, ParallelConfig, TrainConfig, pad_vocab_size
+from megatron_multiverse.config import ModelConfig, ParallelConfig, RLConfig, TrainConfig, pad_vocab_size
 from megatron_multiverse.errors import ConfigError
 
 MODEL = {
@@ -199,7 +199,8 @@ def test_shipped_configs_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
             size for name, size in sizes.items() if name.endswith("parallel_size") and "virtual" not in name
         )
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        assert parse_options(TrainConfig, ["--config", str(file)]).train_iters > 0
+        kind = RLConfig if file.name.startswith("rl_") else TrainConfig
+        assert parse_options(kind, ["--config", str(file)]).train_iters > 0
 
 
 def test_configs_are_frozen_and_import_no_torch() -> None:

@@ -1,0 +1,127 @@
+"""The prompts of a run, each with its right answer: rows of files, in another order every epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_multiverse.config import TaskConfig
+from megatron_multiverse.data.chat_templates import DEFAULT_DATE, parse_date
+from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
+from megatron_multiverse.data.readers import read_rows
+from megatron_multiverse.data.sources import open_source
+from megatron_multiverse.data.tokenizers import MultiverseTokenizer
+from megatron_multiverse.errors import CheckpointError, DataError
+
+_SUFFIXES = {"none": "", "parallel": PARALLEL_SUFFIX, "sequential": SEQUENTIAL_SUFFIX}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a task."""
+
+    text: str
+    """As the model reads it."""
+    ids: list[int]
+    gold: str
+    """The right answer."""
+    row: Mapping[str, Any]
+    """All columns, for reward functions of one's own."""
+
+
+class Prompts:
+    """Hands out prompts, and knows where it stands; see `training.microbatches.Documents` and `Position`.
+
+    Args:
+        config: where they come from.
+        tokenizer: of the model.
+        seed: of the order.
+
+    Raises:
+        DataError: there is no row, or one without a prompt or an answer; the message names it.
+    """
+
+    tag_ids = None  # the layout of rollouts is made on the host; what a trainer scans is documents of data sets
+
+    def __init__(self, config: TaskConfig, tokenizer: MultiverseTokenizer, seed: int) -> None:
+        self._seed = seed
+        self._prompts = read_prompts(config, tokenizer)
+        self.drawn = 0
+        """Prompts handed out."""
+        digest = hashlib.sha256(repr([(prompt.ids, prompt.gold) for prompt in self._prompts]).encode())
+        self._fingerprint = digest.hexdigest()[:16]
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(prompt.ids) for prompt in self._prompts)
+
+    def draw(self) -> tuple[int, Prompt]:
+        """The next prompt, and its number in the run, from 0."""
+        number, (epoch, place) = self.drawn, divmod(self.drawn, len(self._prompts))
+        if self._order[0] != epoch:
+            rng = np.random.default_rng([self._seed, epoch])
+            self._order = epoch, rng.permutation(len(self._prompts)).tolist()
+        self.drawn += 1
+        return number, self._prompts[self._order[1][place]]
+
+    def sample_name(self, sample_id: int) -> str:
+        """See `Documents`; answers have no number there."""
+        return "an answer of this run"
+
+    def sample_problem(self, sample_id: int) -> str | None:
+        """See `Documents`."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Position`."""
+        return {"drawn": self.drawn, "seed": self._seed, "prompts": self._fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Position`.
+
+        Raises:
+            CheckpointError: the checkpoint is of a run with other prompts, or with another seed.
+        """
+        for name in ("seed", "prompts"):
+            if state.get(name) != self.state_dict()[name]:
+                raise CheckpointError(
+                    f"the checkpoint is of a run with other prompts ({name} {state.get(name)!r} there, "
+                    f"{self.state_dict()[name]!r} here): give the same task and seed, or another checkpoint.save"
+                )
+        self.drawn = state["drawn"]
+
+
+def read_prompts(config: TaskConfig, tokenizer: MultiverseTokenizer) -> list[Prompt]:
+    """All rows of a task, tokenized.
+
+    Raises:
+        DataError: see `Prompts`.
+    """
+    rows: list[Mapping[str, Any]] = []
+    for shard in open_source(config.input, split=config.split).shards:
+        for row in read_rows(shard):
+            if row.is_blank:
+                continue
+            for key in (config.prompt_key, config.answer_key):
+                value = row.fields.get(key)
+                if not (isinstance(value, str) and value.strip()):
+                    why = row.error or f"no text in column {key!r} (it has {', '.join(row.fields) or 'none'})"
+                    raise DataError(
+                        f"{config.input}, row {row.row}: {why}; name the columns with task.prompt_key and "
+                        "task.answer_key, or remove the row"
+                    )
+            rows.append(row.fields)
+    if not rows:
+        raise DataError(f"{config.input} holds no rows; give rows with {config.prompt_key} and {config.answer_key}")
+    texts = [row[config.prompt_key] + _SUFFIXES[config.prompt_suffix] for row in rows]
+    if config.chat:
+        texts = [tokenizer.render_chat(text, date=parse_date(DEFAULT_DATE)) for text in texts]
+    ids = tokenizer.tokenize_batch(texts)
+    golds = [row[config.answer_key].strip() for row in rows]
+    return [Prompt(*parts) for parts in zip(texts, ids, golds, rows, strict=True)]

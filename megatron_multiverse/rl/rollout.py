@@ -1,0 +1,213 @@
+"""Groups of answers: drawn by an engine over the weights that are being trained, graded, compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from megatron_multiverse.config import LayerConfig, ModelConfig, RLConfig
+from megatron_multiverse.data.end_tokens import end_ids
+from megatron_multiverse.data.tokenizers import MultiverseTokenizer
+from megatron_multiverse.errors import ConfigError, TrainingError
+from megatron_multiverse.inference import Engine, EngineConfig, Request, Result, answer_text, to_record
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.model.weights import copy_weights
+from megatron_multiverse.rl.advantages import group_advantages, is_settled
+from megatron_multiverse.rl.prompts import Prompt, Prompts
+from megatron_multiverse.rl.rewards import Graded, Grader
+
+logger = logging.getLogger(__name__)
+
+ROLLOUTS_FILE = "rollouts.jsonl"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The answers to one prompt; arrays are [answers]."""
+
+    prompt: Prompt
+    results: list[Result]
+    texts: list[str]
+    correct: npt.NDArray[np.float64]
+    rewards: npt.NDArray[np.float64]
+    advantages: npt.NDArray[np.float64]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all answers earned the same, so that nothing can be learned from them."""
+        return is_settled(self.rewards)
+
+
+@dataclass
+class Batch:
+    """What a step drew."""
+
+    groups: list[Group] = field(default_factory=list)
+    """All groups; those that are settled are not trained on."""
+    rollout_s: float = 0.0
+    reward_s: float = 0.0
+
+    @property
+    def useful(self) -> list[Group]:
+        """The groups to learn from."""
+        return [group for group in self.groups if not group.is_settled]
+
+    @property
+    def results(self) -> list[Result]:
+        """All answers."""
+        return [result for group in self.groups for result in group.results]
+
+
+class Rollouts:
+    """Draws the answers of a run.
+
+    The engine runs the very model that is trained, so an optimizer's step is all the hand-over there is. With dtype
+    bf16 the trained weights are float32, and the engine runs a bf16 copy of them.
+
+    Args:
+        config: the run.
+        model: what is trained.
+        model_config: its shape.
+        layers: how the trainer computes it.
+        tokenizer: of the model.
+        prompts: what is asked.
+
+    Raises:
+        ConfigError: the longest prompt and answer do not fit into a row, or into the model; a reward cannot be found.
+    """
+
+    def __init__(
+        self,
+        config: RLConfig,
+        model: nn.Module,
+        model_config: ModelConfig,
+        layers: LayerConfig,
+        tokenizer: MultiverseTokenizer,
+        prompts: Prompts,
+    ) -> None:
+        self.config, self.tokenizer, self._trained = config, tokenizer, model
+        self.grader = Grader(config.reward)
+        longest = check_length(config, model_config, prompts.longest)
+        self._played = model
+        if config.dtype == "bf16":
+            device = next(model.parameters()).device
+            layers = LayerConfig(transformer_impl=layers.transformer_impl)
+            self._played = build_gpt_model(
+                model_config, dtype=torch.bfloat16, device=device, initialize=False, layers=layers
+            )
+        # The end tokens that generation_config.json names end answers too, as they do where the model is served.
+        ends = end_ids(Path(config.init_from), tokenizer)
+        sampling = config.rollout.sampling
+        self._sampling = dataclasses.replace(
+            sampling, n=config.rollout.group_size, stop_token_ids=(*sampling.stop_token_ids, *ends)
+        )
+        self.engine = Engine(
+            self._played,
+            tokenizer.structure_vocab,
+            engine_config(config, longest),
+            vocab_size=tokenizer.vocab_size,
+            detokenize=tokenizer.detokenize,
+        )
+        model.train()  # the engine switches it off, and activation recompute looks at it
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.engine.close()
+
+    def use_weights(self, version: int) -> None:
+        """Go on with the trained weights as they are now, under this version."""
+        if self._played is not self._trained:
+            copy_weights(self._trained, self._played)
+        self.engine.use_weights(version)
+
+    def draw(self, prompts: Prompts, step: int) -> Batch:
+        """The answers of a step. Prompts whose answers all earned the same are replaced, a bounded number of times.
+
+        Args:
+            prompts: where the next ones come from.
+            step: steps done.
+
+        Raises:
+            TrainingError: an answer ended with an error, or a reward failed.
+        """
+        rollout, batch = self.config.rollout, Batch()
+        for _ in range(1 + rollout.max_resamples):
+            wanted = rollout.prompts_per_step - len(batch.useful)
+            if wanted:
+                self._draw_groups(batch, [prompts.draw() for _ in range(wanted)], step)
+        return batch
+
+    def _draw_groups(self, batch: Batch, asked: Sequence[tuple[int, Prompt]], step: int) -> None:
+        started, size = time.perf_counter(), self.config.rollout.group_size
+        seed = self.config.seed << 32  # every prompt of every run has noise of its own
+        requests = [
+            Request(prompt_ids=prompt.ids, sampling=dataclasses.replace(self._sampling, seed=seed + number))
+            for number, prompt in asked
+        ]
+        results = self.engine.generate(requests)
+        drawn = time.perf_counter()
+        for k, (_, prompt) in enumerate(asked):
+            batch.groups.append(self._grade(prompt, results[k * size : (k + 1) * size], step))
+        batch.rollout_s += drawn - started
+        batch.reward_s += time.perf_counter() - drawn
+
+    def _grade(self, prompt: Prompt, results: list[Result], step: int) -> Group:
+        for result in results:
+            if result.finish_reason == "error":
+                raise TrainingError(f"an answer to {prompt.text[-200:]!r} ended with an error: {result.error}")
+        texts = [answer_text(result, self.tokenizer.detokenize) for result in results]
+        graded = [Graded(prompt, text, result) for text, result in zip(texts, results, strict=True)]
+        correct, rewards = self.grader.grade(graded, step)
+        policy = self.config.policy
+        advantages = group_advantages(rewards, baseline=policy.baseline, scale=policy.scale)
+        return Group(prompt, results, texts, correct, rewards, advantages)
+
+
+def check_length(config: RLConfig, model: ModelConfig, longest_prompt: int) -> int:
+    """Tokens of the longest prompt and answer together.
+
+    Raises:
+        ConfigError: they do not fit into a row, or into the positions of the model.
+    """
+    longest = longest_prompt + config.rollout.sampling.max_tokens
+    for name, room in (("policy.seq_length", config.policy.seq_length), ("the model's", model.max_sequence_length)):
+        if longest > room:
+            raise ConfigError(
+                f"the longest prompt ({longest_prompt} tokens) and rollout.sampling.max_tokens "
+                f"({config.rollout.sampling.max_tokens}) are {longest} tokens, more than {name} {room}: lower "
+                "max_tokens or raise policy.seq_length"
+            )
+    return longest
+
+
+def engine_config(config: RLConfig, longest: int) -> EngineConfig:
+    """The engine's sizes, with pages for all answers that run at once where the run leaves them open."""
+    engine, rollout = config.rollout.engine, config.rollout
+    if engine.num_pages:
+        return engine
+    at_once = min(rollout.prompts_per_step * rollout.group_size, engine.max_rows)
+    return dataclasses.replace(engine, num_pages=at_once * (-(-longest // engine.page_size) + 16))
+
+
+def write_records(file: Path, batch: Batch, step: int, count: int) -> None:
+    """Append the first `count` answers of a step to a file of records, each with what it earned."""
+    lines: list[dict[str, Any]] = []
+    for group in batch.groups[:count]:
+        for k, result in enumerate(group.results):
+            earned = {"correct": group.correct[k], "reward": group.rewards[k], "advantage": group.advantages[k]}
+            about = {"step": step, "prompt": group.prompt.text, "gold": group.prompt.gold, "text": group.texts[k]}
+            lines.append({**about, **earned, **to_record(result)})
+    with open(file, "a", encoding="utf-8") as stream:
+        for line in lines[:count]:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,0 +1,140 @@
+"""The loop of reinforcement learning. Read `train` from top to bottom: everything a run does happens there.
+
+It stands beside `training/trainer.py`: the same engine of one process computes the updates, with another loss, and the
+same run folder keeps the checkpoints. What is new lies between two updates: answers are drawn with the weights as they
+are, and graded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import time
+
+import numpy as np
+
+from megatron_multiverse.checkpoints.run_files import MODEL_FOLDER
+from megatron_multiverse.config import RLConfig
+from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
+from megatron_multiverse.model.device import choose_device
+from megatron_multiverse.rl.loss import PolicyLoss
+from megatron_multiverse.rl.prompts import Prompts
+from megatron_multiverse.rl.report import answer_numbers, log_line, update_numbers
+from megatron_multiverse.rl.rollout import ROLLOUTS_FILE, Batch, Group, Rollouts, write_records
+from megatron_multiverse.rl.trees import Tree, answer_tree, join_trees, microbatches
+from megatron_multiverse.training.checkpoint import TrainState
+from megatron_multiverse.training.description import RunDescription
+from megatron_multiverse.training.metrics import memory_gib
+from megatron_multiverse.training.microbatches import Microbatch
+from megatron_multiverse.training.one_process import OneProcessEngine
+from megatron_multiverse.training.run_folder import RunFolder
+from megatron_multiverse.training.seeds import seed_everything
+from megatron_multiverse.training.signals import StopSignals, listening
+from megatron_multiverse.training.start import check_start, create_model, describe_model, joined_groups
+from megatron_multiverse.training.trainer import TrainResult, check_not_past, is_due, save_model, start_record
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
+    """Train, or go on training if `checkpoint.save` holds a checkpoint.
+
+    Args:
+        config: the run.
+        stop: signals that the caller listens to; default: those during the steps.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be used, read or written.
+        ConfigError: settings that do not fit together, the prompts or the checkpoint.
+        DataError: the prompts cannot be read.
+        TrainingError: the loss or the gradient is not finite, or an answer or a reward failed.
+    """
+    base = config.train_config()
+    model_config, device = describe_model(base), choose_device(config.device)
+    with joined_groups(base) as ranks, RunFolder(config.checkpoint, ranks) as run, contextlib.ExitStack() as closing:
+        check_not_past(config, run)
+        seed_everything(config.seed)
+        tokenizer = build_tokenizer(config.task.tokenizer_type, config.tokenizer_model)
+        check_start(base, tokenizer)
+        prompts = Prompts(config.task, tokenizer, config.seed)
+        model, layers = create_model(base, model_config, device)
+        loss = PolicyLoss(config.policy, tokenizer.vocab_size, device)
+        engine = OneProcessEngine(base, model, model_config, layers, prompts, loss=loss)
+        state = TrainState(engine, prompts)
+        description = RunDescription(model_config, dataclasses.replace(config, layers=layers), tokenizer)
+        resumed = run.resume(state, description)
+        rollouts = closing.enter_context(
+            contextlib.closing(Rollouts(config, model, model_config, layers, tokenizer, prompts))
+        )
+        metrics = start_record(description, run.folder, state.step, resumed)
+
+        stop = closing.enter_context(listening(stop))
+        closing.enter_context(engine.running())
+        while state.step < config.train_iters and not stop:
+            rollouts.use_weights(state.step)
+            batch = rollouts.draw(prompts, state.step)
+
+            started, updates = time.perf_counter(), []
+            for part in parts_of(batch, config.policy.updates_per_step):
+                result = engine.step(rows_of(part, config, tokenizer, state.step))
+                engine.check(metrics)
+                updates.append((result, loss.take()))
+            state.step += 1
+            state.consumed_samples += len(batch.results)
+
+            numbers = {**answer_numbers(batch), **update_numbers([numbers for _, numbers in updates])}
+            if updates:
+                last_update, _ = updates[-1]
+                numbers |= {"loss": float(last_update.loss), "grad_norm": float(last_update.grad_norm)}
+                numbers["train_tokens"] = sum(result.tokens for result, _ in updates)
+            numbers |= {"rollout_s": batch.rollout_s, "reward_s": batch.reward_s}
+            numbers |= {"train_s": time.perf_counter() - started, "memory_gib": memory_gib(device)}
+            metrics.write("train", state.step, lr=engine.learning_rate, prompts=prompts.drawn, **numbers)
+            if config.rollout.keep_records:
+                write_records(run.folder / ROLLOUTS_FILE, batch, state.step, config.rollout.keep_records)
+            last = state.step == config.train_iters or bool(stop)
+            if last or state.step % config.log.log_interval == 0:
+                logger.info(log_line(state.step, config.train_iters, numbers))
+            if last or is_due(state.step, config.checkpoint.save_interval):
+                run.save(state, description)
+
+        finished = state.step >= config.train_iters
+        if finished:  # inside the block, so that a signal does not cut the writing off
+            save_model(engine, description, run.folder / MODEL_FOLDER, ranks)
+        stopped_by = None if finished else stop.received
+        metrics.write("end", state.step, stopped_by=stopped_by)
+        metrics.close()
+        if not finished:
+            logger.info("stopped by %s after step %d; start again to go on", stopped_by, state.step)
+        return TrainResult(state.step, stopped_by, run.folder / MODEL_FOLDER if finished else None)
+
+
+def parts_of(batch: Batch, count: int) -> list[list[Group]]:
+    """The groups to learn from, divided among `count` updates, the parts as equal as can be; none is empty."""
+    useful = batch.useful
+    if not useful:
+        return []
+    borders: list[int] = np.linspace(0, len(useful), min(count, len(useful)) + 1).round().astype(int).tolist()
+    return [useful[start:end] for start, end in itertools.pairwise(borders)]
+
+
+def rows_of(groups: list[Group], config: RLConfig, tokenizer: MultiverseTokenizer, step: int) -> list[Microbatch]:
+    """The answers of some groups as the microbatches of one update."""
+    policy, engine = config.policy, config.rollout.engine
+    sampling = config.rollout.sampling
+    limits = {
+        name: min(
+            (limit for limit in (getattr(engine, name), getattr(sampling, name)) if limit is not None), default=None
+        )
+        for name in ("max_depth", "max_paths")
+    }
+    trees: list[Tree] = []
+    for group in groups:
+        own = [
+            answer_tree(result, advantage, tokenizer.structure_vocab, **limits)
+            for result, advantage in zip(group.results, group.advantages.tolist(), strict=True)
+        ]
+        trees += join_trees(own, len(group.prompt.ids), policy.seq_length) if policy.share_prefix else own
+    return microbatches(trees, policy.seq_length, policy.micro_batch_size, tokenizer.pad, seed=config.seed, step=step)

@@ -1,0 +1,109 @@
+"""The loop: it learns, resumes bit for bit, keeps what it drew, and says what cannot work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_multiverse.config import CheckpointConfig, OptimConfig, PolicyConfig, RewardConfig, TaskConfig
+from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, TrainingError
+from megatron_multiverse.inference import from_record
+from megatron_multiverse.rl.trainer import train
+
+from .runs import make_start, metrics, run_config
+
+STEPS = int(os.environ.get("MULTIVERSE_RL_STEPS", "12"))
+"""Steps of the runs that learn; `MULTIVERSE_RL_RUNS` names a folder to keep them in."""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_start(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return Path(os.environ.get("MULTIVERSE_RL_RUNS", tmp_path))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rewards_rise_and_those_of_a_control_without_updates_do_not(start: Path, runs: Path, seed: int) -> None:
+    rewards = {}
+    for name, lr, steps in (("learns", 2e-2, STEPS), ("control", 1e-12, min(STEPS, 6) if STEPS < 20 else STEPS)):
+        save = runs / f"{name}_{seed}"
+        optim = OptimConfig(lr=lr, lr_decay_style="constant")
+        train(run_config(start, save, seed=seed, optim=optim, train_iters=steps))
+        rewards[name] = [record["reward"] for record in metrics(save)]
+    before = rewards["control"]
+    assert rewards["learns"][0] == before[0], "both begin with the same weights and noise"
+    assert min(rewards["learns"][-3:]) > 3 * max(before)
+
+
+def test_a_resumed_run_is_the_run_that_was_never_interrupted(start: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"deterministic": True, "policy": PolicyConfig(seq_length=96, updates_per_step=2)}
+    train(run_config(start, tmp_path / "whole", train_iters=4, **changes))
+    for steps in (2, 4):
+        train(run_config(start, tmp_path / "cut", train_iters=steps, **changes))
+    timed = {"time", "rollout_s", "reward_s", "train_s", "rollout_tokens_per_s", "memory_gib"}
+    whole, cut = (
+        [{name: value for name, value in record.items() if name not in timed} for record in metrics(tmp_path / name)]
+        for name in ("whole", "cut")
+    )
+    assert whole == cut and len(whole) == 4 and any(record["targets"] for record in whole[2:])
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_engine_and_trainer_agree_on_every_token_in_float64(start: Path, tmp_path: Path) -> None:
+    rollout = dataclasses.replace(run_config(start, tmp_path).rollout, keep_records=4)
+    train(run_config(start, tmp_path, dtype="float64", rollout=rollout))
+    records = metrics(tmp_path)
+    assert all(record["logprob_drift_max"] < 1e-9 and record["ratio_far"] == 0 for record in records)
+    kept = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert len(kept) == 16 and [record["step"] for record in kept[::4]] == [1, 2, 3, 4]
+    for record in kept:
+        result = from_record(record)
+        assert set(result.weight_versions) == {record["step"] - 1}
+        assert {"reward", "correct", "advantage", "text", "gold"} <= record.keys()
+
+
+def test_a_bf16_run_hands_its_weights_to_the_engine(start: Path, tmp_path: Path) -> None:
+    train(run_config(start, tmp_path, dtype="bf16"))
+    drift = [record["logprob_drift"] for record in metrics(tmp_path)]
+    assert max(drift) < 0.05, "the engine's copy follows the trained weights"
+
+
+def test_what_cannot_work_is_refused(start: Path, tmp_path: Path) -> None:
+    def refuse(error: type[Exception], words: str, **changes: Any) -> None:
+        with pytest.raises(error, match=words):
+            train(run_config(start, tmp_path / "refused", **changes))
+
+    refuse(ConfigError, "longest prompt", policy=PolicyConfig(seq_length=20))
+    refuse(ConfigError, "no reward 'exakt'", reward=RewardConfig(correct="exakt"))
+    refuse(ConfigError, "cannot be imported", reward=RewardConfig(correct="tests.unit.rl.runs:nothing"))
+    refuse(TrainingError, "raised ZeroDivisionError", reward=RewardConfig(correct="tests.unit.rl.test_trainer:broken"))
+    refuse(
+        DataError,
+        "row 1: no text in column 'gold'",
+        task=TaskConfig(input=str(start / "rows.jsonl"), answer_key="gold"),
+    )
+    train(run_config(start, tmp_path / "run", train_iters=1))
+    with pytest.raises(CheckpointError, match="other prompts"):
+        train(run_config(start, tmp_path / "run", train_iters=2, seed=99))
+    with pytest.raises(ConfigError, match="distribution as it is"):
+        rollout = run_config(start, tmp_path).rollout
+        dataclasses.replace(rollout, sampling=dataclasses.replace(rollout.sampling, temperature=0.7))
+    with pytest.raises(ConfigError, match="resume"):
+        save = CheckpointConfig(save=str(tmp_path / "run"), resume=False)
+        train(run_config(start, tmp_path / "run", train_iters=2, checkpoint=save))
+
+
+def broken(answer: Any) -> float:
+    return 1 / 0
