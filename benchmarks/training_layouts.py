@@ -160,6 +160,8 @@ class Measured:
 def shape_of(o: Options) -> ModelConfig:
     """The model to train."""
     model = dataclasses.replace(preset(o.model), num_layers=o.num_layers)
+    if o.tokens > model.max_sequence_length:  # rotary embeddings have no end
+        model = dataclasses.replace(model, max_sequence_length=o.tokens)
     if o.tiny:
         model = dataclasses.replace(
             model, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, kv_channels=16,
