@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_multiverse.config import PolicyConfig
 from megatron_multiverse.kernels.greedy import token_logprobs
@@ -15,6 +18,32 @@ from megatron_multiverse.training.placement import TokenPlacer
 
 NEAR = 0.01
 """Ratios of new to old probability within 1 +- NEAR count as equal."""
+
+_CHUNK = 1024
+"""Targets whose logits stand in float32 at once."""
+
+
+@contextlib.contextmanager
+def logits_only_at(model: Any, places: Tensor, b: int, s: int) -> Iterator[None]:
+    """Within the block the model's output layer sees the hidden states at these places alone: its logits are
+    [1, places, vocab].
+
+    Args:
+        model: megatron-core's GPTModel.
+        places: int64 [T], indices into the b x s tokens.
+        b: rows.
+        s: tokens of each.
+    """
+    rows = places % s * b + places // s  # hidden states are [s, b, hidden]
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].flatten(0, 1).index_select(0, rows)[:, None], *args[1:])
+
+    hook = model.output_layer.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def clipped_objective(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
@@ -44,6 +73,9 @@ class PolicyLoss:
     The loss is summed over targets. The engine that calls it divides by all targets of the step, so each token weighs
     the same, in long answers and short ones. There is no KL term.
 
+    Logits are made for targets only, and their float32 copies live for one chunk of targets at a time: with a
+    vocabulary of 150 thousand those of a long row would not fit beside the model.
+
     Args:
         config: how far ratios count.
         vocab_size: ids of the tokenizer. The rows of the output layer beyond are padding, which the engine never draws,
@@ -64,24 +96,33 @@ class PolicyLoss:
         names = ("input_ids", "contexts", "targets", "old_logprobs", "advantages")
         ids, contexts, targets, old, advantages = (to_device(batch[name], placer.device) for name in names)
         position_ids, params = placer.place(batch, ids)
-        logits = model(ids, position_ids, attention_mask=None, packed_seq_params=params)
-        logits = logits.flatten(0, 1).index_select(0, contexts)[:, : self.vocab_size]
-        logprobs = token_logprobs(logits, targets)
+        with logits_only_at(model, contexts, *ids.shape):
+            logits = model(ids, position_ids, attention_mask=None, packed_seq_params=params)[0]
+        drawable = logits[:, : self.vocab_size]
+        chunks = zip(torch.split(drawable, _CHUNK), torch.split(targets, _CHUNK), strict=True)
+        logprobs = torch.cat([self._logprobs(*chunk) for chunk in chunks])
         log_ratio = logprobs - old.to(logprobs.dtype)
         ratio, advantages = log_ratio.exp(), advantages.to(logprobs.dtype)
         gain = clipped_objective(ratio, advantages, self.config.clip_low, self.config.clip_high)
-        self._count(logits.detach(), log_ratio.detach(), (gain < ratio * advantages).detach())
+        self._count(log_ratio.detach(), (gain < ratio * advantages).detach())
         return -gain.sum(), params.num_visible_pairs()
 
-    def _count(self, logits: Tensor, log_ratio: Tensor, clipped: Tensor) -> None:
-        spread = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        entropy = -(spread.exp() * spread).sum()
+    def _logprobs(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities of a chunk of targets; the backward pass makes the float32 logits again."""
+        with torch.no_grad():
+            spread = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            self._sums[1] -= (spread.exp() * spread).sum()
+            del spread
+        logprobs: Tensor = checkpoint(token_logprobs, logits, targets, use_reentrant=False)
+        return logprobs
+
+    def _count(self, log_ratio: Tensor, clipped: Tensor) -> None:
         drift = log_ratio.abs()
-        far = (log_ratio.expm1().abs() > NEAR).sum()
-        count = torch.tensor(len(drift), device=drift.device)
-        self._sums += torch.stack([x.double() for x in (count, entropy, clipped.sum(), drift.sum(), far)])
-        if len(drift):
-            self._largest = torch.maximum(self._largest, drift.max().double())
+        self._sums[0] += len(drift)
+        self._sums[2] += clipped.sum()
+        self._sums[3] += drift.sum()
+        self._sums[4] += (log_ratio.expm1().abs() > NEAR).sum()
+        self._largest = torch.maximum(self._largest, drift.max().double())
 
     def take(self) -> PolicyNumbers:
         """The numbers since the last call; waits for the device."""

@@ -85,10 +85,28 @@ def running_mean(values: Sequence[float], window: int) -> np.ndarray:
     return means
 
 
-def _column(records: dict[int, dict[str, Any]], name: str) -> list[float]:
+def column(records: dict[int, dict[str, Any]], name: str) -> list[float]:
     """One number of each record in the order of steps, NaN where it is missing or was not finite."""
     values = (records[step].get(name) for step in sorted(records))
     return [float(value) if isinstance(value, (int, float)) else np.nan for value in values]
+
+
+def pyplot_for(output: Path) -> Any:
+    """matplotlib's pyplot, without a screen.
+
+    Raises:
+        ConfigError: the name of `output` says no format that can be drawn.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if output.suffix.lower().lstrip(".") not in formats:
+        raise ConfigError(f"cannot draw {output}: end its name in .{', .'.join(sorted(formats))}")
+    return plt
 
 
 def plot_loss(folders: Sequence[Path], output: Path, *, smooth: int = 1, log_scale: bool = False) -> None:
@@ -102,31 +120,23 @@ def plot_loss(folders: Sequence[Path], output: Path, *, smooth: int = 1, log_sca
         raise ConfigError(
             f"smooth is {smooth}, but a running mean needs at least 1 line (1 draws the losses as they are)"
         )
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if output.suffix.lower().lstrip(".") not in formats:
-        raise ConfigError(f"cannot draw {output}: end its name in .{', .'.join(sorted(formats))}")
+    plt = pyplot_for(output)
     histories = [read_history(folder) for folder in folders]
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(9, 6), height_ratios=[3, 1], layout="constrained")
     for number, history in enumerate(histories):
         color, steps = f"C{number}", sorted(history.train)
-        curve = running_mean(_column(history.train, "loss"), smooth)
+        curve = running_mean(column(history.train, "loss"), smooth)
         top.plot(steps, curve, color=color, linewidth=1.2, label=history.name)
         if history.valid:
             at = sorted(history.valid)
             top.plot(
-                at, _column(history.valid, "loss"),
+                at, column(history.valid, "loss"),
                 "o", color=color, markeredgecolor="black", markersize=5, label=f"{history.name}, validation",
             )  # fmt: skip
         for index, step in enumerate(history.resumes):
             label = f"{history.name}, resumed" if index == 0 else None
             top.axvline(step, color=color, linestyle=":", linewidth=1, label=label)
-        bottom.plot(steps, _column(history.train, "lr"), color=color, linewidth=1.2)
+        bottom.plot(steps, column(history.train, "lr"), color=color, linewidth=1.2)
     top.set_ylabel("loss per trained token")
     if log_scale:
         top.set_yscale("log")

@@ -1,0 +1,58 @@
+"""Curves of reinforcement learning, from the metrics.jsonl of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.views.loss_curves import column, pyplot_for, read_history, running_mean
+
+PANELS = (
+    (("reward", "accuracy"), "mean over the answers of a step"),
+    (("critical_length", "length"), "tokens of an answer"),
+    (("trigger_ratio", "acceleration_ratio"), "share"),
+    (("num_parallel",), "tokens / critical tokens"),
+    (("entropy",), "nats"),
+    (("logprob_drift", "clip_share"), "difference, share"),
+)
+"""(names of metrics, what they measure) of each panel."""
+_STYLES = ("-", "--")
+
+
+def plot_rl(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
+    """Draw what answers earned, how long and how parallel they were, and how the updates went, run by run.
+
+    Args:
+        folders: run folders; each has a colour.
+        output: picture to write.
+        smooth: running mean over so many steps.
+
+    Raises:
+        ConfigError: `smooth` is below 1, or the name of `output` says no format that can be drawn.
+        DataError: a run has no readable metrics.
+    """
+    if smooth < 1:
+        raise ConfigError(f"smooth is {smooth}, but a running mean needs at least 1 step (1 draws them as they are)")
+    plt = pyplot_for(output)
+    histories = [read_history(folder) for folder in folders]
+    figure, axes = plt.subplots(2, 3, sharex=True, figsize=(13, 6.5), layout="constrained")
+    for axis, (names, unit) in zip(axes.flat, PANELS, strict=True):
+        for number, history in enumerate(histories):
+            steps = sorted(history.train)
+            for name, style in zip(names, _STYLES, strict=False):
+                curve = running_mean(column(history.train, name), smooth)
+                axis.plot(steps, curve, style, color=f"C{number}", linewidth=1.3)
+        for name, style in zip(names, _STYLES, strict=False):
+            axis.plot([], [], style, color="black", label=name.replace("_", " "))
+        axis.set_ylabel(unit)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    if len(histories) > 1:
+        lines = [plt.Line2D([], [], color=f"C{number}", label=run.name) for number, run in enumerate(histories)]
+        figure.legend(handles=lines, loc="outside upper center", ncols=min(6, len(lines)), frameon=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=130)
+    plt.close(figure)

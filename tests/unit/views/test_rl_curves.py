@@ -1,0 +1,27 @@
+"""Curves of reinforcement learning, drawn from what its runs report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_multiverse.errors import ConfigError, DataError
+from megatron_multiverse.views.rl_curves import PANELS, plot_rl
+
+
+def test_runs_are_drawn_with_steps_that_trained_nothing(tmp_path: Path) -> None:
+    names = [name for names, _ in PANELS for name in names]
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        rows = [{"kind": "train", "step": step, **dict.fromkeys(names, step / 10)} for step in (1, 2, 3)]
+        del rows[1]["entropy"], rows[1]["clip_share"]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / run / "metrics.jsonl").write_text(text, encoding="utf-8")
+    plot_rl([tmp_path / "a", tmp_path / "b"], tmp_path / "rl.png", smooth=2)
+    assert (tmp_path / "rl.png").stat().st_size > 20_000
+    with pytest.raises(ConfigError, match="smooth"):
+        plot_rl([tmp_path / "a"], tmp_path / "rl.png", smooth=0)
+    with pytest.raises(DataError, match="does not exist"):
+        plot_rl([tmp_path / "none"], tmp_path / "rl.png")
