@@ -3,7 +3,8 @@
 It starts a server on this machine with a cache so small that answers step back, and lets random clients at it: whole
 and streamed answers, clients that cancel, leave or read slowly, several answers at once, bodies that are broken. What
 must hold: every request gets the status it deserves, nothing hangs, answers are those of a server that is not
-disturbed, and in the end no page is missing. Then it kills the engine under load: all that wait must hear of it.
+disturbed, and in the end no page is missing. Then it kills the engine under load, and one of the two ranks of another
+server: all that wait must hear of it.
 """
 
 from __future__ import annotations
@@ -248,7 +249,9 @@ async def soak(config: SoakConfig) -> dict[str, Any]:
         seconds = time.monotonic() - start
         rest = await _settled(url)
         memory = {name: round(usage / 2**20) for name, usage in _memory(process).items()}
-        death = await _kill_engine(url, process)
+        death = await _kill_one(url, process)
+    async with local_server({"load": config.load, "tensor-model-parallel-size": 2}) as (url, process):
+        rank_death = await _kill_one(url, process)
     tally = clients.tally
     report = {
         "seconds": round(seconds, 1),
@@ -264,9 +267,10 @@ async def soak(config: SoakConfig) -> dict[str, Any]:
         "preemptions": rest["preemptions"],
         "memory_mib": memory,
         "engine_killed": death,
+        "one_of_two_ranks_killed": rank_death,
     }
     held = not tally.wrong and not tally.hangs and rest["queue"] == 0 and rest["pages_free"] == config.num_pages
-    return report | {"ok": held and death["ok"] and rest["preemptions"] > 0}
+    return report | {"ok": held and death["ok"] and rank_death["ok"] and rest["preemptions"] > 0}
 
 
 async def _settled(url: str) -> dict[str, int]:
@@ -296,8 +300,8 @@ def _memory(process: psutil.Process) -> dict[str, int]:
     return {"http": process.memory_info().rss, "engine": engine.memory_info().rss}
 
 
-async def _kill_engine(url: str, process: psutil.Process) -> dict[str, Any]:
-    """Kill the engine while clients wait: how long until they hear, and what."""
+async def _kill_one(url: str, process: psutil.Process) -> dict[str, Any]:
+    """Kill the last rank of the engine while clients wait: how long until they hear, and what."""
     body = {"prompt": PROMPTS[0], "max_tokens": 400, "temperature": 0, "ignore_eos": True}
 
     async def wait(client: httpx2.AsyncClient, streams: bool) -> str:
@@ -315,8 +319,7 @@ async def _kill_engine(url: str, process: psutil.Process) -> dict[str, Any]:
         waiting = [asyncio.create_task(wait(client, k % 2 == 0)) for k in range(8)]
         await asyncio.sleep(1)
         start = time.monotonic()
-        (engine,) = process.children()
-        engine.kill()
+        process.children()[-1].kill()
         heard = Counter(await asyncio.gather(*waiting))
         seconds = time.monotonic() - start
         ready = (await client.get("/health/ready")).status_code

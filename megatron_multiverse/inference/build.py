@@ -65,12 +65,13 @@ def follow_engine(load: str | Path, *, dtype: torch.dtype = torch.float32, devic
 
 
 @contextlib.contextmanager
-def engine_ranks(tensor: int, pipeline: int) -> Iterator[Ranks]:
-    """The ranks of one engine, as torchrun started them.
+def engine_ranks(tensor: int, pipeline: int, *, rendezvous_url: str = "env://") -> Iterator[Ranks]:
+    """The ranks of one engine, as torchrun, or the server, started them.
 
     Args:
         tensor: tensor parallel ranks: each holds a part of every layer.
         pipeline: pipeline stages: each holds some of the layers.
+        rendezvous_url: where they meet, see `joined_ranks`.
 
     Raises:
         ConfigError: another number of ranks was started.
@@ -81,7 +82,7 @@ def engine_ranks(tensor: int, pipeline: int) -> Iterator[Ranks]:
             f"{tensor} tensor parallel ranks x {pipeline} pipeline stages are {tensor * pipeline} processes, "
             f"{started} were started: use torchrun --nproc-per-node {tensor * pipeline}, or change the sizes"
         )
-    with joined_ranks(started) as ranks:
+    with joined_ranks(started, rendezvous_url=rendezvous_url) as ranks:
         if started > 1:
             set_parallel_sizes(tensor, pipeline)
         yield ranks

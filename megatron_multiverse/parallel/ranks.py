@@ -121,7 +121,9 @@ def current_ranks() -> Ranks:
 
 
 @contextlib.contextmanager
-def joined_ranks(world_size: int, *, timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
+def joined_ranks(
+    world_size: int, *, timeout: timedelta = timedelta(minutes=30), rendezvous_url: str = "env://"
+) -> Iterator[Ranks]:
     """The ranks that torchrun (or srun with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT) started.
 
     Where an error leaves the block on one rank the others end, too: within seconds, and after that rank has said why.
@@ -130,6 +132,8 @@ def joined_ranks(world_size: int, *, timeout: timedelta = timedelta(minutes=30))
     Args:
         world_size: number of ranks.
         timeout: how long a collective may take before it is an error.
+        rendezvous_url: where they meet. file:///PATH needs no port, which torch's store would open to other machines;
+            the ranks must be on one machine then, and need RANK and LOCAL_RANK alone.
 
     Raises:
         ConfigError: the environment does not say which rank this is, or there are fewer GPUs than ranks on this host.
@@ -139,7 +143,7 @@ def joined_ranks(world_size: int, *, timeout: timedelta = timedelta(minutes=30))
     elif distributed.is_initialized():
         yield current_ranks()
     else:
-        store, rank = _connect(timeout)
+        store, rank = _connect(timeout, rendezvous_url, world_size)
         if rank != 0:  # the first rank says for all what all would say
             logging.getLogger("megatron_multiverse").setLevel(logging.ERROR)
         with _ending_together(PrefixStore("failures", store), rank):
@@ -152,12 +156,13 @@ def joined_ranks(world_size: int, *, timeout: timedelta = timedelta(minutes=30))
         distributed.destroy_process_group()
 
 
-def _connect(timeout: timedelta) -> tuple[Any, int]:
+def _connect(timeout: timedelta, url: str, world_size: int) -> tuple[Any, int]:
     """The store over which the ranks meet, and the number of this rank. Chooses its GPU."""
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    needed = ("RANK", "LOCAL_RANK", *(("MASTER_ADDR", "MASTER_PORT") if url == "env://" else ()))
+    missing = [name for name in needed if name not in os.environ]
     if missing:
         raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: start with torchrun, or set "
+            f"there are {world_size} ranks, but {', '.join(missing)} not set: start with torchrun, or set "
             "them for each rank"
         )
     local = int(os.environ["LOCAL_RANK"])
@@ -170,7 +175,8 @@ def _connect(timeout: timedelta) -> tuple[Any, int]:
                 "(torchrun --nproc-per-node)"
             )
         torch.cuda.set_device(local)
-    store, rank, _ = next(rendezvous("env://", timeout=timeout))
+    rank = int(os.environ["RANK"])
+    store, _, _ = next(rendezvous(url, rank, world_size, timeout=timeout))
     return store, rank
 
 

@@ -82,10 +82,24 @@ class ServerConfig:
     """Sizes and limits of the engine."""
     dtype: DType = "float32"
     """Type of weights and cache."""
+    tensor_model_parallel_size: int = 1
+    """Processes, on as many GPUs, that each hold a part of every layer; the server starts them itself."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that each hold some of the layers; there are as many processes as both sizes multiplied."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when there is a GPU."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """debug also names the fields of requests that are not known and therefore ignored."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the engine."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
     @property
     def model_name(self) -> str:

@@ -7,9 +7,11 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +25,11 @@ from megatron_multiverse.server.results import result_from_dict
 from megatron_multiverse.server.wire import HEADER, Message, pack, unpack
 
 logger = logging.getLogger(__name__)
+
+SECONDS_TO_END = 5.0
+"""For processes that were told to."""
+SECONDS_TO_EXPLAIN = 5.0
+"""For the first rank to say why the engine does not start, after another rank has ended for the same reason."""
 
 Write = tuple[str, list[int]]
 """Name of a branch, and what it wrote."""
@@ -146,7 +153,8 @@ class EngineClient:
         self.stats: dict[str, Any] = {}
         self.failure = ""
         """Why the engine could not start."""
-        self.process: subprocess.Popen[bytes] | None = None
+        self.processes: list[subprocess.Popen[bytes]] = []
+        """Of the engine, one for each rank."""
         self.on_result: Callable[[Result, float], None] | None = None
         """Called with every complete answer and the seconds since it was asked for."""
         self._generations: dict[int, Generation] = {}
@@ -159,24 +167,62 @@ class EngineClient:
         self._idle.set()
 
     async def run(self) -> None:
-        """Start the process and listen to it until it ends."""
+        """Start the engine's processes and listen to them until one ends."""
+        with tempfile.TemporaryDirectory(prefix="multiverse-engine-") as folder:
+            message = self._start_message() | {"rendezvous_url": f"file://{folder}/ranks"}
+            first, *others = [self._spawn(rank, message) for rank in range(self.config.num_ranks)]
+            await self.listen(first, others)
+
+    def _spawn(self, rank: int, message: Message) -> socket.socket:
+        """Start the process of a rank; returns this end of its connection."""
         own, theirs = socket.socketpair()
         command = [sys.executable, "-m", "megatron_multiverse.server.engine_process", str(theirs.fileno())]
+        environment = dict(os.environ)
+        if self.config.num_ranks > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.config.num_ranks)}
+            for library in ("GLOO", "NCCL"):  # they talk within this machine; host names need not resolve
+                environment.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+        else:
+            environment["WORLD_SIZE"] = "1"  # whatever started this process, the engine is no part of it
         with theirs:
-            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        own.sendall(pack(self._start_message()))
-        await self.listen(own)
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+        self.processes.append(process)
+        own.sendall(pack(message))
+        return own
 
-    async def listen(self, connection: socket.socket) -> None:
-        """Listen to an engine host at the other end of a connection until it closes."""
+    async def listen(self, connection: socket.socket, others: Sequence[socket.socket] = ()) -> None:
+        """Listen to an engine host at the other end of a connection until it, or another rank, ends.
+
+        Args:
+            connection: to the first rank.
+            others: to the other ranks, which say nothing; that they close tells that a rank has ended.
+        """
         reader, self._writer = await asyncio.open_connection(sock=connection)
+        tasks = [asyncio.create_task(self._read(reader)), *(asyncio.create_task(self._watch(own)) for own in others)]
         try:
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-                while True:
-                    (length,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-                    self._handle(unpack(await reader.readexactly(length)))
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
+            for task in tasks:
+                task.cancel()
             self._die()
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                (length,) = HEADER.unpack(await reader.readexactly(HEADER.size))
+                self._handle(unpack(await reader.readexactly(length)))
+
+    async def _watch(self, connection: socket.socket) -> None:
+        """Return when the rank at the other end has ended."""
+        reader, writer = await asyncio.open_connection(sock=connection)
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+            await reader.read()
+        if self._writer is not None and self._writer.is_closing():
+            await asyncio.sleep(SECONDS_TO_END)  # they all end; the first one is waited for
+        elif self.state == "loading":
+            await asyncio.sleep(SECONDS_TO_EXPLAIN)
 
     def _start_message(self) -> Message:
         config = self.config
@@ -188,19 +234,25 @@ class EngineClient:
             "engine": dataclasses.asdict(config.engine),
             "dtype": config.dtype,
             "device": config.device,
+            "parallel_sizes": [config.tensor_model_parallel_size, config.pipeline_model_parallel_size],
             "log_level": config.log_level,
         }
 
     def close(self) -> None:
-        """Let the engine process end, and see to it that it does."""
+        """Let the engine's processes end, and see to it that they do."""
         if self._writer is not None:
             self._writer.close()
-        if self.process is not None:
-            try:
-                self.process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        limit = time.monotonic() + SECONDS_TO_END
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(0.0, limit - time.monotonic()))
+        self._kill()
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
     @property
     def num_generations(self) -> int:
@@ -332,8 +384,9 @@ class EngineClient:
     def _die(self) -> None:
         self.state = "dead"
         self._settled.set()
-        code = self.process.poll() if self.process is not None else None
         if self._writer is None or not self._writer.is_closing():
-            logger.error("the engine process has ended (exit code %s)", code)
+            codes = [process.poll() for process in self.processes]
+            logger.error("the engine has ended (exit codes of its processes: %s)", codes)
+            self._kill()  # ranks wait for each other, so without one the others are of no use
         for number in list(self._generations):
             self._finish(number, error=unavailable("dead"))

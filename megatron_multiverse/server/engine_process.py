@@ -1,6 +1,8 @@
 """The engine process: owns the engine, reads commands, steps, reports. Started by `engine_client.py`.
 
-It knows nothing of HTTP or text. Messages (see `wire.py`), by their field "op":
+Where a model is spread over several ranks there is such a process for each. The first one has the engine, the others
+run its plans; their channels only show that they live. None knows of HTTP or text. Messages (see `wire.py`), by their
+field "op":
 
 - in: start (first), add, cancel;
 - out: ready or failed (once, first), accepted or refused (for each add), step (what was written
@@ -25,7 +27,7 @@ from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import GenerationError, MultiverseError
-from megatron_multiverse.inference.build import build_engine
+from megatron_multiverse.inference.build import build_engine, engine_ranks, follow_engine
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.model.device import choose_device
@@ -160,29 +162,29 @@ class EngineHost:
         }
 
 
-def _start(channel: Channel) -> Engine | None:
-    """The engine that the first message asks for; None if the other side went away before."""
+def _options(channel: Channel) -> Message | None:
+    """The first message; None if the other side went away before."""
     messages: list[Message] = []
-    while not messages:
+    while not messages and not channel.closed:
         select.select([channel], [], [])
         messages = list(channel.receive())
-        if channel.closed:
-            return None
-    options = messages[0]
-    logging.basicConfig(level=options["log_level"].upper(), format="%(asctime)s engine: %(message)s")
-    try:
+    return messages[0] if messages else None
+
+
+def _serve(channel: Channel, options: Message) -> None:
+    """Build this rank's part of the engine and run it until the other side closes."""
+    tensor, pipeline = options["parallel_sizes"]
+    dtype = DTYPES[options["dtype"]]
+    with engine_ranks(tensor, pipeline, rendezvous_url=options["rendezvous_url"]) as ranks:
+        device = choose_device(options["device"])
+        if not ranks.is_first:
+            follow_engine(options["load"], dtype=dtype, device=device)
+            return
         tokenizer = build_tokenizer(options["tokenizer_type"], options["tokenizer_model"])
-        engine = build_engine(
-            options["load"],
-            tokenizer,
-            EngineConfig(**options["engine"]),
-            dtype=DTYPES[options["dtype"]],
-            device=choose_device(options["device"]),
-        )
-    except (MultiverseError, OSError) as error:
-        channel.send({"op": "failed", "message": str(error)})
-        return None
-    return engine
+        config = EngineConfig(**options["engine"])
+        engine = build_engine(options["load"], tokenizer, config, dtype=dtype, device=device)
+        EngineHost(engine, channel).run()
+        engine.close()
 
 
 def main() -> None:
@@ -191,9 +193,14 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    engine = _start(channel)
-    if engine is not None:
-        EngineHost(engine, channel).run()
+    options = _options(channel)
+    if options is None:
+        return
+    logging.basicConfig(level=options["log_level"].upper(), format="%(asctime)s engine: %(message)s")
+    try:
+        _serve(channel, options)
+    except (MultiverseError, OSError) as error:
+        channel.send({"op": "failed", "message": str(error)})
     while channel.is_behind and not channel.closed:
         select.select([], [channel], [])
         channel.flush()

@@ -89,7 +89,7 @@ def test_a_rank_that_does_not_know_its_place_is_told(monkeypatch: pytest.MonkeyP
     for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with (
-        pytest.raises(ConfigError, match="WORLD_SIZE is 2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
+        pytest.raises(ConfigError, match="there are 2 ranks, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
         joined_ranks(2),
     ):
         raise AssertionError("unreachable")

@@ -144,9 +144,15 @@ def test_sigterm_lets_answers_finish_and_says_no_to_new_ones(tool: Tool) -> None
     assert not [line for line in tool.log if "Traceback" in line or "ERROR" in line], "".join(tool.log)
 
 
-def test_a_killed_engine_fails_those_that_wait_and_a_signal_ends_the_rest() -> None:
-    with started() as tool:
-        (engine,) = tool.children()
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_engine_fails_those_that_wait_and_a_signal_ends_the_rest(ranks: int) -> None:
+    """With two tensor parallel ranks the other one is killed, not the one that talks to HTTP."""
+    with started("--tensor-model-parallel-size", str(ranks)) as tool:
+        *others, killed = tool.children()
+        assert len(others) == ranks - 1
+        body = {"prompt": PROMPT, "max_tokens": 700, "temperature": 0}
+        text = httpx2.post(tool.url + "/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+        assert text.endswith("Answer: A = 1550; B = 124")
         found: dict[str, Any] = {}
 
         def ask() -> None:
@@ -156,11 +162,12 @@ def test_a_killed_engine_fails_those_that_wait_and_a_signal_ends_the_rest() -> N
         thread.start()
         tool.wait_for_answers(1)
         start = time.monotonic()
-        engine.kill()
+        killed.kill()
         thread.join()
         assert found["answer"].status_code == 503 and time.monotonic() - start < 10
+        assert tool.children() == [], "no rank is left behind"
         assert httpx2.get(tool.url + "/health/ready").status_code == 503
-        tool.wait_for("the engine process has ended")
+        tool.wait_for("the engine has ended")
         tool.process.send_signal(signal.SIGINT)
         assert tool.process.wait(20) == 0
 
@@ -171,6 +178,7 @@ def test_a_killed_engine_fails_those_that_wait_and_a_signal_ends_the_rest() -> N
         (["--load", "/no/such/folder"], "no such folder"),
         (["--host", "0.0.0.0"], "--api-key-file"),
         (["--limits.max-n", "0"], "limits.max_n must be above 0"),
+        (["--tensor-model-parallel-size", "0"], "tensor_model_parallel_size must be at least 1"),
         (["--engine.page-size", "0"], "page_size must be at least 1"),
     ],
 )
