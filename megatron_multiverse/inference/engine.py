@@ -195,6 +195,13 @@ class Engine:
         if request_id < self._next_id:
             self._cancelled.add(request_id)
 
+    def take_cancelled(self) -> list[Result]:
+        """The results of requests that were cancelled, and of those that have ended, without a step."""
+        with self._guard():
+            self._end_cancelled()
+        done, self._finished = self._finished, []
+        return done
+
     def use_weights(self, version: int) -> None:
         """The model's weights have been changed in place (`model.weights.copy_weights`, an optimizer's step).
 

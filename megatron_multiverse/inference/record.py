@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -37,23 +37,32 @@ _PER_TOKEN = ("position_ids", "logprobs", "labels", "parents", "weight_versions"
 
 def to_record(result: Result) -> dict[str, Any]:
     """An answer as values that JSON has."""
-    record = {"format": FORMAT, **dataclasses.asdict(result)}
+    record = {"format": FORMAT, **to_values(result)}
     record["sampled"] = [int(drawn) for drawn in result.sampled]
     record["segments"], record["segment_ids"] = _segments(result)
-    record["dropped"] = [
+    return record
+
+
+def to_values(result: Result) -> dict[str, Any]:
+    """What `Result` holds as plain values, and nothing that can be derived: what travels between processes.
+
+    Lists of tokens are those of the result, not copies.
+    """
+    values = dict(vars(result))  # `asdict` would copy the lists of tokens one number at a time
+    values["blocks"] = [asdict(block) for block in result.blocks]
+    values["dropped"] = [
         {"branch": list(branch.path), **branch.dropped._asdict()}
         for block in result.blocks
         for branch in block.branches
         if branch.dropped is not None
     ]
-    record["stops"] = [stop._asdict() for stop in result.stops]
-    record["ends"] = [end._asdict() for end in result.ends]
-    record["timeline"] = [span._asdict() for span in result.timeline]
-    record["malformed"] = dict(result.malformed)
-    for block in record["blocks"]:
+    for name in ("stops", "ends", "timeline"):
+        values[name] = [entry._asdict() for entry in values[name]]
+    values["malformed"] = dict(result.malformed)
+    for block in values["blocks"]:
         for branch in block["branches"]:
             del branch["dropped"]
-    return record
+    return values
 
 
 def from_record(record: dict[str, Any]) -> Result:
@@ -75,13 +84,14 @@ def from_record(record: dict[str, Any]) -> Result:
         if len(record[name]) != count:
             raise DataError(f"the answer record has {count} token_ids and {len(record[name])} {name}; it is damaged")
     try:
-        return _read(record, names)
+        return from_values(record)
     except (TypeError, KeyError, ValueError) as error:
         raise DataError(f"the answer record is damaged: {error!r}") from error
 
 
-def _read(record: dict[str, Any], names: list[str]) -> Result:
-    values = {name: record[name] for name in names}
+def from_values(record: dict[str, Any]) -> Result:
+    """The inverse of `to_values`; other values are ignored."""
+    values = {field.name: record[field.name] for field in dataclasses.fields(Result)}
     dropped = {
         _path(entry["branch"]): DroppedText(*(entry[name] for name in DroppedText._fields))
         for entry in record["dropped"]

@@ -22,15 +22,23 @@ from megatron_multiverse.server.engine_client import EngineClient
 from megatron_multiverse.server.errors import ApiError
 from megatron_multiverse.server.metrics import Metrics
 from megatron_multiverse.server.model import ServedModel
-from megatron_multiverse.server.routes import chat, completions, megatron, rollout, service, tokenizer
+from megatron_multiverse.server.routes import chat, completions, control, megatron, rollout, service, tokenizer
 
 logger = logging.getLogger(__name__)
 
-ROUTERS = (megatron.router, completions.router, chat.router, tokenizer.router, rollout.router, service.router)
+ROUTERS = (
+    megatron.router,
+    completions.router,
+    chat.router,
+    tokenizer.router,
+    rollout.router,
+    control.router,
+    service.router,
+)
 PATHS = frozenset(route.path for router in ROUTERS for route in router.routes if isinstance(route, Route))
 """Of all routes."""
 
-OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/health/live", "/health/ready"})
+OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/health/live", "/health/ready", "/health_generate"})
 """They tell nothing of the model, and browsers and probes cannot send a key."""
 
 SHOWN_CHARACTERS = 80

@@ -28,13 +28,19 @@ class Fields(BaseModel):
 F = TypeVar("F", bound=Fields)
 
 
-async def read_fields(request: Request, fields: type[F]) -> F:
+async def read_fields(request: Request, fields: type[F], *, may_be_empty: bool = False) -> F:
     """The fields of a request's body, which is JSON whatever its content type says: `curl -d` says it is a form.
+
+    Args:
+        request: with its body.
+        fields: what it may hold.
+        may_be_empty: whether no body at all is an object without fields.
 
     Raises:
         ApiError: 400 for what is no JSON object, for a wrong field and for a text that is no Unicode; 408 and 413.
     """
-    data = parse_json(await read_body(request, request.app.state.config.limits))
+    body = await read_body(request, request.app.state.config.limits)
+    data = {} if may_be_empty and not body else parse_json(body)
     if not isinstance(data, dict):
         raise ApiError(400, f"the body must be a JSON object, got {_kind(data)}", code="invalid_json")
     try:

@@ -82,6 +82,8 @@ class ServerConfig:
     """Sizes and limits of the engine."""
     dtype: DType = "float32"
     """Type of weights and cache."""
+    weights_root: Path | None = None
+    """Folder within which /update_weights_from_disk may name checkpoints; unset, it names none."""
     tensor_model_parallel_size: int = 1
     """Processes, on as many GPUs, that each hold a part of every layer; the server starts them itself."""
     pipeline_model_parallel_size: int = 1

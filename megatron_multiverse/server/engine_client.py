@@ -7,21 +7,19 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import os
 import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from megatron_multiverse.config import SamplingParams
+from megatron_multiverse.inference.record import from_values
 from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.server.batch import Batch, Generation
 from megatron_multiverse.server.config import ServerConfig
 from megatron_multiverse.server.errors import ApiError, unavailable
-from megatron_multiverse.server.results import result_from_dict
+from megatron_multiverse.server.processes import EngineProcesses
 from megatron_multiverse.server.wire import HEADER, Message, pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -31,110 +29,16 @@ SECONDS_TO_END = 5.0
 SECONDS_TO_EXPLAIN = 5.0
 """For the first rank to say why the engine does not start, after another rank has ended for the same reason."""
 
-Write = tuple[str, list[int]]
-"""Name of a branch, and what it wrote."""
 
+@dataclasses.dataclass(frozen=True)
+class EngineState:
+    """What was done to the engine as a whole."""
 
-@dataclasses.dataclass(eq=False)
-class Generation:
-    """One answer in the making."""
-
-    number: int
-    batch: Batch
-    started: float
-    writes: list[Write] = dataclasses.field(default_factory=list)
-    """What was written and nobody has taken yet; only of streams."""
-    accepted: bool = False
-    """Whether the engine has taken it."""
-    result: Result | None = None
-    """The answer, once it is complete."""
-    is_told: bool = False
-    """Whether `Batch.news` has given the result."""
-
-
-class Batch:
-    """The answers that one HTTP request asks for.
-
-    Args:
-        client: where they are made.
-        deadline: seconds until they are cancelled; they end with finish_reason "abort" then.
-    """
-
-    def __init__(self, client: EngineClient, deadline: float) -> None:
-        self.generations: list[Generation] = []
-        self._client = client
-        self._changed = asyncio.Event()
-        self._error: ApiError | None = None
-        self._timer = asyncio.get_running_loop().call_later(deadline, self.cancel)
-
-    async def accepted(self) -> None:
-        """Wait until the engine has taken all of them.
-
-        Raises:
-            ApiError: it refused one, or died; the others are cancelled.
-        """
-        while not all(generation.accepted for generation in self.generations):
-            await self._news()
-
-    async def results(self) -> list[Result]:
-        """All answers, complete.
-
-        Raises:
-            ApiError: the engine died.
-        """
-        while not self.is_complete:
-            await self._news()
-        return [generation.result for generation in self.generations if generation.result is not None]
-
-    async def news(self, timeout: float) -> list[tuple[int, list[Write], Result | None]]:
-        """What happened since the last call: (index, what was written, the answer if it is now complete) for each
-        answer that has news; nothing after `timeout` seconds without any.
-
-        Raises:
-            ApiError: the engine died.
-        """
-        found = self._take_news()
-        if not found:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout):
-                    await self._news()
-            found = self._take_news()
-        return found
-
-    def _take_news(self) -> list[tuple[int, list[Write], Result | None]]:
-        found = []
-        for index, generation in enumerate(self.generations):
-            writes, generation.writes = generation.writes, []
-            result = None if generation.is_told else generation.result
-            generation.is_told = generation.result is not None
-            if writes or result is not None:
-                found.append((index, writes, result))
-        return found
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all answers are."""
-        return all(generation.result is not None for generation in self.generations)
-
-    def cancel(self) -> None:
-        """End all that go on, with all their branches, in the engine's next step."""
-        self._timer.cancel()
-        self._client.cancel(generation.number for generation in self.generations)
-
-    def tell(self, error: ApiError | None = None) -> None:
-        """There is news."""
-        if error is not None and self._error is None:
-            self._error = error
-            self.cancel()
-        if self.is_complete:
-            self._timer.cancel()
-        self._changed.set()
-
-    async def _news(self) -> None:
-        await self._changed.wait()
-        self._changed.clear()
-        if self._error is not None:
-            raise self._error
+    paused: bool = False
+    released: tuple[str, ...] = ()
+    """Kinds of memory that it has given back; there is no engine until it has them again."""
+    versions: tuple[str, ...] = ("default",)
+    """Names of the weights that were in use, by their number; the last ones are now."""
 
 
 class EngineClient:
@@ -153,11 +57,13 @@ class EngineClient:
         self.stats: dict[str, Any] = {}
         self.failure = ""
         """Why the engine could not start."""
-        self.processes: list[subprocess.Popen[bytes]] = []
-        """Of the engine, one for each rank."""
+        self.processes = EngineProcesses()
+        self.control = EngineState()
+        """What was done to the engine as a whole."""
         self.on_result: Callable[[Result, float], None] | None = None
         """Called with every complete answer and the seconds since it was asked for."""
         self._generations: dict[int, Generation] = {}
+        self._controls: dict[int, asyncio.Future[None]] = {}
         self._numbers = itertools.count()
         self._writer: asyncio.StreamWriter | None = None
         self._last_heard = time.monotonic()
@@ -168,27 +74,8 @@ class EngineClient:
 
     async def run(self) -> None:
         """Start the engine's processes and listen to them until one ends."""
-        with tempfile.TemporaryDirectory(prefix="multiverse-engine-") as folder:
-            message = self._start_message() | {"rendezvous_url": f"file://{folder}/ranks"}
-            first, *others = [self._spawn(rank, message) for rank in range(self.config.num_ranks)]
+        with self.processes.started(self.config.num_ranks, self._start_message()) as (first, *others):
             await self.listen(first, others)
-
-    def _spawn(self, rank: int, message: Message) -> socket.socket:
-        """Start the process of a rank; returns this end of its connection."""
-        own, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "megatron_multiverse.server.engine_process", str(theirs.fileno())]
-        environment = dict(os.environ)
-        if self.config.num_ranks > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.config.num_ranks)}
-            for library in ("GLOO", "NCCL"):  # they talk within this machine; host names need not resolve
-                environment.setdefault(f"{library}_SOCKET_IFNAME", "lo")
-        else:
-            environment["WORLD_SIZE"] = "1"  # whatever started this process, the engine is no part of it
-        with theirs:
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
-        self.processes.append(process)
-        own.sendall(pack(message))
-        return own
 
     async def listen(self, connection: socket.socket, others: Sequence[socket.socket] = ()) -> None:
         """Listen to an engine host at the other end of a connection until it, or another rank, ends.
@@ -242,17 +129,7 @@ class EngineClient:
         """Let the engine's processes end, and see to it that they do."""
         if self._writer is not None:
             self._writer.close()
-        limit = time.monotonic() + SECONDS_TO_END
-        for process in self.processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=max(0.0, limit - time.monotonic()))
-        self._kill()
-
-    def _kill(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        self.processes.wait(SECONDS_TO_END)
 
     @property
     def num_generations(self) -> int:
@@ -261,9 +138,13 @@ class EngineClient:
 
     @property
     def condition(self) -> str:
-        """`state`, or "stalled" if a ready engine has given no sign of life for too long."""
+        """`state`; a ready engine can be "released", without memory, or "stalled", too long without a sign of life."""
+        if self.state != "ready":
+            return self.state
+        if self.control.released:
+            return "released"
         silent = time.monotonic() - self._last_heard
-        return "stalled" if self.state == "ready" and silent > self.config.limits.engine_timeout else self.state
+        return "stalled" if silent > self.config.limits.engine_timeout and not self._controls else "ready"
 
     async def settle(self) -> None:
         """Wait until the engine is ready or dead."""
@@ -303,6 +184,7 @@ class EngineClient:
         *,
         stream: bool,
         cache_salt: str = "",
+        rids: Sequence[str] = (),
     ) -> Batch:
         """Ask for answers; those to one prompt follow each other.
 
@@ -312,10 +194,11 @@ class EngineClient:
             count: answers to each prompt.
             stream: whether to be told what is written before an answer is complete.
             cache_salt: only requests with the same share what was computed for prompts that begin alike.
+            rids: names of the prompts, to abort them by.
         """
         batch = Batch(self, self.config.limits.request_timeout)
-        for prompt_ids in prompts:
-            made = [Generation(next(self._numbers), batch, time.monotonic()) for _ in range(count)]
+        for prompt_ids, rid in itertools.zip_longest(prompts, rids, fillvalue=""):
+            made = [Generation(next(self._numbers), batch, rid, time.monotonic()) for _ in range(count)]
             batch.generations += made
             self._generations |= {generation.number: generation for generation in made}
             self._send(
@@ -336,6 +219,26 @@ class EngineClient:
         if ids := [number for number in numbers if number in self._generations]:
             self._send({"op": "cancel", "ids": ids})
 
+    def abort(self, rid: str) -> None:
+        """End the answers to the prompts of that name."""
+        self.cancel([number for number, generation in self._generations.items() if generation.rid == rid])
+
+    async def act(self, op: str, **fields: Any) -> None:
+        """Do something to the engine as a whole, between two of its steps; `control` says what has become of it.
+
+        Raises:
+            ApiError: 400 with what the engine says against it; 503 where there is no engine, or it dies.
+        """
+        if self.state != "ready":
+            raise unavailable(self.state)
+        number = next(self._numbers)
+        future = self._controls[number] = asyncio.get_running_loop().create_future()
+        self._send({"op": op, "number": number, **fields})
+        try:
+            await future
+        finally:
+            self._controls.pop(number, None)
+
     def _send(self, message: Message) -> None:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(pack(message))
@@ -349,7 +252,7 @@ class EngineClient:
                     generation.writes.append((branch, ids))
                     generation.batch.tell()
             for number, fields in message["done"]:
-                self._finish(number, result=result_from_dict(fields))
+                self._finish(number, result=from_values(fields))
         elif op == "accepted":
             for number in self._generations.keys() & message["ids"]:
                 self._generations[number].accepted = True
@@ -359,6 +262,11 @@ class EngineClient:
             error = ApiError(400, text) if text else ApiError(500, "the engine failed on this request")
             for number in message["ids"]:
                 self._finish(number, error=error)
+        elif op == "controlled":
+            self.control = EngineState(**{name: _frozen(value) for name, value in message["control"].items()})
+            if (future := self._controls.get(message["number"])) is not None and not future.done():
+                error = message["error"]
+                future.set_exception(ApiError(400, error, code="refused")) if error else future.set_result(None)
         elif op == "beat":
             self.stats = message["stats"]
         elif op == "ready":
@@ -385,8 +293,14 @@ class EngineClient:
         self.state = "dead"
         self._settled.set()
         if self._writer is None or not self._writer.is_closing():
-            codes = [process.poll() for process in self.processes]
-            logger.error("the engine has ended (exit codes of its processes: %s)", codes)
-            self._kill()  # ranks wait for each other, so without one the others are of no use
+            logger.error("the engine has ended (exit codes of its processes: %s)", self.processes.codes)
+            self.processes.kill()  # ranks wait for each other, so without one the others are of no use
         for number in list(self._generations):
             self._finish(number, error=unavailable("dead"))
+        for future in self._controls.values():
+            if not future.done():
+                future.set_exception(unavailable("dead"))
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -4,9 +4,9 @@ Where a model is spread over several ranks there is such a process for each. The
 run its plans; their channels only show that they live. None knows of HTTP or text. Messages (see `wire.py`), by their
 field "op":
 
-- in: start (first), add, cancel;
+- in: start (first), add, cancel; pause, continue, flush, update, release, resume;
 - out: ready or failed (once, first), accepted or refused (for each add), step (what was written
-  and what finished), beat.
+  and what finished), controlled (for each message of the second kind), beat.
 
 It ends when the other side of the socket closes, whatever the reason, so no engine is left behind.
 """
@@ -21,17 +21,21 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
+from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import GenerationError, MultiverseError
-from megatron_multiverse.inference.build import build_engine, engine_ranks, follow_engine
+from megatron_multiverse.inference.build import build_engine, engine_ranks
 from megatron_multiverse.inference.engine import Engine
+from megatron_multiverse.inference.record import to_values
 from megatron_multiverse.inference.text.request import Request
+from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.model.device import choose_device
-from megatron_multiverse.server.results import result_to_dict
+from megatron_multiverse.server.engine_control import EngineControl, follow_control
 from megatron_multiverse.server.wire import STEP_SECONDS, Channel, Message
 
 logger = logging.getLogger(__name__)
@@ -50,8 +54,9 @@ class EngineHost:
     """
 
     def __init__(self, engine: Engine, channel: Channel) -> None:
-        self.engine = engine
+        self.control = EngineControl(engine)
         self.channel = channel
+        self._paused = False
         self._engine_ids: dict[int, int] = {}  # their number of an answer -> the engine's
         self._their_ids: dict[int, int] = {}
         self._writes: list[tuple[int, str, list[int]]] = []
@@ -60,18 +65,23 @@ class EngineHost:
         self._step_counts = [0] * (len(STEP_SECONDS) + 1)
         self._step_seconds = 0.0
 
+    @property
+    def engine(self) -> Engine:
+        """The engine; there is none while its memory is given back."""
+        return self.control.engine
+
     def run(self) -> None:
         """Serve until the other side closes."""
         self._warm_up()
         self.channel.send({"op": "ready", "facts": self._facts()})
         while not self.channel.closed:
-            busy = self.engine.has_work
+            busy = self.control.has_work and not self._paused
             waits_to_send = [self.channel] if self.channel.is_behind else []
             select.select([self.channel], waits_to_send, [], 0 if busy else BEAT_SECONDS)
             for message in self.channel.receive():
                 self._handle(message)
-            if self.engine.has_work:
-                self._step()
+            if self.control.has_work:
+                self._hold() if self._paused else self._step()
             if time.monotonic() - self._last_beat >= BEAT_SECONDS:
                 self._last_beat = time.monotonic()
                 self.channel.send({"op": "beat", "stats": self._stats()})
@@ -83,13 +93,54 @@ class EngineHost:
             if message["op"] == "add":
                 self._add(message)
             elif message["op"] == "cancel":
-                for number in self._engine_ids.keys() & ids:
-                    self.engine.cancel(self._engine_ids[number])
+                self._cancel(ids)
+            else:
+                self._control(message)
         except GenerationError as error:
             self.channel.send({"op": "refused", "ids": ids, "message": str(error)})
         except Exception:
             logger.exception("message %r failed", message["op"])
             self.channel.send({"op": "refused", "ids": ids, "message": ""})
+
+    def _cancel(self, ids: Iterable[int]) -> None:
+        for number in self._engine_ids.keys() & ids:
+            self.engine.cancel(self._engine_ids[number])
+
+    def _control(self, message: Message) -> None:
+        """Do something to the engine as a whole, and say whether that went well."""
+        error = ""
+        try:
+            self._act(message)
+        except (MultiverseError, OSError) as fault:
+            error = str(fault)
+        control = {"paused": self._paused, "released": sorted(self.control.released), "versions": self.control.versions}
+        self.channel.send({"op": "controlled", "number": message["number"], "error": error, "control": control})
+
+    def _act(self, message: Message) -> None:
+        op = message["op"]
+        if op == "pause":
+            if message["mode"] == "abort":
+                self._cancel(list(self._engine_ids))
+            elif message["mode"] == "retract" and self.control.has_work:
+                self.engine.use_weights(self.engine.weight_version)  # the same ones; all step back
+            self._paused = True
+        elif op == "continue":
+            self._paused = False
+        elif op == "flush":
+            if self.engine.scheduler.active:
+                raise GenerationError("answers are in work; pause with mode abort or retract, or wait for them")
+            self.engine.scheduler.prefixes.clear()
+        elif op == "update":
+            if message["abort"]:
+                self._cancel(list(self._engine_ids))
+            self.control.update(message["folder"], message["version"])
+            self._paused = self._paused or message["keep_pause"]
+        elif op == "release":
+            self.control.release(set(message["regions"]))
+        elif op == "resume":
+            self.control.resume(set(message["regions"]))
+        else:
+            raise GenerationError(f"no operation {op!r}")
 
     def _add(self, message: Message) -> None:
         """Answers to one prompt; if they are drawn at random, as one request, which computes the prompt once."""
@@ -122,16 +173,25 @@ class EngineHost:
             if self._failures >= MOST_FAILURES:
                 raise
             return
-        seconds = time.perf_counter() - start
+        self._count(time.perf_counter() - start)
+        self._report(results)
+
+    def _hold(self) -> None:
+        """Nothing runs; only what was cancelled ends."""
+        self._report(self.engine.take_cancelled())
+
+    def _count(self, seconds: float) -> None:
         self._step_counts[bisect.bisect_left(STEP_SECONDS, seconds)] += 1
         self._step_seconds += seconds
+
+    def _report(self, results: list[Result]) -> None:
         if not results and not self._writes:
             return
         done = []
         for result in results:
             number = self._their_ids.pop(result.request_id)
             del self._engine_ids[number]
-            done.append((number, result_to_dict(result)))
+            done.append((number, to_values(result)))
         self.channel.send({"op": "step", "writes": self._writes, "done": done})
         self._writes = []
 
@@ -149,16 +209,17 @@ class EngineHost:
         }
 
     def _stats(self) -> dict[str, Any]:
+        times = {"step_counts": self._step_counts, "step_seconds": self._step_seconds}
+        if self.control.released:
+            return times
         scheduler, book = self.engine.scheduler, self.engine.book
-        return {
+        return times | {
             "steps": self.engine.num_steps,
             "running": len(scheduler.active),
             "waiting": len(scheduler.waiting),
             "branches": len(scheduler.nodes),
             "pages_free": book.available,
             "pages_cached": len(scheduler.prefixes),
-            "step_counts": self._step_counts,
-            "step_seconds": self._step_seconds,
         }
 
 
@@ -178,13 +239,13 @@ def _serve(channel: Channel, options: Message) -> None:
     with engine_ranks(tensor, pipeline, rendezvous_url=options["rendezvous_url"]) as ranks:
         device = choose_device(options["device"])
         if not ranks.is_first:
-            follow_engine(options["load"], dtype=dtype, device=device)
+            follow_control(load_checkpoint(options["load"], dtype=dtype, device=device)[0])
             return
         tokenizer = build_tokenizer(options["tokenizer_type"], options["tokenizer_model"])
         config = EngineConfig(**options["engine"])
-        engine = build_engine(options["load"], tokenizer, config, dtype=dtype, device=device)
-        EngineHost(engine, channel).run()
-        engine.close()
+        host = EngineHost(build_engine(options["load"], tokenizer, config, dtype=dtype, device=device), channel)
+        host.run()
+        host.control.close()
 
 
 def main() -> None:

@@ -63,6 +63,7 @@ def unavailable(reason: str) -> ApiError:
         "loading": "the model is being loaded; try again later",
         "draining": "the server is shutting down; use another one",
         "dead": "the engine has ended; the server must be started again",
+        "released": "the engine has given its memory back; resume_memory_occupation takes it again",
         "stalled": "the engine has not answered for a while; try again later",
     }
     return ApiError(503, messages[reason], code=reason, retry_after=0 if reason == "dead" else 5)

@@ -14,7 +14,8 @@ from megatron_multiverse.config import SamplingParams
 from megatron_multiverse.inference.text.detokenize import IncrementalDetokenizer
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server.answer import AnswerTree, BranchNode, Piece, ThoughtSplitter, answer_texts
-from megatron_multiverse.server.engine_client import Batch, EngineClient, Write
+from megatron_multiverse.server.batch import Batch, Write
+from megatron_multiverse.server.engine_client import EngineClient
 from megatron_multiverse.server.errors import unavailable
 from megatron_multiverse.server.fields import GenerationFields
 from megatron_multiverse.server.model import ServedModel
@@ -32,6 +33,8 @@ class Asked:
     count: int = 1
     """Answers to each prompt; those to one prompt follow each other."""
     cache_salt: str | None = None
+    rids: Sequence[str] = ()
+    """Names of the prompts, to abort them by."""
 
 
 async def submit(request: Request, asked: Asked, *, stream: bool) -> Batch:
@@ -48,7 +51,7 @@ async def submit(request: Request, asked: Asked, *, stream: bool) -> Batch:
     # How long a prompt takes tells whether another began alike; so each key has a cache of its own.
     salt = repr((request.headers.get("authorization"), asked.cache_salt))
     salt = hashlib.sha256(salt.encode()).hexdigest()
-    batch = client.submit(asked.prompts, asked.sampling, asked.count, stream=stream, cache_salt=salt)
+    batch = client.submit(asked.prompts, asked.sampling, asked.count, stream=stream, cache_salt=salt, rids=asked.rids)
     try:
         await batch.accepted()
     except BaseException:

@@ -7,10 +7,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_multiverse.inference.record import to_record
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server.answer import Piece
 from megatron_multiverse.server.errors import ApiError
-from megatron_multiverse.server.results import result_to_dict
 
 
 def head(prefix: str, kind: str, model: str) -> dict[str, Any]:
@@ -79,9 +79,9 @@ def multiverse(result: Result, *, tree: bool) -> dict[str, Any]:
         "blocks": blocks,
     }
     if tree:
-        fields = result_to_dict(result)
-        del fields["request_id"], fields["error"]
-        found["tree"] = fields | {"sampled": result.sampled}
+        record = to_record(result)
+        del record["request_id"], record["error"]  # the number is the engine's own, the error may name files
+        found["tree"] = record
     return found
 
 

@@ -36,7 +36,7 @@ ALLOWED = {
     "checkpoints": {"progress"},
     "training": {"checkpoints"},
     "inference": {"checkpoints"},
-    "server": {"errors", "config", "structure", "data", "dtypes", "model", "inference"},
+    "server": {"errors", "config", "structure", "data", "dtypes", "parallel", "model", "checkpoints", "inference"},
     "clients": {"errors", "config", "files", "structure", "data", "inference", "views"},
     "views": {"errors", "config", "files", "structure", "data", "model", "checkpoints", "inference"},
 }

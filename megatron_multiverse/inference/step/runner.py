@@ -126,12 +126,16 @@ class Runner:
 
     def close(self) -> None:
         """Take the hook off the model, which stays usable for anything else; the ranks that follow this one stop."""
-        if self._channel is not None and self.ranks.is_first:
-            self._channel.send(None)
-            self._channel = None
+        self.release_ranks()
+        self._channel = None
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+    def release_ranks(self) -> None:
+        """Let the ranks that follow this one return from `follow`; they must follow again before the next step."""
+        if self._channel is not None and self.ranks.is_first:
+            self._channel.send(None)
 
     def run(self, plan: StepPlan) -> StepOutput:
         """Run a step and wait for its tokens."""

@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse, Response
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import logprobs, shapes
 from megatron_multiverse.server.answer import Piece, answer_texts
+from megatron_multiverse.server.batch import Batch
 from megatron_multiverse.server.body import Fields, check_others, read_fields
-from megatron_multiverse.server.engine_client import Batch
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, GenerationFields
 from megatron_multiverse.server.model import ServedModel

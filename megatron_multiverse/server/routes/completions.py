@@ -15,9 +15,9 @@ from megatron_multiverse.inference.text.answer import answer_text
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import logprobs, shapes
 from megatron_multiverse.server.answer import Piece
+from megatron_multiverse.server.batch import Batch
 from megatron_multiverse.server.body import read_fields
 from megatron_multiverse.server.config import LimitConfig
-from megatron_multiverse.server.engine_client import Batch
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, GenerationFields
 from megatron_multiverse.server.model import ServedModel

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -50,7 +52,8 @@ class GenerateFields(Fields):
     sampling_params: SamplingFields | None = None
     return_logprob: bool = False
     top_logprobs_num: Annotated[int, Field(ge=0)] = 0
-    rid: str | None = None
+    rid: str | list[str] | None = None
+    """Names of the prompts, for /abort_request."""
 
 
 @router.post("/generate")
@@ -73,31 +76,58 @@ async def generate(request: Request) -> Response:
         raise refuse("top_logprobs_num", f"at most {limits.max_logprobs} are allowed")
     prompts = await prompt_ids(prompt, model, limits)
     sampling = drawn.sampling(model, limits, drawn.max_new_tokens or DEFAULT_MAX_TOKENS, fields.top_logprobs_num)
+    rids = _rids(fields.rid, len(prompts))
     started = time.monotonic()
-    results = await complete(request, Asked(prompts=prompts, sampling=sampling, count=drawn.count))
+    asked = Asked(prompts=prompts, sampling=sampling, count=drawn.count, cache_salt=drawn.cache_salt, rids=rids)
+    results = await complete(request, asked)
     seconds = time.monotonic() - started
-    answers = [_answer(fields, model, result, seconds) for result in results]
+    versions = request.app.state.client.control.versions
+    answers = [
+        _answer(fields, model, result, {"id": rids[k // drawn.count], "e2e_latency": round(seconds, 6)}, versions)
+        for k, result in enumerate(results)
+    ]
     is_one = drawn.count == 1 and (isinstance(prompt, str) or isinstance(prompt[0], int))
     return JSONResponse(answers[0] if is_one else answers)
 
 
+def _rids(given: str | list[str] | None, count: int) -> list[str]:
+    rids = [given] if isinstance(given, str) else given or [uuid.uuid4().hex for _ in range(count)]
+    if len(rids) != count:
+        raise refuse("rid", f"{len(rids)} names for {count} prompts; give one for each")
+    return rids
+
+
 @router.get("/server_info")
+@router.get("/get_server_info")
 async def server_info(request: Request) -> Response:
     """Sizes and state of the server."""
+    client = request.app.state.client
+    control = dataclasses.asdict(client.control) | {"weight_version": client.control.versions[-1]}
+    stats = {name: value for name, value in client.stats.items() if name not in ("step_counts", "step_seconds")}
+    facts = {"model_path": request.app.state.model.name, "status": client.condition, **client.facts}
+    return JSONResponse(facts | stats | control)
+
+
+@router.get("/model_info")
+@router.get("/get_model_info")
+async def model_info(request: Request) -> Response:
+    """The model and the version of its weights."""
     state = request.app.state
-    return JSONResponse(
-        {"model_path": state.model.name, "status": state.client.condition, **state.client.facts, **state.client.stats}
-    )
+    version = state.client.control.versions[-1]
+    return JSONResponse({"model_path": state.model.name, "is_generation": True, "weight_version": version})
 
 
-def _answer(fields: GenerateFields, model: ServedModel, result: Result, seconds: float) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "id": fields.rid or uuid.uuid4().hex,
-        "finish_reason": {"type": result.finish_reason},
+def _answer(
+    fields: GenerateFields, model: ServedModel, result: Result, names: dict[str, Any], versions: Sequence[str]
+) -> dict[str, Any]:
+    written_by = sorted(set(result.weight_versions))
+    facts: dict[str, Any] = names | {
+        "finish_reason": _finish(result),
         "prompt_tokens": len(result.prompt_ids),
         "completion_tokens": len(result.token_ids),
         "cached_tokens": result.cached_tokens,
-        "e2e_latency": round(seconds, 6),
+        "weight_version": versions[written_by[-1]] if written_by else versions[-1],
+        "weight_version_names": {str(number): versions[number] for number in written_by},
     }
     if fields.return_logprob:
         # Forced tokens were not drawn: their log-probability is null, and they take no part in a policy gradient.
@@ -115,3 +145,15 @@ def _answer(fields: GenerateFields, model: ServedModel, result: Result, seconds:
         "meta_info": facts,
         "multiverse": shapes.multiverse(result, tree=True),
     }
+
+
+def _finish(result: Result) -> dict[str, Any]:
+    """Why an answer ended, as SGLang says it."""
+    found: dict[str, Any] = {"type": result.finish_reason}
+    if result.finish_reason == "length":
+        found["length"] = len(result.token_ids)
+    elif result.finish_reason == "stop":
+        ends = {end.parent: end.token for end in result.ends}
+        by_token = ends.get(len(result.token_ids) - 1)  # of the text: the end-of-document id, or a stop token
+        found["matched"] = by_token if result.stop_reason is None else result.stop_reason
+    return found

@@ -24,6 +24,7 @@ async def live() -> Response:
 @router.get("/health/ready")
 @router.get("/health")
 @router.get("/v1/health")
+@router.get("/health_generate")
 async def ready(request: Request) -> Response:
     """Whether requests are taken and the engine has given a sign of life."""
     state = request.app.state

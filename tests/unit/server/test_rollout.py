@@ -11,7 +11,7 @@ def test_ids_in_and_ids_labels_and_logprobs_out(server: Running) -> None:
     body = {"input_ids": ids, "sampling_params": {"max_new_tokens": 700, "temperature": 0}, "return_logprob": True}
     answer = server.post("/generate", body | {"top_logprobs_num": 2, "rid": "mine"}).json()
     facts, tree = answer["meta_info"], answer["multiverse"]["tree"]
-    assert facts["id"] == "mine" and facts["finish_reason"] == {"type": "stop"} and facts["prompt_tokens"] == len(ids)
+    assert facts["id"] == "mine" and facts["finish_reason"]["type"] == "stop" and facts["prompt_tokens"] == len(ids)
     assert [token for _, token, _ in facts["output_token_logprobs"]] == answer["output_ids"] == tree["token_ids"]
     assert [logprob for logprob, _, _ in facts["output_token_logprobs"]] == tree["logprobs"]
     assert [logprob is not None for logprob in tree["logprobs"]] == tree["sampled"] and not all(tree["sampled"])

@@ -146,10 +146,18 @@ def test_sigterm_lets_answers_finish_and_says_no_to_new_ones(tool: Tool) -> None
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_engine_fails_those_that_wait_and_a_signal_ends_the_rest(ranks: int) -> None:
-    """With two tensor parallel ranks the other one is killed, not the one that talks to HTTP."""
-    with started("--tensor-model-parallel-size", str(ranks)) as tool:
+    """With two tensor parallel ranks the other one is killed, not the one that talks to HTTP. Before, all of
+    them give their memory back, take it again, and read weights."""
+    with started("--tensor-model-parallel-size", str(ranks), "--weights-root", str(MODEL.parent)) as tool:
         *others, killed = tool.children()
         assert len(others) == ranks - 1
+        for path, fields in (
+            ("release_memory_occupation", {}),
+            ("resume_memory_occupation", {}),
+            ("update_weights_from_disk", {"model_path": "model"}),
+        ):
+            response = httpx2.post(f"{tool.url}/{path}", json=fields, timeout=60)
+            assert response.status_code == 200, response.text
         body = {"prompt": PROMPT, "max_tokens": 700, "temperature": 0}
         text = httpx2.post(tool.url + "/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
         assert text.endswith("Answer: A = 1550; B = 124")

@@ -6,8 +6,8 @@ import random
 import socket
 import time
 
+from megatron_multiverse.inference.record import from_values, to_values
 from megatron_multiverse.inference.text.result import Result
-from megatron_multiverse.server.results import result_from_dict, result_to_dict
 from megatron_multiverse.server.wire import Channel, pack
 from tests.unit.inference.toy import NullModel, SoupSampler, ask, toy_engine
 
@@ -71,6 +71,6 @@ def test_results_travel_unchanged() -> None:
     one, other = socket.socketpair()
     sender, receiver = Channel(one), Channel(other)
     for result in results:
-        sender.send(result_to_dict(result))
+        sender.send(to_values(result))
         (fields,) = receiver.receive()
-        assert result_from_dict(fields) == result
+        assert from_values(fields) == result

@@ -1,0 +1,173 @@
+"""The engine as a whole, steered as trainers do between rollouts: pause, other weights, memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+
+from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.model.weights import save_model
+from tests.unit.server.running import MODEL, PROMPT, Running, running
+
+LONG = {"text": PROMPT, "sampling_params": {"max_new_tokens": 1500, "temperature": 0, "ignore_eos": True}}
+SHORT = {"text": PROMPT, "sampling_params": {"max_new_tokens": 700, "temperature": 0}, "return_logprob": True}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the quickstart's model, slightly changed, and one that is damaged."""
+    folder = tmp_path_factory.mktemp("weights")
+    model, config = load_checkpoint(MODEL)
+    save_model(model, config, folder / "original")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    save_model(model, config, folder / "changed")
+    (folder / "damaged").mkdir()
+    (folder / "link").symlink_to(MODEL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(root: Path) -> Iterator[Running]:
+    with running(weights_root=root) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as made:
+        yield made
+
+
+def ask(server: Running, pool: ThreadPoolExecutor, body: dict[str, Any]) -> Future[httpx2.Response]:
+    """Ask in another thread; returns once the engine works on it."""
+    before = server.engine.num_steps
+    future = pool.submit(server.post, "/generate", body)
+    while server.engine.num_steps < before + 30 and not future.done():
+        time.sleep(0.002)
+    return future
+
+
+def act(server: Running, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
+    response = server.http.post(path, json=body) if body is not None else server.http.post(path)
+    assert response.status_code == 200, response.text
+    return response
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_a_pause_changes_no_answer(server: Running, pool: ThreadPoolExecutor, mode: str) -> None:
+    expected = server.post("/generate", SHORT).json()
+    waiting = ask(server, pool, SHORT)
+    assert act(server, "/pause_generation", {"mode": mode}).json()["status"] == "ok"
+    steps = server.engine.num_steps
+    added = pool.submit(server.post, "/generate", SHORT)
+    time.sleep(0.3)
+    assert server.engine.num_steps == steps and not waiting.done() and not added.done()
+    flushed = server.http.post("/flush_cache")
+    assert flushed.status_code == (400 if mode == "in_place" else 200), "with their cache, or their text alone"
+    act(server, "/continue_generation", {})
+    for future in (waiting, added):
+        assert future.result(30).json()["output_ids"] == expected["output_ids"]
+
+
+def test_a_pause_can_end_all_answers_and_clients_may_leave_while_it_lasts(
+    server: Running, pool: ThreadPoolExecutor
+) -> None:
+    waiting = ask(server, pool, LONG)
+    act(server, "/pause_generation")
+    assert waiting.result(10).json()["meta_info"]["finish_reason"]["type"] == "abort"
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(server.url + "/generate", json=LONG, timeout=0.3)
+    server.wait_until_free()
+    act(server, "/continue_generation")
+    assert server.http.get("/flush_cache").text == "Cache flushed.\n"
+    assert server.post("/generate", SHORT).json()["meta_info"]["cached_tokens"] == 0
+
+
+def test_answers_are_aborted_by_their_name(server: Running, pool: ThreadPoolExecutor) -> None:
+    futures = [ask(server, pool, LONG | {"rid": name}) for name in ("one", "two")]
+    act(server, "/abort_request", {"rid": "none"})
+    act(server, "/abort_request", {"rid": "one"})
+    assert futures[0].result(10).json()["meta_info"]["finish_reason"]["type"] == "abort" and not futures[1].done()
+    act(server, "/abort_request", {"abort_all": True})
+    assert futures[1].result(10).json()["meta_info"]["id"] == "two"
+    assert server.post("/abort_request", {}).status_code == 400
+
+
+def test_other_weights_change_answers_and_the_version_says_so(server: Running, pool: ThreadPoolExecutor) -> None:
+    before = server.post("/generate", SHORT).json()
+    assert before["meta_info"]["weight_version"] == "default"
+    assert before["meta_info"]["finish_reason"]["matched"] in server.app.state.model.end_ids
+    waiting = ask(server, pool, LONG)
+    answer = act(server, "/update_weights_from_disk", {"model_path": "changed", "weight_version": "step 1"}).json()
+    assert answer["success"] and answer["num_paused_requests"] == 1
+    both = waiting.result(60).json()
+    assert both["meta_info"]["weight_version_names"] == {"0": "default", "1": "step 1"}
+    versions = both["multiverse"]["tree"]["weight_versions"]
+    assert len(versions) == len(both["output_ids"]) and set(versions) == {0, 1}
+    after = server.post("/generate", SHORT).json()
+    assert after["text"] != before["text"] and after["meta_info"]["weight_version"] == "step 1"
+    assert server.http.get("/model_info").json()["weight_version"] == "step 1"
+    act(server, "/update_weights_from_disk", {"model_path": "original", "abort_all_requests": True, "keep_pause": True})
+    assert server.http.get("/server_info").json()["paused"]
+    act(server, "/continue_generation")
+    again = server.post("/generate", SHORT).json()
+    assert again["text"] == before["text"] and again["meta_info"]["weight_version"] == "2"
+
+
+def test_weights_come_from_below_the_root_and_from_nowhere_else(server: Running, root: Path) -> None:
+    expected = server.post("/generate", SHORT).json()["text"]
+    for path, status in (
+        ("..", 403),
+        ("link", 403),
+        ("/etc", 403),
+        ("missing", 400),
+        ("damaged", 400),
+        ("a\u0000b", 400),
+    ):
+        response = server.post("/update_weights_from_disk", {"model_path": path})
+        assert response.status_code == status and response.json()["error"]["message"], response.text
+    for fields in ({"flush_cache": False}, {"load_format": "dummy"}, {"is_async": True}, {"manifest": {"a": 1}}):
+        response = server.post("/update_weights_from_disk", {"model_path": "changed", **fields})
+        assert response.status_code == 400 and response.json()["error"]["param"] == next(iter(fields))
+    assert server.post("/generate", SHORT).json()["text"] == expected, "what was refused changed nothing"
+    with running() as closed:
+        assert closed.post("/update_weights_from_disk", {"model_path": str(root / "changed")}).status_code == 403
+
+
+def test_memory_is_given_back_and_taken_again(server: Running, pool: ThreadPoolExecutor) -> None:
+    expected = server.post("/generate", SHORT).json()["text"]
+    waiting = ask(server, pool, LONG)
+    refused = server.http.post("/release_memory_occupation")
+    assert refused.status_code == 400 and "in work" in refused.json()["message"]
+    act(server, "/abort_request", {"abort_all": True})
+    waiting.result(10)
+    assert act(server, "/release_memory_occupation").json() == {"released": ["kv_cache", "weights"]}
+    assert server.http.get("/health/ready").json()["error"]["code"] == "released"
+    assert server.post("/generate", SHORT).status_code == 503
+    assert server.post("/update_weights_from_disk", {"model_path": "changed"}).status_code == 400
+    act(server, "/resume_memory_occupation", {"tags": ["weights"]})
+    act(server, "/update_weights_from_disk", {"model_path": "changed"})
+    act(server, "/resume_memory_occupation", {"tags": ["kv_cache"]})
+    assert server.post("/generate", SHORT).json()["text"] != expected
+    act(server, "/update_weights_from_disk", {"model_path": "original"})
+    assert server.post("/generate", SHORT).json()["text"] == expected
+
+
+def test_a_dead_engine_fails_those_who_steer_it() -> None:
+    with running() as server:
+        act(server, "/pause_generation")
+        thread = threading.Timer(0.2, server.theirs.close)
+        thread.start()
+        thread.join()
+        time.sleep(0.2)
+        assert server.http.post("/continue_generation").status_code == 503
