@@ -32,7 +32,7 @@ class RowOptions:
     """Rows to train on first."""
     rl_rows: int = 4_000
     """Prompts to learn from; as many as a twentieth of them are held out."""
-    fork_share: float = 0.2
+    fork_share: float = 0.3
     """How often the rows of sft.jsonl fork where they could."""
     seed: int = 0
     """Which problems."""

@@ -1,0 +1,119 @@
+"""Answers as rows for other trainers: one row with labels for ours, or rows that any causal trainer can take.
+
+A stock trainer masks causally and counts positions from 0. That is right for a *prefix and one path*: the prompt, the
+text up to a fork, and what one path wrote. It is wrong for whatever comes after a join, which sees all paths and stands
+after the longest of them; such text is not exported as rows, and said to be left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_multiverse.errors import DataError
+from megatron_multiverse.inference import Result, to_record
+
+AFTER_A_JOIN = (
+    "it comes after a join: it sees every path and stands after the longest, but a causal trainer would count its "
+    "positions on from the last path; train it from a linear row, with its labels"
+)
+
+
+@dataclass(frozen=True)
+class ExpandedRow:
+    """A prefix and what one branch wrote after it; plain causal attention and positions from 0 are right for it."""
+
+    branch: str
+    """Name of the branch that wrote the response; "" is the root."""
+    prompt_ids: list[int]
+    """The prompt and everything that the branch saw when it began."""
+    response_ids: list[int]
+    """What it wrote until it forked or ended; with the end token, where the model drew one."""
+    response_mask: list[int]
+    """1 where the model drew the token. Over all rows of an answer every token counts once."""
+    response_logprobs: list[float]
+    """Log-probability of each drawn token, 0 elsewhere."""
+    weight_versions: list[int]
+    """Version of the weights that wrote each token."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A stretch of an answer that no such row can hold."""
+
+    branch: str
+    start: int
+    """First token in the answer."""
+    drawn: int
+    """How many of its tokens the model drew."""
+    reason: str
+
+
+def linear_row(result: Result) -> dict[str, Any]:
+    """An answer as one row for a trainer that takes positions and visibility labels, as ours does.
+
+    Returns:
+        ``input_ids``, ``position_ids``, ``r`` (token i sees an earlier j iff r[j] <= r[i]); ``loss_mask``, 1 where the
+        model drew the token; ``logprobs`` of the drawn tokens, 0 elsewhere; ``ends``, what it drew to end branches:
+        [index of the token before, token, log-probability].
+
+    Raises:
+        DataError: the prompt has blocks of earlier answers, whose layout an answer does not tell.
+    """
+    prompt = len(result.prompt_ids)
+    if result.labels and result.position_ids[0] != prompt:
+        raise DataError(
+            "the prompt of this answer has blocks of earlier answers, whose positions it does not tell; lay the prompt "
+            "out with structure.parse and structure.lay_out"
+        )
+    before = list(range(prompt))
+    return {
+        "input_ids": [*result.prompt_ids, *result.token_ids],
+        "position_ids": before + result.position_ids,
+        "r": before + result.labels,
+        "loss_mask": [0] * prompt + [int(drawn) for drawn in result.sampled],
+        "logprobs": [0.0] * prompt + [logprob or 0.0 for logprob in result.logprobs],
+        "ends": [[prompt + end.parent, end.token, end.logprob] for end in result.ends],
+    }
+
+
+def expanded_rows(result: Result) -> tuple[list[ExpandedRow], list[LeftOut]]:
+    """An answer as rows for stock trainers, and what they cannot take.
+
+    Give all rows of an answer its one advantage, and divide the loss by the drawn tokens of the whole batch, not row by
+    row. Nothing is tokenised again: rows hold the ids that were drawn.
+    """
+    record = to_record(result)
+    segments: list[Mapping[str, Any]] = record["segments"]
+    borders = [*(segment["start"] for segment in segments), len(result.token_ids)]
+    rows: list[ExpandedRow] = []
+    left_out: list[LeftOut] = []
+    prefixes: dict[int, list[int] | None] = {-1: list(result.prompt_ids)}  # after each segment; None: none is causal
+    for number, segment in enumerate(segments):
+        start, end = borders[number], borders[number + 1]
+        parent = segment["parent"]
+        joins = parent >= 0 and segments[parent]["path"] == segment["path"]  # it goes on after its own fork
+        prefix = None if joins else prefixes[parent]
+        if prefix is None:
+            prefixes[number] = None
+            left_out.append(LeftOut(segment["branch"], start, sum(result.sampled[start:end]), AFTER_A_JOIN))
+            continue
+        prefixes[number] = prefix + result.token_ids[start:end]
+        rows.append(_row(result, segment["branch"], prefix, start, end))
+    if not segments and result.ends:  # the model ended the answer at once
+        rows.append(_row(result, "", list(result.prompt_ids), 0, 0))
+    return rows, left_out
+
+
+def _row(result: Result, branch: str, prefix: list[int], start: int, end: int) -> ExpandedRow:
+    """A segment; where the model drew an end token after its last drawn one, it takes the place of what closes it."""
+    logprobs, ids, versions = result.logprobs[start:end], result.token_ids[start:end], result.weight_versions[start:end]
+    for drawn in result.ends:
+        if start <= drawn.parent < end or (start == end and drawn.parent == start - 1):
+            kept = drawn.parent + 1 - start
+            version = versions[kept - 1] if kept else 0
+            ids, logprobs = [*ids[:kept], drawn.token], [*logprobs[:kept], drawn.logprob]
+            versions = [*versions[:kept], version]
+    mask = [int(logprob is not None) for logprob in logprobs]
+    return ExpandedRow(branch, prefix, ids, mask, [logprob or 0.0 for logprob in logprobs], versions)

@@ -1,0 +1,77 @@
+"""Rows for other trainers hold what was drawn, once, with the log-probabilities that they would compute."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_multiverse.inference import Result
+from megatron_multiverse.model.attention import LayoutParams
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.rl.exports import AFTER_A_JOIN, expanded_rows, linear_row
+from tests.unit.inference.toy import VOCAB_SIZE
+
+from .answers import CONFIG, answer_group
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return build_gpt_model(CONFIG, dtype=torch.float64, seed=1)
+
+
+def logprobs_of(model: nn.Module, ids: list[int], position_ids: list[int], r: list[int]) -> torch.Tensor:
+    """Log-probability distributions after each token of a row."""
+    params = LayoutParams.from_labels(torch.tensor([r]), backend="dense")
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), torch.tensor([position_ids]), None, packed_seq_params=params)
+    return logits[0, :, :VOCAB_SIZE].log_softmax(-1)
+
+
+def drawn_tokens(result: Result) -> Counter[tuple[int, float]]:
+    texts = zip(result.token_ids, result.logprobs, strict=True)
+    drawn = Counter((token, logprob) for token, logprob in texts if logprob is not None)
+    return drawn + Counter((end.token, end.logprob) for end in result.ends)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_causal_trainer_computes_the_logprobs_of_expanded_rows(model: nn.Module, seed: int) -> None:
+    for result in answer_group(model, seed, soup=seed % 3 == 2):
+        rows, left_out = expanded_rows(result)
+        found: Counter[tuple[int, float]] = Counter()
+        for row in rows:
+            ids = row.prompt_ids + row.response_ids
+            assert ids[: len(result.prompt_ids)] == result.prompt_ids and len(row.weight_versions) == len(
+                row.response_ids
+            )
+            causal = list(range(len(ids)))
+            own = logprobs_of(model, ids, causal, causal)
+            for index, (token, mask, logprob) in enumerate(
+                zip(row.response_ids, row.response_mask, row.response_logprobs, strict=True), len(row.prompt_ids)
+            ):
+                if mask:
+                    assert abs(own[index - 1, token].item() - logprob) < 1e-9
+                    found[token, logprob] += 1
+        assert found <= drawn_tokens(result), "no token counts twice"
+        after_joins = sum(part.drawn for part in left_out)
+        missing = (drawn_tokens(result) - found).total()
+        assert after_joins <= missing <= after_joins + len(result.ends)
+        assert bool(left_out) == any(len(block.branches) > 0 for block in result.blocks)
+        assert all(part.reason == AFTER_A_JOIN for part in left_out)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_linear_row_has_everything_for_one_forward_pass(model: nn.Module, seed: int) -> None:
+    for result in answer_group(model, seed, soup=seed == 2):
+        row = linear_row(result)
+        own = logprobs_of(model, row["input_ids"], row["position_ids"], row["r"])
+        parents = [*range(-1, len(result.prompt_ids) - 1), *(len(result.prompt_ids) + p for p in result.parents)]
+        for index, (token, mask, logprob) in enumerate(
+            zip(row["input_ids"], row["loss_mask"], row["logprobs"], strict=True)
+        ):
+            assert not mask or abs(own[parents[index], token].item() - logprob) < 1e-9
+        for before, token, logprob in row["ends"]:
+            assert abs(own[before, token].item() - logprob) < 1e-9
+        assert sum(row["loss_mask"]) + len(row["ends"]) == drawn_tokens(result).total()
