@@ -7,12 +7,16 @@ after the longest of them; such text is not exported as rows, and said to be lef
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from megatron_multiverse.errors import DataError
-from megatron_multiverse.inference import Result, to_record
+from megatron_multiverse.errors import ConfigError, DataError
+from megatron_multiverse.files import write_text_atomic
+from megatron_multiverse.inference import Result, from_record, to_record
 
 AFTER_A_JOIN = (
     "it comes after a join: it sees every path and stands after the longest, but a causal trainer would count its "
@@ -117,3 +121,57 @@ def _row(result: Result, branch: str, prefix: list[int], start: int, end: int) -
             versions = [*versions[:kept], version]
     mask = [int(logprob is not None) for logprob in logprobs]
     return ExpandedRow(branch, prefix, ids, mask, [logprob or 0.0 for logprob in logprobs], versions)
+
+
+class Totals(NamedTuple):
+    """What an export came to."""
+
+    answers: int
+    rows: int
+    drawn: int
+    """Tokens that the model drew."""
+    left_out: int
+    """Those of them that are in no row."""
+    reason: str
+    """Why."""
+
+
+def export_records(source: Path, target: Path, kind: Literal["linear", "expanded"]) -> Totals:
+    """Write the answers of a file of records as rows, whole or not at all.
+
+    Each row says which line of the file its answer is (`record`), and has the answer's `reward` and `advantage` where
+    the record has them. All rows of an answer share its advantage.
+
+    Raises:
+        ConfigError: there is no such file.
+        DataError: a line is no record; the message names it.
+    """
+    lines: list[str] = []
+    answers = drawn = left_out = 0
+    for number, record in _records(source):
+        result = from_record(record)
+        about: dict[str, Any] = {"record": number}
+        about |= {name: record[name] for name in ("reward", "advantage") if name in record}
+        answers, drawn = answers + 1, drawn + sum(result.sampled)
+        if kind == "linear":
+            lines.append(json.dumps({**about, **linear_row(result)}))
+        else:
+            rows, missing = expanded_rows(result)
+            lines += [json.dumps({**about, **dataclasses.asdict(row)}) for row in rows]
+            left_out += sum(part.drawn for part in missing)
+    write_text_atomic(target, "".join(line + "\n" for line in lines))
+    return Totals(answers, len(lines), drawn, left_out, AFTER_A_JOIN)
+
+
+def _records(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The records of a file with their line numbers, from 1."""
+    if not source.is_file():
+        raise ConfigError(
+            f"{source}: no such file; name rollouts.jsonl of a run, or a file of tools/generate.py --records"
+        )
+    with open(source, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{source}, line {number}: no JSON ({error}); it may be cut off") from error

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from megatron_multiverse.inference import Result
+from megatron_multiverse.errors import ConfigError, DataError
+from megatron_multiverse.inference import Result, to_record
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.gpt import build_gpt_model
-from megatron_multiverse.rl.exports import AFTER_A_JOIN, expanded_rows, linear_row
+from megatron_multiverse.rl.exports import AFTER_A_JOIN, expanded_rows, export_records, linear_row
 from tests.unit.inference.toy import VOCAB_SIZE
 
 from .answers import CONFIG, answer_group
@@ -75,3 +78,23 @@ def test_a_linear_row_has_everything_for_one_forward_pass(model: nn.Module, seed
         for before, token, logprob in row["ends"]:
             assert abs(own[before, token].item() - logprob) < 1e-9
         assert sum(row["loss_mask"]) + len(row["ends"]) == drawn_tokens(result).total()
+
+
+def test_records_become_rows_in_a_file(model: nn.Module, tmp_path: Path) -> None:
+    results = answer_group(model, 1)
+    records = [{"reward": 1.0, "advantage": 0.5, **to_record(result)} for result in results]
+    source, target = tmp_path / "rollouts.jsonl", tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    totals = export_records(source, target, "expanded")
+    rows = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+    assert totals.answers == 3 and totals.rows == len(rows) > 3 and totals.left_out > 0
+    assert {row["record"] for row in rows} == {1, 2, 3} and {row["advantage"] for row in rows} == {0.5}
+    counted = sum(sum(row["response_mask"]) for row in rows)
+    ends = sum(len(result.ends) for result in results)
+    assert totals.drawn - totals.left_out <= counted <= totals.drawn - totals.left_out + ends
+    assert export_records(source, target, "linear").rows == 3
+    source.write_text(source.read_text()[:-40], encoding="utf-8")
+    with pytest.raises(DataError, match="line 3"):
+        export_records(source, target, "linear")
+    with pytest.raises(ConfigError, match="no such file"):
+        export_records(tmp_path / "none", target, "linear")
