@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from megatron_multiverse.checkpoints.names.rules import check_divisible, slices
 from megatron_multiverse.checkpoints.names.table import Entry
@@ -44,14 +46,31 @@ def load_checkpoint(
     return model_from_source(source, dtype=dtype, device=device, layers=layers, compute_dtype=compute_dtype)
 
 
+def copy_into(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter the values of a tensor of the same shape, on any device and of any dtype."""
+    parameter.copy_(value)
+
+
 @torch.no_grad()
 def model_from_source(
-    source: Source, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", **options: Any
+    source: Source,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    write: Callable[[nn.Parameter, Tensor], None] = copy_into,
+    **options: Any,
 ) -> tuple[Any, ModelConfig]:
     """This rank's part of a model and the whole model's config; weights are read and cut one tensor at a time.
 
     The vocabulary is padded with zero rows to a multiple of the tensor parallel size; dtype, device and the further
     options go to `build_gpt_model`.
+
+    Args:
+        source: where the weights come from.
+        dtype: of the model's weights.
+        device: where they go.
+        write: puts a value into a parameter of the model, where that is more than copying it.
+        options: see above.
 
     Raises:
         CheckpointError: the name table does not give every parameter of the model exactly once.
@@ -70,7 +89,8 @@ def model_from_source(
         if here:  # other tensors belong to other stages and are not read
             part = slices(entry.rule, pad_rows(entry, source.read(entry), config.vocab_size), tp)[rank]
             for name in here:
-                missing.pop(name).copy_(part)
+                del missing[name]
+                write(parameters[name], part)
                 if entry.rule != "replicated":
                     mark_tensor_parallel(parameters[name], dim=1 if entry.rule == "row" else 0)
     if missing:

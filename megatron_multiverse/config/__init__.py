@@ -1,10 +1,12 @@
 """Configuration: frozen dataclasses that check themselves, read strictly.
 
-`model.py` is the shape of a model, `layers.py` how it is computed, `parallel.py` over which ranks, `train.py` a run,
-`rl.py` one that learns from its own answers; `engine.py` is an inference engine, `sampling.py` what one request asks.
+`model.py` is the shape of a model, `layers.py` how it is computed, `parallel.py` over which ranks, `deepspeed.py` what
+they share by ZeRO, `train.py` a run, `rl.py` one that learns from its own answers; `engine.py` is an inference engine,
+`sampling.py` what one request asks.
 """
 
 from megatron_multiverse.config.choices import DType, TokenizerType
+from megatron_multiverse.config.deepspeed import DeepSpeedConfig
 from megatron_multiverse.config.engine import EngineConfig
 from megatron_multiverse.config.layers import LayerConfig
 from megatron_multiverse.config.model import ModelConfig, RopeScaling, pad_vocab_size
@@ -24,6 +26,7 @@ __all__ = [
     "CheckpointConfig",
     "DType",
     "DataConfig",
+    "DeepSpeedConfig",
     "EngineConfig",
     "LayerConfig",
     "LogConfig",

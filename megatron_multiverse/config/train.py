@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_multiverse.config.choices import DType, TokenizerType
+from megatron_multiverse.config.deepspeed import DeepSpeedConfig
 from megatron_multiverse.config.layers import LayerConfig
 from megatron_multiverse.config.model import ModelConfig
 from megatron_multiverse.config.parallel import ParallelConfig
@@ -156,9 +157,11 @@ class TrainConfig:
     """Attention kernel, layer spec, FP8 and activation recompute."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Parallel sizes."""
-    engine: Literal["auto", "one_process", "megatron"] = "auto"
-    """What computes the steps: one_process (one rank), or megatron (megatron-core's schedules and distributed
-    optimizer, any number of ranks); auto takes the first that can run."""
+    engine: Literal["auto", "one_process", "megatron", "deepspeed"] = "auto"
+    """What computes the steps: one_process (one rank), megatron (megatron-core's schedules and distributed optimizer,
+    any number of ranks), or deepspeed (ZeRO); auto takes the first that can run."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """ZeRO stage and offloading, for engine deepspeed."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and schedule."""
     log: LogConfig = field(default_factory=LogConfig)
@@ -169,8 +172,8 @@ class TrainConfig:
     """Seed of weights, data order and every random generator."""
     dtype: DType = "float32"
     """float32 (TF32 on CUDA), bf16 (bf16 matrix products), float64 (tests, one_process only). For bf16 one_process
-    keeps float32 weights and rounds them in each pass (autocast), megatron keeps bf16 weights and float32 ones in its
-    optimizer."""
+    keeps float32 weights and rounds them in each pass (autocast), the others keep bf16 weights and float32 ones in
+    their optimizer."""
     deterministic: bool = False
     """The same bits in every run, by torch.use_deterministic_algorithms; attention's backward pass then costs a tenth
     more. torch warns of each operation that has no deterministic form."""
@@ -218,10 +221,10 @@ class TrainConfig:
             "one process",
         )
         check(
-            self.dtype != "float64" or not self.uses_megatron,
-            "dtype float64 is for engine one_process on one rank; megatron-core's distributed optimizer takes float32 "
-            "and bf16",
+            self.dtype != "float64" or self.runs_on == "one_process",
+            f"dtype float64 is for engine one_process on one rank; {self.runs_on} takes float32 and bf16",
         )
+        self._check_deepspeed()
         ranks = self.parallel.data_parallel_size
         check(
             self.data.global_batch_size % (self.data.micro_batch_size * ranks) == 0,
@@ -232,10 +235,38 @@ class TrainConfig:
         if self.data.valid_prefixes:
             self.parallel.check_rows(self.data.seq_length, self.eval_iters)
 
+    def _check_deepspeed(self) -> None:
+        if self.engine != "deepspeed":
+            check(
+                self.deepspeed == DeepSpeedConfig(),
+                f"the settings deepspeed.* have no effect with engine {self.engine}: set engine to deepspeed, or leave "
+                "them out",
+            )
+            return
+        parallel = self.parallel
+        check(
+            parallel.pipeline_model_parallel_size == 1,
+            f"parallel.pipeline_model_parallel_size {parallel.pipeline_model_parallel_size} does not go with engine "
+            "deepspeed, whose ZeRO reduces gradients before the pipeline has all of them: set engine to megatron, or "
+            "the size to 1",
+        )
+        check(
+            not parallel.sequence_parallel,
+            "parallel.sequence_parallel does not go with engine deepspeed, which does not sum the gradients of norms "
+            "over tensor parallel ranks: leave it out, or set engine to megatron",
+        )
+        check(
+            self.layers.fp8 is None,
+            f"layers.fp8 {self.layers.fp8} does not go with engine deepspeed, which takes weights away while "
+            "TransformerEngine keeps FP8 copies of them: leave it unset, or set engine to megatron",
+        )
+
     @property
-    def uses_megatron(self) -> bool:
-        """Whether the megatron engine computes the steps."""
-        return self.engine == "megatron" or (self.engine == "auto" and self.parallel.world_size > 1)
+    def runs_on(self) -> Literal["one_process", "megatron", "deepspeed"]:
+        """The engine that computes the steps."""
+        if self.engine == "auto":
+            return "megatron" if self.parallel.world_size > 1 else "one_process"
+        return self.engine
 
     @property
     def num_microbatches(self) -> int:

@@ -7,13 +7,11 @@ range of the parameters, the reduction of gradients and the gathering of updated
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -22,7 +20,7 @@ from torch import Tensor, distributed, nn
 
 from megatron_multiverse.config import OptimConfig
 from megatron_multiverse.training.optim import build_optimizer
-from megatron_multiverse.training.sharded_state import MOMENTS
+from megatron_multiverse.training.sharded_state import MOMENTS, with_data
 
 Parameter = nn.Parameter
 WEIGHT = "param"
@@ -110,7 +108,7 @@ class DistributedAdamW:
             for number, (parameter, value) in enumerate(values.items()):
                 sharded = by_parameter[id(parameter)]
                 if name == WEIGHT:
-                    weights[str(number)] = _with_data(sharded, value)
+                    weights[str(number)] = with_data(sharded, value)
                 else:
                     moments[f"{number}.{name}"] = make_sharded_optimizer_tensor(
                         sharded, value, f"optimizer.state.{name}"
@@ -180,10 +178,3 @@ class DistributedAdamW:
         parts = [torch.empty_like(mine) for _ in range(group.size())] if group.rank() == 0 else None
         distributed.gather(mine, parts, group=group, group_dst=0)
         return None if parts is None else torch.cat([part.cpu() for part in parts])
-
-
-def _with_data(sharded: Any, data: Tensor) -> Any:
-    """The ShardedTensor, or factory of such, for the same place in the whole model and another tensor."""
-    if isinstance(sharded, ShardedTensorFactory):
-        return replace(sharded, data=data)
-    return replace(sharded, data=data, dtype=data.dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from torch import Tensor, distributed
+from torch import Tensor
 
 from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig
 from megatron_multiverse.model.cpu import cuda_is_cpu
@@ -28,7 +28,7 @@ from megatron_multiverse.training.gathered_model import save_gathered
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Loader, Microbatch
 from megatron_multiverse.training.optim import NonFiniteGuard, build_scheduler, warn_of_another_schedule
-from megatron_multiverse.training.pipeline import counts_for_its_model, run_schedule
+from megatron_multiverse.training.pipeline import reduced, run_schedule, sum_over_models
 from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.weight_names import is_extra_state
 
@@ -99,7 +99,8 @@ class MegatronEngine:
     def step(self, microbatches: Sequence[Microbatch]) -> StepResult:
         """See `TrainEngine.step`."""
         self.scheduler.step(1)
-        loss_tokens, tokens = self._sum_over_models(
+        loss_tokens, tokens = sum_over_models(
+            self.ranks,
             sum(int(batch["loss_mask"].sum()) for batch in microbatches),
             sum(batch["input_ids"].numel() for batch in microbatches),
         )
@@ -119,16 +120,12 @@ class MegatronEngine:
         comm_type = parallel.cp_comm_type if parallel.context_parallel_size > 1 else None
         return run_schedule(self.chunks, microbatches, placer, scale, comm_type=comm_type, forward_only=forward_only)
 
-    def _sum_over_models(self, *counts: int) -> list[int]:
-        """Sums over the data parallel ranks, of which each is several ranks with the same rows."""
-        return self.ranks.sum([count * counts_for_its_model() for count in counts])
-
     @torch.no_grad()
     def validate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
         """See `TrainEngine.validate`."""
         assert self._valid_placer is not None, "an engine that validates is built with a valid_loader"
         batches = list(microbatches)
-        (count,) = self._sum_over_models(sum(int(batch["loss_mask"].sum()) for batch in batches))
+        (count,) = sum_over_models(self.ranks, sum(int(batch["loss_mask"].sum()) for batch in batches))
         loss_sum, _ = reduced(*self._run(batches, self._valid_placer, 1.0, forward_only=True))
         return float(loss_sum) / count if count else float("nan"), count
 
@@ -194,10 +191,3 @@ def wrapped(model: Any, *, first: bool) -> DistributedDataParallel:
 def _finalize(chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Reduce the gradients over ranks. The token count that the schedule hands over is not used: see pipeline._loss."""
     finalize_model_grads(chunks, None, **kwargs)
-
-
-def reduced(loss_sum: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over all ranks of what `run_schedule` returned on each."""
-    both = torch.stack([loss_sum, pairs])
-    distributed.all_reduce(both)
-    return both[0], both[1]

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, distributed
 
 from megatron_multiverse.model.attention import AttentionParams
 from megatron_multiverse.model.context_parallel import share_tokens
 from megatron_multiverse.model.device import to_device
+from megatron_multiverse.parallel.ranks import Ranks
 from megatron_multiverse.training.microbatches import Microbatch
 from megatron_multiverse.training.placement import TokenPlacer
 
@@ -92,6 +93,18 @@ def counts_for_its_model() -> bool:
     """Whether this rank adds to sums over models what all ranks of its model know."""
     ranks = parallel_state.get_model_parallel_group().rank(), parallel_state.get_context_parallel_rank()
     return ranks == (0, 0)
+
+
+def sum_over_models(ranks: Ranks, *counts: int) -> list[int]:
+    """Sums over the data parallel ranks, of which each is several ranks with the same rows."""
+    return ranks.sum([count * counts_for_its_model() for count in counts])
+
+
+def reduced(loss_sum: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over all ranks of a loss and a number of visible pairs, scalars of one dtype."""
+    both = torch.stack([loss_sum, pairs])
+    distributed.all_reduce(both)
+    return both[0], both[1]
 
 
 def run_schedule(

@@ -5,16 +5,18 @@ Tensors carry megatron-core's own names (`decoder.layers...`, `optimizer.state.e
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import (
     get_param_id_to_sharded_param_map,
     make_sharded_optimizer_tensor,
 )
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.weight_names import (
@@ -101,6 +103,13 @@ def load_adamw(optimizer: torch.optim.AdamW, tensors: dict[str, Any], steps: flo
         for name in MOMENTS:
             values[name] = tensors[f"{number}.{name}"].to(parameter.device)
         values["step"] = torch.tensor(steps, dtype=torch.float32, device=parameter.device)
+
+
+def with_data(sharded: Any, data: Tensor) -> Any:
+    """The ShardedTensor, or factory of such, for the same place in the whole model and another tensor."""
+    if isinstance(sharded, ShardedTensorFactory):
+        return replace(sharded, data=data)
+    return replace(sharded, data=data, dtype=data.dtype)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

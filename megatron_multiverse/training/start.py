@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource, tokenizer_folder
 from megatron_multiverse.checkpoints.fresh import FreshSource
@@ -25,6 +25,7 @@ from megatron_multiverse.model.gpt import attention_case, build_gpt_model, hide_
 from megatron_multiverse.model.mcore import ensure_process_group, set_parallel_sizes
 from megatron_multiverse.parallel.ranks import Ranks, joined_ranks
 from megatron_multiverse.structure import TAGS
+from megatron_multiverse.training.deepspeed_settings import check_deepspeed
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ def joined_groups(config: TrainConfig) -> Iterator[Ranks]:
         ConfigError: see `joined_ranks`.
     """
     with joined_ranks(config.parallel.world_size) as ranks:
-        if config.uses_megatron:
+        if config.runs_on != "one_process":
             parallel = config.parallel
             ensure_process_group()
             set_parallel_sizes(
@@ -52,9 +53,11 @@ def describe_model(config: TrainConfig) -> ModelConfig:
 
     Raises:
         CheckpointError: `config.init_from` is no checkpoint.
-        ConfigError: there is no such preset, the rows of the data are longer than the model allows, or the model
-            cannot be cut into the parts of `config.parallel`.
+        ConfigError: there is no such preset, the rows of the data are longer than the model allows, the model cannot
+            be cut into the parts of `config.parallel`, or DeepSpeed is asked for and cannot run so.
     """
+    if config.runs_on == "deepspeed":
+        check_deepspeed(config)
     if config.init_from is not None:
         model_config = open_start(config.init_from, config).config
     else:
@@ -132,12 +135,21 @@ def create_model(config: TrainConfig, model_config: ModelConfig, device: torch.d
 
 
 def create_chunks(
-    config: TrainConfig, model_config: ModelConfig, device: torch.device
+    config: TrainConfig,
+    model_config: ModelConfig,
+    device: torch.device,
+    write: Callable[[nn.Parameter, Tensor], None] | None = None,
 ) -> tuple[list[nn.Module], LayerConfig]:
     """This rank's part of a model: one chunk of layers, or several with an interleaved pipeline.
 
     Fresh weights are the same however the model is cut. They are drawn on the device, so a GPU has others than a CPU,
     and they are not those of `create_model` from the same seed.
+
+    Args:
+        config: the run.
+        model_config: shape of the model.
+        device: where it goes.
+        write: puts a value into a parameter; see `model_from_source`.
 
     Returns:
         The chunks, and `config.layers` with every "auto" replaced by what runs.
@@ -154,6 +166,8 @@ def create_chunks(
     chunks = []
     for number in range(virtual):
         options: dict[str, Any] = {"layers": layers, "sequence_parallel": parallel.sequence_parallel}
+        if write is not None:
+            options["write"] = write
         stage = number if virtual > 1 else None
         chunk, padded = model_from_source(source, dtype=dtype, device=device, vp_stage=stage, **options)
         if padded.vocab_size > model_config.vocab_size:

@@ -169,7 +169,11 @@ def build_engine(
 ) -> TrainEngine:
     """The engine that the config asks for; see `EngineFactory`."""
     device = choose_device(config.device)
-    if config.uses_megatron:
+    if config.runs_on == "deepspeed":
+        from megatron_multiverse.training.zero import build_zero_engine
+
+        return build_zero_engine(config, model_config, device, loader, valid_loader)
+    if config.runs_on == "megatron":
         from megatron_multiverse.training.megatron import MegatronEngine
 
         chunks, layers = create_chunks(config, model_config, device)

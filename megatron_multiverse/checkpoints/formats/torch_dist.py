@@ -114,13 +114,14 @@ class TorchDistReader:
         """A file that holds a part of the tensor under this key."""
         return self.folder / self._info(key, self._tensor(key).chunks[0]).relative_path
 
-    def _stored(self, entry: Entry) -> tuple[str, bool]:
+    def _stored(self, entry: Entry, prefix: str = "") -> tuple[str, bool]:
         """Key of the tensor and whether its first dimension is the layer."""
         stored = self.metadata.state_dict_metadata
         for key, stacked in ((dist_key(entry), entry.layer is not None), (fused_name(entry.mcore), False)):
-            if key in stored:
-                return key, stacked
-        raise CheckpointError(f"{self.folder}: .metadata has no tensor {dist_key(entry)}, needed for {entry.mcore}")
+            if prefix + key in stored:
+                return prefix + key, stacked
+        key = prefix + dist_key(entry)
+        raise CheckpointError(f"{self.folder}: .metadata has no tensor {key}, needed for {entry.mcore}")
 
     def key(self, entry: Entry) -> str:
         """Key under which the tensor is stored."""
@@ -132,9 +133,9 @@ class TorchDistReader:
             raise CheckpointError(f"{self.folder}: {key} is no tensor in .metadata")
         return stored
 
-    def shape(self, entry: Entry) -> Shape:
-        """Shape of the whole tensor as stored."""
-        key, stacked = self._stored(entry)
+    def shape(self, entry: Entry, prefix: str = "") -> Shape:
+        """Shape of the whole tensor as stored; `prefix` as in `read`."""
+        key, stacked = self._stored(entry, prefix)
         return tuple(self._tensor(key).size)[stacked:]
 
     def dtype(self, entry: Entry) -> torch.dtype:
@@ -148,11 +149,17 @@ class TorchDistReader:
         chunk = next(iter(self._overlapping(key, entry.layer if stacked else None)))
         return self.folder / self._info(key, chunk).relative_path
 
-    def read(self, entry: Entry) -> Tensor:
-        """The whole tensor as stored."""
-        key, stacked = self._stored(entry)
+    def read(self, entry: Entry, prefix: str = "") -> Tensor:
+        """The whole tensor as stored.
+
+        Args:
+            entry: which one.
+            prefix: what stands before the key of the weight where the optimizer's state of it is meant, e.g.
+                "optimizer.state.exp_avg.".
+        """
+        key, stacked = self._stored(entry, prefix)
         layer = entry.layer if stacked else None
-        shape = self.shape(entry)
+        shape = self.shape(entry, prefix)
         whole = torch.empty(shape, dtype=self._tensor(key).properties.dtype)
         covered = 0
         for chunk in self._overlapping(key, layer):
