@@ -251,6 +251,11 @@ class TrainConfig:
             "the size to 1",
         )
         check(
+            parallel.world_size == 1 or parallel.world_size > parallel.tensor_model_parallel_size,
+            f"engine deepspeed has nothing to share: all {parallel.world_size} ranks (WORLD_SIZE) are tensor parallel. "
+            "Start more ranks, lower parallel.tensor_model_parallel_size, or set engine to megatron",
+        )
+        check(
             not parallel.sequence_parallel,
             "parallel.sequence_parallel does not go with engine deepspeed, which does not sum the gradients of norms "
             "over tensor parallel ranks: leave it out, or set engine to megatron",

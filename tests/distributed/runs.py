@@ -24,21 +24,16 @@ MODEL: dict[str, Any] = {
 
 _TP, _PP, _CP = (f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
 _SP, _VPP = "parallel.sequence_parallel", "parallel.virtual_pipeline_model_parallel_size"
-_ZERO = {"engine": "deepspeed"}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor": (2, {_TP: 2}),
     "sequence": (2, {_TP: 2, _SP: True}),
     "pipeline": (2, {_PP: 2}),
     "interleaved": (2, {_PP: 2, _VPP: 2}),
-    "data": (2, {}),
+    "data": (2, {"eval_iters": 1}),
     "context": (2, {_CP: 2}),
     "context by heads": (2, {_CP: 2, "parallel.cp_comm_type": "a2a"}),
     "tensor and pipeline": (4, {_TP: 2, _SP: True, _PP: 2}),
     "context and tensor": (4, {_CP: 2, _TP: 2, _SP: True}),
-    "zero 1": (2, {**_ZERO, "deepspeed.zero_stage": 1}),
-    "zero 2": (2, {**_ZERO, "deepspeed.zero_stage": 2}),
-    "zero 3": (2, _ZERO),
-    "zero 3 and context": (2, {**_ZERO, _CP: 2}),
 }
 """Name -> ranks and settings."""
 

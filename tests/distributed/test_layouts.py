@@ -30,8 +30,7 @@ def test_every_layout_trains_as_one_process_does(
         assert found["loss_tokens"] == reference["loss_tokens"][:steps]
         for column in ("loss", "grad_norm"):
             assert found[column] == pytest.approx(reference[column][:steps], rel=TOLERANCE)
-    if name != "data":  # each of two data parallel ranks validates on as many rows as one rank does
-        assert found["valid"][-1:] == pytest.approx(reference["valid"], rel=TOLERANCE)
+    assert found["valid"][-1:] == pytest.approx(reference["valid"], rel=TOLERANCE)
 
 
 def test_one_process_goes_on_where_several_ranks_stopped(
