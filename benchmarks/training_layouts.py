@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib.util
 import logging
 import os
 import statistics
@@ -77,8 +78,8 @@ class Options:
 
 
 def layouts(world: int) -> dict[str, dict[str, Any]]:
-    """Name -> `parallel` settings, for so many ranks."""
-    return {
+    """Name -> settings of the run, for so many ranks."""
+    parallel: dict[str, dict[str, Any]] = {
         f"TP{world}": {_TP: world},
         f"TP{world}+SP": {_TP: world, "sequence_parallel": True},
         f"CP{world} all_gather": {_CP: world},
@@ -86,6 +87,10 @@ def layouts(world: int) -> dict[str, dict[str, Any]]:
         f"PP{world}": {_PP: world},
         f"PP{world} interleaved": {_PP: world, "virtual_pipeline_model_parallel_size": 2},
         f"DP{world}": {},
+    }
+    zero: dict[str, dict[str, Any]] = {f"ZeRO-3 DP{world}": {}, f"ZeRO-3 CP{world}": {_CP: world}}
+    return {name: {"engine": "megatron", "parallel": sizes} for name, sizes in parallel.items()} | {
+        name: {"engine": "deepspeed", "parallel": sizes} for name, sizes in zero.items()
     }
 
 
@@ -170,8 +175,8 @@ def shape_of(o: Options) -> ModelConfig:
     return model
 
 
-def run_config(o: Options, model: ModelConfig, parallel: dict[str, Any]) -> TrainConfig:
-    """A training run of the megatron engine; nothing is read from its paths."""
+def run_config(o: Options, model: ModelConfig, layout: dict[str, Any]) -> TrainConfig:
+    """A training run in one layout; nothing is read from its paths."""
     recompute = {"recompute_granularity": o.recompute} if o.recompute else {}
     return TrainConfig.from_dict(
         {
@@ -182,17 +187,16 @@ def run_config(o: Options, model: ModelConfig, parallel: dict[str, Any]) -> Trai
             "checkpoint": {"save": "none"},
             "optim": {"lr": 1e-4, "lr_decay_style": "constant"},
             "layers": recompute,
-            "parallel": parallel,
-            "engine": "megatron",
+            **layout,
             "dtype": o.dtype,
             "train_iters": o.steps,
         }
     )  # fmt: skip
 
 
-def measure(o: Options, model: ModelConfig, parallel: dict[str, Any], ranks: Ranks) -> Measured:
+def measure(o: Options, model: ModelConfig, layout: dict[str, Any], ranks: Ranks) -> Measured:
     """Train so many steps in one layout."""
-    config = run_config(o, model, parallel)
+    config = run_config(o, model, layout)
     config.parallel.check_model(model)
     with joined_groups(config):
         from megatron_multiverse.model.mcore import data_parallel_rank
@@ -249,7 +253,11 @@ def chosen(o: Options, world: int) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"layouts {unknown} unknown for {world} ranks, allowed: {', '.join(known)}")
     if o.steps <= WARM_UP:
         raise ConfigError(f"steps must be above {WARM_UP}, which are not timed, got {o.steps}")
-    return {name: known[name] for name in o.layouts or known}
+    runs_zero = importlib.util.find_spec("deepspeed") is not None
+    if not runs_zero and not o.layouts:
+        print("without the layouts of ZeRO: the package deepspeed is not installed", file=sys.stderr)
+    usable = [name for name, layout in known.items() if runs_zero or layout["engine"] != "deepspeed"]
+    return {name: known[name] for name in o.layouts or usable}
 
 
 def main() -> None:
@@ -267,8 +275,8 @@ def main() -> None:
             output = o.output or str(RESULTS)
             recorder = Recorder("training_layouts", output, o.commit, key=key, command=command)
         first: list[float] = []
-        for name, parallel in wanted.items():
-            found = measure(o, model, parallel, ranks)
+        for name, layout in wanted.items():
+            found = measure(o, model, layout, ranks)
             first = first or found.losses
             difference = max(abs(a - b) / b for a, b in zip(found.losses, first, strict=True))
             if ranks.is_first:

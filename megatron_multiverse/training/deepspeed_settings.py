@@ -30,13 +30,13 @@ def check_deepspeed(config: TrainConfig) -> None:
     Raises:
         ConfigError: the package is missing, or `deepspeed.config` cannot be read or contradicts `config`.
     """
+    deepspeed_config(config)
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             "engine deepspeed needs the package deepspeed, which is not installed: "
             "pip install -c requirements/constraints-cpu.txt -e '.[deepspeed]' (constraints-gpu.txt on a GPU machine), "
             "or set engine to megatron"
         )
-    deepspeed_config(config)
 
 
 def deepspeed_config(config: TrainConfig, *, on_gpu: bool = False) -> dict[str, Any]:

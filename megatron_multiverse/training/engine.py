@@ -2,10 +2,10 @@
 
 `trainer.train` decides when something happens: which microbatches make a step, when to log, validate, save and stop.
 An engine decides how it is computed and owns everything that this needs: model, gradients, optimizer, learning rate,
-precision, devices and ranks. There are two: `one_process.OneProcessEngine`, and `megatron.MegatronEngine`, which runs
-megatron-core's pipeline schedules, its DistributedDataParallel and its distributed optimizer. One more is meant to fit
-here without a change to the loop: a DeepSpeed engine that runs ZeRO. In all engines the numbers that leave a member are
-those of the whole run, the same on every rank.
+precision, devices and ranks. There are three: `one_process.OneProcessEngine`; `megatron.MegatronEngine`, which runs
+megatron-core's pipeline schedules, its DistributedDataParallel and its distributed optimizer; and `zero.ZeroEngine`,
+which runs DeepSpeed's ZeRO. In all engines the numbers that leave a member are those of the whole run, the same on
+every rank.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class TrainEngine(Protocol):
         """One optimizer step: learning rate, forward, backward, clipping, update, gradients cleared.
 
         The loss is the mean over the trained tokens of all microbatches of all ranks. From the first step on whose
-        loss or gradient is not finite, no step updates a weight; `check` tells. Does not wait for the device.
+        loss or gradient is not finite, no step updates a weight; `check` tells. Does not wait for the device,
+        except with DeepSpeed, which looks at the gradient norm itself, so that the step raises what `check` would.
 
         Megatron: forward and backward are `get_forward_backward_func()`, the gradients are reduced by
         DistributedDataParallel, clipping and update are the distributed optimizer's. DeepSpeed: its engine's
@@ -119,7 +120,7 @@ class TrainEngine(Protocol):
 
         Tensors are placed in the whole model, so that a checkpoint fits other parallel sizes and other engines. This
         rank's part alone is given: Megatron takes it from the model's and the optimizer's `sharded_state_dict`,
-        DeepSpeed from the ranges of the flat buffers that ZeRO gave this rank.
+        with DeepSpeed the ranks take turns in collecting a parameter from all of them.
 
         Args:
             is_loading: the tensors are about to be filled from a checkpoint, which need not hold what only other
@@ -131,7 +132,7 @@ class TrainEngine(Protocol):
         """Take over what a checkpoint holds: the tensors of `state(is_loading=True)`, filled, and the plain values.
 
         Every rank gets its own part of the tensors and the same plain values. Megatron hands them to the model's and
-        the optimizer's `load_state_dict`, DeepSpeed copies them into its flat buffers.
+        the optimizer's `load_state_dict`; with DeepSpeed the ranks take turns in reading the tensors from `folder`.
 
         Args:
             state: may hold more than this engine's part.

@@ -19,6 +19,7 @@ from torch import distributed
 from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig, pad_vocab_size
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.mcore import set_parallel_sizes
+from megatron_multiverse.training.deepspeed_settings import deepspeed_config
 
 GIB = 2**30
 
@@ -34,24 +35,40 @@ class StageMemory:
     weights: int
     gradients: int
     optimizer: int
+    gathered: int
+    """Weights of other ranks that ZeRO 3 holds for the moment, and its bucket of gradients."""
     activations: int
     logits: int
+    host: int
+    """In the host's memory; not part of the total."""
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        """All of it on the GPU."""
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.gathered + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """How much a parameter takes: (bytes, ranks that share them)."""
+
+    weights: tuple[int, int]
+    gradients: tuple[int, int]
+    optimizer: tuple[int, int]
+    host: tuple[int, int] = (0, 1)
 
 
 def estimate(config: TrainConfig, model: ModelConfig) -> list[StageMemory]:
-    """What the ranks of each pipeline stage need with the megatron engine.
+    """What the ranks of each pipeline stage need with the engine megatron or deepspeed.
 
     Args:
         config: the run; its number of ranks is WORLD_SIZE.
         model: shape of the model.
 
     Raises:
-        ConfigError: the model cannot be cut into the parts of `config.parallel`.
+        ConfigError: the model cannot be cut into the parts of `config.parallel`, or the user's DeepSpeed JSON
+            contradicts `config`.
     """
     config.parallel.check_model(model)
     stages = config.parallel.pipeline_model_parallel_size
@@ -62,20 +79,53 @@ def _stage(config: TrainConfig, model: ModelConfig, stage: int) -> StageMemory:
     parallel = config.parallel
     with _pretended_ranks(config, stage):
         parameters, layers = _parameters(config, model)
-    width = 2 if config.dtype == "bf16" else 4
-    sharing = parallel.data_parallel_size * parallel.context_parallel_size
-    # Float32 weights beside bf16 ones, and AdamW's two moments.
-    optimizer = parameters * (12 if width == 2 else 8) // sharing
+    state = state_bytes(config)
+    weights, gradients, optimizer, host = (
+        parameters * size // ranks for size, ranks in (state.weights, state.gradients, state.optimizer, state.host)
+    )
     is_last = stage == parallel.pipeline_model_parallel_size - 1
     return StageMemory(
         parameters=parameters,
         layers=layers,
-        weights=parameters * width,
-        gradients=parameters * 4,
+        weights=weights,
+        gradients=gradients,
         optimizer=optimizer,
+        gathered=sum(count * size for count, size in gathered(config, parameters)),
         activations=tokens_of(config) * kept_per_token(config, model) * layers_in_flight(config, layers, stage),
         logits=tokens_of(config) * logits_per_token(config, model) if is_last else 0,
+        host=host,
     )
+
+
+def state_bytes(config: TrainConfig) -> StateBytes:
+    """What weights, gradients and optimizer take for each parameter. AdamW has two float32 moments; beside bf16 weights
+    there are float32 ones, which DeepSpeed keeps also beside float32 weights."""
+    parallel, zero = config.parallel, config.deepspeed
+    width = 2 if config.dtype == "bf16" else 4
+    sharing = parallel.data_parallel_size * parallel.context_parallel_size
+    if config.runs_on != "deepspeed":
+        return StateBytes((width, 1), (4, 1), (12 if width == 2 else 8, sharing))
+    weights = (width, sharing if zero.zero_stage == 3 else 1)
+    gradients = (4, sharing if zero.zero_stage >= 2 else 1)
+    optimizer, host = (12, sharing), 0
+    if zero.offload_optimizer == "cpu":
+        host += 12 + (4 if zero.zero_stage >= 2 else 0)
+        optimizer, gradients = (0, sharing), (0, sharing) if zero.zero_stage >= 2 else gradients
+    if zero.offload_param == "cpu":
+        host, weights = host + width, (0, sharing)
+    return StateBytes(weights, gradients, optimizer, (host, sharing))
+
+
+def gathered(config: TrainConfig, parameters: int) -> list[tuple[int, int]]:
+    """What ZeRO 3 holds beside its own share, as (elements, bytes of each): weights on the way through the layers, and
+    a bucket of gradients on the way to their ranks. DeepSpeed's defaults, unless the user's JSON says otherwise."""
+    if config.runs_on != "deepspeed" or config.deepspeed.zero_stage < 3:
+        return []
+    settings = deepspeed_config(config)["zero_optimization"]
+    live = int(settings.get("stage3_max_live_parameters", 1e9))
+    bucket = int(settings.get("reduce_bucket_size", 5e8))
+    width = 2 if config.dtype == "bf16" else 4
+    return [(min(live, parameters), width), (min(bucket, parameters), 4)]
 
 
 @contextlib.contextmanager
@@ -163,7 +213,7 @@ def layers_in_flight(config: TrainConfig, layers: int, stage: int) -> int:
 def report(config: TrainConfig, model: ModelConfig) -> str:
     """The estimate as text, with its arithmetic. Layers of activations count once for each microbatch in flight."""
     parallel, tokens, kept = config.parallel, tokens_of(config), kept_per_token(config, model)
-    sharing = parallel.data_parallel_size * parallel.context_parallel_size
+    state = state_bytes(config)
     lines = [
         f"{model.num_parameters / 1e9:.2f} billion parameters on {parallel.world_size} ranks: "
         f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
@@ -171,21 +221,36 @@ def report(config: TrainConfig, model: ModelConfig) -> str:
         f"{config.num_microbatches} microbatches of {config.data.micro_batch_size} x {config.data.seq_length} tokens",
     ]
     for stage, memory in enumerate(estimate(config, model)):
-        width = memory.weights // memory.parameters
         in_flight = layers_in_flight(config, memory.layers, stage)
         lines += [
             f"stage {stage}: {memory.layers} layers, {memory.parameters / 1e9:.3f} billion parameters on each rank",
-            f"  weights      {_gib(memory.weights)} = parameters x {width} bytes",
-            f"  gradients    {_gib(memory.gradients)} = parameters x 4 bytes",
-            f"  optimizer    {_gib(memory.optimizer)} = parameters x {12 if width == 2 else 8} bytes / {sharing} ranks",
+            f"  weights      {_gib(memory.weights)} = parameters x {_shared(state.weights)}",
+            f"  gradients    {_gib(memory.gradients)} = parameters x {_shared(state.gradients)}",
+            f"  optimizer    {_gib(memory.optimizer)} = parameters x {_shared(state.optimizer)}",
+        ]
+        if memory.gathered:
+            terms = " + ".join(
+                f"{count / 1e9:g} billion x {size} bytes" for count, size in gathered(config, memory.parameters)
+            )
+            lines.append(f"  gathered     {_gib(memory.gathered)} = {terms}")
+        lines += [
             f"  activations  {_gib(memory.activations)} = {tokens} tokens x {kept} bytes x {in_flight} layers",
         ]
         if memory.logits:
             per_token = memory.logits // tokens
             lines.append(f"  logits       {_gib(memory.logits)} = {tokens} tokens x {per_token} bytes")
         lines.append(f"  together     {_gib(memory.total)}")
+        if memory.host:
+            lines.append(f"  on the host  {_gib(memory.host)} = parameters x {_shared(state.host)}, for each GPU")
     lines.append("not counted: buffers of NCCL, workspaces, fragmentation; leave about 5 GiB for them")
     return "\n".join(lines)
+
+
+def _shared(state: tuple[int, int]) -> str:
+    size, ranks = state
+    if not size:
+        return "0 bytes, it is on the host"
+    return f"{size} bytes" + (f" / {ranks} ranks" if ranks > 1 else "")
 
 
 def _gib(size: int) -> str:

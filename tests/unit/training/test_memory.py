@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from megatron_multiverse.config import TrainConfig
-from megatron_multiverse.training.memory import kept_per_token, layers_in_flight, logits_per_token
+from megatron_multiverse.training.memory import (
+    StateBytes,
+    gathered,
+    kept_per_token,
+    layers_in_flight,
+    logits_per_token,
+    state_bytes,
+)
 
 from .synthetic import config
 
@@ -34,6 +41,10 @@ def test_the_dry_run_of_a_real_config_needs_no_gpu() -> None:
     assert 8 * sum(parameters) == pytest.approx(32.76, rel=1e-3)
     together = [float(number) for number in re.findall(r"together +([\d.]+) GiB", done.stdout)]
     assert len(together) == 2 and all(25 < number < 75 for number in together)
+    zero = dry_run(8, "qwen2.5_32b_zero3")
+    assert zero.returncode == 0, zero.stderr
+    (together, on_the_host) = re.findall(r"(?:together|on the host) +([\d.]+) GiB", zero.stdout)
+    assert 7.6 < float(together) < 75 and float(on_the_host) == pytest.approx(32.764e9 * 16 / 8 / 2**30, rel=1e-3)
     refused = dry_run(8, "qwen2.5_32b_tp8_pp2")
     assert refused.returncode == 1 and "8 ranks (WORLD_SIZE) cannot be divided into groups of 16" in refused.stderr
 
@@ -66,3 +77,26 @@ def test_earlier_stages_hold_more_microbatches(tmp_path: Path, monkeypatch: pyte
     assert [layers_in_flight(few, 2, stage) for stage in range(4)] == [4, 4, 4, 2]
     interleaved = run_of(tmp_path, monkeypatch, 4, **four, **{"parallel.virtual_pipeline_model_parallel_size": 2})
     assert [layers_in_flight(interleaved, 2, stage) for stage in range(4)] == [11, 9, 7, 5]
+
+
+def test_what_zero_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 weights, float32 gradients, float32 weights and two moments: 2 + 4 + 12 bytes."""
+
+    def state(**changes: Any) -> StateBytes:
+        zero = {f"deepspeed.{name}": value for name, value in changes.items()}
+        return state_bytes(run_of(tmp_path, monkeypatch, 8, engine="deepspeed", **zero))
+
+    assert state(zero_stage=1) == StateBytes((2, 1), (4, 1), (12, 8), (0, 8))
+    assert state(zero_stage=2) == StateBytes((2, 1), (4, 8), (12, 8), (0, 8))
+    assert state(zero_stage=3) == StateBytes((2, 8), (4, 8), (12, 8), (0, 8))
+    assert state(zero_stage=1, offload_optimizer="cpu") == StateBytes((2, 1), (4, 1), (0, 8), (12, 8))
+    everything = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+    assert state(zero_stage=3, **everything) == StateBytes((0, 8), (0, 8), (0, 8), (18, 8))
+    megatron = run_of(tmp_path, monkeypatch, 8)
+    assert state_bytes(megatron) == StateBytes((2, 1), (4, 1), (12, 8)) and gathered(megatron, 10) == []
+
+
+def test_zero_3_gathers_as_much_as_deepspeed_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"reduce_bucket_size": 7}}')
+    own = {"engine": "deepspeed", "deepspeed.config": str(tmp_path / "own.json")}
+    assert gathered(run_of(tmp_path, monkeypatch, 8, **own), 100) == [(100, 2), (7, 4)]
