@@ -174,12 +174,13 @@ def transformers_model(shape: ModelConfig | None, device: torch.device) -> nn.Mo
     """transformers' class of a shape, with the weights of `FreshSource`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    make: Any = AutoModelForCausalLM.from_config
     assert shape is not None
     source = FreshSource(shape, SEED, device)
     values = model_config_to_hf(shape, source.family, dtype="float32")
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        model: Any = make(config, attn_implementation="sdpa", dtype=torch.float32)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for entry in source.entries():

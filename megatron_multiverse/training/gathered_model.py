@@ -49,8 +49,9 @@ def save_gathered(
         names = [(state, names_on_stage(entry, first, config)[0]) for state, first in parts]
         mine = next((whole(state[name]) for state, name in names if name in state), None)
         place = parallel_state.get_tensor_model_parallel_rank()
-        gives = first_replica and mine is not None
-        found = ranks.gather_to_first((place, mine.detach().cpu().contiguous()) if gives else None)
+        found = ranks.gather_to_first(
+            None if mine is None or not first_replica else (place, mine.detach().cpu().contiguous())
+        )
         if ranks.is_first:
             shards = [tensor for _, tensor in sorted((x for x in found if x is not None), key=lambda x: x[0])]
             tensor = join(entry.rule, shards)

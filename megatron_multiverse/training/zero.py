@@ -84,7 +84,7 @@ def build_zero_engine(
         if config.deepspeed.zero_stage == 3:
             # A group that is given is that of the parameters; DeepSpeed takes none of one rank.
             group = MegatronGroups.get_data_parallel_group() if current_ranks().size > 1 else None
-            options = {"data_parallel_group": group, "tensor_overrides": [], "mpu": MegatronGroups}
+            options: dict[str, Any] = {"data_parallel_group": group, "tensor_overrides": [], "mpu": MegatronGroups}
             stack.enter_context(deepspeed.zero.Init(config_dict_or_path=settings, **options))
             write = write_partitioned
         (model,), layers = create_chunks(config, model_config, device, write)

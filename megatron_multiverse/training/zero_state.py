@@ -159,9 +159,10 @@ class ZeroState:
         """Give this rank its part of a moment, or of the float32 weight."""
         from deepspeed import utils
 
-        local = hasattr(parameter, "ds_tensor")
-        if local:  # DeepSpeed's own setter of whole values fails where the ranks do not divide the elements
-            length = parameter.ds_tensor.numel()
+        part: Tensor | None = getattr(parameter, "ds_tensor", None)
+        local = part is not None
+        if part is not None:  # DeepSpeed's own setter of whole values fails where the ranks do not divide the elements
+            length = part.numel()
             value = functional.pad(value.flatten(), (0, length * self.size - value.numel()))
             value = value[length * self.rank : length * (self.rank + 1)]
         if moment is None:
