@@ -7,7 +7,7 @@ long prompts by flash attention; on a CPU and in float64 by rectangles for torch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -28,20 +28,17 @@ LONGEST_LISTED = 64
 """Tokens of a row beyond which it is a prompt, whose keys are better read once than once per eight tokens."""
 
 
+@dataclass(eq=False)
 class TreeDecode:
-    """Attention of the new tokens of a step; see `tree_decode_reference` for the arguments.
+    """Attention of the new tokens of a step; see `tree_decode_reference` for the arguments."""
 
-    Args:
-        pages: int32 [rows, p].
-        lengths: int32 [rows].
-        borders: int64 [rows + 1].
-    """
-
-    def __init__(
-        self, pages: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32], borders: npt.NDArray[np.int64]
-    ) -> None:
-        self._arrays = pages, lengths, borders
-        self._attend: Attention | None = None
+    pages: npt.NDArray[np.int32]
+    """[rows, p]."""
+    lengths: npt.NDArray[np.int32]
+    """[rows]."""
+    borders: npt.NDArray[np.int64]
+    """[rows + 1]."""
+    _attend: Attention | None = field(default=None, init=False)
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, softmax_scale: float) -> Tensor:
         """query [tokens, heads, dim], keys and values [pages, page_size, kv heads, dim] -> [tokens, heads, dim].
@@ -54,7 +51,7 @@ class TreeDecode:
 
     def _prepare(self, query: Tensor, keys: Tensor) -> Attention:
         page_size, kv_heads = keys.shape[1:3]
-        pages, lengths, borders = self._arrays
+        pages, lengths, borders = self.pages, self.lengths, self.borders
         long = np.diff(borders) > LONGEST_LISTED
         listed = query.is_cuda and (query.dtype == torch.float32 or query.dtype.itemsize == 2)
         if not listed or (long.any() and query.dtype.itemsize != 2):

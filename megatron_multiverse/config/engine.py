@@ -57,3 +57,7 @@ class EngineConfig:
         for name in ("max_paths", "max_depth"):
             value = getattr(self, name)
             refuse_unless(value is None or value >= 0, f"{name} must not be negative (unset for no limit), got {value}")
+
+    def pages_for(self, longest: int) -> int:
+        """Pages for eight answers of `longest` tokens, prompt included, and their forks."""
+        return 8 * (-(-longest // self.page_size) + 16)

@@ -188,7 +188,7 @@ def fork_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, *
     inside: list[float] = []
     done: list[Result] = []
     while not done:
-        live = len(engine.scheduler.nodes)
+        live = len(engine.scheduler.places.nodes)
         start = time.perf_counter()
         done = engine.step()
         seconds = time.perf_counter() - start

@@ -14,7 +14,7 @@ from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config.engine import EngineConfig
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.inference.engine import Engine, pages_for
+from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.model.mcore import set_parallel_sizes
 from megatron_multiverse.parallel.ranks import Ranks, joined_ranks
@@ -45,7 +45,7 @@ def build_engine(
     model, model_config = load_checkpoint(load, dtype=dtype, device=device)
     if not config.num_pages:
         longest = longest or model_config.max_sequence_length
-        config = dataclasses.replace(config, num_pages=pages_for(longest, config))
+        config = dataclasses.replace(config, num_pages=config.pages_for(longest))
     return Engine(
         model,
         tokenizer.structure_vocab,

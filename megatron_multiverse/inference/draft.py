@@ -1,15 +1,16 @@
-"""The step that is being planned: rows are gathered one by one and become the arrays of a `StepPlan`."""
+"""The step that is being planned: branches are fed one by one, and their rows become the arrays of a `StepPlan`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_multiverse.inference.cache.tree import Node, PageTree
-from megatron_multiverse.inference.sampling_plan import Sampled, Scored, sampling_arrays, scored_arrays
-from megatron_multiverse.inference.step.plan import StepPlan
+from megatron_multiverse.inference.sampling_plan import NO_SCORES, Sampled, Scored, scored_arrays, shaping_arrays
+from megatron_multiverse.inference.step.plan import SamplingArrays, StepPlan
+from megatron_multiverse.inference.text.branch import Awaited, Branch
+from megatron_multiverse.inference.text.state import RequestState
 
 
 class Step(NamedTuple):
@@ -22,49 +23,123 @@ class Step(NamedTuple):
     """Pieces of prompts, one after the other in `plan.scored`."""
 
 
-@dataclass
 class Draft:
-    """The rows of a step, one entry each; a row is one branch with the tokens it brings."""
+    """The rows of a step; a row is one branch with the tokens it brings.
 
-    nodes: list[Node] = field(default_factory=list)
-    """Where the branch stands in the cache."""
-    counts: list[int] = field(default_factory=list)
-    """How many tokens it brings."""
-    first_positions: list[int] = field(default_factory=list)
-    """Position of the first of them; the others follow it."""
-    ids: list[int] = field(default_factory=list)
-    """The tokens of all rows, one row after the other; 0 where the step in flight will say it."""
-    sources: list[tuple[int, int]] = field(default_factory=list)
-    """(index in `ids`, sampled row of the step in flight) of those."""
-    sample: list[int] = field(default_factory=list)
-    """Rows that want a token after their last one."""
-    sampled: list[Sampled] = field(default_factory=list)
-    """Whom these tokens belong to."""
-    draws: list[int] = field(default_factory=list)
-    """Index of each of them among those its branch draws."""
-    coming: list[int] = field(default_factory=list)
-    """For each of them the row of the step in flight that draws the token before it; -1 where it is known."""
-    scored: list[Scored] = field(default_factory=list)
-    """Pieces of prompts whose log-probabilities are asked for."""
+    Args:
+        tree: makes room for the tokens.
+        number: of the step.
+        in_flight: whether the tokens of the step before it are still to come; they are taken from the device then.
+        max_rows: most rows.
+        token_room: most tokens beyond one per row.
+        row_room: most rows of each request; None for no limit.
+    """
 
-    def make_plan(self, tree: PageTree) -> StepPlan:
-        """The rows as arrays. Python work is per row, never per token."""
-        book = tree.book
-        counts = np.array(self.counts, dtype=np.int64)
+    def __init__(
+        self,
+        tree: PageTree,
+        *,
+        number: int,
+        in_flight: bool,
+        max_rows: int,
+        token_room: int,
+        row_room: dict[RequestState, int] | None = None,
+    ) -> None:
+        self.tree = tree
+        self.number = number
+        self.in_flight = in_flight
+        self.max_rows = max_rows
+        self.token_room = token_room
+        """What is left of it."""
+        self.row_room = row_room
+        """What is left of it."""
+        self.pages_short = False
+        """Whether something that runs waits for pages."""
+        self.nodes: list[Node] = []
+        """Where the branch of each row stands in the cache."""
+        self._counts: list[int] = []  # for each row the tokens that it brings
+        self._first_positions: list[int] = []  # position of the first of them; the others follow it
+        self._ids: list[int] = []  # the tokens, one row after the other; 0 where the step in flight will say it
+        self._sources: list[tuple[int, int]] = []  # of those: (index in `_ids`, sampled row of the step in flight)
+        self._sample: list[int] = []  # rows that want a token after their last one
+        self._sampled: list[Sampled] = []  # whom these tokens belong to
+        self._scored: list[Scored] = []  # pieces of prompts whose log-probabilities are asked for
+
+    @property
+    def rows_left(self) -> int:
+        """Rows that may still enter."""
+        return self.max_rows - len(self.nodes)
+
+    def feed(self, state: RequestState, branch: Branch, node: Node, most: int | None = None) -> None:
+        """Put a branch into the step with its next tokens, as many as fit or as `most` says; leave it out if there is
+        no row for it, or no page."""
+        known, start = len(branch.ids), branch.fed
+        all_joined = branch.num_joined == len(branch.blocks)
+        coming = self._coming(branch) if self.in_flight else None
+        end = branch.feed_end if not all_joined else known if coming is None else known + 1
+        if start == end:
+            return
+        row_room = self.row_room
+        if len(self.nodes) >= self.max_rows or (row_room is not None and row_room[state] < 1):
+            if coming is None:
+                state.end_span(branch, state.step + self.in_flight)
+            return
+        count = end - start
+        if count > 1:  # one token always enters
+            count = most or min(count, max(1, self.token_room))
+        if not self.tree.append(node, count):
+            self.pages_short = True
+            return
+        if count > 1:
+            self.token_room -= count
+        if row_room is not None:
+            row_room[state] -= 1
+        branch.fed = fed = start + count
+        if fed == end and all_joined and branch.finish is None:
+            self._sample.append(len(self.nodes))
+            self._sampled.append(Sampled(state, branch, end))
+            if branch.span_start is None:
+                branch.span_start = (state.step + self.in_flight, end)  # the timeline shows it from here
+        if state.scores is not None and state.scores_prompt and start + 1 < branch.prompt_length:
+            last = min(fed, branch.prompt_length - 1)
+            self._scored.append(Scored(state, len(self._ids), start, last - start))
+        self.nodes.append(node)
+        self._counts.append(count)
+        if start < known:
+            self._first_positions.append(branch.positions[start])
+            self._ids += branch.ids[start:fed]
+        else:
+            assert coming is not None, "the step in flight draws what is fed before it is known"
+            self._first_positions.append(branch.next_position)
+            self._sources.append((len(self._ids), coming.row))
+            self._ids.append(0)
+
+    def _coming(self, branch: Branch) -> Awaited | None:
+        """The draw of the step in flight that gives a branch its next token, if there is one."""
+        awaited = branch.awaits
+        if awaited is None or awaited.step != self.number - 1 or branch.fed != awaited.length:
+            return None  # not after the branch stepped back, when it is fed from its beginning
+        return awaited if branch.goes_on_after(awaited.length) else None
+
+    def finish(self) -> Step:
+        """The rows as arrays; every branch that draws in the step remembers so. Python work is per row, never per
+        token."""
+        tree, book = self.tree, self.tree.book
+        counts = np.array(self._counts, dtype=np.int64)
         borders = np.zeros(len(counts) + 1, dtype=np.int64)
         np.cumsum(counts, out=borders[1:])
-        first = np.array(self.first_positions, dtype=np.int64)
+        first = np.array(self._first_positions, dtype=np.int64)
         widest = max([node.num_pages for node in self.nodes])
         pages = np.full((len(counts), widest), book.num_pages, dtype=np.int32)
         for line, node in zip(pages, self.nodes, strict=True):
             line[: node.num_pages] = node.pages
         copies, write_slots, write_tokens = tree.take_ledger()
-        sources = np.full(len(self.ids), -1, dtype=np.int64)
-        for token, row in self.sources:
+        sources = np.full(len(self._ids), -1, dtype=np.int64)
+        for token, row in self._sources:
             sources[token] = row
-        return StepPlan(
+        plan = StepPlan(
             copies=copies,
-            ids=np.array(self.ids, dtype=np.int64),
+            ids=np.array(self._ids, dtype=np.int64),
             sources=sources,
             positions=np.repeat(first - borders[:-1], counts) + np.arange(borders[-1]),
             borders=borders,
@@ -72,8 +147,22 @@ class Draft:
             lengths=np.array([node.length for node in self.nodes], dtype=np.int32),
             write_slots=write_slots,
             write_tokens=write_tokens,
-            sample=np.array(self.sample, dtype=np.int64),
-            sampling=sampling_arrays(self.sampled, self.draws, self.coming),
-            **scored_arrays(self.scored),
+            sample=np.array(self._sample, dtype=np.int64),
+            sampling=self._sampling(),
+            **(scored_arrays(self._scored) if self._scored else NO_SCORES),
             freed=np.array(book.take_freed() if book.freed else (), dtype=np.int64),
+        )
+        for row, (_, branch, length) in enumerate(self._sampled):
+            branch.awaits = Awaited(self.number, row, length)
+        return Step(plan, self._sampled, self._scored)
+
+    def _sampling(self) -> SamplingArrays:
+        """How each row that wants a token draws it."""
+        sampled = self._sampled
+        params = [state.request.sampling for state, _, _ in sampled]
+        return SamplingArrays(
+            keys=np.array([branch.key for _, branch, _ in sampled], dtype=np.int64),
+            indices=np.array([b.num_sampled + length - len(b.ids) for _, b, length in sampled], dtype=np.int64),
+            temperature=np.array([p.temperature for p in params], dtype=np.float64),
+            shaping=shaping_arrays(sampled) if any(p.is_shaped or p.min_tokens for p in params) else None,
         )

@@ -18,7 +18,7 @@ for ever."""
 def preempt(scheduler: Scheduler, state: RequestState) -> None:
     """Take back everything the request holds; it is the next to be admitted, once as many pages are free."""
     state.preemptions += 1
-    state.pages_wanted = len({page for pages in scheduler.pages_of(state) for page in pages}) + 1
+    state.pages_wanted = len({page for pages in scheduler.places.pages_of(state) for page in pages}) + 1
     scheduler.remove(state)
     scheduler.waiting.appendleft(state)
 
@@ -42,7 +42,7 @@ def restart(scheduler: Scheduler) -> None:
     """Nothing computed so far is to be read again: all active requests step back, to start again in their order."""
     for state in reversed(scheduler.active.copy()):
         preempt(scheduler, state)
-    scheduler.prefixes.clear()
+    scheduler.places.prefixes.clear()
 
 
 def recover(scheduler: Scheduler, error: BaseException) -> list[RequestState]:

@@ -1,4 +1,4 @@
-"""What a step needs to know to draw a token for each of its rows: from requests and branches to arrays."""
+"""What a step needs to know about rows that ask for more than a temperature: from requests and branches to arrays."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_multiverse.config.sampling import SamplingParams
-from megatron_multiverse.inference.step.plan import Ints, SamplingArrays, Shaping
+from megatron_multiverse.inference.step.plan import Floats, Ints, Shaping, StepOutput
 from megatron_multiverse.inference.text.branch import Branch
 from megatron_multiverse.inference.text.state import RequestState
-from megatron_multiverse.inference.text.stops import banned_ids
 
 _NONE = np.zeros(0, dtype=np.int64)
+NO_SCORES = {"scored": _NONE, "targets": _NONE, "num_scores": _NONE}
+"""What `scored_arrays` gives for nothing."""
 
 
 class Sampled(NamedTuple):
@@ -37,9 +37,7 @@ class Scored(NamedTuple):
 
 
 def scored_arrays(scored: Sequence[Scored]) -> dict[str, Ints]:
-    """The fields of a `StepPlan` that ask for log-probabilities of known tokens."""
-    if not scored:
-        return {"scored": _NONE, "targets": _NONE, "num_scores": _NONE}
+    """The fields of a `StepPlan` that ask for log-probabilities of known tokens; at least one piece."""
     targets = [token for piece in scored for token in piece.state.root.ids[piece.first + 1 :][: piece.num_tokens]]
     counts = [piece.num_tokens for piece in scored]
     tops = [piece.state.request.sampling.prompt_logprobs or 0 for piece in scored]
@@ -50,34 +48,23 @@ def scored_arrays(scored: Sequence[Scored]) -> dict[str, Ints]:
     }
 
 
-def sampling_arrays(sampled: Sequence[Sampled], draws: Sequence[int], coming: Sequence[int]) -> SamplingArrays:
-    """How each of these branches draws its next token.
+def keep_scores(scored: Sequence[Scored], output: StepOutput) -> None:
+    """Give requests the log-probabilities of these pieces of their prompts."""
+    start = 0
+    for state, _, first, count in scored:
+        end, top = start + count, state.request.sampling.prompt_logprobs or 0
+        if state.scores is not None:
+            tops = [output.score_top(index, top) for index in range(start, end)]
+            state.scores.put(first + 1, output.scores[start:end].tolist(), tops)
+        start = end
 
-    Args:
-        sampled: the branches.
-        draws: index of the token among those its branch draws.
-        coming: the row of the step in flight that draws the token before it; -1 where that is known.
-    """
+
+def shaping_arrays(sampled: Sequence[Sampled]) -> Shaping | None:
+    """What changes the distributions of the next tokens of these branches; None if nothing does."""
     params = [state.request.sampling for state, _, _ in sampled]
-    banned = [
-        banned_ids(p, branch, ahead=length - len(branch.ids)) if p.min_tokens else ()
-        for p, (_, branch, length) in zip(params, sampled, strict=True)
-    ]
-    shaped = any(p.is_shaped for p in params) or any(banned)
-    return SamplingArrays(
-        keys=np.array([branch.key for _, branch, _ in sampled], dtype=np.int64),
-        indices=np.array(draws, dtype=np.int64),
-        temperature=np.array([p.temperature for p in params], dtype=np.float64),
-        shaping=_shaping(sampled, params, banned, coming) if shaped else None,
-    )
-
-
-def _shaping(
-    sampled: Sequence[Sampled],
-    params: Sequence[SamplingParams],
-    banned: Sequence[Sequence[int]],
-    coming: Sequence[int],
-) -> Shaping:
+    banned = [_banned_ids(row) for row in sampled]
+    if not any(banned) and not any(p.is_shaped for p in params):
+        return None
     biases: list[tuple[int, int, float]] = []
     for row, p in enumerate(params):
         bias = p.logit_bias | dict.fromkeys(banned[row], -np.inf)
@@ -86,7 +73,7 @@ def _shaping(
     seen = [sampled[row].branch.seen for row in rows]
     exempt = sampled[0].branch.machine.vocab.tag_ids
 
-    def floats(values: Sequence[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def floats(values: Sequence[float]) -> Floats:
         return np.array(values, dtype=np.float64)
 
     return Shaping(
@@ -101,9 +88,22 @@ def _shaping(
         repetition=floats([params[row].repetition_penalty for row in rows]),
         presence=floats([params[row].presence_penalty for row in rows]),
         frequency=floats([params[row].frequency_penalty for row in rows]),
-        coming=np.array([coming[row] for row in rows], dtype=np.int64),
+        coming=np.array([_coming_row(sampled[row]) for row in rows], dtype=np.int64),
         seen_rows=np.repeat(np.arange(len(rows)), [len(counts.ids) for counts in seen if counts]),
         seen_ids=np.concatenate([_NONE, *(counts.ids for counts in seen if counts)]),
         seen_counts=np.concatenate([_NONE, *(counts.counts for counts in seen if counts)]),
         exempt=np.array(exempt, dtype=np.int64),
     )
+
+
+def _banned_ids(sampled: Sampled) -> frozenset[int]:
+    """Ids that may not be drawn now, since the answer has fewer than `min_tokens`."""
+    state, branch, length = sampled
+    total = branch.total + length - len(branch.ids)  # the last token may be drawn, but not written yet
+    return branch.end_ids if branch.parent is None and total < state.request.sampling.min_tokens else frozenset()
+
+
+def _coming_row(sampled: Sampled) -> int:
+    """The row of the step in flight that draws the token before this one; -1 where that is known."""
+    _, branch, length = sampled
+    return branch.awaits.row if branch.awaits is not None and length > len(branch.ids) else -1

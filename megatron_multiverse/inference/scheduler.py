@@ -11,29 +11,21 @@ Each step is planned in this order, over requests first come first served:
 4. prompts, in chunks, with the tokens that the step has left: known pages are taken over, the others computed;
 5. new requests, unless something that already runs waits for pages.
 
-A branch is fed only up to `Block.at` of its next block, until that block is joined in the cache (`text/feed.py`). If
-nothing can run, `preemption.py` decides who steps back.
+A branch is fed only up to `Block.at` of its next block, until that block is joined in the cache (`Branch.feed_end`).
+`draft.py` gathers the rows, `places.py` knows where the branches stand in the cache. If nothing can run,
+`preemption.py` decides who steps back.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 
 from megatron_multiverse.inference.cache.book import PageBook
-from megatron_multiverse.inference.cache.prefix import PageKeys, PrefixCache
-from megatron_multiverse.inference.cache.tree import Node, PageTree
+from megatron_multiverse.inference.cache.tree import Node
 from megatron_multiverse.inference.draft import Draft, Step
-from megatron_multiverse.inference.sampling_plan import Sampled, Scored
-from megatron_multiverse.inference.text.branch import Awaited, Block, Branch
-from megatron_multiverse.inference.text.feed import (
-    block_to_join,
-    cache_block,
-    feed_end,
-    goes_on_after,
-    is_fed,
-    wants_row,
-)
+from megatron_multiverse.inference.places import Places
+from megatron_multiverse.inference.sampling_plan import Sampled
+from megatron_multiverse.inference.text.branch import Block
 from megatron_multiverse.inference.text.state import RequestState
 from megatron_multiverse.inference.width import StepTime, allot
 
@@ -64,26 +56,18 @@ class Scheduler:
         latency_target: float | None = None,
     ) -> None:
         self.book = book
-        self.prefixes = PrefixCache(book, enabled=prefix_cache)
-        self.tree = PageTree(book)
+        self.places = Places(book, prefix_cache=prefix_cache)
         self.max_rows = max_rows
         self.max_step_tokens = max_step_tokens
         self.step_time = step_time
         self.latency_target = latency_target
         self.waiting: deque[RequestState] = deque()
         self.active: list[RequestState] = []
-        self.nodes: dict[Branch, Node] = {}
-        """Each branch's node in the cache. Branches that have not started, or were joined into their parent, have
-        none."""
         self.planned = 0
         """Number of the step planned last."""
         self.in_flight = False
         """Whether that step's tokens are still to come; the next one then takes them from the device."""
-        self._keys: dict[RequestState, PageKeys] = {}
-        self._draft = Draft()
-        self._token_room = 0  # tokens beyond one per row that may still enter the step
-        self._row_room: dict[RequestState, int] | None = None  # rows that each request may still bring; None: no limit
-        self._pages_short = False  # something that runs waits for pages: admit nothing new
+        self._pages_short = False  # whether something that runs waited for pages when the last step was planned
         self._with_blocks: list[RequestState] = []  # requests with a block that has yet to fork or join in the cache
         self._prompts: list[RequestState] = []  # requests whose prompt is not fed yet
         self._joined: list[Node] = []  # their pages come free once the step is planned
@@ -91,52 +75,46 @@ class Scheduler:
     def plan(self) -> Step | None:
         """The next step; None if nothing can run (or nothing is left to do)."""
         while True:
-            self._begin_step()
+            row_room, token_room = self._room()
+            draft = Draft(
+                self.places.tree,
+                number=self.planned + 1,
+                in_flight=self.in_flight,
+                max_rows=self.max_rows,
+                token_room=token_room,
+                row_room=row_room,
+            )
+            self._feed_branches(draft)
             for state in self._with_blocks:
-                self._join(state)
-                self._start_paths(state)
+                self._join(draft, state)
+                self._start_paths(draft, state)
             for state in self._prompts:
-                self._feed_prompt(state)
-            self._admit()
+                self._feed_prompt(draft, state)
+            if self.waiting:
+                self._admit(draft)
             pages_came_free = False
-            if not self._draft.nodes:
+            if not draft.nodes:
                 # Nothing fits at once: let single paths join, oldest request first.
                 for state in self._with_blocks:
                     pages_came_free |= self._join_one_by_one(state)
-                    self._join(state)
-                    self._start_paths(state)
-            step = self._make_step() if self._draft.nodes else None
+                    self._join(draft, state)
+                    self._start_paths(draft, state)
+            self._pages_short = draft.pages_short
+            step = draft.finish() if draft.nodes else None
+            self.planned += step is not None
             for node in self._joined:
-                self.tree.free(node)
+                self.places.tree.free(node)
             if step is not None or not (self._joined or pages_came_free):
                 return step
 
-    def _begin_step(self) -> None:
-        """Feed every branch that has something to feed, but for prompts."""
-        self._draft = Draft()
-        self._share_step()
-        self._pages_short = False
-        self._with_blocks, self._prompts, self._joined = [], [], []
-        for state in self.active:
-            root = state.root
-            if root.fed < root.prompt_length and in_prompt(root):
-                self._prompts.append(state)
-                continue
-            plain = True
-            for branch in state.live:
-                self._feed(state, branch)
-                plain = plain and branch.finish is None and branch.num_joined == len(branch.blocks)
-            if not plain:
-                state.live = [branch for branch in state.live if not is_fed(branch)]
-                self._with_blocks.append(state)
-
-    def _share_step(self) -> None:
-        """How many rows each request may bring, and how many tokens beyond them may enter."""
-        self._token_room, self._row_room = self.max_step_tokens, None
+    def _room(self) -> tuple[dict[RequestState, int] | None, int]:
+        """How many rows each request may bring to a step (None: no limit), and how many tokens beyond one per row may
+        enter."""
+        # Without blocks it is one row each, and no more requests run than there are rows.
         if self.latency_target is None and not any(state.root.blocks for state in self.active):
-            return  # one row each, and no more requests run than there are rows
+            return None, self.max_step_tokens
         wanted = [self._wanted(state) for state in self.active]
-        prompt = sum(state.root.prompt_length - state.root.fed for state in self.active if in_prompt(state.root))
+        prompt = sum([s.root.prompt_length - s.root.fed for s in self.active if s.root.in_prompt])
         if not self._pages_short:
             for _, state in zip(range(self.max_rows - len(self.active)), self.waiting, strict=False):
                 wanted.append([state.root.prompt_length])
@@ -144,7 +122,7 @@ class Scheduler:
                 if prompt >= self.max_step_tokens:
                     break
         if self.latency_target is None and sum(map(len, wanted)) <= self.max_rows:
-            return
+            return None, self.max_step_tokens
         widths = allot(
             wanted,
             max_rows=self.max_rows,
@@ -154,283 +132,164 @@ class Scheduler:
             time=self.step_time,
             target=float("inf") if self.latency_target is None else self.latency_target,
         )
-        self._token_room = widths.prompt
-        self._row_room = dict(zip(self.active, widths.rows, strict=False))
+        return dict(zip(self.active, widths.rows, strict=False)), widths.prompt
 
     def _wanted(self, state: RequestState) -> list[int]:
         """Tokens that each row sees which the request would bring if there were no limit: at least as many rows as it
         turns out to have."""
+        nodes = self.places.nodes
         if not state.root.blocks:
-            return [self.nodes[state.root].length]
+            return [nodes[state.root].length]
         visible = []
         for branch in state.live:
-            length = self.nodes[branch].length
-            block = cache_block(branch)
+            length = nodes[branch].length
+            block = branch.cache_block
             starting = 0 if block is None else len(block.kids) - block.started
-            joining = block is not None and not starting and block_to_join(branch) is not None
-            visible += [length] * (wants_row(branch) + starting + joining)
+            joining = block is not None and not starting and branch.block_to_join is not None
+            visible += [length] * (branch.wants_row + starting + joining)
         return visible[: state.request.sampling.max_concurrent_branches]
 
-    def _feed(self, state: RequestState, branch: Branch, most: int | None = None) -> None:
-        """Put the branch into the step with its next tokens, as many as fit or as `most` says; leave it out if there is
-        no row for it, or no page."""
-        all_joined = branch.num_joined == len(branch.blocks)
-        known = len(branch.ids)
-        ahead = self.in_flight and branch.awaits is not None and self._is_coming(branch, branch.awaits)
-        start, end = branch.fed, known + ahead if all_joined else feed_end(branch)
-        if start == end:
-            return
-        draft, row_room = self._draft, self._row_room
-        if len(draft.nodes) >= self.max_rows or (row_room is not None and row_room[state] < 1):
-            if not ahead:
-                state.end_span(branch, state.step + self.in_flight)
-            return
-        node = self.nodes[branch]
-        count = end - start
-        if count > 1:  # one token always enters
-            count = most or min(count, max(1, self._token_room))
-        if not self.tree.append(node, count):
-            self._pages_short = True
-            return
-        if count > 1:
-            self._token_room -= count
-        if row_room is not None:
-            row_room[state] -= 1
-        branch.fed += count
-        if all_joined and branch.finish is None and branch.fed == end:
-            draft.sample.append(len(draft.nodes))
-            draft.sampled.append(Sampled(state, branch, end))
-            draft.draws.append(branch.num_sampled + ahead)
-            draft.coming.append(branch.awaits.row if ahead and branch.awaits is not None else -1)
-            if branch.span_start is None:
-                branch.span_start = (state.step + self.in_flight, end)  # the timeline shows it from here
-        if state.scores_prompt and start + 1 < branch.prompt_length:
-            last = min(start + count, branch.prompt_length - 1)
-            draft.scored.append(Scored(state, len(draft.ids), start, last - start))
-        draft.nodes.append(node)
-        draft.counts.append(count)
-        if start < known:
-            draft.first_positions.append(branch.positions[start])
-            draft.ids += branch.ids[start : start + count]
-        else:  # the token that the step in flight draws
-            assert branch.awaits is not None
-            draft.first_positions.append(branch.next_position)
-            draft.sources.append((len(draft.ids), branch.awaits.row))
-            draft.ids.append(0)
+    def _feed_branches(self, draft: Draft) -> None:
+        """Feed every branch that has something to feed, but for prompts."""
+        self._with_blocks, self._prompts, self._joined = [], [], []
+        feed, nodes = draft.feed, self.places.nodes
+        for state in self.active:
+            root = state.root
+            if root.fed < root.prompt_length and root.in_prompt:
+                self._prompts.append(state)
+                continue
+            plain = True
+            for branch in state.live:
+                feed(state, branch, nodes[branch])
+                plain = plain and branch.finish is None and branch.num_joined == len(branch.blocks)
+            if not plain:
+                state.live = [branch for branch in state.live if not branch.is_fed]
+                self._with_blocks.append(state)
 
-    def _feed_prompt(self, state: RequestState) -> None:
-        """Take over the known pages of a text up to its first fork, then put a chunk of the rest into the step."""
-        root, node, size = state.root, self.nodes[state.root], self.book.page_size
-        keys, end = self._keys[state], feed_end(root)
-        known: list[int] = []
-        if node.length % size == 0 and not state.scores_prompt:
-            known = self.prefixes.find(keys, root.ids, node.length // size, (end - 1) // size)
-        if known:
-            self.tree.share(node, known)
-            root.fed = node.length
-            state.cached_tokens += len(known) * size if state.preemptions == 0 else 0
-        start = root.fed
-        count = min(end - start, self._token_room, MOST_SCORED if state.scores_prompt else end)
+    def _feed_prompt(self, draft: Draft, state: RequestState) -> None:
+        """Put a chunk of a prompt, up to the first fork in it, into the step; what is known of it is taken over."""
+        self.places.take_known(state)
+        root, size = state.root, self.book.page_size
+        start, end = root.fed, root.feed_end
+        count = min(end - start, draft.token_room, MOST_SCORED if state.scores_prompt else end)
         if count < 1:
             return
         if start + count < end:
             # A chunk ends with a page, so that the pages after it can be taken over once another request has them.
             border = (start + count) // size * size
             count = border - start if border > start else count
-        self._feed(state, root, count)
-        self.prefixes.add(keys, root.ids, node.pages, start // size, root.fed // size)
+        draft.feed(state, root, self.places.nodes[root], count)
+        self.places.keep(state, start, root.fed)
 
-    def _place(self, state: RequestState, branch: Branch, node: Node) -> None:
-        """A branch gets a place in the cache."""
-        self.nodes[branch] = node
-        state.live.append(branch)
-
-    def _join(self, state: RequestState) -> None:
+    def _join(self, draft: Draft, state: RequestState) -> None:
         """Every parent whose paths are fed to the end takes their pages over and goes on."""
+        nodes, tree = self.places.nodes, self.places.tree
         for branch in list(state.live):
-            block = block_to_join(branch)
+            block = branch.block_to_join
             if block is None:
                 continue
-            kids = [self.nodes[kid] for kid in block.kids if kid in self.nodes]
+            kids = [nodes[kid] for kid in block.kids if kid in nodes]
             if kids:
-                node = self.nodes[branch]
-                if self.tree.join_cost(node, kids) > self.book.available:
-                    self._pages_short = True
+                node = nodes[branch]
+                if tree.join_cost(node, kids) > self.book.available:
+                    draft.pages_short = True
                     continue
-                self.tree.join(node, kids)
+                tree.join(node, kids)
                 self._joined += kids  # this step may still compute their last tokens, over their own pages
             for kid in block.kids:
-                self.nodes.pop(kid, None)
+                nodes.pop(kid, None)
             branch.num_joined += 1
-            self._feed(state, branch)
+            draft.feed(state, branch, nodes[branch])
 
     def _join_one_by_one(self, state: RequestState) -> bool:
         """The way out when no row can run: each path that joins frees its pages for the next. Whether any did."""
+        nodes, tree = self.places.nodes, self.places.tree
         pages_came_free = False
         for branch in state.live:
-            block = block_to_join(branch)
+            block = branch.block_to_join
             for kid in block.kids if block is not None else ():
-                node = self.nodes.get(kid)
-                if node is not None and self.tree.join_cost(self.nodes[branch], [node]) <= self.book.available:
-                    self.tree.join(self.nodes[branch], [node])
-                    self.tree.free(self.nodes.pop(kid))
+                node = nodes.get(kid)
+                if node is not None and tree.join_cost(nodes[branch], [node]) <= self.book.available:
+                    tree.join(nodes[branch], [node])
+                    tree.free(nodes.pop(kid))
                     pages_came_free = True
         return pages_came_free
 
-    def _start_paths(self, state: RequestState) -> None:
+    def _start_paths(self, draft: Draft, state: RequestState) -> None:
         """Start as many paths as there are rows and pages for, in their order."""
+        places = self.places
         limit = min(self.max_rows, state.request.sampling.max_concurrent_branches or self.max_rows)
         for branch in reversed(list(state.live)):  # inner branches started later, so their paths go first
-            block = cache_block(branch)
+            block = branch.cache_block
             if block is None or branch.fed < block.at or block.started == len(block.kids):
                 continue
-            free = min(self.max_rows - len(self._draft.nodes), limit - sum(map(wants_row, state.live)))
-            if self._row_room is not None:
-                free = min(free, self._row_room[state])
+            free = min(draft.rows_left, limit - sum([other.wants_row for other in state.live]))
+            if draft.row_room is not None:
+                free = min(free, draft.row_room[state])
             wish = min(len(block.kids) - block.started, free)
-            count = self._affordable(self.nodes[branch], block, wish)
-            self._pages_short |= count < wish
+            count = self._affordable(places.nodes[branch], block, wish)
+            draft.pages_short |= count < wish
             if count < 1:
                 continue
             kids = block.kids[block.started : block.started + count]
             block.started += count
-            for kid, node in zip(kids, self.tree.fork(self.nodes[branch], count), strict=True):
-                self._place(state, kid, node)
-                self._feed(state, kid)
+            for kid, node in zip(kids, places.tree.fork(places.nodes[branch], count), strict=True):
+                places.put(state, kid, node)
+                draft.feed(state, kid, node)
 
     def _affordable(self, node: Node, block: Block, count: int) -> int:
         """How many of the next `count` paths the pages hold, each with the tokens it would bring first."""
         open_slots = node.length % self.book.page_size
         pages = 0
         for k, kid in enumerate(block.kids[block.started : block.started + max(count, 0)]):
-            first = min(feed_end(kid), self.max_step_tokens)
+            first = min(kid.feed_end, self.max_step_tokens)
             pages += -(-(open_slots + first) // self.book.page_size)
             if pages > self.book.available:
                 return k
         return max(count, 0)
 
-    def _admit(self) -> None:
+    def _admit(self, draft: Draft) -> None:
         """Start the requests that wait, in their order, while rows, tokens and pages are free."""
+        places = self.places
         while (
             self.waiting
-            and not self._pages_short
-            and self._token_room > 0
-            and len(self._draft.nodes) < self.max_rows
+            and not draft.pages_short
+            and draft.token_room > 0
+            and draft.rows_left > 0
             and len(self.active) < self.max_rows
         ):
             state = self.waiting[0]
-            if self.active and self._pages_for(state) + self._promised() > self.book.available:
-                self._pages_short = True
+            if self.active and places.pages_for(state) + places.pages_promised(self.active) > self.book.available:
+                draft.pages_short = True
                 return
             self.active.append(self.waiting.popleft())
-            self._place(state, state.root, Node())
-            if state not in self._keys:
-                self._keys[state] = self.prefixes.keys(state.request.cache_salt)
-            if self._row_room is not None:
-                self._row_room[state] = 1
-            self._feed_prompt(state)
-
-    def _pages_for(self, state: RequestState) -> int:
-        """Pages that admitting a request takes, now or later, out of those that are available."""
-        size, root = self.book.page_size, state.root
-        if state not in self._keys:
-            self._keys[state] = self.prefixes.keys(state.request.cache_salt)
-        known = self.prefixes.find(self._keys[state], root.ids, 0, (feed_end(root) - 1) // size)
-        need = max(-(-(len(state.request.prompt_ids) + 1) // size), state.pages_wanted)
-        return need - int((self.book.owners[known] > 0).sum())
-
-    def _promised(self) -> int:
-        """Pages that admitted prompts still need."""
-        return sum(
-            self.tree.append_cost(self.nodes[state.root], state.root.prompt_length - state.root.fed)
-            for state in self.active
-            if in_prompt(state.root)
-        )
-
-    def _make_step(self) -> Step:
-        """The draft as a step; every branch that draws in it remembers so."""
-        self.planned += 1
-        for row, (_, branch, length) in enumerate(self._draft.sampled):
-            branch.awaits = Awaited(self.planned, row, length)
-        return Step(self._draft.make_plan(self.tree), self._draft.sampled, self._draft.scored)
+            places.put(state, state.root, Node())
+            if draft.row_room is not None:
+                draft.row_room[state] = 1
+            self._feed_prompt(draft, state)
 
     def remove(self, state: RequestState) -> None:
-        """Give back everything the request holds in the cache; its text stays."""
-        keys = self._keys.pop(state, None)
-        if state in self.waiting:
-            self.waiting.remove(state)
-            return
-        self.active.remove(state)
-        root, node = state.root, self.nodes[state.root]
-        if state.finish_reason != "error":
-            assert keys is not None
-            # What the root wrote before its first fork is causal text, which the next turn of a chat begins with.
-            first = root.blocks[0].at if root.blocks else len(root.ids)
-            size = self.book.page_size
-            self.prefixes.add(keys, root.ids, node.pages, 0, min(root.fed, first) // size)
-        self.tree.free(node)
-        for branch in state.branches():
-            self.nodes.pop(branch, None)
-        state.forget_cache()
-
-    def distrust(self, state: RequestState) -> None:
-        """What the model computed for the request cannot be right: no other text is to begin with it."""
-        self.prefixes.drop(self.nodes[state.root].pages)
-
-    def _is_coming(self, branch: Branch, awaited: Awaited) -> bool:
-        """Whether the step in flight draws the next token of a branch."""
-        fed = branch.fed == awaited.length  # not after it stepped back, when it is fed from its beginning
-        return fed and awaited.step == self.planned and goes_on_after(branch, awaited.length)
+        """The request takes part no more and gives back everything it holds in the cache; its text stays."""
+        (self.waiting if state in self.waiting else self.active).remove(state)
+        self.places.leave(state)
 
     def is_wanted(self, sampled: Sampled) -> bool:
         """Whether a token that came back is the next one of its branch: not if the one before it ended the branch, or
         made it wait for paths, while this one was being drawn."""
-        return sampled.branch in self.nodes and goes_on_after(sampled.branch, sampled.length)
+        return sampled.branch in self.places.nodes and sampled.branch.goes_on_after(sampled.length)
 
     def check_fed(self, sampled: Sampled, token: int) -> None:
         """Take the token back from the cache if it was fed already, but other text was written instead."""
         _, branch, length = sampled
         if branch.fed > length and branch.ids[length : length + 1] != [token]:
             branch.fed = length
-            self.tree.retract(self.nodes[branch])
-
-    def take_back(self, state: RequestState) -> None:
-        """Give back the pages of tries that were dropped, but for their first tokens, which go on to be fed."""
-        for branch, kept, inner in state.cuts:
-            for gone in inner:
-                self.nodes.pop(gone, None)
-            state.live = [other for other in state.live if other not in inner]
-            node = self.nodes.get(branch)
-            branch.fed, branch.num_joined = min(branch.fed, kept), 0
-            if node is not None:
-                available = self.book.available
-                self.tree.truncate(node, node.base + branch.fed)
-                state.freed_pages += self.book.available - available
-                if branch not in state.live:
-                    state.live.append(branch)
-        state.cuts = []
+            self.places.tree.retract(self.places.nodes[branch])
 
     def reset(self) -> None:
-        """Whatever state an exception left behind: no page has an owner, and all requests wait to be fed again."""
+        """Whatever state an exception left behind: all requests wait to be fed again."""
         self.in_flight = False
-        self.nodes = {}
         for state in self.active:
             state.forget_cache()
         self.waiting = deque([*self.active, *(state for state in self.waiting if state not in self.active)])
         self.active = []
-        self.prefixes.forget()
-        self.tree.clear_ledger()
-        self.book.reset()
-
-    def pages_of(self, state: RequestState) -> Iterator[list[int]]:
-        """Page lists of all living nodes of the request."""
-        return (self.nodes[branch].pages.tolist() for branch in state.branches() if branch in self.nodes)
-
-    def check_integrity(self) -> None:
-        """Compare the page book with what all living nodes list (between steps)."""
-        self.book.check_integrity([node.pages for node in self.nodes.values()])
-
-
-def in_prompt(root: Branch) -> bool:
-    """Whether a root is still fed its prompt, up to the first fork in it."""
-    return root.fed < root.prompt_length and root.num_joined == 0 and root.fed < feed_end(root)
+        self.places.reset()

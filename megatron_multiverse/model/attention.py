@@ -2,7 +2,7 @@
 
 They travel through megatron-core in its argument `packed_seq_params`. `AttentionParams` is the interface;
 `LayoutParams` implements it for training, where all tokens are at hand and there is no cache; decoding has its own
-(`inference/step/kv_store.py`).
+(`inference/step/model_forward.py`).
 Shapes: s tokens, b batch, h query heads, g key/value heads, d head width.
 """
 

@@ -129,7 +129,7 @@ class EngineHost:
         elif op == "flush":
             if self.engine.scheduler.active:
                 raise GenerationError("answers are in work; pause with mode abort or retract, or wait for them")
-            self.engine.scheduler.prefixes.clear()
+            self.engine.scheduler.places.prefixes.clear()
         elif op == "update":
             if message["abort"]:
                 self._cancel(list(self._engine_ids))
@@ -217,9 +217,9 @@ class EngineHost:
             "steps": self.engine.num_steps,
             "running": len(scheduler.active),
             "waiting": len(scheduler.waiting),
-            "branches": len(scheduler.nodes),
+            "branches": len(scheduler.places.nodes),
             "pages_free": book.available,
-            "pages_cached": len(scheduler.prefixes),
+            "pages_cached": len(scheduler.places.prefixes),
         }
 
 

@@ -1,7 +1,7 @@
 """The page book: which pages of the cache are free, and how many owners the others have. Integers only.
 
 A page holds the keys and values of `page_size` tokens in every layer; the tensors themselves are the store's
-(`step/kv_store.py`), which every rank has for its own layers and heads. Of this book there is one, on one rank. Pages
+(`step/forward.py`), which every rank has for its own layers and heads. Of this book there is one, on one rank. Pages
 are shared between branches, so each has a count of its owners.
 
 A page that nobody owns may still be worth keeping: while its content is known (`keep`), it lies idle, is found again by

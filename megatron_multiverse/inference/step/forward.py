@@ -1,8 +1,9 @@
-"""The forward pass of decoding: the same model as megatron-core's GPTModel, as few calls as a layer needs.
+"""The forward pass of decoding: what it reads, and the same model as megatron-core's GPTModel in few calls.
 
-A decode step has few tokens, so what GPTModel's modules do around each product costs more than the products.
-`PagedForward` calls the products themselves, each with its norm, activation or residual (`kernels/fused_linear`), on
-the very weights of the model. It has static shapes for a given number of tokens, which is what a CUDA graph needs.
+`StepTensors` is the plan of a step on the device, `KVStore` what the cache holds. A decode step has few tokens, so what
+GPTModel's modules do around each product costs more than the products. `PagedForward` calls the products themselves,
+each with its norm, activation or residual (`kernels/fused_linear`), on the very weights of the model. It has static
+shapes for a given number of tokens, which is what a CUDA graph needs. `model_forward.py` calls any other model.
 """
 
 from __future__ import annotations
@@ -10,15 +11,131 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
-from megatron_multiverse.inference.step.kv_store import KVStore
 from megatron_multiverse.inference.step.model_ranks import ModelRanks
-from megatron_multiverse.inference.step.tensors import StepTensors
+from megatron_multiverse.inference.step.plan import Ints, StepPlan
 from megatron_multiverse.kernels.fused_linear import linear_add, norm_linear, norm_swiglu
+from megatron_multiverse.kernels.kv_copy import copy_slots
 from megatron_multiverse.kernels.kv_write import write_kv
+from megatron_multiverse.kernels.tree_decode import Attention, TreeDecode
 from megatron_multiverse.model.layers import PositionIdRotary
 from megatron_multiverse.model.weights import weight_state
+
+
+@dataclass(frozen=True, eq=False)
+class StepTensors:
+    """One step's tokens, where their keys and values go, and how they attend."""
+
+    ids: Tensor
+    """int64 [n]."""
+    positions: Tensor
+    """int64 [n]."""
+    logit_tokens: Tensor
+    """int64 [s + t], the tokens whose logits are asked for: those of the sampled rows, then the scored ones."""
+    write_slots: Tensor
+    """int64 [m]."""
+    write_tokens: Tensor | None
+    """int64 [m]; None where slot i receives token i."""
+    attention: Attention
+    """(query [n, heads, dim], keys and values [pages, page size, kv heads, dim], scale) -> [n, heads, dim]."""
+
+    @classmethod
+    def upload(cls, plan: StepPlan, device: torch.device, last_tokens: Tensor) -> StepTensors:
+        """Bring a plan to the device; `last_tokens` are those that the previous step drew."""
+
+        def up(array: npt.NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        in_order = device.type == "cpu" and np.array_equal(plan.write_tokens, np.arange(len(plan.ids)))
+        return cls(
+            ids=known_ids(up(plan.ids), up(plan.sources), last_tokens) if (plan.sources >= 0).any() else up(plan.ids),
+            positions=up(plan.positions),
+            logit_tokens=up(np.concatenate((plan.borders[1:][plan.sample] - 1, plan.scored))),
+            write_slots=up(plan.write_slots),
+            write_tokens=None if in_order else up(plan.write_tokens),
+            attention=TreeDecode(plan.pages, plan.lengths, plan.borders),
+        )
+
+
+def known_ids(ids: Tensor, sources: Tensor, last_tokens: Tensor) -> Tensor:
+    """`StepPlan.ids` with the tokens filled in that the previous step drew, see `StepPlan.sources`."""
+    return torch.where(sources < 0, ids, last_tokens[sources.clamp(min=0)])
+
+
+class KVStore:
+    """Keys and values ``[layers, pages + 1, page_size, kv heads, head dim]``; nobody owns the last page.
+
+    Args:
+        num_pages: pages that can be owned.
+        page_size: tokens per page.
+        num_layers: layers of this rank's stage.
+        num_kv_heads: key/value heads of this rank.
+        head_dim: width of one head.
+        first_layer: number of the stage's first layer, from 1.
+        dtype: type of the cache, that of the model's activations.
+        device: where the cache lives.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        first_layer: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_layers, num_pages + 1, page_size, num_kv_heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.first_layer = first_layer
+        self.flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.keys, self.values, strict=True)]
+        """The same tensors, layer by layer, as (keys, values) ``[slots, kv heads, head dim]``."""
+
+    @classmethod
+    def for_model(cls, model: nn.Module, num_pages: int, page_size: int) -> KVStore:
+        """A store for the part of a model that this rank holds.
+
+        Args:
+            model: megatron-core's GPTModel, or anything whose `config` names num_layers, num_query_groups and
+                kv_channels and which is not cut over ranks.
+            num_pages: pages that can be owned.
+            page_size: tokens per page.
+        """
+        config: Any = model.config
+        first_layer, num_layers, kv_heads = 1, config.num_layers, config.num_query_groups
+        if layers := getattr(getattr(model, "decoder", None), "layers", None):
+            first_layer, num_layers = layers[0].layer_number, len(layers)
+            kv_heads = layers[0].self_attention.num_query_groups_per_partition
+        weight = next(model.parameters())
+        return cls(
+            num_pages,
+            page_size,
+            num_layers=num_layers,
+            num_kv_heads=kv_heads,
+            head_dim=config.kv_channels,
+            first_layer=first_layer,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def copy(self, copies: Ints) -> None:
+        """Copy slots [c, 2] (from, to) in all layers; all are read before any is written."""
+        source, target = torch.from_numpy(copies.T.copy()).to(self.keys.device)
+        copy_slots(self.keys.flatten(1, 2), self.values.flatten(1, 2), source, target)
+
+    def poison(self, pages: Ints) -> None:
+        """Fill pages with NaN, so that a read of a freed page shows in the logits."""
+        index = torch.from_numpy(pages).to(self.keys.device)
+        for cached in (self.keys, self.values):
+            cached.index_fill_(1, index, float("nan"))
 
 
 @dataclass(frozen=True, kw_only=True)

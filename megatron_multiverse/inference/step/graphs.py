@@ -20,11 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_multiverse.inference.step.forward import PagedForward
-from megatron_multiverse.inference.step.kv_store import KVStore
+from megatron_multiverse.inference.step.forward import KVStore, PagedForward, StepTensors, known_ids
 from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, choose, pack
-from megatron_multiverse.inference.step.tensors import StepTensors, known_ids
 from megatron_multiverse.kernels.device import processors
 from megatron_multiverse.kernels.tree_decode import DeviceWork, Work, divide_work, most_parts
 

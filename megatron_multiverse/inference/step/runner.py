@@ -3,20 +3,17 @@ plans on, and the others' `follow` them."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from megatron_multiverse.inference.step.forward import PagedForward
+from megatron_multiverse.inference.step.forward import KVStore, PagedForward, StepTensors
 from megatron_multiverse.inference.step.graphs import StepGraphs
-from megatron_multiverse.inference.step.kv_store import KVStore, PagedParams
+from megatron_multiverse.inference.step.model_forward import ModelForward
 from megatron_multiverse.inference.step.model_ranks import ModelRanks, PlanChannel
 from megatron_multiverse.inference.step.plan import Floats, Ints, StepOutput, StepPlan
 from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler, choose, score
-from megatron_multiverse.inference.step.tensors import StepTensors
 
 MOST_ROWS = 1 << 16
 """Sampled rows of a step."""
@@ -114,23 +111,20 @@ class Runner:
         self._turn = 0
         on_gpu = self.store.keys.is_cuda and self.store.keys.dtype != torch.float64
         self.graphs: StepGraphs | None = None
-        self.forward = PagedForward(model, self.ranks) if PagedForward.runs(model) else None
-        if cuda_graphs and self.forward and on_gpu and self.ranks.stages == 1:
-            self.graphs = StepGraphs(self.forward, self.store, self.last_tokens, vocab_size)
-        self._logit_tokens: Tensor | None = None
-        self._selected = False
-        output_layer = None if self.forward else getattr(model, "output_layer", None)
-        self._hook = (
-            output_layer.register_forward_pre_hook(self._select_hidden) if isinstance(output_layer, nn.Module) else None
-        )
+        self.forward: PagedForward | ModelForward
+        if PagedForward.runs(model):
+            self.forward = PagedForward(model, self.ranks)
+            if cuda_graphs and on_gpu and self.ranks.stages == 1:
+                self.graphs = StepGraphs(self.forward, self.store, self.last_tokens, vocab_size)
+        else:
+            self.forward = ModelForward(model, self.ranks)
 
     def close(self) -> None:
-        """Take the hook off the model, which stays usable for anything else; the ranks that follow this one stop."""
+        """Let go of the model, which stays usable for anything else; the ranks that follow this one stop."""
         self.release_ranks()
         self._channel = None
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        if isinstance(self.forward, ModelForward):
+            self.forward.close()
 
     def release_ranks(self) -> None:
         """Let the ranks that follow this one return from `follow`; they must follow again before the next step."""
@@ -145,68 +139,36 @@ class Runner:
         """Run the plans of the first rank until its runner is closed; for all other ranks."""
         assert self._channel is not None, "there are no other ranks"
         while (plan := self._channel.receive()) is not None:
-            self._launch(plan)
+            self.launch(plan)
 
+    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingOutput:
         """Copy what forks and joins ask for, run the model once, and draw a token for every row that wants one.
 
         On a GPU nothing is waited for. The next plan may name these tokens by `StepPlan.sources`.
         """
-        if self._channel is not None:
+        if self._channel is not None and self.ranks.is_first:
             self._channel.send(plan)
-        return self._launch(plan)
-
-    @torch.inference_mode()
-    def _launch(self, plan: StepPlan) -> PendingOutput:
-        store = self.store
         if len(plan.copies):
-            store.copy(plan.copies)
+            self.store.copy(plan.copies)
         if len(plan.freed):
-            store.poison(plan.freed)
-        packed, scores = None, None
-        if self.graphs is not None and not len(plan.scored):
+            self.store.poison(plan.freed)
+        device, rows, has_scores = self.store.keys.device, len(plan.sample), len(plan.scored) > 0
+        packed: Tensor | None = None
+        scores: Tensor | None = None
+        if self.graphs is not None and not has_scores:
             packed = self.graphs.launch(plan, self.sampler)
         if packed is None:
-            packed, scores = self._run_eagerly(plan)
-        rows = len(plan.sample)
+            logits = self.forward(StepTensors.upload(plan, device, self.last_tokens), self.store)
+            if logits is not None:
+                logits = logits[:, : self.vocab_size]
+                packed = choose(logits[:rows], plan.sampling, self.sampler, self.last_tokens)
+                if has_scores:
+                    scores = score(logits[rows:], plan.targets, int(plan.num_scores.max()))
+            if self.ranks.stages > 1:
+                packed = self.ranks.from_last_stage(packed, device)
+                scores = self.ranks.from_last_stage(scores, device) if has_scores else None
+        assert packed is not None, "logits come out on the only stage"
         self.last_tokens[:rows] = packed[0, :rows]
         self._turn = 1 - self._turn
         return self._outputs[self._turn].fetch(packed, rows, scores)
-
-    def _run_eagerly(self, plan: StepPlan) -> tuple[Tensor, Tensor | None]:
-        device = self.store.keys.device
-        step = StepTensors.upload(plan, device, self.last_tokens)
-        logits = self.forward(step, self.store) if self.forward else self._call_model(step)
-        packed, scores, rows = None, None, len(plan.sample)
-        if logits is not None:
-            logits = logits[:, : self.vocab_size]
-            packed = choose(logits[:rows], plan.sampling, self.sampler, self.last_tokens)
-            if len(plan.scored):
-                scores = score(logits[rows:], plan.targets, int(plan.num_scores.max()))
-        packed = self.ranks.from_last_stage(packed, device)
-        return packed, self.ranks.from_last_stage(scores, device) if len(plan.scored) else None
-
-    def _call_model(self, step: StepTensors) -> Tensor | None:
-        """What `PagedForward` does, by the model's own forward."""
-        model: Any = self.model
-        self._logit_tokens, self._selected = step.logit_tokens, False
-        params = PagedParams(store=self.store, tensors=step)
-        if not self.ranks.is_first_stage:
-            like = next(model.parameters())
-            model.set_input_tensor(self.ranks.receive_hidden(len(step.ids), like, model.config.hidden_size)[:, None])
-        try:
-            out: Tensor = model(step.ids[None], step.positions[None], None, packed_seq_params=params)
-        finally:
-            self._logit_tokens = None
-        if not self.ranks.is_last_stage:
-            self.ranks.send_hidden(out[:, 0])
-            return None
-        logits = out[0] if self._selected else out[0].index_select(0, step.logit_tokens)
-        return self.ranks.join_vocab(logits)
-
-    def _select_hidden(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Keep only the tokens whose logits are asked for: the vocabulary is wide, most tokens need none."""
-        if self._logit_tokens is None:
-            return None
-        self._selected = True
-        return (args[0].index_select(0, self._logit_tokens), *args[1:])

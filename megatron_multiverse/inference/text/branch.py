@@ -1,4 +1,4 @@
-"""A branch: one running sequence of a request, as text. Data only: `commit.py` writes it, `scheduler.py` feeds it.
+"""A branch: one running sequence of a request, as text. `commit.py` writes it, `scheduler.py` feeds it.
 
 The life of a branch::
 
@@ -12,6 +12,8 @@ The life of a branch::
 waiting: just forked, the scheduler has not given it a place in the cache yet. running: takes the next token.
 forked: its paths are written, it waits for them (`open_block`). ended: `</Path>`, the end of the text, or a spent
 budget (`finish`). fed: the keys of all its tokens are in the cache, so they can be joined into the parent's.
+
+Text and cache fork and join at different times: the text when a token is committed, the cache when that token is fed.
 """
 
 from __future__ import annotations
@@ -102,6 +104,8 @@ class Branch:
     does not ask for them."""
     versions: list[tuple[int, int]] = field(default_factory=list)
     """(index in `ids`, version of the weights from there on), in order."""
+    end_ids: frozenset[int] = frozenset()
+    """Ids that end it when they are drawn, instead of becoming part of it."""
     scanner: StopScanner | None = None
     """Looks for stop texts in what the branch writes, where the request has some that count here."""
     stop: StopMatch | None = None
@@ -134,14 +138,52 @@ class Branch:
     none."""
 
     @property
-    def spent(self) -> int:
-        """What it took of its budget of tokens."""
-        return self.total + self.dropped_tokens
+    def room(self) -> int:
+        """Tokens that still fit into its budget, what closes it included."""
+        tokens, position = self.budget
+        return min(tokens - self.total - self.dropped_tokens, position - self.next_position)
 
     @property
     def open_block(self) -> Block | None:
         """The block whose paths are being written."""
         return self.blocks[-1] if self.blocks and not self.blocks[-1].joined else None
+
+    @property
+    def cache_block(self) -> Block | None:
+        """The next block that has to fork or join in the cache."""
+        return self.blocks[self.num_joined] if self.num_joined < len(self.blocks) else None
+
+    @property
+    def block_to_join(self) -> Block | None:
+        """The next block to join in the cache, if all its paths have ended and are fed to the end."""
+        block = self.cache_block
+        return block if block is not None and all(kid.is_fed for kid in block.kids) else None
+
+    @property
+    def feed_end(self) -> int:
+        """How many of its tokens may be fed before a block forks, or joins, in the cache."""
+        block = self.cache_block
+        return len(self.ids) if block is None else block.at
+
+    @property
+    def is_fed(self) -> bool:
+        """Whether it has ended and all its keys are in the cache."""
+        return self.finish is not None and self.fed == len(self.ids)
+
+    @property
+    def wants_row(self) -> bool:
+        """Whether it takes part in steps, once it has a place in the cache: not while it waits for its paths, not when
+        it has ended and is fed."""
+        return self.fed < self.feed_end or (self.finish is None and self.num_joined == len(self.blocks))
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether it is a root that is still fed its prompt, up to the first fork in it."""
+        return self.fed < self.prompt_length and self.num_joined == 0 and self.fed < self.feed_end
+
+    def goes_on_after(self, length: int) -> bool:
+        """Whether it has written `length` tokens and goes on with one that is drawn."""
+        return len(self.ids) == length and self.finish is None and (not self.blocks or self.blocks[-1].joined)
 
 
 class Cut(NamedTuple):

@@ -33,11 +33,6 @@ def whole_budget(sampling: SamplingParams, start: int, max_position: int) -> Bud
     return Budget(sampling.max_tokens, min(start + chain, max_position))
 
 
-def room(branch: Branch) -> int:
-    """Tokens that still fit, what closes the branch included."""
-    return min(branch.budget.tokens - branch.spent, branch.budget.position - branch.next_position)
-
-
 def fits(branch: Branch, token: int) -> bool:
     """Whether `token` and whatever then closes the branch stay within the budget."""
     closing = branch.machine.closing_ids()
@@ -50,13 +45,12 @@ def fits(branch: Branch, token: int) -> bool:
     else:
         # After a newline the first closing tag needs none before it; after anything else it does.
         growth = int(bool(closing) and closing[0] != vocab.newline_id and token != vocab.newline_id)
-    return 1 + len(closing) + growth <= room(branch)
+    return 1 + len(closing) + growth <= branch.room
 
 
 def exhausted(branch: Branch) -> bool:
     """Whether nothing fits any more but what closes the branch."""
-    left = room(branch)
-    return left <= MOST_CLOSERS and left <= len(branch.machine.closing_ids())
+    return branch.room <= len(branch.machine.closing_ids())
 
 
 def shares(branch: Branch, prefixes: Sequence[Sequence[int]]) -> list[Budget] | None:
@@ -71,7 +65,7 @@ def shares(branch: Branch, prefixes: Sequence[Sequence[int]]) -> list[Budget] | 
     # Each path needs at least its prefix and a newline with </Path>.
     needs = [len(prefix) + 2 for prefix in prefixes]
     tail = len(branch.machine.closing_ids())
-    spare = branch.budget.tokens - branch.spent - tail - sum(needs)
+    spare = branch.budget.tokens - branch.total - branch.dropped_tokens - tail - sum(needs)
     position = branch.budget.position - tail
     if spare < 0 or branch.next_position + max(needs) > position:
         return None

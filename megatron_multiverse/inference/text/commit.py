@@ -11,10 +11,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from megatron_multiverse.inference.text.branch import Block, Branch, Cut, branch_key
-from megatron_multiverse.inference.text.budget import MOST_CLOSERS, exhausted, fits, room, shares
+from megatron_multiverse.inference.text.budget import MOST_CLOSERS, exhausted, fits, shares
 from megatron_multiverse.inference.text.result import BranchFinish, FinishReason, TopLogprobs
+from megatron_multiverse.inference.text.scanner import StopScanner
 from megatron_multiverse.inference.text.state import RequestState
-from megatron_multiverse.inference.text.stops import ends
 from megatron_multiverse.inference.text.trial import inner_branches, is_late, note_end, written_by
 from megatron_multiverse.structure import Event
 
@@ -32,35 +32,29 @@ def commit_token(
         top: the most likely tokens beside it.
     """
     branch.num_sampled += 1
-    _take(state, branch, token, logprob, top)
-    if state.request.sampling.commit_after:
-        _settle_around(state, branch)
-
-
-def _take(state: RequestState, branch: Branch, token: int, logprob: float, top: TopLogprobs | None) -> None:
-    sampling = state.request.sampling
-    if ends(sampling, branch, token):
+    sampling, left = state.request.sampling, branch.room
+    if token in branch.end_ids:
         by_stop_token = token in sampling.stop_token_ids
         branch.stop_reason = token if by_stop_token else None
         branch.end_draw = (len(branch.ids), token, logprob)
         _close(state, branch, "stop" if by_stop_token else "eos")
-        return
     # No branch ever has more than MOST_CLOSERS tokens to close, so most tokens need no exact count.
-    left = room(branch)
-    if left <= MOST_CLOSERS and not fits(branch, token):
+    elif left <= MOST_CLOSERS and not fits(branch, token):
         _close(state, branch, "length")
-        return
-    event = _append(branch, token, logprob, top)
-    if state.on_token is not None:
-        state.unheard.append((branch.name, [token]))
-    if event is Event.PATH_END:
-        _end(state, branch, "path_end")
-    elif _stops(state, branch, 1):
-        _close(state, branch, "stop")
-    elif event is Event.FORK:
-        _fork(state, branch)
-    elif left <= MOST_CLOSERS + 1 and exhausted(branch):
-        _close(state, branch, "length")
+    else:
+        event = _append(branch, token, logprob, top)
+        if state.on_token is not None:
+            state.unheard.append((branch.name, [token]))
+        if event is Event.PATH_END:
+            _end(state, branch, "path_end")
+        elif branch.scanner is not None and _stops(state, branch, branch.scanner, 1):
+            _close(state, branch, "stop")
+        elif event is Event.FORK:
+            _fork(state, branch)
+        elif left <= MOST_CLOSERS + 1 and exhausted(branch):
+            _close(state, branch, "length")
+    if sampling.commit_after:
+        _settle_around(state, branch)
 
 
 def close_all(state: RequestState, finish: FinishReason) -> None:
@@ -77,34 +71,48 @@ def _close_tree(state: RequestState, branch: Branch, reason: BranchFinish) -> No
         _close(state, branch, reason)
 
 
-def _append(branch: Branch, token: int, logprob: float | None, top: TopLogprobs | None = None) -> Event:
-    """Append a token to the text of a branch, drawn or forced; returns what it did to the grammar."""
+def _append(branch: Branch, token: int, logprob: float, top: TopLogprobs | None) -> Event:
+    """Append a token that was drawn; returns what it did to the grammar."""
     event = branch.machine.push(token)
     branch.ids.append(token)
     branch.positions.append(branch.next_position)
     branch.logprobs.append(logprob)
     if branch.top_logprobs is not None:
         branch.top_logprobs.append(top)
-    if branch.seen is not None and logprob is not None:
+    if branch.seen is not None:
         branch.seen.add(token)
     branch.next_position += 1
     branch.total += 1
     return event
 
 
-def _force(state: RequestState, branch: Branch, ids: Sequence[int]) -> None:
-    """Append tokens that nobody drew."""
+def _force(state: RequestState, branch: Branch, ids: Sequence[int], *, heard: bool = True) -> None:
+    """Append tokens that nobody drew, and have them heard."""
     for token in ids:
-        _append(branch, token, None)
-    if state.on_token is not None:
+        branch.machine.push(token)
+    count = len(ids)
+    branch.ids += ids
+    branch.positions += range(branch.next_position, branch.next_position + count)
+    branch.logprobs += [None] * count
+    if branch.top_logprobs is not None:
+        branch.top_logprobs += [None] * count
+    branch.next_position += count
+    branch.total += count
+    if heard and state.on_token is not None:
         state.unheard.append((branch.name, list(ids)))
 
 
-def _stops(state: RequestState, branch: Branch, count: int) -> bool:
+def _check_forced(state: RequestState, branch: Branch, count: int) -> None:
+    """End the branch if its last `count` tokens, all forced, complete a stop text or take the last of its budget."""
+    if branch.scanner is not None and _stops(state, branch, branch.scanner, count):
+        _close(state, branch, "stop")
+    elif branch.room <= MOST_CLOSERS and exhausted(branch):
+        _close(state, branch, "length")
+
+
+def _stops(state: RequestState, branch: Branch, scanner: StopScanner, count: int) -> bool:
     """Whether the last `count` tokens of a branch complete a stop text."""
-    if branch.scanner is None:
-        return False
-    match = branch.scanner.find(branch.ids, count)
+    match = scanner.find(branch.ids, count)
     if match is None or (branch.parent is None and branch.total < state.request.sampling.min_tokens):
         return False
     branch.stop, branch.stop_reason = match, match.text
@@ -138,6 +146,7 @@ def _fork(state: RequestState, branch: Branch) -> None:
             versions=[(0, state.weight_version)],
             top_logprobs=None if branch.top_logprobs is None else [],
             seen=None if branch.seen is None else branch.seen.copy(),
+            end_ids=state.path_end_ids,
             scanner=state.new_scanner() if sampling.stop_in_branches else None,
         )
         block.kids.append(kid)
@@ -146,10 +155,7 @@ def _fork(state: RequestState, branch: Branch) -> None:
     for kid, prefix in zip(block.kids, prefixes, strict=True):
         _force(state, kid, prefix)
     for kid, prefix in zip(block.kids, prefixes, strict=True):
-        if _stops(state, kid, len(prefix)):
-            _close(state, kid, "stop")
-        elif exhausted(kid):
-            _close(state, kid, "length")
+        _check_forced(state, kid, len(prefix))
 
 
 def _join(state: RequestState, branch: Branch) -> None:
@@ -170,10 +176,7 @@ def _join(state: RequestState, branch: Branch) -> None:
         branch.scanner.begin(block.at)
     prefix = branch.machine.vocab.conclusion_prefix()
     _force(state, branch, prefix)
-    if _stops(state, branch, len(prefix)):
-        _close(state, branch, "stop")
-    elif exhausted(branch):
-        _close(state, branch, "length")
+    _check_forced(state, branch, len(prefix))
 
 
 def _close(state: RequestState, branch: Branch, finish: BranchFinish) -> None:
@@ -195,26 +198,28 @@ def _end(state: RequestState, branch: Branch, finish: BranchFinish) -> None:
     block = parent.blocks[-1]
     if finish == "path_end" and state.request.sampling.commit_after and state.finish_reason is None:
         note_end(state, block, branch)
-    _settle(state, parent)
-
-
-def _settle(state: RequestState, parent: Branch) -> None:
-    """Drop the tries that are late in the open block of a branch, and join it if all its paths have ended."""
-    block = parent.blocks[-1]
     if block.commit_at is not None and state.finish_reason is None:
-        for k, kid in enumerate(block.kids):
-            if kid.finish != "dropped" and is_late(kid, block.commit_at):
-                _drop(state, parent, k)
+        _drop_late(state, parent, block, block.commit_at)
     if all(kid.finish is not None for kid in block.kids):
         _join(state, parent)
+
+
+def _drop_late(state: RequestState, parent: Branch, block: Block, commit_at: int) -> None:
+    """Drop the tries that are late in the open block of a branch."""
+    for k, kid in enumerate(block.kids):
+        if kid.finish != "dropped" and is_late(kid, commit_at):
+            _drop(state, parent, k)
 
 
 def _settle_around(state: RequestState, branch: Branch) -> None:
     """The branch has gone on: that may make it late, or the paths around it."""
     parent = branch.parent
     while parent is not None:
-        if parent.open_block is not None and parent.open_block.commit_at is not None:
-            _settle(state, parent)
+        block = parent.open_block
+        if block is not None and block.commit_at is not None and state.finish_reason is None:
+            _drop_late(state, parent, block, block.commit_at)
+            if all(kid.finish is not None for kid in block.kids):
+                _join(state, parent)
         parent = parent.parent
 
 
@@ -232,12 +237,7 @@ def _drop(state: RequestState, parent: Branch, k: int) -> None:
     kid.versions = [(0, state.weight_version)]
     kid.scanner = kid.stop = kid.stop_reason = kid.end_draw = None
     kid.total = kid.dropped_tokens = 0
-    for token in parent.machine.vocab.path_prefix(parent.machine.outlines[k].label_ids):
-        _append(kid, token, None)
+    _force(state, kid, parent.machine.vocab.path_prefix(parent.machine.outlines[k].label_ids), heard=False)
     state.cuts.append(Cut(kid, len(kid.ids), inner))
-    closing = kid.machine.closing_ids()
-    for token in closing:
-        _append(kid, token, None)
-    if kid.finish is None and state.on_token is not None:
-        state.unheard.append((kid.name, closing))
+    _force(state, kid, kid.machine.closing_ids(), heard=kid.finish is None)
     kid.finish = "dropped"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import FinishReason, TimelineSpan
 from megatron_multiverse.inference.text.scanner import StopScanner
 from megatron_multiverse.structure import StructureMachine
+
+logger = logging.getLogger(__name__)
 
 Detokenize = Callable[[list[int]], str]
 """Ids to text, tags kept (`MultiverseTokenizer.detokenize`)."""
@@ -35,6 +38,8 @@ class RequestState:
     on_token: TokenCallback | None = None
     detokenize: Detokenize | None = None
     """Needed where the request asks for something about text."""
+    path_end_ids: frozenset[int] = frozenset()
+    """`Branch.end_ids` of its paths."""
     scores: PromptScores | None = None
     """Log-probabilities of the prompt, where the request asks for them; all answers to it have the same ones."""
     unheard: list[tuple[str, list[int]]] = field(default_factory=list)
@@ -100,6 +105,20 @@ class RequestState:
         for branch in self.branches():
             branch.versions.append((len(branch.ids), version))
 
+    def tell(self) -> bool:
+        """Hand the callback what was written since it was last called; False if it raised, which is the last call."""
+        while self.unheard:
+            name, ids = self.unheard.pop(0)  # an interrupt leaves the others for later
+            try:
+                assert self.on_token is not None
+                self.on_token(self.request_id, name, ids)
+            except Exception as error:
+                logger.exception("on_token of request %d raised; the request ends with an error", self.request_id)
+                self.on_token, self.unheard = None, []
+                self.error = f"on_token raised {error!r}"
+                return False
+        return True
+
     def forget_cache(self) -> None:
         """Nothing of the request is in the cache any more; its text stays."""
         for branch in self.branches():
@@ -128,18 +147,21 @@ def new_state(
         on_token: hears what is written.
         detokenize: needed for stop texts.
     """
-    prompt = request.prompt_ids
+    prompt, sampling, eos_id = request.prompt_ids, request.sampling, machine.vocab.eos_id
+    eos = frozenset(() if eos_id is None or sampling.ignore_eos else (eos_id,))
     root = Branch(
         machine=machine,
         next_position=0,
         budget=Budget(0, 0),
-        key=branch_key(request.sampling.seed, request.sample, ()),
-        seen=TokenCounts(list(prompt)) if request.sampling.has_penalties else None,
+        key=branch_key(sampling.seed, request.sample, ()),
+        end_ids=eos | frozenset(sampling.stop_token_ids),
+        seen=TokenCounts(list(prompt)) if sampling.has_penalties else None,
     )
     replay_answers(root, prompt, request.replay_structure)
-    root.top_logprobs = [None] * len(root.ids) if request.sampling.logprobs else None
-    root.budget = whole_budget(request.sampling, root.next_position, max_position)
+    root.top_logprobs = [None] * len(root.ids) if sampling.logprobs else None
+    root.budget = whole_budget(sampling, root.next_position, max_position)
     state = RequestState(request_id, request, root, on_token, detokenize)
+    state.path_end_ids = root.end_ids if sampling.stop_in_branches else eos
     root.scanner = state.new_scanner()
     if root.scanner is not None:
         root.scanner.begin(len(root.ids))

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from megatron_multiverse.config import EngineConfig
-from megatron_multiverse.inference.engine import pages_for
 
 from .toy import ToyModel, ask, toy_engine
 
@@ -23,7 +22,7 @@ def test_the_example_answers_in_parallel(monkeypatch: pytest.MonkeyPatch, capsys
     shown = capsys.readouterr().out
     assert "<Path>" in shown and "</Conclusion>" in shown
     engine, result = names["engine"], names["result"]
-    assert engine.config.num_pages == pages_for(4096, EngineConfig())  # type: ignore[attr-defined]
+    assert engine.config.num_pages == EngineConfig().pages_for(4096)  # type: ignore[attr-defined]
     assert result.num_parallel > 1  # type: ignore[attr-defined]
 
 

@@ -122,7 +122,7 @@ def test_after_a_failed_step_everything_goes_on_as_if_nothing_had_happened(page_
             results.update((result.request_id, result) for result in engine.step())
         except error:
             raised += 1
-            engine.scheduler.check_integrity()
+            engine.scheduler.places.check_integrity()
     assert raised == 5
     assert answers([results[k] for k in range(3)]) == expected
     assert len(heard) == sum(len(result.token_ids) for result in results.values())

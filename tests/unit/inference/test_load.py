@@ -30,5 +30,5 @@ def test_a_short_trace_is_served_within_the_promise_and_leaves_nothing_behind():
         assert request.times == sorted(request.times) and len(request.times) == len(request.tokens)
     engine = by_time.engine
     assert not engine.has_work and engine.book.available == engine.book.num_pages
-    assert engine.step_time is not None
-    assert engine.step_time.prices[3] == pytest.approx(StepLaw().prices[4], rel=0.1)
+    assert engine.scheduler.step_time is not None
+    assert engine.scheduler.step_time.prices[3] == pytest.approx(StepLaw().prices[4], rel=0.1)

@@ -114,7 +114,7 @@ def test_what_is_kept_gives_way_to_what_runs_and_goes_from_its_end():
         return result.cached_tokens
 
     assert [answer(1), answer(2), answer(1)] == [0, 0, 16]
-    assert len(engine.scheduler.prefixes) == 10  # 17 + 3 tokens fed of each
+    assert len(engine.scheduler.places.prefixes) == 10  # 17 + 3 tokens fed of each
     # Ten pages: six are free; the last page of the first answer and three of the second were used longest ago.
     answer(3, 4, 36)
     assert [answer(1), answer(2)] == [16, 8]

@@ -52,5 +52,5 @@ def test_they_equal_one_forward(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
             values, ids = own[index].topk(count)
             assert [token for token, _ in top] == ids.tolist()
             assert max(abs(a - b) for (_, a), b in zip(top, values.tolist(), strict=True)) < 1e-9
-    engine.scheduler.prefixes.clear()
+    engine.scheduler.places.prefixes.clear()
     assert_drained(engine)

@@ -10,7 +10,7 @@ from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference import IncrementalDetokenizer
 from megatron_multiverse.inference.text.request import Request
 
-from .toy import ToyModel, ask, toy_engine
+from .toy import VOCAB, ToyModel, ask, toy_engine
 
 
 def test_a_list_that_changes_while_the_request_waits_changes_nothing() -> None:
@@ -49,7 +49,7 @@ def test_numbers_that_are_not_whole_are_refused() -> None:
 def test_stop_tokens_that_cannot_work_are_refused() -> None:
     engine = toy_engine(ToyModel())
     with pytest.raises(GenerationError, match="structure tag </Path>"):
-        engine.add_request(ask([30], stop_token_ids=(engine.vocab.tag_ids[9],)))
+        engine.add_request(ask([30], stop_token_ids=(VOCAB.tag_ids[9],)))
     with pytest.raises(GenerationError, match="a stop token is 99999"):
         engine.add_request(ask([30], stop_token_ids=(99999,)))
 

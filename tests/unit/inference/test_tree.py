@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference.cache.book import PageBook
 from megatron_multiverse.inference.cache.tree import Node, PageTree
-from megatron_multiverse.inference.step.kv_store import KVStore
+from megatron_multiverse.inference.step.forward import KVStore
 
 
 class Oracle:

@@ -1,0 +1,135 @@
+"""Requests on their way in: refused if they could never be served, numbered, and given their state."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_multiverse.config.engine import EngineConfig
+from megatron_multiverse.errors import GenerationError
+from megatron_multiverse.inference.text.prompt_scores import PromptScores
+from megatron_multiverse.inference.text.request import Request
+from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, new_state
+from megatron_multiverse.structure import StructureMachine, StructureVocab
+
+
+class Intake:
+    """Makes states of requests.
+
+    Args:
+        vocab: the ids of the structure tags.
+        config: limits of the engine.
+        num_pages: pages of its cache.
+        max_position: positions the model can take.
+        num_ids: ids of the vocabulary; None if nothing says how many.
+        detokenize: ids -> text; None if nothing makes text of them.
+    """
+
+    def __init__(
+        self,
+        vocab: StructureVocab,
+        config: EngineConfig,
+        *,
+        num_pages: int,
+        max_position: int,
+        num_ids: int | None,
+        detokenize: Detokenize | None,
+    ) -> None:
+        self.vocab = vocab
+        self.config = config
+        self.num_pages, self.page_size = num_pages, config.page_size
+        self.max_position = max_position
+        self.num_ids = num_ids
+        self.detokenize = detokenize
+        self.next_id = 0
+        """Number of the next answer."""
+
+    def take(self, request: Request, on_token: TokenCallback | None) -> list[RequestState]:
+        """The states of a request's n answers, numbered in turn.
+
+        Raises:
+            GenerationError: see `check`.
+        """
+        self.check(request)
+        first, sampling, config = self.next_id, request.sampling, self.config
+        scores = None if sampling.prompt_logprobs is None else PromptScores(first, len(request.prompt_ids))
+        states = []
+        for k in range(sampling.n):
+            machine = StructureMachine(
+                self.vocab,
+                max_depth=_smaller(config.max_depth, sampling.max_depth),
+                max_paths=_smaller(config.max_paths, sampling.max_paths),
+            )
+            answer = dataclasses.replace(request, sample=request.sample + k) if k else request
+            state = new_state(first + k, answer, machine, self.max_position, on_token, self.detokenize)
+            state.scores = scores
+            states.append(state)
+        self.next_id += sampling.n
+        return states
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that could never be served.
+
+        Raises:
+            GenerationError: naming the numbers.
+        """
+        prompt, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
+        capacity = self.num_pages * self.page_size
+        if prompt + max_tokens > capacity:
+            raise GenerationError(
+                f"prompt ({prompt} tokens) and max_tokens ({max_tokens}) need {prompt + max_tokens} "
+                f"cache slots, the engine has {capacity} ({self.num_pages} pages of {self.page_size}); "
+                "lower max_tokens or raise num_pages"
+            )
+        if prompt >= self.max_position:
+            raise GenerationError(
+                f"prompt ({prompt} tokens) leaves no room in the {self.max_position} positions of the model; "
+                "shorten the prompt"
+            )
+        sampling = request.sampling
+        if (sampling.stop or sampling.commit_on or request.accept) and self.detokenize is None:
+            raise GenerationError(
+                "stop, commit_on and accept read text, which needs the tokenizer: Engine(..., detokenize=...)"
+            )
+        # On a GPU an id outside of the embedding is not an exception but the end of the process.
+        for index, token in enumerate(request.prompt_ids):
+            self._check_id(f"prompt token {index}", token)
+        for token in request.sampling.logit_bias:
+            self._check_id("an id of logit_bias", token)
+        for token in request.sampling.stop_token_ids:
+            self._check_id("a stop token", token)
+            if token in self.vocab.tag_of:
+                raise GenerationError(
+                    f"stop token {token} is the structure tag {self.vocab.tag_of[token].text}, which the engine reads "
+                    "itself; leave it out (max_depth 0 in EngineConfig keeps answers from forking)"
+                )
+
+    def _check_id(self, what: str, token: int) -> None:
+        limit = self.num_ids
+        if token < 0 or (limit is not None and token >= limit):
+            allowed = f"0 to {limit - 1}" if limit is not None else "0 and up"
+            raise GenerationError(
+                f"{what} is {token}, the ids of the vocabulary are {allowed}; use the tokenizer of the model"
+            )
+
+
+def count_ids(vocab_size: int | None, model_rows: int | None) -> int | None:
+    """How many ids can occur; None if nothing says so.
+
+    Args:
+        vocab_size: ids of the tokenizer.
+        model_rows: rows of the model's embedding.
+
+    Raises:
+        GenerationError: the tokenizer has more ids than the model.
+    """
+    if vocab_size is not None and model_rows is not None and vocab_size > model_rows:
+        raise GenerationError(
+            f"the tokenizer has {vocab_size} ids, the model {model_rows} rows of embeddings; "
+            "use the tokenizer of the model"
+        )
+    return model_rows if vocab_size is None else vocab_size
+
+
+def _smaller(one: int | None, other: int | None) -> int | None:
+    """The smaller of two limits; None is no limit."""
+    return min((limit for limit in (one, other) if limit is not None), default=None)
