@@ -9,7 +9,7 @@ import numpy as np
 from megatron_multiverse.inference.cache.tree import Node, PageTree
 from megatron_multiverse.inference.sampling_plan import NO_SCORES, Sampled, Scored, scored_arrays, shaping_arrays
 from megatron_multiverse.inference.step.plan import SamplingArrays, StepPlan
-from megatron_multiverse.inference.text.branch import Awaited, Branch
+from megatron_multiverse.inference.text.branch import Branch
 from megatron_multiverse.inference.text.state import RequestState
 
 
@@ -28,8 +28,7 @@ class Draft:
 
     Args:
         tree: makes room for the tokens.
-        number: of the step.
-        in_flight: whether the tokens of the step before it are still to come; they are taken from the device then.
+        in_flight: the step whose tokens are still to come; they are taken from the device then.
         max_rows: most rows.
         token_room: most tokens beyond one per row.
         row_room: most rows of each request; None for no limit.
@@ -39,15 +38,15 @@ class Draft:
         self,
         tree: PageTree,
         *,
-        number: int,
-        in_flight: bool,
+        in_flight: Step | None,
         max_rows: int,
         token_room: int,
         row_room: dict[RequestState, int] | None = None,
     ) -> None:
         self.tree = tree
-        self.number = number
-        self.in_flight = in_flight
+        sampled = [] if in_flight is None else in_flight.sampled
+        self._coming = {branch: (row, length) for row, (_, branch, length) in enumerate(sampled)}
+        self._uncounted = int(in_flight is not None)  # steps before this one that `RequestState.step` does not have yet
         self.max_rows = max_rows
         self.token_room = token_room
         """What is left of it."""
@@ -75,14 +74,14 @@ class Draft:
         no row for it, or no page."""
         known, start = len(branch.ids), branch.fed
         all_joined = branch.num_joined == len(branch.blocks)
-        coming = self._coming(branch) if self.in_flight else None
-        end = branch.feed_end if not all_joined else known if coming is None else known + 1
+        coming = self._coming_row(branch) if self._coming else -1
+        end = known + (coming >= 0) if all_joined else branch.feed_end
         if start == end:
             return
         row_room = self.row_room
         if len(self.nodes) >= self.max_rows or (row_room is not None and row_room[state] < 1):
-            if coming is None:
-                state.end_span(branch, state.step + self.in_flight)
+            if coming < 0:
+                state.end_span(branch, state.step + self._uncounted)
             return
         count = end - start
         if count > 1:  # one token always enters
@@ -99,7 +98,7 @@ class Draft:
             self._sample.append(len(self.nodes))
             self._sampled.append(Sampled(state, branch, end))
             if branch.span_start is None:
-                branch.span_start = (state.step + self.in_flight, end)  # the timeline shows it from here
+                branch.span_start = (state.step + self._uncounted, end)  # the timeline shows it from here
         if state.scores is not None and state.scores_prompt and start + 1 < branch.prompt_length:
             last = min(fed, branch.prompt_length - 1)
             self._scored.append(Scored(state, len(self._ids), start, last - start))
@@ -109,21 +108,19 @@ class Draft:
             self._first_positions.append(branch.positions[start])
             self._ids += branch.ids[start:fed]
         else:
-            assert coming is not None, "the step in flight draws what is fed before it is known"
+            assert coming >= 0, "the step in flight draws what is fed before it is known"
             self._first_positions.append(branch.next_position)
-            self._sources.append((len(self._ids), coming.row))
+            self._sources.append((len(self._ids), coming))
             self._ids.append(0)
 
-    def _coming(self, branch: Branch) -> Awaited | None:
-        """The draw of the step in flight that gives a branch its next token, if there is one."""
-        awaited = branch.awaits
-        if awaited is None or awaited.step != self.number - 1 or branch.fed != awaited.length:
-            return None  # not after the branch stepped back, when it is fed from its beginning
-        return awaited if branch.goes_on_after(awaited.length) else None
+    def _coming_row(self, branch: Branch) -> int:
+        """The row of the step in flight that draws the next token of a branch; -1 if none does."""
+        row, length = self._coming.get(branch, (-1, -1))
+        # It was fed less if it has stepped back since, and begins again.
+        return row if branch.fed == length and branch.goes_on_after(length) else -1
 
     def finish(self) -> Step:
-        """The rows as arrays; every branch that draws in the step remembers so. Python work is per row, never per
-        token."""
+        """The rows as arrays. Python work is per row, never per token."""
         tree, book = self.tree, self.tree.book
         counts = np.array(self._counts, dtype=np.int64)
         borders = np.zeros(len(counts) + 1, dtype=np.int64)
@@ -152,8 +149,6 @@ class Draft:
             **(scored_arrays(self._scored) if self._scored else NO_SCORES),
             freed=np.array(book.take_freed() if book.freed else (), dtype=np.int64),
         )
-        for row, (_, branch, length) in enumerate(self._sampled):
-            branch.awaits = Awaited(self.number, row, length)
         return Step(plan, self._sampled, self._scored)
 
     def _sampling(self) -> SamplingArrays:
@@ -164,5 +159,5 @@ class Draft:
             keys=np.array([branch.key for _, branch, _ in sampled], dtype=np.int64),
             indices=np.array([b.num_sampled + length - len(b.ids) for _, b, length in sampled], dtype=np.int64),
             temperature=np.array([p.temperature for p in params], dtype=np.float64),
-            shaping=shaping_arrays(sampled) if any(p.is_shaped or p.min_tokens for p in params) else None,
+            shaping=shaping_arrays(sampled, self._coming) if any(p.is_shaped or p.min_tokens for p in params) else None,
         )

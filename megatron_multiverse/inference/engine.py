@@ -233,7 +233,7 @@ class Engine:
                 landing, self._flight = self._flight, None
             if landing is not None:
                 self._land(landing)
-            self.scheduler.in_flight = self._flight is not None
+            self.scheduler.in_flight = None if self._flight is None else self._flight.step
             self._hand_out()
             self._end_cancelled()
         done, self._finished = self._finished, []
@@ -252,7 +252,7 @@ class Engine:
     def _land_early(self) -> bool:
         """Take the tokens in flight before the next step is planned; whether there were any."""
         flight, self._flight = self._flight, None
-        self.scheduler.in_flight = False
+        self.scheduler.in_flight = None
         if flight is None:
             return False
         self._land(flight)
@@ -288,16 +288,18 @@ class Engine:
         served: dict[RequestState, None] = {}
         drawn = zip(step.sampled, *(array.tolist() for array in output[:3]), strict=True)
         for row, (sampled, token, logprob, is_finite) in enumerate(drawn):
-            state, branch, _ = sampled
-            if state.finish_reason is not None or not scheduler.is_wanted(sampled):
+            state, branch, length = sampled
+            if not branch.goes_on_after(length):
                 continue  # a sibling failed in this step, or the token before this one changed what comes next
             served[state] = None
             if is_finite:
-                num_top = state.request.sampling.logprobs
-                commit_token(state, branch, token, logprob, output.top(row, num_top) if num_top else None)
+                wants_top = branch.top_logprobs is not None
+                top = output.top(row, state.request.sampling.logprobs) if wants_top else None
+                commit_token(state, branch, token, logprob, top)
                 if state.cuts:
                     scheduler.places.take_back(state)
-                scheduler.check_fed(sampled, token)
+                if branch.fed > length:
+                    scheduler.take_back(sampled, token)
             else:
                 state.error = "the model returned logits that are not finite"
                 scheduler.places.distrust(state)

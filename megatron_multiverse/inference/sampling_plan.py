@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,8 +59,13 @@ def keep_scores(scored: Sequence[Scored], output: StepOutput) -> None:
         start = end
 
 
-def shaping_arrays(sampled: Sequence[Sampled]) -> Shaping | None:
-    """What changes the distributions of the next tokens of these branches; None if nothing does."""
+def shaping_arrays(sampled: Sequence[Sampled], coming: Mapping[Branch, tuple[int, int]]) -> Shaping | None:
+    """What changes the distributions of the next tokens of these branches; None if nothing does.
+
+    Args:
+        sampled: the branches.
+        coming: (row, length before it) of the draws in flight.
+    """
     params = [state.request.sampling for state, _, _ in sampled]
     banned = [_banned_ids(row) for row in sampled]
     if not any(banned) and not any(p.is_shaped for p in params):
@@ -88,7 +93,7 @@ def shaping_arrays(sampled: Sequence[Sampled]) -> Shaping | None:
         repetition=floats([params[row].repetition_penalty for row in rows]),
         presence=floats([params[row].presence_penalty for row in rows]),
         frequency=floats([params[row].frequency_penalty for row in rows]),
-        coming=np.array([_coming_row(sampled[row]) for row in rows], dtype=np.int64),
+        coming=np.array([_coming_row(sampled[row], coming) for row in rows], dtype=np.int64),
         seen_rows=np.repeat(np.arange(len(rows)), [len(counts.ids) for counts in seen if counts]),
         seen_ids=np.concatenate([_NONE, *(counts.ids for counts in seen if counts)]),
         seen_counts=np.concatenate([_NONE, *(counts.counts for counts in seen if counts)]),
@@ -103,7 +108,7 @@ def _banned_ids(sampled: Sampled) -> frozenset[int]:
     return branch.end_ids if branch.parent is None and total < state.request.sampling.min_tokens else frozenset()
 
 
-def _coming_row(sampled: Sampled) -> int:
+def _coming_row(sampled: Sampled, coming: Mapping[Branch, tuple[int, int]]) -> int:
     """The row of the step in flight that draws the token before this one; -1 where that is known."""
     _, branch, length = sampled
-    return branch.awaits.row if branch.awaits is not None and length > len(branch.ids) else -1
+    return coming[branch][0] if length > len(branch.ids) else -1

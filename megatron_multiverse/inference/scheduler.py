@@ -63,10 +63,8 @@ class Scheduler:
         self.latency_target = latency_target
         self.waiting: deque[RequestState] = deque()
         self.active: list[RequestState] = []
-        self.planned = 0
-        """Number of the step planned last."""
-        self.in_flight = False
-        """Whether that step's tokens are still to come; the next one then takes them from the device."""
+        self.in_flight: Step | None = None
+        """The step planned last, while its tokens are still to come: the next one takes them from the device."""
         self._pages_short = False  # whether something that runs waited for pages when the last step was planned
         self._with_blocks: list[RequestState] = []  # requests with a block that has yet to fork or join in the cache
         self._prompts: list[RequestState] = []  # requests whose prompt is not fed yet
@@ -78,7 +76,6 @@ class Scheduler:
             row_room, token_room = self._room()
             draft = Draft(
                 self.places.tree,
-                number=self.planned + 1,
                 in_flight=self.in_flight,
                 max_rows=self.max_rows,
                 token_room=token_room,
@@ -101,7 +98,6 @@ class Scheduler:
                     self._start_paths(draft, state)
             self._pages_short = draft.pages_short
             step = draft.finish() if draft.nodes else None
-            self.planned += step is not None
             for node in self._joined:
                 self.places.tree.free(node)
             if step is not None or not (self._joined or pages_came_free):
@@ -273,21 +269,16 @@ class Scheduler:
         (self.waiting if state in self.waiting else self.active).remove(state)
         self.places.leave(state)
 
-    def is_wanted(self, sampled: Sampled) -> bool:
-        """Whether a token that came back is the next one of its branch: not if the one before it ended the branch, or
-        made it wait for paths, while this one was being drawn."""
-        return sampled.branch in self.places.nodes and sampled.branch.goes_on_after(sampled.length)
-
-    def check_fed(self, sampled: Sampled, token: int) -> None:
-        """Take the token back from the cache if it was fed already, but other text was written instead."""
+    def take_back(self, sampled: Sampled, token: int) -> None:
+        """Take a token that was fed before it was known back from the cache, if other text was written instead."""
         _, branch, length = sampled
-        if branch.fed > length and branch.ids[length : length + 1] != [token]:
+        if branch.ids[length : length + 1] != [token]:
             branch.fed = length
             self.places.tree.retract(self.places.nodes[branch])
 
     def reset(self) -> None:
         """Whatever state an exception left behind: all requests wait to be fed again."""
-        self.in_flight = False
+        self.in_flight = None
         for state in self.active:
             state.forget_cache()
         self.waiting = deque([*self.active, *(state for state in self.waiting if state not in self.active)])

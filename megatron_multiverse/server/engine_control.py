@@ -80,9 +80,9 @@ class EngineControl:
     def __init__(self, engine: Engine) -> None:
         self._engine: Engine | None = engine
         self._part = RankModel(engine.runner.model)
-        self._options = {"vocab_size": engine.runner.vocab_size, "detokenize": engine.detokenize}
+        self._options = {"vocab_size": engine.runner.vocab_size, "detokenize": engine.intake.detokenize}
         self._options |= {"max_position": engine.max_position}
-        self._structure_vocab, self._config = engine.vocab, engine.config
+        self._structure_vocab, self._config = engine.intake.vocab, engine.config
         self.released: set[str] = set()
         """Of `REGIONS`."""
         self.versions = ["default"]

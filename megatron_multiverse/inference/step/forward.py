@@ -51,10 +51,11 @@ class StepTensors:
             return torch.from_numpy(array).to(device)
 
         in_order = device.type == "cpu" and np.array_equal(plan.write_tokens, np.arange(len(plan.ids)))
+        ids, last = up(plan.ids), plan.borders[1:][plan.sample] - 1
         return cls(
-            ids=known_ids(up(plan.ids), up(plan.sources), last_tokens) if (plan.sources >= 0).any() else up(plan.ids),
+            ids=ids if plan.sources.max(initial=-1) < 0 else known_ids(ids, up(plan.sources), last_tokens),
             positions=up(plan.positions),
-            logit_tokens=up(np.concatenate((plan.borders[1:][plan.sample] - 1, plan.scored))),
+            logit_tokens=up(np.concatenate((last, plan.scored)) if len(plan.scored) else last),
             write_slots=up(plan.write_slots),
             write_tokens=None if in_order else up(plan.write_tokens),
             attention=TreeDecode(plan.pages, plan.lengths, plan.borders),

@@ -51,25 +51,18 @@ class PendingOutput:
         """The tokens and what is told about them."""
         if self._event is not None:
             self._event.synchronize()
-        tokens, logprobs, top_ids, top_logprobs = _unpack(self._packed[:, : self._rows].numpy().copy())
-        packed = np.empty((2, 0), dtype=np.int64) if self._scores is None else self._scores.cpu().numpy()
-        _, scores, score_top_ids, score_top_logprobs = _unpack(packed)
-        return StepOutput(
-            tokens,
-            logprobs,
-            np.isfinite(logprobs),
-            top_ids,
-            top_logprobs,
-            scores,
-            score_top_ids,
-            score_top_logprobs,
-        )
+        tokens, logprobs, *tops = _unpack(self._packed[:, : self._rows].numpy().copy())
+        scores = _NO_SCORES if self._scores is None else _unpack(self._scores.cpu().numpy())[1:]
+        return StepOutput(tokens, logprobs, np.isfinite(logprobs), *tops, *scores)
 
 
 def _unpack(packed: npt.NDArray[np.int64]) -> tuple[Ints, Floats, Ints, Floats]:
     """What `pack` packed."""
     middle = len(packed) // 2 + 1  # after two lines, as many of ids as of log-probabilities
     return packed[0], packed[1].view(np.float64), packed[2:middle].T, packed[middle:].view(np.float64).T
+
+
+_NO_SCORES = _unpack(np.empty((2, 0), dtype=np.int64))[1:]
 
 
 class Runner:

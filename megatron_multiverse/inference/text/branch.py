@@ -60,16 +60,6 @@ class Block:
     """Paths that were given a place in the cache, in their order."""
 
 
-class Awaited(NamedTuple):
-    """A draw that was planned for a branch."""
-
-    step: int
-    row: int
-    """Among the sampled rows of the step."""
-    length: int
-    """Tokens of the branch before it."""
-
-
 @dataclass(eq=False)
 class Branch:
     """One sequence: the root of a request, or a path of a block."""
@@ -79,6 +69,7 @@ class Branch:
     next_position: int
     """Position of the next token."""
     budget: Budget
+    """Its limits; `room` is what is left of them."""
     key: int
     """Key of its sampling noise, see `branch_key`."""
     parent: Branch | None = None
@@ -121,8 +112,6 @@ class Branch:
     blocks: list[Block] = field(default_factory=list)
     num_joined: int = 0
     """How many of its blocks are joined in the cache."""
-    awaits: Awaited | None = None
-    """The draw planned last; its token is not known while that step is in flight."""
     num_sampled: int = 0
     """Tokens sampled so far: the index of the next one's noise."""
     total: int = 0
@@ -131,17 +120,18 @@ class Branch:
     """Tokens of tries that were dropped in its joined blocks; they are no part of the text, but of the budget."""
     tried: Branch | None = None
     """What it was before it was dropped."""
+    room: int = 0
+    """Tokens that still fit into its budget, what closes it included; `commit.py` counts it down."""
     finish: BranchFinish | None = None
     """Why it ended; None while it goes on."""
     span_start: tuple[int, int] | None = None
     """(step of the request, length of `ids`) when it began to take tokens without interruption; None while it takes
     none."""
 
-    @property
-    def room(self) -> int:
-        """Tokens that still fit into its budget, what closes it included."""
+    def count_room(self) -> None:
+        """Count `room` afresh: a join changes it otherwise than token by token."""
         tokens, position = self.budget
-        return min(tokens - self.total - self.dropped_tokens, position - self.next_position)
+        self.room = min(tokens - self.total - self.dropped_tokens, position - self.next_position)
 
     @property
     def open_block(self) -> Block | None:

@@ -18,6 +18,9 @@ from megatron_multiverse.inference.text.state import RequestState
 from megatron_multiverse.inference.text.trial import inner_branches, is_late, note_end, written_by
 from megatron_multiverse.structure import Event
 
+# By a name of the module: Python 3.11 takes five times as long to look up a member of an enum, for every token.
+_PATH_END, _FORK = Event.PATH_END, Event.FORK
+
 
 def commit_token(
     state: RequestState, branch: Branch, token: int, logprob: float, top: TopLogprobs | None = None
@@ -32,9 +35,9 @@ def commit_token(
         top: the most likely tokens beside it.
     """
     branch.num_sampled += 1
-    sampling, left = state.request.sampling, branch.room
+    left = branch.room
     if token in branch.end_ids:
-        by_stop_token = token in sampling.stop_token_ids
+        by_stop_token = token in state.request.sampling.stop_token_ids
         branch.stop_reason = token if by_stop_token else None
         branch.end_draw = (len(branch.ids), token, logprob)
         _close(state, branch, "stop" if by_stop_token else "eos")
@@ -42,18 +45,28 @@ def commit_token(
     elif left <= MOST_CLOSERS and not fits(branch, token):
         _close(state, branch, "length")
     else:
-        event = _append(branch, token, logprob, top)
+        event = branch.machine.push(token)
+        branch.ids.append(token)
+        branch.positions.append(branch.next_position)
+        branch.logprobs.append(logprob)
+        if branch.top_logprobs is not None:
+            branch.top_logprobs.append(top)
+        if branch.seen is not None:
+            branch.seen.add(token)
+        branch.next_position += 1
+        branch.total += 1
+        branch.room = left - 1
         if state.on_token is not None:
             state.unheard.append((branch.name, [token]))
-        if event is Event.PATH_END:
+        if event is _PATH_END:
             _end(state, branch, "path_end")
         elif branch.scanner is not None and _stops(state, branch, branch.scanner, 1):
             _close(state, branch, "stop")
-        elif event is Event.FORK:
+        elif event is _FORK:
             _fork(state, branch)
         elif left <= MOST_CLOSERS + 1 and exhausted(branch):
             _close(state, branch, "length")
-    if sampling.commit_after:
+    if branch.parent is not None and state.request.sampling.commit_after:
         _settle_around(state, branch)
 
 
@@ -71,21 +84,6 @@ def _close_tree(state: RequestState, branch: Branch, reason: BranchFinish) -> No
         _close(state, branch, reason)
 
 
-def _append(branch: Branch, token: int, logprob: float, top: TopLogprobs | None) -> Event:
-    """Append a token that was drawn; returns what it did to the grammar."""
-    event = branch.machine.push(token)
-    branch.ids.append(token)
-    branch.positions.append(branch.next_position)
-    branch.logprobs.append(logprob)
-    if branch.top_logprobs is not None:
-        branch.top_logprobs.append(top)
-    if branch.seen is not None:
-        branch.seen.add(token)
-    branch.next_position += 1
-    branch.total += 1
-    return event
-
-
 def _force(state: RequestState, branch: Branch, ids: Sequence[int], *, heard: bool = True) -> None:
     """Append tokens that nobody drew, and have them heard."""
     for token in ids:
@@ -98,6 +96,7 @@ def _force(state: RequestState, branch: Branch, ids: Sequence[int], *, heard: bo
         branch.top_logprobs += [None] * count
     branch.next_position += count
     branch.total += count
+    branch.room -= count
     if heard and state.on_token is not None:
         state.unheard.append((branch.name, list(ids)))
 
@@ -149,6 +148,7 @@ def _fork(state: RequestState, branch: Branch) -> None:
             end_ids=state.path_end_ids,
             scanner=state.new_scanner() if sampling.stop_in_branches else None,
         )
+        kid.count_room()
         block.kids.append(kid)
     branch.blocks.append(block)
     state.end_span(branch, state.step + 1)
@@ -171,6 +171,7 @@ def _join(state: RequestState, branch: Branch) -> None:
     if branch.seen is not None:
         branch.seen.join([kid.seen for kid in block.kids if kid.seen is not None])
     branch.next_position = max(kid.next_position for kid in block.kids)
+    branch.count_room()
     branch.machine.join()
     if branch.scanner is not None:
         branch.scanner.begin(block.at)
@@ -229,6 +230,8 @@ def _drop(state: RequestState, parent: Branch, k: int) -> None:
     inner = list(inner_branches(kid))
     for branch in (kid, *inner):
         state.end_span(branch, state.step + 1)
+    for branch in inner:
+        branch.finish = branch.finish or "dropped"
     kid.tried = dataclasses.replace(kid)
     kid.machine, kid.next_position = parent.machine.fork(k), parent.next_position
     kid.ids, kid.positions, kid.logprobs, kid.blocks = [], [], [], []

@@ -160,6 +160,7 @@ def new_state(
     replay_answers(root, prompt, request.replay_structure)
     root.top_logprobs = [None] * len(root.ids) if sampling.logprobs else None
     root.budget = whole_budget(sampling, root.next_position, max_position)
+    root.count_room()
     state = RequestState(request_id, request, root, on_token, detokenize)
     state.path_end_ids = root.end_ids if sampling.stop_in_branches else eos
     root.scanner = state.new_scanner()
