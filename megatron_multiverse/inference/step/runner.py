@@ -51,9 +51,9 @@ class PendingOutput:
         """The tokens and what is told about them."""
         if self._event is not None:
             self._event.synchronize()
-        tokens, logprobs, *tops = _unpack(self._packed[:, : self._rows].numpy().copy())
-        scores = _NO_SCORES if self._scores is None else _unpack(self._scores.cpu().numpy())[1:]
-        return StepOutput(tokens, logprobs, np.isfinite(logprobs), *tops, *scores)
+        tokens, logprobs, top_ids, top_logprobs = _unpack(self._packed[:, : self._rows].numpy().copy())
+        of_targets = _NO_SCORES if self._scores is None else _unpack(self._scores.cpu().numpy())
+        return StepOutput(tokens, logprobs, np.isfinite(logprobs), top_ids, top_logprobs, *of_targets[1:])
 
 
 def _unpack(packed: npt.NDArray[np.int64]) -> tuple[Ints, Floats, Ints, Floats]:
@@ -62,7 +62,7 @@ def _unpack(packed: npt.NDArray[np.int64]) -> tuple[Ints, Floats, Ints, Floats]:
     return packed[0], packed[1].view(np.float64), packed[2:middle].T, packed[middle:].view(np.float64).T
 
 
-_NO_SCORES = _unpack(np.empty((2, 0), dtype=np.int64))[1:]
+_NO_SCORES = _unpack(np.empty((2, 0), dtype=np.int64))
 
 
 class Runner:

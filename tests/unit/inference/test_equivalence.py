@@ -54,7 +54,7 @@ def play(model, seeds, *, page_size, **settings):
 def test_logits_equal_one_forward_on_the_toy_model(page_size, group, monkeypatch):
     rng = random.Random(1000 + group)
     monkeypatch.setattr(reference, "MOST_PADDING", rng.choice([0, 512]))
-    seeds = range(1000 * page_size + 100 * group, 1000 * page_size + 100 * group + 8)
+    seeds = range(1000 * page_size + 100 * group, 1000 * page_size + 100 * group + 5)
     difference, results, _ = play(
         ToyModel(group),
         seeds,
@@ -88,7 +88,7 @@ def test_logits_equal_one_forward_on_megatron_core(gpt, page_size, group):
     rng = random.Random(group)
     difference, _, engine = play(
         gpt,
-        range(70_000 + 1000 * page_size + 10 * group, 70_006 + 1000 * page_size + 10 * group),
+        range(70_000 + 1000 * page_size + 10 * group, 70_004 + 1000 * page_size + 10 * group),
         page_size=page_size,
         max_rows=rng.choice([3, 40]),
         max_step_tokens=rng.choice([5, 4096]),

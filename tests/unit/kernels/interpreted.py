@@ -38,7 +38,7 @@ def check_tiles() -> None:
             if permuted:
                 order = torch.randperm(length, generator=torch.Generator().manual_seed(length))
                 r, index = r[:, order], order.int().expand(2, -1)
-            for padded in (0, 160):
+            for padded in (0, 40 * (length // 40 + 1)):
                 want = tiles.tile_bounds_reference(r, index, size=8, length=padded)
                 got = triton_tiles.tile_bounds_triton(r, index, size=8, length=padded)
                 for name in ("r_low", "r_high", "index_low", "index_high"):
@@ -123,4 +123,6 @@ def check_far_heads() -> None:
 
 
 if __name__ == "__main__":
-    {"rope_qkv": check_rope_qkv, "far_heads": check_far_heads, "tiles": check_tiles, "rope": check_rope}[sys.argv[1]]()
+    for check in (check_tiles, check_rope, check_rope_qkv, check_far_heads):
+        check()
+        print(check.__name__)

@@ -93,13 +93,20 @@ def launch_skinny() -> None:
     from megatron_multiverse.kernels.fused_linear.triton_rows import norm_rows, swiglu_rows
     from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear
 
-    for depth, width in ((3584, 4608), (3584, 18944), (1536, 151936)):
+    kinds = ((3584, 4608, "bias"), (3584, 4608, "residual"), (3584, 18944, "swiglu"), (1536, 8960, "swiglu"),
+             (1536, 151936, "bias"))  # fmt: skip
+    for depth, width, kind in kinds:
         for rows in (1, 32):
             x = torch.zeros(rows, depth, dtype=torch.bfloat16)
             weight = torch.zeros(width, 1, dtype=torch.bfloat16).expand(-1, depth)
-            skinny_linear(x, weight, bias=x[0, :1].expand(width))
-            skinny_linear(x, weight, residual=torch.zeros(rows, width, dtype=torch.bfloat16))
-            skinny_linear(x, weight, swiglu=True)
+            residual = torch.zeros(rows, width, dtype=torch.bfloat16)
+            skinny_linear(
+                x,
+                weight,
+                bias=x[0, :1].expand(width) if kind == "bias" else None,
+                residual=residual if kind == "residual" else None,
+                swiglu=kind == "swiglu",
+            )
         swiglu_rows(norm_rows(x, x[0], 1e-6))
 
 
