@@ -1,0 +1,134 @@
+"""Answers of a trained model to held problem sets: right or wrong, their lengths, and their wall clock."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from settings import Size, tokenizer
+from tasks import REQUESTS, Problem, check, sample_arithmetic, sample_satisfiability
+from training_rows import MOST_CHAINS, MOST_VARIABLES, Kind, text_of
+
+from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.config import EngineConfig, SamplingParams
+from megatron_multiverse.inference import Engine, Request, Result
+
+Mode = Literal["parallel", "one branch at a time", "plain"]
+TIMED_STEPS = 4
+"""Steps of each chain of the problems whose wall clock is measured, so that only the number of paths differs."""
+
+
+def problem_sets(count: int) -> dict[str, list[Problem]]:
+    """Problems of every size, trained and beyond, the same in every run. No training row has their seed."""
+
+    def draw(name: str) -> list[Problem]:
+        rng = random.Random(f"evaluation:{name}")
+        task, number = name.split("-")
+        sample = sample_arithmetic if task == "chains" else sample_satisfiability
+        return [sample(rng, int(number)) for _ in range(count)]
+
+    chains = [*range(2, MOST_CHAINS + 1), MOST_CHAINS + 2, 2 * MOST_CHAINS]
+    variables = range(3, MOST_VARIABLES + 3)
+    return {name: draw(name) for name in [f"chains-{k}" for k in chains] + [f"variables-{n}" for n in variables]}
+
+
+def timed_problems(num_chains: int, count: int) -> list[Problem]:
+    """Problems for the wall clock."""
+    rng = random.Random(f"wall clock:{num_chains}")
+    return [sample_arithmetic(rng, num_chains, TIMED_STEPS) for _ in range(count)]
+
+
+class Answerer:
+    """A trained model with an engine around it.
+
+    Args:
+        folder: of the model.
+        kind: what it was trained as. Only a multiverse model forks; tags of the others are text.
+        size: of the miniature.
+    """
+
+    def __init__(self, folder: Path, kind: Kind, size: Size) -> None:
+        is_gpu = torch.cuda.is_available()
+        self.kind = kind
+        self.tokenizer = tokenizer()
+        model, _ = load_checkpoint(
+            folder, dtype=torch.bfloat16 if is_gpu else torch.float32, device="cuda" if is_gpu else "cpu"
+        )
+        self.size = size
+        rows = 512 if is_gpu else 64
+        self.engine = Engine(
+            model.eval(),
+            self.tokenizer.structure_vocab,
+            EngineConfig(num_pages=(256 if is_gpu else 32) * rows, max_rows=rows, prefix_cache=False),
+            vocab_size=self.tokenizer.vocab_size,
+        )
+
+    def request(self, problem: Problem, mode: Mode) -> Request:
+        """What is asked of the engine."""
+        sampling = SamplingParams(
+            max_tokens=self.size.max_tokens,
+            max_critical_tokens=self.size.max_critical_tokens,
+            max_depth=None if self.kind == "multiverse" else 0,
+            max_concurrent_branches=1 if mode == "one branch at a time" else None,
+        )
+        text = problem.prompt + REQUESTS[text_of(self.kind)]
+        return Request(prompt_ids=self.tokenizer.tokenize(text), sampling=sampling)
+
+    def answer(self, problems: Sequence[Problem], mode: Mode) -> tuple[list[Result], float]:
+        """All problems together, greedily; the answers, and the seconds that they took."""
+        requests = [self.request(problem, mode) for problem in problems]
+        start = time.perf_counter()
+        results = self.engine.generate(requests)
+        return results, time.perf_counter() - start
+
+    def is_right(self, problem: Problem, result: Result) -> bool:
+        """Whether the answer that stands at the end is right."""
+        return check(problem, self.tokenizer.detokenize(result.token_ids))
+
+
+def accuracy(answerer: Answerer, sets: dict[str, list[Problem]]) -> dict[str, Any]:
+    """For each set, lists over its problems: right, tokens, critical tokens, decode steps, malformed."""
+    found = {}
+    for name, problems in sets.items():
+        results, _ = answerer.answer(problems, "plain" if answerer.kind == "plain" else "parallel")
+        found[name] = {
+            "right": [int(answerer.is_right(*pair)) for pair in zip(problems, results, strict=True)],
+            "tokens": [len(result.token_ids) for result in results],
+            "critical": [result.critical_tokens for result in results],
+            "steps": [result.decode_steps for result in results],
+            "malformed": sum(bool(set(result.malformed) - {"label_order"}) for result in results),
+        }
+    return found
+
+
+def wall_clock(answerers: dict[Mode, Answerer], size: Size) -> dict[str, Any]:
+    """Seconds of answers alone over the number of chains, and of batches; the modes take turns at every case."""
+    for mode, answerer in answerers.items():
+        answerer.answer(timed_problems(2, 2), mode)  # compiles kernels and records graphs
+    alone: dict[str, list[dict[str, Any]]] = {mode: [] for mode in answerers}
+    for chains in (2, 3, 4, 6, 8):
+        for problem in timed_problems(chains, size.latency_problems):
+            for mode, answerer in answerers.items():
+                (result,), seconds = answerer.answer([problem], mode)
+                alone[mode].append(_row(answerer, [problem], [result], seconds) | {"chains": chains})
+    batched: dict[str, list[dict[str, Any]]] = {mode: [] for mode in answerers}
+    for batch in size.batches:
+        problems = timed_problems(MOST_CHAINS, batch)
+        for mode, answerer in answerers.items():
+            times = [answerer.answer(problems, mode) for _ in range(2)]
+            results, seconds = min(times, key=lambda one: one[1])
+            batched[mode].append(_row(answerer, problems, results, seconds) | {"batch": batch})
+    return {"alone": alone, "batched": batched}
+
+
+def _row(answerer: Answerer, problems: list[Problem], results: list[Result], seconds: float) -> dict[str, Any]:
+    return {
+        "seconds": round(seconds, 6),
+        "tokens": sum(len(result.token_ids) for result in results),
+        "critical": sum(result.critical_tokens for result in results),
+        "right": sum(answerer.is_right(*pair) for pair in zip(problems, results, strict=True)),
+    }

@@ -1,0 +1,133 @@
+"""The paper in miniature: trains small models of three kinds from nothing, and measures what the paper claims.
+
+Parts: `train` (one process on each GPU takes run after run, each evaluated as it ends), `time` (wall clock, alone on
+one GPU), `report` (tables and figures from results/*.json). Without --part all three. Whatever is finished in --output
+is not done again, so a part that was stopped goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+HERE = Path(__file__).parent
+Part = Literal["train", "time", "report"]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniatureOptions:
+    """What is done."""
+
+    part: Part | None = None
+    """Only this part; by default all."""
+    runs: list[str] = field(default_factory=list)
+    """Only these runs of `settings.py`, in this order; by default all."""
+    output: Path = HERE.parents[1] / "runs" / "paper_in_miniature"
+    """Folder for models, training states and results."""
+    minutes: float = 8.0
+    """Time for the part that trains: then the runs under way are stopped with their state saved."""
+    smoke: bool = False
+    """Everything at a size that a CPU does in a minute; the figures mean nothing then."""
+
+
+def main() -> None:
+    from megatron_multiverse.cli import parse_options
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = parse_options(MiniatureOptions)
+    (options.output / "models").mkdir(parents=True, exist_ok=True)
+    (options.output / "results").mkdir(exist_ok=True)
+    if options.part in (None, "train") and not train_all(options):
+        return
+    if options.part in (None, "time"):
+        time_all(options)
+    if options.part in (None, "report"):
+        from paper_report import write_report
+
+        write_report(options.output / "results", options.output / "report")
+
+
+def train_all(options: MiniatureOptions) -> bool:
+    """Train what is missing, one process on each GPU (or one on the CPU); returns whether nothing is missing now."""
+    import torch
+    from settings import runs
+
+    waiting = [
+        name for name in options.runs or list(runs()) if not (options.output / "results" / f"{name}.json").exists()
+    ]
+    devices = max(1, torch.cuda.device_count())
+    deadline = time.monotonic() + 60 * options.minutes
+    running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
+    failed, stopping = [], False
+    while waiting or running:
+        is_late = time.monotonic() > deadline
+        for device in range(devices):
+            if device not in running and waiting and not is_late:
+                name = waiting.pop(0)
+                running[device] = name, start_run(options, name, device, devices)
+        for device, (name, process) in list(running.items()):
+            if process.poll() is not None:
+                del running[device]
+                logger.info("%s ended with exit code %d", name, process.returncode)
+                if process.returncode:
+                    failed.append(name)
+        if is_late and not stopping:
+            stopping = True
+            for _, process in running.values():
+                process.terminate()  # the trainer saves its state
+        if is_late and not running:
+            break
+        time.sleep(0.2)
+    if failed or waiting:
+        logger.info("not finished: %s; the same command goes on with them", ", ".join([*failed, *waiting]))
+    return not (failed or waiting)
+
+
+def start_run(options: MiniatureOptions, name: str, device: int, devices: int) -> subprocess.Popen[bytes]:
+    """Start one run in a process of its own, on one GPU; what it prints goes into results/NAME.log."""
+    cores = len(os.sched_getaffinity(0))
+    workers = 0 if options.smoke else max(1, min(14, cores // devices - 2))
+    command = [sys.executable, str(HERE / "one_run.py"), "--name", name, "--output", str(options.output)]
+    command += ["--workers", str(workers), *(["--smoke"] if options.smoke else [])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        environment["CUDA_VISIBLE_DEVICES"] = environment["CUDA_VISIBLE_DEVICES"].split(",")[device]
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = str(device)
+    logger.info("%s starts on device %d", name, device)
+    with open(options.output / "results" / f"{name}.log", "ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def time_all(options: MiniatureOptions) -> None:
+    """Wall clock of the first seed's Multiverse and plain models, if it is not there yet."""
+    target = options.output / "results" / "wall_clock.json"
+    if target.exists():
+        return
+    import torch
+    from answers import Answerer, Mode, wall_clock
+    from settings import FULL, SMOKE
+
+    from megatron_multiverse.files import write_json_atomic
+
+    size = SMOKE if options.smoke else FULL
+    multiverse = Answerer(options.output / "models" / "multiverse-0", "multiverse", size)
+    plain = Answerer(options.output / "models" / "plain-0", "plain", size)
+    answerers: dict[Mode, Answerer] = {"parallel": multiverse, "one branch at a time": multiverse, "plain": plain}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    write_json_atomic(
+        target, {"device": device, "torch": torch.__version__, **wall_clock(answerers, size)}, indent=None
+    )
+
+
+if __name__ == "__main__":
+    from megatron_multiverse.cli import run_tool
+
+    run_tool(main)

@@ -1,0 +1,162 @@
+"""The figures of the miniature; the paper's own curves are drawn beside ours where it gives them as formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_multiverse.views.canvas import DEPTH_COLORS, grid, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = {"plain": DEPTH_COLORS[2], "tagged": DEPTH_COLORS[3], "multiverse": DEPTH_COLORS[1]}
+PAPER_FIT = (15.43, 0.60)
+"""a and b of a / x + b, milliseconds of a token at # parallel x; 32B, 8K tokens (arXiv 2506.09991, Figure 8a)."""
+
+
+def fit_latency(rows: list[Any]) -> tuple[float, float] | None:
+    """a and b of a / x + b through the milliseconds of a token of each answer over its # parallel x; None if all
+    answers are equally parallel."""
+    inverse = np.array([row["critical"] / max(row["tokens"], 1) for row in rows])
+    if np.ptp(inverse) < 1e-6:
+        return None
+    latency = np.array([1000 * row["seconds"] / max(row["tokens"], 1) for row in rows])
+    slope, offset = np.polyfit(inverse, latency, 1)
+    return float(slope), float(offset)
+
+
+def draw_speed(clock: Mapping[str, Any], path: Path) -> None:
+    """Net speedup over the number of paths; milliseconds of a token over # parallel; speedup over the batch."""
+    figure, ((net, latency, batch),) = grid(1, 3, width=15.0, row_height=4.4)
+    _draw_net(net, clock["alone"])
+    _draw_latency(latency, clock["alone"]["parallel"])
+    _draw_batch(batch, clock["batched"])
+    save(figure, path)
+
+
+def _draw_net(axis: Axes, alone: Mapping[str, list[Any]]) -> None:
+    paths = sorted({row["chains"] for row in alone["parallel"]})
+
+    def seconds(mode: str) -> np.ndarray[Any, Any]:
+        return np.array([mean(row["seconds"] for row in alone[mode] if row["chains"] == k) for k in paths])
+
+    axis.plot(paths, seconds("plain") / seconds("parallel"), "o-", color=COLORS["multiverse"], label="net: over plain")
+    serial = seconds("one branch at a time") / seconds("parallel")
+    axis.plot(paths, serial, "s--", color=DEPTH_COLORS[0], label="over the same text, branch after branch")
+    axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.set(title="wall clock of one answer", xlabel="paths", ylabel="speedup", xticks=paths)
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _draw_latency(axis: Axes, rows: list[Any]) -> None:
+    xs = np.array([row["tokens"] / max(row["critical"], 1) for row in rows])
+    axis.scatter(xs, [1000 * row["seconds"] / max(row["tokens"], 1) for row in rows], s=14, color=COLORS["multiverse"])
+    fit, line = fit_latency(rows), np.linspace(1, max(xs.max(), 1.1), 50)
+    if fit is not None:
+        label = f"{fit[0]:.2f} / x {'+' if fit[1] >= 0 else '-'} {abs(fit[1]):.2f}"
+        axis.plot(line, fit[0] / line + fit[1], color=COLORS["multiverse"], label=label)
+        scale = sum(fit) / sum(PAPER_FIT)
+        label = f"paper, 32B: {PAPER_FIT[0]} / x + {PAPER_FIT[1]}, times {scale:.2g}"
+        axis.plot(line, scale * (PAPER_FIT[0] / line + PAPER_FIT[1]), ":", color=DEPTH_COLORS[0], label=label)
+        axis.legend(frameon=False, fontsize=8)
+    axis.set(title="latency of a token, batch 1", xlabel="# parallel", ylabel="milliseconds per token")
+    axis.set_ylim(bottom=0)
+
+
+def _draw_batch(axis: Axes, batched: Mapping[str, list[Any]]) -> None:
+    batches = [row["batch"] for row in batched["parallel"]]
+
+    def seconds(mode: str) -> np.ndarray[Any, Any]:
+        return np.array([row["seconds"] for row in batched[mode]])
+
+    axis.plot(
+        batches, seconds("plain") / seconds("parallel"), "o-", color=COLORS["multiverse"], label="net: over plain"
+    )
+    serial = seconds("one branch at a time") / seconds("parallel")
+    axis.plot(batches, serial, "s--", color=DEPTH_COLORS[0], label="over the same text, branch after branch")
+    axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.set_xscale("log", base=2)
+    axis.set(title="wall clock of a batch, four paths each", xlabel="answers at once", ylabel="speedup")
+    axis.set_xticks(batches, [str(batch) for batch in batches])
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def draw_accuracy(results: Mapping[str, Any], path: Path) -> None:
+    """Right answers over the size of a problem; over the steps that are given; steps over the size of a search."""
+    figure, ((chains, budget), (variables, search)) = grid(2, 2, width=12.0, row_height=4.0)
+    _draw_sizes(chains, results, "chains")
+    _draw_budget(budget, results)
+    _draw_sizes(variables, results, "variables")
+    _draw_search(search, results)
+    save(figure, path)
+
+
+def _runs(results: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {
+        kind: found
+        for kind in COLORS
+        if (found := [run for name, run in results.items() if name.removeprefix(f"{kind}-").isdigit()])
+    }
+
+
+def _sizes(run: Any, task: str) -> dict[int, Any]:
+    return {int(name.split("-")[1]): found for name, found in run["sets"].items() if name.startswith(task)}
+
+
+def _draw_sizes(axis: Axes, results: Mapping[str, Any], task: str) -> None:
+    lines = {kind: (runs, COLORS[kind], "o-") for kind, runs in _runs(results).items()}
+    for name, style in (("counted", ":"), ("names", "--")):
+        if name in results:
+            lines[f"multiverse, {name} only" if name == "names" else "multiverse, names and labels counted"] = (
+                [results[name]],
+                COLORS["multiverse"],
+                f"x{style}",
+            )
+    for label, (runs, color, form) in lines.items():
+        values = {
+            size: [100 * mean(_sizes(run, task)[size]["right"]) for run in runs] for size in _sizes(runs[0], task)
+        }
+        means = [mean(found) for found in values.values()]
+        errors = [[m - min(v) for m, v in zip(means, values.values(), strict=True)],
+                  [max(v) - m for m, v in zip(means, values.values(), strict=True)]]  # fmt: skip
+        axis.errorbar(list(values), means, yerr=errors, fmt=form, color=color, capsize=3, label=label, alpha=0.85)
+    axis.axvspan(4.1, max(values) + 0.2, color="#00000010", label="more than trained")
+    axis.set(title=f"right answers over {task}", xlabel=task, ylabel="right, %", ylim=(-3, 103), xticks=list(values))
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _draw_budget(axis: Axes, results: Mapping[str, Any]) -> None:
+    longest = max(max(_sizes(runs[0], "chains")[4]["steps"]) for runs in _runs(results).values())
+    budgets = np.linspace(0, longest, 200)
+    for kind, runs in _runs(results).items():
+        found = [_sizes(run, "chains")[4] for run in runs]
+        pairs = [pair for one in found for pair in zip(one["right"], one["steps"], strict=True)]
+        share = [100 * mean(float(right and steps <= budget) for right, steps in pairs) for budget in budgets]
+        axis.plot(budgets, share, color=COLORS[kind], label=kind)
+    axis.set(title="four chains: right within a budget", xlabel="decode steps given", ylabel="right, %", ylim=(-3, 103))
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _draw_search(axis: Axes, results: Mapping[str, Any]) -> None:
+    for run, measure, label, color in (
+        ("plain-0", "critical", "plain: steps", COLORS["plain"]),
+        ("multiverse-0", "critical", "multiverse: steps", COLORS["multiverse"]),
+        ("multiverse-0", "tokens", "multiverse: all tokens", DEPTH_COLORS[0]),
+    ):
+        points = {}
+        for size, found in _sizes(results[run], "variables").items():
+            values = [value for value, right in zip(found[measure], found["right"], strict=True) if right]
+            if values:
+                points[size] = mean(values)
+        axis.plot(list(points), list(points.values()), "o-", color=color, label=label)
+    sizes = list(_sizes(results["multiverse-0"], "variables"))
+    axis.set(title="search: length of right answers", xlabel="variables", ylabel="tokens", xticks=sizes)
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, fontsize=8)

@@ -1,0 +1,134 @@
+"""What is trained and measured: the runs, and the two sizes of everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from training_rows import MiniLoader, RowConfig, RowMaker
+
+from megatron_multiverse.config import (
+    CheckpointConfig,
+    DataConfig,
+    LayerConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
+
+TOKENIZER = Path(__file__).parents[1] / "quickstart" / "model"
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large a miniature is."""
+
+    model: ModelConfig
+    seq_length: int
+    rows: int
+    """Packed rows of a step."""
+    train_iters: int
+    lr: float
+    dtype: str
+    problems: int
+    """Of each set of the evaluation."""
+    latency_problems: int
+    """Of each set that is answered one problem at a time."""
+    batches: tuple[int, ...]
+    """Answers at once."""
+    max_tokens: int
+    """Of an answer, all branches together. Each level of nesting halves what a path may write."""
+    max_critical_tokens: int
+    """Of the longest chain of an answer: what stops a model that does not end."""
+
+
+def _model(layers: int, hidden: int, ffn: int, heads: int, groups: int, channels: int) -> ModelConfig:
+    return ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=channels,
+        vocab_size=320,  # 296 tokens, padded to a multiple of 64
+        max_sequence_length=8192,
+        rotary_base=10000.0,
+    )
+
+
+FULL = Size(
+    model=_model(8, 384, 1024, 6, 2, 64),
+    seq_length=2048,
+    rows=24,
+    train_iters=4000,
+    lr=1.5e-3,
+    dtype="bf16",
+    problems=200,
+    latency_problems=10,
+    batches=(1, 2, 4, 8, 16, 32, 64, 128),
+    max_tokens=16000,
+    max_critical_tokens=4200,
+)
+SMOKE = Size(
+    model=_model(2, 64, 128, 2, 1, 32),
+    seq_length=1024,
+    rows=2,
+    train_iters=10,
+    lr=2e-3,
+    dtype="float32",
+    problems=2,
+    latency_problems=1,
+    batches=(1, 2),
+    max_tokens=96,
+    max_critical_tokens=48,
+)
+
+
+def runs() -> dict[str, RowConfig]:
+    """Every run by name, the most telling first: the three kinds with the first seed, what mends generalisation taken
+    away part by part, the other seeds, and an ablation."""
+    found = {f"{kind}-0": RowConfig(kind=kind) for kind in ("multiverse", "plain", "tagged")}
+    found["counted"] = RowConfig(kind="multiverse", random_names=False, random_labels=False)
+    found["names"] = RowConfig(kind="multiverse", random_labels=False)
+    for seed in SEEDS[1:]:
+        found |= {f"{kind}-{seed}": RowConfig(kind=kind, seed=seed) for kind in ("multiverse", "plain", "tagged")}
+    found["forced-loss"] = RowConfig(kind="multiverse", train_forced_tokens=True)
+    return found
+
+
+def tokenizer() -> MultiverseTokenizer:
+    """The quickstart's: digits, the words of the calculations, the tags, and bytes."""
+    return build_tokenizer("HuggingFaceTokenizer", str(TOKENIZER))
+
+
+def training(size: Size, rows: RowConfig, folder: Path, num_workers: int) -> tuple[TrainConfig, MiniLoader]:
+    """Configuration and data of one run; all kinds take the same number of steps over rows of the same length."""
+    config = TrainConfig(
+        model=size.model,
+        data=DataConfig(
+            data_prefixes=("rows made while the model trains",),
+            tokenizer_model=str(TOKENIZER),
+            seq_length=size.seq_length,
+            micro_batch_size=size.rows,
+            global_batch_size=size.rows,
+            train_forced_tokens=rows.train_forced_tokens,
+        ),
+        optim=OptimConfig(
+            lr=size.lr,
+            min_lr=size.lr / 50,
+            lr_warmup_iters=size.train_iters // 20 + 1,
+            weight_decay=0.05,
+        ),
+        layers=LayerConfig(attention_backend="dense", transformer_impl="local"),
+        checkpoint=CheckpointConfig(save=str(folder), save_interval=0),
+        log=LogConfig(log_interval=max(1, size.train_iters // 40)),
+        train_iters=size.train_iters,
+        seed=1000 + rows.seed,
+        dtype=size.dtype,  # type: ignore[arg-type]
+    )
+    maker = RowMaker(rows, tokenizer())
+    loader = MiniLoader(maker, seq_length=size.seq_length, micro_batch_size=size.rows, num_workers=num_workers)
+    return config, loader

@@ -1,0 +1,182 @@
+"""Training rows of the miniature, made while the model trains: no row comes twice, and none is kept.
+
+A `RowMaker` draws problems, renders them for a kind of model and lays them out; `MiniLoader` packs them into the
+microbatches that `training.trainer.train` asks for. Row i of seed s is the same wherever and whenever it is made, so a
+run that was stopped goes on with the rows it would have had.
+
+Label randomisation stands here rather than in files, because files are checked strictly: labels there count from 1. A
+model that has only ever read labels from 1 to 4 writes no 5. So half of the rows have an outermost block that counts
+from another number, as if it stood inside other blocks; the engine's tolerant reader lays such rows out alike.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tasks import LETTERS, REQUESTS, Problem, Text, sample_arithmetic, sample_satisfiability
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_multiverse.data.sft_dataset import Sample, pack_arrays
+from megatron_multiverse.data.tokenizers import MultiverseTokenizer
+from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.structure import Document, lay_out, parse
+
+Kind = Literal["plain", "tagged", "multiverse"]
+"""plain: autoregressive on plain text. tagged: autoregressive on the text with tags. multiverse: the same text as
+branches."""
+
+MOST_CHAINS = 4
+"""Chains of a training problem; the evaluation goes to twice as many."""
+MOST_VARIABLES = 4
+"""Variables of a training search, and so its deepest block; the evaluation goes beyond."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowConfig:
+    """Which rows a run trains on."""
+
+    kind: Kind
+    """What the model is."""
+    random_names: bool = True
+    """Chains and variables are called by random letters; otherwise A, B, C and so on."""
+    random_labels: bool = True
+    """Half of the blocks have labels that do not count from 1."""
+    train_forced_tokens: bool = False
+    """Loss also on what the engine writes itself."""
+    seed: int = 0
+    """Of all rows."""
+
+
+def text_of(kind: Kind) -> Text:
+    """Which text a kind of model reads and writes."""
+    return "plain" if kind == "plain" else "tagged"
+
+
+class RowMaker:
+    """Draws, renders and lays out training rows.
+
+    Args:
+        config: which rows.
+        tokenizer: of the model.
+    """
+
+    def __init__(self, config: RowConfig, tokenizer: MultiverseTokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+
+    def problem(self, rng: random.Random) -> Problem:
+        """One problem of the training distribution."""
+        names = "" if self.config.random_names else LETTERS
+        if rng.random() < 0.5:
+            return sample_arithmetic(rng, rng.randint(2, MOST_CHAINS), names=names)
+        return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES), names=names)
+
+    def text(self, rng: random.Random) -> tuple[str, str]:
+        """Prompt and response of one row."""
+        problem, text = self.problem(rng), text_of(self.config.kind)
+        prefix, start = "", 1
+        if self.config.random_labels and rng.random() < 0.5:
+            start = rng.randint(1, 10 - MOST_CHAINS)
+            prefix = "".join(f"{rng.randint(1, 9)}." for _ in range(rng.randint(0, 4)))
+        return problem.prompt + REQUESTS[text], problem.response(text, prefix, start)
+
+    def sample(self, rng: random.Random) -> Sample:
+        """One row as tokens with their layout."""
+        texts = self.text(rng)
+        prompt, response = self.tokenizer.tokenize_batch(list(texts))
+        assert self.tokenizer.eod is not None
+        ids = [*prompt, *response, self.tokenizer.eod]
+        document = Document(len(ids), len(prompt))
+        if self.config.kind == "multiverse":
+            document = parse(ids, self.tokenizer.structure_vocab, prompt_length=len(prompt), strict=False)
+            broken = set(document.malformed) - {"label_order"}
+            assert not broken, f"a row that the engine would not fork ({broken}): {texts}"
+        return Sample(np.asarray(ids, dtype=np.int64), lay_out(document))
+
+    def pack(self, index: int, seq_length: int) -> dict[str, Any]:
+        """Arrays of packed row `index`, see `pack_arrays`: rows until the next one does not fit."""
+        rng = random.Random(f"{self.config.seed}:{index}")
+        samples: list[Sample] = []
+        left = seq_length
+        while True:
+            sample = self.sample(rng)
+            if len(sample.ids) > left:
+                if samples:
+                    break
+                continue  # alone it is too long, so another one is drawn
+            samples.append(sample)
+            left -= len(sample.ids)
+        arrays = pack_arrays(
+            samples, seq_length, self.tokenizer.pad, train_forced_tokens=self.config.train_forced_tokens
+        )
+        return {name: arrays[name] for name in ("input_ids", "labels", "loss_mask", "position_ids", "r")}
+
+
+class MiniLoader:
+    """The stream of microbatches of a run; see `training.microbatches.Loader`.
+
+    Args:
+        maker: of the rows.
+        seq_length: tokens of a packed row.
+        micro_batch_size: packed rows of a microbatch.
+        num_workers: processes that make them ahead of time; 0 makes them in this one.
+    """
+
+    tag_ids = None
+    """Positions and labels come from here: a scan on the GPU would lay tagged text of every kind out as branches."""
+
+    def __init__(self, maker: RowMaker, *, seq_length: int, micro_batch_size: int, num_workers: int) -> None:
+        self._batches = _Batches(maker, seq_length, micro_batch_size)
+        self._num_workers = num_workers
+        self._next = 0
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        remaining = range(self._next, 1 << 30)
+        loader: Any = DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=remaining,
+            num_workers=self._num_workers,
+            generator=torch.Generator().manual_seed(0),  # none is drawn from; torch's own would move with every start
+        )
+        for batch in loader:
+            self._next += 1
+            yield batch
+
+    def sample_name(self, sample_id: int) -> str:
+        """Never asked for, since no row is ever laid out as anything but what it is."""
+        return f"row {sample_id}"
+
+    def sample_problem(self, sample_id: int) -> str | None:
+        """None: every row is read."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands."""
+        return {"next": self._next, "rows": repr(self._batches.maker.config)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there. Raises CheckpointError if other rows were trained before."""
+        if state["rows"] != repr(self._batches.maker.config):
+            raise CheckpointError(f"the run was trained on {state['rows']}: go on with the same, or in another folder")
+        self._next = state["next"]
+
+
+class _Batches(Dataset[dict[str, torch.Tensor]]):
+    """Microbatch i."""
+
+    def __init__(self, maker: RowMaker, seq_length: int, micro_batch_size: int) -> None:
+        self.maker = maker
+        self._seq_length = seq_length
+        self._size = micro_batch_size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        torch.set_num_threads(1)
+        first = index * self._size
+        rows = [self.maker.pack(first + k, self._seq_length) for k in range(self._size)]
+        return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}

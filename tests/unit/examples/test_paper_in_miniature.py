@@ -1,0 +1,131 @@
+"""The paper in miniature: its texts, its rows, its report."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+MINIATURE = Path(__file__).parents[3] / "examples" / "paper_in_miniature"
+sys.path.insert(0, str(MINIATURE))
+
+from paper_figures import fit_latency  # noqa: E402
+from paper_report import draw, filled, read_results, tables  # noqa: E402
+from settings import runs, tokenizer  # noqa: E402
+from tasks import (  # noqa: E402
+    Satisfiability,
+    assign,
+    check,
+    sample_arithmetic,
+    sample_satisfiability,
+    solve,
+)
+from training_rows import MiniLoader, RowConfig, RowMaker  # noqa: E402
+
+from megatron_multiverse.errors import CheckpointError  # noqa: E402
+from megatron_multiverse.structure import parse_text  # noqa: E402
+
+
+@pytest.mark.parametrize("text", ["plain", "tagged"])
+def test_every_text_ends_with_a_right_answer(text: Any) -> None:
+    rng = random.Random(0)
+    for number in (2, 4, 8):
+        problem = sample_arithmetic(rng, number)
+        assert check(problem, problem.response(text))
+        assert not check(problem, problem.response(text) + "0")
+    for number in (3, 4, 6):
+        search = sample_satisfiability(rng, number)
+        assert check(search, search.response(text))
+
+
+def test_a_solution_satisfies_and_only_a_solution() -> None:
+    rng = random.Random(1)
+    problems = [sample_satisfiability(rng, 4) for _ in range(40)]
+    solved = [solve(problem.clauses) for problem in problems]  # type: ignore[union-attr]
+    assert 5 < sum(model is None for model in solved) < 35
+    for problem, model in zip(problems, solved, strict=True):
+        assert isinstance(problem, Satisfiability)
+        assert problem.is_right("no") is (model is None)
+        names = sorted({name for clause in problem.clauses for name, _ in clause})
+        wins = 0
+        for bits in np.ndindex(*[2] * len(names)):
+            clauses = problem.clauses
+            for name, bit in zip(names, bits, strict=True):
+                clauses = assign(clauses, name, bool(bit))
+            given = "".join(f"{name}{bit}" for name, bit in zip(names, bits, strict=True))
+            assert problem.is_right(given) is (not clauses)
+            wins += not clauses
+        assert (wins > 0) is (model is not None)
+        assert not problem.is_right("A") and not problem.is_right("A2")
+
+
+def test_labels_are_shifted_as_a_whole() -> None:
+    problem = sample_satisfiability(random.Random(2), 4)
+    counted, shifted = problem.response("tagged"), problem.response("tagged", "7.3.", 4)
+    assert "\n7.3.4: " in shifted and "\n7.3.5: " in shifted and "\n7.3.1" not in shifted and "\n7.3.6" not in shifted
+    back = shifted.replace("\n7.3.4", "\n1").replace("\n7.3.5", "\n2")
+    assert back == counted
+    assert parse_text(counted)  # strictly
+
+
+@pytest.mark.parametrize("name", list(runs()))
+def test_rows_are_reproducible_and_laid_out_for_their_kind(name: str) -> None:
+    maker = RowMaker(runs()[name], tokenizer())
+    row, again = maker.pack(3, 2048), maker.pack(3, 2048)
+    assert all(np.array_equal(row[key], again[key]) for key in row)
+    # Rows that are read one token after the other count on; branches begin again after the goal.
+    steps = np.diff(row["position_ids"])
+    jumps = steps[(steps != 1) & (row["position_ids"][1:] != 0)]
+    assert (len(jumps) > 0) is (runs()[name].kind == "multiverse")
+    assert 0.3 < row["loss_mask"].mean() < 0.95
+
+
+def test_a_loader_goes_on_where_it_stood() -> None:
+    maker = RowMaker(RowConfig(kind="multiverse"), tokenizer())
+    loader, other = (MiniLoader(maker, seq_length=1024, micro_batch_size=1, num_workers=0) for _ in range(2))
+    batches = iter(loader)
+    next(batches)
+    other.load_state_dict(loader.state_dict())
+    assert np.array_equal(next(batches)["input_ids"], next(iter(other))["input_ids"])
+    plain = MiniLoader(
+        RowMaker(RowConfig(kind="plain"), tokenizer()), seq_length=1024, micro_batch_size=1, num_workers=0
+    )
+    with pytest.raises(CheckpointError, match="go on with the same"):
+        plain.load_state_dict(loader.state_dict())
+
+
+def test_the_fit_finds_its_own_formula() -> None:
+    rows = [{"tokens": 100 * x, "critical": 100, "seconds": 0.1 * x * (3 / x + 0.5)} for x in (1, 2, 4)]
+    assert fit_latency(rows) == pytest.approx((3.0, 0.5))
+    assert fit_latency(rows[:1]) is None
+
+
+def test_tables_and_figures_come_from_results(tmp_path: Path) -> None:
+    numbers = {"right": [1, 0], "tokens": [30, 40], "critical": [10, 20], "steps": [11, 21], "malformed": 0}
+    sets = dict.fromkeys(("chains-4", "chains-8", "variables-4", "variables-5"), numbers)
+    run = {"steps": 5, "parameters": 7, "tokens": 9, "train_seconds": 1.0, "device": "CPU", "sets": sets}
+    row = {"seconds": 0.2, "tokens": 30, "critical": 10, "right": 1, "chains": 4, "batch": 1}
+    modes = {"parallel": [row], "one branch at a time": [row | {"seconds": 0.8}], "plain": [row | {"seconds": 0.5}]}
+    contents = dict.fromkeys(("multiverse-0", "multiverse-1", "plain-0", "counted"), run)
+    for name, content in {**contents, "wall_clock": {"alone": modes, "batched": modes}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    results = read_results(tmp_path)
+    made = tables(results)
+    assert "| 4 | 3.00 | 500 | 800 | 200 | 2.50 | 4.00 |" in made["alone"]
+    assert "| 8 chains, more than trained | 50.0 | 50.0 ± 0.0 |" in made["accuracy"]
+    assert (
+        filled("a\n<!-- batch -->\nold\n<!-- end -->\nb", results)
+        == f"a\n<!-- batch -->\n{made['batch']}\n<!-- end -->\nb"
+    )
+    draw(results, tmp_path)
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("accuracy.png", "speed.png"))
+
+
+def test_the_readme_says_what_the_results_say() -> None:
+    text = (MINIATURE / "README.md").read_text(encoding="utf-8")
+    assert filled(text, read_results(MINIATURE / "results")) == text, "run examples/paper_in_miniature/paper_report.py"
