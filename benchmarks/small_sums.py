@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from benchmarks.training_layouts import RESULTS
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference.step.symmetric_sum import MOST_BYTES, SymmetricSum
+from megatron_multiverse.kernels.fused_linear import norm
+from megatron_multiverse.kernels.sum_norm import sum_norm_reference
 from megatron_multiverse.parallel.ranks import joined_ranks
 
 SUMS = 56
@@ -39,16 +42,50 @@ class Options:
     """Commit to record; default that of the working tree."""
 
 
-def microseconds(x: Tensor, symmetric: SymmetricSum | None) -> float:
-    """Of one sum within a graph of many."""
+def check_norm(symmetric: SymmetricSum, x: Tensor) -> None:
+    """The sum with residual and norm equals its reference, many times over in turns."""
+    world = distributed.get_world_size()
+    weight, residual = torch.linspace(0.5, 1.5, x.shape[1], device=x.device, dtype=x.dtype), torch.ones_like(x)
+    for number in range(20):
+        part = x * (number + 1)
+        parts = [torch.empty_like(part) for _ in range(world)]
+        distributed.all_gather(parts, part)
+        got = symmetric.add_norm(part, residual, weight, 1e-6, turn=number % 2)
+        for mine, want in zip(got, sum_norm_reference(parts, residual, weight, 1e-6), strict=True):
+            torch.testing.assert_close(mine, want, rtol=2e-2, atol=2e-2)
+
+
+def measure(symmetric: SymmetricSum, x: Tensor) -> dict[str, float]:
+    """Microseconds of a sum in each way."""
+    weight = torch.ones_like(x[0])
+
+    def by_nccl(y: Tensor) -> Tensor:
+        distributed.all_reduce(y)
+        return y
+
+    def by_nccl_with_norm(y: Tensor) -> Tensor:
+        normed: Tensor = norm(torch.add(x, by_nccl(y)), weight, 1e-6)
+        return normed
+
+    def with_norm(y: Tensor) -> Tensor:
+        _, first = symmetric.add_norm(y, x, weight, 1e-6, turn=0)
+        return symmetric.add_norm(first, x, weight, 1e-6, turn=1)[1]
+
+    times = {"nccl_us": microseconds(x, by_nccl)}
+    if symmetric.takes(x):
+        times["symmetric_memory_us"] = microseconds(x, symmetric)
+    times["nccl_norm_us"] = microseconds(x, by_nccl_with_norm)
+    times["sum_norm_us"] = microseconds(x, with_norm) / 2
+    return times
+
+
+def microseconds(x: Tensor, call: Callable[[Tensor], Tensor]) -> float:
+    """Of one call within a graph of many."""
 
     def chain() -> Tensor:
         y = x
         for _ in range(SUMS):
-            if symmetric is not None:
-                y = symmetric(y)
-            else:
-                distributed.all_reduce(y)
+            y = call(y)
         return y
 
     chain()
@@ -80,7 +117,7 @@ def main() -> None:
             command = f"torchrun --standalone --nproc-per-node {world} -m benchmarks.small_sums"
             key = ("gpus", "rows", "hidden_size")
             recorder = Recorder("small_sums", o.output or str(RESULTS), o.commit, key=key, command=command)
-        symmetric = SymmetricSum.where_possible(group, torch.bfloat16, device)
+        symmetric = SymmetricSum.where_possible(group, torch.bfloat16, device, o.hidden_size)
         if symmetric is None:
             raise ConfigError("these GPUs cannot read each other's memory")
         for rows in o.rows:
@@ -88,18 +125,15 @@ def main() -> None:
             summed, reference = symmetric(x), x.clone()
             distributed.all_reduce(reference)
             torch.testing.assert_close(summed, reference, rtol=1e-2, atol=1e-2)
-            zeros = torch.zeros_like(x)
-            nccl = microseconds(zeros, None)
-            ours = microseconds(zeros, symmetric) if symmetric.takes(zeros) else None
+            check_norm(symmetric, x)
+            times = measure(symmetric, torch.zeros_like(x))
             if recorder is not None:
-                recorder.add(
-                    gpus=world, rows=rows, hidden_size=o.hidden_size, kib=x.nbytes / 1024, nccl_us=nccl,
-                    symmetric_memory_us=ours, ratio=None if ours is None else ours / nccl,
-                )  # fmt: skip
+                recorder.add(gpus=world, rows=rows, hidden_size=o.hidden_size, kib=x.nbytes / 1024, **times)
         if recorder is not None:
             recorder.table(
-                "One sum over the GPUs, within a CUDA graph of many. The engine takes symmetric memory up to "
-                f"{MOST_BYTES // 1024} KiB."
+                "One sum over the GPUs, within a CUDA graph of many: by NCCL, by symmetric memory; with residual and "
+                "RMSNorm: by NCCL, torch and a norm in three launches, by kernels/sum_norm in one. The engine takes "
+                f"symmetric memory up to {MOST_BYTES // 1024} KiB."
             )
 
 

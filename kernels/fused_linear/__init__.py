@@ -1,4 +1,4 @@
-"""The linear layers of decoding, each with the norm, the activation or the residual that stands beside it.
+"""The linear layers of decoding, each with the activation or the residual that stands beside it, and their norm.
 
 On a GPU a kernel of ours multiplies up to 32 rows in half precision; more rows, and everything on a CPU, take torch's
 products.
@@ -9,39 +9,44 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import linear_add_reference, norm_linear_reference, norm_swiglu_reference, rms_norm
+from .reference import linear_add_reference, linear_swiglu_reference, rms_norm
 
 MAX_ROWS = 32
 """With more, cuBLAS is faster (64 rows of Qwen2.5-7B on an H200: 5.97 ms per step instead of 7.1)."""
 
 
-def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Norm, then linear: x [n, in] -> [n, out]."""
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x [n, width] with a learned scale [width], computed in float32 or better."""
     if not _on_gpu(x, weight):
-        return norm_linear_reference(x, norm_weight, eps, weight, bias)
+        return rms_norm(x, weight, eps)
     from .triton_rows import norm_rows
+
+    return norm_rows(x, weight, eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [n, in] weight^T (+ bias) -> [n, out]."""
+    if not _on_gpu(x, weight) or len(x) > MAX_ROWS:
+        return F.linear(x, weight, bias)
     from .triton_skinny import skinny_linear
 
-    normed = norm_rows(x, norm_weight, eps)
-    return skinny_linear(normed, weight, bias=bias) if len(x) <= MAX_ROWS else F.linear(normed, weight, bias)
+    return skinny_linear(x, weight, bias=bias)
 
 
-def norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Norm, linear, then silu(first half) * second half: x [n, in], weight [2 * ffn, in] -> [n, ffn]."""
+def linear_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear, then silu(first half) * second half: x [n, in], weight [2 * ffn, in] -> [n, ffn]."""
     if not _on_gpu(x, weight):
-        return norm_swiglu_reference(x, norm_weight, eps, weight, bias)
-    from .triton_rows import norm_rows, swiglu_rows
+        return linear_swiglu_reference(x, weight, bias)
+    from .triton_rows import swiglu_rows
     from .triton_skinny import skinny_linear
 
-    normed = norm_rows(x, norm_weight, eps)
     if len(x) <= MAX_ROWS:
-        return skinny_linear(normed, weight, bias=bias, swiglu=True)
-    return swiglu_rows(F.linear(normed, weight, bias))
+        return skinny_linear(x, weight, bias=bias, swiglu=True)
+    return swiglu_rows(F.linear(x, weight, bias))
 
 
-def linear_add(x: Tensor, weight: Tensor, residual: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Linear into the residual stream: adds x [n, in] weight^T (+ bias) to residual [n, out] in place and returns it;
-    without a residual, the product alone."""
+def linear_add(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear into the residual stream: adds x [n, in] weight^T (+ bias) to residual [n, out] in place; returns it."""
     if _on_gpu(x, weight) and len(x) <= MAX_ROWS:
         from .triton_skinny import skinny_linear
 
@@ -55,11 +60,11 @@ def _on_gpu(x: Tensor, weight: Tensor) -> bool:
 
 
 __all__ = [
+    "linear",
     "linear_add",
     "linear_add_reference",
-    "norm_linear",
-    "norm_linear_reference",
-    "norm_swiglu",
-    "norm_swiglu_reference",
+    "linear_swiglu",
+    "linear_swiglu_reference",
+    "norm",
     "rms_norm",
 ]

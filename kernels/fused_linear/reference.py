@@ -1,4 +1,4 @@
-"""A linear layer with what stands before and after it in a transformer layer: the plain versions.
+"""A linear layer with what stands after it in a transformer layer, and the norm before it: the plain versions.
 
 Shapes: n tokens, the weights as torch keeps them, ``[out, in]``.
 """
@@ -19,28 +19,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed * weight.to(x.dtype)
 
 
-def norm_linear_reference(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """Norm, then linear: x [n, in] -> [n, out]."""
-    return F.linear(rms_norm(x, norm_weight, eps), weight, bias)
-
-
-def norm_swiglu_reference(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """Norm, linear, then silu(first half) * second half: x [n, in], weight [2 * ffn, in] -> [n, ffn]."""
-    gate, up = F.linear(rms_norm(x, norm_weight, eps), weight, bias).chunk(2, dim=-1)
+def linear_swiglu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear, then silu(first half) * second half: x [n, in], weight [2 * ffn, in] -> [n, ffn]."""
+    gate, up = F.linear(x, weight, bias).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def linear_add_reference(
-    x: Tensor, weight: Tensor, residual: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """Linear into the residual stream: adds x [n, in] weight^T (+ bias) to residual [n, out] in place and returns it;
-    without a residual, the product alone."""
-    if residual is None:
-        return F.linear(x, weight, bias)
+def linear_add_reference(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear into the residual stream: adds x [n, in] weight^T (+ bias) to residual [n, out] in place; returns it."""
     if bias is not None:
         residual.add_(bias)
     return residual.addmm_(x, weight.t())

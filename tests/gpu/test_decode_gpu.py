@@ -13,7 +13,7 @@ pytest.importorskip("megatron.core")
 
 from megatron_multiverse.config import EngineConfig, ModelConfig, SamplingParams
 from megatron_multiverse.inference import Engine, Request
-from megatron_multiverse.kernels.fused_linear import linear_add, norm_linear, norm_swiglu
+from megatron_multiverse.kernels.fused_linear import linear, linear_add, linear_swiglu, norm
 from megatron_multiverse.kernels.greedy import greedy, greedy_reference
 from megatron_multiverse.kernels.kv_write import write_kv, write_kv_reference
 from megatron_multiverse.kernels.rope import inverse_frequencies, rope_table
@@ -42,13 +42,14 @@ def test_products_equal_float64(rows, depth, width):
     def draw(*shape, scale=1.0):
         return (torch.randn(*shape, device="cuda", generator=generator) * scale).to(BF16)
 
-    x, norm, bias = draw(rows, depth), draw(depth), draw(2 * width)
+    x, scale, bias = draw(rows, depth), draw(depth), draw(2 * width)
     weight, residual = draw(2 * width, depth, scale=depth**-0.5), draw(rows, width)
-    normed = F.rms_norm(x.double(), (depth,), norm.double(), 1e-6)
+    normed = F.rms_norm(x.double(), (depth,), scale.double(), 1e-6)
     want = F.linear(normed, weight.double(), bias.double())
-    assert relative(norm_linear(x, norm, 1e-6, weight, bias), want) < 6e-3
+    got = norm(x, scale, 1e-6)
+    assert relative(linear(got, weight, bias), want) < 6e-3
     gate, up = want.chunk(2, -1)
-    assert relative(norm_swiglu(x, norm, 1e-6, weight, bias), F.silu(gate) * up) < 9e-3
+    assert relative(linear_swiglu(got, weight, bias), F.silu(gate) * up) < 9e-3
     want = residual.double() + F.linear(x.double(), weight[:width].double(), bias[:width].double())
     for _ in range(3):  # the counters of the programs that share sums are as they were
         kept = residual.clone()

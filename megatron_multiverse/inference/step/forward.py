@@ -8,6 +8,7 @@ shapes for a given number of tokens, which is what a CUDA graph needs. `model_fo
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_multiverse.inference.step.model_ranks import ModelRanks
 from megatron_multiverse.inference.step.plan import Ints, StepPlan
-from megatron_multiverse.kernels.fused_linear import linear_add, norm_linear, norm_swiglu
+from megatron_multiverse.kernels.fused_linear import linear, linear_add, linear_swiglu, norm
 from megatron_multiverse.kernels.kv_copy import copy_slots
 from megatron_multiverse.kernels.kv_write import write_kv
 from megatron_multiverse.kernels.tree_decode import Attention, TreeDecode
@@ -211,29 +212,44 @@ class PagedForward:
         else:
             x = ranks.receive_hidden(len(step.ids), self.layers[0].qkv.weight, self.hidden_size)
         table = self.rotary.table(step.positions[None])
-        for layer in self.layers:
-            x = self._add(self._attend(x, layer, table, step, store), layer.proj, x)
-            hidden = norm_swiglu(x, layer.mlp_norm, self.eps, layer.fc1.weight, layer.fc1.bias)
-            x = self._add(hidden, layer.fc2, x)
+        following = [layer.attention_norm for layer in self.layers[1:]]
+        normed: Tensor | None = norm(x, self.layers[0].attention_norm, self.eps)
+        for layer, following_norm in itertools.zip_longest(self.layers, following):
+            assert normed is not None
+            mixed = self._attend(normed, layer, table, step, store)
+            x, normed = self._add(mixed, layer.proj, x, layer.mlp_norm, turn=0)
+            assert normed is not None
+            hidden = linear_swiglu(normed, layer.fc1.weight, layer.fc1.bias)
+            x, normed = self._add(hidden, layer.fc2, x, following_norm, turn=1)
         if not ranks.is_last_stage:
             ranks.send_hidden(x)
             return None
         assert self.final_norm is not None and self.output is not None
-        logits = norm_linear(x.index_select(0, step.logit_tokens), self.final_norm, self.eps, self.output)
-        return ranks.join_vocab(logits)
+        last = norm(x.index_select(0, step.logit_tokens), self.final_norm, self.eps)
+        return ranks.join_vocab(linear(last, self.output))
 
-    def _add(self, x: Tensor, linear: _Linear, residual: Tensor) -> Tensor:
-        """The residual stream after a product whose sum is cut over the tensor parallel ranks: one of them brings what
-        is there once."""
-        if self.ranks.tensor_rank == 0:
-            return self.ranks.sum(linear_add(x, linear.weight, residual, linear.bias))
-        return self.ranks.sum(linear_add(x, linear.weight))
+    def _add(
+        self, x: Tensor, into: _Linear, residual: Tensor, norm_weight: Tensor | None, *, turn: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after a product whose sum is cut over the tensor parallel ranks, and its norm if one is
+        asked for.
 
-    def _attend(self, x: Tensor, layer: _Layer, table: Tensor, step: StepTensors, store: KVStore) -> Tensor:
-        """Attention of one layer over the cache: x [n, hidden] -> [n, heads * head dim]."""
-        mixed = norm_linear(x, layer.attention_norm, self.eps, layer.qkv.weight, layer.qkv.bias)
+        Args:
+            turn: see `sum_norm_push`. The last sum of a step has no norm and goes another way, so the turns alternate.
+        """
+        first, small_sum = self.ranks.tensor_rank == 0, self.ranks.small_sum
+        bias = into.bias if first else None  # what is there once, one rank brings
+        if norm_weight is not None and small_sum is not None and small_sum.takes_rows(len(x)):
+            return small_sum.add_norm(linear(x, into.weight, bias), residual, norm_weight, self.eps, turn=turn)
+        part = linear_add(x, into.weight, residual, bias) if first else linear(x, into.weight)
+        total = self.ranks.sum(part)
+        return total, None if norm_weight is None else norm(total, norm_weight, self.eps)
+
+    def _attend(self, normed: Tensor, layer: _Layer, table: Tensor, step: StepTensors, store: KVStore) -> Tensor:
+        """Attention of one layer over the cache: [n, hidden] -> [n, heads * head dim]."""
+        mixed = linear(normed, layer.qkv.weight, layer.qkv.bias)
         query = write_kv(
-            mixed.view(len(x), self.num_groups, -1),
+            mixed.view(len(normed), self.num_groups, -1),
             table,
             *store.flat[layer.index],
             step.write_slots,
@@ -249,17 +265,17 @@ class PagedForward:
 def _layer(state: dict[str, Tensor], index: int) -> _Layer:
     prefix = f"decoder.layers.{index}."
 
-    def linear(name: str) -> _Linear:
+    def weights(name: str) -> _Linear:
         return _Linear(weight=state[f"{prefix}{name}.weight"], bias=state.get(f"{prefix}{name}.bias"))
 
     return _Layer(
         index=index,
         attention_norm=state[f"{prefix}input_layernorm.weight"],
-        qkv=linear("self_attention.linear_qkv"),
+        qkv=weights("self_attention.linear_qkv"),
         query_norm=state.get(f"{prefix}self_attention.q_layernorm.weight"),
         key_norm=state.get(f"{prefix}self_attention.k_layernorm.weight"),
-        proj=linear("self_attention.linear_proj"),
+        proj=weights("self_attention.linear_proj"),
         mlp_norm=state[f"{prefix}pre_mlp_layernorm.weight"],
-        fc1=linear("mlp.linear_fc1"),
-        fc2=linear("mlp.linear_fc2"),
+        fc1=weights("mlp.linear_fc1"),
+        fc2=weights("mlp.linear_fc2"),
     )

@@ -10,14 +10,17 @@ itself, since the draw depends on the logits and the plan alone; the other pipel
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, distributed
 
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference.step.plan import StepPlan
-from megatron_multiverse.inference.step.symmetric_sum import SymmetricSum
 from megatron_multiverse.model.mcore import parallel_state, pipeline_parallel_size, tensor_parallel_place
+
+if TYPE_CHECKING:
+    from megatron_multiverse.inference.step.symmetric_sum import SymmetricSum
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,16 @@ class ModelRanks:
             )
         return ranks
 
-    def on(self, like: Tensor) -> ModelRanks:
-        """These ranks with the fastest way to sum tensors of the dtype and device of `like`; all ranks call it."""
+    def on(self, like: Tensor, width: int) -> ModelRanks:
+        """These ranks with the fastest way to sum rows of a width, of the dtype and device of `like`; all ranks call
+        it."""
         if self.tensor_size == 1 or not like.is_cuda:
             return self
+        # Imported here: Triton comes with a GPU.
+        from megatron_multiverse.inference.step.symmetric_sum import SymmetricSum
+
         group = parallel_state.get_tensor_model_parallel_group()
-        return replace(self, small_sum=SymmetricSum.where_possible(group, like.dtype, like.device))
+        return replace(self, small_sum=SymmetricSum.where_possible(group, like.dtype, like.device, width))
 
     @property
     def size(self) -> int:

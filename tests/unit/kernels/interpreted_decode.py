@@ -17,6 +17,8 @@ from megatron_multiverse.kernels.greedy.triton_greedy import greedy_triton
 from megatron_multiverse.kernels.kv_write import write_kv_reference
 from megatron_multiverse.kernels.kv_write.triton_write import write_kv_triton
 from megatron_multiverse.kernels.rope import inverse_frequencies, rope_table
+from megatron_multiverse.kernels.sum_norm import sum_norm_reference
+from megatron_multiverse.kernels.sum_norm.triton_push import Exchange, sum_norm_push
 from megatron_multiverse.kernels.tree_decode import divide_work, tree_decode_reference
 from megatron_multiverse.kernels.tree_decode.triton_decode import tree_decode_triton
 
@@ -58,6 +60,35 @@ def check_rows() -> None:
         gate, up = x.chunk(2, -1)
         got = swiglu_rows(x, pdl=False)
         torch.testing.assert_close(got, torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-5)
+
+
+def check_sum_norm() -> None:
+    """Ranks one after the other: each finds what the others will have left, and leaves its own with them."""
+    generator = torch.Generator().manual_seed(0)
+    for ranks, rows, width in ((2, 3, 40), (4, 1, 100), (3, 5, 17)):
+        parts = torch.randn(ranks, rows, width, generator=generator)
+        residual, weight = torch.randn(rows, width, generator=generator), torch.randn(width, generator=generator)
+        places = torch.full((ranks, 2, ranks, 6, width), float("nan"))
+        flags = torch.zeros(ranks, 2, ranks, 6, dtype=torch.int32)
+        want = sum_norm_reference(list(parts), residual, weight, 1e-5)
+        addresses = [torch.tensor([x.data_ptr() for x in memory]) for memory in (places, flags)]
+        for turn in (0, 1):
+            for rank in range(ranks):
+                others = sorted(set(range(ranks)) - {rank})
+                flags.zero_()
+                for other in others:  # what this rank will wait for
+                    places[rank, turn, other, :rows], flags[rank, turn, other, :rows] = parts[other], 1
+                exchange = Exchange(
+                    rank=rank, places=places[rank], flags=flags[rank], place_addresses=addresses[0],
+                    flag_addresses=addresses[1],
+                )  # fmt: skip
+                got = sum_norm_push(parts[rank], residual, weight, 1e-5, exchange, turn, pdl=False)
+                for mine, reference in zip(got, want, strict=True):
+                    torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
+                assert not flags[rank].any(), "flags that were waited for are down again"
+                for other in others:
+                    assert torch.equal(places[other, turn, rank, :rows], parts[rank])
+                    assert flags[other, turn, rank].tolist() == [1] * rows + [0] * (6 - rows)
 
 
 def check_greedy() -> None:
@@ -136,6 +167,6 @@ def random_rows(rng: np.random.Generator, page_size: int, *, shared: bool) -> tu
 
 
 if __name__ == "__main__":
-    for check in (check_skinny, check_rows, check_write, check_greedy, check_decode):
+    for check in (check_skinny, check_rows, check_write, check_greedy, check_decode, check_sum_norm):
         check()
         print(check.__name__)
