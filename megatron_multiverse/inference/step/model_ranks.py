@@ -10,7 +10,7 @@ itself, since the draw depends on the logits and the plan alone; the other pipel
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
@@ -51,16 +51,20 @@ class ModelRanks:
             )
         return ranks
 
-    def on(self, like: Tensor, width: int) -> ModelRanks:
-        """These ranks with the fastest way to sum rows of a width, of the dtype and device of `like`; all ranks call
-        it."""
+    def on(self, like: Tensor, shape: Any) -> ModelRanks:
+        """These ranks with the fastest way to sum the rows of a model; all ranks call it.
+
+        Args:
+            like: has the dtype and device of the rows.
+            shape: the model's config, megatron-core's.
+        """
         if self.tensor_size == 1 or not like.is_cuda:
             return self
         # Imported here: Triton comes with a GPU.
         from megatron_multiverse.inference.step.symmetric_sum import SymmetricSum
 
         group = parallel_state.get_tensor_model_parallel_group()
-        return replace(self, small_sum=SymmetricSum.where_possible(group, like.dtype, like.device, width))
+        return replace(self, small_sum=SymmetricSum.where_possible(group, like.dtype, like.device, shape.hidden_size))
 
     @property
     def size(self) -> int:

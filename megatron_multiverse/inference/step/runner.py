@@ -95,8 +95,7 @@ class Runner:
             num_pages, page_size, ids = self._channel.agree(num_pages, page_size, vocab_size or 0)
             vocab_size = ids or None
         self.store = KVStore.for_model(model, num_pages, page_size)
-        shape: Any = model.config
-        self.ranks = self.ranks.on(self.store.keys, shape.hidden_size)
+        self.ranks = self.ranks.on(self.store.keys, model.config)
         self.sampler: Sampler = sampler or CounterSampler()
         self.vocab_size = vocab_size
         self.last_tokens = torch.zeros(MOST_ROWS, dtype=torch.int64, device=self.store.keys.device)
