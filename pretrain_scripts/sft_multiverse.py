@@ -50,7 +50,12 @@ def main() -> None:
     stop.__enter__()
     from megatron_multiverse.training.trainer import train
 
-    result = train(config, stop=stop)
+    observe = None
+    if config.eval_prompts:
+        from megatron_multiverse.evaluation.free_running import FreeRunning
+
+        observe = FreeRunning(config)
+    result = train(config, stop=stop, observe=observe)
     sys.exit(EXIT_CODE_STOPPED if result.stopped_by is not None else 0)
 
 

@@ -183,6 +183,11 @@ class TrainConfig:
     """Steps between validations; 0 validates at the end only, if there is a validation set."""
     eval_iters: int = 10
     """Microbatches per validation on each data parallel rank, always the same ones."""
+    eval_prompts: int = 0
+    """Prompts of the validation set that the model answers freely at each validation, always the first ones; by engine
+    one_process alone. 0 answers none."""
+    eval_tokens: int = 512
+    """Most tokens of such an answer."""
 
     def __post_init__(self) -> None:
         check(
@@ -196,6 +201,7 @@ class TrainConfig:
         check(self.train_iters >= 1, f"train_iters must be at least 1, got {self.train_iters}")
         check(self.eval_interval >= 0, f"eval_interval must not be negative, got {self.eval_interval}")
         check(self.eval_iters >= 1, f"eval_iters must be at least 1, got {self.eval_iters}")
+        self._check_eval_prompts()
         check_choices(self, "")
         warmup, name = (
             self.optim.lr_warmup_iters,
@@ -212,6 +218,22 @@ class TrainConfig:
         self._check_parallel()
         if self.model is not None:
             check_sequence_length(self.data, self.model)
+
+    def _check_eval_prompts(self) -> None:
+        check(self.eval_prompts >= 0, f"eval_prompts must not be negative, got {self.eval_prompts}")
+        check(self.eval_tokens >= 1, f"eval_tokens must be at least 1, got {self.eval_tokens}")
+        if self.eval_prompts == 0:
+            return
+        check(
+            bool(self.data.valid_prefixes),
+            f"eval_prompts {self.eval_prompts} come from data.valid_prefixes, which is empty: name a validation set",
+        )
+        check(
+            self.runs_on == "one_process",
+            f"eval_prompts {self.eval_prompts} needs engine one_process on one rank, but {self.runs_on} computes the "
+            "steps, whose model may be spread over ranks: set it to 0, and let tools/generate.py --load answer from a "
+            "checkpoint of the run",
+        )
 
     def _check_parallel(self) -> None:
         world = self.parallel.world_size

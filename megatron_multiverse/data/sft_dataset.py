@@ -100,6 +100,11 @@ class SFTDataset:
             ) from error
         return Sample(ids, lay_out(tree), index)
 
+    def prompt(self, index: int) -> list[int]:
+        """The ids of the prompt of document `index`."""
+        part, document = self._place(index)
+        return [int(token) for token in self._parts[part][document * SEQUENCES_PER_DOCUMENT]]
+
     def name(self, index: int) -> str:
         """Prefix and number of document `index`, as errors and reports name it."""
         part, document = self._place(index)

@@ -24,7 +24,17 @@ logger = logging.getLogger(__name__)
 
 WITHOUT_EFFECT = (
     # Where things lie, how often something is said or saved, and how the work is shared out on this machine.
-    *("checkpoint", "log", "device", "eval_interval", "eval_iters", "data.num_workers", "data.valid_prefixes"),
+    *(
+        "checkpoint",
+        "log",
+        "device",
+        "eval_interval",
+        "eval_iters",
+        "eval_prompts",
+        "eval_tokens",
+        "data.num_workers",
+        "data.valid_prefixes",
+    ),
     "deepspeed",
     # The model's shape is compared by itself; the state of the data knows its documents, seed and row length.
     *("model", "model_preset", "init_from", "add_control_tokens"),

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,9 @@ from megatron_multiverse.training.start import create_chunks, create_model, desc
 logger = logging.getLogger(__name__)
 
 
+Observer = Callable[[TrainEngine, int, MetricsWriter], None]
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """How a run ended."""
@@ -54,6 +58,7 @@ def train(
     make_engine: EngineFactory | None = None,
     *,
     stop: StopSignals | None = None,
+    observe: Observer | None = None,
 ) -> TrainResult:
     """Train, or go on training if `checkpoint.save` holds a checkpoint.
 
@@ -63,6 +68,7 @@ def train(
         valid_loader: validation data; default likewise.
         make_engine: builds what computes the steps; default: `build_engine`.
         stop: signals that the caller listens to, from before the run until after it; default: those during the steps.
+        observe: called after each validation with the engine, the step and the metrics.
 
     Raises:
         CheckpointError: the run folder or a checkpoint cannot be used, read or written.
@@ -108,6 +114,8 @@ def train(
                 validation_due = is_due(state.step, config.eval_interval) or (last and not is_stopping)
                 if valid_loader is not None and validation_due:
                     run_validation(engine, valid_loader, config.eval_iters, metrics, state.step)
+                    if observe is not None:
+                        observe(engine, state.step, metrics)
                     meter.reset()
                 if last or is_due(state.step, config.checkpoint.save_interval):
                     engine.check(metrics)  # names documents trained as plain text: a resumed run starts after them

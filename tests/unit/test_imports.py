@@ -43,7 +43,7 @@ ALLOWED = {
 ALLOWED["checkpoints"] |= ALLOWED["model"] | {"data", "model"}
 ALLOWED["training"] |= ALLOWED["checkpoints"]
 ALLOWED["inference"] |= ALLOWED["checkpoints"]
-ALLOWED["evaluation"] = ALLOWED["views"] | {"clients", "dtypes", "grading", "locked_folder", "views"}
+ALLOWED["evaluation"] = ALLOWED["views"] | {"clients", "dtypes", "grading", "locked_folder", "training", "views"}
 ALLOWED["rl"] = ALLOWED["training"] | ALLOWED["inference"] | {"grading", "training", "inference"}
 NO_TORCH = {
     "errors",
