@@ -94,6 +94,8 @@ class RolloutConfig:
     nothing filtered or penalised), which is the one that is trained; n and seed are set by the run."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Sizes and limits of the engine; num_pages 0 takes enough for all answers that can run at once."""
+    free_cache: bool = False
+    """Give the memory of the engine's cache to the trainer between rollouts; the engine is made anew for each step."""
     keep_records: int = 0
     """Answers of each step that are kept as records, with their rewards, in rollouts.jsonl of the run folder."""
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from megatron_multiverse.rl.loss import PolicyNumbers
 from megatron_multiverse.rl.rollout import Batch
+from megatron_multiverse.training.engine import StepResult
 
 
 def answer_numbers(batch: Batch) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def answer_numbers(batch: Batch) -> dict[str, Any]:
         "critical_length": float(critical.mean()),
         "critical_length_right": float(critical[right].mean()) if right.any() else math.nan,
         "num_parallel": float(tokens.sum() / max(1.0, critical.sum())),
-        "acceleration_ratio": float(np.mean(1 - critical / np.maximum(1, tokens))),
+        "acceleration_ratio": float(np.mean((tokens - critical) / np.maximum(1, tokens))),
         "trigger_ratio": float(np.mean([bool(result.blocks) for result in results])),
         "malformed": float(np.mean([bool(result.malformed) for result in results])),
         "truncated": float(np.mean([result.finish_reason == "length" for result in results])),
@@ -40,20 +41,25 @@ def answer_numbers(batch: Batch) -> dict[str, Any]:
         "settled_groups": sum(group.is_settled for group in groups),
         "dropped_tokens": sum(result.dropped_tokens for result in results),
         "rollout_tokens_per_s": float(tokens.sum() / batch.rollout_s),
+        "rollout_s": batch.rollout_s,
+        "reward_s": batch.reward_s,
     }
 
 
-def update_numbers(updates: Sequence[PolicyNumbers]) -> dict[str, Any]:
+def update_numbers(updates: Sequence[tuple[StepResult, PolicyNumbers]]) -> dict[str, Any]:
     """What the updates of a step did. The drift is that of the first one, before which the engine and the trainer have
-    the same weights; the other numbers are means over all targets."""
+    the same weights, the gradient norm that of the last; the other numbers are means over all targets."""
     if not updates:
         return {"targets": 0}
-    count = max(1, sum(update.targets for update in updates))
-    first = updates[0]
+    results, policies = zip(*updates, strict=True)
+    count, first = sum(policy.targets for policy in policies), policies[0]
     return {
-        "targets": sum(update.targets for update in updates),
-        "entropy": sum(update.entropy * update.targets for update in updates) / count,
-        "clip_share": sum(update.clip_share * update.targets for update in updates) / count,
+        "loss": sum(float(result.loss_sum) for result in results) / count,
+        "grad_norm": float(results[-1].grad_norm),
+        "train_tokens": sum(result.tokens for result in results),
+        "targets": count,
+        "entropy": sum(policy.entropy * policy.targets for policy in policies) / count,
+        "clip_share": sum(policy.clip_share * policy.targets for policy in policies) / count,
         "logprob_drift": first.drift_mean,
         "logprob_drift_max": first.drift_max,
         "ratio_far": first.ratio_far,

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class Rollouts:
     ) -> None:
         self.config, self.tokenizer, self._trained = config, tokenizer, model
         self.grader = Grader(config.reward)
-        longest = check_length(config, model_config, prompts.longest)
+        self._sizes = engine_config(config, check_length(config, model_config, prompts.longest))
         self._played = model
         if config.dtype == "bf16":
             device = next(model.parameters()).device
@@ -112,55 +112,92 @@ class Rollouts:
         self._sampling = dataclasses.replace(
             sampling, n=config.rollout.group_size, stop_token_ids=(*sampling.stop_token_ids, *ends)
         )
-        self.engine = Engine(
-            self._played,
-            tokenizer.structure_vocab,
-            engine_config(config, longest),
-            vocab_size=tokenizer.vocab_size,
-            detokenize=tokenizer.detokenize,
-        )
-        model.train()  # the engine switches it off, and activation recompute looks at it
+        self._engine: Engine | None = None
 
     def close(self) -> None:
-        """Let go of the model."""
-        self.engine.close()
+        """Let go of the model and of the cache; the next step takes them again."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
 
     def use_weights(self, version: int) -> None:
         """Go on with the trained weights as they are now, under this version."""
         if self._played is not self._trained:
             copy_weights(self._trained, self._played)
-        self.engine.use_weights(version)
+        if self._engine is None:
+            self._engine = Engine(
+                self._played,
+                self.tokenizer.structure_vocab,
+                self._sizes,
+                vocab_size=self.tokenizer.vocab_size,
+                detokenize=self.tokenizer.detokenize,
+            )
+            self._trained.train()  # the engine switches it off, and activation recompute looks at it
+        self._engine.use_weights(version)
 
-    def draw(self, prompts: Prompts, step: int) -> Batch:
+    def draw(self, prompts: Prompts, step: int, is_stopping: Callable[[], bool]) -> Batch | None:
         """The answers of a step. Prompts whose answers all earned the same are replaced, a bounded number of times.
 
         Args:
             prompts: where the next ones come from.
-            step: steps done.
+            step: steps done; `use_weights` has been called for it.
+            is_stopping: whether to leave off; then the prompts stand where they stood, so that a run that goes on draws
+                the same answers again.
+
+        Returns:
+            None if it was left off.
 
         Raises:
             TrainingError: an answer ended with an error, or a reward failed.
         """
-        rollout, batch = self.config.rollout, Batch()
+        rollout, batch, position = self.config.rollout, Batch(), prompts.state_dict()
         for _ in range(1 + rollout.max_resamples):
             wanted = rollout.prompts_per_step - len(batch.useful)
-            if wanted:
-                self._draw_groups(batch, [prompts.draw() for _ in range(wanted)], step)
+            if wanted and not self._draw_groups(batch, [prompts.draw() for _ in range(wanted)], step, is_stopping):
+                prompts.load_state_dict(position)
+                return None
+        if rollout.free_cache:
+            self.close()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         return batch
 
-    def _draw_groups(self, batch: Batch, asked: Sequence[tuple[int, Prompt]], step: int) -> None:
+    def _draw_groups(
+        self, batch: Batch, asked: Sequence[tuple[int, Prompt]], step: int, is_stopping: Callable[[], bool]
+    ) -> bool:
+        """Add the groups of some prompts; False if that was left off."""
         started, size = time.perf_counter(), self.config.rollout.group_size
         seed = self.config.seed << 32  # every prompt of every run has noise of its own
         requests = [
             Request(prompt_ids=prompt.ids, sampling=dataclasses.replace(self._sampling, seed=seed + number))
             for number, prompt in asked
         ]
-        results = self.engine.generate(requests)
+        results = self._answer(requests, is_stopping)
+        if results is None:
+            return False
         drawn = time.perf_counter()
         for k, (_, prompt) in enumerate(asked):
             batch.groups.append(self._grade(prompt, results[k * size : (k + 1) * size], step))
         batch.rollout_s += drawn - started
         batch.reward_s += time.perf_counter() - drawn
+        return True
+
+    def _answer(self, requests: Sequence[Request], is_stopping: Callable[[], bool]) -> list[Result] | None:
+        """All answers, in the order of the requests; None if that was left off."""
+        assert self._engine is not None, "use_weights comes first"
+        ids = [
+            first + k
+            for request in requests
+            for first in [self._engine.add_request(request)]
+            for k in range(request.sampling.n)
+        ]
+        found: dict[int, Result] = {}
+        while self._engine.has_work:
+            if is_stopping():
+                self.close()  # an engine is quickly made, and what it was doing ends with it
+                return None
+            found |= {result.request_id: result for result in self._engine.step()}
+        return [found[request_id] for request_id in ids]
 
     def _grade(self, prompt: Prompt, results: list[Result], step: int) -> Group:
         for result in results:

@@ -69,12 +69,15 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
             contextlib.closing(Rollouts(config, model, model_config, layers, tokenizer, prompts))
         )
         metrics = start_record(description, run.folder, state.step, resumed)
+        saved = state.step
 
         stop = closing.enter_context(listening(stop))
         closing.enter_context(engine.running())
         while state.step < config.train_iters and not stop:
             rollouts.use_weights(state.step)
-            batch = rollouts.draw(prompts, state.step)
+            batch = rollouts.draw(prompts, state.step, lambda: bool(stop))
+            if batch is None:
+                break  # a signal; a run that goes on draws these answers again
 
             started, updates = time.perf_counter(), []
             for part in parts_of(batch, config.policy.updates_per_step):
@@ -84,12 +87,7 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
             state.step += 1
             state.consumed_samples += len(batch.results)
 
-            numbers = {**answer_numbers(batch), **update_numbers([numbers for _, numbers in updates])}
-            if updates:
-                last_update, _ = updates[-1]
-                numbers |= {"loss": float(last_update.loss), "grad_norm": float(last_update.grad_norm)}
-                numbers["train_tokens"] = sum(result.tokens for result, _ in updates)
-            numbers |= {"rollout_s": batch.rollout_s, "reward_s": batch.reward_s}
+            numbers = {**answer_numbers(batch), **update_numbers(updates)}
             numbers |= {"train_s": time.perf_counter() - started, "memory_gib": memory_gib(device)}
             metrics.write("train", state.step, lr=engine.learning_rate, prompts=prompts.drawn, **numbers)
             if config.rollout.keep_records:
@@ -97,8 +95,11 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
             last = state.step == config.train_iters or bool(stop)
             if last or state.step % config.log.log_interval == 0:
                 logger.info(log_line(state.step, config.train_iters, numbers))
-            if last or is_due(state.step, config.checkpoint.save_interval):
+            if is_due(state.step, config.checkpoint.save_interval):
                 run.save(state, description)
+                saved = state.step
+        if saved != state.step:
+            run.save(state, description)
 
         finished = state.step >= config.train_iters
         if finished:  # inside the block, so that a signal does not cut the writing off

@@ -36,6 +36,7 @@ WITHOUT_EFFECT = (
         "data.valid_prefixes",
     ),
     "deepspeed",
+    *("rollout.keep_records", "rollout.free_cache"),
     # The model's shape is compared by itself; the state of the data knows its documents, seed and row length.
     *("model", "model_preset", "init_from", "add_control_tokens"),
     *("data.data_prefixes", "data.tokenizer_type", "data.tokenizer_model", "data.seq_length", "seed"),

@@ -54,5 +54,5 @@ def plot_rl(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
         lines = [plt.Line2D([], [], color=f"C{number}", label=run.name) for number, run in enumerate(histories)]
         figure.legend(handles=lines, loc="outside upper center", ncols=min(6, len(lines)), frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=130)
+    figure.savefig(output, dpi=110)
     plt.close(figure)

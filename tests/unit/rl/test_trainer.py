@@ -16,11 +16,13 @@ from megatron_multiverse.config import CheckpointConfig, OptimConfig, PolicyConf
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, TrainingError
 from megatron_multiverse.inference import from_record
 from megatron_multiverse.rl.trainer import train
+from megatron_multiverse.training.signals import StopSignals
 
 from .runs import make_start, metrics, run_config
 
 STEPS = int(os.environ.get("MULTIVERSE_RL_STEPS", "12"))
-"""Steps of the runs that learn; `MULTIVERSE_RL_RUNS` names a folder to keep them in."""
+"""Steps of the runs that learn. `MULTIVERSE_RL_RUNS` names a folder to keep them in, with their rewards in
+rewards.json: that is how benchmarks/results/rl_toy_cpu.json was made."""
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,11 @@ def test_rewards_rise_and_those_of_a_control_without_updates_do_not(start: Path,
         optim = OptimConfig(lr=lr, lr_decay_style="constant")
         train(run_config(start, save, seed=seed, optim=optim, train_iters=steps))
         rewards[name] = [record["reward"] for record in metrics(save)]
+    if "MULTIVERSE_RL_RUNS" in os.environ:
+        kept = runs / "rewards.json"
+        known = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        known |= {f"{name}_{seed}": [round(reward, 4) for reward in values] for name, values in rewards.items()}
+        kept.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     before = rewards["control"]
     assert rewards["learns"][0] == before[0], "both begin with the same weights and noise"
     assert min(rewards["learns"][-3:]) > 3 * max(before)
@@ -49,8 +56,10 @@ def test_rewards_rise_and_those_of_a_control_without_updates_do_not(start: Path,
 def test_a_resumed_run_is_the_run_that_was_never_interrupted(start: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"deterministic": True, "policy": PolicyConfig(seq_length=96, updates_per_step=2)}
     train(run_config(start, tmp_path / "whole", train_iters=4, **changes))
-    for steps in (2, 4):
-        train(run_config(start, tmp_path / "cut", train_iters=steps, **changes))
+    train(run_config(start, tmp_path / "cut", train_iters=2, **changes))
+    stopped = train(run_config(start, tmp_path / "cut", train_iters=4, **changes), stop=LateSignal())
+    assert stopped.step < 4 and stopped.stopped_by == "SIGTERM" and stopped.model_folder is None
+    train(run_config(start, tmp_path / "cut", train_iters=4, **changes))
     timed = {"time", "rollout_s", "reward_s", "train_s", "rollout_tokens_per_s", "memory_gib"}
     whole, cut = (
         [{name: value for name, value in record.items() if name not in timed} for record in metrics(tmp_path / name)]
@@ -75,7 +84,8 @@ def test_engine_and_trainer_agree_on_every_token_in_float64(start: Path, tmp_pat
 
 
 def test_a_bf16_run_hands_its_weights_to_the_engine(start: Path, tmp_path: Path) -> None:
-    train(run_config(start, tmp_path, dtype="bf16"))
+    rollout = dataclasses.replace(run_config(start, tmp_path).rollout, free_cache=True)
+    train(run_config(start, tmp_path, dtype="bf16", rollout=rollout))
     drift = [record["logprob_drift"] for record in metrics(tmp_path)]
     assert max(drift) < 0.05, "the engine's copy follows the trained weights"
 
@@ -103,6 +113,17 @@ def test_what_cannot_work_is_refused(start: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="resume"):
         save = CheckpointConfig(save=str(tmp_path / "run"), resume=False)
         train(run_config(start, tmp_path / "run", train_iters=2, checkpoint=save))
+
+
+class LateSignal(StopSignals):
+    """A signal that comes while answers are being drawn."""
+
+    asked = 0
+
+    def __bool__(self) -> bool:
+        self.asked += 1
+        self.received = "SIGTERM" if self.asked > 8 else None
+        return self.received is not None
 
 
 def broken(answer: Any) -> float:
