@@ -107,10 +107,10 @@ def accuracy(answerer: Answerer, sets: dict[str, list[Problem]]) -> dict[str, An
 
 def wall_clock(answerers: dict[Mode, Answerer], size: Size) -> dict[str, Any]:
     """Seconds of answers alone over the number of chains, and of batches; the modes take turns at every case."""
-    for mode, answerer in answerers.items():
-        answerer.answer(timed_problems(2, 2), mode)  # compiles kernels and records graphs
     alone: dict[str, list[dict[str, Any]]] = {mode: [] for mode in answerers}
     for chains in (2, 3, 4, 6, 8):
+        for mode, answerer in answerers.items():
+            answerer.answer(timed_problems(chains, 1), mode)  # compiles kernels and records graphs of this many rows
         for problem in timed_problems(chains, size.latency_problems):
             for mode, answerer in answerers.items():
                 (result,), seconds = answerer.answer([problem], mode)
