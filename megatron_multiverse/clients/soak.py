@@ -33,7 +33,7 @@ PROMPTS = [
     "Work out A = 5 + 6.",
 ]
 LENGTHS = (1, 2, 4, 8, 16, 60, 400)
-WEIGHTS = (20, 20, 20, 15, 10, 4, 5)
+WEIGHTS = (24, 22, 20, 15, 10, 4, 2)
 TEXT = "/v1/completions"
 LONGEST_WAIT = 120.0
 """Seconds after which an answer counts as a hang."""
@@ -95,8 +95,8 @@ class Clients:
             (8, self._left),
             (2, self._slow),
             (6, self._several),
-            (18, self._malformed),
-            (8, self._asks),
+            (24, self._malformed),
+            (12, self._asks),
         ]
 
     async def learn(self) -> None:
