@@ -28,7 +28,7 @@ from megatron_multiverse.inference.text.answer import make_result
 from megatron_multiverse.inference.text.commit import close_all, commit_token
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
-from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback
+from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, Written
 from megatron_multiverse.inference.width import StepLoad, StepTime
 from megatron_multiverse.structure import StructureVocab
 
@@ -188,7 +188,7 @@ class Engine:
             self.check(request)
         index: dict[int, int] = {}
 
-        def renumber(request_id: int, branch: str, ids: list[int]) -> None:
+        def renumber(request_id: int, branch: str, ids: Written) -> None:
             assert on_token is not None
             on_token(index[request_id], branch, ids)
 

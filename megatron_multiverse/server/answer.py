@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.inference.text.answer import answer_text
 from megatron_multiverse.inference.text.detokenize import IncrementalDetokenizer
 from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.server.logprobs import TokenLogprobs
 from megatron_multiverse.structure import Tag
 
 
@@ -23,8 +25,8 @@ class Piece:
     branch: str | None = None
     """Name of the branch that wrote it; None where the answer comes in the order of its text."""
     block: int = 0
-    tokens: int = 0
-    """That it holds; only where it has the name of a branch."""
+    tokens: Sequence[TokenLogprobs] = ()
+    """That are new; text lags behind them where it is not certain yet."""
     opens: bool = False
     """Whether it is the first piece of its branch."""
     closes: bool = False
@@ -33,27 +35,30 @@ class Piece:
     """The complete answer; such a piece is the last one of its index."""
 
 
+T = TypeVar("T")
+
+
 @dataclass(eq=False)
-class Stretch:
+class Stretch(Generic[T]):
     """What a branch writes up to its next block, and the paths of that block."""
 
-    ids: list[int] = field(default_factory=list)
-    kids: list[BranchNode] = field(default_factory=list)
+    tokens: list[T] = field(default_factory=list)
+    kids: list[BranchNode[T]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
-class BranchNode:
+class BranchNode(Generic[T]):
     """One branch as far as it has been heard of."""
 
     name: str
     """"" for the root, "2.1" for the first path of a block inside a second path."""
     block: int
     """Number of its block in the answer, from 1, in the order of forking; 0 for the root."""
-    stretches: list[Stretch] = field(default_factory=lambda: [Stretch()])
+    stretches: list[Stretch[T]] = field(default_factory=lambda: [Stretch()])
     ended: bool = False
 
 
-class AnswerTree:
+class AnswerTree(Generic[T]):
     """Follows the branches of one answer.
 
     The engine names branches by their place, so the name of a path comes again in a later block of the same branch.
@@ -62,16 +67,18 @@ class AnswerTree:
 
     Args:
         end_path_id: id of `</Path>`, which ends the path that writes it.
+        id_of: the id of a token; what tokens are is up to the caller.
     """
 
-    def __init__(self, end_path_id: int) -> None:
-        self.root = BranchNode("", 0)
+    def __init__(self, end_path_id: int, id_of: Callable[[T], int]) -> None:
+        self.root: BranchNode[T] = BranchNode("", 0)
+        self._id_of = id_of
         self.num_blocks = 0
         self._end_path_id = end_path_id
         self._by_name = {"": self.root}
         self._in_order = self._walk(self.root)
 
-    def push(self, name: str, ids: Sequence[int]) -> BranchNode:
+    def push(self, name: str, tokens: Sequence[T]) -> BranchNode[T]:
         """Take what a branch wrote; returns the branch."""
         node = self._by_name.get(name)
         if node is None:
@@ -80,25 +87,25 @@ class AnswerTree:
             for kid in kids:
                 self._end(kid)
             node.stretches.append(Stretch())
-        node.stretches[-1].ids += ids
-        if node is not self.root and ids[-1] == self._end_path_id:
+        node.stretches[-1].tokens += tokens
+        if node is not self.root and self._id_of(tokens[-1]) == self._end_path_id:
             node.ended = True
         return node
 
-    def take(self) -> list[int]:
-        """The ids that come next in the answer and were not taken yet: paths follow each other as in the text."""
-        taken: list[int] = []
-        for ids in self._in_order:
-            if not ids:
+    def take(self) -> list[T]:
+        """The tokens that come next in the answer and were not taken yet: paths follow each other as in the text."""
+        taken: list[T] = []
+        for tokens in self._in_order:
+            if not tokens:
                 break
-            taken += ids
+            taken += tokens
         return taken
 
     def finish(self) -> None:
         """Nothing more comes."""
         self._end(self.root)
 
-    def _open(self, name: str) -> BranchNode:
+    def _open(self, name: str) -> BranchNode[T]:
         siblings = self._by_name[name.rpartition(".")[0]].stretches[-1].kids
         if not siblings:
             self.num_blocks += 1
@@ -106,20 +113,20 @@ class AnswerTree:
         siblings.append(node)
         return node
 
-    def _end(self, node: BranchNode) -> None:
+    def _end(self, node: BranchNode[T]) -> None:
         node.ended = True
         if node is not self.root:
             self._by_name.pop(node.name, None)
         for kid in node.stretches[-1].kids:
             self._end(kid)
 
-    def _walk(self, node: BranchNode) -> Iterator[list[int]]:
-        """The ids of a branch in order, in pieces; an empty piece where more has to be waited for."""
+    def _walk(self, node: BranchNode[T]) -> Iterator[list[T]]:
+        """The tokens of a branch in order, in pieces; an empty piece where more has to be waited for."""
         for stretch in node.stretches:  # more may come while this waits
             done = 0
             while True:
-                if done < len(stretch.ids):
-                    piece = stretch.ids[done:]
+                if done < len(stretch.tokens):
+                    piece = stretch.tokens[done:]
                     done += len(piece)
                     yield piece
                 elif stretch.kids:

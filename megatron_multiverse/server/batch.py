@@ -5,14 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
-from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.config import SamplingParams
+from megatron_multiverse.inference.text.result import Result, TopLogprobs
 from megatron_multiverse.server.errors import ApiError
+from megatron_multiverse.server.logprobs import TokenLogprobs
 
-Write = tuple[str, list[int]]
-"""Name of a branch, and what it wrote."""
+
+class Write(NamedTuple):
+    """What a branch wrote at once."""
+
+    branch: str
+    ids: list[int]
+    logprob: float | None
+    """Of the one id, if it was drawn; None for ids that were forced."""
+    top: TopLogprobs | None
+    """The most likely ids beside it, where they were asked for."""
+
+    @property
+    def tokens(self) -> list[TokenLogprobs]:
+        """The ids with what is known of them."""
+        return [TokenLogprobs(token, self.logprob, self.top or []) for token in self.ids]
 
 
 class Canceller(Protocol):
@@ -22,13 +37,28 @@ class Canceller(Protocol):
         """End answers; numbers of complete ones are ignored."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a request asks of the engine."""
+
+    prompts: Sequence[Sequence[int]]
+    sampling: SamplingParams
+    count: int = 1
+    """Answers to each prompt; those to one prompt follow each other."""
+    cache_salt: str | None = None
+    rids: Sequence[str] = ()
+    """Names of the prompts, to abort them by."""
+    replay_structure: Sequence[tuple[int, int]] = ()
+    """Where in the prompt, which is the only one then, earlier answers stand whose blocks are laid out again."""
+
+
 @dataclasses.dataclass(eq=False)
 class Generation:
     """One answer in the making."""
 
     number: int
     batch: Batch
-    rid: str
+    rid: str | None
     started: float
     writes: list[Write] = dataclasses.field(default_factory=list)
     """What was written and nobody has taken yet; only of streams."""

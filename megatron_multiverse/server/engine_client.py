@@ -13,10 +13,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from megatron_multiverse.config import SamplingParams
 from megatron_multiverse.inference.record import from_values
 from megatron_multiverse.inference.text.result import Result
-from megatron_multiverse.server.batch import Batch, Generation
+from megatron_multiverse.server.batch import Asked, Batch, Generation, Write
 from megatron_multiverse.server.config import ServerConfig
 from megatron_multiverse.server.errors import ApiError, unavailable
 from megatron_multiverse.server.processes import EngineProcesses
@@ -176,29 +175,18 @@ class EngineClient:
                 retry_after=sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 1,
             )
 
-    def submit(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        count: int,
-        *,
-        stream: bool,
-        cache_salt: str = "",
-        rids: Sequence[str] = (),
-    ) -> Batch:
+    def submit(self, asked: Asked, *, stream: bool, cache_salt: str = "") -> Batch:
         """Ask for answers; those to one prompt follow each other.
 
         Args:
-            prompts: ids of each prompt.
-            sampling: how they are drawn.
-            count: answers to each prompt.
+            asked: for what.
             stream: whether to be told what is written before an answer is complete.
             cache_salt: only requests with the same share what was computed for prompts that begin alike.
-            rids: names of the prompts, to abort them by.
         """
         batch = Batch(self, self.config.limits.request_timeout)
-        for prompt_ids, rid in itertools.zip_longest(prompts, rids, fillvalue=""):
-            made = [Generation(next(self._numbers), batch, rid, time.monotonic()) for _ in range(count)]
+        sampling = dataclasses.asdict(asked.sampling)
+        for prompt_ids, rid in itertools.zip_longest(asked.prompts, asked.rids):
+            made = [Generation(next(self._numbers), batch, rid, time.monotonic()) for _ in range(asked.count)]
             batch.generations += made
             self._generations |= {generation.number: generation for generation in made}
             self._send(
@@ -206,9 +194,10 @@ class EngineClient:
                     "op": "add",
                     "ids": [generation.number for generation in made],
                     "prompt_ids": list(prompt_ids),
-                    "sampling": dataclasses.asdict(sampling),
+                    "sampling": sampling,
                     "stream": stream,
                     "cache_salt": cache_salt,
+                    "replay_structure": asked.replay_structure,
                 }
             )
         self._idle.clear()
@@ -247,9 +236,9 @@ class EngineClient:
         self._last_heard = time.monotonic()
         op = message["op"]
         if op == "step":
-            for number, branch, ids in message["writes"]:
+            for number, *write in message["writes"]:
                 if (generation := self._generations.get(number)) is not None:
-                    generation.writes.append((branch, ids))
+                    generation.writes.append(Write(*write))
                     generation.batch.tell()
             for number, fields in message["done"]:
                 self._finish(number, result=from_values(fields))

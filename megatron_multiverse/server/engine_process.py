@@ -33,7 +33,8 @@ from megatron_multiverse.inference.build import build_engine, engine_ranks
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.record import to_values
 from megatron_multiverse.inference.text.request import Request
-from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.inference.text.result import Result, TopLogprobs
+from megatron_multiverse.inference.text.state import Written
 from megatron_multiverse.model.device import choose_device
 from megatron_multiverse.server.engine_control import EngineControl, follow_control
 from megatron_multiverse.server.wire import STEP_SECONDS, Channel, Message
@@ -59,7 +60,8 @@ class EngineHost:
         self._paused = False
         self._engine_ids: dict[int, int] = {}  # their number of an answer -> the engine's
         self._their_ids: dict[int, int] = {}
-        self._writes: list[tuple[int, str, list[int]]] = []
+        self._plain: set[int] = set()  # answers that cannot fork
+        self._writes: list[tuple[int, str, list[int], float | None, TopLogprobs | None]] = []
         self._failures = 0
         self._last_beat = 0.0
         self._step_counts = [0] * (len(STEP_SECONDS) + 1)
@@ -153,14 +155,19 @@ class EngineHost:
                 sampling=dataclasses.replace(sampling, n=together),
                 sample=start,
                 cache_salt=message["cache_salt"],
+                replay_structure=message["replay_structure"],
             )
             own = self.engine.add_request(request, on_token=self._hear if message["stream"] else None)
             for k, number in enumerate(ids[start : start + together]):
                 self._engine_ids[number], self._their_ids[own + k] = own + k, number
+                if sampling.max_depth == 0:
+                    self._plain.add(number)
         self.channel.send({"op": "accepted", "ids": ids})
 
-    def _hear(self, request_id: int, branch: str, ids: list[int]) -> None:
-        self._writes.append((self._their_ids[request_id], branch, ids))
+    def _hear(self, request_id: int, branch: str, ids: Written) -> None:
+        number = self._their_ids[request_id]
+        if ids.logprob is not None or number not in self._plain:
+            self._writes.append((number, branch, list(ids), ids.logprob, ids.top))
 
     def _step(self) -> None:
         start = time.perf_counter()
@@ -191,6 +198,9 @@ class EngineHost:
         for result in results:
             number = self._their_ids.pop(result.request_id)
             del self._engine_ids[number]
+            if number in self._plain:
+                self._plain.remove(number)
+                result = without_closers(result)
             done.append((number, to_values(result)))
         self.channel.send({"op": "step", "writes": self._writes, "done": done})
         self._writes = []
@@ -221,6 +231,18 @@ class EngineHost:
             "pages_free": book.available,
             "pages_cached": len(scheduler.places.prefixes),
         }
+
+
+def without_closers(result: Result) -> Result:
+    """An answer without what the engine forced at its end, to close what was open. One that cannot fork is like that of
+    any other server, and theirs just stop."""
+    end = len(result.token_ids)
+    while end and result.logprobs[end - 1] is None:
+        end -= 1
+    lists = ("token_ids", "position_ids", "logprobs", "top_logprobs", "labels", "parents", "weight_versions")
+    cut = {name: values[:end] for name in lists if (values := getattr(result, name)) is not None}
+    closers = len(result.token_ids) - end
+    return dataclasses.replace(result, critical_tokens=result.critical_tokens - closers, **cut)
 
 
 def _options(channel: Channel) -> Message | None:

@@ -7,7 +7,7 @@ here, and honoured, or in `REFUSED`, and then any value but the neutral ones is 
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,10 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
 }
 """Fields of the OpenAI routes that are not served, with the values that ask for nothing."""
+
+
+REFUSED_OURS: dict[str, tuple[Any, ...]] = {"branch_max_tokens": (), "on_malformed": ("serial",)}
+"""The same of the object `multiverse`: a fork splits the budget evenly, and malformed output goes on as plain text."""
 
 
 class StreamOptions(Fields):
@@ -66,6 +70,8 @@ class MultiverseFields(Fields):
     """Take the paths of each block for tries: once so many have succeeded, the others are dropped; 0 is off."""
     commit_on: str = ""
     """A try succeeds when it ends and its text has this in it."""
+    replay_structure: bool = False
+    """Chat: lay out the blocks of earlier answers as they were generated; else their tags are text."""
     separate_reasoning: bool = False
     """Whether the thought, what stands between the Think tags, comes as `reasoning_content` instead of as content."""
 
@@ -73,6 +79,8 @@ class MultiverseFields(Fields):
 class GenerationFields(Fields):
     """Fields of a route that generates text."""
 
+    is_chat: ClassVar[bool] = False
+    """Whether a prompt can hold earlier answers."""
     model: str | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
@@ -119,9 +127,11 @@ class GenerationFields(Fields):
         """
         model.check_name(self.model)
         check_others(self, REFUSED)
-        check_others(self.ours, {})
+        check_others(self.ours, REFUSED_OURS)
         if self.stream and self.ours.commit_after and self.ours.stream_mode == "linear":
             raise refuse("multiverse", "commit_after drops what was streamed; give stream_mode branches, or no stream")
+        if self.ours.replay_structure and not self.is_chat:
+            raise refuse("multiverse", "replay_structure reads the earlier answers of a chat; this route has none")
         if self.count > limits.max_n:
             raise refuse("n", f"{self.count} answers asked for, at most {limits.max_n} are allowed")
         if self.stop_token_ids:

@@ -47,7 +47,7 @@ def of_prompt(result: Result) -> list[TokenLogprobs]:
 
 
 def completion_object(
-    entries: Sequence[TokenLogprobs], tokenizer: MultiverseTokenizer, *, is_empty: bool = False
+    entries: Sequence[TokenLogprobs], tokenizer: MultiverseTokenizer, *, is_empty: bool = False, offset: int = 0
 ) -> dict[str, Any]:
     """`logprobs` of a choice of /v1/completions: four lists, one entry for each token.
 
@@ -59,8 +59,8 @@ def completion_object(
         tokenizer: of the model.
         is_empty: the answer ended with its first token, which is no part of it. It gets an entry without text:
             evaluators ask for one token after the prompt, and drop the last entry without looking.
+        offset: characters before the first of them, in a stream.
     """
-    offset = 0
     texts = [tokenizer.id_to_text[entry.token] for entry in entries]
     offsets = []
     for text in texts:

@@ -6,35 +6,22 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from operator import attrgetter
 
 from starlette.requests import ClientDisconnect, Request
 
-from megatron_multiverse.config import SamplingParams
 from megatron_multiverse.inference.text.detokenize import IncrementalDetokenizer
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server.answer import AnswerTree, BranchNode, Piece, ThoughtSplitter, answer_texts
-from megatron_multiverse.server.batch import Batch, Write
+from megatron_multiverse.server.batch import Asked, Batch, Write
 from megatron_multiverse.server.engine_client import EngineClient
 from megatron_multiverse.server.errors import unavailable
 from megatron_multiverse.server.fields import GenerationFields
+from megatron_multiverse.server.logprobs import TokenLogprobs
 from megatron_multiverse.server.model import ServedModel
 from megatron_multiverse.server.shapes import check_result
 from megatron_multiverse.server.streams import PING_SECONDS, disconnected
 from megatron_multiverse.structure import Tag
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What a request asks of the engine."""
-
-    prompts: Sequence[Sequence[int]]
-    sampling: SamplingParams
-    count: int = 1
-    """Answers to each prompt; those to one prompt follow each other."""
-    cache_salt: str | None = None
-    rids: Sequence[str] = ()
-    """Names of the prompts, to abort them by."""
 
 
 async def submit(request: Request, asked: Asked, *, stream: bool) -> Batch:
@@ -51,7 +38,7 @@ async def submit(request: Request, asked: Asked, *, stream: bool) -> Batch:
     # How long a prompt takes tells whether another began alike; so each key has a cache of its own.
     salt = repr((request.headers.get("authorization"), asked.cache_salt))
     salt = hashlib.sha256(salt.encode()).hexdigest()
-    batch = client.submit(asked.prompts, asked.sampling, asked.count, stream=stream, cache_salt=salt, rids=asked.rids)
+    batch = client.submit(asked, stream=stream, cache_salt=salt)
     try:
         await batch.accepted()
     except BaseException:
@@ -120,7 +107,7 @@ class _LinearPieces:
     def __init__(self, index: int, model: ServedModel, fields: GenerationFields) -> None:
         self._index = index
         self._model = model
-        self._tree = AnswerTree(_end_path_id(model))
+        self._tree = _tree(model)
         self._splitter = ThoughtSplitter(model.tokenizer, split=fields.ours.separate_reasoning)
         stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
         self._held_back = max((len(text) - 1 for text in stop), default=0)
@@ -128,23 +115,24 @@ class _LinearPieces:
         self._sent = [0, 0]  # characters of each that are out
 
     def push(self, writes: Sequence[Write], result: Result | None) -> list[Piece]:
-        for name, ids in writes:
-            self._tree.push(name, ids)
+        for write in writes:
+            self._tree.push(write.branch, write.tokens)
+        if result is not None:
+            self._tree.finish()
+        tokens = self._tree.take()
+        self._take(*self._splitter.push([token.token for token in tokens]))
         if result is None:
-            self._take(*self._splitter.push(self._tree.take()))
             end = self._held_back
         else:
             check_result(result)
-            self._tree.finish()
-            self._take(*self._splitter.push(self._tree.take()))
             self._take(*self._splitter.finish())
             end = 0
             if result.stops:
                 self._text, self._thought = answer_texts(result, self._model.tokenizer, split=self._splitter.splits)
         text, thought = self._new(0, self._text, end), self._new(1, self._thought, end)
-        if not (text or thought or result):
+        if not (text or thought or tokens or result):
             return []
-        return [Piece(index=self._index, text=text, thought=thought, result=result)]
+        return [Piece(index=self._index, text=text, thought=thought, tokens=tokens, result=result)]
 
     def _take(self, text: str, thought: str) -> None:
         self._text += text
@@ -161,23 +149,23 @@ class _BranchPieces:
     def __init__(self, index: int, model: ServedModel, fields: GenerationFields) -> None:
         self._index = index
         self._detokenize = model.tokenizer.detokenize
-        self._tree = AnswerTree(_end_path_id(model))
-        self._detokenizers: dict[BranchNode, IncrementalDetokenizer] = {}
+        self._tree = _tree(model)
+        self._detokenizers: dict[BranchNode[TokenLogprobs], IncrementalDetokenizer] = {}
 
     def push(self, writes: Sequence[Write], result: Result | None) -> list[Piece]:
         found = []
-        for name, ids in writes:
-            node = self._tree.push(name, ids)
+        for write in writes:
+            node = self._tree.push(write.branch, tokens := write.tokens)
             opens = node not in self._detokenizers
             detokenizer = self._detokenizers.setdefault(node, IncrementalDetokenizer(self._detokenize))
-            text = detokenizer.push(ids) + (detokenizer.finish() if node.ended else "")
+            text = detokenizer.push(write.ids) + (detokenizer.finish() if node.ended else "")
             found.append(
                 Piece(
                     index=self._index,
                     text=text,
-                    branch=name,
+                    branch=write.branch,
                     block=node.block,
-                    tokens=len(ids),
+                    tokens=tokens,
                     opens=opens and node.block > 0,
                     closes=node.ended,
                 )
@@ -190,5 +178,5 @@ class _BranchPieces:
         return found
 
 
-def _end_path_id(model: ServedModel) -> int:
-    return model.tokenizer.structure_vocab.tag_ids[Tag.END_PATH]
+def _tree(model: ServedModel) -> AnswerTree[TokenLogprobs]:
+    return AnswerTree(model.tokenizer.structure_vocab.tag_ids[Tag.END_PATH], attrgetter("token"))

@@ -90,7 +90,7 @@ def branch_label(piece: Piece) -> dict[str, Any]:
     does not know there."""
     if piece.branch is None:
         return {}
-    label: dict[str, Any] = {"branch": piece.branch, "block": piece.block, "tokens": piece.tokens}
+    label: dict[str, Any] = {"branch": piece.branch, "block": piece.block, "tokens": len(piece.tokens)}
     if piece.opens:
         label["event"] = "open"
     elif piece.closes:

@@ -14,7 +14,7 @@ from megatron_multiverse.inference.text.branch import Block, Branch, Cut, branch
 from megatron_multiverse.inference.text.budget import MOST_CLOSERS, exhausted, fits, shares
 from megatron_multiverse.inference.text.result import BranchFinish, FinishReason, TopLogprobs
 from megatron_multiverse.inference.text.scanner import StopScanner
-from megatron_multiverse.inference.text.state import RequestState
+from megatron_multiverse.inference.text.state import RequestState, Written
 from megatron_multiverse.inference.text.trial import inner_branches, is_late, note_end, written_by
 from megatron_multiverse.structure import Event
 
@@ -57,7 +57,7 @@ def commit_token(
         branch.total += 1
         branch.room = left - 1
         if state.on_token is not None:
-            state.unheard.append((branch.name, [token]))
+            state.unheard.append((branch.name, Written.drawn(token, logprob, top)))
         if event is _PATH_END:
             _end(state, branch, "path_end")
         elif branch.scanner is not None and _stops(state, branch, branch.scanner, 1):
@@ -98,7 +98,7 @@ def _force(state: RequestState, branch: Branch, ids: Sequence[int], *, heard: bo
     branch.total += count
     branch.room -= count
     if heard and state.on_token is not None:
-        state.unheard.append((branch.name, list(ids)))
+        state.unheard.append((branch.name, Written(ids)))
 
 
 def _check_forced(state: RequestState, branch: Branch, count: int) -> None:

@@ -13,7 +13,7 @@ from megatron_multiverse.inference.text.counts import TokenCounts
 from megatron_multiverse.inference.text.prompt_scores import PromptScores
 from megatron_multiverse.inference.text.replay import replay_answers
 from megatron_multiverse.inference.text.request import Request
-from megatron_multiverse.inference.text.result import FinishReason, TimelineSpan
+from megatron_multiverse.inference.text.result import FinishReason, TimelineSpan, TopLogprobs
 from megatron_multiverse.inference.text.scanner import StopScanner
 from megatron_multiverse.structure import StructureMachine
 
@@ -22,7 +22,24 @@ logger = logging.getLogger(__name__)
 Detokenize = Callable[[list[int]], str]
 """Ids to text, tags kept (`MultiverseTokenizer.detokenize`)."""
 
-TokenCallback = Callable[[int, str, list[int]], None]
+
+class Written(list[int]):
+    """Ids that a branch wrote at once: one that was drawn, with its log-probability, or some that were forced."""
+
+    logprob: float | None = None
+    """None where they were forced."""
+    top: TopLogprobs | None = None
+    """The most likely tokens beside it, where the request asks for them."""
+
+    @classmethod
+    def drawn(cls, token: int, logprob: float, top: TopLogprobs | None) -> Written:
+        """One token that was drawn."""
+        written = cls((token,))
+        written.logprob, written.top = logprob, top
+        return written
+
+
+TokenCallback = Callable[[int, str, Written], None]
 """Called with (request id, branch name, ids) for everything a branch writes, forced tokens included, once the step
 that wrote it is complete. If it raises, its request ends with `error`; it may add and cancel requests, not step the
 engine."""
@@ -42,7 +59,7 @@ class RequestState:
     """`Branch.end_ids` of its paths."""
     scores: PromptScores | None = None
     """Log-probabilities of the prompt, where the request asks for them; all answers to it have the same ones."""
-    unheard: list[tuple[str, list[int]]] = field(default_factory=list)
+    unheard: list[tuple[str, Written]] = field(default_factory=list)
     """(branch name, ids) written since `on_token` was last called."""
     live: list[Branch] = field(default_factory=list)
     """Branches with a place in the cache and something left to do, in the order in which they started."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -12,13 +13,14 @@ from starlette.responses import JSONResponse, Response
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import logprobs, shapes
 from megatron_multiverse.server.answer import Piece, answer_texts
-from megatron_multiverse.server.batch import Batch
+from megatron_multiverse.server.batch import Asked, Batch
 from megatron_multiverse.server.body import Fields, check_others, read_fields
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, GenerationFields
 from megatron_multiverse.server.model import ServedModel
-from megatron_multiverse.server.serving import Asked, complete, pieces, submit
+from megatron_multiverse.server.serving import complete, pieces, submit
 from megatron_multiverse.server.streams import DONE, PING, EventStream, event
+from megatron_multiverse.structure.trajectory import cut_at_labels
 
 router = APIRouter()
 
@@ -71,6 +73,7 @@ class Message(Fields):
 class ChatFields(GenerationFields):
     """Fields of the route."""
 
+    is_chat = True
     messages: list[Message]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
@@ -95,13 +98,19 @@ async def chat_completions(request: Request) -> Response:
         raise refuse("top_logprobs", f"{fields.top_logprobs} asked for, at most {limits.max_logprobs} are allowed")
     if fields.top_logprobs and not fields.logprobs:
         raise refuse("top_logprobs", "needs logprobs: true")
-    if fields.logprobs and (fields.stream or fields.ours.separate_reasoning):
-        raise refuse("logprobs", "not together with stream or separate_reasoning; leave one of them out")
-    prompt = await chat_prompt(fields, model)
+    if fields.logprobs and fields.ours.separate_reasoning:
+        raise refuse("logprobs", "not together with separate_reasoning; leave one of them out")
+    prompt, replayed = await chat_prompt(fields, model)
     max_tokens = _max_tokens(fields, request.app.state.client.facts, len(prompt))
     sampling = fields.sampling(model, limits, max_tokens, fields.top_logprobs or 0)
     answer = _Answer(request, fields, prompt)
-    asked = Asked(prompts=[prompt], sampling=sampling, count=fields.count, cache_salt=fields.cache_salt)
+    asked = Asked(
+        prompts=[prompt],
+        sampling=sampling,
+        count=fields.count,
+        cache_salt=fields.cache_salt,
+        replay_structure=replayed,
+    )
     if fields.stream:
         batch = await submit(request, asked, stream=True)
         return EventStream(answer.events(batch), idle_timeout=limits.idle_stream_timeout)
@@ -109,8 +118,8 @@ async def chat_completions(request: Request) -> Response:
     return JSONResponse(answer.whole(results))
 
 
-async def chat_prompt(fields: ChatFields, model: ServedModel) -> list[int]:
-    """The conversation as ids.
+async def chat_prompt(fields: ChatFields, model: ServedModel) -> tuple[list[int], list[tuple[int, int]]]:
+    """The conversation as ids; and [start, end) in them of each earlier answer that is to be laid out again, if any.
 
     Where the last turn of the assistant brings the ids that it was made of (`prevent_retokenization`), they are used as
     they are, and only what comes after it is tokenized: text tokenized again could give other ids than were drawn.
@@ -130,8 +139,13 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> list[int]:
     messages = [message.plain() for message in fields.messages]
     text = await model.render(messages, variables)
     kept = _kept_ids(fields, model)
+    spans: list[tuple[int, int]] = []
     if kept is None:
-        ids = (await model.tokenize([text]))[0]
+        pieces, answers = _cut_at_answers(text, fields.messages) if fields.ours.replay_structure else ([text], [])
+        tokenized = await model.tokenize(pieces)
+        ends = [0, *itertools.accumulate(map(len, tokenized))]
+        spans = [(ends[first], ends[last]) for first, last in answers]
+        ids = list(itertools.chain.from_iterable(tokenized))
     else:
         count, known = kept
         before = await model.render(messages[:count], {"add_generation_prompt": False})
@@ -140,9 +154,45 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> list[int]:
         if not content or not text.startswith(before) or end < len(content):
             raise refuse("messages", "this chat template changes earlier turns; set prevent_retokenization to false")
         ids = known + (await model.tokenize([text[end:]]))[0]
+        if fields.ours.replay_structure:
+            spans = _known_spans(fields.messages, known)
     if not ids:
         raise refuse("messages", "the conversation has no tokens")
-    return ids
+    return ids, [(start, end) for start, end in spans if start < end < len(ids)]
+
+
+def _cut_at_answers(text: str, messages: Sequence[Message]) -> tuple[list[str], list[tuple[int, int]]]:
+    """A conversation in pieces to be tokenized one by one, so that each answer, and each label in it, begins and ends
+    where a token does; and which pieces [first, last) make up each answer.
+
+    Raises:
+        ApiError: 400, the template does not show an answer as it is.
+    """
+    pieces: list[str] = []
+    answers: list[tuple[int, int]] = []
+    done = 0
+    for message in messages:
+        content = str(message.plain()["content"])
+        start = text.find(content, done)
+        if start < 0:
+            raise refuse("multiverse", "replay_structure: this chat template changes earlier turns; leave it out")
+        if message.role == "assistant" and content:
+            pieces.append(text[done:start])
+            cut = cut_at_labels(content)
+            answers.append((len(pieces), len(pieces) + len(cut)))
+            pieces += cut
+            done = start + len(content)
+    return [*pieces, text[done:]], answers
+
+
+def _known_spans(messages: Sequence[Message], known: Sequence[int]) -> list[tuple[int, int]]:
+    """Where the answers stand whose turns bring their ids."""
+    spans = []
+    for message in messages:
+        before, ids = message.prompt_token_ids, message.generation_token_ids
+        if before is not None and ids is not None and [*before, *ids] == list(known[: len(before) + len(ids)]):
+            spans.append((len(before), len(before) + len(ids)))
+    return spans
 
 
 def _kept_ids(fields: ChatFields, model: ServedModel) -> tuple[int, list[int]] | None:
@@ -230,11 +280,13 @@ class _Answer:
         delta: dict[str, Any] = {}
         if piece.thought:
             delta["reasoning_content"] = piece.thought
-        if piece.text or piece.branch is not None:
+        if piece.text or piece.branch is not None or (self.fields.logprobs and piece.tokens):
             delta["content"] = piece.text
         choices: list[dict[str, Any]] = []
         if delta:
             choice = {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": None}
+            if self.fields.logprobs:
+                choice["logprobs"] = logprobs.chat_object(piece.tokens, self.model.tokenizer)
             choices.append(choice | shapes.branch_label(piece))
         if piece.result is not None:
             last = {"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": piece.result.finish_reason}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any
 
@@ -15,13 +16,13 @@ from megatron_multiverse.inference.text.answer import answer_text
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import logprobs, shapes
 from megatron_multiverse.server.answer import Piece
-from megatron_multiverse.server.batch import Batch
+from megatron_multiverse.server.batch import Asked, Batch
 from megatron_multiverse.server.body import read_fields
 from megatron_multiverse.server.config import LimitConfig
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, GenerationFields
 from megatron_multiverse.server.model import ServedModel
-from megatron_multiverse.server.serving import Asked, complete, pieces, submit
+from megatron_multiverse.server.serving import complete, pieces, submit
 from megatron_multiverse.server.streams import DONE, PING, EventStream, event
 
 router = APIRouter()
@@ -52,8 +53,8 @@ async def completions(request: Request) -> Response:
     if fields.logprobs is not None:
         if fields.logprobs > limits.max_logprobs:
             raise refuse("logprobs", f"{fields.logprobs} alternatives, at most {limits.max_logprobs} are allowed")
-        if fields.stream:
-            raise refuse("logprobs", "not together with stream; leave one of them out")
+        if fields.stream and fields.echo:
+            raise refuse("logprobs", "those of the prompt do not come in streams; leave out echo, stream or logprobs")
     scored = fields.logprobs if fields.echo else None
     # The engine writes at least one token. Where none is asked for, it is left out of the answer.
     sampling = fields.sampling(model, limits, max(1, max_tokens), fields.logprobs or 0, scored)
@@ -114,6 +115,7 @@ class _Answer:
         self.prompts = prompts
         self.model: ServedModel = request.app.state.model
         self.head = shapes.head("cmpl", "text_completion", self.model.name)
+        self._offsets: Counter[int] = Counter()  # characters of the tokens that each choice of a stream has told of
 
     def whole(self, results: Sequence[Result]) -> dict[str, Any]:
         """The whole answer as one object."""
@@ -161,6 +163,10 @@ class _Answer:
     def _delta(self, piece: Piece) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": piece.index, "text": piece.text, "logprobs": None, "finish_reason": None}
         choice |= shapes.branch_label(piece)
+        if self.fields.logprobs is not None:
+            found = logprobs.completion_object(piece.tokens, self.model.tokenizer, offset=self._offsets[piece.index])
+            self._offsets[piece.index] += sum(map(len, found["tokens"]))
+            choice["logprobs"] = found
         if piece.result is not None:
             choice["finish_reason"] = piece.result.finish_reason
             choice |= self._extras(piece.result)

@@ -11,12 +11,13 @@ from starlette.responses import JSONResponse, Response
 
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import logprobs, shapes
+from megatron_multiverse.server.batch import Asked
 from megatron_multiverse.server.body import Fields, check_others, read_fields
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, MultiverseFields, Number, Seed, make_sampling
 from megatron_multiverse.server.model import ServedModel
 from megatron_multiverse.server.routes.completions import without_tokens
-from megatron_multiverse.server.serving import Asked, complete
+from megatron_multiverse.server.serving import complete
 
 router = APIRouter()
 

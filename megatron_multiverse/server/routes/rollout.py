@@ -16,12 +16,13 @@ from starlette.responses import JSONResponse, Response
 from megatron_multiverse.inference.text.answer import answer_text
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import shapes
+from megatron_multiverse.server.batch import Asked
 from megatron_multiverse.server.body import Fields, check_others, read_fields
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import GenerationFields
 from megatron_multiverse.server.model import ServedModel
 from megatron_multiverse.server.routes.completions import prompt_ids
-from megatron_multiverse.server.serving import Asked, complete
+from megatron_multiverse.server.serving import complete
 
 router = APIRouter()
 

@@ -14,10 +14,10 @@ from tests.unit.inference.toy import NullModel, SoupSampler, ask, toy_engine
 from tests.unit.server.running import tokenizer
 
 
-def generate(seed: int, requests: int) -> tuple[list[Result], dict[int, AnswerTree], dict[int, list[int]]]:
+def generate(seed: int, requests: int) -> tuple[list[Result], dict[int, AnswerTree[int]], dict[int, list[int]]]:
     """Answers of random tags, nested blocks, broken headers and spent budgets, each followed by a tree."""
     engine = toy_engine(NullModel(), sampler=SoupSampler(seed), max_rows=5, page_size=16)
-    trees: dict[int, AnswerTree] = defaultdict(lambda: AnswerTree(int(Tag.END_PATH)))
+    trees: dict[int, AnswerTree[int]] = defaultdict(lambda: AnswerTree(int(Tag.END_PATH), int))
     taken: dict[int, list[int]] = defaultdict(list)
 
     def hear(request: int, branch: str, ids: list[int]) -> None:
@@ -43,7 +43,7 @@ def test_pieces_add_up_to_the_answer_and_come_early(seed: int) -> None:
 
 def test_a_path_waits_for_those_before_it_only() -> None:
     end = int(Tag.END_PATH)
-    tree = AnswerTree(end)
+    tree = AnswerTree(end, int)
     tree.push("", [30])
     for name in ("1", "2", "3"):
         tree.push(name, [40 + int(name)])
@@ -62,7 +62,7 @@ def test_a_path_waits_for_those_before_it_only() -> None:
 
 def test_names_that_come_again_are_new_branches() -> None:
     end = int(Tag.END_PATH)
-    tree = AnswerTree(end)
+    tree = AnswerTree(end, int)
     tree.push("", [30])
     first = tree.push("1", [41])
     inner = tree.push("1.1", [42])

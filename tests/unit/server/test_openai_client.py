@@ -221,6 +221,45 @@ def test_logprobs_of_chat(client: openai.OpenAI) -> None:
     assert all(len(entry.top_logprobs) == 2 and entry.top_logprobs[0].logprob == entry.logprob for entry in drawn)
 
 
+@pytest.mark.parametrize("mode", ["linear", "branches"])
+def test_logprobs_in_streams_are_those_of_the_whole(client: openai.OpenAI, mode: str) -> None:
+    options = {"model": NAME, "prompt": PROMPT, "max_tokens": 700, "temperature": 0, "logprobs": 2}
+    options["extra_body"] = {"multiverse": {"stream_mode": mode}}
+    whole = client.completions.create(**options).choices[0].logprobs  # type: ignore[call-overload]
+    found: dict[str, list[object]] = defaultdict(list)
+    for chunk in client.completions.create(**options, stream=True):  # type: ignore[call-overload]
+        if (piece := chunk.choices[0].logprobs) is not None:
+            for name, values in piece.model_dump().items():
+                found[name] += values
+    expected = whole.model_dump()
+    if mode == "branches":  # the same tokens, in the order in which they were written
+        del found["text_offset"], expected["text_offset"]
+        found, expected = ({k: sorted(map(str, v)) for k, v in lists.items()} for lists in (found, expected))
+    assert found == expected
+    messages = [{"role": "user", "content": PROMPT}]
+    chat = {"model": NAME, "messages": messages, "temperature": 0, "logprobs": True, "top_logprobs": 1}
+    chat["extra_body"] = options["extra_body"]
+    entries = client.chat.completions.create(**chat).choices[0].logprobs.content  # type: ignore[call-overload]
+    streamed = []
+    for chunk in client.chat.completions.create(**chat, stream=True):  # type: ignore[call-overload]
+        streamed += chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else []
+    if mode == "branches":
+        entries, streamed = sorted(entries, key=str), sorted(streamed, key=str)
+    assert streamed == entries
+
+
+def test_an_answer_that_cannot_fork_just_stops(client: openai.OpenAI) -> None:
+    """As other servers do, whole and streamed: nothing is forced at its end to close what is open."""
+    options = {"model": NAME, "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+    options["extra_body"] = {"multiverse": {"enabled": False}}
+    for stop in (None, "</Goal>"):
+        choice = client.completions.create(**options, stop=stop, logprobs=0).choices[0]  # type: ignore[call-overload]
+        streamed = client.completions.create(**options, stop=stop, stream=True)  # type: ignore[call-overload]
+        assert choice.text == "".join(chunk.choices[0].text for chunk in streamed)
+        assert choice.text.startswith("<Think>") and "</Think>" not in choice.text
+        assert None not in choice.logprobs.token_logprobs
+
+
 def test_ways_of_drawing_reach_the_engine(client: openai.OpenAI) -> None:
     (word,) = tokenizer().tokenize("1")
     text = (
