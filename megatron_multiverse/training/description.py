@@ -24,19 +24,8 @@ logger = logging.getLogger(__name__)
 
 WITHOUT_EFFECT = (
     # Where things lie, how often something is said or saved, and how the work is shared out on this machine.
-    *(
-        "checkpoint",
-        "log",
-        "device",
-        "eval_interval",
-        "eval_iters",
-        "eval_prompts",
-        "eval_tokens",
-        "data.num_workers",
-        "data.valid_prefixes",
-    ),
-    "deepspeed",
-    *("rollout.keep_records", "rollout.free_cache"),
+    *("checkpoint", "log", "device", "data.num_workers", "data.valid_prefixes", "deepspeed"),
+    *("eval_interval", "eval_iters", "eval_prompts", "eval_tokens", "rollout.keep_records", "rollout.free_cache"),
     # The model's shape is compared by itself; the state of the data knows its documents, seed and row length.
     *("model", "model_preset", "init_from", "add_control_tokens"),
     *("data.data_prefixes", "data.tokenizer_type", "data.tokenizer_model", "data.seq_length", "seed"),

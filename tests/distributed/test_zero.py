@@ -36,6 +36,8 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "3, context": ("2", {"parallel.context_parallel_size": 2, "eval_iters": 2}),
 }
 """Name -> the layout whose first half of a run it finishes, and its settings."""
+FINISHED = [name for name in LAYOUTS if STEPS > 4 or name not in ("2", "3")]
+"""In the short test the offloaded layouts stand for these two."""
 FRESH = ("1", "2", "3")
 BF16: dict[str, Any] = {**ZERO, "dtype": "bf16", "checkpoint.save_interval": 1}
 
@@ -44,7 +46,8 @@ def play(data: Path, folder: Path) -> list[str]:
     """Everything that two ranks do here, by the same two processes: their start is most of the time."""
     for name in FRESH:
         train_rank(data, folder / name, 2, {**ZERO, **LAYOUTS[name][1], "train_iters": STEPS // 2})
-    for name, (other, layout) in LAYOUTS.items():
+    for name in FINISHED:
+        other, layout = LAYOUTS[name]
         if distributed.get_rank() == 0:
             shutil.copytree(folder / other, folder / f"{name}, resumed")
         distributed.barrier()
@@ -81,7 +84,7 @@ def played(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [*FRESH, *(f"{name}, resumed" for name in LAYOUTS)])
+@pytest.mark.parametrize("name", [*FRESH, *(f"{name}, resumed" for name in FINISHED)])
 def test_every_stage_trains_as_one_process_does(name: str, played: Path, reference: dict[str, list[float]]) -> None:
     found, steps = numbers(played / name), STEPS // 2 if name in FRESH else STEPS
     assert found["loss_tokens"] == reference["loss_tokens"][:steps]
