@@ -21,6 +21,11 @@ OWN_SETTINGS = {
     "memory_breakdown", "prescale_gradients", "steps_per_print", "wall_clock_breakdown", "zero_optimization",
 }  # fmt: skip
 """Keys at the top of a DeepSpeed JSON, or sections of it, that are passed on."""
+REPLACED = {
+    ("zero_optimization", "cpu_offload"): "offload_optimizer",
+    ("zero_optimization", "cpu_offload_param"): "offload_param",
+}
+"""DeepSpeed's old names of settings that our config decides."""
 _UNTIL_THE_END = 2**31
 
 
@@ -117,6 +122,11 @@ def _further(file: Path, decided: dict[str, Any]) -> dict[str, Any]:
                     f"deepspeed.config {file}: {name} is {value!r}, but the training config makes it {ours[path]!r}: "
                     f'change one of them, or write "auto"'
                 )
+        elif any(path[: len(key)] == key[: len(path)] for key in ours) or path in REPLACED:
+            raise ConfigError(
+                f"deepspeed.config {file}: {name} is {value!r}, where the training config has "
+                f"deepspeed.{REPLACED.get(path, '*')} and other settings of its own: leave it out"
+            )
         elif path[0] in OWN_SETTINGS:
             _merge(further, _nested(path, value))
         else:
