@@ -21,7 +21,7 @@ OWN_SETTINGS = {
     "memory_breakdown", "prescale_gradients", "steps_per_print", "wall_clock_breakdown", "zero_optimization",
 }  # fmt: skip
 """Keys at the top of a DeepSpeed JSON, or sections of it, that are passed on."""
-REPLACED = {
+REPLACED: dict[tuple[str, ...], str] = {
     ("zero_optimization", "cpu_offload"): "offload_optimizer",
     ("zero_optimization", "cpu_offload_param"): "offload_param",
 }
