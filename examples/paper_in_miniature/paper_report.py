@@ -56,7 +56,7 @@ def accuracy_table(results: Results) -> list[str]:
 def mend_table(results: Results) -> list[str]:
     """Right answers on the sets beyond training, with and without what mends them."""
     names = {"counted": "A, B, C and labels from 1", "names": "random names", "multiverse-0": "random names and labels"}
-    names |= {"forced-loss": "the same, loss on forced tokens too"}
+    names |= {"forced-loss": "and loss on forced tokens", "official-positions": "and official positions"}
     runs = {name: title for name, title in names.items() if name in results}
     lines = _header("right answers, %", *runs.values())
     for name in results["multiverse-0"]["sets"]:

@@ -89,13 +89,14 @@ SMOKE = Size(
 
 def runs() -> dict[str, RowConfig]:
     """Every run by name, the most telling first: the three kinds with the first seed, what mends generalisation taken
-    away part by part, the other seeds, and an ablation."""
+    away part by part, the other seeds, and two ablations."""
     found = {f"{kind}-0": RowConfig(kind=kind) for kind in ("multiverse", "plain", "tagged")}
     found["counted"] = RowConfig(kind="multiverse", random_names=False, random_labels=False)
     found["names"] = RowConfig(kind="multiverse", random_labels=False)
     for seed in SEEDS[1:]:
         found |= {f"{kind}-{seed}": RowConfig(kind=kind, seed=seed) for kind in ("multiverse", "plain", "tagged")}
     found["forced-loss"] = RowConfig(kind="multiverse", train_forced_tokens=True)
+    found["official-positions"] = RowConfig(kind="multiverse", official_positions=True)
     return found
 
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tasks import LETTERS, REQUESTS, Problem, Text, sample_arithmetic, sample_satisfiability
 from torch.utils.data import DataLoader, Dataset
@@ -24,7 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_multiverse.data.sft_dataset import Sample, pack_arrays
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import CheckpointError
-from megatron_multiverse.structure import Document, lay_out, parse
+from megatron_multiverse.structure import Document, Layout, lay_out, parse
+from megatron_multiverse.structure.document import BlockSpan
 
 Kind = Literal["plain", "tagged", "multiverse"]
 """plain: autoregressive on plain text. tagged: autoregressive on the text with tags. multiverse: the same text as
@@ -48,6 +50,8 @@ class RowConfig:
     """Half of the blocks have labels that do not count from 1."""
     train_forced_tokens: bool = False
     """Loss also on what the engine writes itself."""
+    official_positions: bool = False
+    """Positions as the official training code counts them; the engine serves with ours, as the official one does."""
     seed: int = 0
     """Of all rows."""
 
@@ -96,7 +100,10 @@ class RowMaker:
             document = parse(ids, self.tokenizer.structure_vocab, prompt_length=len(prompt), strict=False)
             broken = set(document.malformed) - {"label_order"}
             assert not broken, f"a row that the engine would not fork ({broken}): {texts}"
-        return Sample(np.asarray(ids, dtype=np.int64), lay_out(document))
+        layout = lay_out(document)
+        if self.config.official_positions:
+            layout = with_positions(layout, official_positions(document))
+        return Sample(np.asarray(ids, dtype=np.int64), layout)
 
     def pack(self, index: int, seq_length: int) -> dict[str, Any]:
         """Arrays of packed row `index`, see `pack_arrays`: rows until the next one does not fit."""
@@ -115,6 +122,43 @@ class RowMaker:
             samples, seq_length, self.tokenizer.pad, train_forced_tokens=self.config.train_forced_tokens
         )
         return {name: arrays[name] for name in ("input_ids", "labels", "loss_mask", "position_ids", "r")}
+
+
+def official_positions(document: Document) -> npt.NDArray[np.int64]:
+    """Positions [N] as the official training code counts them (arXiv 2506.09991, code release, `train/utils.py`).
+
+    With g the position of `</Goal>`, each `<Path>` has g + 1, `<Conclusion>` the largest position of any `</Path>` plus
+    1, and the newline in a gap counts on from what stands before it in the text. Ours are one further in each path, and
+    two after each block.
+    """
+    positions = np.arange(document.num_tokens)
+
+    def place(start: int, end: int, blocks: list[BlockSpan], shift: int) -> int:
+        """Place tokens [start, end), the first at start + shift; returns the position after the last."""
+        for block in blocks:
+            positions[start : block.goal_end] = np.arange(start, block.goal_end) + shift
+            goal_position = block.goal_end - 1 + shift
+            gap_position, longest = goal_position + 1, goal_position
+            for path in block.paths:
+                positions[path.start] = gap_position
+                gap_position = place(path.start + 1, path.end, path.blocks, goal_position - path.start)
+                longest = max(longest, gap_position - 1)
+            positions[block.region_end] = gap_position
+            start = block.region_end + 1
+            shift = longest + 1 - start
+        positions[start:end] = np.arange(start, end) + shift
+        return end + shift
+
+    place(0, document.num_tokens, document.blocks, 0)
+    return positions
+
+
+def with_positions(layout: Layout, positions: npt.NDArray[np.int64]) -> Layout:
+    """The same layout with other positions [N]; visibility and loss stay as they are."""
+    index = np.arange(layout.num_tokens)
+    shifts = np.stack([positions - index, layout.r - index], axis=1)
+    starts = np.flatnonzero(np.any(np.diff(shifts, axis=0, prepend=shifts[:1] - 1) != 0, axis=1))
+    return replace(layout, segments=np.column_stack([starts, shifts[starts]]))
 
 
 class MiniLoader:

@@ -25,10 +25,11 @@ from tasks import (  # noqa: E402
     sample_satisfiability,
     solve,
 )
-from training_rows import MiniLoader, RowConfig, RowMaker  # noqa: E402
+from training_rows import MiniLoader, RowConfig, RowMaker, official_positions, with_positions  # noqa: E402
 
 from megatron_multiverse.errors import CheckpointError  # noqa: E402
-from megatron_multiverse.structure import parse_text  # noqa: E402
+from megatron_multiverse.structure import lay_out, parse, parse_text  # noqa: E402
+from megatron_multiverse.structure.trajectory import lex  # noqa: E402
 
 
 @pytest.mark.parametrize("text", ["plain", "tagged"])
@@ -83,6 +84,25 @@ def test_rows_are_reproducible_and_laid_out_for_their_kind(name: str) -> None:
     jumps = steps[(steps != 1) & (row["position_ids"][1:] != 0)]
     assert (len(jumps) > 0) is (runs()[name].kind == "multiverse")
     assert 0.3 < row["loss_mask"].mean() < 0.95
+
+
+def test_official_positions_are_those_of_the_official_code() -> None:
+    text = "p<Parallel>\n<Goal>\n<Outline>\n1:</Outline>\n<Outline>\n2:</Outline>\n</Goal>\n"
+    text += "<Path>\n1:aa</Path>\n<Path>\n2:</Path>\n<Conclusion>\nc</Conclusion>\n</Parallel>"
+    ids, _, vocab = lex(text)
+    document = parse(ids, vocab)
+    goal, count = document.blocks[0].goal_end, len(ids)
+    positions = official_positions(document)
+    assert positions[:goal].tolist() == list(range(goal))
+    first, second = document.blocks[0].paths
+    # gap newline and <Path> share a position; the second gap counts on from the first </Path>
+    assert (positions[first.start : first.end] - goal).tolist() == [0, 0, 1, 2, 3, 4]
+    assert (positions[second.start : second.end] - goal).tolist() == [5, 0, 1, 2, 3]
+    assert (positions[second.end :] - goal).tolist() == [4, *range(5, 5 + count - second.end - 1)]
+    layout = lay_out(document)
+    changed = with_positions(layout, positions)
+    assert changed.position_ids.tolist() == positions.tolist() and changed.r.tolist() == layout.r.tolist()
+    assert with_positions(layout, layout.position_ids).segments.tolist() == layout.segments.tolist()
 
 
 def test_a_loader_goes_on_where_it_stood() -> None:
