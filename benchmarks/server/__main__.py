@@ -3,17 +3,19 @@
 Example:
     python -m benchmarks.server --model-preset qwen2.5-7b --output runs/server.json
     python -m benchmarks.server --model-preset tiny --dtype float32 --context 64 --new-tokens 64 --batch 1 8
-    python -m benchmarks.server --parts stalls
+    python -m benchmarks.server --parts stalls reprefill
 
 overhead: tokens per second of the server, whole answers and streams, beside those of `Engine` in this process, for the
 same requests at once; and the time to the first token of a request that is alone. The engine of the server is the same
 build over the same weights, which lie in a temporary folder. stalls: how long the engine's steps take while clients
-disturb the HTTP process, beside how long they take without them (the quickstart's model).
+disturb the HTTP process, beside how long they take without them (the quickstart's model). reprefill: the same model
+served as a stock engine would, beside the engine: right answers, work, and how far log-probabilities move.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from megatron_multiverse.config.choices import DType
 class ServerBenchConfig:
     """What is measured."""
 
-    parts: tuple[Literal["overhead", "stalls"], ...] = ("overhead",)
+    parts: tuple[Literal["overhead", "stalls", "reprefill"], ...] = ("overhead",)
     """Measurements to make."""
     model_preset: str = "qwen2.5-1.5b"
     """overhead: published shape; model/families.py lists them."""
@@ -55,7 +57,9 @@ class ServerBenchConfig:
 
 
 def main() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the server that it starts has it
     from benchmarks.server.overhead import measure_overhead
+    from benchmarks.server.reprefill import measure_reprefill
     from benchmarks.server.stalls import measure_stalls
 
     config = parse_options(ServerBenchConfig)
@@ -65,6 +69,8 @@ def main() -> None:
         report["overhead"] = measure_overhead(config)
     if "stalls" in config.parts:
         report["stalls"] = measure_stalls(config)
+    if "reprefill" in config.parts:
+        report["reprefill"] = measure_reprefill()
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         config.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -104,6 +104,9 @@ def test_the_tools_of_the_docs_run_as_written(tool: Tool) -> None:
     chat, bench = block.replace(".venv/bin/python", sys.executable).strip().splitlines()
     assert "root       | Answer: A = 37; B = 75" in run_as_written(chat, tool)
     assert "0 errors" in run_as_written(bench, tool).splitlines()[-1]
+    (block,) = [text for kind, text in FENCE.findall(DOCS) if "serve_by_reprefill.py" in text]
+    printed = run_as_written(block.replace(".venv/bin/python", sys.executable), tool)
+    assert printed.splitlines()[-1] == "Answer: A = 37; B = 75"
 
 
 def test_the_python_of_the_docs_runs_as_written(tool: Tool) -> None:
@@ -151,6 +154,13 @@ def test_a_killed_engine_fails_those_that_wait_and_a_signal_ends_the_rest(ranks:
     with started("--tensor-model-parallel-size", str(ranks), "--weights-root", str(MODEL.parent)) as tool:
         *others, killed = tool.children()
         assert len(others) == ranks - 1
+        listening = [
+            connection.laddr.ip
+            for process in (psutil.Process(tool.process.pid), *tool.children())
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert listening and set(listening) <= {"127.0.0.1", "::1"}, "no port for other machines"
         for path, fields in (
             ("release_memory_occupation", {}),
             ("resume_memory_occupation", {}),
