@@ -16,7 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_multiverse.errors import ConfigError, TrainingError
+
 HERE = Path(__file__).parent
+STOPPED = 3
+"""Exit code of a run that a signal stopped; the same command goes on with it."""
 Part = Literal["train", "time", "report"]
 logger = logging.getLogger(__name__)
 
@@ -55,18 +59,25 @@ def main() -> None:
 
 
 def train_all(options: MiniatureOptions) -> bool:
-    """Train what is missing, one process on each GPU (or one on the CPU); returns whether nothing is missing now."""
+    """Train what is missing, one process on each GPU (or one on the CPU); returns whether nothing is missing now.
+
+    Raises:
+        ConfigError: there is no such run.
+        TrainingError: a run failed.
+    """
     import torch
     from settings import runs
 
+    if unknown := [name for name in options.runs if name not in runs()]:
+        raise ConfigError(f"--runs {unknown}: known are {', '.join(runs())}")
     names = options.runs or list(runs())[: 3 if options.smoke else None]
     waiting = [name for name in names if not (options.output / "results" / f"{name}.json").exists()]
     devices = max(1, torch.cuda.device_count())
     deadline = time.monotonic() + 60 * options.minutes
     running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
-    failed, stopping = [], False
-    while waiting or running:
-        is_late = time.monotonic() > deadline
+    ended: dict[str, int] = {}
+    is_late = False
+    while running or (waiting and not is_late):
         for device in range(devices):
             if device not in running and waiting and not is_late:
                 name = waiting.pop(0)
@@ -74,19 +85,23 @@ def train_all(options: MiniatureOptions) -> bool:
         for device, (name, process) in list(running.items()):
             if process.poll() is not None:
                 del running[device]
+                ended[name] = process.returncode
                 logger.info("%s ended with exit code %d", name, process.returncode)
-                if process.returncode:
-                    failed.append(name)
-        if is_late and not stopping:
-            stopping = True
+        if not is_late and time.monotonic() > deadline:
+            is_late = True
             for _, process in running.values():
                 process.terminate()  # the trainer saves its state
-        if is_late and not running:
-            break
         time.sleep(0.2)
-    if failed or waiting:
-        logger.info("not finished: %s; the same command goes on with them", ", ".join([*failed, *waiting]))
-    return not (failed or waiting)
+    failed = [name for name, code in ended.items() if code not in (0, STOPPED)]
+    if failed and not is_late:
+        logs = ", ".join(str(options.output / "results" / f"{name}.log") for name in failed)
+        raise TrainingError(
+            f"{len(failed)} runs failed; why stands at the end of {logs}. Then the same command goes on"
+        )
+    missing = [name for name, code in ended.items() if code] + waiting
+    if missing:
+        logger.info("not finished in time: %s; the same command goes on with them", ", ".join(missing))
+    return not missing
 
 
 def start_run(options: MiniatureOptions, name: str, device: int, devices: int) -> subprocess.Popen[bytes]:

@@ -11,15 +11,13 @@ from pathlib import Path
 import settings
 import torch
 from answers import Answerer, accuracy, problem_sets
+from miniature import STOPPED
 
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.model.weights import save_model
 from megatron_multiverse.training.trainer import train
-
-STOPPED = 3
-"""Exit code of a run that a signal stopped; the same command goes on with it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 MINIATURE = Path(__file__).parents[3] / "examples" / "paper_in_miniature"
 sys.path.insert(0, str(MINIATURE))
 
+import miniature  # noqa: E402
+from miniature import STOPPED, MiniatureOptions, train_all  # noqa: E402
 from paper_figures import fit_latency  # noqa: E402
 from paper_report import draw, filled, read_results, tables  # noqa: E402
 from settings import runs, tokenizer  # noqa: E402
@@ -27,7 +30,7 @@ from tasks import (  # noqa: E402
 )
 from training_rows import MiniLoader, RowConfig, RowMaker, official_positions, with_positions  # noqa: E402
 
-from megatron_multiverse.errors import CheckpointError  # noqa: E402
+from megatron_multiverse.errors import CheckpointError, ConfigError, TrainingError  # noqa: E402
 from megatron_multiverse.structure import lay_out, parse, parse_text  # noqa: E402
 from megatron_multiverse.structure.trajectory import lex  # noqa: E402
 
@@ -117,6 +120,25 @@ def test_a_loader_goes_on_where_it_stood() -> None:
     )
     with pytest.raises(CheckpointError, match="go on with the same"):
         plain.load_state_dict(loader.state_dict())
+
+
+def fake_run(options: MiniatureOptions, name: str, device: int, devices: int) -> subprocess.Popen[bytes]:
+    """A run that fails, is stopped or never ends, as its name says."""
+    script = {"counted": "exit 1", "names": f"exit {STOPPED}", "forced-loss": "exec sleep 60"}[name]
+    return subprocess.Popen(["sh", "-c", script])
+
+
+def test_runs_that_fail_are_told_from_runs_that_were_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(miniature, "start_run", fake_run)
+    with pytest.raises(TrainingError, match=r"1 runs failed.*counted\.log"):
+        train_all(MiniatureOptions(runs=["counted"], output=tmp_path))
+    assert train_all(MiniatureOptions(runs=["names"], output=tmp_path)) is False
+    assert train_all(MiniatureOptions(runs=["forced-loss"], output=tmp_path, minutes=0.01)) is False
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "counted.json").write_text("{}")
+    assert train_all(MiniatureOptions(runs=["counted"], output=tmp_path)) is True
+    with pytest.raises(ConfigError, match="known are multiverse-0"):
+        train_all(MiniatureOptions(runs=["none"], output=tmp_path))
 
 
 def test_the_fit_finds_its_own_formula() -> None:
