@@ -22,6 +22,7 @@ import torch
 from tasks import LETTERS, REQUESTS, Problem, Text, sample_arithmetic, sample_satisfiability
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_multiverse.data.packing import pack
 from megatron_multiverse.data.sft_dataset import Sample, pack_arrays
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import CheckpointError
@@ -105,23 +106,34 @@ class RowMaker:
             layout = with_positions(layout, official_positions(document))
         return Sample(np.asarray(ids, dtype=np.int64), layout)
 
-    def pack(self, index: int, seq_length: int) -> dict[str, Any]:
-        """Arrays of packed row `index`, see `pack_arrays`: rows until the next one does not fit."""
+    def batch(self, index: int, num_rows: int, seq_length: int) -> dict[str, npt.NDArray[Any]]:
+        """Microbatch `index`: arrays [num_rows, seq_length], see `pack_arrays`.
+
+        As many samples are drawn as would fill the rows without any padding. Packing needs a row or two more than that,
+        and the emptiest rows are left out.
+        """
         rng = random.Random(f"{self.config.seed}:{index}")
         samples: list[Sample] = []
-        left = seq_length
-        while True:
+        missing = num_rows * seq_length
+        while missing > 0:
             sample = self.sample(rng)
-            if len(sample.ids) > left:
-                if samples:
-                    break
-                continue  # alone it is too long, so another one is drawn
-            samples.append(sample)
-            left -= len(sample.ids)
-        arrays = pack_arrays(
-            samples, seq_length, self.tokenizer.pad, train_forced_tokens=self.config.train_forced_tokens
-        )
-        return {name: arrays[name] for name in ("input_ids", "labels", "loss_mask", "position_ids", "r")}
+            if len(sample.ids) <= seq_length:
+                samples.append(sample)
+                missing -= len(sample.ids)
+        lengths = np.array([len(sample.ids) for sample in samples])
+        packs = pack(lengths, seq_length, seed=self.config.seed, epoch=index).packs
+        packs.sort(key=lambda members: -lengths[members].sum())
+        rows = [
+            pack_arrays(
+                [samples[k] for k in members],
+                seq_length,
+                self.tokenizer.pad,
+                train_forced_tokens=self.config.train_forced_tokens,
+            )
+            for members in packs[:num_rows]
+        ]
+        names = ("input_ids", "labels", "loss_mask", "position_ids", "r")
+        return {name: np.stack([row[name] for row in rows]) for name in names}
 
 
 def official_positions(document: Document) -> npt.NDArray[np.int64]:
@@ -220,7 +232,5 @@ class _Batches(Dataset[dict[str, torch.Tensor]]):
         self._size = micro_batch_size
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        torch.set_num_threads(1)
-        first = index * self._size
-        rows = [self.maker.pack(first + k, self._seq_length) for k in range(self._size)]
-        return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        arrays = self.maker.batch(index, self._size, self._seq_length)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}

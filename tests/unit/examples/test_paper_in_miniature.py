@@ -80,8 +80,10 @@ def test_labels_are_shifted_as_a_whole() -> None:
 @pytest.mark.parametrize("name", list(runs()))
 def test_rows_are_reproducible_and_laid_out_for_their_kind(name: str) -> None:
     maker = RowMaker(runs()[name], tokenizer())
-    row, again = maker.pack(3, 2048), maker.pack(3, 2048)
-    assert all(np.array_equal(row[key], again[key]) for key in row)
+    batch, again = maker.batch(3, 4, 2048), maker.batch(3, 4, 2048)
+    assert all(np.array_equal(batch[key], again[key]) for key in batch)
+    assert batch["input_ids"].shape == (4, 2048) and (batch["input_ids"] == maker.tokenizer.pad).mean() < 0.25
+    row = {key: array[0] for key, array in batch.items()}
     # Rows that are read one token after the other count on; branches begin again after the goal.
     steps = np.diff(row["position_ids"])
     jumps = steps[(steps != 1) & (row["position_ids"][1:] != 0)]
