@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import settings
 import torch
 from answers import Answerer, accuracy, problem_sets
 from miniature import STOPPED
+from training_rows import RowConfig
 
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.cli import parse_options, run_tool
@@ -37,21 +39,13 @@ class OneRunOptions:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parse_options(OneRunOptions)
-    (options.output / "results").mkdir(parents=True, exist_ok=True)
+    results = options.output / "results"
+    results.mkdir(parents=True, exist_ok=True)
     size = settings.SMOKE if options.smoke else settings.FULL
-    rows, started = settings.runs()[options.name], time.perf_counter()
+    rows, metrics = settings.runs()[options.name], results / f"{options.name}.metrics.jsonl"
     weights = options.output / "models" / options.name
-    training_folder = options.output / "training" / options.name
     if not weights.exists():
-        config, loader = settings.training(size, rows, training_folder, options.workers)
-        trained = train(config, loader)
-        if trained.model_folder is None:
-            raise SystemExit(STOPPED)
-        model, shape = load_checkpoint(trained.model_folder)
-        partial = weights.with_suffix(".partial")
-        save_model(model, shape, partial, dtype=torch.bfloat16)
-        partial.rename(weights)
-    trained_s = time.perf_counter() - started
+        train_one(options, size, rows, weights, metrics)
     sets = accuracy(Answerer(weights, rows.kind, size), problem_sets(size.problems))
     report = {
         "run": options.name,
@@ -59,17 +53,40 @@ def main() -> None:
         "parameters": size.model.num_parameters,
         "steps": size.train_iters,
         "tokens": size.train_iters * size.rows * size.seq_length,
-        "train_seconds": round(trained_s, 1),
-        "seconds": round(time.perf_counter() - started, 1),
+        **read_metrics(metrics),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
         "sets": sets,
     }
-    write_json_atomic(options.output / "results" / f"{options.name}.json", report, indent=None)
-    shutil.copy(training_folder / "metrics.jsonl", options.output / "results" / f"{options.name}.metrics.jsonl")
-    shutil.rmtree(training_folder)  # with the state of the optimizer, ten times the weights
+    write_json_atomic(results / f"{options.name}.json", report, indent=None)
     for name, found in sets.items():
         print(f"{options.name} {name}: {sum(found['right'])} of {len(found['right'])} right", flush=True)
+
+
+def train_one(options: OneRunOptions, size: settings.Size, rows: RowConfig, weights: Path, metrics: Path) -> None:
+    """Train, or go on training. What stays is the metrics and, in bf16, the weights: a twelfth of the training state.
+
+    Raises:
+        SystemExit: a signal stopped it; the training state stays.
+    """
+    folder = options.output / "training" / options.name
+    config, loader = settings.training(size, rows, folder, options.workers)
+    trained = train(config, loader)
+    if trained.model_folder is None:
+        raise SystemExit(STOPPED)
+    model, shape = load_checkpoint(trained.model_folder)
+    partial = weights.with_name(f"{weights.name}.partial")
+    save_model(model, shape, partial, dtype=torch.bfloat16)
+    shutil.copy(folder / "metrics.jsonl", metrics)
+    partial.rename(weights)
+    shutil.rmtree(folder)
+
+
+def read_metrics(path: Path) -> dict[str, float]:
+    """Last loss, and the usual tokens per second, of a run."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if row["kind"] == "train"]
+    return {"loss": steps[-1]["loss"], "tokens_per_s": round(median(row["tokens_per_s"] for row in steps))}
 
 
 if __name__ == "__main__":

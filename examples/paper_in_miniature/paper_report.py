@@ -109,11 +109,11 @@ def search_table(results: Results) -> list[str]:
 
 def training_table(results: Results) -> list[str]:
     """What was trained, and where."""
-    lines = _header("run", "parameters", "steps", "tokens", "seconds", "device")
+    lines = _header("run", "parameters", "steps", "tokens", "last loss", "tokens/s", "device")
     for name, run in results.items():
         if "steps" in run:
             sizes = (f"{run[key]:,}" for key in ("parameters", "steps", "tokens"))
-            lines.append(_row(name, *sizes, f"{run['train_seconds']:.0f}", run["device"]))
+            lines.append(_row(name, *sizes, f"{run['loss']:.4f}", f"{run['tokens_per_s']:,}", run["device"]))
     return lines
 
 

@@ -152,7 +152,7 @@ def test_the_fit_finds_its_own_formula() -> None:
 def test_tables_and_figures_come_from_results(tmp_path: Path) -> None:
     numbers = {"right": [1, 0], "tokens": [30, 40], "critical": [10, 20], "steps": [11, 21], "malformed": 0}
     sets = dict.fromkeys(("chains-4", "chains-8", "variables-4", "variables-5"), numbers)
-    run = {"steps": 5, "parameters": 7, "tokens": 9, "train_seconds": 1.0, "device": "CPU", "sets": sets}
+    run = {"steps": 5, "parameters": 7, "tokens": 9, "loss": 0.5, "tokens_per_s": 99, "device": "CPU", "sets": sets}
     row = {"seconds": 0.2, "tokens": 30, "critical": 10, "right": 1, "chains": 4, "batch": 1}
     modes = {"parallel": [row], "one branch at a time": [row | {"seconds": 0.8}], "plain": [row | {"seconds": 0.5}]}
     contents = dict.fromkeys(("multiverse-0", "multiverse-1", "plain-0", "counted"), run)
