@@ -1,8 +1,9 @@
 """The paper in miniature: trains small models of three kinds from nothing, and measures what the paper claims.
 
-Parts: `train` (one process on each GPU takes run after run, each evaluated as it ends), `time` (wall clock, alone on
-one GPU), `report` (tables and figures from results/*.json). Without --part all three. Whatever is finished in --output
-is not done again, so a part that was stopped goes on with the same command.
+Parts: `lengths` (of right answers; needs no model), `train` (one process on each GPU takes run after run, each
+evaluated as it ends), `time` (wall clock, alone on one GPU), `report` (tables and figures from results/*.json); without
+--part all of them. Whatever is finished in --output is not done again, so the same command goes on with a part that was
+stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatron_multiverse.errors import ConfigError, TrainingError
 HERE = Path(__file__).parent
 STOPPED = 3
 """Exit code of a run that a signal stopped; the same command goes on with it."""
-Part = Literal["train", "time", "report"]
+Part = Literal["lengths", "train", "time", "report"]
 logger = logging.getLogger(__name__)
 
 
@@ -48,6 +49,11 @@ def main() -> None:
     options = parse_options(MiniatureOptions)
     (options.output / "models").mkdir(parents=True, exist_ok=True)
     (options.output / "results").mkdir(exist_ok=True)
+    lengths = options.output / "results" / "lengths.json"
+    if options.part in (None, "lengths") and not lengths.exists():
+        from lengths import measure_lengths
+
+        measure_lengths(lengths, 5 if options.smoke else 300)
     if options.part in (None, "train") and not train_all(options):
         return
     if options.part in (None, "time"):

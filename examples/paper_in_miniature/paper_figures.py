@@ -88,6 +88,26 @@ def _draw_batch(axis: Axes, batched: Mapping[str, list[Any]]) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
+def draw_lengths(lengths: Mapping[str, Any], path: Path) -> None:
+    """Tokens of right answers over the number of paths, and over the size of a search."""
+    figure, ((chains, variables),) = grid(1, 2, width=12.0, row_height=4.2)
+    for axis, name, what in (
+        (chains, "chains", "independent chains"),
+        (variables, "variables", "variables of a search"),
+    ):
+        sizes = [row["size"] for row in lengths[name]]
+        for key, label, color, form in (
+            ("plain", "plain text: one token after the other", COLORS["plain"], "o-"),
+            ("tagged", "parallel text: all tokens", DEPTH_COLORS[0], "s--"),
+            ("critical", "parallel text: longest chain", COLORS["multiverse"], "o-"),
+        ):
+            axis.plot(sizes, [row[key] for row in lengths[name]], form, color=color, label=label)
+        axis.set(title=f"right answers over {what}", xlabel=what, ylabel="tokens, mean", xticks=sizes)
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
 def draw_accuracy(results: Mapping[str, Any], path: Path) -> None:
     """Right answers over the size of a problem; over the steps that are given; steps over the size of a search."""
     figure, ((chains, budget), (variables, search)) = grid(2, 2, width=12.0, row_height=4.0)

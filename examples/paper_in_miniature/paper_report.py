@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from paper_figures import draw_accuracy, draw_speed
+from paper_figures import draw_accuracy, draw_lengths, draw_speed
 
 HERE = Path(__file__).parent
 KINDS = ("plain", "tagged", "multiverse")
@@ -107,6 +107,25 @@ def search_table(results: Results) -> list[str]:
     return lines
 
 
+def chains_table(results: Results) -> list[str]:
+    """Lengths of right answers over the number of chains."""
+    return _lengths("paths", results["lengths"]["chains"])
+
+
+def depth_table(results: Results) -> list[str]:
+    """Lengths of right answers over the size of a search."""
+    return _lengths("variables", results["lengths"]["variables"])
+
+
+def _lengths(what: str, rows: list[Any]) -> list[str]:
+    lines = _header(what, "tokens, plain", "tokens, tagged", "longest chain", "# parallel", "net")
+    for row in rows:
+        cells = (f"{row[name]:.0f}" for name in ("plain", "tagged", "critical"))
+        ratios = (f"{row[name] / row['critical']:.2f}" for name in ("tagged", "plain"))
+        lines.append(_row(row["size"], *cells, *ratios))
+    return lines
+
+
 def training_table(results: Results) -> list[str]:
     """What was trained, and where."""
     lines = _header("run", "parameters", "steps", "tokens", "last loss", "tokens/s", "device")
@@ -118,6 +137,8 @@ def training_table(results: Results) -> list[str]:
 
 
 TABLES: dict[str, tuple[Callable[[Results], list[str]], tuple[str, ...]]] = {
+    "chains": (chains_table, ("lengths",)),
+    "depth": (depth_table, ("lengths",)),
     "accuracy": (accuracy_table, ("multiverse-0",)),
     "mend": (mend_table, ("multiverse-0",)),
     "alone": (alone_table, ("wall_clock",)),
@@ -161,6 +182,8 @@ def draw(results: Results, folder: Path) -> None:
     """The figures that the results allow."""
     if "multiverse-0" in results and "plain-0" in results:
         draw_accuracy(results, folder / "accuracy.png")
+    if "lengths" in results:
+        draw_lengths(results["lengths"], folder / "lengths.png")
     if "wall_clock" in results:
         draw_speed(results["wall_clock"], folder / "speed.png")
 
