@@ -74,9 +74,7 @@ def _sum_norm_kernel(part, residual, norm_weight, out, normed, places, flags, pl
                 pass
             tl.debug_barrier()  # no thread reads before the flag is seen
             # Not from the L1 cache, which knows nothing of what another GPU wrote.
-            total += tl.load(
-                places + slot * width + lane, mask=inside, other=0.0, cache_modifier=".cg", volatile=True
-            ).to(tl.float32)
+            total += tl.load(places + slot * width + lane, mask=inside, other=0.0, volatile=True).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
     total *= tl.rsqrt(tl.sum(total * total, 0) / width + eps) * scale
     tl.store(normed + at, total.to(normed.dtype.element_ty), mask=inside)

@@ -32,9 +32,12 @@ def generate(folder: Path, tensor: int, pipeline: int, *options: str) -> list[di
     return [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
-def test_two_gpus_answer_as_one_does(tmp_path: Path, tensor: int, pipeline: int) -> None:
+@pytest.mark.parametrize(("tensor", "pipeline", "fused"), [(2, 1, "0"), (2, 1, "1"), (1, 2, "0")])
+def test_two_gpus_answer_as_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: int, pipeline: int, fused: str
+) -> None:
     """In float32, where no two tokens tie: forks and joins, by CUDA graphs under tensor parallelism."""
+    monkeypatch.setenv("MULTIVERSE_FUSED_SUMS", fused)
     options = ("--dtype", "float32", "--device", "cuda")
     want, got = generate(tmp_path, 1, 1, *options), generate(tmp_path, tensor, pipeline, *options)
     assert [record["token_ids"] for record in got] == [record["token_ids"] for record in want]

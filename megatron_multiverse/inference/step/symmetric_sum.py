@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ logger = logging.getLogger(__name__)
 
 MOST_BYTES = 1 << 19
 """Of one tensor. With more, every GPU reading all of it takes longer than NCCL's ring, which reads each part once."""
+FUSED = "MULTIVERSE_FUSED_SUMS"
+"""Environment variable, alike on all ranks: 1 takes the sum with residual and norm in one launch. Not the default
+before it has been measured on two GPUs."""
 MOST_ROWS = 128
 """Rows of a sum with a norm: those of the largest CUDA graph."""
 
@@ -35,6 +39,7 @@ class SymmetricSum:
 
     def __init__(self, group: distributed.ProcessGroup, dtype: torch.dtype, device: torch.device, width: int) -> None:
         self.group_name = group.group_name
+        self.fused = os.environ.get(FUSED) == "1"
         self.buffer, _ = _shared((MOST_BYTES // dtype.itemsize,), dtype, device, group)
         places, place_addresses = _shared((2, group.size(), MOST_ROWS, width), dtype, device, group)
         flags, flag_addresses = _shared((2, group.size(), MOST_ROWS), torch.int32, device, group)
@@ -58,7 +63,7 @@ class SymmetricSum:
                 made = cls(group, dtype, device, width)
             except RuntimeError as error:
                 logger.info("sums over tensor parallel ranks go through NCCL, GPUs do not reach each other: %s", error)
-        # Behind this sum all flags are down on all ranks.
+        # After this sum all flags are down on all ranks.
         able = torch.tensor([made is not None], dtype=torch.int32, device=device)
         distributed.all_reduce(able, distributed.ReduceOp.MIN, group=group)
         return made if able.item() else None
@@ -76,8 +81,8 @@ class SymmetricSum:
         return summed.view(x.shape)
 
     def takes_rows(self, rows: int) -> bool:
-        """Whether `add_norm` takes so many rows."""
-        return rows <= self.exchange.most_rows
+        """Whether `add_norm` is to take so many rows."""
+        return self.fused and rows <= self.exchange.most_rows
 
     def add_norm(
         self, part: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, *, turn: int
