@@ -115,18 +115,26 @@ def trace_steps() -> list[Trace]:
     return traces
 
 
+SPECIAL = {
+    "writes a fork": ("text/commit.py", "_fork"),
+    "forks in the cache": ("cache/tree.py", "fork"),
+    "writes a join": ("text/commit.py", "_join"),
+    "joins in the cache": ("cache/tree.py", "join"),
+}
+"""What few steps do, and the function that does it."""
+
+
+def first_of_each_kind(traces: list[Trace]) -> dict[str, Trace]:
+    """The first step that only decodes, after the prompt, and the first one that does what `SPECIAL` names."""
+    plain = next(trace for trace in traces[3:] if not any(trace.called(*place) for place in SPECIAL.values()))
+    special = {what: next(t for t in traces if t.called(*place)) for what, place in SPECIAL.items()}
+    return {"only decodes": plain} | special
+
+
 def main() -> None:
     traces = trace_steps()
-    special = [
-        ("writes a fork", "text/commit.py", "_fork"),
-        ("forks in the cache", "cache/tree.py", "fork"),
-        ("writes a join", "text/commit.py", "_join"),
-        ("joins in the cache", "cache/tree.py", "join"),
-    ]
-    plain = next(t for t in traces[3:] if not any(t.called(file, name) for _, file, name in special))
-    print("a step that only decodes: " + "\n".join(plain.lines()))
-    for what, file, name in special:
-        print(f"a step that {what}: " + "\n".join(next(t for t in traces if t.called(file, name)).lines()))
+    for what, trace in first_of_each_kind(traces).items():
+        print(f"a step that {what}: " + "\n".join(trace.lines()))
     most = max(len(trace.files) for trace in traces)
     print(f"{len(traces)} steps; most files in one: {most}, most frames: {max(len(t.deepest) for t in traces)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -79,3 +80,19 @@ def test_what_is_shown_and_drawn(decoder: Decoder, tmp_path: Path, capsys: pytes
     report |= {"beyond_training_problems": 0, "accuracy_5_to_6_expressions": 0.0, "accuracy_depth_3": 0.0}
     print_modes(report)
     assert "in parallel" in capsys.readouterr().out
+
+
+def test_a_step_goes_through_few_files() -> None:
+    """What a request does not use stays out of its steps, so that one step can be read in few files."""
+    spec = importlib.util.spec_from_file_location(
+        "trace_step", QUICKSTART.parents[1] / "tools" / "dev" / "trace_step.py"
+    )
+    assert spec is not None and spec.loader is not None
+    trace_step = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = trace_step  # its dataclasses look themselves up there
+    spec.loader.exec_module(trace_step)
+    kinds = trace_step.first_of_each_kind(trace_step.trace_steps())
+    assert len(kinds["only decodes"].files) <= 12
+    assert len(kinds["only decodes"].deepest) <= 7
+    for joins in ("writes a join", "joins in the cache"):
+        assert len(kinds[joins].files) <= 14, kinds[joins].lines()
