@@ -9,9 +9,13 @@ extras where they matter and build models in one module, so these warnings are s
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
 import logging
 import os
 import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch._C._distributed_c10d import HashStore
@@ -25,7 +29,33 @@ logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(lambda r: "DEP
 # megatron-core calls collectives by names that torch 2.13 is about to drop.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
-with warnings.catch_warnings():
+
+def compile_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile`, put off until the function is called: what compiles takes seconds to import."""
+    compiled: Callable[..., Any] | None = None
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal compiled
+        if compiled is None:
+            compiled = torch.compile(function)
+        return compiled(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def _compile_later() -> Iterator[None]:
+    """What is decorated with `torch.compile` inside the block is compiled at its first call."""
+    compile_now = torch.compile
+    torch.compile = compile_at_first_call  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
+
+
+with warnings.catch_warnings(), _compile_later():
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     warnings.filterwarnings("ignore", message="Apex is not installed")
     warnings.filterwarnings("ignore", message="absl.logging is not installed")
