@@ -130,6 +130,20 @@ def launch_greedy() -> None:
     greedy_triton(torch.zeros(8, 152064, dtype=torch.bfloat16))
 
 
+def launch_sum_norm() -> None:
+    from megatron_multiverse.kernels.sum_norm.triton_push import Exchange, sum_norm_push
+
+    part, addresses = torch.zeros(8, 3584, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)
+    exchange = Exchange(
+        rank=0,
+        places=part.expand(2, 2, -1, -1),
+        flags=torch.zeros(2, 2, 8, dtype=torch.int32),
+        place_addresses=addresses,
+        flag_addresses=addresses,
+    )
+    sum_norm_push(part, part, part[0], 1e-6, exchange, 0)
+
+
 def resources(ptx: str, folder: Path) -> tuple[int, int]:
     """(registers, bytes of register spills) that ptxas reports."""
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -151,6 +165,7 @@ LAUNCHES: dict[Callable[[], None], set[str]] = {
     launch_rope_qkv: {"_qkv_kernel"},
     launch_skinny: {"_skinny_kernel", "_norm_kernel", "_swiglu_kernel"},
     launch_greedy: {"_piece_kernel", "_merge_kernel"},
+    launch_sum_norm: {"_sum_norm_kernel"},
     launch_decode: {"_write_kernel", "_decode_kernel", "_merge_kernel"},
     launch_structure_scan: {"tags_kernel", "documents_kernel", "expand_kernel", "_lists_kernel"},
 }
