@@ -110,9 +110,9 @@ class RolloutConfig:
         # A copy: cached properties would stay in it, and the parser of command lines would take them for settings.
         sampling = dataclasses.replace(self.sampling)
         check(
-            sampling.temperature == 1 and not sampling.is_shaped,
+            sampling.temperature == 1 and not sampling.is_shaped and not sampling.min_tokens,
             "rollout.sampling must leave the model's distribution as it is (temperature 1, no filters, penalties, "
-            "biases or logprobs): what is drawn from another one has another gradient",
+            "biases, min_tokens or logprobs): what is drawn from another one has another gradient",
         )
         check(sampling.n == 1 and sampling.seed == 0, "leave rollout.sampling.n and .seed to group_size and seed")
         check(sampling.prompt_logprobs is None, "leave rollout.sampling.prompt_logprobs unset: nothing reads them")

@@ -109,8 +109,7 @@ def read_prompts(config: TaskConfig, tokenizer: MultiverseTokenizer) -> list[Pro
             if row.is_blank:
                 continue
             for key in (config.prompt_key, config.answer_key):
-                value = row.fields.get(key)
-                if not (isinstance(value, str) and value.strip()):
+                if not _text(row.fields.get(key)):
                     why = row.error or f"no text in column {key!r} (it has {', '.join(row.fields) or 'none'})"
                     raise DataError(
                         f"{config.input}, row {row.row}: {why}; name the columns with task.prompt_key and "
@@ -119,9 +118,15 @@ def read_prompts(config: TaskConfig, tokenizer: MultiverseTokenizer) -> list[Pro
             rows.append(row.fields)
     if not rows:
         raise DataError(f"{config.input} holds no rows; give rows with {config.prompt_key} and {config.answer_key}")
-    texts = [row[config.prompt_key] + _SUFFIXES[config.prompt_suffix] for row in rows]
+    texts = [_text(row[config.prompt_key]) + _SUFFIXES[config.prompt_suffix] for row in rows]
     if config.chat:
         texts = [tokenizer.render_chat(text, date=parse_date(DEFAULT_DATE)) for text in texts]
     ids = tokenizer.tokenize_batch(texts)
-    golds = [row[config.answer_key].strip() for row in rows]
+    golds = [_text(row[config.answer_key]).strip() for row in rows]
     return [Prompt(*parts) for parts in zip(texts, ids, golds, rows, strict=True)]
+
+
+def _text(value: Any) -> str:
+    """A cell as text: some data sets have numbers for answers. Empty where there is none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else value if isinstance(value, str) and value.strip() else ""

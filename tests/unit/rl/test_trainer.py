@@ -107,9 +107,10 @@ def test_what_cannot_work_is_refused(start: Path, tmp_path: Path) -> None:
     train(run_config(start, tmp_path / "run", train_iters=1))
     with pytest.raises(CheckpointError, match="other prompts"):
         train(run_config(start, tmp_path / "run", train_iters=2, seed=99))
-    with pytest.raises(ConfigError, match="distribution as it is"):
-        rollout = run_config(start, tmp_path).rollout
-        dataclasses.replace(rollout, sampling=dataclasses.replace(rollout.sampling, temperature=0.7))
+    rollout = run_config(start, tmp_path).rollout
+    for changes in ({"temperature": 0.7}, {"top_p": 0.9}, {"min_tokens": 5}, {"logit_bias": {3: 1.0}}):
+        with pytest.raises(ConfigError, match="distribution as it is"):
+            dataclasses.replace(rollout, sampling=dataclasses.replace(rollout.sampling, **changes))
     with pytest.raises(ConfigError, match="resume"):
         save = CheckpointConfig(save=str(tmp_path / "run"), resume=False)
         train(run_config(start, tmp_path / "run", train_iters=2, checkpoint=save))
