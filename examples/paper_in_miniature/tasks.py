@@ -108,7 +108,6 @@ Clause = tuple[tuple[str, bool], ...]
 class Satisfiability:
     """Clauses of which each must have a true literal. Splitting on one variable after the other is a tree of blocks."""
 
-    num_variables: int
     clauses: tuple[Clause, ...]
 
     @property
@@ -235,7 +234,7 @@ def sample_satisfiability(rng: random.Random, num_variables: int, *, names: str 
         variables = (rng.sample(rng.choice(choices), 3) for _ in range(4 * num_variables))
         clauses = tuple(tuple((name, rng.random() < 0.5) for name in clause) for clause in variables)
         if (solve(clauses) is not None) == is_wanted:
-            return Satisfiability(num_variables, clauses)
+            return Satisfiability(clauses)
 
 
 def check(problem: Problem, text: str) -> bool:
