@@ -41,6 +41,8 @@ BATCH_FAULTS = (
     "errored", "invalid", "expired", "canceled", "refusal", "max_tokens", "context_window", "wrong_structure"
 )  # fmt: skip
 ANSWER_S = 0.05
+NUM_KILLS = 20
+KILLED_CONCURRENCY = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ def bench_faults(options: BenchOptions, folder: Path) -> dict[str, Any]:
                 "set_aside": report["set_aside"],
                 "left": report["left"],
                 "set_aside_without_history": sum(not row["history"] for row in aside),
-                "answers_kept": len(list((own / "out" / "samples").glob("*/[0-9]*.json"))),
+                "answers_kept": _answers_kept(own),
                 "answers_delivered": server.delivered.total(),
                 "delivered_twice": sum(count - 1 for count in server.delivered.values()),
             }
@@ -109,40 +111,64 @@ def bench_faults(options: BenchOptions, folder: Path) -> dict[str, Any]:
 
 def bench_kills(options: BenchOptions, folder: Path) -> dict[str, Any]:
     scripts = [Script(trajectory(seed)) for seed in range(options.count or 40)]
-    found: dict[str, Any] = {"samples": len(scripts)}
     rng = random.Random(0)
+    found: dict[str, Any] = {"samples_per_run": len(scripts), "concurrency": KILLED_CONCURRENCY}
     for name in modes(options):
-        own = folder / name
-        own.mkdir()
-        write_chains(own / "chains.jsonl", scripts)
-        more = ["--concurrency", "4", *(["--batch"] if name == "batch" else [])]
-        with AnthropicServer(scripts, latency_s=0.2, batch_s=0.5) as server:
-            environment = os.environ | {"ANTHROPIC_API_KEY": KEY}
-            killed = 0
-            for _ in range(20):
-                process = subprocess.Popen(
-                    command(own, server, *more), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                )  # fmt: skip
-                calls = server.calls.total()
-                while server.calls.total() == calls and process.poll() is None:
-                    time.sleep(0.005)
-                time.sleep(rng.uniform(0, 0.5))
-                killed += process.poll() is None
-                process.kill()
-                process.wait()
-            done = run(command(own, server, *more))
-            rows = [row["deepseek_thinking_trajectory_parallel"] for row in read_rows(own / "out" / "rows.jsonl")]
-            found[name] = {
-                "killed_while_running": killed,
-                "exit_code": done.returncode,
-                "rows_as_without_kills": sum(
-                    parse_think(row) == script.parts for row, script in zip(rows, scripts, strict=True)
-                ),
-                "answers_delivered": server.delivered.total(),
-                "sent_again_because_under_way_when_killed": sum(c - 1 for c in server.delivered.values()),
-            }
+        runs = []
+        while sum(len(one["killed_after_calls"]) for one in runs) < NUM_KILLS:
+            own = folder / f"{name}{len(runs)}"
+            own.mkdir()
+            write_chains(own / "chains.jsonl", scripts)
+            runs.append(_killed_run(own, scripts, name == "batch", rng))
+        found[name] = {
+            "kills": sum(len(one["killed_after_calls"]) for one in runs),
+            "most_answers_lost_by_a_kill": max(max(one["answers_lost"], default=0) for one in runs),
+            "all_rows_as_without_kills": all(one["rows_as_without_kills"] == len(scripts) for one in runs),
+            "runs": runs,
+        }
     return found
+
+
+def _killed_run(folder: Path, scripts: list[Script], is_batch: bool, rng: random.Random) -> dict[str, Any]:
+    """Start a run again and again, each time killed at a random moment, until a start comes to the end."""
+    killed_after, answers_lost, lost_before = [], [], 0
+    with AnthropicServer(scripts, latency_s=ANSWER_S, batch_s=0.5) as server:
+        more = ["--concurrency", str(KILLED_CONCURRENCY), *(["--batch"] if is_batch else [])]
+        environment = os.environ | {"ANTHROPIC_API_KEY": KEY}
+        while True:
+            wanted = server.calls.total() + rng.randint(1, 8 if is_batch else len(scripts))
+            with open(folder / "log.txt", "ab") as log:
+                process = subprocess.Popen(
+                    command(folder, server, *more), cwd=ROOT, env=environment, stdout=log, stderr=log
+                )
+            while server.calls.total() < wanted and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 2 * ANSWER_S))
+            if process.poll() is not None:
+                break
+            process.kill()
+            process.wait()
+            killed_after.append(server.calls.total())
+            lost = server.delivered.total() - _answers_kept(folder)
+            # What a batch has delivered is fetched by the next start.
+            answers_lost.append(0 if is_batch else lost - lost_before)
+            lost_before = lost
+        rows = [row["deepseek_thinking_trajectory_parallel"] for row in read_rows(folder / "out" / "rows.jsonl")]
+        same = sum(parse_think(row) == script.parts for row, script in zip(rows, scripts, strict=True))
+        return {
+            "killed_after_calls": killed_after,
+            "calls": server.calls.total(),
+            "exit_code": process.returncode,
+            "rows_as_without_kills": same,
+            "answers_delivered": server.delivered.total(),
+            "answers_kept": _answers_kept(folder),
+            "answers_lost": answers_lost,
+            "answered_twice": sum(count - 1 for count in server.delivered.values()),
+        }
+
+
+def _answers_kept(folder: Path) -> int:
+    return len(list((folder / "out" / "samples").glob("*/[0-9]*.json")))
 
 
 def bench_throughput(options: BenchOptions, folder: Path) -> dict[str, Any]:

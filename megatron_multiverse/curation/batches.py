@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from megatron_multiverse.curation.conversation import Conversation
 from megatron_multiverse.curation.exchange import Answer, Failure
 from megatron_multiverse.curation.live import TRIES, Spending
 from megatron_multiverse.curation.providers.protocol import BatchProvider, Unreachable
-from megatron_multiverse.curation.run_folder import BatchState, RunFolder
+from megatron_multiverse.curation.run_folder import BatchState, RunFolder, SampleState
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class BatchRunner:
         spending: Spending,
         folder: RunFolder,
         poll_s: float,
-        finish: Callable[[Conversation], None],
+        finish: Callable[[Conversation], Awaitable[None]],
     ) -> None:
         self.provider = provider
         self.spending = spending
@@ -70,7 +70,7 @@ class BatchRunner:
                     continue
                 batch.save()
             logger.info("fetching batch %s of an earlier start", batch.batch)
-            await self._fetch(batch)
+            await self._fetch(batch, {})
 
     async def run(self, conversations: Iterator[Conversation]) -> None:
         """Until all have an outcome, or the run is stopped.
@@ -79,15 +79,15 @@ class BatchRunner:
             ProviderError: the provider takes no request; batches under way are found again by the next start.
         """
         while self.stopped is None and (wave := list(islice(conversations, _WAVE))):
-            while self.stopped is None and (wave := self._settled(wave)):
+            while self.stopped is None and (wave := await self._settled(wave)):
                 await self._round(wave)
 
-    def _settled(self, wave: Iterable[Conversation]) -> list[Conversation]:
+    async def _settled(self, wave: Iterable[Conversation]) -> list[Conversation]:
         """Finish those that have an outcome; the others are left."""
         left = []
         for conversation in wave:
             if conversation.request is None:
-                self._finish(conversation)
+                await self._finish(conversation)
             else:
                 left.append(conversation)
         return left
@@ -105,9 +105,10 @@ class BatchRunner:
             self.stop("the next request could exceed --max-cost-usd")
             return
         batches = [await self._hand_over(part) for part in self._parts([talk for talk, _ in reserved])]
+        states = {talk.sample.name: talk.state for talk, _ in reserved}
         answers: dict[str, Answer | Failure] = {}
         for batch in batches:
-            answers |= await self._fetch(batch)
+            answers |= await self._fetch(batch, states)
         for conversation, most in reserved:
             answer = answers.get(conversation.sample.name, Failure("the results of the batch do not hold this request"))
             await self.spending.budget.settle(most, self.spending.cost(answer))
@@ -139,7 +140,7 @@ class BatchRunner:
         name = secrets.token_hex(8)
         requests = {f"{name}-{k}": talk.request for k, talk in enumerate(part) if talk.request is not None}
         keys = {
-            custom_id: (talk.sample.name, f"{request.stage}:{request.key()}")
+            custom_id: (talk.sample.name, f"{request.stage}:{request.key}")
             for talk, (custom_id, request) in zip(part, requests.items(), strict=True)
         }
         state = self._folder.new_batch(name, keys)
@@ -162,8 +163,8 @@ class BatchRunner:
             except Unreachable as error:
                 await self._wait("looking for a batch", error)
 
-    async def _fetch(self, batch: BatchState) -> dict[str, Answer | Failure]:
-        """Wait for a batch and keep its answers; returns them by sample."""
+    async def _fetch(self, batch: BatchState, states: Mapping[str, SampleState]) -> dict[str, Answer | Failure]:
+        """Wait for a batch and keep its answers, in these states or on the disk alone; returns them by sample."""
         assert batch.batch is not None
         found: dict[str, Answer | Failure] = {}
         while True:
@@ -175,7 +176,8 @@ class BatchRunner:
                     found[sample] = answer
                     if isinstance(answer, Answer):
                         stage, _, request = key.partition(":")
-                        await asyncio.to_thread(self._folder.sample(sample).keep_by_key, request, stage, answer)
+                        state = states.get(sample) or self._folder.sample(sample)
+                        await asyncio.to_thread(state.keep_by_key, request, stage, answer)
                 break
             except Unreachable as error:
                 await self._wait(f"batch {batch.batch}", error)

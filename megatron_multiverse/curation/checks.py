@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from megatron_multiverse.curation.trees import plain_text
 from megatron_multiverse.grading import boxes, same_value
@@ -47,6 +48,8 @@ def dependences(block: Block, before: str) -> Iterator[str]:
 
 def _dependences(block: Block, before: str, prefix: str) -> Iterator[str]:
     texts = [plain_text(path) for path in block.paths]
+    known = set(_NUMBER.findall(before))
+    numbers = [_numbers(text) for text in texts]
     for k, (path, text) in enumerate(zip(block.paths, texts, strict=True)):
         label = f"{prefix}{k + 1}"
         if k and (found := _TRANSITION.match(text.lstrip())):
@@ -54,8 +57,8 @@ def _dependences(block: Block, before: str, prefix: str) -> Iterator[str]:
         if found := _SIBLING.search(text):
             yield f'path {label} says "{found.group()}"'
         for j in range(k):
-            if numbers := _taken_over(text, texts[j], before):
-                yield f"path {label} uses {', '.join(numbers)}, which path {prefix}{j + 1} works out"
+            if taken := numbers[k].given & numbers[j].worked_out - known:
+                yield f"path {label} uses {', '.join(sorted(taken))}, which path {prefix}{j + 1} works out"
         seen = before
         for part in path:
             if isinstance(part, Block):
@@ -63,22 +66,28 @@ def _dependences(block: Block, before: str, prefix: str) -> Iterator[str]:
             seen += "\n" + (part if isinstance(part, str) else plain_text((part,)))
 
 
-def _taken_over(text: str, sibling: str, before: str) -> list[str]:
-    """Numbers that `sibling` works out, `text` takes as given, and nobody has named before."""
-    known = set(_NUMBER.findall(before))
-    given: dict[str, bool] = {}
+class _Numbers(NamedTuple):
+    """The numbers of a path that have enough digits to be told from chance."""
+
+    given: set[str]
+    """First named without being worked out."""
+    worked_out: set[str]
+    """Worked out somewhere."""
+
+
+def _numbers(text: str) -> _Numbers:
+    seen: set[str] = set()
+    found = _Numbers(set(), set())
     for match in _NUMBER.finditer(text):
-        given.setdefault(match.group(), not _WORKED_OUT.search(text, max(0, match.start() - 12), match.start()))
-    worked_out = {match.group() for match in _NUMBER.finditer(sibling) if _is_result(sibling, match)}
-    return sorted(
-        number
-        for number, is_given in given.items()
-        if is_given and number in worked_out and number not in known and sum(map(str.isdigit, number)) >= _MIN_DIGITS
-    )
-
-
-def _is_result(text: str, match: re.Match[str]) -> bool:
-    return _WORKED_OUT.search(text, max(0, match.start() - 12), match.start()) is not None
+        number = match.group()
+        if sum(map(str.isdigit, number)) < _MIN_DIGITS:
+            continue
+        if _WORKED_OUT.search(text, max(0, match.start() - 12), match.start()):
+            found.worked_out.add(number)
+        elif number not in seen:
+            found.given.add(number)
+        seen.add(number)
+    return found
 
 
 def final_answer(text: str) -> str:

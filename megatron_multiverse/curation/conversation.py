@@ -44,7 +44,7 @@ class Conversation:
         try:
             while True:
                 request = next(self._dialogue) if answer is None else self._dialogue.send(answer)
-                answer = self.state.answers.get(request.key())
+                answer = self.state.answers.get(request.key)
                 if answer is None:
                     self.request = request
                     return

@@ -167,11 +167,12 @@ class _Run:
             if self._is_open(sample):
                 yield Conversation(sample, self.folder.sample(sample.name), self.rules)
 
-    def _finish(self, spending: Spending, talk: Conversation) -> None:
+    async def _finish(self, spending: Spending, talk: Conversation) -> None:
         outcome = talk.outcome
         if isinstance(outcome, Passed):
             curation = {**outcome.details, "dollars": self._dollars(talk), **self._made_by()}
-            talk.state.finish({"row": output_columns(talk.sample, self.columns, outcome), "curation": curation})
+            row = output_columns(talk.sample, self.columns, outcome)
+            await asyncio.to_thread(talk.state.finish, {"row": row, "curation": curation})
             self.counts["passed"] += 1
         elif outcome is not None:
             entry: dict[str, Any] = {"code": outcome.code, "reason": outcome.reason, "history": outcome.history}
@@ -180,14 +181,14 @@ class _Run:
             if outcome.code == "provider":
                 self.unfinished[talk.sample.name] = entry
             else:
-                talk.state.finish(entry)
+                await asyncio.to_thread(talk.state.finish, entry)
         if self.progress is not None:
             self.progress.show(self.counts["passed"], self.counts["set_aside"], spending.budget.spent)
 
     def _dollars(self, talk: Conversation) -> float:
         if self.prices is None:
             return 0.0
-        answers = self.folder.sample(talk.sample.name).answers.values()
+        answers = talk.state.answers.values()
         return sum(self.prices.cost(answer.usage, is_batch=answer.is_batch) for answer in answers)
 
     def _made_by(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 Stage = Literal["outline", "groups", "rewrite", "judge"]
@@ -32,9 +33,11 @@ class Request:
     is_cached: bool = False
     """Whether `shared` is marked for the provider's prompt cache."""
 
+    @cached_property
     def key(self) -> str:
         """Hash of all that is asked, and of which attempt it is."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        asked = {field.name: getattr(self, field.name) for field in fields(self)}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_multiverse.curation.token_counts import TokenCounter, tree_document
 from megatron_multiverse.curation.trees import ANNOUNCEMENT, flatten, walk
-from megatron_multiverse.structure import Block, Parts, measure_blocks
+from megatron_multiverse.structure import Block, Document, Parts, measure_blocks
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,16 @@ class BlockGain:
         return self.sequential_tokens / self.critical_tokens
 
 
-def block_gains(parts: Sequence[str | Block], counter: TokenCounter) -> list[BlockGain]:
-    """The gain of each block, outer before inner, in text order."""
+def block_gains(parts: Sequence[str | Block], document: Document, counter: TokenCounter) -> list[BlockGain]:
+    """The gain of each block, outer before inner, in text order.
+
+    Args:
+        parts: a tree.
+        document: what `tree_document` makes of it.
+        counter: the tokens to count.
+    """
     announcement = counter.document(ANNOUNCEMENT + "\n").num_tokens
-    measured = measure_blocks(tree_document(parts, counter))
+    measured = measure_blocks(document)
     return [
         BlockGain(block, row.depth, row.sequential_tokens, row.critical_tokens + announcement)
         for (_, block), row in zip(walk(parts), measured, strict=True)
@@ -52,7 +58,7 @@ def losing_blocks(parts: Sequence[str | Block], counter: TokenCounter, min_net_g
     Returns:
         By index in the order of `walk`.
     """
-    gains = block_gains(parts, counter) if min_net_gain > 0 else []
+    gains = block_gains(parts, tree_document(parts, counter), counter) if min_net_gain > 0 else []
     losing = {id(gain.block): k for k, gain in enumerate(gains) if gain.net_gain < min_net_gain}
     return {
         k: gains[k]

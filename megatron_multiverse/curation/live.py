@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Awaitable, Callable, Iterator
 
 from megatron_multiverse.curation.conversation import Conversation
 from megatron_multiverse.curation.exchange import Answer, Failure, Request
@@ -18,8 +19,8 @@ TRIES = 3
 """How often one request is sent, each time with the retries of the provider, before its sample is set aside."""
 _GIVE_UP_AFTER = 20
 """So many failed requests in a row mean that the provider, not the requests, is at fault."""
-_SPARE_CONVERSATIONS = 4
-"""Conversations beyond the limit of requests: while these are reading an answer, others ask."""
+_CONVERSATIONS_PER_SLOT = 1.5
+"""While some conversations read and keep an answer, others ask, so that the limit of requests stays busy."""
 _FIRST_WAIT_S = 1.0
 
 
@@ -62,7 +63,11 @@ class LiveRunner:
     """
 
     def __init__(
-        self, provider: Provider, spending: Spending, concurrency: int, finish: Callable[[Conversation], None]
+        self,
+        provider: Provider,
+        spending: Spending,
+        concurrency: int,
+        finish: Callable[[Conversation], Awaitable[None]],
     ) -> None:
         self.provider = provider
         self.spending = spending
@@ -82,16 +87,23 @@ class LiveRunner:
 
         Raises:
             ProviderError: the provider takes no request; what was answered by then has been kept.
+            OSError: an answer cannot be written.
         """
-        workers = [self._work(conversations) for _ in range(self._concurrency + _SPARE_CONVERSATIONS)]
-        await asyncio.gather(*workers)
-        if self._error is not None:
-            raise self._error
+        workers = [self._work(conversations) for _ in range(math.ceil(self._concurrency * _CONVERSATIONS_PER_SLOT))]
+        ended = await asyncio.gather(*workers, return_exceptions=True)
+        errors = [self._error, *ended]
+        if (error := next((error for error in errors if error is not None), None)) is not None:
+            raise error
 
     async def _work(self, conversations: Iterator[Conversation]) -> None:
         # The iterator is shared: each worker takes the next sample when it is done with one.
         while self.stopped is None and (conversation := next(conversations, None)) is not None:
-            await self._talk(conversation)
+            try:
+                await self._talk(conversation)
+            except Exception as error:
+                # The others hear and keep the answers that are under way, since they are paid.
+                self.stop(f"{type(error).__name__}: {error}")
+                raise
 
     async def _talk(self, conversation: Conversation) -> None:
         while (request := conversation.request) is not None:
@@ -99,7 +111,7 @@ class LiveRunner:
             if answer is None:
                 return
             conversation.tell(answer)
-        self._finish(conversation)
+        await self._finish(conversation)
 
     async def _ask(self, request: Request, state: SampleState) -> Answer | Failure | None:
         """An answer that has been kept, or the failure after the last try; None if the run has been stopped."""
@@ -119,9 +131,6 @@ class LiveRunner:
                 answer = Failure("not asked")
                 try:
                     answer = await self.provider.complete(request)
-                    if isinstance(answer, Answer):
-                        # Before the next request takes the slot: a killed run loses no more answers than it has slots.
-                        await asyncio.to_thread(state.keep, request, answer)
                 except ProviderError as error:
                     self._error = error
                     self.stop(str(error))
@@ -129,7 +138,12 @@ class LiveRunner:
                 finally:
                     await self.spending.budget.settle(most, self.spending.cost(answer))
             self._watch(answer)
-            if isinstance(answer, Answer) or answer.is_final:
+            if isinstance(answer, Answer):
+                # Not in the slot, which a slow disk would keep idle. Before the sample asks anything else, so a killed
+                # run loses at most one answer for each conversation.
+                await asyncio.to_thread(state.keep, request, answer)
+                return answer
+            if answer.is_final:
                 return answer
             logger.debug("%s: %s", request.stage, answer.reason)
         return answer

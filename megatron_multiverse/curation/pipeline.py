@@ -131,14 +131,15 @@ class _Curation:
 
     def _details(self, before: Parts, after: Parts, kinds: list[str], arranged: Counter[str]) -> dict[str, Any]:
         counter = self.rules.counter
+        document = tree_document(after, counter)
         return {
             "distance": distance(plain_text(after), self.chain.text),
             "plain_tokens": count_plain(after, counter),
-            "before_gate": asdict(measure(tree_document(before, counter))),
-            "statistics": asdict(measure(tree_document(after, counter))),
+            "before_gate": asdict(measure(document if after == before else tree_document(before, counter))),
+            "statistics": asdict(measure(document)),
             "blocks": [
                 {"kind": kind, "depth": gain.depth, "paths": len(gain.block.paths), "net_gain": round(gain.net_gain, 4)}
-                for kind, gain in zip(kinds, block_gains(after, counter), strict=True)
+                for kind, gain in zip(kinds, block_gains(after, document, counter), strict=True)
             ],
             "flattened": dict(self.flattened),
             "groups": dict(arranged),

@@ -12,6 +12,7 @@ from megatron_multiverse.curation.gate import block_gains, losing_blocks
 from megatron_multiverse.curation.plan import PlanBlock, PlanPart, plan_blocks, refill
 from megatron_multiverse.curation.rules import Rules
 from megatron_multiverse.curation.stages import Problem, Questions, read_blocks, read_verdicts
+from megatron_multiverse.curation.token_counts import tree_document
 from megatron_multiverse.curation.trees import merge, plain_text, without_texts
 from megatron_multiverse.structure import Block, Parts
 
@@ -169,7 +170,8 @@ class Rewriting:
             counter, wanted = self.rules.counter, self.rules.min_net_gain
             losing = losing_blocks((block,), counter, wanted)
             # With nothing in its goal and conclusion, would it pay? Otherwise shortening them is of no use.
-            bare = block_gains((without_texts(block),), counter)
+            without = (without_texts(block),)
+            bare = block_gains(without, tree_document(without, counter), counter)
             if any(bare[k].net_gain >= wanted for k in losing):
                 spare[outer.draft] = block
                 steps = max(gain.critical_tokens - gain.sequential_tokens for gain in losing.values())

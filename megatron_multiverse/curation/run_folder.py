@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ class SampleState:
 
     def keep(self, request: Request, answer: Answer) -> None:
         """Keep an answer; it is on the disk when this returns."""
-        self.keep_by_key(request.key(), request.stage, answer)
+        self.keep_by_key(request.key, request.stage, answer)
 
     def keep_by_key(self, key: str, stage: str, answer: Answer) -> None:
         """`keep` where the request itself is not at hand."""
@@ -131,8 +130,8 @@ class SampleState:
             return
         self.path.mkdir(exist_ok=True)
         number = len(self.answers) + 1
-        kept = {"request": key, "stage": stage, "answer": asdict(answer)}
-        write_json_atomic(self.path / f"{number:03d}_{stage}.json", kept)
+        kept = {"request": key, "stage": stage, "answer": {**vars(answer), "usage": vars(answer.usage)}}
+        write_json_atomic(self.path / f"{number:03d}_{stage}.json", kept, indent=None)
         self.answers[key] = answer
 
     def outcome(self) -> dict[str, Any] | None:
@@ -143,7 +142,7 @@ class SampleState:
     def finish(self, outcome: dict[str, Any]) -> None:
         """Keep how it ended."""
         self.path.mkdir(exist_ok=True)
-        write_json_atomic(self.path / _OUTCOME, outcome)
+        write_json_atomic(self.path / _OUTCOME, outcome, indent=None)
         self._answers = None
 
     def _answer_files(self) -> list[Path]:

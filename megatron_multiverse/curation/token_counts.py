@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+
 from megatron_multiverse.curation.trees import plain_text, think
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
-from megatron_multiverse.structure import Block, Document, Tag, lex, parse
+from megatron_multiverse.structure import TEXT_ID, Block, Document, Tag, lex, parse
 
 _CHARACTERS_PER_TOKEN = 4
 
@@ -50,8 +52,10 @@ class RoughTokens:
 
     def document(self, response: str) -> Document:
         """See `TokenCounter`."""
-        ids, _, vocab = lex(response, max_characters=_CHARACTERS_PER_TOKEN)
-        return parse(ids, vocab)
+        ids, offsets, vocab = lex(response)
+        lengths = np.diff([*offsets, len(response)])
+        tokens = np.where(np.equal(ids, TEXT_ID), -(-lengths // _CHARACTERS_PER_TOKEN), 1)
+        return parse(np.repeat(ids, tokens), vocab)
 
 
 def count_plain(parts: Sequence[str | Block], counter: TokenCounter) -> int:

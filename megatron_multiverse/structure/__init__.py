@@ -26,11 +26,21 @@ from megatron_multiverse.structure.machine import StructureMachine
 from megatron_multiverse.structure.parser import parse
 from megatron_multiverse.structure.statistics import BlockStatistics, Statistics, measure, measure_blocks
 from megatron_multiverse.structure.tags import MAX_DEPTH, TAGS, StructureVocab, Tag
-from megatron_multiverse.structure.trajectory import Block, Parts, check_text, cut_at_labels, lex, parse_text, render
+from megatron_multiverse.structure.trajectory import (
+    TEXT_ID,
+    Block,
+    Parts,
+    check_text,
+    cut_at_labels,
+    lex,
+    parse_text,
+    render,
+)
 
 __all__ = [
     "MAX_DEPTH",
     "TAGS",
+    "TEXT_ID",
     "BatchMeter",
     "BatchStatistics",
     "Block",

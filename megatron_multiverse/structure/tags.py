@@ -35,7 +35,6 @@ its tokens treats it as plain text."""
 
 _FIRST_CHARACTERS = frozenset("0123456789.:\n<")  # of all that the grammar reads; most of a vocabulary has others
 _LABEL_PIECE = re.compile(r"[0-9.]+:?|:")
-_FIRST_CHARACTERS = frozenset("0123456789.:\n<")  # of all that the grammar reads; most of a vocabulary has others
 _LABEL_END = re.compile(r"[0-9.]*:")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from megatron_multiverse.errors import StructureError
 from megatron_multiverse.structure.document import BlockSpan, Document
@@ -52,35 +52,29 @@ def _render_block(block: Block, prefix: str) -> str:
     return "\n".join(lines)
 
 
-_FIXED_PIECES = [*map(re.escape, TAGS), r"\n", r"(?<=\n)[0-9][0-9.]*:"]
+_PIECE = re.compile("|".join([*map(re.escape, TAGS), r"\n", r"(?<=\n)[0-9][0-9.]*:", r"[^\n<]+", "<"]))
 _LABEL = re.compile("[0-9][0-9.]*:")
-_NEWLINE, _WORD, _FIRST_LABEL = len(TAGS), len(TAGS) + 1, len(TAGS) + 2
+_NEWLINE, TEXT_ID, _FIRST_LABEL = len(TAGS), len(TAGS) + 1, len(TAGS) + 2
+_FIXED_IDS = {tag: k for k, tag in enumerate(TAGS)} | {"\n": _NEWLINE}
 _BEFORE_LABEL = re.compile(r"<(?:Outline|(?P<path>Path))>\n(?P<label>[0-9][0-9.]*:)?")
 
 
-def lex(text: str, *, max_characters: int | None = None) -> tuple[list[int], list[int], StructureVocab]:
+def lex(text: str) -> tuple[list[int], list[int], StructureVocab]:
     """Cut text into tokens that the grammar can read: tags, newlines, labels and other runs of text.
 
-    Args:
-        text: a response.
-        max_characters: longest run; with 4 the number of tokens is about that of a real tokenizer.
-
-    Returns their ids, the character at which each begins, and the vocabulary of these ids.
+    Returns:
+        Their ids (`TEXT_ID` for other runs), the character at which each begins, and the vocabulary of these ids.
     """
-    runs = r"[^\n<]+" if max_characters is None else rf"[^\n<]{{1,{max_characters}}}"
-    lexer = re.compile("|".join([*_FIXED_PIECES, runs, "<"]))
-    fixed = {tag: k for k, tag in enumerate(TAGS)} | {"\n": _NEWLINE}
+    pieces = _PIECE.findall(text)
+    ids = [_FIXED_IDS.get(piece, TEXT_ID) for piece in pieces]
     labels: dict[str, int] = {}
-    ids, offsets = [], []
-    for match in lexer.finditer(text):
-        piece = match.group()
-        token = fixed.get(piece, _WORD)
-        if token == _WORD and _LABEL.fullmatch(piece):
-            token = labels.setdefault(piece, _FIRST_LABEL + len(labels))
-        ids.append(token)
-        offsets.append(match.start())
-    pieces = {token: piece for piece, token in labels.items()}
-    return ids, offsets, StructureVocab(tuple(range(len(TAGS))), _NEWLINE, pieces)
+    for k, piece in enumerate(pieces):
+        if piece[-1] == ":" and _LABEL.fullmatch(piece):
+            ids[k] = labels.setdefault(piece, _FIRST_LABEL + len(labels))
+    # Nothing lies between two pieces, so each begins where the one before ends.
+    offsets = list(accumulate(map(len, pieces), initial=0))[:-1]
+    label_pieces = {token: piece for piece, token in labels.items()}
+    return ids, offsets, StructureVocab(tuple(range(len(TAGS))), _NEWLINE, label_pieces)
 
 
 def _parse_lexed(text: str, sample: str | None) -> tuple[Document, list[int]]:

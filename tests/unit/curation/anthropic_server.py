@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any, NotRequired, Required
 
 from anthropic.types.message_count_tokens_params import MessageCountTokensParams
@@ -72,13 +73,18 @@ def check_type(value: Any, kind: Any, place: str) -> str | None:
 def _check_dict(value: Any, kind: Any, place: str) -> str | None:
     if not isinstance(value, dict):
         return f"{place}: an object is expected"
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     if unknown := value.keys() - hints.keys():
         return f"{place}: unknown key {sorted(unknown)[0]}"
     if missing := {name for name, hint in hints.items() if _is_required(hint)} - value.keys():
         return f"{place}: {sorted(missing)[0]} is missing"
     reasons = (check_type(item, hints[name], f"{place}.{name}") for name, item in value.items())
     return next((reason for reason in reasons if reason), None)
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 def _is_required(hint: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megatron_multiverse.curation import report
+from megatron_multiverse.curation import report, run_folder
 from megatron_multiverse.curation.curate import curate_data
 from megatron_multiverse.curation.estimate import Estimate
 from megatron_multiverse.curation.inputs import PARALLEL
@@ -130,7 +131,7 @@ def test_killed_runs_go_on_and_pay_for_no_answer_twice(run: Run, batch: bool) ->
         assert [row[PARALLEL] for row in run.rows] == [think(script.parts) for script in SCRIPTS]
         # Live, answers that were under way when the run was killed were sent but never arrived.
         twice = sum(count - 1 for count in server.delivered.values())
-        assert twice <= (0 if batch else 2 * 4)
+        assert twice <= (0 if batch else 2 * 6)
 
 
 def test_a_batch_whose_id_got_lost_is_found_again(run: Run) -> None:
@@ -220,6 +221,26 @@ def test_a_provider_that_takes_nothing_ends_the_run_and_keeps_what_was_paid(run:
         assert server.calls.total() <= 3, "only what was under way at the same time"
         server.status = None
         assert run(server).tally.passed == len(SCRIPTS)
+
+
+def test_a_full_disk_ends_the_run_and_loses_only_what_could_not_be_written(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, written = run_folder.write_json_atomic, []
+
+    def write(path: Path, value: Any, **options: Any) -> None:
+        written.append(path)
+        if len(written) == 6:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, value, **options)
+
+    with AnthropicServer(SCRIPTS, latency_s=0.01) as server:
+        monkeypatch.setattr(run_folder, "write_json_atomic", write)
+        with pytest.raises(OSError, match="No space left"):
+            run(server, concurrency=4)
+        assert server.calls.total() < 3 * len(SCRIPTS), "no request is sent after it"
+        assert run(server).tally.passed == len(SCRIPTS)
+        assert sum(count - 1 for count in server.delivered.values()) <= 1
 
 
 def test_what_the_provider_refused_for_good_is_taken_up_again_by_the_next_start(run: Run) -> None:

@@ -84,7 +84,7 @@ def test_gain_is_the_text_over_the_steps_of_the_block() -> None:
     long = "word " * 400
     block = Block(("one", "two"), ((long,), (long,)), "done")
     parts: Parts = ("before", block, "after")
-    (gain,) = block_gains(parts, COUNTER)
+    (gain,) = block_gains(parts, tree_document(parts, COUNTER), COUNTER)
     flat = flatten(parts, {0})
     saved = count_plain(parts, COUNTER) - critical(parts)
     assert gain.sequential_tokens - gain.critical_tokens == pytest.approx(saved, abs=4)
