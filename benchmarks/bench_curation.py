@@ -41,7 +41,6 @@ BATCH_FAULTS = (
     "errored", "invalid", "expired", "canceled", "refusal", "max_tokens", "context_window", "wrong_structure"
 )  # fmt: skip
 ANSWER_S = 0.05
-NUM_KILLS = 20
 KILLED_CONCURRENCY = 4
 
 
@@ -59,6 +58,10 @@ class BenchOptions:
     """Folder of real trajectories (*.xml) for the throughput; random ones without it."""
     concurrency: int = 4
     """Requests at the same time, for the throughput."""
+    kills: int = 20
+    """How often a run is killed, at least."""
+    seed: int = 0
+    """Of the moments at which runs are killed."""
     fault_rate: float = 0.05
     """Share of requests that each fault hits; with at least three requests for a sample, about three times as many
     samples."""
@@ -111,11 +114,11 @@ def bench_faults(options: BenchOptions, folder: Path) -> dict[str, Any]:
 
 def bench_kills(options: BenchOptions, folder: Path) -> dict[str, Any]:
     scripts = [Script(trajectory(seed)) for seed in range(options.count or 40)]
-    rng = random.Random(0)
+    rng = random.Random(options.seed)
     found: dict[str, Any] = {"samples_per_run": len(scripts), "concurrency": KILLED_CONCURRENCY}
     for name in modes(options):
         runs = []
-        while sum(len(one["killed_after_calls"]) for one in runs) < NUM_KILLS:
+        while sum(len(one["killed_after_calls"]) for one in runs) < options.kills:
             own = folder / f"{name}{len(runs)}"
             own.mkdir()
             write_chains(own / "chains.jsonl", scripts)

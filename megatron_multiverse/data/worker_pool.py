@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
-import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from megatron_multiverse.child_processes import end_with_parent
 from megatron_multiverse.data.counters import Progress
 from megatron_multiverse.data.encoders import DifferentIds, Encoder
 from megatron_multiverse.data.readers import Shard
@@ -27,20 +26,17 @@ _worker_state: dict[str, Any] = {}
 
 
 def _init_worker(
-    recipe: Recipe, tokenizer: MultiverseTokenizer, encoder: Encoder, progress: Progress, folder: WorkFolder
+    recipe: Recipe,
+    tokenizer: MultiverseTokenizer,
+    encoder: Encoder,
+    progress: Progress,
+    folder: WorkFolder,
+    parent: int,
 ) -> None:
+    end_with_parent(parent)  # without it, a worker whose parent was killed would wait for tasks forever
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops its workers
     folder.unlock()
     _worker_state.update(recipe=recipe, tokenizer=tokenizer, encoder=encoder, progress=progress)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """A worker whose parent was killed would wait for tasks forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _work(shard: Shard, path: Path) -> None:
@@ -75,7 +71,7 @@ def run_workers(
         return
     context = multiprocessing.get_context("fork")
     progress = Progress(context)
-    arguments = (recipe, tokenizer, encoder, progress, folder)
+    arguments = (recipe, tokenizer, encoder, progress, folder, os.getpid())
     executor = ProcessPoolExecutor(min(workers, len(todo)), context, _init_worker, arguments)
     with executor:
         try:

@@ -7,33 +7,29 @@ killed without warning, as by the kernel when memory is short.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any
+
+from megatron_multiverse.child_processes import end_with_parent
 
 EXIT_CODE_STOPPED = 75
 """Exit code of a run that was asked to stop and saved (EX_TEMPFAIL: try again later)."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-_PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when the one that forked it dies
-_prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
 _starting_workers_of: int | None = None
 """Process id of the run while it is inside `hold_signals`."""
 
 
 def _end_with_parent() -> None:
-    """In a process that was forked inside `hold_signals`: die when the run does. Does nothing outside of Linux."""
+    """In a process that was forked inside `hold_signals`: die when the run does."""
     global _starting_workers_of
-    if _prctl is not None and _starting_workers_of is not None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != _starting_workers_of:  # the run died before the line above
-            os._exit(1)
+    if _starting_workers_of is not None:
+        end_with_parent(_starting_workers_of)
     _starting_workers_of = None  # what this process forks is its own affair
 
 

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "megatron_multiverse"
 # outside of the package's folder (package_dir), and it does not know examples/ and tools/.
 ALLOWED = {
     "errors": set(),
+    "child_processes": set(),
     "cli": {"errors"},
     "config": {"errors", "structure"},
     "dtypes": set(),
@@ -29,12 +30,12 @@ ALLOWED = {
     "weight_names": set(),
     "structure": {"errors"},
     "kernels": {"errors", "structure"},
-    "data": {"errors", "config", "files", "progress", "structure", "cli"},
+    "data": {"child_processes", "errors", "config", "files", "progress", "structure", "cli"},
     "curation": {"errors", "config", "files", "grading", "locked_folder", "structure", "data"},
     "parallel": {"errors"},
     "model": {"errors", "config", "dtypes", "files", "weight_names", "structure", "kernels", "parallel"},
     "checkpoints": {"progress"},
-    "training": {"checkpoints"},
+    "training": {"checkpoints", "child_processes"},
     "inference": {"checkpoints"},
     "server": {"errors", "config", "structure", "data", "dtypes", "parallel", "model", "checkpoints", "inference"},
     "clients": {"errors", "config", "files", "structure", "data", "inference", "views"},
@@ -46,6 +47,7 @@ ALLOWED["inference"] |= ALLOWED["checkpoints"]
 ALLOWED["evaluation"] = ALLOWED["views"] | {"clients", "dtypes", "grading", "locked_folder", "training", "views"}
 ALLOWED["rl"] = ALLOWED["training"] | ALLOWED["inference"] | {"grading", "training", "inference"}
 NO_TORCH = {
+    "child_processes",
     "errors",
     "config",
     "curation",

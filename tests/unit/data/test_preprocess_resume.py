@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from megatron_multiverse.data import preprocess as module
@@ -116,8 +117,10 @@ def test_killed_run_resumes_to_the_same_bytes(tmp_path, hf_folder):
     deadline = time.monotonic() + 60
     while not (tmp_path / "out.shards" / "00000.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert workers and not psutil.wait_procs(workers, timeout=10)[1]
     assert not (tmp_path / "out.bin").exists(), "the run was over before it could be killed"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
