@@ -47,6 +47,7 @@ setup(
         "sentencepiece>=0.2",
         "transformers>=4.50",
         "tqdm>=4.66",
+        "xxhash>=3.4",
     ],
     extras_require={
         "gpu": ["triton>=3.6", "transformer-engine[pytorch]>=2.20", "flash-attn-4==4.0.0b36"],

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_multiverse.cli import parse_options, run_tool
+from megatron_multiverse.curation.config import CurateConfig
 from megatron_multiverse.curation.trees import parse_think
 from megatron_multiverse.structure import Parts
 from tests.unit.curation.anthropic_server import KEY, AnthropicServer, Faults
@@ -56,7 +57,7 @@ class BenchOptions:
     """Number of chains; 0 takes 200, 40 and 1,000."""
     samples: str = ""
     """Folder of real trajectories (*.xml) for the throughput; random ones without it."""
-    concurrency: int = 4
+    concurrency: int = CurateConfig.concurrency
     """Requests at the same time, for the throughput."""
     kills: int = 20
     """How often a run is killed, at least."""
@@ -151,6 +152,7 @@ def _killed_run(folder: Path, scripts: list[Script], is_batch: bool, rng: random
                 break
             process.kill()
             process.wait()
+            time.sleep(4 * ANSWER_S)  # the server is still sending what was under way
             killed_after.append(server.calls.total())
             lost = server.delivered.total() - _answers_kept(folder)
             # What a batch has delivered is fetched by the next start.
@@ -181,10 +183,14 @@ def bench_throughput(options: BenchOptions, folder: Path) -> dict[str, Any]:
     scripts = [Script(_numbered(trees[k % len(trees)], k)) for k in range(count)]
     write_chains(folder / "chains.jsonl", scripts)
     with AnthropicServer(scripts, latency_s=ANSWER_S) as server:
+        own_cpu = time.process_time()
         done = run(command(folder, server, "--concurrency", str(options.concurrency)))
+        own_cpu = time.process_time() - own_cpu
         busy = server.busy
     area = sum(width * (after - before) for (before, width), (after, _) in pairwise(busy))
     seconds = busy[-1][0] - busy[0][0]
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    answers = server.delivered.total()
     return {
         "samples": count,
         "characters": sum(len(script.text) for script in scripts),
@@ -192,9 +198,11 @@ def bench_throughput(options: BenchOptions, folder: Path) -> dict[str, Any]:
         "answer_s": ANSWER_S,
         "exit_code": done.returncode,
         "seconds": round(seconds, 1),
-        "answers": server.delivered.total(),
+        "answers": answers,
         "busy_share_seen_by_the_server": round(area / seconds / options.concurrency, 3),
-        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+        "curator_cpu_ms_per_answer": round(1_000 * (used.ru_utime + used.ru_stime) / answers, 2),
+        "server_cpu_ms_per_answer": round(1_000 * own_cpu / answers, 2),
+        "peak_rss_mib": round(used.ru_maxrss / 1024),
     }
 
 

@@ -47,9 +47,16 @@ class ShowOptions:
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     options = parse_options(ShowOptions)
-    asked = dataclasses.asdict(options)
-    folder, source = asked.pop("output_dir"), asked.pop("input")
-    view = load_view(source, **asked)
+    folder = options.output_dir
+    view = load_view(
+        options.input,
+        row=options.row,
+        json_keys=options.json_keys,
+        split=options.split,
+        tokenizer_type=options.tokenizer_type,
+        tokenizer_model=options.tokenizer_model,
+        strict=options.strict,
+    )
     draw_visibility(view, folder / "visibility.png")
     draw_positions(view, folder / "positions.png")
     draw_timeline(ideal_timeline(view), folder / "timeline.png", sequential=sequential_timeline(view))

@@ -47,6 +47,7 @@ from megatron_multiverse.checkpoints.names.table import Entry
 from megatron_multiverse.checkpoints.protocols import Source, Stream, Target
 from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, POINTER_FILE, RECORD_FILE, RELEASE
 from megatron_multiverse.checkpoints.sources import open_checkpoint
+from megatron_multiverse.checksums import checksum, is_checked, write_checksums
 from megatron_multiverse.config import pad_vocab_size
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.files import flush
@@ -257,6 +258,7 @@ def _finish(
     """Write everything but the weights; the folder is complete then."""
     folder = manifest.folder
     target.finish([manifest.finished[unit.name] for unit in target.units], weights)
+    _write_checksums(manifest, weights)
     copy_assets(tokenizer_folder(source, config.tokenizer_model), source.asset_folders, folder)
     record = conversion_record(config, source, padded)
     if isinstance(source, ControlTokenSource):
@@ -272,6 +274,13 @@ def _finish(
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (folder / POINTER_FILE).write_text(f"{RELEASE}\n", encoding="utf-8")
     manifest.remove()
+
+
+def _write_checksums(manifest: Manifest, weights: Path) -> None:
+    """Checksums of what the units wrote, and of the small files that say where in there each tensor lies."""
+    known = {str((manifest.folder / name).relative_to(weights)): value for name, value in manifest.checksums().items()}
+    small = {f.name: checksum(f) for f in weights.iterdir() if is_checked(f) and f.name not in known}
+    write_checksums(weights, known | small)
 
 
 def conversion_record(config: ConvertConfig, source: Source, padded: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_multiverse.checkpoints.names.rules import check_divisible, slices
 from megatron_multiverse.checkpoints.names.table import Entry
 from megatron_multiverse.checkpoints.protocols import Source, pad_rows
-from megatron_multiverse.checkpoints.sources import open_checkpoint
+from megatron_multiverse.checkpoints.sources import check_source, open_checkpoint
 from megatron_multiverse.config import LayerConfig, ModelConfig, pad_vocab_size
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.model.gpt import build_gpt_model, first_layer_of
@@ -39,10 +39,12 @@ def load_checkpoint(
         that were added so that the vocabulary can be cut for tensor parallelism.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or does not give every parameter of the model.
+        CheckpointError: the checkpoint is missing, damaged (also by its checksums) or does not give every parameter of
+            the model.
         ConfigError: the model it holds is not supported, or what `layers` asks for cannot run on `device`.
     """
     source = open_checkpoint(folder)
+    check_source(source)
     return model_from_source(source, dtype=dtype, device=device, layers=layers, compute_dtype=compute_dtype)
 
 

@@ -22,15 +22,17 @@ from megatron_multiverse.checkpoints.formats.hf_assets import (
 from megatron_multiverse.checkpoints.formats.hf_safetensors import INDEX_FILE
 from megatron_multiverse.checkpoints.protocols import Record
 from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, POINTER_FILE, RECORD_FILE
+from megatron_multiverse.checksums import CHECKSUMS_FILE, checksum
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.files import flush
 
 MANIFEST_FILE = "conversion_progress.jsonl"
 _NAMES = [*TOKENIZER_FILES, GENERATION_FILE, CARD_FILE, INDEX_FILE, "config.json"]
-_NAMES += [MODEL_CONFIG_FILE, RECORD_FILE, POINTER_FILE]
+_NAMES += [MODEL_CONFIG_FILE, RECORD_FILE, POINTER_FILE, CHECKSUMS_FILE]
 OWN_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|"
-    r"release/(__0_\w+\.distcp|\.metadata|metadata\.json|common\.pt|mp_rank_\d\d(_\d{3})?/model_optim_rng\.pt)|"
+    rf"release/(__0_\w+\.distcp|\.metadata|metadata\.json|common\.pt|{re.escape(CHECKSUMS_FILE)}|"
+    r"mp_rank_\d\d(_\d{3})?/model_optim_rng\.pt)|"
     + "|".join(map(re.escape, _NAMES))
     + rf"|{TEMPLATE_FOLDER}/[^/]+\.jinja"
 )
@@ -113,15 +115,20 @@ class Manifest:
         os.fsync(self._stream.fileno())
 
     def add(self, unit: str, record: Record) -> None:
-        """Flush the files of a unit, then note that it is finished."""
+        """Flush the files of a unit and work out their checksums, then note that it is finished."""
         for name in record["files"]:
             flush(self.folder / name)
-        self.finished[unit] = {"unit": unit, **record}
+        sums = {name: checksum(self.folder / name) for name in record["files"]}
+        self.finished[unit] = {"unit": unit, **record, "checksums": sums}
         self._append(self.finished[unit])
 
     def finished_bytes(self) -> int:
         """Bytes of all finished files."""
         return sum(size for record in self.finished.values() for size in record["files"].values())
+
+    def checksums(self) -> dict[str, str]:
+        """Checksums of all finished files, by their names below the folder."""
+        return {name: value for record in self.finished.values() for name, value in record["checksums"].items()}
 
     def remove(self) -> None:
         """Delete the manifest: the folder is complete."""

@@ -17,6 +17,7 @@ from megatron_multiverse.checkpoints.run_files import (
     iteration_folder,
     step_of,
 )
+from megatron_multiverse.checksums import check_files
 from megatron_multiverse.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,16 @@ def open_checkpoint(
                 f"{name} out, or correct that file"
             )
     return ModelFolderSource(path, family) if ours else HFSource(path, family)
+
+
+def check_source(source: Source) -> None:
+    """Hold the files of a checkpoint against the checksums that lie beside them, if there are any.
+
+    Raises:
+        CheckpointError: a file is not what was written.
+    """
+    for folder in sorted({folder for file in source.files for folder in (file.parent, file.parent.parent)}):
+        check_files(folder)
 
 
 def _in_run_folder(path: Path) -> Path:

@@ -37,7 +37,7 @@ from megatron_multiverse.checkpoints.reference_logits import (
     relative_error,
     transformers_logits,
 )
-from megatron_multiverse.checkpoints.sources import open_checkpoint
+from megatron_multiverse.checkpoints.sources import check_source, open_checkpoint
 from megatron_multiverse.config import pad_vocab_size
 from megatron_multiverse.config.strict import check_choices
 from megatron_multiverse.dtypes import DTYPES
@@ -89,7 +89,7 @@ def verify_checkpoints(options: VerifyOptions) -> Result:
     """Compare; the result is made of JSON values, `equal` says whether everything agreed.
 
     Raises:
-        CheckpointError: a checkpoint cannot be read.
+        CheckpointError: a checkpoint cannot be read, or its files are not those that were written.
         ConfigError: a checkpoint describes a model that is not supported, or a parallel size is not TPxPP.
         RankError: a rank that computes logits failed.
     """
@@ -98,6 +98,8 @@ def verify_checkpoints(options: VerifyOptions) -> Result:
     first, second = (
         open_checkpoint(path, trust_pickle=options.trust_pickle) for path in (options.first, options.second)
     )
+    for source in (first, second):
+        check_source(source)
     expected: Source = first
     plan: ControlTokens | None = None
     if options.add_control_tokens:

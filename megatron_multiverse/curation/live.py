@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from megatron_multiverse.curation.conversation import Conversation
 from megatron_multiverse.curation.exchange import Answer, Failure, Request
@@ -19,8 +19,8 @@ TRIES = 3
 """How often one request is sent, each time with the retries of the provider, before its sample is set aside."""
 _GIVE_UP_AFTER = 20
 """So many failed requests in a row mean that the provider, not the requests, is at fault."""
-_CONVERSATIONS_PER_SLOT = 1.5
-"""While some conversations read and keep an answer, others ask, so that the limit of requests stays busy."""
+_SPARE_CONVERSATIONS = 16
+"""Conversations beyond the limit of requests: while these write an answer to the disk, others ask."""
 _FIRST_WAIT_S = 1.0
 
 
@@ -89,7 +89,10 @@ class LiveRunner:
             ProviderError: the provider takes no request; what was answered by then has been kept.
             OSError: an answer cannot be written.
         """
-        workers = [self._work(conversations) for _ in range(math.ceil(self._concurrency * _CONVERSATIONS_PER_SLOT))]
+        number = self._concurrency + _SPARE_CONVERSATIONS
+        # asyncio's own threads are few, and each waits for the disk most of the time.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(number))
+        workers = [self._work(conversations) for _ in range(number)]
         ended = await asyncio.gather(*workers, return_exceptions=True)
         errors = [self._error, *ended]
         if (error := next((error for error in errors if error is not None), None)) is not None:

@@ -34,6 +34,9 @@ from megatron_multiverse.structure import TAGS, StructureVocab, cut_at_labels
 
 _PROBE = "\n".join(TAGS)
 _CHUNK_CHARACTERS = 16_384
+_TURN_TOKEN = re.compile(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_[a-z_]+>|\[/?[A-Z][A-Z_]+\]")
+"""How models write the tokens around turns. sentencepiece calls them user defined, as it does any piece that is to stay
+whole, such as runs of newlines or ``<table>``, so their form has to tell."""
 
 
 class MultiverseTokenizer(ABC):
@@ -46,6 +49,7 @@ class MultiverseTokenizer(ABC):
         chat_templates: jinja templates that wrap a user turn, by name.
         control_tokens: ids, with their texts, that mean something to the programs around a model, such as
             ``<|im_end|>``, and that text can spell. The tags are none.
+        path: what it was read from, as given.
         added_tags: the tags that were not in the vocabulary as it was read, and got ids after it.
     """
 
@@ -55,6 +59,7 @@ class MultiverseTokenizer(ABC):
     control_tokens: dict[int, str] = {}  # noqa: RUF012
     id_to_text: list[str]
     structure_vocab: StructureVocab
+    path: Path
 
     @abstractmethod
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -173,7 +178,8 @@ class HuggingFaceTokenizer(MultiverseTokenizer):
     def __init__(self, tokenizer_model: str | Path) -> None:
         from tokenizers import AddedToken
 
-        self._backend, self._config = load_hf_backend(Path(tokenizer_model))
+        self.path = Path(tokenizer_model)
+        self._backend, self._config = load_hf_backend(self.path)
         self._json: str | None = None
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -256,7 +262,7 @@ class SentencePieceTokenizer(MultiverseTokenizer):
     def __init__(self, tokenizer_model: str | Path) -> None:
         import sentencepiece
 
-        path = Path(tokenizer_model)
+        self.path = path = Path(tokenizer_model)
         if path.is_dir():
             path = path / "tokenizer.model"
         if not path.is_file():
@@ -280,6 +286,9 @@ class SentencePieceTokenizer(MultiverseTokenizer):
         self._model = sentencepiece.SentencePieceProcessor(model_proto=self._proto)
         self.eod = self._model.eos_id() if self._model.eos_id() >= 0 else None
         self._finish([self._text_of(token) for token in range(self._model.GetPieceSize())])
+        turns = {token: text for token, text in enumerate(self.id_to_text) if _TURN_TOKEN.fullmatch(text)}
+        # sentencepiece never reads a control symbol out of a text.
+        self.control_tokens = {token: text for token, text in turns.items() if self.tokenize(text) == [token]}
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = self._model.encode(list(texts), out_type=int, num_threads=1)

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.checkpoints.load import load_checkpoint, model_from_source
+from megatron_multiverse.checkpoints.own_tokenizer import differing_id, own_tokenizer
+from megatron_multiverse.checkpoints.protocols import Source
+from megatron_multiverse.checkpoints.sources import check_source, open_checkpoint
 from megatron_multiverse.config.engine import EngineConfig
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import ConfigError
@@ -40,9 +43,12 @@ def build_engine(
         device: where they live.
 
     Raises:
-        CheckpointError, ConfigError: see `load_checkpoint`.
+        CheckpointError, ConfigError: see `load_checkpoint`; also for a tokenizer that is not the model's.
     """
-    model, model_config = load_checkpoint(load, dtype=dtype, device=device)
+    source = open_checkpoint(load)
+    _check_tokenizer(source, tokenizer)
+    check_source(source)
+    model, model_config = model_from_source(source, dtype=dtype, device=device)
     if not config.num_pages:
         longest = longest or model_config.max_sequence_length
         config = dataclasses.replace(config, num_pages=config.pages_for(longest))
@@ -53,6 +59,15 @@ def build_engine(
         vocab_size=tokenizer.vocab_size,
         detokenize=tokenizer.detokenize,
     )
+
+
+def _check_tokenizer(source: Source, tokenizer: MultiverseTokenizer) -> None:
+    own = own_tokenizer(source, tokenizer)
+    if own is not None and (differing := differing_id(own, tokenizer)) is not None:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.path} gives id {differing[0]} another text than the one in {own.path}: leave "
+            "--tokenizer-model out, or name the tokenizer that the model was trained with"
+        )
 
 
 def follow_engine(load: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:

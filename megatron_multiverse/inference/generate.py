@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TextIO, TypeAlias
 
@@ -22,7 +21,7 @@ from megatron_multiverse.data.readers import read_rows
 from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.dtypes import DTYPES
-from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, GenerationError, MultiverseError
+from megatron_multiverse.errors import CheckpointError, DataError, GenerationError, MultiverseError
 from megatron_multiverse.inference.build import build_engine, follow_engine
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.record import to_record
@@ -181,22 +180,12 @@ def follow_answers(config: GenerateConfig) -> None:
 
 
 def _tokenizer(config: GenerateConfig) -> MultiverseTokenizer:
-    """The tokenizer, once it is known to be the one of the model folder, if that has one."""
+    """The tokenizer named, or the one in the folder of the model."""
     if not config.load.exists():
         raise CheckpointError(f"--load {config.load}: no such folder; name a folder with a model")
     tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model or config.load)
     if config.chat and tokenizer.chat_template is None:
         raise GenerationError("--chat: the tokenizer has no chat template; leave --chat out, or add a template to it")
-    own = config.load / ("tokenizer.json" if config.tokenizer_type == "HuggingFaceTokenizer" else "tokenizer.model")
-    if config.tokenizer_model is not None and own.is_file():
-        expected = build_tokenizer(config.tokenizer_type, config.load)
-        pairs = zip_longest(expected.id_to_text, tokenizer.id_to_text)
-        differing = next((k for k, (one, other) in enumerate(pairs) if one != other), None)
-        if differing is not None:
-            raise ConfigError(
-                f"--tokenizer-model {config.tokenizer_model} gives id {differing} another text than the tokenizer in "
-                f"{config.load}; leave --tokenizer-model out, or name the tokenizer that the model was trained with"
-            )
     return tokenizer
 
 

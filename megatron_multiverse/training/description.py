@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_multiverse.checkpoints.own_tokenizer import tokenizer_record
 from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, TOKENIZER_RECORD_FILE, TRAIN_CONFIG_FILE
 from megatron_multiverse.config import ModelConfig, RLConfig, TrainConfig
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.files import write_json_atomic
-from megatron_multiverse.structure import TAGS
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +58,7 @@ class RunDescription:
         if self.tokenizer is None:
             return
         self.tokenizer.save(folder)
-        record = {
-            "tokenizer_type": type(self.tokenizer).__name__,
-            "tokenizer_sha256": self.tokenizer.fingerprint(),
-            "vocab_size": self.tokenizer.vocab_size,
-            "eod": self.tokenizer.eod,
-            "tag_ids": dict(zip(TAGS, self.tokenizer.structure_vocab.tag_ids, strict=True)),
-        }
-        write_json_atomic(folder / TOKENIZER_RECORD_FILE, record)
+        write_json_atomic(folder / TOKENIZER_RECORD_FILE, tokenizer_record(self.tokenizer))
 
     def check(self, folder: Path) -> None:
         """Hold the run that is about to go on against the checkpoint in `folder`.

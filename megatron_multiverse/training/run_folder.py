@@ -28,6 +28,7 @@ from megatron_multiverse.checkpoints.run_files import (
     iteration_folder,
     step_of,
 )
+from megatron_multiverse.checksums import CHECKSUMS_FILE, check_files, checksums, write_checksums
 from megatron_multiverse.config import CheckpointConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.files import flush, write_text_atomic
@@ -42,7 +43,7 @@ _LEFT_OVER = re.compile(r"iter_\d{7,}\.(partial|replaced)")
 _WRITTEN = re.compile(
     r"\.metadata(\.tmp)?|metadata\.json|common\.pt|.+\.distcp"  # megatron-core and torch
     r"|tokenizer(_config)?\.json|tokenizer\.model|added_tokens\.json|special_tokens_map\.json|chat_template\.jinja"
-    rf"|({TOKENIZER_RECORD_FILE}|{TRAIN_CONFIG_FILE}|{MODEL_CONFIG_FILE})(\.\d+\.partial)?"
+    rf"|({TOKENIZER_RECORD_FILE}|{TRAIN_CONFIG_FILE}|{MODEL_CONFIG_FILE}|{CHECKSUMS_FILE})(\.\d+\.partial)?"
 )
 """Names of the files in a checkpoint of ours."""
 
@@ -163,9 +164,20 @@ class RunFolder:
             return False
         folder = self.folder_of(self.start_step)
         description.check(folder)
+        self._check_files(folder)
         load_state(state, folder)
         logger.info("resumed from %s", folder)
         return True
+
+    def _check_files(self, folder: Path) -> None:
+        """Every rank looks at some of the files; all of them raise if one has found damage."""
+        failure = None
+        try:
+            check_files(folder, part=self.ranks.rank, parts=self.ranks.size)
+        except CheckpointError as error:
+            failure = str(error)
+        if (found := next(filter(None, self.ranks.gather(failure)), None)) is not None:
+            raise CheckpointError(f"{found}; or write the number of another iter_ folder into {self.pointer}")
 
     def save(
         self,
@@ -188,7 +200,9 @@ class RunFolder:
             partial = self.ranks.first(lambda: self._make_partial(target, description))
             write(state, partial)
             self.ranks.any(False)  # every rank has written
-            self.ranks.first(lambda: self._put_in_force(partial, target, state.step))
+            parts = self.ranks.gather_to_first(checksums(partial, part=self.ranks.rank, parts=self.ranks.size))
+            known = {name: value for part in parts for name, value in part.items()}
+            self.ranks.first(lambda: self._put_in_force(partial, target, state.step, known))
         logger.info("saved %s in %.1f s", target, time.perf_counter() - started)
         return target
 
@@ -202,8 +216,16 @@ class RunFolder:
         description.write(partial)
         return partial
 
-    def _put_in_force(self, partial: Path, target: Path, step: int) -> None:
-        """Give a written checkpoint its name and point at it, so that a crash in between loses nothing."""
+    def _put_in_force(self, partial: Path, target: Path, step: int, known: dict[str, str]) -> None:
+        """Give a written checkpoint its name and point at it, so that a crash in between loses nothing.
+
+        Args:
+            partial: the checkpoint, not yet by its name.
+            target: its name.
+            step: its step.
+            known: checksums of its files.
+        """
+        write_checksums(partial, known)
         for file in partial.rglob("*"):
             flush(file)
         flush(partial)

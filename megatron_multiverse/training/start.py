@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource, tokenizer_folder
 from megatron_multiverse.checkpoints.fresh import FreshSource
 from megatron_multiverse.checkpoints.load import model_from_source
+from megatron_multiverse.checkpoints.own_tokenizer import differing_id, own_tokenizer
 from megatron_multiverse.checkpoints.protocols import Source
-from megatron_multiverse.checkpoints.sources import open_checkpoint
+from megatron_multiverse.checkpoints.sources import check_source, open_checkpoint
 from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig, check_sequence_length
-from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
+from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.multiverse_attention import choose_backend
 from megatron_multiverse.model.families import preset
@@ -91,25 +91,23 @@ def check_start(config: TrainConfig, tokenizer: MultiverseTokenizer) -> None:
     """
     if config.init_from is None:
         return
-    folder = tokenizer_folder(open_checkpoint(config.init_from))
-    own = tokenizer
-    if folder is not None and folder.resolve() != Path(config.data.tokenizer_model).resolve():
-        has_json = (folder / "tokenizer.json").is_file()
-        own = build_tokenizer("HuggingFaceTokenizer" if has_json else "SentencePieceTokenizer", folder)
-    pairs = enumerate(zip(own.id_to_text, tokenizer.id_to_text, strict=False))
-    clash = next(((k, theirs, ours) for k, (theirs, ours) in pairs if theirs != ours), None)
-    if clash is not None:
+    own = own_tokenizer(open_checkpoint(config.init_from), tokenizer)
+    clash = differing_id(own, tokenizer) if own is not None else None
+    # One of them may have further tokens: rows that data never names, or that are made for it.
+    if own is not None and clash is not None and None not in clash:
         number, theirs, ours = clash
         raise ConfigError(
-            f"token {number} is {theirs!r} in the tokenizer of init_from ({folder}), but {ours!r} in the one of the "
+            f"token {number} is {theirs!r} in the tokenizer of init_from ({own.path}), but {ours!r} in the one of the "
             f"data ({config.data.tokenizer_model}): preprocess with the tokenizer of the model"
         )
-    if own.added_tags and not config.add_control_tokens:
-        where = f"init_from ({folder})" if folder else f"data.tokenizer_model ({config.data.tokenizer_model})"
+    lacking = own or tokenizer
+    if lacking.added_tags and not config.add_control_tokens:
+        where = f"init_from ({own.path})" if own else f"data.tokenizer_model ({config.data.tokenizer_model})"
         raise ConfigError(
-            f"the tokenizer of {where} lacks {len(own.added_tags)} of {len(TAGS)} structure tags, "
-            f"{own.added_tags[0]} for one: their rows in the model were never trained. Set add_control_tokens to true, "
-            "which makes them from the rows of the pieces of their text, or name a model whose tokenizer has the tags"
+            f"the tokenizer of {where} lacks {len(lacking.added_tags)} of {len(TAGS)} structure tags, "
+            f"{lacking.added_tags[0]} for one: their rows in the model were never trained. Set add_control_tokens to "
+            "true, which makes them from the rows of the pieces of their text, or name a model whose tokenizer has the "
+            "tags"
         )
 
 
@@ -126,6 +124,7 @@ def create_model(config: TrainConfig, model_config: ModelConfig, device: torch.d
     layers = chosen_layers(config, model_config, device, compute_dtype)
     if config.init_from is not None:
         source = open_start(config.init_from, config)
+        check_source(source)
         model, _ = model_from_source(source, dtype=dtype, device=device, layers=layers, compute_dtype=compute_dtype)
     else:
         model = build_gpt_model(
@@ -162,6 +161,7 @@ def create_chunks(
     source: Source = FreshSource(model_config, config.seed, device)
     if config.init_from is not None:
         source = open_start(config.init_from, config)
+        check_source(source)
     virtual = parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for number in range(virtual):

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "megatron_multiverse"
 ALLOWED = {
     "errors": set(),
     "child_processes": set(),
+    "checksums": {"errors", "files"},
     "cli": {"errors"},
     "config": {"errors", "structure"},
     "dtypes": set(),
@@ -34,7 +35,7 @@ ALLOWED = {
     "curation": {"errors", "config", "files", "grading", "locked_folder", "structure", "data"},
     "parallel": {"errors"},
     "model": {"errors", "config", "dtypes", "files", "weight_names", "structure", "kernels", "parallel"},
-    "checkpoints": {"progress"},
+    "checkpoints": {"checksums", "progress"},
     "training": {"checkpoints", "child_processes"},
     "inference": {"checkpoints"},
     "server": {"errors", "config", "structure", "data", "dtypes", "parallel", "model", "checkpoints", "inference"},
@@ -47,6 +48,7 @@ ALLOWED["inference"] |= ALLOWED["checkpoints"]
 ALLOWED["evaluation"] = ALLOWED["views"] | {"clients", "dtypes", "grading", "locked_folder", "training", "views"}
 ALLOWED["rl"] = ALLOWED["training"] | ALLOWED["inference"] | {"grading", "training", "inference"}
 NO_TORCH = {
+    "checksums",
     "child_processes",
     "errors",
     "config",

@@ -15,6 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.checkpoints.sources import check_source, open_checkpoint
+from megatron_multiverse.checkpoints.verify import VerifyOptions, verify_checkpoints
+from megatron_multiverse.checksums import check_files
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from tests.unit.checkpoints.hf_folders import save_tokenizer
 from tests.unit.checkpoints.test_convert import assert_same, hf_folder, run
@@ -338,3 +342,38 @@ def test_legacy_files_of_megatron_itself_are_read(hf: Path) -> None:
     file.unlink()
     with pytest.raises(CheckpointError, match="mp_rank_01_001 has neither"):
         run(mcore, hf.parent / "out", "mcore", "hf")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "release/__0_0.distcp"),
+        ({}, "release/common.pt"),
+        ({"ckpt_format": "torch"}, "release/mp_rank_00/model_optim_rng.pt"),
+    ],
+)
+def test_a_flipped_bit_in_a_conversion_is_noticed(hf: Path, tmp_path: Path, options: dict[str, str], name: str) -> None:
+    run(hf, tmp_path / "out", **options)
+    check_source(open_checkpoint(tmp_path / "out"))
+    file = tmp_path / "out" / name
+    content = bytearray(file.read_bytes())
+    content[-1 if "common" in name else len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{file.name} is damaged: its content is not what was written"):
+        check_files(tmp_path / "out" / "release")
+    if "common" not in name:  # damage of that one may already keep it from being opened
+        with pytest.raises(CheckpointError, match=f"{file.name} is damaged"):
+            load_checkpoint(tmp_path / "out")
+        with pytest.raises(CheckpointError, match=f"{file.name} is damaged"):
+            verify_checkpoints(VerifyOptions(first=hf, second=tmp_path / "out"))
+
+
+def test_a_flipped_bit_in_an_export_is_noticed(hf: Path, tmp_path: Path) -> None:
+    run(hf, tmp_path / "mcore")
+    run(tmp_path / "mcore", tmp_path / "back", from_="mcore", to="hf")
+    file = sorted((tmp_path / "back").glob("*.safetensors"))[-1]
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 16
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{file.name} is damaged"):
+        load_checkpoint(tmp_path / "back")

@@ -91,6 +91,14 @@ def test_sentencepiece_tags_as_control_symbols_are_refused(tmp_path):
         SentencePieceTokenizer(train_sentencepiece(tmp_path, control_symbols=list(TAGS), vocab_size=352))
 
 
+def test_sentencepiece_turn_tokens_are_control_tokens_and_other_symbols_are_not(tmp_path):
+    symbols = ["<|im_end|>", "<start_of_turn>", "[INST]", "<table>", "\n\n"]
+    file = train_sentencepiece(tmp_path, user_defined_symbols=symbols, vocab_size=352)
+    tokenizer = SentencePieceTokenizer(file)
+    assert sorted(tokenizer.control_tokens.values()) == sorted(symbols[:3])
+    assert all(tokenizer.tokenize(text) == [token] for token, text in tokenizer.control_tokens.items())
+
+
 def test_sentencepiece_tags_already_there_keep_their_ids(tmp_path):
     tokenizer = SentencePieceTokenizer(train_sentencepiece(tmp_path, user_defined_symbols=list(TAGS), vocab_size=352))
     assert tokenizer.vocab_size == 352

@@ -196,7 +196,7 @@ def test_structure_tags_do_not_stop_answers() -> None:
 def test_a_tokenizer_of_another_model_is_refused(qwen3_folder: Path, tmp_path: Path) -> None:
     """Both where the model folder has its own tokenizer, and where only the rows of the model can tell."""
     other = GenerateConfig(load=MODEL, prompt=PROMPT, tokenizer_model=str(qwen3_folder))
-    with pytest.raises(ConfigError, match="gives id 256 another text than the tokenizer in"):
+    with pytest.raises(ConfigError, match="gives id 256 another text than the one in"):
         next(generate_answers(other))
     for name in ("config.json", "model.safetensors"):
         shutil.copy(MODEL / name, tmp_path / name)

@@ -14,7 +14,7 @@ from megatron_multiverse import files
 from megatron_multiverse.config import CheckpointConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.training import run_folder
-from megatron_multiverse.training.checkpoint import TrainState
+from megatron_multiverse.training.checkpoint import TrainState, save_state
 from megatron_multiverse.training.description import RunDescription
 from megatron_multiverse.training.run_folder import RunFolder
 
@@ -269,3 +269,19 @@ def test_settings_that_change_numbers_are_warned_of_and_others_are_not(
     assert len(caplog.messages) == len(loud)
     for name, value in loud.items():
         assert any(f"ran with {name} " in line and f"goes on with {value}" in line for line in caplog.messages)
+
+
+def test_a_flipped_bit_is_noticed_before_anything_is_loaded(tmp_path: Path) -> None:
+    state = new_state(0, True)
+    state.step = 3
+    with manager(tmp_path) as run:
+        run.save(state, save_state)
+    file = next((tmp_path / "iter_0000003").glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with (
+        manager(tmp_path) as run,
+        pytest.raises(CheckpointError, match=rf"{file.name} is damaged.* another iter_ folder into"),
+    ):
+        run.resume(new_state(1, True), DESCRIPTION)
