@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from megatron_multiverse.checksums import CHECKSUMS_FILE, checksum, write_checksums
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.files import flush
@@ -82,6 +83,8 @@ def write_weights(tensors: dict[str, torch.Tensor], config: ModelConfig, folder:
     config.to_json(config_part)
     for part in (weights_part, config_part):  # both are whole before the first old file goes
         flush(part)
+    (path / CHECKSUMS_FILE).unlink(missing_ok=True)  # it vouches for the weights that are replaced now
     os.replace(weights_part, path / WEIGHTS_FILE)
     os.replace(config_part, path / CONFIG_FILE)
+    write_checksums(path, {WEIGHTS_FILE: checksum(path / WEIGHTS_FILE)})
     flush(path)

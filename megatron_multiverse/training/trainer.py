@@ -17,7 +17,6 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_multiverse.checkpoints.run_files import MODEL_FOLDER
-from megatron_multiverse.checksums import CHECKSUMS_FILE, checksums, write_checksums
 from megatron_multiverse.config import ModelConfig, RLConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.files import write_json_atomic
@@ -219,9 +218,6 @@ def save_model(engine: TrainEngine, description: RunDescription, folder: Path, r
         CheckpointError: it cannot be written.
     """
     with explained(f"{folder} cannot be written", "free space or correct the rights, then start again"):
-        if ranks.is_first:
-            (folder / CHECKSUMS_FILE).unlink(missing_ok=True)  # of the weights that are replaced now
         engine.save_model(folder)
         if ranks.is_first:
             description.write_tokenizer(folder)
-            write_checksums(folder, checksums(folder))
