@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+from megatron_multiverse.curation.answers import Problem
 from megatron_multiverse.curation.exchange import STAGES, Answer, Failure, Request, Stage
-from megatron_multiverse.curation.stages import Problem
 
 T = TypeVar("T")
 Dialogue = Generator[Request, Answer | Failure, T]

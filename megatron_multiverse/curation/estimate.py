@@ -13,8 +13,8 @@ from megatron_multiverse.curation.plan import Step
 from megatron_multiverse.curation.prices import Prices
 from megatron_multiverse.curation.prompts import fill
 from megatron_multiverse.curation.providers.protocol import Provider
+from megatron_multiverse.curation.questions import Questions
 from megatron_multiverse.curation.rules import Rules
-from megatron_multiverse.curation.stages import Questions
 
 _COUNTED_SAMPLES = 12
 """So many prompts are counted by the provider; the others are taken to have as many tokens per character."""

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_multiverse.curation.answers import read_groups, read_steps
 from megatron_multiverse.curation.chain import cut_chain
 from megatron_multiverse.curation.checks import distance
 from megatron_multiverse.curation.dialogue import Dialogue, GiveUp, Interview
 from megatron_multiverse.curation.gate import block_gains, flatten_losing, losing_blocks
 from megatron_multiverse.curation.plan import PlanPart, build_plan, drop_outermost, flatten_plan, refill
+from megatron_multiverse.curation.questions import Questions
 from megatron_multiverse.curation.rewriting import DependentPaths, Rewriting, assemble, outermost
 from megatron_multiverse.curation.rules import Rules
-from megatron_multiverse.curation.stages import Questions, read_groups, read_steps
 from megatron_multiverse.curation.token_counts import count_plain, tree_document
 from megatron_multiverse.curation.trees import plain_text
 from megatron_multiverse.structure import TAGS, Block, Parts, measure

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from megatron_multiverse.curation.chain import Chain
+from megatron_multiverse.curation.trees import dissolve
 from megatron_multiverse.structure import Block, Parts
 
 KINDS: dict[str, str] = {
@@ -192,18 +193,8 @@ def flatten_plan(parts: Sequence[PlanPart], gone: Collection[int]) -> tuple[Plan
         gone: indices of blocks in the order of `plan_blocks`.
     """
     chosen = {id(block) for k, block in enumerate(plan_blocks(parts)) if k in gone}
-
-    def visit(level: Sequence[PlanPart]) -> tuple[PlanPart, ...]:
-        found: list[PlanPart] = []
-        for part in level:
-            if isinstance(part, tuple):
-                found.append(part)
-                continue
-            paths = tuple(visit(path) for path in part.paths)
-            found += [p for path in paths for p in path] if id(part) in chosen else [replace(part, paths=paths)]
-        return _merge_lines(found)
-
-    return visit(parts)
+    flat: tuple[PlanPart, ...] = dissolve(parts, chosen, _merge_lines)
+    return flat
 
 
 def drop_outermost(parts: Sequence[PlanPart], gone: Collection[int]) -> tuple[PlanPart, ...]:

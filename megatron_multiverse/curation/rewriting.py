@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from megatron_multiverse.curation.answers import Problem, read_blocks, read_verdicts
 from megatron_multiverse.curation.chain import Chain
 from megatron_multiverse.curation.checks import dependences, distance, final_answer, same_answer
 from megatron_multiverse.curation.dialogue import Dialogue, GiveUp, Interview
 from megatron_multiverse.curation.gate import block_gains, losing_blocks
 from megatron_multiverse.curation.plan import PlanBlock, PlanPart, plan_blocks, refill
+from megatron_multiverse.curation.questions import Questions
 from megatron_multiverse.curation.rules import Rules
-from megatron_multiverse.curation.stages import Problem, Questions, read_blocks, read_verdicts
 from megatron_multiverse.curation.token_counts import tree_document
 from megatron_multiverse.curation.trees import merge, plain_text, without_texts
 from megatron_multiverse.structure import Block, Parts

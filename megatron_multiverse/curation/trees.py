@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from megatron_multiverse.structure import Block, Parts, Tag, parse_text, render
 
@@ -68,19 +69,29 @@ def flatten(parts: Sequence[str | Block], gone: Collection[int]) -> Parts:
         parts: a tree.
         gone: indices of blocks in the order of `walk`.
     """
-    chosen = {id(block) for k, (_, block) in enumerate(walk(parts)) if k in gone}
+    flat: Parts = dissolve(parts, {id(block) for k, (_, block) in enumerate(walk(parts)) if k in gone}, merge)
+    return flat
 
-    def visit(level: Sequence[str | Block]) -> Parts:
-        found: list[str | Block] = []
-        for part in level:
-            if isinstance(part, str):
-                found.append(part)
-                continue
-            paths = tuple(visit(path) for path in part.paths)
-            found += [p for path in paths for p in path] if id(part) in chosen else [replace(part, paths=paths)]
-        return merge(found)
 
-    return visit(parts)
+def dissolve(parts: Sequence[Any], gone: Collection[int], join: Callable[[Sequence[Any]], tuple[Any, ...]]) -> Any:
+    """`flatten` for trees of any kind.
+
+    Args:
+        parts: what stands between blocks, and blocks: dataclasses with `paths`.
+        gone: `id` of the blocks that become the parts of their paths.
+        join: joins neighbours that are no blocks.
+
+    Returns:
+        A tree of the same kind.
+    """
+    found: list[Any] = []
+    for part in parts:
+        if not hasattr(part, "paths"):
+            found.append(part)
+            continue
+        paths = tuple(dissolve(path, gone, join) for path in part.paths)
+        found += [inner for path in paths for inner in path] if id(part) in gone else [replace(part, paths=paths)]
+    return join(found)
 
 
 def shape(block: Block) -> tuple[object, ...]:

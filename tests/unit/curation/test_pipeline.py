@@ -8,8 +8,8 @@ import pytest
 
 from megatron_multiverse.curation.exchange import Answer, Failure, Request, Usage
 from megatron_multiverse.curation.pipeline import Passed, SetAside
+from megatron_multiverse.curation.questions import MAX_OUTPUT_TOKENS
 from megatron_multiverse.curation.rules import Rules
-from megatron_multiverse.curation.stages import MAX_OUTPUT_TOKENS
 from megatron_multiverse.curation.token_counts import RoughTokens
 from megatron_multiverse.curation.trees import plain_text, walk
 from megatron_multiverse.structure import Block, Parts

@@ -18,7 +18,7 @@ from megatron_multiverse.curation.providers.anthropic_messages import AnthropicP
 from megatron_multiverse.curation.providers.openai_chat import OpenAIProvider
 from megatron_multiverse.curation.providers.protocol import BatchProvider, Provider, ProviderError
 from megatron_multiverse.curation.providers.rule_based import RuleBasedProvider
-from megatron_multiverse.curation.stages import Questions
+from megatron_multiverse.curation.questions import Questions
 from megatron_multiverse.errors import ConfigError
 from tests.unit.curation.anthropic_server import KEY, AnthropicServer, Faults, check_type
 from tests.unit.curation.conftest import MODEL, random_scripts
