@@ -4,7 +4,7 @@
     python -m benchmarks.bench_curation --part kills
     python -m benchmarks.bench_curation --part throughput --samples FOLDER
 
-Prints one JSON object. The figures in docs/curation.md are from benchmarks/results/curation_faults.json.
+Prints one JSON object. The figures in docs/curation.md are from benchmarks/results/curation_*.json.
 """
 
 from __future__ import annotations
