@@ -118,7 +118,7 @@ def bench_kills(options: BenchOptions, folder: Path) -> dict[str, Any]:
     rng = random.Random(options.seed)
     found: dict[str, Any] = {"samples_per_run": len(scripts), "concurrency": KILLED_CONCURRENCY}
     for name in modes(options):
-        runs = []
+        runs: list[dict[str, Any]] = []
         while sum(len(one["killed_after_calls"]) for one in runs) < options.kills:
             own = folder / f"{name}{len(runs)}"
             own.mkdir()

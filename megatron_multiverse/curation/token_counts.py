@@ -53,7 +53,7 @@ class RoughTokens:
     def document(self, response: str) -> Document:
         """See `TokenCounter`."""
         ids, offsets, vocab = lex(response)
-        lengths = np.diff([*offsets, len(response)])
+        lengths = np.diff(np.array([*offsets, len(response)], dtype=np.int64))
         tokens = np.where(np.equal(ids, TEXT_ID), -(-lengths // _CHARACTERS_PER_TOKEN), 1)
         return parse(np.repeat(ids, tokens), vocab)
 
