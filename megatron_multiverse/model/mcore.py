@@ -30,15 +30,20 @@ logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(lambda r: "DEP
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
-def compile_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
+_compile_now = torch.compile
+
+
+def _compile_at_first_call(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
     """`torch.compile`, put off until the function is called: what compiles takes seconds to import."""
+    if function is None:  # a decorator with options
+        return functools.partial(_compile_at_first_call, **options)
     compiled: Callable[..., Any] | None = None
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal compiled
         if compiled is None:
-            compiled = torch.compile(function)
+            compiled = _compile_now(function, **options)
         return compiled(*args, **kwargs)
 
     return call
@@ -47,12 +52,11 @@ def compile_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def _compile_later() -> Iterator[None]:
     """What is decorated with `torch.compile` inside the block is compiled at its first call."""
-    compile_now = torch.compile
-    torch.compile = compile_at_first_call  # type: ignore[assignment]
+    torch.compile = _compile_at_first_call  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.compile = compile_now
+        torch.compile = _compile_now
 
 
 with warnings.catch_warnings(), _compile_later():

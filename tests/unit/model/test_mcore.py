@@ -1,11 +1,14 @@
-"""The process groups that we make ourselves go when the process does; others' stay."""
+"""How megatron-core is imported; the process groups that we make ourselves go when the process does, others' stay."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
+
+from megatron_multiverse.model import mcore
 
 OURS = "mcore.ensure_parallel_state()"
 THEIRS = "torch.distributed.init_process_group('gloo', store=HashStore(), rank=0, world_size=1)"
@@ -28,3 +31,23 @@ def test_our_group_is_destroyed_at_exit(code: str, initialized: list[str]) -> No
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == initialized
     assert "destroy_process_group() was not called" not in done.stderr
+
+
+def test_fused_functions_are_compiled_once_at_their_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[dict[str, object]] = []
+
+    def compile_now(function: Callable[..., int], **options: object) -> Callable[..., int]:
+        compiled.append(options)
+        return function
+
+    monkeypatch.setattr(mcore, "_compile_now", compile_now)
+    plain = mcore._compile_at_first_call(lambda x: x + 1)
+    with_options = mcore._compile_at_first_call(dynamic=True)(lambda x: x + 2)
+    assert not compiled
+    assert [plain(1), plain(2), with_options(1), with_options(2)] == [2, 3, 3, 4]
+    assert compiled == [{}, {"dynamic": True}]
+
+
+def test_importing_megatron_core_imports_no_compiler() -> None:
+    code = "import sys, megatron_multiverse.model; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
