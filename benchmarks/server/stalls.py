@@ -2,6 +2,8 @@
 
 The same clients write all the time. In turns, nobody else does, or others read their stream slowly, send large
 bodies, have long texts tokenized and send broken JSON. The engine times its steps itself (`multiverse_step_seconds`).
+Where other programs share the cores these times tell of them, too, so the machine must be idle. That the engine goes on
+even while the HTTP process stands still is a test (`tests/unit/server/test_tool.py`).
 """
 
 from __future__ import annotations

@@ -124,6 +124,34 @@ def test_the_start_of_the_docs_is_what_this_starts() -> None:
     )
 
 
+def test_the_engine_goes_on_while_http_stands_still(tool: Tool) -> None:
+    """The HTTP process is stopped in the middle of an answer: no step waits for it, and later all of it is there."""
+    (engine,) = tool.children()
+
+    def used() -> float:
+        times = engine.cpu_times()
+        return float(times.user + times.system)
+
+    body = {"prompt": PROMPT, "max_tokens": 800, "ignore_eos": True, "temperature": 0, "stream": True}
+    with httpx2.stream("POST", tool.url + "/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        before = used()
+        tool.process.send_signal(signal.SIGSTOP)
+        try:
+            now, last = used(), before
+            limit = time.monotonic() + 120
+            while now - last > 0.02 or now - before < 0.1:  # idle once it has written the answer to its end
+                assert time.monotonic() < limit
+                time.sleep(1.5)
+                now, last = used(), now
+        finally:
+            tool.process.send_signal(signal.SIGCONT)
+        text = "".join(lines)
+    assert text.endswith("data: [DONE]") and '"finish_reason":"length"' in text
+    assert used() - now < (now - before) / 2, "it was written meanwhile, not afterwards"
+
+
 def test_sigterm_lets_answers_finish_and_says_no_to_new_ones(tool: Tool) -> None:
     """The last test with this server."""
     found: dict[str, Any] = {}
