@@ -13,7 +13,7 @@ from torch import distributed, nn
 
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import LayerConfig
-from megatron_multiverse.errors import GenerationError, MultiverseError
+from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.model.weights import copy_weights
@@ -43,13 +43,13 @@ class RankModel:
         """Replace the weights in place, once all ranks have read theirs: a folder that cannot be read changes none.
 
         Raises:
-            MultiverseError, OSError: what is wrong with the folder; GenerationError where another rank found it.
+            Exception: what is wrong with the folder; GenerationError where another rank found it.
         """
         failure: Exception | None = None
         try:
             layers = LayerConfig(transformer_impl="local")  # the names of weights are the same for all kinds of layers
             new, _ = load_checkpoint(Path(folder), dtype=self._dtype, device="cpu", layers=layers)
-        except (MultiverseError, OSError) as error:
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
             failure = error
         if self.ranks.any(failure is not None):
             raise failure or GenerationError("another rank could not read its part of the weights; its log says why")
@@ -112,7 +112,7 @@ class EngineControl:
             version: what the weights are called from now on; by default their number.
 
         Raises:
-            MultiverseError, OSError: the folder cannot be read, or holds another model; nothing has changed then.
+            Exception: the folder cannot be read, or holds another model; nothing has changed then.
         """
         if WEIGHTS in self.released:
             raise GenerationError("the weights' memory was given back; resume_memory_occupation comes first")
@@ -180,7 +180,7 @@ def follow_control(model: nn.Module) -> None:
         if op == "load":
             try:
                 part.load(message["folder"])
-            except (MultiverseError, OSError):
+            except Exception:
                 logger.exception("the weights stay as they are")
         elif op == "follow":
             runner = runner or Runner(model, num_pages=0, page_size=0)

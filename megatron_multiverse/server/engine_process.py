@@ -115,6 +115,9 @@ class EngineHost:
             self._act(message)
         except (MultiverseError, OSError) as fault:
             error = str(fault)
+        except Exception:  # whatever it is, somebody waits for the answer
+            logger.exception("%s failed", message["op"])
+            error = f"{message['op']} failed in the engine; its log says why"
         control = {"paused": self._paused, "released": sorted(self.control.released), "versions": self.control.versions}
         self.channel.send({"op": "controlled", "number": message["number"], "error": error, "control": control})
 

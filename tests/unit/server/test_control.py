@@ -163,6 +163,15 @@ def test_memory_is_given_back_and_taken_again(server: Running, pool: ThreadPoolE
     assert server.post("/generate", SHORT).json()["text"] == expected
 
 
+def test_a_fault_of_the_engine_is_an_answer_too(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr("megatron_multiverse.server.engine_control.load_checkpoint", fail)
+    response = server.post("/update_weights_from_disk", {"model_path": "changed"})
+    assert response.status_code == 400 and "its log says why" in response.text and "secret" not in response.text
+
+
 def test_a_dead_engine_fails_those_who_steer_it() -> None:
     with running() as server:
         act(server, "/pause_generation")
