@@ -31,7 +31,7 @@ def checksum(file: Path) -> str:
     return digest.hexdigest()
 
 
-def checksums(folder: Path, *, part: int = 0, parts: int = 1) -> dict[str, str]:
+def folder_checksums(folder: Path, *, part: int = 0, parts: int = 1) -> dict[str, str]:
     """Checksums of the files below a folder, text left out, by their names relative to it.
 
     Args:

@@ -26,7 +26,7 @@ def tokenizer_record(tokenizer: MultiverseTokenizer) -> dict[str, Any]:
     }
 
 
-def own_tokenizer(source: Source, known: MultiverseTokenizer) -> MultiverseTokenizer | None:
+def tokenizer_of(source: Source, known: MultiverseTokenizer) -> MultiverseTokenizer | None:
     """The tokenizer of a checkpoint; None if it has none.
 
     Args:

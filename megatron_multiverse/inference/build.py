@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_multiverse.checkpoints.load import load_checkpoint, model_from_source
-from megatron_multiverse.checkpoints.own_tokenizer import differing_id, own_tokenizer
+from megatron_multiverse.checkpoints.own_tokenizer import differing_id, tokenizer_of
 from megatron_multiverse.checkpoints.protocols import Source
 from megatron_multiverse.checkpoints.sources import check_source, open_checkpoint
 from megatron_multiverse.config.engine import EngineConfig
@@ -62,7 +62,7 @@ def build_engine(
 
 
 def _check_tokenizer(source: Source, tokenizer: MultiverseTokenizer) -> None:
-    own = own_tokenizer(source, tokenizer)
+    own = tokenizer_of(source, tokenizer)
     if own is not None and (differing := differing_id(own, tokenizer)) is not None:
         raise ConfigError(
             f"the tokenizer of {tokenizer.path} gives id {differing[0]} another text than the one in {own.path}: leave "

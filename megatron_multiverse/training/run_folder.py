@@ -28,7 +28,7 @@ from megatron_multiverse.checkpoints.run_files import (
     iteration_folder,
     step_of,
 )
-from megatron_multiverse.checksums import CHECKSUMS_FILE, check_files, checksums, write_checksums
+from megatron_multiverse.checksums import CHECKSUMS_FILE, check_files, folder_checksums, write_checksums
 from megatron_multiverse.config import CheckpointConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.files import flush, write_text_atomic
@@ -200,7 +200,7 @@ class RunFolder:
             partial = self.ranks.first(lambda: self._make_partial(target, description))
             write(state, partial)
             self.ranks.any(False)  # every rank has written
-            parts = self.ranks.gather_to_first(checksums(partial, part=self.ranks.rank, parts=self.ranks.size))
+            parts = self.ranks.gather_to_first(folder_checksums(partial, part=self.ranks.rank, parts=self.ranks.size))
             known = {name: value for part in parts for name, value in part.items()}
             self.ranks.first(lambda: self._put_in_force(partial, target, state.step, known))
         logger.info("saved %s in %.1f s", target, time.perf_counter() - started)

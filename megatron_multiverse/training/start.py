@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_multiverse.checkpoints.control_tokens import ControlTokenSource, tokenizer_folder
 from megatron_multiverse.checkpoints.fresh import FreshSource
 from megatron_multiverse.checkpoints.load import model_from_source
-from megatron_multiverse.checkpoints.own_tokenizer import differing_id, own_tokenizer
+from megatron_multiverse.checkpoints.own_tokenizer import differing_id, tokenizer_of
 from megatron_multiverse.checkpoints.protocols import Source
 from megatron_multiverse.checkpoints.sources import check_source, open_checkpoint
 from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig, check_sequence_length
@@ -91,7 +91,7 @@ def check_start(config: TrainConfig, tokenizer: MultiverseTokenizer) -> None:
     """
     if config.init_from is None:
         return
-    own = own_tokenizer(open_checkpoint(config.init_from), tokenizer)
+    own = tokenizer_of(open_checkpoint(config.init_from), tokenizer)
     clash = differing_id(own, tokenizer) if own is not None else None
     # One of them may have further tokens: rows that data never names, or that are made for it.
     if own is not None and clash is not None and None not in clash:

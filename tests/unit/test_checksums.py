@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_multiverse.checksums import CHECKSUMS_FILE, check_files, checksums, write_checksums
+from megatron_multiverse.checksums import CHECKSUMS_FILE, check_files, folder_checksums, write_checksums
 from megatron_multiverse.errors import CheckpointError
 
 
@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "inner" / "b.bin").write_bytes(b"b" * 1000)
     (tmp_path / "empty").touch()
     (tmp_path / "config.json").write_text("{}")
-    parts = [checksums(tmp_path, part=part, parts=2) for part in range(2)]
+    parts = [folder_checksums(tmp_path, part=part, parts=2) for part in range(2)]
     write_checksums(tmp_path, parts[0] | parts[1])
     return tmp_path
 
