@@ -28,11 +28,11 @@ from megatron_multiverse.files import flush
 
 MANIFEST_FILE = "conversion_progress.jsonl"
 _NAMES = [*TOKENIZER_FILES, GENERATION_FILE, CARD_FILE, INDEX_FILE, "config.json"]
-_NAMES += [MODEL_CONFIG_FILE, RECORD_FILE, POINTER_FILE, CHECKSUMS_FILE]
+_NAMES += [MODEL_CONFIG_FILE, RECORD_FILE, POINTER_FILE]
 OWN_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|"
-    rf"release/(__0_\w+\.distcp|\.metadata|metadata\.json|common\.pt|{re.escape(CHECKSUMS_FILE)}|"
-    r"mp_rank_\d\d(_\d{3})?/model_optim_rng\.pt)|"
+    r"release/(__0_\w+\.distcp|\.metadata|metadata\.json|common\.pt|mp_rank_\d\d(_\d{3})?/model_optim_rng\.pt)|"
+    rf"(release/)?{re.escape(CHECKSUMS_FILE)}(\.\d+\.partial)?|"
     + "|".join(map(re.escape, _NAMES))
     + rf"|{TEMPLATE_FOLDER}/[^/]+\.jinja"
 )
