@@ -31,7 +31,7 @@ def args(**changes: Any) -> Namespace:
 
 def strip(folder: Path, **changes: Any) -> Path:
     """Leave only what Megatron-LM itself would have written, with other arguments."""
-    for name in ("conversion.json", "model_config.json"):
+    for name in ("conversion.json", "model_config.json", "release/checksums.json"):
         (folder / name).unlink()
     file = folder / "release/common.pt"
     content = torch.load(file, weights_only=False)

@@ -23,6 +23,7 @@ from megatron_multiverse.checkpoints.verify import (
     parse_parallel_size,
     verify_checkpoints,
 )
+from megatron_multiverse.checksums import CHECKSUMS_FILE
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.model.weights import save_model, weight_state
 from megatron_multiverse.structure import TAGS
@@ -117,6 +118,9 @@ def test_one_changed_bit_one_shape_and_one_norm_are_seen(folders: dict[str, Path
     tensors[name].view(torch.int32)[40, 3] ^= 1
     tensors["decoder.final_layernorm.weight"][0] = 0.0
     save_file(tensors, changed / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors .*it was written with"):
+        difference(folders["hf"], changed)
+    (changed / CHECKSUMS_FILE).unlink()  # changed on purpose
     result = difference(folders["hf"], changed)
     assert [row["tensor"] for row in result["tensor_differences"]] == [
         "model.layers.1.self_attn.k_proj.weight", "model.norm.weight"
