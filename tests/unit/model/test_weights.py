@@ -27,7 +27,8 @@ def test_a_saved_model_loads_bit_equal(tmp_path: Path, tied: bool) -> None:
     save_model(model, tiny(tied), tmp_path / "model")
     loaded, config = load_checkpoint(tmp_path / "model")
     assert config == tiny(tied)
-    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    files = sorted(p.name for p in (tmp_path / "model").iterdir())
+    assert files == ["checksums.json", "config.json", "model.safetensors"]
     for name, tensor in weight_state(model).items():
         assert torch.equal(tensor, weight_state(loaded)[name]), name
 

@@ -17,7 +17,7 @@ from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import save_model, weight_state
-from megatron_multiverse.training import forward, start
+from megatron_multiverse.training import one_process, start
 from megatron_multiverse.training.forward import forward_backward, masked_loss_sum
 from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.training.trainer import train
@@ -200,7 +200,11 @@ def test_non_finite_loss_stops_before_the_update(tmp_path: Path, monkeypatch) ->
         calls.append(loss)
         return loss * (float("nan") if len(calls) == 9 else 1.0), pairs
 
-    monkeypatch.setattr(forward, "masked_loss_sum", poisoned)
+    def step(model, microbatches, placer, dtype, loss):
+        assert loss is masked_loss_sum
+        return forward_backward(model, microbatches, placer, dtype, poisoned)
+
+    monkeypatch.setattr(one_process, "forward_backward", step)
     quiet = {"checkpoint.save_interval": 2, "log.log_interval": 10}  # nobody looks at the loss of step 5
     with pytest.raises(TrainingError, match="not finite at step 5"):
         train(config(tmp_path, **quiet), SyntheticLoader())
