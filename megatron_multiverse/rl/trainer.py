@@ -33,7 +33,7 @@ from megatron_multiverse.training.run_folder import RunFolder
 from megatron_multiverse.training.seeds import seed_everything
 from megatron_multiverse.training.signals import StopSignals, listening
 from megatron_multiverse.training.start import check_start, create_model, describe_model, joined_groups
-from megatron_multiverse.training.trainer import TrainResult, check_not_past, is_due, save_model, start_record
+from megatron_multiverse.training.trainer import TrainResult, check_not_past, end_run, is_due, save_model, start_record
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +104,7 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
         finished = state.step >= config.train_iters
         if finished:  # inside the block, so that a signal does not cut the writing off
             save_model(engine, description, run.folder / MODEL_FOLDER, ranks)
-        stopped_by = None if finished else stop.received
-        metrics.write("end", state.step, stopped_by=stopped_by)
-        metrics.close()
-        if not finished:
-            logger.info("stopped by %s after step %d; start again to go on", stopped_by, state.step)
-        return TrainResult(state.step, stopped_by, run.folder / MODEL_FOLDER if finished else None)
+        return end_run(run, state.step, finished, stop, metrics)
 
 
 def parts_of(batch: Batch, count: int) -> list[list[Group]]:

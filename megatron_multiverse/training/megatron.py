@@ -28,7 +28,7 @@ from megatron_multiverse.training.gathered_model import save_gathered
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Loader, Microbatch
 from megatron_multiverse.training.optim import NonFiniteGuard, build_scheduler, warn_of_another_schedule
-from megatron_multiverse.training.pipeline import reduced, run_schedule, sum_over_models
+from megatron_multiverse.training.pipeline import reduced, run_schedule, tokens_of_step
 from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.weight_names import is_extra_state
 
@@ -99,11 +99,7 @@ class MegatronEngine:
     def step(self, microbatches: Sequence[Microbatch]) -> StepResult:
         """See `TrainEngine.step`."""
         self.scheduler.step(1)
-        loss_tokens, tokens = sum_over_models(
-            self.ranks,
-            sum(int(batch["loss_mask"].sum()) for batch in microbatches),
-            sum(batch["input_ids"].numel() for batch in microbatches),
-        )
+        loss_tokens, tokens = tokens_of_step(self.ranks, microbatches)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         sums = self._run(microbatches, self._placer, 1 / max(1, loss_tokens), forward_only=False)
@@ -125,7 +121,7 @@ class MegatronEngine:
         """See `TrainEngine.validate`."""
         assert self._valid_placer is not None, "an engine that validates is built with a valid_loader"
         batches = list(microbatches)
-        (count,) = sum_over_models(self.ranks, sum(int(batch["loss_mask"].sum()) for batch in batches))
+        count, _ = tokens_of_step(self.ranks, batches)
         loss_sum, _ = reduced(*self._run(batches, self._valid_placer, 1.0, forward_only=True))
         return float(loss_sum) / count if count else float("nan"), count
 

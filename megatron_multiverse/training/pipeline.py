@@ -95,9 +95,13 @@ def counts_for_its_model() -> bool:
     return ranks == (0, 0)
 
 
-def sum_over_models(ranks: Ranks, *counts: int) -> list[int]:
-    """Sums over the data parallel ranks, of which each is several ranks with the same rows."""
-    return ranks.sum([count * counts_for_its_model() for count in counts])
+def tokens_of_step(ranks: Ranks, microbatches: Sequence[Microbatch]) -> tuple[int, int]:
+    """Tokens with a loss, and all tokens, in the microbatches of all data parallel ranks, of which each is several
+    ranks with the same rows."""
+    loss_tokens = sum(int(batch["loss_mask"].sum()) for batch in microbatches)
+    tokens = sum(batch["input_ids"].numel() for batch in microbatches)
+    loss_tokens, tokens = ranks.sum([count * counts_for_its_model() for count in (loss_tokens, tokens)])
+    return loss_tokens, tokens
 
 
 def reduced(loss_sum: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:

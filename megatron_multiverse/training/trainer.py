@@ -125,12 +125,17 @@ def train(
             finished = state.step >= config.train_iters
             if finished:  # inside the block, so that a signal does not cut the writing off
                 save_model(engine, description, run.folder / MODEL_FOLDER, ranks)
-        stopped_by = None if finished else stop.received
-        metrics.write("end", state.step, stopped_by=stopped_by)
-        metrics.close()
-        if not finished:
-            logger.info("stopped by %s after step %d; start again to go on", stopped_by, state.step)
-        return TrainResult(state.step, stopped_by, run.folder / MODEL_FOLDER if finished else None)
+        return end_run(run, state.step, finished, stop, metrics)
+
+
+def end_run(run: RunFolder, step: int, finished: bool, stop: StopSignals, metrics: MetricsWriter) -> TrainResult:
+    """Write down how a run ended. One that is not finished was stopped by a signal, to this rank or another one."""
+    stopped_by = None if finished else stop.received
+    metrics.write("end", step, stopped_by=stopped_by)
+    metrics.close()
+    if not finished:
+        logger.info("stopped by %s after step %d; start again to go on", stopped_by, step)
+    return TrainResult(step, stopped_by, run.folder / MODEL_FOLDER if finished else None)
 
 
 def check_not_past(config: TrainConfig | RLConfig, run: RunFolder) -> None:

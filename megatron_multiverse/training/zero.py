@@ -36,7 +36,7 @@ from megatron_multiverse.training.optim import (
     build_scheduler,
     warn_of_another_schedule,
 )
-from megatron_multiverse.training.pipeline import PlacedMicrobatch, place, reduced, sum_over_models
+from megatron_multiverse.training.pipeline import PlacedMicrobatch, place, reduced, tokens_of_step
 from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.training.start import create_chunks
 from megatron_multiverse.training.zero_state import ZeroState, whole_shapes, whole_weight, write_partitioned
@@ -161,11 +161,7 @@ class ZeroEngine:
     def step(self, microbatches: Sequence[Microbatch]) -> StepResult:
         """See `TrainEngine.step`."""
         self.scheduler.step(1)
-        loss_tokens, tokens = sum_over_models(
-            self.ranks,
-            sum(int(batch["loss_mask"].sum()) for batch in microbatches),
-            sum(batch["input_ids"].numel() for batch in microbatches),
-        )
+        loss_tokens, tokens = tokens_of_step(self.ranks, microbatches)
         # DeepSpeed divides the sum of the gradients by the number of ranks.
         scale = MegatronGroups.get_data_parallel_world_size() / max(1, loss_tokens)
         sums = self._no_sums()
@@ -217,7 +213,7 @@ class ZeroEngine:
         """See `TrainEngine.validate`."""
         assert self._valid_placer is not None, "an engine that validates is built with a valid_loader"
         batches, sums = list(microbatches), self._no_sums()
-        (count,) = sum_over_models(self.ranks, sum(int(batch["loss_mask"].sum()) for batch in batches))
+        count, _ = tokens_of_step(self.ranks, batches)
         self.zero.eval()
         for batch in batches:
             placed = self._place(batch, self._valid_placer)
