@@ -1,9 +1,11 @@
-"""Sums small tensors over the GPUs of one host in one launch: over NVLink, each in the others' memory."""
+"""Sums small tensors over the GPUs of one host in one launch: over NVLink, each in the others' memory.
+
+With residual and norm in the same launch where a norm follows; by PyTorch's one-shot sum elsewhere.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 import torch
@@ -15,9 +17,6 @@ logger = logging.getLogger(__name__)
 
 MOST_BYTES = 1 << 19
 """Of one tensor. With more, every GPU reading all of it takes longer than NCCL's ring, which reads each part once."""
-FUSED = "MULTIVERSE_FUSED_SUMS"
-"""Environment variable, alike on all ranks: 1 takes the sum with residual and norm in one launch. Not the default
-before it has been measured on two GPUs."""
 MOST_ROWS = 128
 """Rows of a sum with a norm: those of the largest CUDA graph."""
 
@@ -39,7 +38,6 @@ class SymmetricSum:
 
     def __init__(self, group: distributed.ProcessGroup, dtype: torch.dtype, device: torch.device, width: int) -> None:
         self.group_name = group.group_name
-        self.fused = os.environ.get(FUSED) == "1"
         self.buffer, _ = _shared((MOST_BYTES // dtype.itemsize,), dtype, device, group)
         places, place_addresses = _shared((2, group.size(), MOST_ROWS, width), dtype, device, group)
         flags, flag_addresses = _shared((2, group.size(), MOST_ROWS), torch.int32, device, group)
@@ -82,7 +80,7 @@ class SymmetricSum:
 
     def takes_rows(self, rows: int) -> bool:
         """Whether `add_norm` is to take so many rows."""
-        return self.fused and rows <= self.exchange.most_rows
+        return rows <= self.exchange.most_rows
 
     def add_norm(
         self, part: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, *, turn: int
