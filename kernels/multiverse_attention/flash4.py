@@ -160,6 +160,26 @@ def flash4_attention(q: Tensor, k: Tensor, v: Tensor, plan: Flash4Plan, softmax_
     return out[:, :num_queries].transpose(1, 2)
 
 
+def flash4_causal(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    """Plain causal attention, without gradients, of the last tokens of a sequence; see `flash4_problem`.
+
+    Args:
+        q: [s_q, h, d], the last s_q of s_k tokens.
+        k: [s_k, groups, d].
+        v: same shape as `k`.
+        softmax_scale: factor on the scores.
+
+    Returns:
+        [s_q, h, d].
+    """
+    from flash_attn.cute import flash_attn_func
+
+    packed = TILE % (q.shape[1] // k.shape[1]) == 0  # see flash4_attention
+    out = flash_attn_func(q[None], k[None], v[None], softmax_scale=softmax_scale, causal=True, pack_gqa=packed)
+    out = out[0] if isinstance(out, tuple) else out
+    return out[0]
+
+
 def _padded(x: Tensor, length: int) -> Tensor:
     """x [b, s, h, d], zeros appended up to `length` tokens."""
     return x if x.shape[1] == length else F.pad(x, (0, 0, 0, 0, 0, length - x.shape[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+
+from ..multiverse_attention.flash4 import flash4_causal, flash4_problem
+from ..multiverse_attention.layout import AttentionCase
 
 
 class Prompt(NamedTuple):
@@ -32,7 +36,9 @@ class Prompt(NamedTuple):
 
 
 def attend_prompt(query: Tensor, keys: Tensor, values: Tensor, prompt: Prompt, softmax_scale: float) -> Tensor:
-    """Causal attention of a prompt over its keys, by torch's flash attention where there is one.
+    """Causal attention of a prompt over its keys, by FlashAttention 4 where it is installed, else by torch's.
+
+    FlashAttention 4 takes half the time of the kernel that torch has for a chunk after other tokens.
 
     Args:
         query: [q, heads, dim], of the prompt's tokens.
@@ -44,10 +50,17 @@ def attend_prompt(query: Tensor, keys: Tensor, values: Tensor, prompt: Prompt, s
     Returns:
         [q, heads, dim].
     """
-    # Flash attention reads no page tables; copying a row's keys costs little beside looking at them q times.
-    row_keys, row_values = (x.flatten(0, 1).index_select(0, prompt.slots).transpose(0, 1)[None] for x in (keys, values))
+    # Reading page tables would save little: copying a row's keys is nothing beside looking at them q times.
+    row_keys, row_values = (x.flatten(0, 1).index_select(0, prompt.slots) for x in (keys, values))
+    if _has_flash4(query.device.type, query.dtype, query.shape[-1]):
+        return flash4_causal(query, row_keys, row_values, softmax_scale)
     out = F.scaled_dot_product_attention(
-        query.transpose(0, 1)[None], row_keys, row_values, scale=softmax_scale, enable_gqa=True,
+        *(x.transpose(0, 1)[None] for x in (query, row_keys, row_values)), scale=softmax_scale, enable_gqa=True,
         attn_mask=causal_lower_right(len(query), len(prompt.slots)),
     )  # fmt: skip
     return out[0].transpose(0, 1)
+
+
+@functools.cache
+def _has_flash4(device_type: str, dtype: torch.dtype, head_dim: int) -> bool:
+    return flash4_problem(AttentionCase(device_type, dtype, head_dim)) is None

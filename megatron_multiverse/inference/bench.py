@@ -92,9 +92,9 @@ def measure(config: BenchConfig) -> Iterator[dict[str, Any]]:
         )
     if "prompt" in config.parts:
         for length in config.prompts:
-            runs = [first_token(model, shape, config, length) for _ in range(config.repeats + 1)]
+            runs = first_tokens(model, shape, config, length)
             if first:
-                yield report_prompt(length, runs[1:])  # the first run compiles
+                yield report_prompt(length, runs)
     if "decode" in config.parts:
         for batch in config.batch:
             runs = [decode_step(model, shape, config, batch) for _ in range(config.repeats)]
@@ -144,18 +144,22 @@ def random_model(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -
     return model
 
 
-def first_token(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, length: int) -> float:
-    """Seconds from a request to its first token."""
+def first_tokens(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, length: int) -> list[float]:
+    """Seconds from a request to its first token, of requests one after the other."""
     if follows(model, config):
-        return 0.0
+        return []
     engine = make_engine(model, shape, config, pages=-(-length // config.page_size) + 2, rows=1)
-    engine.add_request(Request(prompt_ids=random_prompt(length, shape, 0), sampling=SamplingParams(max_tokens=1)))
-    start = time.perf_counter()
-    while engine.has_work:
-        engine.step()
-    seconds = time.perf_counter() - start
+    runs = []
+    for number in range(config.repeats + 1):
+        engine.add_request(
+            Request(prompt_ids=random_prompt(length, shape, number), sampling=SamplingParams(max_tokens=1))
+        )
+        start = time.perf_counter()
+        while engine.has_work:
+            engine.step()
+        runs.append(time.perf_counter() - start)
     engine.runner.close()
-    return seconds
+    return runs[1:]  # the first one compiles
 
 
 def decode_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, batch: int) -> float:

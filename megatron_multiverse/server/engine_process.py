@@ -42,6 +42,8 @@ from megatron_multiverse.server.wire import STEP_SECONDS, Channel, Message
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 0.5
+WARM_UP_TOKENS = 256
+"""Of a prompt that is read before the first request: enough for what long prompts take on a GPU."""
 MOST_FAILURES = 20
 """Steps that raise in a row before the process gives up: requests end after three, so it is none of theirs."""
 
@@ -209,8 +211,10 @@ class EngineHost:
         self._writes = []
 
     def _warm_up(self) -> None:
-        """Take a first step, which is slower than the others, before anybody waits for it."""
-        self.engine.generate([Request(prompt_ids=[0], sampling=SamplingParams(max_tokens=1))])
+        """Read a prompt and write a token before anybody waits for it: the first steps compile what the others use."""
+        book = self.engine.book
+        length = min(WARM_UP_TOKENS, self.engine.max_position - 2, book.num_pages * book.page_size // 2)
+        self.engine.generate([Request(prompt_ids=[0] * max(length, 1), sampling=SamplingParams(max_tokens=2))])
 
     def _facts(self) -> dict[str, Any]:
         """What the other side needs to know of the engine to check requests by itself."""

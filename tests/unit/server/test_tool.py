@@ -141,7 +141,7 @@ def test_the_engine_goes_on_while_http_stands_still(tool: Tool) -> None:
         try:
             now, last = used(), before
             limit = time.monotonic() + 120
-            while now - last > 0.02 or now - before < 0.1:  # idle once it has written the answer to its end
+            while now - last > 0.2 or now - before < 0.1:  # nearly idle once it has written the answer to its end
                 assert time.monotonic() < limit
                 time.sleep(1.5)
                 now, last = used(), now
