@@ -133,15 +133,17 @@ def launch_greedy() -> None:
 def launch_sum_norm() -> None:
     from megatron_multiverse.kernels.sum_norm.triton_push import Exchange, sum_norm_push
 
-    part, addresses = torch.zeros(8, 3584, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)
-    exchange = Exchange(
-        rank=0,
-        places=part.expand(2, 2, -1, -1),
-        flags=torch.zeros(2, 2, 8, dtype=torch.int32),
-        place_addresses=addresses,
-        flag_addresses=addresses,
-    )
-    sum_norm_push(part, part, part[0], 1e-6, exchange, 0)
+    addresses, flags = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 2, 8, dtype=torch.int32)
+    for dtype in (torch.bfloat16, torch.float32):
+        part = torch.zeros(8, 3584, dtype=dtype)
+        exchange = Exchange(
+            rank=0,
+            places=part.expand(2, 2, -1, -1),
+            flags=flags,
+            place_addresses=addresses,
+            flag_addresses=addresses,
+        )
+        sum_norm_push(part, part, part[0], 1e-6, exchange, 0)
 
 
 def resources(ptx: str, folder: Path) -> tuple[int, int]:
