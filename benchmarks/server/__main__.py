@@ -3,7 +3,8 @@
 Example:
     python -m benchmarks.server --model-preset qwen2.5-7b --output runs/server.json
     python -m benchmarks.server --model-preset tiny --dtype float32 --context 64 --new-tokens 64 --batch 1 8
-    python -m benchmarks.server --parts stalls reprefill
+    python -m benchmarks.server --parts stalls --device cpu
+    python -m benchmarks.server --parts reprefill
 
 overhead: tokens per second of the server, whole answers and streams, beside those of `Engine` in this process, for the
 same requests at once; and the time to the first token of a request that is alone. The engine of the server is the same
@@ -48,6 +49,8 @@ class ServerBenchConfig:
     """overhead: measurements of each case after one that does not count; all are reported."""
     teraflops: float = 790.0
     """overhead: what the device computes at most, for the bound of the first token; default: an H200 in bf16."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """stalls: of the engine; auto takes CUDA when there is a GPU."""
     seconds: float = 20.0
     """stalls: of each stretch, with and without disturbance, in turns."""
     turns: int = 3

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import httpx2
 from megatron_multiverse.clients.http import connect, post, stream
 from megatron_multiverse.clients.local_server import local_server
 from megatron_multiverse.errors import GenerationError
+from megatron_multiverse.model.device import choose_device
 
 if TYPE_CHECKING:
     from benchmarks.server.__main__ import ServerBenchConfig
@@ -36,6 +38,7 @@ LARGE = json.dumps({"prompt": "word " * 800_000}).encode()
 def measure_stalls(config: ServerBenchConfig) -> dict[str, Any]:
     """Quantiles of the step time with and without disturbance, turn by turn."""
     report = asyncio.run(_measure(config))
+    print(f"device {report['device']}, {report['cores']} cores for clients, HTTP and engine")
     for turn in report["turns"]:
         print(
             f"{turn['kind']:10} {turn['steps']:6} steps, p50 {turn['p50_ms']:.2f} ms, p99 {turn['p99_ms']:.2f} ms, "
@@ -47,7 +50,7 @@ def measure_stalls(config: ServerBenchConfig) -> dict[str, Any]:
 
 async def _measure(config: ServerBenchConfig) -> dict[str, Any]:
     turns = []
-    options = {"load": MODEL, "engine.max-depth": 0}
+    options = {"load": MODEL, "device": config.device, "engine.max-depth": 0}
     async with local_server(options) as (url, _), connect(url) as client, asyncio.TaskGroup() as group:
         writers = [group.create_task(_forever(lambda: post(client, TEXT, BODY))) for _ in range(WRITERS)]
         await asyncio.sleep(3)
@@ -61,7 +64,14 @@ async def _measure(config: ServerBenchConfig) -> dict[str, Any]:
                 turns.append({"kind": kind, "disturbances": done[0], **_quantiles(before, await _steps(client))})
                 await _end(disturbing)
         await _end(writers)
-    return {"model": "examples/quickstart/model", "writers": WRITERS, "seconds": config.seconds, "turns": turns}
+    return {
+        "model": "examples/quickstart/model",
+        "device": str(choose_device(config.device)),
+        "cores": len(os.sched_getaffinity(0)),
+        "writers": WRITERS,
+        "seconds": config.seconds,
+        "turns": turns,
+    }
 
 
 async def _forever(visit: Callable[[], Awaitable[Any]], done: list[int] | None = None) -> None:

@@ -9,12 +9,17 @@ import math
 import operator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import SupportsIndex
+from typing import Literal, SupportsIndex, get_args
 
 from megatron_multiverse.errors import GenerationError
 
 MOST_LOGPROBS = 20
 """Most alternatives that can be asked for beside each token, as in the APIs of the field."""
+
+LEAST_PATH_TOKENS = 2
+"""A path needs at least a newline and its `</Path>` after its label."""
+
+OnMalformed = Literal["serial", "error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,9 @@ class SamplingParams:
     paths, so that no path depends on how fast its siblings run; what they do not use comes back at the join."""
     max_critical_tokens: int | None = None
     """Most tokens on the longest chain of the answer."""
+    branch_max_tokens: int | None = None
+    """Most tokens that a path writes after its label, its `</Path>` included; at least 2. Paths that it forks do not
+    count, they have the same limit of their own. A path at its limit is closed, and its `finish` is `length`."""
     min_tokens: int = 0
     """The answer does not end before it has so many tokens, those of its paths included: until then no end of the text
     and no stop token is drawn outside of paths, unless the budget is spent."""
@@ -71,6 +79,10 @@ class SamplingParams:
     """Goals with more outlines stay plain text, if the engine does not draw the line earlier."""
     max_depth: int | None = None
     """Blocks nested deeper stay plain text, if the engine does not draw the line earlier; 0 forks never."""
+    on_malformed: OnMalformed = "serial"
+    """What to do about output that breaks the grammar, has too many paths, is nested too deep, or ends with something
+    left open. `serial`: tags out of place go on as plain text, and what is open is closed. `error`: the answer ends
+    there with `finish_reason` error, and `Result.error` says where and what was expected."""
     stop_token_ids: tuple[int, ...] = ()
     """Further ids that end the answer, outside of paths; like the end-of-document id they are not part of it. Structure
     tags are refused: `</Goal>` among them, for example, would end every answer before its first fork."""
@@ -110,6 +122,15 @@ class SamplingParams:
         refuse_unless(
             not self.commit_on or self.commit_after > 0, "commit_on says which paths succeed; set commit_after, too"
         )
+        known = get_args(OnMalformed)
+        refuse_unless(
+            self.on_malformed in known, f"on_malformed must be one of {', '.join(known)}, got {self.on_malformed!r}"
+        )
+        # Of two runs of one answer, one may have dropped a try just before it writes what the other one ends for.
+        refuse_unless(
+            self.on_malformed == "serial" or self.commit_after == 0,
+            "on_malformed error would depend on how soon tries are dropped; leave out commit_after, or on_malformed",
+        )
         refuse_unless(self.n >= 1, f"n must be at least 1, got {self.n}")
         alike = self.n > 1 and self.temperature == 0
         refuse_unless(
@@ -117,9 +138,11 @@ class SamplingParams:
         )
         empty = not all(isinstance(text, str) and text for text in self.stop)
         refuse_unless(not empty, f"stop takes texts of at least one character, got {list(self.stop)}")
-        for name in ("max_critical_tokens", "max_concurrent_branches"):
+        least = LEAST_PATH_TOKENS
+        for name, lowest in (("max_critical_tokens", 1), ("max_concurrent_branches", 1), ("branch_max_tokens", least)):
             value = getattr(self, name)
-            refuse_unless(value is None or value >= 1, f"{name} must be at least 1, or unset for no limit, got {value}")
+            message = f"{name} must be at least {lowest}, or unset for no limit, got {value}"
+            refuse_unless(value is None or value >= lowest, message)
         for name in ("max_paths", "max_depth"):
             value = getattr(self, name)
             refuse_unless(value is None or value >= 0, f"{name} must not be negative (unset for no limit), got {value}")

@@ -114,7 +114,8 @@ def write_answers(config: GenerateConfig) -> tuple[int, int]:
         for row in generate_answers(config):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
-            answered, refused = answered + ("text" in row), refused + ("text" not in row)
+            failed = row["finish_reason"] == "error"
+            answered, refused = answered + (not failed), refused + failed
     return answered, refused
 
 

@@ -13,6 +13,7 @@ TYPES = {
     405: "invalid_request_error",
     408: "timeout_error",
     413: "invalid_request_error",
+    422: "malformed_output_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from megatron_multiverse.config import SamplingParams
+from megatron_multiverse.config.sampling import LEAST_PATH_TOKENS, OnMalformed
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.server.body import Fields, check_others
 from megatron_multiverse.server.config import LimitConfig
@@ -37,10 +38,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 """Fields of the OpenAI routes that are not served, with the values that ask for nothing."""
 
 
-REFUSED_OURS: dict[str, tuple[Any, ...]] = {"branch_max_tokens": (), "on_malformed": ("serial",)}
-"""The same of the object `multiverse`: a fork splits the budget evenly, and malformed output goes on as plain text."""
-
-
 class StreamOptions(Fields):
     """`stream_options`."""
 
@@ -60,6 +57,10 @@ class MultiverseFields(Fields):
     """Most branches that run at once; 1 decodes path after path, with the same answer."""
     max_critical_tokens: Annotated[int, Field(ge=1)] | None = None
     """Most tokens on the longest chain."""
+    branch_max_tokens: Annotated[int, Field(ge=LEAST_PATH_TOKENS)] | None = None
+    """Most tokens that a path writes itself after its label; it is closed then, with finish reason `length`."""
+    on_malformed: OnMalformed = "serial"
+    """What output that breaks the grammar does: go on as plain text, or end the request with an error."""
     stream_mode: Literal["linear", "branches"] = "linear"
     """How a stream comes: in the order of the text, or as branches write, each piece with the name of its branch."""
     return_tree: bool = False
@@ -127,7 +128,6 @@ class GenerationFields(Fields):
         """
         model.check_name(self.model)
         check_others(self, REFUSED)
-        check_others(self.ours, REFUSED_OURS)
         if self.stream and self.ours.commit_after and self.ours.stream_mode == "linear":
             raise refuse("multiverse", "commit_after drops what was streamed; give stream_mode branches, or no stream")
         if self.ours.replay_structure and not self.is_chat:
@@ -213,10 +213,14 @@ def make_sampling(ours: MultiverseFields, *, seed: int | None, **values: Any) ->
     Raises:
         ApiError: 400, naming the field.
     """
+    if not ours.enabled and ours.on_malformed == "error":
+        raise refuse("on_malformed", "with enabled false no tag means anything; leave one of them out")
     try:
         return SamplingParams(
             seed=secrets.randbits(63) if seed is None else seed,
             max_critical_tokens=ours.max_critical_tokens,
+            branch_max_tokens=ours.branch_max_tokens,
+            on_malformed=ours.on_malformed,
             max_concurrent_branches=ours.max_concurrent_branches,
             max_paths=ours.max_branches,
             max_depth=ours.max_depth if ours.enabled else 0,

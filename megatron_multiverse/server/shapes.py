@@ -102,7 +102,10 @@ def check_result(result: Result) -> None:
     """Refuse to pass on an answer that failed.
 
     Raises:
-        ApiError: 500. What failed stands in the log of the engine; its text is not for clients.
+        ApiError: 422 where the model broke the grammar and the request asked for an error then (`on_malformed`); else
+            500. What failed stands in the log of the engine; its text is not for clients.
     """
+    if result.finish_reason == "error" and result.malformed["refused"]:
+        raise ApiError(422, result.error, code="malformed_output")
     if result.finish_reason == "error":
         raise ApiError(500, "the engine failed on this request; the log of the server says more", code="engine_error")

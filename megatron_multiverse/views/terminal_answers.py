@@ -27,13 +27,13 @@ def show_answers(config: GenerateConfig) -> int:
         with screen:
             rows = list(generate_answers(config, watch=watch)) if config.live else generate_answers(config)
         for row in rows:
-            if "text" not in row:
+            if "text" in row:
+                if not config.live:
+                    print(row["text"], flush=True)
+                print(facts(row), file=sys.stderr)
+            if row["finish_reason"] == "error":
                 refused += 1
                 print(f"-- row {row['index']}: {row['error']}", file=sys.stderr)
-                continue
-            if not config.live:
-                print(row["text"], flush=True)
-            print(facts(row), file=sys.stderr)
     return refused
 
 

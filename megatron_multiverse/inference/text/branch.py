@@ -33,12 +33,14 @@ BranchPath = tuple[tuple[int, int], ...]
 
 
 class Budget(NamedTuple):
-    """The two limits of a branch."""
+    """The limits of a branch."""
 
     tokens: int
     """Tokens of the branch and of everything it forks."""
     position: int
     """All its positions lie below this one: the limit of the longest chain."""
+    own: int | None = None
+    """Tokens of the branch alone, its forced beginning included; None is no limit."""
 
 
 @dataclass
@@ -130,8 +132,10 @@ class Branch:
 
     def count_room(self) -> None:
         """Count `room` afresh: a join changes it otherwise than token by token."""
-        tokens, position = self.budget
+        tokens, position, own = self.budget
         self.room = min(tokens - self.total - self.dropped_tokens, position - self.next_position)
+        if own is not None:
+            self.room = min(self.room, own - len(self.ids))
 
     @property
     def open_block(self) -> Block | None:

@@ -1,4 +1,4 @@
-"""How many tokens a branch may write: where `max_tokens` and `max_critical_tokens` are enforced.
+"""How many tokens a branch may write: where `max_tokens`, `max_critical_tokens` and `branch_max_tokens` are enforced.
 
 A budget is split when a block forks, so what a branch may write never depends on how fast its siblings run. What
 closes the structure is reserved from the start: a branch stops while its closing tags still fit, never in the middle.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_multiverse.config.sampling import SamplingParams
+from megatron_multiverse.config.sampling import LEAST_PATH_TOKENS, SamplingParams
 from megatron_multiverse.inference.text.branch import Branch, Budget
 from megatron_multiverse.structure import Tag
 
@@ -53,7 +53,9 @@ def exhausted(branch: Branch) -> bool:
     return branch.room <= len(branch.machine.closing_ids())
 
 
-def shares(branch: Branch, prefixes: Sequence[Sequence[int]]) -> list[Budget] | None:
+def shares(
+    branch: Branch, prefixes: Sequence[Sequence[int]], branch_max_tokens: int | None = None
+) -> list[Budget] | None:
     """Budgets of the paths of a block, or None if they cannot even be opened and closed.
 
     Equal shares; what a path leaves over comes back at the join, for the text after the block.
@@ -61,12 +63,13 @@ def shares(branch: Branch, prefixes: Sequence[Sequence[int]]) -> list[Budget] | 
     Args:
         branch: wrote the `</Goal>` of the block.
         prefixes: the forced tokens each path begins with.
+        branch_max_tokens: what each path may write itself after them.
     """
-    # Each path needs at least its prefix and a newline with </Path>.
-    needs = [len(prefix) + 2 for prefix in prefixes]
+    needs = [len(prefix) + LEAST_PATH_TOKENS for prefix in prefixes]
     tail = len(branch.machine.closing_ids())
     spare = branch.budget.tokens - branch.total - branch.dropped_tokens - tail - sum(needs)
     position = branch.budget.position - tail
     if spare < 0 or branch.next_position + max(needs) > position:
         return None
-    return [Budget(need + spare // len(needs), position) for need in needs]
+    owns = [None if branch_max_tokens is None else len(prefix) + branch_max_tokens for prefix in prefixes]
+    return [Budget(need + spare // len(needs), position, own) for need, own in zip(needs, owns, strict=True)]

@@ -17,6 +17,7 @@ from megatron_multiverse.inference.text.scanner import StopScanner
 from megatron_multiverse.inference.text.state import RequestState, Written
 from megatron_multiverse.inference.text.trial import inner_branches, is_late, note_end, written_by
 from megatron_multiverse.structure import Event
+from megatron_multiverse.structure.frames import Problem
 
 # By a name of the module: Python 3.11 takes five times as long to look up a member of an enum, for every token.
 _PATH_END, _FORK = Event.PATH_END, Event.FORK
@@ -40,6 +41,8 @@ def commit_token(
         by_stop_token = token in state.request.sampling.stop_token_ids
         branch.stop_reason = token if by_stop_token else None
         branch.end_draw = (len(branch.ids), token, logprob)
+        if not by_stop_token and state.request.sampling.on_malformed == "error":
+            _refuse_end(state, branch)
         _close(state, branch, "stop" if by_stop_token else "eos")
     # No branch ever has more than MOST_CLOSERS tokens to close, so most tokens need no exact count.
     elif left <= MOST_CLOSERS and not fits(branch, token):
@@ -58,7 +61,10 @@ def commit_token(
         branch.room = left - 1
         if state.on_token is not None:
             state.unheard.append((branch.name, Written.drawn(token, logprob, top)))
-        if event is _PATH_END:
+        problem = branch.machine.problem
+        if problem is not None and state.request.sampling.on_malformed == "error":
+            _refuse(state, branch, problem)
+        elif event is _PATH_END:
             _end(state, branch, "path_end")
         elif branch.scanner is not None and _stops(state, branch, branch.scanner, 1):
             _close(state, branch, "stop")
@@ -82,6 +88,25 @@ def _close_tree(state: RequestState, branch: Branch, reason: BranchFinish) -> No
             _close_tree(state, kid, reason)  # the last of them joins the block
     if branch.finish is None:
         _close(state, branch, reason)
+
+
+def _refuse_end(state: RequestState, branch: Branch) -> None:
+    """The model ended its text in a branch: that breaks the grammar where anything is open, a path itself included."""
+    tag_of = branch.machine.vocab.tag_of
+    missing = next((tag_of[token] for token in branch.machine.closing_ids() if token in tag_of), None)
+    if missing is not None:
+        index = len(branch.ids) - branch.prompt_length
+        _refuse(state, branch, Problem("unclosed", index, "the end of the text", missing.text))
+
+
+def _refuse(state: RequestState, branch: Branch, problem: Problem) -> None:
+    """Make broken grammar the error of the request, which then ends (`SamplingParams.on_malformed`)."""
+    state.counts["refused"] += 1
+    where = f"path {branch.name}" if branch.name else "the text outside of paths"
+    state.error = (
+        f"the output breaks the grammar at token {problem.token_index} of {where}: found {problem.found}, "
+        f"expected {problem.expected}"
+    )
 
 
 def _force(state: RequestState, branch: Branch, ids: Sequence[int], *, heard: bool = True) -> None:
@@ -122,7 +147,7 @@ def _fork(state: RequestState, branch: Branch) -> None:
     """Begin the paths of the block just announced; if their forced tokens do not fit, close the branch instead."""
     machine = branch.machine
     prefixes = [machine.vocab.path_prefix(outline.label_ids) for outline in machine.outlines]
-    budgets = shares(branch, prefixes)
+    budgets = shares(branch, prefixes, state.request.sampling.branch_max_tokens)
     if budgets is None:
         state.counts["fork_refused"] += 1
         _close(state, branch, "length")

@@ -17,6 +17,7 @@ from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, 
 from megatron_multiverse.inference import Request, from_record, generate
 from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
 from megatron_multiverse.structure import Tag
+from megatron_multiverse.views.terminal_answers import show_answers
 
 ROOT = Path(__file__).parents[3]
 MODEL = ROOT / "examples" / "quickstart" / "model"
@@ -83,6 +84,16 @@ def test_rows_that_cannot_be_answered_say_why_and_the_others_are_answered(tmp_pa
         assert rows[index]["finish_reason"] == "error"
         assert message in rows[index]["error"]
     assert "question" in rows[1]["error"]
+
+
+def test_an_answer_that_breaks_the_grammar_fails_where_asked(tmp_path):
+    bias = {build_tokenizer("HuggingFaceTokenizer", MODEL).structure_vocab.tag_ids[Tag.END_PATH]: 100.0}
+    sampling = SamplingParams(max_tokens=5, on_malformed="error", logit_bias=bias)
+    config = GenerateConfig(load=MODEL, prompt=PROMPT, output=tmp_path / "out.jsonl", sampling=sampling)
+    assert write_answers(config) == (0, 1)
+    (row,) = read(tmp_path / "out.jsonl")
+    assert row["finish_reason"] == "error" and row["text"] == "</Path>" and "found </Path>, expected" in row["error"]
+    assert show_answers(replace(config, output=None)) == 1
 
 
 def test_rows_are_written_as_they_finish(tmp_path):

@@ -21,6 +21,7 @@ from .toy import (
     assert_drained,
     changed,
     jumping_clock,
+    label_ids,
     structure_positions,
     toy_engine,
 )
@@ -31,7 +32,19 @@ END_PATH = int(Tag.END_PATH)
 pytestmark = pytest.mark.usefixtures("overlap")
 
 
+def check_paths(request: Request, result) -> None:
+    """No path wrote more than it may; one that a limit ended has hardly a token left."""
+    limit = request.sampling.branch_max_tokens
+    if limit is None:
+        return
+    paths = [branch for block in result.blocks for branch in block.branches]
+    for path in paths:
+        inner = sum(kid.end - kid.start for kid in paths if kid.path[:-1] == path.path)
+        assert path.end - path.start - inner <= 3 + len(label_ids(path.outline)) + limit
+
+
 def check(request: Request, result, *, exact: bool) -> None:
+    check_paths(request, result)
     assert len(result.token_ids) <= request.sampling.max_tokens
     assert result.critical_tokens <= (request.sampling.max_critical_tokens or request.sampling.max_tokens)
     assert len(result.token_ids) == len(result.position_ids)
@@ -52,6 +65,7 @@ def check(request: Request, result, *, exact: bool) -> None:
     seed=st.integers(0, 10**6),
     max_tokens=st.integers(1, 260),
     critical=st.none() | st.integers(1, 120),
+    own=st.none() | st.integers(2, 40),
     page_size=st.sampled_from([1, 16, 64]),
     max_rows=st.sampled_from([1, 3, 16]),
     waves=st.sampled_from([None, 1, 2]),
@@ -63,13 +77,14 @@ def check(request: Request, result, *, exact: bool) -> None:
     latency=st.sampled_from([None, None, 1.0, 3.0]),
 )
 def test_tag_soup_always_ends(
-    seed, max_tokens, critical, page_size, max_rows, waves, limits, pages, count, cancel, prefix_cache, latency
+    seed, max_tokens, critical, own, page_size, max_rows, waves, limits, pages, count, cancel, prefix_cache, latency
 ):
     requests = [
         ask(
             [TEXT, 2, 4, 5] * 8 + [5 + k],
             max_tokens=max_tokens + k,
             max_critical_tokens=critical,
+            branch_max_tokens=own,
             max_concurrent_branches=waves,
         )
         for k in range(count)
@@ -104,9 +119,14 @@ def test_tag_soup_always_ends(
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), max_tokens=st.integers(20, 300), critical=st.none() | st.integers(10, 100))
-def test_budgets_cut_at_the_same_token_whatever_runs_beside(seed, max_tokens, critical):
-    request = ask([TEXT], max_tokens=max_tokens, max_critical_tokens=critical)
+@given(
+    seed=st.integers(0, 10**6),
+    max_tokens=st.integers(20, 300),
+    critical=st.none() | st.integers(10, 100),
+    own=st.none() | st.integers(2, 30),
+)
+def test_budgets_cut_at_the_same_token_whatever_runs_beside(seed, max_tokens, critical, own):
+    request = ask([TEXT], max_tokens=max_tokens, max_critical_tokens=critical, branch_max_tokens=own)
     first, *others = (
         toy_engine(MODEL, sampler=SoupSampler(seed), max_rows=rows, page_size=page_size).generate([asked])[0]
         for rows, page_size, asked in [

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from megatron_multiverse.structure import TAGS
+from megatron_multiverse.structure import TAGS, Tag
 from tests.unit.server.running import PROMPT, Running, tokenizer
 
 NAME = "model"
@@ -208,6 +208,31 @@ def test_tries_are_committed(client: openai.OpenAI) -> None:
     (block,) = choice.multiverse["blocks"]
     assert sorted(branch["finish_reason"] for branch in block["branches"]) == ["dropped", "path_end"]
     assert choice.multiverse["dropped_tokens"] > 0
+
+
+def test_paths_are_closed_at_their_limit(client: openai.OpenAI) -> None:
+    options = {"model": NAME, "prompt": PROMPT, "max_tokens": 700, "temperature": 0}
+    choice = client.completions.create(**options, extra_body={"multiverse": {"branch_max_tokens": 12}}).choices[0]  # type: ignore[call-overload]
+    (block,) = choice.multiverse["blocks"]
+    assert {branch["finish_reason"] for branch in block["branches"]} == {"length"}
+    assert all(branch["forced_close"] and branch["tokens"] <= 20 for branch in block["branches"])
+    assert choice.finish_reason == "stop", "the answer goes on"
+
+
+@pytest.mark.parametrize("mode", ["linear", "branches"])
+def test_broken_grammar_is_an_error_where_asked(client: openai.OpenAI, server: Running, mode: str) -> None:
+    options = {"model": NAME, "prompt": PROMPT, "max_tokens": 700, "temperature": 0}
+    ours = {"on_malformed": "error", "stream_mode": mode}
+    whole = client.completions.create(**options).choices[0].text  # type: ignore[call-overload]
+    asked = {"extra_body": {"multiverse": ours}}
+    assert client.completions.create(**options, **asked).choices[0].text == whole, "what is well formed stays"  # type: ignore[call-overload]
+    asked["logit_bias"] = {str(tokenizer().structure_vocab.tag_ids[Tag.END_PATH]): 100}  # outside of any path
+    with pytest.raises(openai.UnprocessableEntityError) as broken:
+        client.completions.create(**options, **asked)  # type: ignore[call-overload]
+    assert broken.value.code == "malformed_output" and "found </Path>, expected" in broken.value.message
+    with pytest.raises(openai.APIError, match="found </Path>, expected"):
+        list(client.completions.create(**options, **asked, stream=True))  # type: ignore[call-overload]
+    server.wait_until_free()
 
 
 def test_logprobs_of_chat(client: openai.OpenAI) -> None:
