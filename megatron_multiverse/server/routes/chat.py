@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from megatron_multiverse.inference.text.result import Result
-from megatron_multiverse.server import logprobs, shapes
+from megatron_multiverse.server import shapes
 from megatron_multiverse.server.answer import Piece, answer_texts
-from megatron_multiverse.server.batch import Asked, Batch
+from megatron_multiverse.server.batch import Asked
 from megatron_multiverse.server.body import Fields, check_others, read_fields
+from megatron_multiverse.server.choices import ChoiceAnswer
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, GenerationFields
+from megatron_multiverse.server.logprobs import TokenLogprobs, chat_object, of_answer
 from megatron_multiverse.server.model import ServedModel
-from megatron_multiverse.server.serving import complete, pieces, submit
-from megatron_multiverse.server.streams import DONE, PING, EventStream, event
 from megatron_multiverse.structure.trajectory import cut_at_labels
 
 router = APIRouter()
@@ -103,7 +103,6 @@ async def chat_completions(request: Request) -> Response:
     prompt, replayed = await chat_prompt(fields, model)
     max_tokens = _max_tokens(fields, request.app.state.client.facts, len(prompt))
     sampling = fields.sampling(model, limits, max_tokens, fields.top_logprobs or 0)
-    answer = _Answer(request, fields, prompt)
     asked = Asked(
         prompts=[prompt],
         sampling=sampling,
@@ -111,11 +110,7 @@ async def chat_completions(request: Request) -> Response:
         cache_salt=fields.cache_salt,
         replay_structure=replayed,
     )
-    if fields.stream:
-        batch = await submit(request, asked, stream=True)
-        return EventStream(answer.events(batch), idle_timeout=limits.idle_stream_timeout)
-    results = await complete(request, asked)
-    return JSONResponse(answer.whole(results))
+    return await _Answer(request, fields, [prompt]).respond(asked)
 
 
 async def chat_prompt(fields: ChatFields, model: ServedModel) -> tuple[list[int], list[tuple[int, int]]]:
@@ -218,22 +213,10 @@ def _max_tokens(fields: ChatFields, facts: dict[str, Any], prompt: int) -> int:
     return max(1, min(facts["max_position"], facts["num_pages"] * facts["page_size"]) - prompt)
 
 
-class _Answer:
-    """Makes the objects of one answer."""
+class _Answer(ChoiceAnswer[ChatFields]):
+    id_prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, request: Request, fields: ChatFields, prompt: Sequence[int]) -> None:
-        self.request = request
-        self.fields = fields
-        self.prompt = prompt
-        self.model: ServedModel = request.app.state.model
-        self.head = shapes.head("chatcmpl", "chat.completion", self.model.name)
-
-    def whole(self, results: Sequence[Result]) -> dict[str, Any]:
-        """The whole answer as one object."""
-        choices = [self._choice(index, result) for index, result in enumerate(results)]
-        return self.head | {"choices": choices, "usage": shapes.usage(results, [self.prompt])}
-
-    def _choice(self, index: int, result: Result) -> dict[str, Any]:
+    def whole(self, index: int, result: Result) -> dict[str, Any]:
         split = self.fields.ours.separate_reasoning
         content, thought = answer_texts(result, self.model.tokenizer, split=split)
         message: dict[str, Any] = {"role": "assistant", "content": content}
@@ -242,53 +225,25 @@ class _Answer:
         if self.fields.return_tokenized_data:
             message |= {"prompt_token_ids": result.prompt_ids, "generation_token_ids": result.token_ids}
             message["generation_log_probs"] = result.logprobs
-        choice = {"index": index, "message": message, "logprobs": None, "finish_reason": result.finish_reason}
-        if self.fields.logprobs:
-            choice["logprobs"] = logprobs.chat_object(logprobs.of_answer(result), self.model.tokenizer)
-        return choice | self._extras(result)
+        return self.choice(index, {"message": message}, logprobs=self._logprobs(of_answer(result)), result=result)
 
-    def _extras(self, result: Result) -> dict[str, Any]:
-        if self.fields.multiverse is None:
-            return {}
-        return {"multiverse": shapes.multiverse(result, tree=self.fields.ours.return_tree)}
+    async def opening(self, index: int) -> dict[str, Any]:
+        return self.choice(index, {"delta": {"role": "assistant", "content": ""}})  # the role stands only here
 
-    async def events(self, batch: Batch) -> AsyncGenerator[bytes, None]:
-        """The answer as a stream."""
-        results = []
-        self.head["object"] = "chat.completion.chunk"
-        for index in range(len(batch.generations)):  # choices open in the order of their index, the role only here
-            delta = {"role": "assistant", "content": ""}
-            yield self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
-        async for piece in pieces(self.request, batch, self.fields):
-            if piece is None:
-                yield PING
-                continue
-            for choice in self._deltas(piece):
-                yield self._chunk(choice)
-            if piece.result is not None:
-                results.append(piece.result)
-        if self.fields.wants_usage:
-            yield event(self.head | {"choices": [], "usage": shapes.usage(results, [self.prompt])})
-        yield DONE
-
-    def _chunk(self, choice: dict[str, Any]) -> bytes:
-        usage = {"usage": None} if self.fields.wants_usage else {}
-        return event(self.head | {"choices": [choice]} | usage)
-
-    def _deltas(self, piece: Piece) -> list[dict[str, Any]]:
-        """A piece as choices of chunks; the last piece of an answer ends with one that has no text."""
+    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        """The last piece of an answer ends with a choice that has no text."""
         delta: dict[str, Any] = {}
         if piece.thought:
             delta["reasoning_content"] = piece.thought
         if piece.text or piece.branch is not None or (self.fields.logprobs and piece.tokens):
             delta["content"] = piece.text
-        choices: list[dict[str, Any]] = []
+        choices = []
         if delta:
-            choice = {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": None}
-            if self.fields.logprobs:
-                choice["logprobs"] = logprobs.chat_object(piece.tokens, self.model.tokenizer)
-            choices.append(choice | shapes.branch_label(piece))
+            content = {"delta": delta} | shapes.branch_label(piece)
+            choices.append(self.choice(piece.index, content, logprobs=self._logprobs(piece.tokens)))
         if piece.result is not None:
-            last = {"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": piece.result.finish_reason}
-            choices.append(last | self._extras(piece.result))
+            choices.append(self.choice(piece.index, {"delta": {}}, result=piece.result))
         return choices
+
+    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        return chat_object(entries, self.model.tokenizer) if self.fields.logprobs else None

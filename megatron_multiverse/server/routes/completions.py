@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from megatron_multiverse.inference.text.answer import answer_text
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import logprobs, shapes
 from megatron_multiverse.server.answer import Piece
-from megatron_multiverse.server.batch import Asked, Batch
+from megatron_multiverse.server.batch import Asked
 from megatron_multiverse.server.body import read_fields
+from megatron_multiverse.server.choices import ChoiceAnswer
 from megatron_multiverse.server.config import LimitConfig
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, GenerationFields
 from megatron_multiverse.server.model import ServedModel
-from megatron_multiverse.server.serving import complete, pieces, submit
-from megatron_multiverse.server.streams import DONE, PING, EventStream, event
 
 router = APIRouter()
 
@@ -58,15 +57,8 @@ async def completions(request: Request) -> Response:
     scored = fields.logprobs if fields.echo else None
     # The engine writes at least one token. Where none is asked for, it is left out of the answer.
     sampling = fields.sampling(model, limits, max(1, max_tokens), fields.logprobs or 0, scored)
-    answer = _Answer(request, fields, prompts)
     asked = Asked(prompts=prompts, sampling=sampling, count=fields.count, cache_salt=fields.cache_salt)
-    if fields.stream:
-        batch = await submit(request, asked, stream=True)
-        return EventStream(answer.events(batch), idle_timeout=limits.idle_stream_timeout)
-    results = await complete(request, asked)
-    if max_tokens == 0:
-        results = [without_tokens(result) for result in results]
-    return JSONResponse(answer.whole(results))
+    return await _Answer(request, fields, prompts).respond(asked)
 
 
 async def prompt_ids(
@@ -106,68 +98,36 @@ def without_tokens(result: Result) -> Result:
     )
 
 
-class _Answer:
-    """Makes the objects of one answer."""
+class _Answer(ChoiceAnswer[CompletionFields]):
+    id_prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, request: Request, fields: CompletionFields, prompts: Sequence[Sequence[int]]) -> None:
-        self.request = request
-        self.fields = fields
-        self.prompts = prompts
-        self.model: ServedModel = request.app.state.model
-        self.head = shapes.head("cmpl", "text_completion", self.model.name)
+        super().__init__(request, fields, prompts)
         self._offsets: Counter[int] = Counter()  # characters of the tokens that each choice of a stream has told of
 
-    def whole(self, results: Sequence[Result]) -> dict[str, Any]:
-        """The whole answer as one object."""
-        choices = [self._choice(index, result) for index, result in enumerate(results)]
-        return self.head | {"choices": choices, "usage": shapes.usage(results, self.prompts)}
+    def shown(self, result: Result) -> Result:
+        return without_tokens(result) if self.fields.max_tokens == 0 else result
 
-    def _choice(self, index: int, result: Result) -> dict[str, Any]:
+    def whole(self, index: int, result: Result) -> dict[str, Any]:
         tokenizer = self.model.tokenizer
-        echoed = tokenizer.detokenize(result.prompt_ids) if self.fields.echo else ""
-        text = echoed + answer_text(result, tokenizer.detokenize)
-        choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": result.finish_reason}
+        text = tokenizer.detokenize(result.prompt_ids) if self.fields.echo else ""
+        text += answer_text(result, tokenizer.detokenize)
+        found = None
         if self.fields.logprobs is not None:
             entries = logprobs.of_prompt(result) if self.fields.echo else []
             is_empty = not result.token_ids and self.fields.max_tokens != 0
             entries += logprobs.of_answer(result)
-            choice["logprobs"] = logprobs.completion_object(entries, tokenizer, is_empty=is_empty)
-        return choice | self._extras(result)
+            found = logprobs.completion_object(entries, tokenizer, is_empty=is_empty)
+        return self.choice(index, {"text": text}, logprobs=found, result=result)
 
-    def _extras(self, result: Result) -> dict[str, Any]:
-        if self.fields.multiverse is None:
-            return {}
-        return {"multiverse": shapes.multiverse(result, tree=self.fields.ours.return_tree)}
+    async def opening(self, index: int) -> dict[str, Any]:
+        prompt = self.prompts[index // self.fields.count]
+        return self.choice(index, {"text": await self.model.detokenize(prompt) if self.fields.echo else ""})
 
-    async def events(self, batch: Batch) -> AsyncGenerator[bytes, None]:
-        """The answer as a stream."""
-        count, results = self.fields.count, []
-        for index in range(len(batch.generations)):  # choices open in the order of their index
-            echoed = await self.model.detokenize(self.prompts[index // count]) if self.fields.echo else ""
-            yield self._chunk({"index": index, "text": echoed, "logprobs": None, "finish_reason": None})
-        async for piece in pieces(self.request, batch, self.fields):
-            if piece is None:
-                yield PING
-                continue
-            yield self._chunk(self._delta(piece))
-            if piece.result is not None:
-                results.append(piece.result)
-        if self.fields.wants_usage:
-            yield event(self.head | {"choices": [], "usage": shapes.usage(results, self.prompts)})
-        yield DONE
-
-    def _chunk(self, choice: dict[str, Any]) -> bytes:
-        usage = {"usage": None} if self.fields.wants_usage else {}
-        return event(self.head | {"choices": [choice]} | usage)
-
-    def _delta(self, piece: Piece) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": piece.index, "text": piece.text, "logprobs": None, "finish_reason": None}
-        choice |= shapes.branch_label(piece)
+    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        found = None
         if self.fields.logprobs is not None:
             found = logprobs.completion_object(piece.tokens, self.model.tokenizer, offset=self._offsets[piece.index])
             self._offsets[piece.index] += sum(map(len, found["tokens"]))
-            choice["logprobs"] = found
-        if piece.result is not None:
-            choice["finish_reason"] = piece.result.finish_reason
-            choice |= self._extras(piece.result)
-        return choice
+        content = {"text": piece.text} | shapes.branch_label(piece)
+        return [self.choice(piece.index, content, logprobs=found, result=piece.result)]
