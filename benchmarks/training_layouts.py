@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.kernels.cases import TAG_IDS, WORD, make_ids
 from benchmarks.kernels.record import Recorder
@@ -118,8 +119,7 @@ class PackedRows:
         while True:
             generator = torch.Generator().manual_seed(self._number * self._size + self._rank)
             self._number += 1
-            words = torch.randint(0, self._words, self._ids.shape, generator=generator)
-            ids = torch.where(self._ids == WORD, words, self._ids)
+            ids = torch.where(self._ids == WORD, self.draw_words(generator), self._ids)
             yield {
                 "input_ids": ids[:, :-1],
                 "labels": ids[:, 1:],
@@ -130,6 +130,10 @@ class PackedRows:
                 "sample_ids": torch.zeros(self._documents.shape[:2], dtype=torch.int64),
                 "malformed": torch.zeros(self._documents.shape[:2], dtype=torch.bool),
             }
+
+    def draw_words(self, generator: torch.Generator) -> Tensor:
+        """A word for every token of a row, int64 [1, tokens + 1]."""
+        return torch.randint(0, self._words, self._ids.shape, generator=generator)
 
     def sample_name(self, sample_id: int) -> str:
         """All rows have the same structure."""
@@ -194,15 +198,17 @@ def run_config(o: Options, model: ModelConfig, layout: dict[str, Any]) -> TrainC
     )  # fmt: skip
 
 
-def measure(o: Options, model: ModelConfig, layout: dict[str, Any], ranks: Ranks) -> Measured:
-    """Train so many steps in one layout."""
+def measure(
+    o: Options, model: ModelConfig, layout: dict[str, Any], ranks: Ranks, rows: type[PackedRows] = PackedRows
+) -> Measured:
+    """Train so many steps in one layout, on rows of this kind."""
     config = run_config(o, model, layout)
     config.parallel.check_model(model)
     with joined_groups(config):
         from megatron_multiverse.model.mcore import data_parallel_rank
 
         size = config.parallel.data_parallel_size
-        loader = PackedRows(o.case, o.tokens, TAG_IDS[0], data_parallel_rank(), size)
+        loader = rows(o.case, o.tokens, TAG_IDS[0], data_parallel_rank(), size)
         engine = build_engine(config, model, loader, None)
         on_gpu = engine.device.type == "cuda"
         if on_gpu:
