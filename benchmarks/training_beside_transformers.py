@@ -3,7 +3,8 @@
 Theirs is transformers' Qwen2 with a dense 4-D mask through torch's scaled_dot_product_attention, gradient checkpointing
 and bf16 autocast. Both train the same weights on the same packed rows, with the same optimizer, one after the other in
 one call; a loss that differs is not recorded. Beside them stands our code with TransformerEngine's plain causal
-attention, which is another model, but what the mask costs. Running out of memory is a result, too.
+attention, which is another model, but what the mask costs. Running out of memory is a result, too. Beside our step
+stands what it waits for before its forward pass: the scan of its structure, and the loader (training_input.py).
 
     python -m benchmarks.training_beside_transformers
     python -m benchmarks.training_beside_transformers --case wide --tokens 16384
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.kernels.cases import TAG_IDS
 from benchmarks.kernels.record import Recorder
+from benchmarks.training_input import input_costs
 from benchmarks.training_layouts import RESULTS, WARM_UP, PackedRows, run_config, shape_of
 from benchmarks.training_layouts import Options as LayoutOptions
 from megatron_multiverse.checkpoints.formats.hf_config import model_config_to_hf
@@ -49,6 +51,7 @@ from megatron_multiverse.training.start import chosen_layers, dtypes
 
 Train = Callable[[Sequence[Microbatch]], Tensor]
 """One optimizer step on these microbatches; the mean loss over their trained tokens before it."""
+OURS = "ours"
 TOLERANCE = {"bf16": 1e-2, "float32": 1e-4}
 """Largest relative difference of a loss from that of the first runner."""
 SEED = 0
@@ -198,7 +201,7 @@ def dense_mask(r: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 RUNNERS: dict[str, Callable[[Options, int, PackedRows], Train]] = {
-    "ours": ours,
+    OURS: ours,
     "ours, full recompute": lambda *args: ours(*args, recompute="full"),
     "transformers, dense mask, checkpointing": theirs,
     "ours with TE causal attention": lambda *args: ours(*args, causal=True),
@@ -215,6 +218,8 @@ class Measured:
     losses: list[float]
     seconds: float
     memory_gib: float
+    input_costs: dict[str, Any]
+    """See `training_input.input_costs`; measured for our own steps alone."""
 
 
 def measure(o: Options, name: str, tokens: int, batches: Iterator[Microbatch], rows: PackedRows) -> Measured | None:
@@ -233,8 +238,10 @@ def measure(o: Options, name: str, tokens: int, batches: Iterator[Microbatch], r
             times.append(time.perf_counter() - started)
     except torch.cuda.OutOfMemoryError:
         return None
-    memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
-    return Measured([float(loss) for loss in losses], statistics.median(times[WARM_UP:]), memory)
+    memory, seconds = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0, statistics.median(times[WARM_UP:])
+    placer = TokenPlacer(rows, choose_device("auto"), "auto")
+    costs = input_costs(placer, next(batches), seconds) if name == OURS else {}
+    return Measured([float(loss) for loss in losses], seconds, memory, costs)
 
 
 def compare(o: Options, tokens: int, names: list[str], recorder: Recorder | None) -> None:
@@ -262,7 +269,7 @@ def compare(o: Options, tokens: int, names: list[str], recorder: Recorder | None
                 "time_beside_ours": found.seconds / first.seconds,
                 "last_loss": found.losses[-1],
             }
-            report(recorder, {**case, "result": "ran", **numbers})
+            report(recorder, {**case, "result": "ran", **numbers, **found.input_costs})
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -308,7 +315,8 @@ def main() -> None:
         recorder.table(
             "Training steps (forward, backward, optimizer) of one model from the same weights on the same packed rows, "
             f"one row a step, on one GPU; median of {o.steps - WARM_UP} steps. model_tflops counts visible pairs; "
-            "time_beside_ours is the time of a step divided by that of the first runner at this length."
+            "time_beside_ours is the time of a step divided by that of the first runner at this length; "
+            "scan_and_data_share is what laying out a row on the GPU and waiting for the loader take of our step."
         )
 
 
