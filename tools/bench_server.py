@@ -3,9 +3,11 @@
 Example:
     python tools/bench_server.py --url http://127.0.0.1:5000 --concurrency 1 8 32
     python tools/bench_server.py --url http://127.0.0.1:5000 --concurrency --rate 2 4 8 --num-requests 100
+    python tools/bench_server.py --url http://127.0.0.1:5000 --forced-branches 8 --forced-tokens 128
 
 Works with any server that has OpenAI's /v1/completions with streams and usage. --concurrency is a closed loop, --rate
-an open one with clients at random times. Tokens of all branches count.
+an open one with clients at random times. Tokens of all branches count. --forced-branches begins every answer with a
+block of so many paths of equal length, whatever the weights are: fixed work, which needs no trained model.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ async def run() -> None:
         case = f"concurrency {row['concurrency']}" if "concurrency" in row else f"rate {row['rate']:g}/s"
         print(
             f"{case}: {row['tokens_per_second']:.0f} tokens/s, num_parallel {row['num_parallel']:.2f}, "
+            f"{row['tokens_per_answer']:.0f} tokens per answer, "
             f"TTFT {row['ttft_ms_p50']:.0f} / {row['ttft_ms_p95']:.0f} / {row['ttft_ms_p99']:.0f} ms, "
             f"per token {row['tpot_ms_p50']:.1f} / {row['tpot_ms_p95']:.1f} / {row['tpot_ms_p99']:.1f} ms, "
             f"answer {row['latency_ms_p50']:.0f} / {row['latency_ms_p95']:.0f} / {row['latency_ms_p99']:.0f} ms "

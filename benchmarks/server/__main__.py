@@ -3,12 +3,14 @@
 Example:
     python -m benchmarks.server --model-preset qwen2.5-7b --output runs/server.json
     python -m benchmarks.server --model-preset tiny --dtype float32 --context 64 --new-tokens 64 --batch 1 8
+    python -m benchmarks.server --parts forks --model-preset qwen2.5-7b --batch 1 8 32
     python -m benchmarks.server --parts stalls --device cpu
     python -m benchmarks.server --parts reprefill
 
 overhead: tokens per second of the server, whole answers and streams, beside those of `Engine` in this process, for the
 same requests at once; and the time to the first token of a request that is alone. The engine of the server is the same
-build over the same weights, which lie in a temporary folder. stalls: how long the engine's steps take while clients
+build over the same weights, which lie in a temporary folder. forks: answers that begin with a block of equal paths, in
+closed and open loop, and with one path at a time. stalls: how long the engine's steps take while clients
 disturb the HTTP process, beside how long they take without them (the quickstart's model). reprefill: the same model
 served as a stock engine would, beside the engine: right answers, work, and how far log-probabilities move.
 """
@@ -31,22 +33,28 @@ from megatron_multiverse.config.choices import DType
 class ServerBenchConfig:
     """What is measured."""
 
-    parts: tuple[Literal["overhead", "stalls", "reprefill"], ...] = ("overhead",)
+    parts: tuple[Literal["overhead", "forks", "stalls", "reprefill"], ...] = ("overhead",)
     """Measurements to make."""
     model_preset: str = "qwen2.5-1.5b"
-    """overhead: published shape; model/families.py lists them."""
+    """overhead, forks: published shape; model/families.py lists them."""
     dtype: DType = "bf16"
-    """overhead: of weights and cache."""
+    """overhead, forks: of weights and cache."""
     batch: tuple[int, ...] = (1, 32)
-    """overhead: requests at once."""
+    """overhead, forks: requests at once."""
     context: int = 1024
-    """overhead: tokens of each prompt; no two begin alike."""
+    """overhead, forks: tokens of each prompt; no two begin alike."""
     new_tokens: int = 256
-    """overhead: tokens that each request writes."""
+    """overhead: tokens that each request writes. forks: those of each path."""
+    branches: int = 8
+    """forks: paths of the block."""
+    requests: int = 32
+    """forks: answers in each case."""
+    load: tuple[float, ...] = (0.5, 0.9)
+    """forks: clients per second in the open loop, as shares of the answers per second of the largest closed loop."""
     prompt: int = 1024
     """overhead: tokens of the prompt whose first token is waited for."""
     repeats: int = 5
-    """overhead: measurements of each case after one that does not count; all are reported."""
+    """overhead: measurements of each case after one that does not count; all are reported. forks: no warm-up."""
     teraflops: float = 790.0
     """overhead: what the device computes at most, for the bound of the first token; default: an H200 in bf16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -61,6 +69,7 @@ class ServerBenchConfig:
 
 def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as the server that it starts has it
+    from benchmarks.server.forks import measure_forks
     from benchmarks.server.overhead import measure_overhead
     from benchmarks.server.reprefill import measure_reprefill
     from benchmarks.server.stalls import measure_stalls
@@ -70,6 +79,8 @@ def main() -> None:
     report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.strip()}
     if "overhead" in config.parts:
         report["overhead"] = measure_overhead(config)
+    if "forks" in config.parts:
+        report["forks"] = measure_forks(config)
     if "stalls" in config.parts:
         report["stalls"] = measure_stalls(config)
     if "reprefill" in config.parts:

@@ -39,16 +39,12 @@ TEXT = "/v1/completions"
 def measure_overhead(config: ServerBenchConfig) -> dict[str, Any]:
     """Figures of both ways."""
     device = choose_device("auto")
-    shape = preset(config.model_preset)
     longest = max(config.context + config.new_tokens, config.prompt + 1)
     engine_config = EngineConfig(
         page_size=16, num_pages=max(config.batch) * (-(-longest // 16) + 2), max_rows=max(8, *config.batch)
     )
     with tempfile.TemporaryDirectory() as folder:
-        model = random_model(shape, DTYPES[config.dtype], device)
-        parameters = sum(weight.numel() for weight in model.parameters())
-        save_model(model, shape, folder)
-        del model
+        parameters = save_random_model(config, folder)
         prompts = Prompts(build_tokenizer("HuggingFaceTokenizer", TOKENIZER).vocab_size)
         own = _engine_figures(config, folder, engine_config, prompts)
         if device.type == "cuda":
@@ -69,6 +65,14 @@ def measure_overhead(config: ServerBenchConfig) -> dict[str, Any]:
     ]
     _show(report)
     return report
+
+
+def save_random_model(config: ServerBenchConfig, folder: str) -> int:
+    """Write random weights of the asked shape; returns how many there are."""
+    shape = preset(config.model_preset)
+    model = random_model(shape, DTYPES[config.dtype], choose_device("auto"))
+    save_model(model, shape, folder)
+    return sum(weight.numel() for weight in model.parameters())
 
 
 class Prompts:

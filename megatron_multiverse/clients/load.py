@@ -18,10 +18,13 @@ from typing import Any
 
 import httpx2
 
-from megatron_multiverse.clients.http import ServerError, connect, get, stream
+from megatron_multiverse.clients.http import ServerError, connect, get, post, stream
 from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.structure import TAGS
 
 QUANTILES = (50, 95, 99)
+CONCLUSION_TOKENS = 64
+"""After the paths of a forced block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,12 @@ class LoadConfig:
     """0 is greedy."""
     max_concurrent_branches: int | None = None
     """1 asks for one branch at a time, to compare; needs this project's server."""
+    forced_branches: int = 0
+    """Paths of a block that every answer begins with, whatever the weights are, instead of what the model makes of the
+    prompt: fixed work, with no trained model; 0 is off. --max-tokens has no effect then; needs this project's
+    server."""
+    forced_tokens: int = 128
+    """Tokens that each of these paths writes."""
     slo_ttft_ms: float = 1000.0
     """Goodput counts answers whose first token came within this time."""
     slo_tpot_ms: float = 50.0
@@ -66,6 +75,8 @@ class LoadConfig:
     def __post_init__(self) -> None:
         if min([self.num_requests, self.repeats, *self.concurrency, *self.rate], default=1) <= 0:
             raise ConfigError("num_requests, repeats, concurrency and rate must be above 0")
+        if self.forced_branches < 0 or self.forced_tokens < 2:
+            raise ConfigError("forced_branches must not be negative (0 is off), forced_tokens at least 2")
 
 
 @dataclass
@@ -77,6 +88,8 @@ class Answer:
     last: float
     tokens: int
     critical: int
+    paths: int = 0
+    """That the answer forked; known of this project's server where the request has the object `multiverse`."""
     error: str = ""
 
     @property
@@ -100,6 +113,8 @@ async def measure(config: LoadConfig) -> AsyncIterator[dict[str, Any]]:
     async with connect(config.url) as client:
         name = config.model or (await get(client, "/v1/models"))["data"][0]["id"]
         bodies = [body | {"model": name} for body in bodies]
+        if config.forced_branches:
+            bodies = [await _with_forced_block(client, config, body) for body in bodies]
         for k in range(config.warmup):
             await _ask(client, bodies[k % len(bodies)], strict=True)
         for repeat in range(config.repeats):
@@ -132,15 +147,39 @@ def _bodies(config: LoadConfig) -> Iterator[dict[str, Any]]:
         yield body
 
 
+async def _with_forced_block(client: httpx2.AsyncClient, config: LoadConfig, body: dict[str, Any]) -> dict[str, Any]:
+    """The body, asking for a block of equal paths and a conclusion. No tag but those of the block is drawn, so the work
+    is the same whatever the weights are."""
+
+    async def ids(text: str) -> list[int]:
+        found: list[int] = (await post(client, "/tokenize", {"prompt": text}))["tokens"]
+        return found
+
+    labels = range(1, config.forced_branches + 1)
+    outlines = "".join(f"\n<Outline>\n{label}: part\n</Outline>" for label in labels)
+    header = f"<Parallel>\n<Goal>{outlines}\n</Goal>"
+    forced = len(await ids(header)) + sum([len(await ids(f"\n<Path>\n{label}:")) for label in labels])
+    ours = body.get("multiverse", {}) | {"answer_start": header, "branch_max_tokens": config.forced_tokens}
+    return body | {
+        "max_tokens": forced + config.forced_branches * config.forced_tokens + CONCLUSION_TOKENS,
+        "ignore_eos": True,
+        "logit_bias": {str(token): -100 for tag in TAGS for token in await ids(tag)},
+        "multiverse": ours,
+    }
+
+
 async def _ask(client: httpx2.AsyncClient, body: dict[str, Any], *, strict: bool = False) -> Answer:
     came = time.monotonic()
     answer = Answer(came, came, came, 0, 0)
+    blocks: list[dict[str, Any]] = []
     try:
         async for chunk in stream(client, "/v1/completions", body):
             now = time.monotonic()
             if any(choice["text"] for choice in chunk["choices"]):
                 answer.first = now if answer.first == came else answer.first
                 answer.last = now
+            for choice in chunk["choices"]:
+                blocks += choice.get("multiverse", {}).get("blocks", [])
             if usage := chunk.get("usage"):
                 answer.tokens = usage["completion_tokens"]
                 answer.critical = usage.get("critical_tokens", answer.tokens)
@@ -148,6 +187,7 @@ async def _ask(client: httpx2.AsyncClient, body: dict[str, Any], *, strict: bool
         if strict:
             raise
         answer.error = str(error) or type(error).__name__
+    answer.paths = sum(len(block["branches"]) for block in blocks)
     return answer
 
 
@@ -187,6 +227,8 @@ def _row(config: LoadConfig, answers: Sequence[Answer], start: float, case: dict
         "answers_per_second": round(len(served) / seconds, 3) if seconds else 0.0,
         "goodput_per_second": round(good / seconds, 3) if seconds else 0.0,
         "num_parallel": round(tokens / max(1, sum(answer.critical for answer in served)), 3),
+        "tokens_per_answer": round(tokens / max(1, len(served)), 1),
+        "paths_per_answer": round(sum(answer.paths for answer in served) / max(1, len(served)), 2),
     }
     for name, values in {
         "ttft_ms": [answer.ttft * 1e3 for answer in served],

@@ -25,7 +25,7 @@ from megatron_multiverse.inference.scheduler import Scheduler
 from megatron_multiverse.inference.step.runner import PendingOutput, Runner
 from megatron_multiverse.inference.step.sampler import Sampler
 from megatron_multiverse.inference.text.answer import make_result
-from megatron_multiverse.inference.text.commit import close_all, commit_token
+from megatron_multiverse.inference.text.commit import begin_answer, close_all, commit_token
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, Written
@@ -132,6 +132,7 @@ class Engine:
         states = self.intake.take(request, on_token)
         for state in states:
             state.use_weights(self.weight_version)
+            begin_answer(state)
         self.scheduler.waiting += states
         return states[0].request_id
 

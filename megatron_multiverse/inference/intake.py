@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_multiverse.config.engine import EngineConfig
+from megatron_multiverse.config.sampling import SamplingParams
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference.text.prompt_scores import PromptScores
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, new_state
-from megatron_multiverse.structure import StructureMachine, StructureVocab
+from megatron_multiverse.structure import Event, StructureMachine, StructureVocab
 
 
 class Intake:
@@ -50,15 +51,11 @@ class Intake:
             GenerationError: see `check`.
         """
         self.check(request)
-        first, sampling, config = self.next_id, request.sampling, self.config
+        first, sampling = self.next_id, request.sampling
         scores = None if sampling.prompt_logprobs is None else PromptScores(first, len(request.prompt_ids))
         states = []
         for k in range(sampling.n):
-            machine = StructureMachine(
-                self.vocab,
-                max_depth=_smaller(config.max_depth, sampling.max_depth),
-                max_paths=_smaller(config.max_paths, sampling.max_paths),
-            )
+            machine = self._machine(sampling)
             answer = dataclasses.replace(request, sample=request.sample + k) if k else request
             state = new_state(first + k, answer, machine, self.max_position, on_token, self.detokenize)
             state.scores = scores
@@ -102,6 +99,38 @@ class Intake:
                     f"stop token {token} is the structure tag {self.vocab.tag_of[token].text}, which the engine reads "
                     "itself; leave it out (max_depth 0 in EngineConfig keeps answers from forking)"
                 )
+
+        self._check_start(request, prompt)
+
+    def _machine(self, sampling: SamplingParams) -> StructureMachine:
+        """The grammar of an answer that has not begun, with the limits of engine and request."""
+        return StructureMachine(
+            self.vocab,
+            max_depth=_smaller(self.config.max_depth, sampling.max_depth),
+            max_paths=_smaller(self.config.max_paths, sampling.max_paths),
+        )
+
+    def _check_start(self, request: Request, prompt: int) -> None:
+        ids, sampling, machine = request.answer_start, request.sampling, self._machine(request.sampling)
+        for index, token in enumerate(ids):
+            self._check_id(f"token {index} of answer_start", token)
+            event, problem = machine.push(token), machine.problem
+            if problem is not None:
+                raise GenerationError(
+                    f"answer_start breaks the grammar at token {index}: found {problem.found}, expected "
+                    f"{problem.expected}"
+                )
+            if event is Event.FORK and index + 1 < len(ids):
+                raise GenerationError(
+                    f"answer_start goes on after the </Goal> at token {index}, where its paths begin; end it there"
+                )
+        most = min(sampling.max_tokens, sampling.max_critical_tokens or sampling.max_tokens, self.max_position - prompt)
+        needed = len(ids) + len(machine.closing_ids())
+        if needed > most:
+            raise GenerationError(
+                f"answer_start, and what closes it, take {needed} tokens; max_tokens, max_critical_tokens and the "
+                f"positions of the model leave {most}"
+            )
 
     def _check_id(self, what: str, token: int) -> None:
         limit = self.num_ids

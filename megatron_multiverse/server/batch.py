@@ -50,6 +50,8 @@ class Asked:
     """Names of the prompts, to abort them by."""
     replay_structure: Sequence[tuple[int, int]] = ()
     """Where in the prompt, which is the only one then, earlier answers stand whose blocks are laid out again."""
+    answer_start: Sequence[int] = ()
+    """Ids that each answer begins with."""
 
 
 @dataclasses.dataclass(eq=False)

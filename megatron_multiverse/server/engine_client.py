@@ -198,6 +198,7 @@ class EngineClient:
                     "stream": stream,
                     "cache_salt": cache_salt,
                     "replay_structure": asked.replay_structure,
+                    "answer_start": asked.answer_start,
                 }
             )
         self._idle.clear()

@@ -161,6 +161,7 @@ class EngineHost:
                 sample=start,
                 cache_salt=message["cache_salt"],
                 replay_structure=message["replay_structure"],
+                answer_start=message["answer_start"],
             )
             own = self.engine.add_request(request, on_token=self._hear if message["stream"] else None)
             for k, number in enumerate(ids[start : start + together]):

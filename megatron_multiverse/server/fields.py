@@ -73,6 +73,8 @@ class MultiverseFields(Fields):
     """A try succeeds when it ends and its text has this in it."""
     replay_structure: bool = False
     """Chat: lay out the blocks of earlier answers as they were generated; else their tags are text."""
+    answer_start: str = ""
+    """Text that the answer begins with. Its tags count: a block's header, up to `</Goal>`, forks."""
     separate_reasoning: bool = False
     """Whether the thought, what stands between the Think tags, comes as `reasoning_content` instead of as content."""
 
@@ -213,8 +215,9 @@ def make_sampling(ours: MultiverseFields, *, seed: int | None, **values: Any) ->
     Raises:
         ApiError: 400, naming the field.
     """
-    if not ours.enabled and ours.on_malformed == "error":
-        raise refuse("on_malformed", "with enabled false no tag means anything; leave one of them out")
+    for name, is_given in (("on_malformed", ours.on_malformed == "error"), ("answer_start", bool(ours.answer_start))):
+        if is_given and not ours.enabled:
+            raise refuse(name, "with enabled false no tag means anything; leave one of them out")
     try:
         return SamplingParams(
             seed=secrets.randbits(63) if seed is None else seed,

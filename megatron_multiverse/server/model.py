@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.server.config import ServerConfig
 from megatron_multiverse.server.errors import ApiError, refuse
+from megatron_multiverse.structure.trajectory import cut_at_labels
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,10 @@ class ServedModel:
         if sum(map(len, texts)) < THREAD_CHARACTERS:
             return self.tokenizer.tokenize_batch(texts)
         return await asyncio.to_thread(self.tokenizer.tokenize_batch, texts)
+
+    async def tokenize_answer(self, text: str) -> list[int]:
+        """Ids of text that belongs to an answer: its labels end where tokens end."""
+        return list(itertools.chain.from_iterable(await self.tokenize(cut_at_labels(text)))) if text else []
 
     async def detokenize(self, ids: Sequence[int]) -> str:
         """Text of ids, tags included."""

@@ -76,6 +76,16 @@ def commit_token(
         _settle_around(state, branch)
 
 
+def begin_answer(state: RequestState) -> None:
+    """Write what the request says that its answer begins with (`Request.answer_start`)."""
+    root, ids = state.root, state.request.answer_start
+    if ids:
+        event = _force(state, root, ids)
+        _check_forced(state, root, len(ids))
+        if event is _FORK and root.finish is None:
+            _fork(state, root)
+
+
 def close_all(state: RequestState, finish: FinishReason) -> None:
     """End every branch of a request where it stands, with its structure closed."""
     state.finish_reason = finish
@@ -109,10 +119,11 @@ def _refuse(state: RequestState, branch: Branch, problem: Problem) -> None:
     )
 
 
-def _force(state: RequestState, branch: Branch, ids: Sequence[int], *, heard: bool = True) -> None:
-    """Append tokens that nobody drew, and have them heard."""
+def _force(state: RequestState, branch: Branch, ids: Sequence[int], *, heard: bool = True) -> Event:
+    """Append tokens that nobody drew, and have them heard; returns what the last of them did."""
+    event = Event.TEXT
     for token in ids:
-        branch.machine.push(token)
+        event = branch.machine.push(token)
     count = len(ids)
     branch.ids += ids
     branch.positions += range(branch.next_position, branch.next_position + count)
@@ -124,6 +135,7 @@ def _force(state: RequestState, branch: Branch, ids: Sequence[int], *, heard: bo
     branch.room -= count
     if heard and state.on_token is not None:
         state.unheard.append((branch.name, Written(ids)))
+    return event
 
 
 def _check_forced(state: RequestState, branch: Branch, count: int) -> None:

@@ -46,9 +46,14 @@ class Request:
     """[start, end) in `prompt_ids` of each earlier answer of the model whose blocks are to be laid out as they were
     generated: paths beside each other, what follows after the longest of them. Elsewhere, and without it everywhere,
     tags are text, read causally."""
+    answer_start: Sequence[int] = ()
+    """What the answer begins with, as ids that nobody draws. Unlike a prompt's its tags count: the header of a block,
+    up to its `</Goal>`, forks, so a client can say what is to be done in parallel. Counts towards the budgets."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_ids", tuple(whole_number("prompt_ids", token) for token in self.prompt_ids))
+        start = tuple(whole_number("answer_start", token) for token in self.answer_start)
+        object.__setattr__(self, "answer_start", start)
         object.__setattr__(self, "sample", whole_number("sample", self.sample))
         if self.accept is not None and not self.sampling.commit_after:
             raise GenerationError("accept says which paths succeed; set commit_after in the sampling parameters, too")

@@ -109,6 +109,7 @@ async def chat_completions(request: Request) -> Response:
         count=fields.count,
         cache_salt=fields.cache_salt,
         replay_structure=replayed,
+        answer_start=await model.tokenize_answer(fields.ours.answer_start),
     )
     return await _Answer(request, fields, [prompt]).respond(asked)
 

@@ -57,7 +57,13 @@ async def completions(request: Request) -> Response:
     scored = fields.logprobs if fields.echo else None
     # The engine writes at least one token. Where none is asked for, it is left out of the answer.
     sampling = fields.sampling(model, limits, max(1, max_tokens), fields.logprobs or 0, scored)
-    asked = Asked(prompts=prompts, sampling=sampling, count=fields.count, cache_salt=fields.cache_salt)
+    asked = Asked(
+        prompts=prompts,
+        sampling=sampling,
+        count=fields.count,
+        cache_salt=fields.cache_salt,
+        answer_start=await model.tokenize_answer(fields.ours.answer_start),
+    )
     return await _Answer(request, fields, prompts).respond(asked)
 
 

@@ -63,8 +63,9 @@ async def api(request: Request) -> Response:
     prompts = await _prompts(fields, model)
     stop = [] if fields.stop_token is None else [fields.stop_token]
     model.check_ids("stop_token", stop)
+    ours = fields.multiverse or MultiverseFields()
     sampling = make_sampling(
-        fields.multiverse or MultiverseFields(),
+        ours,
         max_tokens=max(1, fields.tokens_to_generate),
         prompt_logprobs=0 if fields.logprobs else None,
         stop=("\n",) if fields.stop_on_eol else (),
@@ -74,7 +75,8 @@ async def api(request: Request) -> Response:
         seed=fields.random_seed,
         stop_token_ids=(*stop, *model.end_ids),
     )
-    results = await complete(request, Asked(prompts=prompts, sampling=sampling))
+    start = await model.tokenize_answer(ours.answer_start)
+    results = await complete(request, Asked(prompts=prompts, sampling=sampling, answer_start=start))
     if fields.tokens_to_generate == 0:
         results = [without_tokens(result) for result in results]
     return JSONResponse(await _answer(fields, model, results))

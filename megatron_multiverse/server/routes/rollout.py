@@ -79,7 +79,14 @@ async def generate(request: Request) -> Response:
     sampling = drawn.sampling(model, limits, drawn.max_new_tokens or DEFAULT_MAX_TOKENS, fields.top_logprobs_num)
     rids = _rids(fields.rid, len(prompts))
     started = time.monotonic()
-    asked = Asked(prompts=prompts, sampling=sampling, count=drawn.count, cache_salt=drawn.cache_salt, rids=rids)
+    asked = Asked(
+        prompts=prompts,
+        sampling=sampling,
+        count=drawn.count,
+        cache_salt=drawn.cache_salt,
+        rids=rids,
+        answer_start=await model.tokenize_answer(drawn.ours.answer_start),
+    )
     results = await complete(request, asked)
     seconds = time.monotonic() - started
     versions = request.app.state.client.control.versions

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 
 from megatron_multiverse.inference import Engine, Request, Result
 from megatron_multiverse.structure import lay_out, parse
 
-from .test_engine import assert_balanced
+from .test_engine import assert_balanced, goal
 from .test_shaping import random_params
 from .test_soup import check_paths
 from .test_trial import by_length
@@ -68,7 +69,10 @@ def random_request(rng: random.Random, sample: int, *, max_tokens: int, seed: in
     extra["on_malformed"] = "error" if rng.random() < 0.3 and not extra["commit_after"] else "serial"
     params = random_params(rng, **extra)
     accept = by_length(rng.randrange(3)) if params.commit_after and rng.random() < 0.7 else None
-    return Request(prompt_ids=random_prompt(rng, 25), sampling=params, sample=sample, accept=accept)
+    begins = max_tokens > 80 and params.max_critical_tokens is None and rng.random() < 0.3
+    start = goal(rng.randint(1, 3)) if begins else ()
+    prompt = random_prompt(rng, 25)
+    return Request(prompt_ids=prompt, sampling=params, sample=sample, accept=accept, answer_start=start)
 
 
 def random_engine(rng: random.Random, **settings: object) -> Engine:
@@ -126,7 +130,7 @@ def test_random_trees_equal_one_forward(seed: int) -> None:
     for k in range(2):
         scripts.append(random_script(rng, depth=rng.choice([1, 2, 2, 3]), blocks=2, most_paths=3, text=6))
         request = random_request(rng, k, max_tokens=2000)
-        requests.append(changed(request, ignore_eos=False, **UNEDITED))
+        requests.append(replace(changed(request, ignore_eos=False, **UNEDITED), answer_start=()))
     sampler = ScriptedSampler(scripts)
     results = serve(engine := random_engine(rng, model=model, sampler=sampler), requests, rng, set())
     assert_drained(engine)

@@ -6,7 +6,9 @@ import asyncio
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +43,35 @@ def test_load_in_both_loops_counts_what_was_served(server: Running) -> None:
         assert 0 < row["ttft_ms_p50"] <= row["ttft_ms_p95"] <= row["ttft_ms_p99"] <= row["latency_ms_p99"]
     with pytest.raises(ConfigError):
         LoadConfig(rate=[0.0])
+
+
+def test_forced_blocks_are_the_same_work_whatever_is_asked(server: Running, tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in (PROMPT, "xyz", [5, 6, 7, 8])]
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    config = LoadConfig(
+        url=server.url,
+        prompts=tmp_path / "prompts.jsonl",
+        concurrency=[1, 3],
+        rate=[50.0],
+        num_requests=3,
+        warmup=0,
+        forced_branches=3,
+        forced_tokens=9,
+    )
+
+    async def rows(config: LoadConfig) -> list[dict[str, Any]]:
+        return [row async for row in measure(config)]
+
+    found = asyncio.run(rows(config))
+    in_turn = replace(config, concurrency=[1], rate=[], max_concurrent_branches=1)
+    for row in [*found, *asyncio.run(rows(in_turn))]:
+        assert row["num_errors"] == 0 and row["answers"] == 3 and row["paths_per_answer"] == 3
+        assert row["tokens_per_answer"] == found[0]["tokens_per_answer"] > 3 * 9
+        assert row["num_parallel"] == found[0]["num_parallel"] > 1.1
+    with pytest.raises(ServerError, match="at most"):
+        asyncio.run(rows(replace(config, forced_branches=500, warmup=1)))
+    with pytest.raises(ConfigError, match="forced_tokens at least 2"):
+        replace(config, forced_tokens=1)
 
 
 def test_load_reports_errors_and_goes_on(server: Running) -> None:

@@ -210,6 +210,31 @@ def test_tries_are_committed(client: openai.OpenAI) -> None:
     assert choice.multiverse["dropped_tokens"] > 0
 
 
+@pytest.mark.parametrize("mode", ["linear", "branches"])
+def test_clients_can_say_what_is_done_in_parallel(client: openai.OpenAI, mode: str) -> None:
+    """The header of a block, which the model would not have written for this prompt, and what it makes of it."""
+    start = "<Parallel>\n<Goal>\n<Outline>\n1: a\n</Outline>\n<Outline>\n2: b\n</Outline>\n</Goal>"
+    options = {"model": NAME, "prompt": "xyz", "max_tokens": 120, "temperature": 0}
+    asked = {"extra_body": {"multiverse": {"answer_start": start, "branch_max_tokens": 20, "stream_mode": mode}}}
+    choice = client.completions.create(**options, **asked).choices[0]  # type: ignore[call-overload]
+    assert choice.text.startswith(start + "\n<Path>\n1:") and "\n<Path>\n2:" in choice.text
+    (block,) = choice.multiverse["blocks"]
+    assert [branch["outline"] for branch in block["branches"]] == ["1:", "2:"]
+    chunks = list(client.completions.create(**options, **asked, stream=True))  # type: ignore[call-overload]
+    pieces = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    if mode == "linear":
+        assert "".join(piece.text for piece in pieces) == choice.text
+    else:
+        root = "".join(piece.text for piece in pieces if getattr(piece, "multiverse", {}).get("branch") == "")
+        assert root.startswith(start + "\n<Conclusion>")
+    messages = [{"role": "user", "content": "xyz"}]
+    answer = client.chat.completions.create(model=NAME, messages=messages, max_tokens=120, **asked)  # type: ignore[call-overload]
+    assert answer.choices[0].message.content.startswith(start + "\n<Path>")
+    asked["extra_body"]["multiverse"]["answer_start"] = start + "\n<Path>"
+    with pytest.raises(openai.BadRequestError, match="answer_start goes on after the </Goal>"):
+        client.completions.create(**options, **asked)  # type: ignore[call-overload]
+
+
 def test_paths_are_closed_at_their_limit(client: openai.OpenAI) -> None:
     options = {"model": NAME, "prompt": PROMPT, "max_tokens": 700, "temperature": 0}
     choice = client.completions.create(**options, extra_body={"multiverse": {"branch_max_tokens": 12}}).choices[0]  # type: ignore[call-overload]

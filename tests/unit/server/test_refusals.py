@@ -60,6 +60,7 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": "a", "multiverse": {"on_malformed": "error", "enabled": False}}, "on_malformed"),
     (TEXT, {"prompt": "a", "multiverse": {"on_malformed": "error", "commit_after": 1}}, "on_malformed"),
     (TEXT, {"prompt": "a", "multiverse": {"branch_max_tokens": 1}}, "multiverse"),
+    (TEXT, {"prompt": "a", "multiverse": {"answer_start": "b", "enabled": False}}, "answer_start"),
     (TEXT, {"prompt": "a", "min_p": 1.5}, "min_p"),
     (TEXT, {"prompt": "a", "min_tokens": 20, "max_tokens": 10}, "min_tokens"),
     (TEXT, {"prompt": "a", "presence_penalty": 3}, "presence_penalty"),
