@@ -16,7 +16,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         [rows], float32 or wider; not finite where the logits are not.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.float() if logits.dtype.itemsize < 4 else logits
     return -torch.nn.functional.cross_entropy(wide, tokens, reduction="none")
 
 

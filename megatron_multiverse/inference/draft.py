@@ -121,15 +121,13 @@ class Draft:
 
     def finish(self) -> Step:
         """The rows as arrays. Python work is per row, never per token."""
-        tree, book = self.tree, self.tree.book
-        counts = np.array(self._counts, dtype=np.int64)
-        borders = np.zeros(len(counts) + 1, dtype=np.int64)
-        np.cumsum(counts, out=borders[1:])
-        first = np.array(self._first_positions, dtype=np.int64)
-        widest = max([node.num_pages for node in self.nodes])
-        pages = np.full((len(counts), widest), book.num_pages, dtype=np.int32)
-        for line, node in zip(pages, self.nodes, strict=True):
-            line[: node.num_pages] = node.pages
+        tree, book, nodes = self.tree, self.tree.book, self.nodes
+        positions = np.array(self._first_positions, dtype=np.int64)
+        borders = np.arange(len(nodes) + 1)
+        if len(self._ids) > len(nodes):  # some rows bring more than a token
+            counts = np.array(self._counts, dtype=np.int64)
+            np.cumsum(counts, out=borders[1:])
+            positions = np.repeat(positions - borders[:-1], counts) + np.arange(borders[-1])
         copies, write_slots, write_tokens = tree.take_ledger()
         sources = np.full(len(self._ids), -1, dtype=np.int64)
         for token, row in self._sources:
@@ -138,10 +136,10 @@ class Draft:
             copies=copies,
             ids=np.array(self._ids, dtype=np.int64),
             sources=sources,
-            positions=np.repeat(first - borders[:-1], counts) + np.arange(borders[-1]),
+            positions=positions,
             borders=borders,
-            pages=pages,
-            lengths=np.array([node.length for node in self.nodes], dtype=np.int32),
+            pages=tree.table.gather(nodes),
+            lengths=np.array([node.length for node in nodes], dtype=np.int32),
             write_slots=write_slots,
             write_tokens=write_tokens,
             sample=np.array(self._sample, dtype=np.int64),

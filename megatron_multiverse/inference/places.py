@@ -107,7 +107,7 @@ class Places:
         self.nodes.clear()
         self._keys.clear()
         self.prefixes.forget()
-        self.tree.clear_ledger()
+        self.tree.reset()
         self.book.reset()
 
     def pages_of(self, state: RequestState) -> Iterator[list[int]]:

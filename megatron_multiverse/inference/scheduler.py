@@ -259,7 +259,7 @@ class Scheduler:
                 draft.pages_short = True
                 return
             self.active.append(self.waiting.popleft())
-            places.put(state, state.root, Node())
+            places.put(state, state.root, places.tree.root())
             if draft.row_room is not None:
                 draft.row_room[state] = 1
             self._feed_prompt(draft, state)

@@ -26,56 +26,91 @@ Slots = npt.NDArray[np.int64]
 """Places in the cache: page * page_size + offset in the page."""
 
 
+class PageTable:
+    """The page lists of all nodes, one line each, so that the lists of a step's rows are gathered in one operation.
+
+    Args:
+        padding: what a line holds after its list.
+    """
+
+    def __init__(self, padding: int) -> None:
+        self.padding = padding
+        self.lines: npt.NDArray[np.int32] = np.full((16, 16), padding, dtype=np.int32)
+        self.free: list[int] = list(range(16))
+
+    def take(self) -> int:
+        """A line with nothing in it."""
+        if not self.free:
+            self.free = list(range(len(self.lines), 2 * len(self.lines)))
+            self.lines = np.concatenate((self.lines, np.full_like(self.lines, self.padding)))
+        return self.free.pop()
+
+    def widen(self, width: int) -> None:
+        """Make room for lists of `width` pages."""
+        while self.lines.shape[1] < width:
+            self.lines = np.concatenate((self.lines, np.full_like(self.lines, self.padding)), axis=1)
+
+    def gather(self, nodes: list[Node]) -> npt.NDArray[np.int32]:
+        """The lists of these nodes, as far as the longest of them: int32 [nodes, pages], a copy."""
+        widest = max([node.num_pages for node in nodes])
+        return self.lines[:, :widest].take([node.line for node in nodes], axis=0)
+
+    def clear(self) -> None:
+        """There are no lists."""
+        self.lines.fill(self.padding)
+        self.free = list(range(len(self.lines)))
+
+
 class Node:
     """One sequence that can run.
 
     Attributes:
         length: tokens listed.
         num_pages: pages listed.
+        line: where the table lists them; -1 once the node is freed.
         base: index of its first own token; the tokens before it belong to the parent.
         last_page: the page that may be partly filled; -1 if there is none.
         parent: the node it was forked from.
         children: living nodes forked from it.
     """
 
-    __slots__ = ("_pages", "base", "children", "last_page", "length", "num_pages", "parent")
+    __slots__ = ("_table", "base", "children", "last_page", "length", "line", "num_pages", "parent")
 
-    def __init__(self, parent: Node | None = None) -> None:
+    def __init__(self, table: PageTable, parent: Node | None = None) -> None:
         self.length = 0
         self.base = 0
         self.last_page = -1
         self.parent = parent
         self.children: list[Node] = []
-        self._pages: npt.NDArray[np.int32] = np.empty(16, dtype=np.int32)
         self.num_pages = 0
+        self.line = table.take()
+        self._table = table
 
     @property
     def pages(self) -> npt.NDArray[np.int32]:
-        """Owned or shared pages, in order: int32, a view."""
-        return self._pages[: self.num_pages]
+        """Owned or shared pages, in order: int32, a view that holds until any list is changed."""
+        return self._table.lines[self.line, : self.num_pages]
 
     def add_pages(self, pages: PageList) -> None:
         """Append pages to the list."""
         need = self.num_pages + len(pages)
-        if need > len(self._pages):
-            grown = np.empty(max(need, 2 * len(self._pages)), dtype=np.int32)
-            grown[: self.num_pages] = self.pages
-            self._pages = grown
+        if need > self._table.lines.shape[1]:
+            self._table.widen(need)
         if len(pages):
-            self._pages[self.num_pages : need] = pages
+            self._table.lines[self.line, self.num_pages : need] = pages
             self.num_pages, self.last_page = need, int(pages[-1])
 
-    def drop_page(self) -> int:
-        """Stop listing the last page, and return it."""
-        dropped = self.last_page
-        self.num_pages -= 1
-        self.last_page = int(self._pages[self.num_pages - 1]) if self.num_pages else -1
-        return dropped
+    def keep_pages(self, count: int) -> None:
+        """Stop listing the pages after the first `count`."""
+        line = self._table.lines[self.line]
+        line[count : self.num_pages] = self._table.padding
+        self.num_pages, self.last_page = count, int(line[count - 1]) if count else -1
 
     def clear(self) -> None:
-        """List nothing any more."""
-        self.num_pages = self.length = 0
-        self.last_page = -1
+        """List nothing any more, and have no line."""
+        self.keep_pages(0)
+        self._table.free.append(self.line)
+        self.length, self.line = 0, -1
 
 
 class Ledger(NamedTuple):
@@ -90,16 +125,25 @@ class Ledger(NamedTuple):
     each slot."""
 
 
+_NO_COPIES: Slots = np.empty((0, 2), dtype=np.int64)
+
+
 class PageTree:
     """Operations on nodes that share one book."""
 
     def __init__(self, book: PageBook) -> None:
         self.book = book
         self.page_size = book.page_size
+        self.table = PageTable(padding=book.num_pages)
         self._offsets = np.arange(book.page_size, dtype=np.int64)
         # Where the content of a slot comes from: another slot as it is before the pass, or ~k, the pass's token k.
         self._source: dict[int, int] = {}
         self._num_tokens = 0
+        self._has_copies = False
+
+    def root(self) -> Node:
+        """A node that sees nothing yet."""
+        return Node(self.table)
 
     def append_cost(self, node: Node, count: int) -> int:
         """Pages that appending `count` tokens will take."""
@@ -145,7 +189,8 @@ class PageTree:
         text."""
         node.length -= 1
         if node.length % self.page_size == 0:
-            self.book.release([node.drop_page()])
+            self.book.release([node.last_page])
+            node.keep_pages(node.num_pages - 1)
 
     def truncate(self, node: Node, length: int) -> None:
         """Let a node end at an earlier token, of its own and before anything was joined into it. What was forked from
@@ -155,8 +200,8 @@ class PageTree:
             self.free(kid)
         kept = -(-length // self.page_size)
         self.book.release(node.pages[kept:])
-        node.num_pages, node.length = kept, length
-        node.last_page = int(node.pages[-1]) if kept else -1
+        node.keep_pages(kept)
+        node.length = length
 
     def _grow(self, node: Node, count: int) -> None:
         """Lengthen a node, with new pages where the open one is full."""
@@ -180,7 +225,7 @@ class PageTree:
         open_slots = self.slots(node, node.length - ragged, node.length)
         kids = []
         for k in range(count):
-            kid = Node(node)
+            kid = Node(self.table, node)
             self.book.retain(full)
             kid.add_pages(full)
             if ragged:
@@ -235,20 +280,30 @@ class PageTree:
         A source may be the target of a copy noted before (a join and the fork after it can be planned in one step):
         the new copy then follows the first one to its origin, so the order of copies does not matter.
         """
+        self._has_copies = True
         for here, there in zip(source.tolist(), target.tolist(), strict=True):
             self._source[there] = self._source.get(here, here)
 
     def take_ledger(self) -> Ledger:
         """What the pass has to do with slots; the next pass starts with an empty ledger."""
-        slots = np.fromiter(self._source, dtype=np.int64, count=len(self._source))
-        origins = np.fromiter(self._source.values(), dtype=np.int64, count=len(slots))
+        source = self._source
+        only_tokens = len(source) == self._num_tokens and not self._has_copies  # a slot each, in their order
         self.clear_ledger()
+        slots = np.fromiter(source, dtype=np.int64, count=len(source))
+        if only_tokens:
+            return Ledger(_NO_COPIES, slots, np.arange(len(source)))
+        origins = np.fromiter(source.values(), dtype=np.int64, count=len(source))
         copied, written = origins >= 0, origins < 0
         return Ledger(np.stack((origins[copied], slots[copied]), axis=1), slots[written], ~origins[written])
 
     def clear_ledger(self) -> None:
         """Forget what was noted: the pass will not happen."""
-        self._source, self._num_tokens = {}, 0
+        self._source, self._num_tokens, self._has_copies = {}, 0, False
+
+    def reset(self) -> None:
+        """There are no nodes."""
+        self.clear_ledger()
+        self.table.clear()
 
     def free(self, node: Node) -> None:
         """Give back the pages of `node` and of everything forked from it that still lives."""

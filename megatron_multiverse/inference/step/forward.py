@@ -51,14 +51,19 @@ class StepTensors:
         def up(array: npt.NDArray[np.generic]) -> Tensor:
             return torch.from_numpy(array).to(device)
 
-        in_order = device.type == "cpu" and np.array_equal(plan.write_tokens, np.arange(len(plan.ids)))
         ids, last = up(plan.ids), plan.borders[1:][plan.sample] - 1
+        slots, tokens = plan.write_slots, None
+        if device.type == "cpu" and len(slots) == len(plan.ids):  # each token has one slot
+            slots = np.empty_like(slots)
+            slots[plan.write_tokens] = plan.write_slots
+        else:
+            tokens = up(plan.write_tokens)
         return cls(
             ids=ids if plan.sources.max(initial=-1) < 0 else known_ids(ids, up(plan.sources), last_tokens),
             positions=up(plan.positions),
             logit_tokens=up(np.concatenate((last, plan.scored)) if len(plan.scored) else last),
-            write_slots=up(plan.write_slots),
-            write_tokens=None if in_order else up(plan.write_tokens),
+            write_slots=up(slots),
+            write_tokens=tokens,
             attention=TreeDecode(plan.pages, plan.lengths, plan.borders),
         )
 

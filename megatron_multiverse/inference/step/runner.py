@@ -28,8 +28,8 @@ class PendingOutput:
 
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event() if device.type == "cuda" else None
-        self._host = torch.empty(256, dtype=torch.int64, pin_memory=self._event is not None)
-        self._packed = self._host.view(2, -1)
+        self._pinned = torch.empty(256, dtype=torch.int64, pin_memory=self._event is not None)
+        self._packed = self._pinned.view(2, -1)
         self._rows = 0
         self._scores: Tensor | None = None
 
@@ -38,20 +38,22 @@ class PendingOutput:
 
         `scores` are packed likewise; they are rare, and brought over by `wait`.
         """
-        self._scores = scores
-        if packed.numel() > len(self._host):
-            self._host = torch.empty(2 * packed.numel(), dtype=torch.int64, pin_memory=self._event is not None)
-        self._packed, self._rows = self._host[: packed.numel()].view(packed.shape), rows
-        self._packed.copy_(packed, non_blocking=True)
+        self._packed, self._rows, self._scores = packed, rows, scores
         if self._event is not None:
+            if packed.numel() > len(self._pinned):
+                self._pinned = torch.empty(2 * packed.numel(), dtype=torch.int64, pin_memory=True)
+            self._packed = self._pinned[: packed.numel()].view(packed.shape)
+            self._packed.copy_(packed, non_blocking=True)
             self._event.record()
         return self
 
     def wait(self) -> StepOutput:
         """The tokens and what is told about them."""
+        packed = self._packed.numpy()
         if self._event is not None:
             self._event.synchronize()
-        tokens, logprobs, top_ids, top_logprobs = _unpack(self._packed[:, : self._rows].numpy().copy())
+            packed = packed.copy()  # the step after the next one is fetched to the same place
+        tokens, logprobs, top_ids, top_logprobs = _unpack(packed[:, : self._rows])
         of_targets = _NO_SCORES if self._scores is None else _unpack(self._scores.cpu().numpy())
         return StepOutput(tokens, logprobs, np.isfinite(logprobs), top_ids, top_logprobs, *of_targets[1:])
 
@@ -154,14 +156,19 @@ class Runner:
         if packed is None:
             logits = self.forward(StepTensors.upload(plan, device, self.last_tokens), self.store)
             if logits is not None:
-                logits = logits[:, : self.vocab_size]
-                packed = choose(logits[:rows], plan.sampling, self.sampler, self.last_tokens)
+                if self.vocab_size is not None:
+                    logits = logits[:, : self.vocab_size]
                 if has_scores:
                     scores = score(logits[rows:], plan.targets, int(plan.num_scores.max()))
+                    logits = logits[:rows]
+                packed = choose(logits, plan.sampling, self.sampler, self.last_tokens)
             if self.ranks.stages > 1:
                 packed = self.ranks.from_last_stage(packed, device)
                 scores = self.ranks.from_last_stage(scores, device) if has_scores else None
         assert packed is not None, "logits come out on the only stage"
-        self.last_tokens[:rows] = packed[0, :rows]
+        if self.graphs is None:
+            self.last_tokens = packed[0]
+        else:  # graphs read them at the address where they were captured
+            self.last_tokens[:rows] = packed[0, :rows]
         self._turn = 1 - self._turn
         return self._outputs[self._turn].fetch(packed, rows, scores)

@@ -152,7 +152,7 @@ def pack(tokens: Tensor, logprobs: Tensor, top_ids: Tensor | None = None, top_lo
         top_ids: int64 [rows, n].
         top_logprobs: [rows, n].
     """
-    lines = [tokens[None], logprobs.double().view(torch.int64)[None]]
-    if top_ids is not None and top_logprobs is not None:
-        lines += [top_ids.T, top_logprobs.double().view(torch.int64).T]
-    return torch.cat(lines)
+    packed = torch.stack((tokens, logprobs.double().view(torch.int64)))
+    if top_ids is None or top_logprobs is None:
+        return packed
+    return torch.cat((packed, top_ids.T, top_logprobs.double().view(torch.int64).T))

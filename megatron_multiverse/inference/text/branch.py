@@ -62,7 +62,7 @@ class Block:
     """Paths that were given a place in the cache, in their order."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Branch:
     """One sequence: the root of a request, or a path of a block."""
 

@@ -33,7 +33,7 @@ class Oracle:
         self.pending = []
 
     def root(self) -> Node:
-        node = Node()
+        node = self.tree.root()
         self.want[node] = []
         return node
 
@@ -169,7 +169,7 @@ def test_a_join_with_too_few_ragged_tokens_gives_up_one_whole_page():
 def test_a_copy_of_what_is_not_written_yet_follows_the_token():
     """Also a copy of such a copy, as when a join and the fork after it are planned in one step."""
     tree = PageTree(PageBook(8, 4))
-    root = Node()
+    root = tree.root()
     tree.append(root, 2)
     (kid,) = tree.fork(root, 1)
     (grandkid,) = tree.fork(kid, 1)
