@@ -95,7 +95,13 @@ def measure(options: Options, prepare: Callable[[StepPlan, int], None] | None = 
     tokens = options.context + options.steps + 16
     pages = options.rows * (-(-tokens // options.page_size) + 1)
     vocab = StructureVocab.from_pieces(PIECES, eos_id=len(PIECES))
-    engine = Engine(model, vocab, EngineConfig(num_pages=pages, page_size=options.page_size, max_rows=options.rows))
+    config = EngineConfig(
+        num_pages=pages,
+        page_size=options.page_size,
+        max_rows=options.rows,
+        max_step_tokens=options.rows * options.context,  # all prompts in one step
+    )
+    engine = Engine(model, vocab, config)
     launch = engine.runner.launch
 
     def prepared(plan: StepPlan) -> PendingOutput:
@@ -106,11 +112,9 @@ def measure(options: Options, prepare: Callable[[StepPlan, int], None] | None = 
     engine.runner.launch = prepared  # type: ignore[method-assign]
     for row in range(options.rows):
         sampling = SamplingParams(max_tokens=options.steps + 8, temperature=options.temperature, ignore_eos=True)
-        engine.add_request(Request(prompt_ids=[50 + row] * options.context, sampling=sampling, sample=row))
-    while (
-        any(len(state.root.ids) == state.root.prompt_length for state in engine.scheduler.active)
-        or engine.scheduler.waiting
-    ):
+        salt = str(row)  # no two share pages
+        engine.add_request(Request(prompt_ids=[100] * options.context, sampling=sampling, sample=row, cache_salt=salt))
+    while engine.scheduler.waiting or any(state.root.in_prompt for state in engine.scheduler.active):
         engine.step()  # the prompts
     times = []
     for _ in range(options.steps):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference.cache.book import PageBook
 from megatron_multiverse.inference.cache.prefix import PageKeys, PrefixCache
 from megatron_multiverse.inference.cache.tree import Node, PageTree
@@ -115,5 +116,12 @@ class Places:
         return (self.nodes[branch].pages.tolist() for branch in state.branches() if branch in self.nodes)
 
     def check_integrity(self) -> None:
-        """Compare the page book with what all living nodes list (between steps)."""
-        self.book.check_integrity([node.pages for node in self.nodes.values()])
+        """Compare the page book and the table of lists with all living nodes (between steps).
+
+        Raises:
+            GenerationError: a page or a line is lost, or counted wrong.
+        """
+        nodes, table = list(self.nodes.values()), self.tree.table
+        self.book.check_integrity([node.pages for node in nodes])
+        if sorted([*table.free, *(node.line for node in nodes)]) != list(range(len(table.lines))):
+            raise GenerationError("lines of the page table are lost or used twice; this is a fault, please report it")

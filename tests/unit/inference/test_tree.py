@@ -108,6 +108,11 @@ class Oracle:
 
     def check(self) -> None:
         self.book.check_integrity([node.pages for node in self.want])
+        table = self.tree.table
+        assert sorted([*table.free, *(node.line for node in self.want)]) == list(range(len(table.lines)))
+        for node, line in zip(self.want, table.gather(list(self.want)), strict=True) if self.want else ():
+            assert line[: node.num_pages].tolist() == node.pages.tolist()
+            assert (line[node.num_pages :] == self.book.num_pages).all()
         for node, want in self.want.items():
             assert node.length == len(want)
             assert len(node.pages) == -(-node.length // self.book.page_size)
