@@ -1,14 +1,15 @@
-"""Checksums of the files in a checkpoint, so that a bit that flips on a disk or on the way is noticed.
+"""Checksums of large files, so that a bit that flips on a disk or on the way is noticed.
 
-A folder's `checksums.json` maps the name of each file to its size and XXH3 hash. It is written after the files. Text
-files are left out: people edit them, and their readers notice damage. Files without an entry, and folders without
-checksums.json, such as those of other programs, are not checked.
+Those of preprocessed data stand in its manifest. Those of a checkpoint stand in its `checksums.json`, which maps the
+name of each file to its size and XXH3 hash and is written after the files. Text files are left out: people edit them,
+and their readers notice damage. Files without an entry, and folders without checksums.json, such as those of other
+programs, are not checked.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import xxhash
@@ -19,6 +20,7 @@ from megatron_multiverse.files import write_json_atomic
 CHECKSUMS_FILE = "checksums.json"
 _ALGORITHM = "xxh3_64"
 _PIECE = 16 << 20
+_PLACES, _PLACE_SIZE = 64, 1 << 20
 _TEXT_SUFFIXES = {".json", ".jsonl", ".jinja", ".md", ".txt"}
 
 
@@ -29,6 +31,27 @@ def checksum(file: Path) -> str:
         while piece := stream.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def quick_checksum(file: Path) -> str:
+    """Hash of a file's content up to 64 MiB; of a larger file's size and what stands at 64 places."""
+    digest = xxhash.xxh3_64(str(file.stat().st_size).encode())
+    for piece in sampled_pieces(file):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def sampled_pieces(file: Path) -> Iterator[bytes]:
+    """All of a file up to 64 MiB; of a larger one 1 MiB at 64 evenly spread places, from the first to the last byte."""
+    total = file.stat().st_size
+    with open(file, "rb") as stream:
+        if total <= _PLACES * _PLACE_SIZE:
+            while piece := stream.read(_PLACE_SIZE):
+                yield piece
+            return
+        for k in range(_PLACES):
+            stream.seek((total - _PLACE_SIZE) * k // (_PLACES - 1))
+            yield stream.read(_PLACE_SIZE)
 
 
 def folder_checksums(folder: Path, *, part: int = 0, parts: int = 1) -> dict[str, str]:

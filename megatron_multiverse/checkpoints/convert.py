@@ -45,6 +45,7 @@ from megatron_multiverse.checkpoints.manifest import Manifest
 from megatron_multiverse.checkpoints.names.rules import check_divisible
 from megatron_multiverse.checkpoints.names.table import Entry
 from megatron_multiverse.checkpoints.protocols import Source, Stream, Target
+from megatron_multiverse.checkpoints.recycled import recycling
 from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, POINTER_FILE, RECORD_FILE, RELEASE
 from megatron_multiverse.checkpoints.sources import open_checkpoint
 from megatron_multiverse.checksums import checksum, is_checked, write_checksums
@@ -81,7 +82,8 @@ def convert_checkpoint(config: ConvertConfig) -> ConvertResult:
             the output's name.
     """
     try:
-        return _convert(config)
+        with recycling():
+            return _convert(config)
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or config.save}: {error.strerror or error}. Free space or correct the rights, then run "
@@ -209,10 +211,14 @@ def _write_units(config: ConvertConfig, source: Source, target: Target, manifest
                 continue
             read = partial(_checked_read, config, source)
             record = target.write(unit, _counted(line, prefetched(unit.entries, read, reader)), weights)
-            files = {prefix + name: size for name, size in record["files"].items()}
+            named = {
+                key: {prefix + name: value for name, value in record[key].items()}
+                for key in ("files", "checksums")
+                if key in record
+            }
             if flushed is not None:
                 flushed.result()
-            flushed = flusher.submit(manifest.add, unit.name, {**record, "files": files})
+            flushed = flusher.submit(manifest.add, unit.name, record | named)
         if flushed is not None:
             flushed.result()
 

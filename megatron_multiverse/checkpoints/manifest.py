@@ -115,10 +115,11 @@ class Manifest:
         os.fsync(self._stream.fileno())
 
     def add(self, unit: str, record: Record) -> None:
-        """Flush the files of a unit and work out their checksums, then note that it is finished."""
+        """Flush the files of a unit and work out the checksums that it lacks, then note that it is finished."""
         for name in record["files"]:
             flush(self.folder / name)
-        sums = {name: checksum(self.folder / name) for name in record["files"]}
+        known = record.get("checksums", {})
+        sums = {name: known.get(name) or checksum(self.folder / name) for name in record["files"]}
         self.finished[unit] = {"unit": unit, **record, "checksums": sums}
         self._append(self.finished[unit])
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.checkpoints.names.table import Entry, Family
+from megatron_multiverse.checkpoints.recycled import empty
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.dtypes import DTYPES
 
@@ -92,7 +93,8 @@ class Target(Protocol):
             folder: the unfinished output folder.
 
         Returns:
-            What `finish` needs to know of the unit, as JSON values; "files" maps each file written to its size.
+            What `finish` needs to know of the unit, as JSON values; "files" maps each file written to its size,
+            "checksums" to its checksum, where that was worked out while writing.
         """
         ...
 
@@ -134,6 +136,7 @@ def pad_rows(entry: Entry, tensor: Tensor, rows: int) -> Tensor:
     """Vocabulary matrices with zero rows added up to `rows`; other tensors as they are."""
     if entry.rule != "vocab" or len(tensor) == rows:
         return tensor
-    padded = tensor.new_zeros(rows, *tensor.shape[1:])  # zeros: padding stays recognisable
+    padded = empty((rows, *tensor.shape[1:]), tensor.dtype)
     padded[: len(tensor)] = tensor
+    padded[len(tensor) :] = 0  # padding stays recognisable
     return padded

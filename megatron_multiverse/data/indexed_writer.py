@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_multiverse.errors import DataError
-from megatron_multiverse.files import flush
+from megatron_multiverse.large_files import LargeFile
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPE_CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
@@ -84,7 +84,7 @@ def join_shards(
     *,
     work_folder: Path | None = None,
     sequences_per_document: int = SEQUENCES_PER_DOCUMENT,
-) -> None:
+) -> dict[str, str]:
     """Write OUTPUT_PREFIX.bin and .idx from finished shards, in order; both appear by rename, whole.
 
     Args:
@@ -93,16 +93,20 @@ def join_shards(
         dtype: dtype the shards were written with.
         work_folder: where the files are until they are whole, on the same disk; default the folder of the shards.
         sequences_per_document: 2, or 1 for shards written with `one_sequence`.
+
+    Returns:
+        The checksums of both files, by suffix.
     """
     folder = work_folder or shards[0].parent
     bin_part, idx_part = folder / "joined.bin", folder / "joined.idx"
-    with open(bin_part, "wb") as out:
+    # Both files are on the disk when they are closed: the caller deletes the shards after this.
+    with LargeFile(bin_part) as ids:
         for shard in shards:
-            with open(shard.with_suffix(".bin"), "rb") as part:
-                shutil.copyfileobj(part, out, 16 << 20)
+            with open(shard.with_suffix(".bin"), "rb", buffering=0) as part:
+                shutil.copyfileobj(part, ids, 16 << 20)
     count = sum(len(lengths) for lengths in _lengths(shards))
     documents = count // sequences_per_document
-    with open(idx_part, "wb") as out:
+    with LargeFile(idx_part) as out:
         out.write(_MAGIC + struct.pack("<QBQQ", 1, _DTYPE_CODES[dtype], count, documents + 1))
         for lengths in _lengths(shards):
             out.write(lengths.astype("<i4").tobytes())
@@ -116,10 +120,9 @@ def join_shards(
         for first in range(0, documents + 1, step):
             borders = np.arange(first, min(first + step, documents + 1), dtype="<i8") * sequences_per_document
             out.write(borders.tobytes())
-    for part_path in (bin_part, idx_part):
-        flush(part_path)  # the caller deletes the shards after this
     os.replace(bin_part, f"{output_prefix}.bin")
     os.replace(idx_part, f"{output_prefix}.idx")
+    return {".bin": ids.checksum, ".idx": out.checksum}
 
 
 def _lengths(shards: Sequence[Path]) -> Iterator[npt.NDArray[np.int32]]:

@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_multiverse.checksums import checksum, quick_checksum
 from megatron_multiverse.config import TokenizerType
 from megatron_multiverse.data.chat_templates import DEFAULT_DATE, parse_date, writes_date
 from megatron_multiverse.data.encoders import DifferentIds, Encoder, EncoderChoice, PlainEncoder, choose_encoder
@@ -157,8 +158,8 @@ def preprocess_data(config: PreprocessConfig) -> PreprocessResult:
             totals = _join(folder, source, config, tokenizer)
     except OSError as error:
         raise DataError(
-            f"cannot write {config.output_prefix}: {error}. Shards that are finished are kept: make room or choose "
-            "another place, and run the same command again"
+            f"cannot write {error.filename or config.output_prefix}: {error.strerror or error}. Shards that are "
+            "finished are kept: make room or choose another place, and run the same command again"
         ) from error
     return _result(config, totals, time.monotonic() - started, reused, template)
 
@@ -258,6 +259,10 @@ def _finished_run(output_prefix: str, key: str) -> Totals | None:
     manifest = read_object(Path(f"{output_prefix}_manifest.json"))
     if not has_key(manifest) or manifest["key"] != key or "totals" not in manifest:
         return None
+    for suffix, recorded in manifest.get("files", {}).items():
+        if checksum(Path(f"{output_prefix}{suffix}")) != recorded["checksum"]:
+            logger.warning("%s%s is not what was written there: making it again", output_prefix, suffix)
+            return None
     totals = Totals()
     totals.merge(manifest["totals"])
     return totals
@@ -268,7 +273,7 @@ def _join(folder: WorkFolder, source: Source, config: PreprocessConfig, tokenize
     manifest_path = Path(f"{config.output_prefix}_manifest.json")
     manifest_path.unlink(missing_ok=True)  # it describes the files that are replaced now
     sequences = 1 if config.one_sequence else SEQUENCES_PER_DOCUMENT
-    join_shards(
+    checksums = join_shards(
         [folder.part(k) for k in range(len(source.shards))],
         config.output_prefix,
         optimal_dtype(tokenizer.vocab_size),
@@ -287,6 +292,10 @@ def _join(folder: WorkFolder, source: Source, config: PreprocessConfig, tokenize
         "eod": tokenizer.eod if config.append_eod else None,
         "sequences_per_document": sequences,
         "totals": totals.as_dict(),
+        "files": {
+            suffix: {"checksum": value, "quick_checksum": quick_checksum(Path(f"{config.output_prefix}{suffix}"))}
+            for suffix, value in checksums.items()
+        },
     }
     write_json_atomic(manifest_path, manifest)
     folder.delete()

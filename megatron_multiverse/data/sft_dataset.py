@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from megatron_multiverse.checksums import quick_checksum, sampled_pieces
 from megatron_multiverse.data.indexed_writer import SEQUENCES_PER_DOCUMENT
 from megatron_multiverse.errors import DataError, StructureError
 from megatron_multiverse.structure import (
@@ -129,7 +130,8 @@ class SFTDataset:
         if self._fingerprint is None:
             digest = hashlib.sha256(self.lengths.astype("<i8").tobytes())
             for prefix in self.prefixes:
-                _hash_content(Path(f"{prefix}.bin"), digest)
+                for piece in sampled_pieces(Path(f"{prefix}.bin")):
+                    digest.update(piece)
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
@@ -199,19 +201,6 @@ def _document_arrays(samples: Sequence[Sample], seq_length: int, num_documents: 
     return {"documents": documents, "sample_ids": sample_ids, "malformed": malformed}
 
 
-def _hash_content(path: Path, digest: hashlib._Hash, *, places: int = 64, size: int = 1 << 20) -> None:
-    """Feed a file to the digest: all of it up to `places * size` bytes, else `size` bytes at evenly spread places."""
-    total = path.stat().st_size
-    with open(path, "rb") as file:
-        if total <= places * size:
-            while piece := file.read(size):
-                digest.update(piece)
-            return
-        for k in range(places):
-            file.seek((total - size) * k // (places - 1))
-            digest.update(file.read(size))
-
-
 def read_manifest(prefix: str) -> dict[str, Any] | None:
     """What tools/preprocess_data.py wrote down about PREFIX.bin/.idx; None if there is no manifest.
 
@@ -273,8 +262,10 @@ def _check_index(prefix: str, dataset: Any) -> None:
 
 
 def _check_manifest(prefix: str, lengths: npt.NDArray[np.int32]) -> None:
-    """Documents and tokens must be those that were counted when the files were written."""
-    totals = (read_manifest(prefix) or {}).get("totals")
+    """Documents, tokens and content must be those of the files that were written."""
+    manifest = read_manifest(prefix) or {}
+    _check_content(prefix, manifest.get("files"))
+    totals = manifest.get("totals")
     if not isinstance(totals, dict):
         return
     prompts, responses = lengths.reshape(-1, SEQUENCES_PER_DOCUMENT).sum(axis=0, dtype=np.int64)
@@ -289,6 +280,16 @@ def _check_manifest(prefix: str, lengths: npt.NDArray[np.int32]) -> None:
             raise DataError(
                 f"{prefix}.idx holds {value} {name.replace('_', ' ')}, {prefix}_manifest.json says {totals[name]}: "
                 f"they are of different runs; {_AGAIN}"
+            )
+
+
+def _check_content(prefix: str, files: Any) -> None:
+    """Hold the files against the quick checksums of the manifest; older manifests have none."""
+    for suffix, recorded in files.items() if isinstance(files, dict) else ():
+        if quick_checksum(Path(f"{prefix}{suffix}")) != recorded.get("quick_checksum"):
+            raise DataError(
+                f"{prefix}{suffix} is not the file that {prefix}_manifest.json speaks of: its content is of another "
+                f"run, or damaged; {_AGAIN}"
             )
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_multiverse.checksums import CHECKSUMS_FILE, check_files, folder_checksums, write_checksums
+from megatron_multiverse import checksums
+from megatron_multiverse.checksums import (
+    CHECKSUMS_FILE,
+    check_files,
+    folder_checksums,
+    quick_checksum,
+    sampled_pieces,
+    write_checksums,
+)
 from megatron_multiverse.errors import CheckpointError
 
 
@@ -69,3 +77,22 @@ def test_folders_of_others_are_not_checked(folder: Path) -> None:
     (folder / CHECKSUMS_FILE).unlink()
     flip(folder / "a.bin", 3)
     check_files(folder)
+
+
+def test_a_quick_checksum_looks_at_places_from_the_first_to_the_last_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checksums, "_PLACE_SIZE", 10)
+    monkeypatch.setattr(checksums, "_PLACES", 4)
+    file, content = tmp_path / "x", bytes(range(250)) * 4
+    file.write_bytes(content)
+    assert b"".join(sampled_pieces(file)) == b"".join(content[k : k + 10] for k in (0, 330, 660, 990))
+    plain = quick_checksum(file)
+    for place, seen in ((0, True), (999, True), (335, True), (300, False)):
+        flip(file, place)
+        assert (quick_checksum(file) != plain) == seen
+        flip(file, place)
+    file.write_bytes(content[:-10] + b"x" * 10 + content[-10:])  # the same at all places, but of another size
+    assert quick_checksum(file) != plain
+    monkeypatch.setattr(checksums, "_PLACES", 1000)
+    assert b"".join(sampled_pieces(file)) == file.read_bytes()

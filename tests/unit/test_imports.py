@@ -26,6 +26,7 @@ ALLOWED = {
     "dtypes": set(),
     "files": set(),
     "grading": set(),
+    "large_files": set(),
     "locked_folder": {"errors", "files"},
     "progress": set(),
     "weight_names": set(),
@@ -35,13 +36,14 @@ ALLOWED = {
     "curation": {"errors", "config", "files", "grading", "locked_folder", "structure", "data"},
     "parallel": {"errors"},
     "model": {"checksums", "errors", "config", "dtypes", "files", "weight_names", "structure", "kernels", "parallel"},
-    "checkpoints": {"progress"},
+    "checkpoints": {"large_files", "progress"},
     "training": {"checkpoints", "child_processes"},
     "inference": {"checkpoints"},
     "server": {"errors", "config", "structure", "data", "dtypes", "parallel", "model", "checkpoints", "inference"},
     "clients": {"errors", "config", "files", "structure", "data", "inference", "views"},
     "views": {"errors", "config", "files", "structure", "data", "model", "checkpoints", "inference"},
 }
+ALLOWED["data"] |= {"checksums", "large_files"}
 ALLOWED["checkpoints"] |= ALLOWED["model"] | {"data", "model"}
 ALLOWED["training"] |= ALLOWED["checkpoints"]
 ALLOWED["inference"] |= ALLOWED["checkpoints"]
@@ -55,6 +57,7 @@ NO_TORCH = {
     "curation",
     "files",
     "grading",
+    "large_files",
     "locked_folder",
     "progress",
     "structure",

@@ -33,6 +33,7 @@ from megatron_multiverse.checkpoints.protocols import (
     group,
     target_dtype,
 )
+from megatron_multiverse.checkpoints.recycled import empty
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
 
@@ -102,7 +103,7 @@ class HFSource:
         names = [name for name, _ in entry.hf]
         dtypes = {self.reader.location(name).dtype for name in names}
         if entry.rule == "gate_up" and len(dtypes) == 1:  # read into their places: joining them later is a copy more
-            tensor = torch.empty(entry.shape, dtype=dtypes.pop())
+            tensor = empty(entry.shape, dtypes.pop())
             for name, half in zip(names, tensor.chunk(2), strict=True):
                 self.reader.read(name, half)
         else:
@@ -148,8 +149,8 @@ class HFTarget:
         """Write one shard."""
         file = folder / unit.name
         places = {name: (self.dtypes[entry.mcore], shape) for entry in unit.entries for name, shape in entry.hf}
-        write_safetensors(file, places, self._parts(tensors))
-        return {"files": {unit.name: file.stat().st_size}}
+        checksum = write_safetensors(file, places, self._parts(tensors))
+        return {"files": {unit.name: file.stat().st_size}, "checksums": {unit.name: checksum}}
 
     def _parts(self, tensors: Stream) -> Iterator[tuple[str, Tensor]]:
         for entry, tensor in tensors:

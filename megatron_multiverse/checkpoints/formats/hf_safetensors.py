@@ -22,7 +22,9 @@ from megatron_multiverse.checkpoints.formats.json_files import read_json_object,
 from megatron_multiverse.checkpoints.formats.raw import as_bytes, read_tensor
 from megatron_multiverse.checkpoints.names.table import Shape
 from megatron_multiverse.checkpoints.protocols import byte_size
+from megatron_multiverse.checkpoints.recycled import contiguous
 from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.large_files import LargeFile
 
 logger = logging.getLogger(__name__)
 
@@ -175,8 +177,8 @@ class HFReader:
 
 def write_safetensors(
     file: Path, places: Mapping[str, tuple[torch.dtype, Shape]], tensors: Iterable[tuple[str, Tensor]]
-) -> None:
-    """Write one safetensors file as a stream.
+) -> str:
+    """Write one safetensors file as a stream; returns its checksum.
 
     Args:
         file: where to.
@@ -194,21 +196,16 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     expected = iter(places.items())
-    with open(file, "wb", buffering=0) as stream:
+    with LargeFile(file) as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in tensors:
             wanted, (dtype, shape) = next(expected, ("", (tensor.dtype, ())))
             if (name, tuple(tensor.shape)) != (wanted, shape):
                 raise CheckpointError(f"{file}: {name} {list(tensor.shape)} is not the tensor that belongs here")
-            write_all(stream, as_bytes(tensor.to(dtype)))
+            stream.write(as_bytes(contiguous(tensor, dtype)))
     if (left := next(expected, None)) is not None:
         raise CheckpointError(f"{file}: {left[0]} was not written")
-
-
-def write_all(stream: Any, data: memoryview) -> None:
-    """Write all bytes to an unbuffered file, which takes at most 2 GB a time."""
-    while data:
-        data = data[stream.write(data) :]
+    return stream.checksum
 
 
 def write_index(folder: Path, expected: Sequence[str]) -> None:

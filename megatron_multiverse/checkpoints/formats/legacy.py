@@ -33,6 +33,7 @@ from megatron_multiverse.checkpoints.protocols import (
     pad_rows,
     target_dtype,
 )
+from megatron_multiverse.checkpoints.recycled import contiguous
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.weight_names import CORE_ATTENTION, extra_state_modules, fused_name, plain_name
 
@@ -208,7 +209,7 @@ class LegacyTarget:
         descriptors = [os.open(file, os.O_WRONLY) for file in files]
         try:
             for entry, tensor in tensors:
-                tensor = pad_rows(entry, tensor, self.padded).to(self.dtypes[entry.mcore])
+                tensor = contiguous(pad_rows(entry, tensor, self.padded), self.dtypes[entry.mcore])
                 name = self._name(entry, stage)
                 for rank, part in enumerate(slices(entry.rule, tensor, self.tp)):
                     _write_at(descriptors[rank], as_bytes(part), offsets[rank][name])

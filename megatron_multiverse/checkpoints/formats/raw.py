@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_multiverse.checkpoints.recycled import contiguous, empty
 from megatron_multiverse.errors import CheckpointError
 
 
@@ -28,7 +29,7 @@ def read_tensor(
     Raises:
         CheckpointError: the file ends before the tensor does.
     """
-    tensor = torch.empty(tuple(shape), dtype=dtype) if out is None else out
+    tensor = empty(shape, dtype) if out is None else out
     assert tensor.is_contiguous() and tensor.dtype == dtype and tensor.shape == tuple(shape)
     size = tensor.numel() * tensor.element_size()
     if size == 0:
@@ -49,7 +50,7 @@ def read_tensor(
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, row by row, without a copy if it is contiguous."""
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = contiguous(tensor.detach()).reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 

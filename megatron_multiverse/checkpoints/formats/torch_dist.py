@@ -16,7 +16,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,9 @@ from megatron_multiverse.checkpoints.protocols import (
     pad_rows,
     target_dtype,
 )
+from megatron_multiverse.checkpoints.recycled import contiguous, empty
 from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.large_files import LargeFile
 from megatron_multiverse.weight_names import FINAL_EXTRA_STATE, extra_state_modules, fused_name, layer_extra_state
 
 COMMON_STATE = "common_state/shard_0_1"
@@ -160,7 +162,7 @@ class TorchDistReader:
         key, stacked = self._stored(entry, prefix)
         layer = entry.layer if stacked else None
         shape = self.shape(entry, prefix)
-        whole = torch.empty(shape, dtype=self._tensor(key).properties.dtype)
+        whole = empty(shape, self._tensor(key).properties.dtype)
         covered = 0
         for chunk in self._overlapping(key, layer):
             sizes, offsets = tuple(chunk.sizes)[stacked:], tuple(chunk.offsets)[stacked:]
@@ -226,15 +228,16 @@ class TorchDistTarget:
         crc = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)  # nobody checks them on loading, and they halve the speed
         try:
-            with open(file, "wb") as stream:
+            with LargeFile(file) as stream:
                 for entry, tensor in tensors:
-                    tensor = pad_rows(entry, tensor, self.padded).to(self.dtypes[entry.mcore])
+                    tensor = contiguous(pad_rows(entry, tensor, self.padded), self.dtypes[entry.mcore])
                     stored += self._write_slices(stream, entry, tensor)
         finally:
             torch.serialization.set_crc32_options(crc)
-        return {"files": {unit.name: file.stat().st_size}, "slices": stored}
+        sizes, checksums = {unit.name: file.stat().st_size}, {unit.name: stream.checksum}
+        return {"files": sizes, "checksums": checksums, "slices": stored}
 
-    def _write_slices(self, stream: BinaryIO, entry: Entry, tensor: Tensor) -> Iterator[list[Any]]:
+    def _write_slices(self, stream: LargeFile, entry: Entry, tensor: Tensor) -> Iterator[list[Any]]:
         """Write a tensor; yields [key, dtype, whole shape, offsets, sizes, position, length] of each slice."""
         layers, lead = self.source.config.num_layers, () if entry.layer is None else (entry.layer,)
         shape = (*((layers,) if lead else ()), *tensor.shape)
@@ -243,7 +246,7 @@ class TorchDistTarget:
             start = stream.tell()
             # torch.save writes the whole memory that a tensor is a view of: hand it one that ends where the part ends.
             own = torch.frombuffer(as_bytes(part), dtype=part.dtype) if part.numel() else part
-            torch.save(own.reshape(sizes), stream)
+            torch.save(own.reshape(sizes), cast(BinaryIO, stream))
             dtype = str(tensor.dtype).removeprefix("torch.")
             yield [dist_key(entry), dtype, shape, place, sizes, start, stream.tell() - start]
 

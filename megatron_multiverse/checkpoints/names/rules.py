@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.checkpoints.names.table import Entry, Rule
+from megatron_multiverse.checkpoints.recycled import contiguous, empty
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import ConfigError
 
@@ -19,7 +20,9 @@ def merge(entry: Entry, parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
     """The megatron-core tensor of `entry` from its Hugging Face tensors (shapes as in `entry.hf`)."""
     if entry.rule == "qkv":
         groups = config.num_query_groups
-        return torch.cat([p.reshape(groups, -1, *p.shape[1:]) for p in parts], dim=1).flatten(0, 1)
+        grouped = [p.reshape(groups, -1, *p.shape[1:]) for p in parts]
+        whole = empty((groups, sum(p.shape[1] for p in grouped), *grouped[0].shape[2:]), parts[0].dtype)
+        return torch.cat(grouped, dim=1, out=whole).flatten(0, 1)
     if entry.rule == "gate_up":
         return torch.cat(list(parts))
     return parts[0]
@@ -31,7 +34,7 @@ def split(entry: Entry, tensor: Tensor, config: ModelConfig) -> list[Tensor]:
         groups, width = config.num_query_groups, config.kv_channels
         sizes = (config.num_attention_heads // groups * width, width, width)
         grouped = tensor.reshape(groups, sum(sizes), *tensor.shape[1:])
-        return [part.flatten(0, 1) for part in torch.split(grouped, list(sizes), dim=1)]
+        return [contiguous(part).flatten(0, 1) for part in torch.split(grouped, list(sizes), dim=1)]
     if entry.rule == "gate_up":
         return list(tensor.chunk(2))
     return [tensor]

@@ -193,6 +193,20 @@ def test_second_run_has_nothing_to_do(tmp_path, hf_folder):
     assert not (tmp_path / "out.shards").exists()
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_second_run_makes_files_again_that_are_not_what_was_written(tmp_path, hf_folder, caplog, suffix):
+    source = _write_rows(tmp_path / "rows.jsonl", _rows(5))
+    preprocess_data(_config(source, tmp_path / "out", hf_folder))
+    whole = _bytes(tmp_path / "out")
+    file = Path(f"{tmp_path / 'out'}{suffix}")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    preprocess_data(_config(source, tmp_path / "out", hf_folder))
+    assert _bytes(tmp_path / "out") == whole
+    assert f"out{suffix} is not what was written there: making it again" in caplog.text
+
+
 def test_tool_reports_and_fails_when_too_many_rows_are_rejected(tmp_path, hf_folder):
     source = _write_rows(tmp_path / "rows.jsonl", [*_rows(3), {"prompt": "x", "response": "</Goal>"}])
     command = [

@@ -97,7 +97,7 @@ def test_what_is_put_into_the_folder_meanwhile_stays(tmp_path, hf_folder, monkey
 
     def with_guest(*args, **kwargs):
         (tmp_path / "out.shards" / "notes.txt").write_text("precious")
-        original(*args, **kwargs)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(module, "join_shards", with_guest)
     preprocess_data(_config(source, tmp_path / "out", hf_folder))

@@ -95,6 +95,8 @@ def test_responses_without_an_end_are_told(prefix: str, tmp_path: Path, caplog: 
     [
         (".bin", lambda data: data[:-6], r"set\.bin has \d+ bytes, .*set\.idx asks for \d+: one of them is cut off"),
         (".bin", lambda data: data + b"\0\0", r"set\.bin has \d+ bytes"),
+        (".bin", lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:], r"set\.bin is not the file that"),
+        (".bin", lambda data: data[::-1], r"set\.bin is not the file that .*set_manifest\.json speaks of"),
         (".idx", lambda data: data[:-9], r"set\.idx is damaged"),
         (".idx", lambda data: data[:20], r"set\.idx is damaged"),
         (".idx", lambda data: b"x" + data[1:], r"set\.idx is damaged"),
