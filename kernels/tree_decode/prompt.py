@@ -10,10 +10,17 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from ..multiverse_attention.flash4 import flash4_causal, flash4_problem
 from ..multiverse_attention.layout import AttentionCase
+
+MANY_KEYS = 4096
+"""Beyond them FlashAttention 4 takes half the time of torch's kernel; with fewer, calling it takes longer than that."""
+TORCH_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Not cuDNN, which torch would take on Hopper: for every length that it has not seen it makes a plan, which takes 37 ms
+(an H200, torch 2.11; findings/torch_attention_plans_for_every_length.sh), and prompts have all lengths."""
 
 
 class Prompt(NamedTuple):
@@ -36,9 +43,7 @@ class Prompt(NamedTuple):
 
 
 def attend_prompt(query: Tensor, keys: Tensor, values: Tensor, prompt: Prompt, softmax_scale: float) -> Tensor:
-    """Causal attention of a prompt over its keys, by FlashAttention 4 where it is installed, else by torch's.
-
-    FlashAttention 4 takes half the time of the kernel that torch has for a chunk after other tokens.
+    """Causal attention of a prompt over its keys, by torch's flash attention, or FlashAttention 4 for many keys.
 
     Args:
         query: [q, heads, dim], of the prompt's tokens.
@@ -52,12 +57,13 @@ def attend_prompt(query: Tensor, keys: Tensor, values: Tensor, prompt: Prompt, s
     """
     # Reading page tables would save little: copying a row's keys is nothing beside looking at them q times.
     row_keys, row_values = (x.flatten(0, 1).index_select(0, prompt.slots) for x in (keys, values))
-    if _has_flash4(query.device.type, query.dtype, query.shape[-1]):
+    if len(prompt.slots) > MANY_KEYS and _has_flash4(query.device.type, query.dtype, query.shape[-1]):
         return flash4_causal(query, row_keys, row_values, softmax_scale)
-    out = F.scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (query, row_keys, row_values)), scale=softmax_scale, enable_gqa=True,
-        attn_mask=causal_lower_right(len(query), len(prompt.slots)),
-    )  # fmt: skip
+    with sdpa_kernel(TORCH_KERNELS):
+        out = F.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in (query, row_keys, row_values)), scale=softmax_scale, enable_gqa=True,
+            attn_mask=causal_lower_right(len(query), len(prompt.slots)),
+        )  # fmt: skip
     return out[0].transpose(0, 1)
 
 
