@@ -34,6 +34,10 @@ PROMPTS = [
 ]
 LENGTHS = (1, 2, 4, 8, 16, 60, 400)
 WEIGHTS = (24, 22, 20, 15, 10, 4, 2)
+OUTLINES = "".join(f"\n<Outline>\n{label}: part\n</Outline>" for label in (1, 2, 3))
+PLANNED = {"answer_start": f"<Parallel>\n<Goal>{OUTLINES}\n</Goal>", "branch_max_tokens": 12}
+"""A block that the client asks for, with a limit for each path."""
+PLANNED_TOKENS = 150
 TEXT = "/v1/completions"
 LONGEST_WAIT = 120.0
 """Seconds after which an answer counts as a hang."""
@@ -88,6 +92,9 @@ class Clients:
         self.tally = Tally()
         self.rng = random.Random(config.seed)
         self.expected: dict[tuple[int, int], str] = {}
+        self.planned: list[str] = []
+        """Answers to the prompts that begin with `PLANNED`."""
+        self._stray: dict[str, int] = {}  # bias by which an answer begins with a tag out of place
         self._kinds: list[tuple[int, Callable[[httpx2.AsyncClient], Awaitable[None]]]] = [
             (30, self._whole),
             (20, self._streamed),
@@ -97,6 +104,8 @@ class Clients:
             (6, self._several),
             (24, self._malformed),
             (12, self._asks),
+            (4, self._plans),
+            (3, self._breaks),
         ]
 
     async def learn(self) -> None:
@@ -106,6 +115,10 @@ class Clients:
                 for length in LENGTHS:
                     answer = await post(client, TEXT, self._body(prompt, length))
                     self.expected[prompt, length] = answer["choices"][0]["text"]
+                answer = await post(client, TEXT, self._body(prompt, PLANNED_TOKENS, multiverse=PLANNED))
+                self.planned.append(answer["choices"][0]["text"])
+            (tag,) = (await post(client, "/tokenize", {"prompt": "</Path>"}))["tokens"]
+            self._stray = {str(tag): 100}
 
     async def come(self) -> None:
         """Come for a while, at random times."""
@@ -220,6 +233,18 @@ class Clients:
         self._status("malformed", response.status_code, 400, 429)
         if set(response.json()) != {"message", "error"}:
             self.tally.wrong.append(f"malformed: {response.text[:100]}")
+
+    async def _plans(self, client: httpx2.AsyncClient) -> None:
+        """An answer that forks because its client says so."""
+        prompt = self.rng.randrange(len(PROMPTS))
+        answer = await post(client, TEXT, self._body(prompt, PLANNED_TOKENS, multiverse=PLANNED))
+        self._compare("plans", answer["choices"][0]["text"], self.planned[prompt])
+
+    async def _breaks(self, client: httpx2.AsyncClient) -> None:
+        """An answer that breaks the grammar, which its client wants to be an error."""
+        body = self._body(0, 60, logit_bias=self._stray, multiverse={"on_malformed": "error"})
+        response = await client.post(TEXT, json=body)
+        self._status("breaks", response.status_code, 422, 429)
 
     async def _asks(self, client: httpx2.AsyncClient) -> None:
         path, status = self.rng.choice(

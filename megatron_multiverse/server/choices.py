@@ -7,12 +7,13 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import shapes
 from megatron_multiverse.server.answer import Piece
 from megatron_multiverse.server.batch import Asked, Batch
+from megatron_multiverse.server.encode import AnswerResponse
 from megatron_multiverse.server.fields import GenerationFields
 from megatron_multiverse.server.model import ServedModel
 from megatron_multiverse.server.serving import complete, pieces, submit
@@ -72,7 +73,7 @@ class ChoiceAnswer(ABC, Generic[F]):
             )
         results = [self.shown(result) for result in await complete(self.request, asked)]
         choices = [self.whole(index, result) for index, result in enumerate(results)]
-        return JSONResponse(
+        return AnswerResponse(
             self._head(self.whole_kind) | {"choices": choices, "usage": shapes.usage(results, self.prompts)}
         )
 

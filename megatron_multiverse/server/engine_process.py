@@ -231,9 +231,10 @@ class EngineHost:
         times = {"step_counts": self._step_counts, "step_seconds": self._step_seconds}
         if self.control.released:
             return times
-        scheduler, book = self.engine.scheduler, self.engine.book
+        scheduler, book, graphs = self.engine.scheduler, self.engine.book, self.engine.runner.graphs
         return times | {
             "steps": self.engine.num_steps,
+            "graph_steps": graphs.replays if graphs is not None else 0,
             "running": len(scheduler.active),
             "waiting": len(scheduler.waiting),
             "branches": len(scheduler.places.nodes),

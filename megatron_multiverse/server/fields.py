@@ -24,15 +24,26 @@ Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 REFUSED: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
     "audio": (),
+    "bad_words": ([],),
     "best_of": (1,),
+    "debug_fname": (),
+    "guided_choice": (),
+    "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
     "multi_modal_data": (),
     "prompt_embeds": (),
+    "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
     "streaming_interval": (1,),
+    "structured_outputs": (),
     "suffix": ("",),
+    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
 """Fields of the OpenAI routes that are not served, with the values that ask for nothing."""
@@ -134,6 +145,10 @@ class GenerationFields(Fields):
             raise refuse("multiverse", "commit_after drops what was streamed; give stream_mode branches, or no stream")
         if self.ours.replay_structure and not self.is_chat:
             raise refuse("multiverse", "replay_structure reads the earlier answers of a chat; this route has none")
+        if self.ours.separate_reasoning and not self.is_chat:
+            raise refuse("multiverse", "separate_reasoning is for chat; this route gives the text as it is")
+        if self.ours.separate_reasoning and self.stream and self.ours.stream_mode == "branches":
+            raise refuse("multiverse", "separate_reasoning reads the text in its order; give stream_mode linear")
         if self.count > limits.max_n:
             raise refuse("n", f"{self.count} answers asked for, at most {limits.max_n} are allowed")
         if self.stop_token_ids:

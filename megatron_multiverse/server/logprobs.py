@@ -1,7 +1,6 @@
 """Log-probabilities in the two shapes that OpenAI has for them.
 
 They are those of the model, before temperature and filters. Tokens that the engine forced were not drawn and have none.
-JSON has no infinity: what is less likely than `LEAST` is given as that.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ from typing import Any
 
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.inference.text.result import Result, TopLogprobs
-
-LEAST = -9999.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def completion_object(
         offset += len(text)
     found: dict[str, list[Any]] = {
         "tokens": texts,
-        "token_logprobs": [_number(entry.logprob) for entry in entries],
+        "token_logprobs": [entry.logprob for entry in entries],
         "top_logprobs": [_by_text(entry, tokenizer) for entry in entries],
         "text_offset": offsets,
     }
@@ -83,7 +80,7 @@ def chat_object(entries: Sequence[TokenLogprobs], tokenizer: MultiverseTokenizer
 
     def named(token: int, logprob: float | None) -> dict[str, Any]:
         text = tokenizer.id_to_text[token]
-        return {"token": text, "logprob": _number(logprob), "bytes": list(text.encode())}
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     return {
         "content": [
@@ -100,9 +97,5 @@ def _by_text(entry: TokenLogprobs, tokenizer: MultiverseTokenizer) -> dict[str, 
     for token, logprob in [(entry.token, entry.logprob), *(pair for pair in entry.top if pair[0] != entry.token)]:
         text = tokenizer.id_to_text[token]
         # Parts of characters all have the same text.
-        found[text if text not in found else f"token_id:{token}"] = max(logprob, LEAST)
+        found[text if text not in found else f"token_id:{token}"] = logprob
     return found
-
-
-def _number(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, LEAST)

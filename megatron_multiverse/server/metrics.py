@@ -23,6 +23,7 @@ _GAUGES = {
     "pages_free": ("cache_pages_free", "Pages of the cache that nobody owns"),
     "pages_cached": ("cache_pages_cached", "Pages, free or owned, that requests with the same beginning would find"),
     "steps": ("engine_steps", "Steps of the engine since it started"),
+    "graph_steps": ("engine_graph_steps", "Those of them that replayed a CUDA graph"),
 }
 
 
@@ -55,6 +56,9 @@ class Metrics:
             gauge.set_function(lambda key=key: client.stats.get(key, 0))  # type: ignore[misc]
         Gauge("multiverse_queue", "Answers in the making, at the HTTP side", registry=registry).set_function(
             lambda: client.num_generations
+        )
+        Gauge("multiverse_cache_pages", "Pages of the cache", registry=registry).set_function(
+            lambda: client.facts.get("num_pages", 0)
         )
         Gauge("multiverse_engine_up", "1 if the engine is ready", registry=registry).set_function(
             lambda: float(client.condition == "ready")

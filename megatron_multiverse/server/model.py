@@ -66,6 +66,17 @@ class ServedModel:
             return self.tokenizer.tokenize_batch(texts)
         return await asyncio.to_thread(self.tokenizer.tokenize_batch, texts)
 
+    def begin_ids(self, param: str) -> list[int]:
+        """The token that begins texts, for a field that asks for it.
+
+        Raises:
+            ApiError: 400, the tokenizer has none.
+        """
+        text = self.tokenizer.special_tokens().get("bos_token")
+        if not text:
+            raise refuse(param, "the tokenizer has no token that begins a text; leave it out")
+        return self.tokenizer.tokenize(text)
+
     async def tokenize_answer(self, text: str) -> list[int]:
         """Ids of text that belongs to an answer: its labels end where tokens end."""
         return list(itertools.chain.from_iterable(await self.tokenize(cut_at_labels(text)))) if text else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from megatron_multiverse.server.encode import to_json
 from megatron_multiverse.server.errors import ApiError
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ PING_SECONDS = 15.0
 
 def event(data: dict[str, Any]) -> bytes:
     """One event. It has no name: clients of OpenAI's routes take named ones for chunks without choices."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(data) + b"\n\n"
 
 
 class EventStream(Response):

@@ -29,6 +29,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
+    "skip_prompt_log_probs": (True,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
@@ -84,6 +85,8 @@ class ChatFields(GenerationFields):
     chat_template_kwargs: dict[str, Any] | None = None
     prevent_retokenization: bool | None = None
     return_tokenized_data: bool | None = None
+    return_raw_text: bool | None = None
+    add_BOS: bool | None = None
 
 
 @router.post("/v1/chat/completions")
@@ -100,6 +103,9 @@ async def chat_completions(request: Request) -> Response:
         raise refuse("top_logprobs", "needs logprobs: true")
     if fields.logprobs and fields.ours.separate_reasoning:
         raise refuse("logprobs", "not together with separate_reasoning; leave one of them out")
+    for name in ("return_tokenized_data", "return_raw_text"):
+        if fields.stream and getattr(fields, name):
+            raise refuse(name, "not in streams; leave out stream, or ask for multiverse.return_tree")
     prompt, replayed = await chat_prompt(fields, model)
     max_tokens = _max_tokens(fields, request.app.state.client.facts, len(prompt))
     sampling = fields.sampling(model, limits, max_tokens, fields.top_logprobs or 0)
@@ -142,6 +148,9 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> tuple[list[int]
         ends = [0, *itertools.accumulate(map(len, tokenized))]
         spans = [(ends[first], ends[last]) for first, last in answers]
         ids = list(itertools.chain.from_iterable(tokenized))
+        begin = model.begin_ids("add_BOS") if fields.add_BOS else []
+        if ids[: len(begin)] != begin:  # most templates write it themselves
+            ids, spans = begin + ids, [(start + len(begin), end + len(begin)) for start, end in spans]
     else:
         count, known = kept
         before = await model.render(messages[:count], {"add_generation_prompt": False})
@@ -223,9 +232,11 @@ class _Answer(ChoiceAnswer[ChatFields]):
         message: dict[str, Any] = {"role": "assistant", "content": content}
         if split:
             message["reasoning_content"] = thought
-        if self.fields.return_tokenized_data:
+        if self.fields.return_tokenized_data or self.fields.prevent_retokenization:
             message |= {"prompt_token_ids": result.prompt_ids, "generation_token_ids": result.token_ids}
             message["generation_log_probs"] = result.logprobs
+        if self.fields.return_raw_text:
+            message["raw_text"] = self.model.tokenizer.detokenize([*result.prompt_ids, *result.token_ids])
         return self.choice(index, {"message": message}, logprobs=self._logprobs(of_answer(result)), result=result)
 
     async def opening(self, index: int) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import logprobs, shapes
 from megatron_multiverse.server.batch import Asked
 from megatron_multiverse.server.body import Fields, check_others, read_fields
+from megatron_multiverse.server.encode import AnswerResponse
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, MultiverseFields, Number, Seed, make_sampling
 from megatron_multiverse.server.model import ServedModel
@@ -79,16 +80,11 @@ async def api(request: Request) -> Response:
     results = await complete(request, Asked(prompts=prompts, sampling=sampling, answer_start=start))
     if fields.tokens_to_generate == 0:
         results = [without_tokens(result) for result in results]
-    return JSONResponse(await _answer(fields, model, results))
+    return AnswerResponse(await _answer(fields, model, results))
 
 
 async def _prompts(fields: ApiFields, model: ServedModel) -> list[list[int]]:
-    begin: list[int] = []
-    if fields.add_BOS:
-        text = model.tokenizer.special_tokens().get("bos_token")
-        if not text:
-            raise refuse("add_BOS", "the tokenizer has no token that begins a text; leave it out")
-        begin = model.tokenizer.tokenize(text)
+    begin = model.begin_ids("add_BOS") if fields.add_BOS else []
     prompts = [begin + ids for ids in await model.tokenize(fields.prompts)]
     if not all(prompts):
         raise refuse("prompts", "an empty prompt; give at least one token, or add_BOS")

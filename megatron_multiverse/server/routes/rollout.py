@@ -18,6 +18,7 @@ from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import shapes
 from megatron_multiverse.server.batch import Asked
 from megatron_multiverse.server.body import Fields, check_others, read_fields
+from megatron_multiverse.server.encode import AnswerResponse
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import GenerationFields
 from megatron_multiverse.server.model import ServedModel
@@ -95,7 +96,7 @@ async def generate(request: Request) -> Response:
         for k, result in enumerate(results)
     ]
     is_one = drawn.count == 1 and (isinstance(prompt, str) or isinstance(prompt[0], int))
-    return JSONResponse(answers[0] if is_one else answers)
+    return AnswerResponse(answers[0] if is_one else answers)
 
 
 def _rids(given: str | list[str] | None, count: int) -> list[str]:

@@ -51,7 +51,7 @@ def serve(rng: random.Random, scripts: list, requests: list[Request]) -> list:
     return results
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_one_broken_branch_anywhere_ends_its_answer_with_an_error_that_names_it(seed: int) -> None:
     rng = random.Random(seed)
     scripts, requests = random_trees(rng, 3)

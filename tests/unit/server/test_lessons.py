@@ -27,6 +27,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
 from megatron_multiverse.server.app import Gate
 from megatron_multiverse.server.config import ServerConfig
@@ -83,6 +84,12 @@ def test_templates_run_in_a_sandbox(tmp_path: Path) -> None:
     model = ServedModel(ServerConfig(load=MODEL, chat_template=template), tokenizer())
     with pytest.raises(Exception, match="unsafe"):
         model.tokenizer.render_conversation([{"role": "user", "content": "a"}], template=model.template)
+
+
+def test_nothing_of_requests_goes_to_collectors(server: Running) -> None:
+    """FastAPI's telemetry, on by default, takes texts of exceptions along."""
+    assert any(FastAPI()._telemetry.values()), "it would"
+    assert not any(server.app._telemetry.values())
 
 
 def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,9 @@ import httpx2
 import pytest
 
 from megatron_multiverse.server.config import LimitConfig
+from megatron_multiverse.server.errors import ApiError
+from megatron_multiverse.server.fields import REFUSED
+from megatron_multiverse.server.routes import chat, completions, megatron
 from tests.unit.server.running import PROMPT, Running, running
 
 TEXT = "/v1/completions"
@@ -76,6 +79,17 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     (TEXT, {"prompt": "a", "multiverse": {"max_depth": -1}}, "multiverse"),
     (TEXT, {"prompt": "a", "multiverse": {"stream_mode": "tree"}}, "multiverse"),
+    (TEXT, {"prompt": "a", "debug_fname": "/tmp/x"}, "debug_fname"),
+    (TEXT, {"prompt": "a", "multiverse": {"separate_reasoning": True}}, "multiverse"),
+    (CHAT, {"messages": MESSAGES, "add_BOS": True}, "add_BOS"),
+    (CHAT, {"messages": MESSAGES, "skip_prompt_log_probs": False}, "skip_prompt_log_probs"),
+    (CHAT, {"messages": MESSAGES, "return_raw_text": True, "stream": True}, "return_raw_text"),
+    (CHAT, {"messages": MESSAGES, "return_tokenized_data": True, "stream": True}, "return_tokenized_data"),
+    (
+        CHAT,
+        {"messages": MESSAGES, "stream": True, "multiverse": {"separate_reasoning": True, "stream_mode": "branches"}},
+        "multiverse",
+    ),
     (CHAT, {}, "messages"),
     (CHAT, {"messages": []}, "messages"),
     (CHAT, {"messages": "hi"}, "messages"),
@@ -197,6 +211,34 @@ def test_what_the_cache_cannot_hold_is_refused_with_the_numbers(server: Running)
     response = server.post(TEXT, {"prompt": [1] * 5000, "max_tokens": 1, "stream": True})
     assert response.status_code == 400, "a stream that cannot start is no stream"
     server.wait_until_free()
+
+
+MEGATRON_FIELDS = {
+    "api": """prompts tokens_to_generate temperature top_k top_p top_p_decay top_p_bound logprobs add_BOS stop_on_eol
+        stop_on_double_eol prevent_newline_after_colon random_seed stop_token length_penalty max_len sentences
+        beam_width""",
+    "completions": """prompt model max_tokens temperature top_p top_k n seed best_of logprobs echo stop stream
+        stream_options ignore_eos streaming_interval multi_modal_data debug_fname""",
+    "chat": """messages model max_completion_tokens max_tokens temperature top_p top_k n seed logprobs top_logprobs stop
+        stream stream_options tools tool_choice parallel_tool_calls chat_template_kwargs ignore_eos add_BOS
+        skip_prompt_log_probs return_tokenized_data return_raw_text prevent_retokenization streaming_interval""",
+}
+"""What Megatron's text-generation servers read, the static one and the dynamic one up to 0.19."""
+
+
+def test_every_field_of_megatrons_servers_is_honoured_or_refused() -> None:
+    for name, known in {
+        "api": megatron.ApiFields.model_fields.keys() | megatron.REFUSED.keys(),
+        "completions": completions.CompletionFields.model_fields.keys() | REFUSED.keys(),
+        "chat": chat.ChatFields.model_fields.keys() | REFUSED.keys() | chat.REFUSED.keys(),
+    }.items():
+        assert set(MEGATRON_FIELDS[name].split()) <= known, name
+
+
+def test_errors_that_ask_to_come_later_do_so_within_two_minutes() -> None:
+    """The OpenAI client gives up at once where it is told to wait for longer."""
+    waits = {ApiError(429, "x", retry_after=seconds).headers["Retry-After"] for seconds in (0.01, 1, 5000, 1e9)}
+    assert waits == {"1", "120"}
 
 
 def test_unknown_fields_are_ignored(server: Running) -> None:

@@ -47,3 +47,13 @@ def test_what_is_not_served_is_named(server: Running) -> None:
 def test_server_info(server: Running) -> None:
     info = server.http.get("/server_info").json()
     assert info["status"] == "ready" and info["max_position"] > 0 and info["num_pages"] > 0
+
+
+def test_a_client_needs_no_tokenizer_of_its_own(server: Running) -> None:
+    """The shapes that lm-eval reads: an object with eos_token, ids of a text, the text of ids."""
+    info = server.http.get("/tokenizer_info").json()
+    assert info.keys() == {"bos_token", "eos_token", "pad_token", "chat_template"} and info["eos_token"]
+    text = "Work out A = 5 + 6.\n<Parallel>\né"
+    found = server.post("/tokenize", {"prompt": text, "add_special_tokens": False}).json()
+    assert found["tokens"] == tokenizer().tokenize(text) and found["count"] == len(found["tokens"])
+    assert server.post("/detokenize", {"tokens": found["tokens"]}).json() == {"prompt": text}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 
+from megatron_multiverse.server.encode import LEAST, AnswerResponse, to_json
 from megatron_multiverse.server.errors import ApiError, unavailable
+from megatron_multiverse.server.logprobs import TokenLogprobs, chat_object, completion_object
 from megatron_multiverse.server.streams import DONE, EventStream, event
+from tests.unit.server.running import tokenizer
 
 Message = dict[str, Any]
 
@@ -56,6 +60,20 @@ def test_a_complete_stream_ends_with_done_and_a_blank_line() -> None:
         assert peer.sent[-1] == {"type": "http.response.body", "body": b""}
 
     asyncio.run(main())
+
+
+def test_minus_infinity_is_a_number_that_json_has() -> None:
+    """An infinity in a plain response would be a 500, and no JSON in an event."""
+    entries = [
+        TokenLogprobs(token, value, [(30, -0.5), (31, -math.inf)]) for token, value in ((31, -math.inf), (5, None))
+    ]
+    for found in (completion_object(entries, tokenizer()), chat_object(entries, tokenizer())):
+        body = AnswerResponse({"logprobs": found}).body
+        json.loads(body, parse_constant=pytest.fail)
+        assert str(LEAST).encode() in body and event({"logprobs": found}) == b"data: " + body + b"\n\n"
+    found = json.loads(to_json(completion_object(entries, tokenizer())))
+    assert found["token_logprobs"] == [LEAST, None]
+    assert found["top_logprobs"][0][found["tokens"][0]] == LEAST, "the very same number"
 
 
 @pytest.mark.parametrize("error", [unavailable("dead"), ApiError(500, "x")])

@@ -32,6 +32,9 @@ def test_the_ids_of_an_answer_come_back_as_they_were(server: Running) -> None:
     known = [*answer["prompt_token_ids"], *answer["generation_token_ids"]]
     found = ask(server, [user, answer, following])["message"]["prompt_token_ids"]
     assert found[: len(known)] == known and tokenizer().detokenize(found).endswith(NEXT)
+    raw = ask(server, [user], return_tokenized_data=False, prevent_retokenization=True, return_raw_text=True)["message"]
+    assert raw["generation_token_ids"] == answer["generation_token_ids"], "who wants the ids back needs them first"
+    assert raw["raw_text"] == tokenizer().detokenize(known)
     (word,) = tokenizer().tokenize("\n")
     odd = answer | {"generation_token_ids": [*answer["generation_token_ids"], word, word]}
     found = ask(server, [user, odd, following])["message"]["prompt_token_ids"]
