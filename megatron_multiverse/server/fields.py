@@ -89,6 +89,25 @@ class MultiverseFields(Fields):
     separate_reasoning: bool = False
     """Whether the thought, what stands between the Think tags, comes as `reasoning_content` instead of as content."""
 
+    def check(self, *, is_chat: bool, stream: bool) -> None:
+        """Refuse what a route cannot serve.
+
+        Args:
+            is_chat: whether its prompts hold earlier answers.
+            stream: whether the answer is streamed.
+
+        Raises:
+            ApiError: 400.
+        """
+        if self.replay_structure and not is_chat:
+            raise refuse("multiverse", "replay_structure reads the earlier answers of a chat; this route has none")
+        if self.separate_reasoning and not is_chat:
+            raise refuse("multiverse", "separate_reasoning is for chat; this route gives the text as it is")
+        if stream and self.commit_after and self.stream_mode == "linear":
+            raise refuse("multiverse", "commit_after drops what was streamed; give stream_mode branches, or no stream")
+        if stream and self.separate_reasoning and self.stream_mode == "branches":
+            raise refuse("multiverse", "separate_reasoning reads the text in its order; give stream_mode linear")
+
 
 class GenerationFields(Fields):
     """Fields of a route that generates text."""
@@ -141,14 +160,7 @@ class GenerationFields(Fields):
         """
         model.check_name(self.model)
         check_others(self, REFUSED)
-        if self.stream and self.ours.commit_after and self.ours.stream_mode == "linear":
-            raise refuse("multiverse", "commit_after drops what was streamed; give stream_mode branches, or no stream")
-        if self.ours.replay_structure and not self.is_chat:
-            raise refuse("multiverse", "replay_structure reads the earlier answers of a chat; this route has none")
-        if self.ours.separate_reasoning and not self.is_chat:
-            raise refuse("multiverse", "separate_reasoning is for chat; this route gives the text as it is")
-        if self.ours.separate_reasoning and self.stream and self.ours.stream_mode == "branches":
-            raise refuse("multiverse", "separate_reasoning reads the text in its order; give stream_mode linear")
+        self.ours.check(is_chat=self.is_chat, stream=bool(self.stream))
         if self.count > limits.max_n:
             raise refuse("n", f"{self.count} answers asked for, at most {limits.max_n} are allowed")
         if self.stop_token_ids:

@@ -61,10 +61,11 @@ async def api(request: Request) -> Response:
         raise refuse("prompts", f"{len(fields.prompts)} prompts, 1 to {limits.max_prompts} are allowed")
     if fields.tokens_to_generate == 0 and not fields.logprobs:
         raise refuse("tokens_to_generate", "0 asks for nothing but the prompt, which needs logprobs")
+    ours = fields.multiverse or MultiverseFields()
+    ours.check(is_chat=False, stream=False)
     prompts = await _prompts(fields, model)
     stop = [] if fields.stop_token is None else [fields.stop_token]
     model.check_ids("stop_token", stop)
-    ours = fields.multiverse or MultiverseFields()
     sampling = make_sampling(
         ours,
         max_tokens=max(1, fields.tokens_to_generate),

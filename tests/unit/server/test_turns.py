@@ -68,5 +68,7 @@ def test_blocks_of_earlier_answers_are_laid_out_again(server: Running) -> None:
 
 
 def test_routes_without_turns_refuse_to_replay_them(server: Running) -> None:
-    body = {"prompt": "a", "multiverse": {"replay_structure": True}}
-    assert server.post("/v1/completions", body).json()["error"]["param"] == "multiverse"
+    for ours in ({"replay_structure": True}, {"separate_reasoning": True}):
+        completion = server.post("/v1/completions", {"prompt": "a", "multiverse": ours})
+        api = server.http.put("/api", json={"prompts": ["a"], "multiverse": ours})
+        assert completion.json()["error"]["param"] == api.json()["error"]["param"] == "multiverse"
