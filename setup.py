@@ -19,7 +19,14 @@ FAST = ["gigatoken==0.10.0"]
 SERVE = ["fastapi>=0.165", "httpx2>=2.16", "msgpack>=1.1", "prometheus-client>=0.20", "uvicorn>=0.30"]
 # ZeRO, for training with `engine: deepspeed`. Pure Python, 2 MB: it compiles nothing when it is installed.
 DEEPSPEED = ["deepspeed>=0.19.8"]
-CURATE = ["anthropic>=2.14,<3", "openai>=3.0", "rapidfuzz>=3.9", "math-verify>=0.9", "matplotlib>=3.9"]
+# With the SDKs' transport by aiohttp, which takes less of a processor for each answer.
+CURATE = [
+    "anthropic[aiohttp]>=2.14,<3",
+    "openai[aiohttp]>=3.57",
+    "rapidfuzz>=3.9",
+    "math-verify>=0.9",
+    "matplotlib>=3.9",
+]
 EVAL = ["httpx2>=2.16", "math-verify>=0.9", "matplotlib>=3.9", "rich>=13.0"]
 
 setup(

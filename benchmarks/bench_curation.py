@@ -9,6 +9,7 @@ Prints one JSON object. The figures in docs/curation.md are from benchmarks/resu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,14 +21,15 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
+from benchmarks.curation_replay import ReplayServer, numbered
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.curation.config import CurateConfig
 from megatron_multiverse.curation.trees import parse_think
-from megatron_multiverse.structure import Parts
 from tests.unit.curation.anthropic_server import KEY, AnthropicServer, Faults
 from tests.unit.curation.conftest import read_rows, write_chains
 from tests.unit.curation.random_trees import trajectory
@@ -59,6 +61,8 @@ class BenchOptions:
     """Folder of real trajectories (*.xml) for the throughput; random ones without it."""
     concurrency: int = CurateConfig.concurrency
     """Requests at the same time, for the throughput."""
+    workers: int = CurateConfig.workers
+    """Processes that check answers, for the throughput."""
     kills: int = 20
     """How often a run is killed, at least."""
     seed: int = 0
@@ -68,7 +72,7 @@ class BenchOptions:
     samples."""
 
 
-def command(folder: Path, server: AnthropicServer, *options: str) -> list[str]:
+def command(folder: Path, server: AnthropicServer | ReplayServer, *options: str) -> list[str]:
     words = [sys.executable, "tools/curate_data.py", "--input", str(folder / "chains.jsonl")]
     words += ["--output", str(folder / "out"), "--model", "claude-sonnet-5-5", "--base-url", server.url, "--yes"]
     words += ["--min-net-gain", "0", "--independence", "report", "--views", "0", "--poll-interval", "0.1"]
@@ -180,36 +184,40 @@ def bench_throughput(options: BenchOptions, folder: Path) -> dict[str, Any]:
     count = options.count or 1_000
     files = sorted(Path(options.samples).glob("*.xml")) if options.samples else []
     trees = [parse_think(file.read_text(encoding="utf-8")) for file in files] or [trajectory(k) for k in range(14)]
-    scripts = [Script(_numbered(trees[k % len(trees)], k)) for k in range(count)]
+    scripts = [Script(numbered(trees[k % len(trees)], k)) for k in range(count)]
     write_chains(folder / "chains.jsonl", scripts)
-    with AnthropicServer(scripts, latency_s=ANSWER_S) as server:
-        own_cpu = time.process_time()
-        done = run(command(folder, server, "--concurrency", str(options.concurrency)))
-        own_cpu = time.process_time() - own_cpu
-        busy = server.busy
-    area = sum(width * (after - before) for (before, width), (after, _) in pairwise(busy))
-    seconds = busy[-1][0] - busy[0][0]
+    with ReplayServer(scripts, ANSWER_S) as server:
+        words = command(folder, server, "--concurrency", str(options.concurrency), "--workers", str(options.workers))
+        process = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"ANTHROPIC_API_KEY": KEY}, stderr=subprocess.PIPE)
+        peak_rss = _peak_rss(process)
+        seen = server.end()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    answers = server.delivered.total()
+    answers = len(seen.begun)
     return {
         "samples": count,
         "characters": sum(len(script.text) for script in scripts),
         "concurrency": options.concurrency,
+        "workers": options.workers,
         "answer_s": ANSWER_S,
-        "exit_code": done.returncode,
-        "seconds": round(seconds, 1),
+        "exit_code": process.returncode,
         "answers": answers,
-        "busy_share_seen_by_the_server": round(area / seconds / options.concurrency, 3),
-        "curator_cpu_ms_per_answer": round(1_000 * (used.ru_utime + used.ru_stime) / answers, 2),
-        "server_cpu_ms_per_answer": round(1_000 * own_cpu / answers, 2),
-        "peak_rss_mib": round(used.ru_maxrss / 1024),
+        "seconds": round(seen.ended[-1] - seen.begun[0], 1),
+        "busy_share_while_work_is_left": round(seen.busy(seen.last_sample_begun) / options.concurrency, 3),
+        "busy_share_to_the_end": round(seen.busy(seen.ended[-1]) / options.concurrency, 3),
+        "curator_cpu_ms_per_answer": round(1_000 * (used.ru_utime + used.ru_stime - seen.cpu_s) / answers, 2),
+        "server_cpu_ms_per_answer": round(1_000 * seen.cpu_s / answers, 2),
+        "peak_rss_mib_of_all_processes": round(peak_rss / 2**20),
     }
 
 
-def _numbered(parts: Parts, number: int) -> Parts:
-    """The same trajectory as another sample."""
-    first = parts[0]
-    return (f"Sample {number}.\n{first}", *parts[1:]) if isinstance(first, str) else (f"Sample {number}.", *parts)
+def _peak_rss(process: subprocess.Popen[bytes]) -> int:
+    """Wait for the end; the largest sum of the memory of the process and its children, pages that they share twice."""
+    peak, own = 0, psutil.Process(process.pid)
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            peak = max(peak, sum(one.memory_info().rss for one in [own, *own.children(recursive=True)]))
+        time.sleep(0.5)
+    return peak
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from megatron_multiverse.curation.conversation import Conversation
@@ -29,7 +29,7 @@ class BatchRunner:
         spending: what it may cost.
         folder: where batches are written down, before and after they are handed over.
         poll_s: seconds between two looks at a batch.
-        finish: called with each conversation that has an outcome.
+        finish: called with each conversation that has an outcome; writes it down.
 
     Attributes:
         stopped: why no more batches are handed over, though samples are left; None as long as they are.
@@ -41,7 +41,7 @@ class BatchRunner:
         spending: Spending,
         folder: RunFolder,
         poll_s: float,
-        finish: Callable[[Conversation], Awaitable[None]],
+        finish: Callable[[Conversation], None],
     ) -> None:
         self.provider = provider
         self.spending = spending
@@ -79,15 +79,15 @@ class BatchRunner:
             ProviderError: the provider takes no request; batches under way are found again by the next start.
         """
         while self.stopped is None and (wave := list(islice(conversations, _WAVE))):
-            while self.stopped is None and (wave := await self._settled(wave)):
+            while self.stopped is None and (wave := self._settled(wave)):
                 await self._round(wave)
 
-    async def _settled(self, wave: Iterable[Conversation]) -> list[Conversation]:
+    def _settled(self, wave: Iterable[Conversation]) -> list[Conversation]:
         """Finish those that have an outcome; the others are left."""
         left = []
         for conversation in wave:
             if conversation.request is None:
-                await self._finish(conversation)
+                self._finish(conversation)
             else:
                 left.append(conversation)
         return left

@@ -48,7 +48,6 @@ def dependences(block: Block, before: str) -> Iterator[str]:
 
 def _dependences(block: Block, before: str, prefix: str) -> Iterator[str]:
     texts = [plain_text(path) for path in block.paths]
-    known = set(_NUMBER.findall(before))
     numbers = [_numbers(text) for text in texts]
     for k, (path, text) in enumerate(zip(block.paths, texts, strict=True)):
         label = f"{prefix}{k + 1}"
@@ -57,7 +56,7 @@ def _dependences(block: Block, before: str, prefix: str) -> Iterator[str]:
         if found := _SIBLING.search(text):
             yield f'path {label} says "{found.group()}"'
         for j in range(k):
-            if taken := numbers[k].given & numbers[j].worked_out - known:
+            if taken := _not_in(before, numbers[k].given & numbers[j].worked_out):
                 yield f"path {label} uses {', '.join(sorted(taken))}, which path {prefix}{j + 1} works out"
         seen = before
         for part in path:
@@ -73,6 +72,11 @@ class _Numbers(NamedTuple):
     """First named without being worked out."""
     worked_out: set[str]
     """Worked out somewhere."""
+
+
+def _not_in(text: str, numbers: set[str]) -> set[str]:
+    # Few blocks have a number to look for, and the text before a block is long.
+    return numbers - set(_NUMBER.findall(text)) if numbers else numbers
 
 
 def _numbers(text: str) -> _Numbers:

@@ -70,6 +70,9 @@ class CurateConfig:
     """Mark the chain for the provider's prompt cache, so that the second stage reads it at a lower price."""
     concurrency: int = 16
     """Requests at the same time (not with batch)."""
+    workers: int = 4
+    """Processes that check answers and wait for the disk to take them (not with batch); 0 does it where requests are
+    sent."""
     request_timeout: float = 600.0
     """Seconds to wait for an answer."""
     poll_interval: float = 30.0
@@ -91,7 +94,7 @@ class CurateConfig:
     """Write OUTPUT/views/*.html, original beside tree, for the first so many rows."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_attempts", 1), ("concurrency", 1), ("views", 0), ("min_net_gain", 0)):
+        for name, least in (("max_attempts", 1), ("concurrency", 1), ("workers", 0), ("views", 0), ("min_net_gain", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} ({getattr(self, name)}) must be at least {least}")
         if not 0 <= self.max_distance <= 1:

@@ -13,12 +13,13 @@ from functools import partial
 from typing import Any
 
 from megatron_multiverse.curation.batches import BatchRunner
+from megatron_multiverse.curation.checkers import Checkers
 from megatron_multiverse.curation.config import CurateConfig
 from megatron_multiverse.curation.conversation import Conversation
+from megatron_multiverse.curation.desk import Desk, End
 from megatron_multiverse.curation.estimate import Estimate, estimate_run
-from megatron_multiverse.curation.inputs import ChainColumns, Sample, choose_columns, output_columns, read_samples
+from megatron_multiverse.curation.inputs import ChainColumns, Sample, choose_columns, read_samples
 from megatron_multiverse.curation.live import LiveRunner, Spending
-from megatron_multiverse.curation.pipeline import Passed
 from megatron_multiverse.curation.prices import Budget, Prices, load_prices
 from megatron_multiverse.curation.progress import SampleProgress
 from megatron_multiverse.curation.prompts import prompt_hash
@@ -64,8 +65,13 @@ def curate_data(config: CurateConfig, confirm: Callable[[str], bool]) -> CurateR
     rules = _rules(config)
     if config.estimate:
         return asyncio.run(_estimate(config, source, columns, prices, rules))
-    with RunFolder(config.output, _settings(config, rules)) as folder:
-        run = _Run(config, source, columns, prices, rules, folder)
+    desk = Desk(config.output, rules, columns, prices, _made_by(config, rules))
+    # The processes come first, so that they do not hold the lock of the folder.
+    with (
+        Checkers(desk, 0 if config.batch else config.workers) as checkers,
+        RunFolder(config.output, _settings(config, rules)) as folder,
+    ):
+        run = _Run(config, source, desk, checkers, folder)
         return asyncio.run(run.go(confirm))
 
 
@@ -85,16 +91,14 @@ class _Run:
         self,
         config: CurateConfig,
         source: Source,
-        columns: ChainColumns,
-        prices: Prices | None,
-        rules: Rules,
+        desk: Desk,
+        checkers: Checkers,
         folder: RunFolder,
     ) -> None:
         self.config = config
         self.source = source
-        self.columns = columns
-        self.prices = prices
-        self.rules = rules
+        self.desk = desk
+        self.checkers = checkers
         self.folder = folder
         self.unfinished: dict[str, dict[str, Any]] = {}
         """Samples that this start had to leave: the provider failed. The next start takes them up again."""
@@ -104,18 +108,17 @@ class _Run:
     async def go(self, confirm: Callable[[str], bool]) -> CurateResult:
         provider = make_provider(self.config)
         try:
-            open_samples = [sample.name for sample in self._samples() if self._is_open(sample)]
-            if open_samples:
-                await self._confirm(provider, len(open_samples), confirm)
+            if open_count := sum(1 for _ in self._open_samples()):
+                await self._confirm(provider, open_count, confirm)
             stopped = await self._drive(provider)
         finally:
             await provider.close()
             # Also after an error: what has been finished is worth a report.
-            tally = write_report(self._outcomes(), self.config, self.folder.path, provider.label, self.rules)
+            tally = write_report(self._outcomes(), self.config, self.folder.path, provider.label, self.desk.rules)
         return CurateResult(tally, stopped)
 
     def _samples(self) -> Iterator[Sample]:
-        return read_samples(self.source, self.columns, self.config.limit)
+        return read_samples(self.source, self.desk.columns, self.config.limit)
 
     def _is_open(self, sample: Sample) -> bool:
         outcome = self.folder.sample(sample.name).outcome()
@@ -124,31 +127,39 @@ class _Run:
     async def _confirm(self, provider: Provider, count: int, confirm: Callable[[str], bool]) -> None:
         if self.config.yes or self.config.dry_run:
             return
-        open_samples = (sample for sample in self._samples() if self._is_open(sample))
-        estimate = await estimate_run(open_samples, provider, self.prices, self.rules)
+        estimate = await estimate_run(self._open_samples(), provider, self.desk.prices, self.desk.rules)
         if not confirm(estimate.text(is_batch=self.config.batch, is_cached=self.config.cache)):
             raise ConfigError(
                 f"not confirmed: nothing was asked ({count} samples); --yes goes on without this question"
             )
 
     async def _drive(self, provider: Provider) -> str | None:
-        spending = Spending(self.prices, Budget(self.config.max_cost_usd), is_batch=self.config.batch)
-        runner: LiveRunner | BatchRunner
+        spending = Spending(self.desk.prices, Budget(self.config.max_cost_usd), is_batch=self.config.batch)
+        on_end = partial(self._on_end, spending)
         if self.config.batch:
             assert isinstance(provider, BatchProvider)
-            poll_s = self.config.poll_interval
-            runner = BatchRunner(provider, spending, self.folder, poll_s, partial(self._finish, spending))
-            await runner.collect()
-        else:
-            runner = LiveRunner(provider, spending, self.config.concurrency, partial(self._finish, spending))
+
+            def finish(talk: Conversation) -> None:
+                on_end(talk.sample, self.desk.finish(talk))
+
+            batches = BatchRunner(provider, spending, self.folder, self.config.poll_interval, finish)
+            await batches.collect()
+            with self._progress(spending):
+                await batches.run(self.desk.open(sample) for sample in self._open_samples())
+            return batches.stopped
+        live = LiveRunner(provider, spending, self.config.concurrency, self.checkers, on_end)
+        with self._progress(spending), _gentle_stop(live):
+            await live.run(self._open_samples())
+        return live.stopped
+
+    @contextlib.contextmanager
+    def _progress(self, spending: Spending) -> Iterator[None]:
         open_count = self._count_finished(spending)
         self.progress = SampleProgress(sum(self.counts.values()) + open_count, sum(self.counts.values()))
         try:
-            with _gentle_stop(runner):
-                await runner.run(self._conversations())
+            yield
         finally:
             self.progress.close()
-        return runner.stopped
 
     def _count_finished(self, spending: Spending) -> int:
         """Count what earlier starts have finished and spent; returns the number of open samples."""
@@ -162,42 +173,24 @@ class _Run:
                 self.counts["passed" if "row" in (state.outcome() or {}) else "set_aside"] += 1
         return open_count
 
-    def _conversations(self) -> Iterator[Conversation]:
-        for sample in self._samples():
-            if self._is_open(sample):
-                yield Conversation(sample, self.folder.sample(sample.name), self.rules)
+    def _open_samples(self) -> Iterator[Sample]:
+        return (sample for sample in self._samples() if self._is_open(sample))
 
-    async def _finish(self, spending: Spending, talk: Conversation) -> None:
-        outcome = talk.outcome
-        if isinstance(outcome, Passed):
-            curation = {**outcome.details, "dollars": self._dollars(talk), **self._made_by()}
-            row = output_columns(talk.sample, self.columns, outcome)
-            await asyncio.to_thread(talk.state.finish, {"row": row, "curation": curation})
-            self.counts["passed"] += 1
-        elif outcome is not None:
-            entry: dict[str, Any] = {"code": outcome.code, "reason": outcome.reason, "history": outcome.history}
-            entry["dollars"] = self._dollars(talk)
-            self.counts["set_aside"] += 1
-            if outcome.code == "provider":
-                self.unfinished[talk.sample.name] = entry
-            else:
-                await asyncio.to_thread(talk.state.finish, entry)
+    def _on_end(self, spending: Spending, sample: Sample, end: End) -> None:
+        self.counts["passed" if end.has_passed else "set_aside"] += 1
+        if end.unfinished is not None:
+            self.unfinished[sample.name] = end.unfinished
         if self.progress is not None:
             self.progress.show(self.counts["passed"], self.counts["set_aside"], spending.budget.spent)
-
-    def _dollars(self, talk: Conversation) -> float:
-        if self.prices is None:
-            return 0.0
-        answers = talk.state.answers.values()
-        return sum(self.prices.cost(answer.usage, is_batch=answer.is_batch) for answer in answers)
-
-    def _made_by(self) -> dict[str, Any]:
-        made_by = "rules, for a dry run: not for training" if self.config.dry_run else self.config.model
-        return {"model": made_by, "prompts": prompt_hash(), "tokens": self.rules.counter.label}
 
     def _outcomes(self) -> Iterator[tuple[Sample, dict[str, Any] | None]]:
         for sample in self._samples():
             yield sample, self.folder.sample(sample.name).outcome() or self.unfinished.get(sample.name)
+
+
+def _made_by(config: CurateConfig, rules: Rules) -> dict[str, Any]:
+    made_by = "rules, for a dry run: not for training" if config.dry_run else config.model
+    return {"model": made_by, "prompts": prompt_hash(), "tokens": rules.counter.label}
 
 
 def _prices(config: CurateConfig) -> Prices | None:
@@ -241,11 +234,11 @@ def _settings(config: CurateConfig, rules: Rules) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _gentle_stop(runner: LiveRunner | BatchRunner) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM lets answers under way arrive; the second one ends the run at once."""
-    if isinstance(runner, BatchRunner):
-        yield  # nothing is lost by ending at once: a batch under way is found again
-        return
+def _gentle_stop(runner: LiveRunner) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM lets answers under way arrive; the second one ends the run at once.
+
+    Batches need none of it: one that is under way is found again.
+    """
     loop = asyncio.get_running_loop()
 
     def stop(number: signal.Signals) -> None:

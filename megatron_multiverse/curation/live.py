@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 
-from megatron_multiverse.curation.conversation import Conversation
+from megatron_multiverse.curation.checkers import Checkers
+from megatron_multiverse.curation.desk import End
 from megatron_multiverse.curation.exchange import Answer, Failure, Request
+from megatron_multiverse.curation.inputs import Sample
 from megatron_multiverse.curation.prices import Budget, BudgetReached, Prices
 from megatron_multiverse.curation.providers.protocol import Provider, ProviderError
-from megatron_multiverse.curation.run_folder import SampleState
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +19,8 @@ TRIES = 3
 """How often one request is sent, each time with the retries of the provider, before its sample is set aside."""
 _GIVE_UP_AFTER = 20
 """So many failed requests in a row mean that the provider, not the requests, is at fault."""
-_SPARE_CONVERSATIONS = 16
-"""Conversations beyond the limit of requests: while these write an answer to the disk, others ask."""
+_SPARE_SAMPLES = 16
+"""Samples beyond the limit of requests: while the answers of these are kept and checked, others ask."""
 _FIRST_WAIT_S = 1.0
 
 
@@ -50,13 +50,14 @@ class Spending:
 
 
 class LiveRunner:
-    """Drives conversations, `concurrency` requests at a time.
+    """Drives samples, `concurrency` requests at a time.
 
     Args:
         provider: whom to ask.
         spending: what it may cost.
         concurrency: requests at the same time.
-        finish: called with each conversation that has an outcome.
+        checkers: who keeps and checks the answers.
+        on_end: called with each sample that has ended.
 
     Attributes:
         stopped: why no more requests are sent, though samples are left; None as long as they are.
@@ -67,13 +68,15 @@ class LiveRunner:
         provider: Provider,
         spending: Spending,
         concurrency: int,
-        finish: Callable[[Conversation], Awaitable[None]],
+        checkers: Checkers,
+        on_end: Callable[[Sample, End], None],
     ) -> None:
         self.provider = provider
         self.spending = spending
         self.stopped: str | None = None
         self._concurrency = concurrency
-        self._finish = finish
+        self._checkers = checkers
+        self._on_end = on_end
         self._slots = asyncio.Semaphore(concurrency)
         self._failed_in_a_row = 0
         self._error: ProviderError | None = None
@@ -82,42 +85,42 @@ class LiveRunner:
         """Send no more requests; answers under way are still awaited and kept, since they are paid."""
         self.stopped = self.stopped or reason
 
-    async def run(self, conversations: Iterator[Conversation]) -> None:
-        """Until all have an outcome, or the run is stopped.
+    async def run(self, samples: Iterator[Sample]) -> None:
+        """Until all have ended, or the run is stopped.
 
         Raises:
             ProviderError: the provider takes no request; what was answered by then has been kept.
             OSError: an answer cannot be written.
         """
-        number = self._concurrency + _SPARE_CONVERSATIONS
-        # asyncio's own threads are few, and each waits for the disk most of the time.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(number))
-        workers = [self._work(conversations) for _ in range(number)]
+        workers = [self._work(samples) for _ in range(self._concurrency + _SPARE_SAMPLES)]
         ended = await asyncio.gather(*workers, return_exceptions=True)
         errors = [self._error, *ended]
         if (error := next((error for error in errors if error is not None), None)) is not None:
             raise error
 
-    async def _work(self, conversations: Iterator[Conversation]) -> None:
+    async def _work(self, samples: Iterator[Sample]) -> None:
         # The iterator is shared: each worker takes the next sample when it is done with one.
-        while self.stopped is None and (conversation := next(conversations, None)) is not None:
+        while self.stopped is None and (sample := next(samples, None)) is not None:
             try:
-                await self._talk(conversation)
+                await self._curate(sample)
             except Exception as error:
                 # The others hear and keep the answers that are under way, since they are paid.
                 self.stop(f"{type(error).__name__}: {error}")
                 raise
 
-    async def _talk(self, conversation: Conversation) -> None:
-        while (request := conversation.request) is not None:
-            answer = await self._ask(request, conversation.state)
+    async def _curate(self, sample: Sample) -> None:
+        turn = await self._checkers.begin(sample)
+        while turn.request is not None:
+            answer = await self._ask(turn.request)
             if answer is None:
                 return
-            conversation.tell(answer)
-        await self._finish(conversation)
+            # Not in the slot, which would be idle meanwhile.
+            turn = await self._checkers.hear(sample.name, answer)
+        assert turn.end is not None
+        self._on_end(sample, turn.end)
 
-    async def _ask(self, request: Request, state: SampleState) -> Answer | Failure | None:
-        """An answer that has been kept, or the failure after the last try; None if the run has been stopped."""
+    async def _ask(self, request: Request) -> Answer | Failure | None:
+        """An answer, or the failure after the last try; None if the run has been stopped."""
         answer: Answer | Failure = Failure("not asked")
         for number in range(TRIES):
             if number:
@@ -141,12 +144,7 @@ class LiveRunner:
                 finally:
                     await self.spending.budget.settle(most, self.spending.cost(answer))
             self._watch(answer)
-            if isinstance(answer, Answer):
-                # Not in the slot, which a slow disk would keep idle. Before the sample asks anything else, so a killed
-                # run loses at most one answer for each conversation.
-                await asyncio.to_thread(state.keep, request, answer)
-                return answer
-            if answer.is_final:
+            if isinstance(answer, Answer) or answer.is_final:
                 return answer
             logger.debug("%s: %s", request.stage, answer.reason)
         return answer

@@ -45,7 +45,7 @@ class RunFolder(LockedFolder):
 
     def sample(self, name: str) -> SampleState:
         """What is known of one sample."""
-        return SampleState(self.path / "samples" / name)
+        return sample_state(self.path, name)
 
     def batches(self) -> Iterator[BatchState]:
         """The batches of earlier runs, oldest first."""
@@ -57,6 +57,11 @@ class RunFolder(LockedFolder):
         batch = BatchState(self.path / "batches" / f"{name}.json", time.time(), requests)
         batch.save()
         return batch
+
+
+def sample_state(folder: Path, name: str) -> SampleState:
+    """What is known of one sample of the run in a folder that another process may have locked for this one."""
+    return SampleState(folder / "samples" / name)
 
 
 class BatchState:

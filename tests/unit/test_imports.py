@@ -33,7 +33,7 @@ ALLOWED = {
     "structure": {"errors"},
     "kernels": {"errors", "structure"},
     "data": {"child_processes", "errors", "config", "files", "progress", "structure", "cli"},
-    "curation": {"errors", "config", "files", "grading", "locked_folder", "structure", "data"},
+    "curation": {"child_processes", "errors", "config", "files", "grading", "locked_folder", "structure", "data"},
     "parallel": {"errors"},
     "model": {"checksums", "errors", "config", "dtypes", "files", "weight_names", "structure", "kernels", "parallel"},
     "checkpoints": {"large_files", "progress"},

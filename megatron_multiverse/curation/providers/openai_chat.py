@@ -40,7 +40,11 @@ class OpenAIProvider:
         self.model = model
         self._sdk = openai
         self._client = openai.AsyncOpenAI(
-            api_key=self._key or _OWN_SERVER_KEY, base_url=base_url, max_retries=max_retries, timeout=timeout_s
+            api_key=self._key or _OWN_SERVER_KEY,
+            base_url=base_url,
+            max_retries=max_retries,
+            timeout=timeout_s,
+            http_client=openai.DefaultAioHttpClient(),
         )
 
     async def close(self) -> None:

@@ -9,86 +9,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import json
 import random
 import threading
 import time
-import typing
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import cache
-from typing import Any, NotRequired, Required
+from typing import Any
 
 from anthropic.types.message_count_tokens_params import MessageCountTokensParams
 from anthropic.types.message_create_params import MessageCreateParamsNonStreaming, MessageCreateParamsStreaming
 from anthropic.types.messages.batch_create_params import BatchCreateParams
-from typing_extensions import is_typeddict
 
+from tests.unit.curation.http_wire import head, read_request, send, send_error, send_json
+from tests.unit.curation.messages import Messages, digest_of, events, stage_of
 from tests.unit.curation.scripted import Script
+from tests.unit.curation.sdk_types import check_type
 
 KEY = "sk-ant-secret-of-the-tests"
 VERSION = "2026-10-21"
-CHARACTERS_PER_TOKEN = 2.7
-MIN_CACHED_TOKENS = 512
-STAGE_WORDS = {"First task": "outline", "Second task": "groups", "Third task": "rewrite", "Check whether": "judge"}
 FAULTS = (
     "429", "429_after", "529", "500", "timeout", "drop", "cut_json",
     "refusal", "max_tokens", "context_window", "wrong_structure", "html",
 )  # fmt: skip
-
-
-def check_type(value: Any, kind: Any, place: str) -> str | None:
-    """Why the value is not of this type of the SDK; None if it is."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any or kind is object:
-        return None
-    if origin in (Required, NotRequired, typing.Required, typing.Annotated):
-        return check_type(value, arguments[0], place)
-    if origin is typing.Literal:
-        return None if value in arguments else f"{place}: {value!r} is none of {arguments}"
-    if origin in (typing.Union, type(int | None)):
-        reasons = [check_type(value, argument, place) for argument in arguments]
-        return None if None in reasons else reasons[0]
-    if is_typeddict(kind):
-        return _check_dict(value, kind, place)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return None if isinstance(value, dict) else f"{place}: an object is expected"
-    if isinstance(origin, type) and issubclass(origin, Iterable):
-        if not isinstance(value, list):
-            return f"{place}: a list is expected"
-        items = (check_type(item, arguments[0], f"{place}.{k}") for k, item in enumerate(value))
-        return next((reason for reason in items if reason), None)
-    if kind is type(None):
-        return None if value is None else f"{place}: null is expected"
-    if isinstance(kind, type):
-        is_right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-        return None if is_right else f"{place}: {kind.__name__} is expected"
-    return None
-
-
-def _check_dict(value: Any, kind: Any, place: str) -> str | None:
-    if not isinstance(value, dict):
-        return f"{place}: an object is expected"
-    hints = _hints(kind)
-    if unknown := value.keys() - hints.keys():
-        return f"{place}: unknown key {sorted(unknown)[0]}"
-    if missing := {name for name, hint in hints.items() if _is_required(hint)} - value.keys():
-        return f"{place}: {sorted(missing)[0]} is missing"
-    reasons = (check_type(item, hints[name], f"{place}.{name}") for name, item in value.items())
-    return next((reason for reason in reasons if reason), None)
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
-
-
-def _is_required(hint: Any) -> bool:
-    return typing.get_origin(hint) in (Required, typing.Required)
 
 
 @dataclass
@@ -136,10 +82,10 @@ class AnthropicServer:
         thinking_tokens: int = 4_000,
         port: int = 0,
     ) -> None:
-        self.scripts = {script.chain.numbered(): script for script in scripts}
+        self.messages = Messages(scripts, thinking_tokens)
         self.faults = faults or Faults()
         self.batch_faults = Faults(batch_faults or {}, self.faults.seed)
-        self.latency_s, self.batch_s, self.thinking_tokens = latency_s, batch_s, thinking_tokens
+        self.latency_s, self.batch_s = latency_s, batch_s
         self.delivered: Counter[str] = Counter()
         self.stages: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
@@ -152,7 +98,6 @@ class AnthropicServer:
         self.lose_next_batch_answer = False
         """The next batch is taken, but its answer is lost."""
         self._tries: Counter[str] = Counter()
-        self._cache: set[str] = set()
         self._batches: dict[str, dict[str, Any]] = {}
         self._numbers = itertools.count(1)
         self._under_way = 0
@@ -185,7 +130,7 @@ class AnthropicServer:
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            while request := await _read_request(reader):
+            while request := await read_request(reader):
                 if not await self._respond(*request, writer):
                     break
         writer.close()
@@ -196,33 +141,33 @@ class AnthropicServer:
         """Answer one request; False closes the connection."""
         self.calls[f"{method} {path.partition('?')[0]}"] += 1
         if self.status is not None:
-            return await _send_error(writer, self.status, "api_error", f"asked with {self._echo(headers)}")
+            return await send_error(writer, self.status, "api_error", f"asked with {self._echo(headers)}")
         if headers.get("authorization") != f"Bearer {KEY}":
-            return await _send_error(writer, 401, "authentication_error", f"invalid key {self._echo(headers)}")
+            return await send_error(writer, 401, "authentication_error", f"invalid key {self._echo(headers)}")
         if headers.get("anthropic-version") != VERSION:
-            return await _send_error(writer, 400, "invalid_request_error", "anthropic-version")
+            return await send_error(writer, 400, "invalid_request_error", "anthropic-version")
         if method == "POST" and path == "/v1/messages":
             return await self._message(json.loads(body), writer)
         if method == "POST" and path == "/v1/messages/count_tokens":
             return await self._count(json.loads(body), writer)
         if path.startswith("/v1/messages/batches"):
             return await self._batch(method, path, body, writer)
-        return await _send_error(writer, 404, "not_found_error", f"no such path {path}")
+        return await send_error(writer, 404, "not_found_error", f"no such path {path}")
 
     def _echo(self, headers: dict[str, str]) -> str:
         return headers.get("authorization", "") if self.echo_key else "a key"
 
     async def _count(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
         if reason := check_type(body, MessageCountTokensParams, "body"):
-            return await _send_error(writer, 400, "invalid_request_error", reason)
-        return await _send_json(writer, 200, {"input_tokens": self._prompt_tokens(body)})
+            return await send_error(writer, 400, "invalid_request_error", reason)
+        return await send_json(writer, 200, {"input_tokens": self.messages.prompt_tokens(body)})
 
     async def _message(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
         kind = MessageCreateParamsStreaming if body.get("stream") else MessageCreateParamsNonStreaming
         if reason := check_type(body, kind, "body"):
-            return await _send_error(writer, 400, "invalid_request_error", reason)
+            return await send_error(writer, 400, "invalid_request_error", reason)
         self.bodies.append(body)
-        digest = _digest(body)
+        digest = digest_of(body)
         self._tries[digest] += 1
         fault = self.faults.choose(digest, self._tries[digest])
         self.failed[fault] += bool(fault)
@@ -240,39 +185,37 @@ class AnthropicServer:
     async def _answer(self, body: dict[str, Any], digest: str, fault: str, writer: asyncio.StreamWriter) -> bool:
         if fault in ("429", "429_after"):
             after = {"retry-after": "0.05"} if fault == "429_after" else {}
-            return await _send_error(writer, 429, "rate_limit_error", "slow down", {"retry-after-ms": "20", **after})
+            return await send_error(writer, 429, "rate_limit_error", "slow down", {"retry-after-ms": "20", **after})
         if fault in ("529", "500"):
             kind = {"529": "overloaded_error", "500": "api_error"}[fault]
-            return await _send_error(writer, int(fault), kind, "again", {"retry-after-ms": "20"})
+            return await send_error(writer, int(fault), kind, "again", {"retry-after-ms": "20"})
         if fault == "html":
-            return await _send(writer, 200, b"<html>proxy</html>", "text/html")
+            return await send(writer, 200, b"<html>proxy</html>", "text/html")
         if fault == "timeout":
             await asyncio.sleep(30)
             return False
-        message = self.message(body, digest, fault)
+        message = self.messages.message(body, digest, fault)
         if isinstance(message, str):
-            return await _send_error(writer, 400, "invalid_request_error", message)
+            return await send_error(writer, 400, "invalid_request_error", message)
         if body.get("stream"):
             return await self._stream(message, digest, fault, writer)
         data = json.dumps(message).encode()
         if fault == "drop":
-            writer.write(_head(200, "application/json", len(data)) + data[: len(data) // 2])
+            writer.write(head(200, "application/json", len(data)) + data[: len(data) // 2])
             await writer.drain()
             return False
         if fault == "cut_json":
-            return await _send(writer, 200, data[: len(data) // 2], "application/json")
-        alive = await _send(writer, 200, data, "application/json")
+            return await send(writer, 200, data[: len(data) // 2], "application/json")
+        alive = await send(writer, 200, data, "application/json")
         self._note_delivered(digest, body)
         return alive
 
     async def _stream(self, message: dict[str, Any], digest: str, fault: str, writer: asyncio.StreamWriter) -> bool:
-        writer.write(_head(200, "text/event-stream", None))
-        events = list(_events(message))
-        cut = len(events) // 2 if fault in ("drop", "cut_json") else len(events)
-        for event in events[:cut]:
-            data = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
-            writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-        if cut < len(events):
+        writer.write(head(200, "text/event-stream", None))
+        pieces = list(events(message))
+        cut = len(pieces) // 2 if fault in ("drop", "cut_json") else len(pieces)
+        writer.writelines(pieces[:cut])
+        if cut < len(pieces):
             await writer.drain()
             return False
         writer.write(b"0\r\n\r\n")
@@ -285,60 +228,6 @@ class AnthropicServer:
         if body is not None:
             self.stages[stage_of(body)] += 1
 
-    def message(self, body: dict[str, Any], digest: str, fault: str) -> dict[str, Any] | str:
-        """The answer to a body, billed; or why the body cannot be answered."""
-        shared, task = (part["text"] for part in body["messages"][0]["content"])
-        numbered = shared.partition("<text>\n")[2].rpartition("\n</text>")[0]
-        script = self.scripts.get(numbered)
-        if script is None:
-            return "no script for this chain"
-        text = script.answer(stage_of(body), task)
-        stop, details = "end_turn", None
-        if fault == "refusal":
-            text, stop = "", "refusal"
-            details = {"type": "refusal", "category": "reasoning_extraction", "explanation": "not this one"}
-        elif fault == "max_tokens":
-            text, stop = text[: len(text) // 2], "max_tokens"
-        elif fault == "context_window":
-            text, stop = "", "model_context_window_exceeded"
-        elif fault == "wrong_structure":
-            text = text.replace('"first_line": 1,', '"first_line": 2,').replace("</Conclusion>", "")
-            text = text if stage_of(body) != "groups" else '{"steps": [], "groups": [{"kind": "none", "members": []}]}'
-        thinking = random.Random(digest).randint(self.thinking_tokens // 2, self.thinking_tokens * 3 // 2)
-        return {
-            "id": f"msg_{digest[:20]}",
-            "type": "message",
-            "role": "assistant",
-            "model": body["model"],
-            "content": [{"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "text", "text": text}],
-            "stop_reason": stop,
-            "stop_sequence": None,
-            "stop_details": details,
-            "usage": self._usage(body, text, thinking),
-        }
-
-    def _prompt_tokens(self, body: dict[str, Any]) -> int:
-        parts = [part["text"] for part in body["messages"][0]["content"]]
-        return int(len(body.get("system", "") + "".join(parts)) / CHARACTERS_PER_TOKEN)
-
-    def _usage(self, body: dict[str, Any], text: str, thinking: int) -> dict[str, Any]:
-        prompt = self._prompt_tokens(body)
-        first = body["messages"][0]["content"][0]
-        prefix = body.get("system", "") + json.dumps(body.get("output_config")) + first["text"]
-        cached = int(len(first["text"]) / CHARACTERS_PER_TOKEN) if "cache_control" in first else 0
-        cached = cached if cached >= MIN_CACHED_TOKENS else 0
-        is_hit = _digest(prefix) in self._cache
-        if cached:
-            self._cache.add(_digest(prefix))
-        return {
-            "input_tokens": prompt - cached,
-            "cache_creation_input_tokens": 0 if is_hit else cached,
-            "cache_read_input_tokens": cached if is_hit else 0,
-            "output_tokens": int(len(text) / CHARACTERS_PER_TOKEN) + thinking,
-            "output_tokens_details": {"thinking_tokens": thinking},
-            "service_tier": "standard",
-        }
-
     async def _batch(self, method: str, path: str, body: bytes, writer: asyncio.StreamWriter) -> bool:
         name = path.removeprefix("/v1/messages/batches").partition("?")[0].strip("/")
         if not name and method == "POST":
@@ -346,23 +235,23 @@ class AnthropicServer:
         if not name:
             rows = [self._batch_object(batch) for batch in reversed(self._batches.values())]
             ends = {"first_id": None, "last_id": None, "has_more": False}
-            return await _send_json(writer, 200, {"data": rows, **ends})
+            return await send_json(writer, 200, {"data": rows, **ends})
         batch = self._batches.get(name.partition("/")[0])
         if batch is None:
-            return await _send_error(writer, 404, "not_found_error", f"no batch {name}")
+            return await send_error(writer, 404, "not_found_error", f"no batch {name}")
         if name.endswith("/cancel"):
             batch["canceled"] = True
-            return await _send_json(writer, 200, self._batch_object(batch))
+            return await send_json(writer, 200, self._batch_object(batch))
         if name.endswith("/results"):
             return await self._batch_results(batch, writer)
-        return await _send_json(writer, 200, self._batch_object(batch))
+        return await send_json(writer, 200, self._batch_object(batch))
 
     async def _create_batch(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
         if reason := check_type(body, BatchCreateParams, "body"):
-            return await _send_error(writer, 400, "invalid_request_error", reason)
-        fault = self.faults.choose(_digest(body["requests"][0]["custom_id"]), 0)
+            return await send_error(writer, 400, "invalid_request_error", reason)
+        fault = self.faults.choose(digest_of(body["requests"][0]["custom_id"]), 0)
         if fault in ("429", "529", "500"):
-            return await _send_error(writer, int(fault), "overloaded_error", "again")
+            return await send_error(writer, int(fault), "overloaded_error", "again")
         batch = {"id": f"msgbatch_{next(self._numbers)}", "made": datetime.now(UTC), **body}
         self._batches[batch["id"]] = batch
         for row in body["requests"]:
@@ -370,7 +259,7 @@ class AnthropicServer:
         if self.lose_next_batch_answer:
             self.lose_next_batch_answer = False
             return False
-        return await _send_json(writer, 200, self._batch_object(batch))
+        return await send_json(writer, 200, self._batch_object(batch))
 
     def _batch_object(self, batch: dict[str, Any]) -> dict[str, Any]:
         made = batch["made"]
@@ -395,11 +284,11 @@ class AnthropicServer:
             batch["results"] = [self._batch_result(row) for row in batch["requests"]]
             random.Random(batch["id"]).shuffle(batch["results"])
         data = "".join(json.dumps(row) + "\n" for row in batch["results"]).encode()
-        return await _send(writer, 200, data, "application/x-jsonl")
+        return await send(writer, 200, data, "application/x-jsonl")
 
     def _batch_result(self, row: dict[str, Any]) -> dict[str, Any]:
         """Worked out once per batch, and billed then, whether or not anybody fetches it."""
-        digest = _digest(row["params"])
+        digest = digest_of(row["params"])
         self._tries[digest] += 1
         fault = self.batch_faults.choose(digest, self._tries[digest])
         self.failed[f"batch {fault}"] += bool(fault)
@@ -409,76 +298,8 @@ class AnthropicServer:
             error = {"type": kind, "message": "did not work"}
             result = {"type": "errored", "error": {"type": "error", "error": error, "request_id": None}}
         elif not fault or fault in FAULTS:
-            message = self.message(row["params"], digest, fault)
+            message = self.messages.message(row["params"], digest, fault)
             assert isinstance(message, dict), message
             result = {"type": "succeeded", "message": message}
             self._note_delivered(digest, row["params"])
         return {"custom_id": row["custom_id"], "result": result}
-
-
-def stage_of(body: dict[str, Any]) -> str:
-    task = body["messages"][0]["content"][1]["text"]
-    return next(stage for words, stage in STAGE_WORDS.items() if task.startswith(words))
-
-
-def _digest(value: Any) -> str:
-    if isinstance(value, dict):
-        value = {name: item for name, item in value.items() if name != "stream"}
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _events(message: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    start = {**message, "content": [], "stop_reason": None, "stop_details": None}
-    yield {"type": "message_start", "message": start}
-    for index, block in enumerate(message["content"]):
-        if block["type"] == "thinking":
-            yield {"type": "content_block_start", "index": index, "content_block": {**block, "thinking": ""}}
-            yield _delta(index, {"type": "thinking_delta", "thinking": block["thinking"]})
-        else:
-            yield {"type": "content_block_start", "index": index, "content_block": {**block, "text": ""}}
-            text = block["text"]
-            for k in range(0, len(text), 2_000):
-                yield _delta(index, {"type": "text_delta", "text": text[k : k + 2_000]})
-        yield {"type": "content_block_stop", "index": index}
-    delta = {name: message[name] for name in ("stop_reason", "stop_sequence", "stop_details")}
-    yield {"type": "message_delta", "delta": delta, "usage": message["usage"]}
-    yield {"type": "message_stop"}
-
-
-def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "content_block_delta", "index": index, "delta": delta}
-
-
-async def _read_request(reader: asyncio.StreamReader) -> tuple[str, str, dict[str, str], bytes] | None:
-    head = await reader.readuntil(b"\r\n\r\n")
-    first, *lines = head.decode().split("\r\n")
-    method, path, _ = first.split(" ")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
-    body = await reader.readexactly(int(headers.get("content-length", 0)))
-    return method, path, headers, body
-
-
-def _head(status: int, kind: str, length: int | None, more: Mapping[str, str] | None = None) -> bytes:
-    size = "transfer-encoding: chunked" if length is None else f"content-length: {length}"
-    lines = [f"HTTP/1.1 {status} X", f"content-type: {kind}", size, "request-id: req_1"]
-    lines += [f"{name}: {value}" for name, value in (more or {}).items()]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode()
-
-
-async def _send(
-    writer: asyncio.StreamWriter, status: int, data: bytes, kind: str, more: Mapping[str, str] | None = None
-) -> bool:
-    writer.write(_head(status, kind, len(data), more) + data)
-    await writer.drain()
-    return True
-
-
-async def _send_json(writer: asyncio.StreamWriter, status: int, value: Any) -> bool:
-    return await _send(writer, status, json.dumps(value).encode(), "application/json")
-
-
-async def _send_error(
-    writer: asyncio.StreamWriter, status: int, kind: str, message: str, more: Mapping[str, str] | None = None
-) -> bool:
-    value = {"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_1"}
-    return await _send(writer, status, json.dumps(value).encode(), "application/json", more)

@@ -59,6 +59,7 @@ class Run:
 
     def config(self, server: AnthropicServer | None, **options: Any) -> CurateConfig:
         chosen = {"model": MODEL, "min_net_gain": 0.0, "independence": "report", "poll_interval": 0.05, "yes": True}
+        chosen["workers"] = 0  # the same code, without the time to fork
         if server is not None:
             chosen["base_url"] = server.url
         return CurateConfig(input=str(self.input), output=self.output, **{**chosen, **options})

@@ -20,9 +20,10 @@ from megatron_multiverse.curation.providers.protocol import BatchProvider, Provi
 from megatron_multiverse.curation.providers.rule_based import RuleBasedProvider
 from megatron_multiverse.curation.questions import Questions
 from megatron_multiverse.errors import ConfigError
-from tests.unit.curation.anthropic_server import KEY, AnthropicServer, Faults, check_type
+from tests.unit.curation.anthropic_server import KEY, AnthropicServer, Faults
 from tests.unit.curation.conftest import MODEL, random_scripts
 from tests.unit.curation.scripted import Script
+from tests.unit.curation.sdk_types import check_type
 
 SCRIPTS = random_scripts(2)
 QUESTIONS = Questions(SCRIPTS[0].chain, "medium", is_cached=True)

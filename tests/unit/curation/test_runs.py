@@ -247,7 +247,7 @@ def test_what_the_provider_refused_for_good_is_taken_up_again_by_the_next_start(
     with AnthropicServer(SCRIPTS[:-1]) as server:  # it answers 400 to a chain that it does not know
         result = run(server)
         assert result.tally.set_aside == {"provider": 1} and "no script" in run.set_aside[0]["reason"]
-        server.scripts[SCRIPTS[-1].chain.numbered()] = SCRIPTS[-1]
+        server.messages.scripts[SCRIPTS[-1].chain.numbered()] = SCRIPTS[-1]
         assert run(server).tally.passed == len(SCRIPTS)
 
 
