@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
@@ -136,20 +137,55 @@ def _of_result(result: Result, text: str, seconds: float) -> Outcome:
 
 
 class ServerBackend:
-    """A running tools/run_text_generation_server.py, over HTTP.
+    """Running servers of one model, which share the answers.
 
     Raises:
+        ConfigError: they serve models of different names.
         GenerationError: nobody answers there, or the key is refused.
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
+        self._concurrency = config.concurrency
+        self._servers = [_Server(config, url) for url in config.url]
+        names = {server.name for server in self._servers}
+        if len(names) > 1:
+            served = ", ".join(f"{server.url} serves {server.name}" for server in self._servers)
+            raise ConfigError(f"--url: {served}; servers that share an evaluation serve the same model")
+        (self.name,) = names
+
+    def answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
+        """See `Backend`. Threads wait for the servers; grades are given by the caller's thread."""
+        waiting = iter(jobs)
+        running: dict[Future[Outcome], tuple[Job, _Server]] = {}
+        pool = ThreadPoolExecutor(self._concurrency)
+        try:
+            while True:
+                for job in islice(waiting, self._concurrency - len(running)):
+                    asked = Counter(server.url for _, server in running.values())
+                    least = min(self._servers, key=lambda server: asked[server.url])
+                    running[pool.submit(least.answer, job)] = job, least
+                if not running:
+                    return
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(done)[0], done.result()
+        finally:
+            # Ends the requests under way, so that their threads end now and the servers free what they hold.
+            for server in self._servers:
+                server.close()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Server:
+    """One server, over HTTP; `name` is that of its model."""
+
+    def __init__(self, config: EvaluateConfig, url: str) -> None:
         import httpx2
 
-        assert config.url is not None
+        self.url = url
         self._config = config
         key = os.environ.get(KEY_VARIABLE)
         self._client = httpx2.Client(
-            base_url=config.url.rstrip("/").removesuffix("/v1"),
+            base_url=url.rstrip("/").removesuffix("/v1"),
             timeout=httpx2.Timeout(config.timeout, connect=10.0),
             headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx2.Limits(max_connections=config.concurrency),
@@ -158,27 +194,13 @@ class ServerBackend:
         try:
             self.name = str(models["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
-            raise GenerationError(f"--url {config.url}: /v1/models names no model; is this our server?") from error
+            raise GenerationError(f"--url {url}: /v1/models names no model; is this our server?") from error
 
-    def answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
-        """See `Backend`. Threads wait for the server; grades are given by the caller's thread."""
-        waiting = iter(jobs)
-        running: dict[Future[Outcome], Job] = {}
-        pool = ThreadPoolExecutor(self._config.concurrency)
-        try:
-            while True:
-                for job in islice(waiting, self._config.concurrency - len(running)):
-                    running[pool.submit(self._answer, job)] = job
-                if not running:
-                    return
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(done), done.result()
-        finally:
-            # Ends the requests under way, so that their threads end now and the server frees what they hold.
-            self._client.close()
-            pool.shutdown(wait=False, cancel_futures=True)
+    def close(self) -> None:
+        self._client.close()
 
-    def _answer(self, job: Job) -> Outcome:
+    def answer(self, job: Job) -> Outcome:
+        """Ask and wait; in any thread."""
         config = self._config
         ours: dict[str, Any] = {"max_critical_tokens": job.key.budget}
         if config.sequential:
@@ -205,10 +227,10 @@ class ServerBackend:
             try:
                 response = self._client.request(method, route, json=body)
             except httpx2.TimeoutException as error:
-                raise GenerationError(f"--url {self._config.url}: no answer in {self._config.timeout:g} s") from error
+                raise GenerationError(f"--url {self.url}: no answer in {self._config.timeout:g} s") from error
             except (httpx2.HTTPError, httpx2.InvalidURL) as error:
                 raise GenerationError(
-                    f"--url {self._config.url}: {error}; start tools/run_text_generation_server.py there, then the "
+                    f"--url {self.url}: {error}; start tools/run_text_generation_server.py there, then the "
                     "same command goes on"
                 ) from error
             if response.status_code not in (429, 503) or time.monotonic() > deadline:
@@ -225,7 +247,7 @@ class ServerBackend:
                 content = None
             if isinstance(content, dict):
                 return content
-        message = f"--url {self._config.url}: {error_text(response.status_code, response.text)}"
+        message = f"--url {self.url}: {error_text(response.status_code, response.text)}"
         if response.status_code in (400, 500):
             raise _Refused(message)
         raise GenerationError(message)

@@ -45,9 +45,9 @@ class EvaluateConfig:
     """Only the first so many problems of each task."""
     load: Path | None = None
     """Checkpoint in any format, served in this process; or give --url."""
-    url: str | None = None
-    """Address of a running tools/run_text_generation_server.py, such as http://127.0.0.1:5000. Its key, if it wants
-    one, is read from MULTIVERSE_API_KEY."""
+    url: list[str] = field(default_factory=list)
+    """Addresses of running tools/run_text_generation_server.py, such as http://127.0.0.1:5000; several servers of one
+    model share the answers. Their key, if they want one, is read from MULTIVERSE_API_KEY."""
     output: Path = Path("runs/evaluation")
     """Folder of the run: samples.jsonl, report.md, report.json, report.png. The same command goes on with it."""
     num_seeds: int = 1
@@ -64,7 +64,7 @@ class EvaluateConfig:
     draw: DrawConfig = field(default_factory=DrawConfig)
     """How answers are drawn."""
     concurrency: int = 8
-    """Answers under way at once; 1 measures the wall clock of one answer alone."""
+    """Answers under way at once, over all servers; 1 measures the wall clock of one answer alone."""
     compare: list[Path] = field(default_factory=list)
     """Two finished runs to compare, problem by problem, instead of evaluating: the second against the first."""
     tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
@@ -89,7 +89,7 @@ class EvaluateConfig:
             return
         if not self.tasks:
             raise ConfigError("--tasks is missing: name one or more, e.g. --tasks aime24,math500")
-        if (self.load is None) == (self.url is None):
+        if (self.load is None) == (not self.url):
             raise ConfigError("give either --load CHECKPOINT or --url SERVER")
         for name in ("num_seeds", "concurrency", "limit"):
             value = getattr(self, name)

@@ -53,9 +53,13 @@ def test_engine_and_server_answer_alike(config: EvaluateConfig, tmp_path: Path) 
     full, cut = (next(score for key, score in result.scores.items() if key.budget == b) for b in (500, 60))
     assert (full.accuracy, full.trigger_ratio, full.malformed, full.truncated) == (0.5, 1.0, 0.0, 0.0)
     assert full.num_parallel > 1.2 and cut.token_latency <= 60 and cut.truncated == 1.0 and cut.accuracy == 0.0
-    with running(engine=config.engine) as server:
-        over_http = dataclasses.replace(config, load=None, url=server.url, budgets=[60, 500], output=tmp_path / "http")
+    with running(engine=config.engine) as server, running(engine=config.engine) as second:
+        over_http = dataclasses.replace(
+            config, load=None, url=[server.url, second.url], budgets=[60, 500], output=tmp_path / "http"
+        )
         evaluate(over_http)
+        for one in (server, second):
+            assert "multiverse_answers_total{" in one.http.get("/metrics").text, "each has answered"
         chat = dataclasses.replace(over_http, chat=True, budgets=[500], output=tmp_path / "chat")
         evaluate(chat)
         grown = evaluate(dataclasses.replace(over_http, thinking=["parallel", "none"], budgets=[500], limit=1))
@@ -124,7 +128,7 @@ def write(file: Path, samples: list[Sample]) -> None:
     [
         ({}, "--tasks is missing"),
         ({"tasks": ["aime24"]}, "either --load"),
-        ({"tasks": ["aime24"], "load": MODEL, "url": "http://x"}, "either --load"),
+        ({"tasks": ["aime24"], "load": MODEL, "url": ["http://x"]}, "either --load"),
         ({"tasks": ["aime24"], "load": MODEL, "num_seeds": 0}, "--num-seeds must be at least 1"),
         ({"tasks": ["aime24"], "load": MODEL, "budgets": [0]}, "--budgets must be at least 1"),
         ({"tasks": ["aime24"], "load": MODEL, "num_seeds": 2, "draw": DrawConfig(temperature=0)}, "all answers are"),
