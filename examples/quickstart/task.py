@@ -143,11 +143,15 @@ def render_autoregressive(problem: Problem) -> tuple[str, str]:
     return f"Work out {problem}." + SEQUENTIAL_REQUEST, f"{thought}\n\nAnswer: {problem.answer}"
 
 
-def render_undecided(problem: Problem, rng: random.Random, *, fork_share: float) -> tuple[str, str]:
-    """Prompt and response without a request for either way of thinking: each list of expressions, the problem's and
-    those of sub-expressions, becomes a block with probability `fork_share`, whether that pays or not."""
-    thought = render(("<Think>", *_undecided(problem.named, rng, fork_share), "</Think>"))
-    return f"Work out {problem}.", f"{thought}\n\nAnswer: {problem.answer}"
+def render_undecided(problem: Problem, *, fork: bool) -> tuple[str, str]:
+    """Prompt and response without a request for either way of thinking: the expressions become the paths of one block,
+    or are worked out one after the other; what an expression needs is worked out in sequence."""
+    works = [(name, expression, "\n".join(_sequential_lines(name, expression))) for name, expression in problem.named]
+    parts: list[str | Block] = [work for _, _, work in works]
+    if fork:
+        outlines = tuple(f"{name} = {expression}" for name, expression, _ in works)
+        parts = [FORK_LINE, Block(outlines, tuple((work,) for _, _, work in works), problem.answer)]
+    return f"Work out {problem}.", f"{render(('<Think>', *parts, '</Think>'))}\n\nAnswer: {problem.answer}"
 
 
 def check_answer(problem: Problem, text: str) -> bool:
@@ -222,23 +226,6 @@ def _block(named: tuple[tuple[str, Expression], ...]) -> Block:
         paths=tuple(_path(name, expression) for name, expression in named),
         conclusion=_results(named),
     )
-
-
-def _undecided(named: tuple[tuple[str, Expression], ...], rng: random.Random, fork_share: float) -> list[str | Block]:
-    """The work on some expressions, in a block or one after the other."""
-    works = [_undecided_work(name, expression, rng, fork_share) for name, expression in named]
-    if rng.random() >= fork_share:
-        return [part for work in works for part in work]
-    outlines = tuple(f"{name} = {expression}" for name, expression in named)
-    return [FORK_LINE, Block(outlines, tuple(tuple(work) for work in works), _results(named))]
-
-
-def _undecided_work(name: str, expression: Expression, rng: random.Random, fork_share: float) -> list[str | Block]:
-    """The work on one expression: first its sub-expressions, then what is left to combine."""
-    work = "\n".join(_combining_lines(name, expression))
-    if not expression.children:
-        return [work]
-    return [f"{name} = {expression}", *_undecided(_child_names(name, expression), rng, fork_share), work]
 
 
 def _sample_expression(rng: random.Random, max_depth: int, nested_share: float, level: int = 0) -> Expression:

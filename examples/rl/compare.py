@@ -70,7 +70,7 @@ def answer_all(options: CompareOptions) -> dict[str, list[dict[str, Any]]]:
             if number:
                 rows[str(folder)].append(
                     {
-                        "expressions": problem["expressions"],
+                        "family": problem["family"],
                         "right": stated.split() == problem["answer"].split(),
                         "blocks": len(result.blocks),
                         "tokens": len(result.token_ids),
@@ -99,19 +99,17 @@ def main() -> None:
     options = parse_options(CompareOptions)
     report: dict[str, Any] = {"num_problems": options.num_problems, "dtype": options.dtype, "models": {}}
     for name, rows in answer_all(options).items():
-        kinds = sorted({row["expressions"] for row in rows})
-        by_kind = {str(kind): summary([row for row in rows if row["expressions"] == kind]) for kind in kinds}
-        report["models"][name] = {**summary(rows), "by_expressions": by_kind}
+        families = sorted({row["family"] for row in rows})
+        by_family = {family: summary([row for row in rows if row["family"] == family]) for family in families}
+        report["models"][name] = {**summary(rows), "by_family": by_family}
     first = report["models"][str(options.models[0])]
-    print(
-        f"{'model':<28}{'expressions':>12}{'right':>8}{'forks':>8}{'blocks':>8}{'tokens':>8}{'steps':>8}{'ms/right':>10}"
-    )
+    print(f"{'model':<28}{'family':>10}{'right':>8}{'forks':>8}{'blocks':>8}{'tokens':>8}{'steps':>8}{'ms/right':>10}")
     for name, values in report["models"].items():
         values["net_speedup"] = first["seconds_per_right_answer"] / values["seconds_per_right_answer"]
         values["net_speedup_steps"] = (first["steps"] / first["accuracy"]) / (values["steps"] / values["accuracy"])
-        for kind, row in {"all": values, **values["by_expressions"]}.items():
+        for family, row in {"all": values, **values["by_family"]}.items():
             print(
-                f"{name[-26:]:<28}{kind:>12}{row['accuracy']:>8.1%}{row['forks']:>8.1%}{row['blocks']:>8.2f}"
+                f"{name[-26:]:<28}{family:>10}{row['accuracy']:>8.1%}{row['forks']:>8.1%}{row['blocks']:>8.2f}"
                 f"{row['tokens']:>8.0f}{row['steps']:>8.0f}{1000 * row['seconds_per_right_answer']:>10.1f}"
             )
         print(

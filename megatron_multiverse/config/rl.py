@@ -13,6 +13,7 @@ from typing import Any, Literal
 from megatron_multiverse.config.choices import DType, TokenizerType
 from megatron_multiverse.config.engine import EngineConfig
 from megatron_multiverse.config.layers import LayerConfig
+from megatron_multiverse.config.parallel import ParallelConfig
 from megatron_multiverse.config.sampling import SamplingParams
 from megatron_multiverse.config.strict import check, check_choices, check_finite
 from megatron_multiverse.config.train import CheckpointConfig, DataConfig, LogConfig, OptimConfig, TrainConfig
@@ -31,6 +32,8 @@ class TaskConfig:
     """Column of the prompts."""
     answer_key: str = "answer"
     """Column of the right answers."""
+    family_key: str = ""
+    """Column that divides the prompts into families, whose answers are also reported apart; empty for none."""
     prompt_suffix: Literal["none", "parallel", "sequential"] = "none"
     """Sentence to put after each prompt, as tools/preprocess_data.py does."""
     chat: bool = False
@@ -167,6 +170,9 @@ class RLConfig:
     """How they become an update."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-6, lr_decay_style="constant"))
     """Optimizer and schedule, counted in optimizer steps."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Ranks that hold one model between them: tensor_model_parallel_size. What that leaves of the ranks are replicas,
+    each of which draws and trains answers to its share of the prompts."""
     layers: LayerConfig = field(default_factory=LayerConfig)
     """Attention kernel, layer spec and activation recompute of the trainer."""
     log: LogConfig = field(default_factory=lambda: LogConfig(log_interval=1))
@@ -176,7 +182,8 @@ class RLConfig:
     seed: int = 1234
     """Seed of the order of prompts, of every answer and of every random generator."""
     dtype: DType = "float32"
-    """float32 (TF32 on CUDA), bf16 (the engine runs a bf16 copy of the float32 weights), float64 (tests)."""
+    """float32 (TF32 on CUDA), bf16 (on one rank the engine runs a bf16 copy of the float32 weights, on several the
+    model is bf16 and the optimizer has the float32 weights), float64 (tests on one rank)."""
     deterministic: bool = False
     """The same bits in every run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -195,7 +202,27 @@ class RLConfig:
             f"policy.updates_per_step ({parts}) must not exceed rollout.prompts_per_step ({groups}): each update takes "
             "whole groups",
         )
+        self._check_parallel()
         self.train_config()  # checks what the parts have in common
+
+    def _check_parallel(self) -> None:
+        parallel = self.parallel
+        for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+            check(
+                getattr(parallel, name) == 1,
+                f"parallel.{name} must be 1 here, got {getattr(parallel, name)}: spread a model that is too large for "
+                "one GPU with parallel.tensor_model_parallel_size",
+            )
+        check(
+            not parallel.sequence_parallel,
+            "parallel.sequence_parallel must be false here: logits are made for drawn tokens alone, which stand "
+            "anywhere in a row",
+        )
+        check(
+            self.rollout.prompts_per_step >= parallel.data_parallel_size,
+            f"rollout.prompts_per_step ({self.rollout.prompts_per_step}) must be at least the number of replicas "
+            f"({parallel.data_parallel_size}), each of which draws answers to its share",
+        )
 
     @property
     def tokenizer_model(self) -> str:
@@ -211,13 +238,13 @@ class RLConfig:
                 tokenizer_model=self.tokenizer_model,
                 seq_length=self.policy.seq_length,
                 micro_batch_size=self.policy.micro_batch_size,
-                global_batch_size=self.policy.micro_batch_size,
+                global_batch_size=self.policy.micro_batch_size * self.parallel.data_parallel_size,
                 num_workers=0,
             ),
             checkpoint=self.checkpoint,
             init_from=self.init_from,
             layers=self.layers,
-            engine="one_process",
+            parallel=self.parallel,
             optim=self.optim,
             log=self.log,
             train_iters=self.train_iters * self.policy.updates_per_step,

@@ -169,7 +169,7 @@ def pack_arrays(
         layouts.append(padding_layout(seq_length - used))
     packed = pack_layouts(layouts)
     ids = np.full(seq_length, pad, dtype=np.int64)
-    ids[:used] = np.concatenate([sample.ids for sample in samples])
+    ids[:used] = np.concatenate([ids[:0], *(sample.ids for sample in samples)])
     is_target = packed.loss_mask(train_forced_tokens=train_forced_tokens)
     is_target[np.cumsum([0, *(part.num_tokens for part in layouts[:-1])])] = False  # nothing predicts a first token
     return {

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_multiverse.config import PolicyConfig
 from megatron_multiverse.kernels.greedy import token_logprobs
 from megatron_multiverse.model.device import to_device
+from megatron_multiverse.model.mcore import parallel_state, tensor_parallel, tensor_parallel_place
 from megatron_multiverse.training.microbatches import Microbatch
 from megatron_multiverse.training.placement import TokenPlacer
 
@@ -29,7 +30,7 @@ def logits_only_at(model: Any, places: Tensor, b: int, s: int) -> Iterator[None]
     [1, places, vocab].
 
     Args:
-        model: megatron-core's GPTModel.
+        model: megatron-core's GPTModel, or its DistributedDataParallel around one.
         places: int64 [T], indices into the b x s tokens.
         b: rows.
         s: tokens of each.
@@ -39,7 +40,7 @@ def logits_only_at(model: Any, places: Tensor, b: int, s: int) -> Iterator[None]
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0].flatten(0, 1).index_select(0, rows)[:, None], *args[1:])
 
-    hook = model.output_layer.register_forward_pre_hook(select)
+    hook = getattr(model, "module", model).output_layer.register_forward_pre_hook(select)
     try:
         yield
     finally:
@@ -76,6 +77,9 @@ class PolicyLoss:
     Logits are made for targets only, and their float32 copies live for one chunk of targets at a time: with a
     vocabulary of 150 thousand those of a long row would not fit beside the model.
 
+    The logits of tensor parallel ranks, each of a part of the vocabulary, are brought together on all of them, as the
+    engine does.
+
     Args:
         config: how far ratios count.
         vocab_size: ids of the tokenizer. The rows of the output layer beyond are padding, which the engine never draws,
@@ -85,6 +89,7 @@ class PolicyLoss:
 
     def __init__(self, config: PolicyConfig, vocab_size: int, device: torch.device) -> None:
         self.config, self.vocab_size, self.device = config, vocab_size, device
+        self._is_spread = tensor_parallel_place()[0] > 1
         self._reset()
 
     def _reset(self) -> None:
@@ -98,8 +103,7 @@ class PolicyLoss:
         position_ids, params = placer.place(batch, ids)
         with logits_only_at(model, contexts, *ids.shape):
             logits = model(ids, position_ids, attention_mask=None, packed_seq_params=params)[0]
-        drawable = logits[:, : self.vocab_size]
-        chunks = zip(torch.split(drawable, _CHUNK), torch.split(targets, _CHUNK), strict=True)
+        chunks = zip(torch.split(logits, _CHUNK), torch.split(targets, _CHUNK), strict=True)
         logprobs = torch.cat([self._logprobs(*chunk) for chunk in chunks])
         log_ratio = logprobs - old.to(logprobs.dtype)
         ratio, advantages = log_ratio.exp(), advantages.to(logprobs.dtype)
@@ -107,13 +111,21 @@ class PolicyLoss:
         self._count(log_ratio.detach(), (gain < ratio * advantages).detach())
         return -gain.sum(), params.num_visible_pairs()
 
+    def _drawable(self, logits: Tensor) -> Tensor:
+        """Logits of the whole vocabulary without its padding: [T, vocab / ranks] -> [T, vocab size]."""
+        whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits) if self._is_spread else logits
+        return whole[:, : self.vocab_size]
+
     def _logprobs(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities of a chunk of targets; the backward pass makes the float32 logits again."""
         with torch.no_grad():
-            spread = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            drawable = self._drawable(logits)
+            spread = drawable.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             self._sums[1] -= (spread.exp() * spread).sum()
-            del spread
-        logprobs: Tensor = checkpoint(token_logprobs, logits, targets, use_reentrant=False)
+            del spread, drawable
+        logprobs: Tensor = checkpoint(
+            lambda logits: token_logprobs(self._drawable(logits), targets), logits, use_reentrant=False
+        )
         return logprobs
 
     def _count(self, log_ratio: Tensor, clipped: Tensor) -> None:
@@ -122,10 +134,14 @@ class PolicyLoss:
         self._sums[2] += clipped.sum()
         self._sums[3] += drift.sum()
         self._sums[4] += (log_ratio.expm1().abs() > NEAR).sum()
-        self._largest = torch.maximum(self._largest, drift.max().double())
+        self._largest = torch.maximum(self._largest, torch.cat((drift, drift.new_zeros(1))).max().double())
 
     def take(self) -> PolicyNumbers:
-        """The numbers since the last call; waits for the device."""
+        """The numbers of all ranks since the last call; collective, and waits for the device."""
+        if parallel_state.get_data_parallel_world_size() > 1:
+            distributed.all_reduce(self._sums, group=parallel_state.get_data_parallel_group())
+            largest = distributed.ReduceOp.MAX
+            distributed.all_reduce(self._largest, largest, group=parallel_state.get_data_parallel_group())
         count, entropy, clipped, drift, far = self._sums.tolist()
         whole, largest = max(1.0, count), float(self._largest)
         self._reset()

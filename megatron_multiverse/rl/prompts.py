@@ -31,6 +31,8 @@ class Prompt:
     """The right answer."""
     row: Mapping[str, Any]
     """All columns, for reward functions of one's own."""
+    family: str = ""
+    """What `task.family_key` says of it."""
 
 
 class Prompts:
@@ -108,12 +110,12 @@ def read_prompts(config: TaskConfig, tokenizer: MultiverseTokenizer) -> list[Pro
         for row in read_rows(shard):
             if row.is_blank:
                 continue
-            for key in (config.prompt_key, config.answer_key):
+            for key in filter(None, (config.prompt_key, config.answer_key, config.family_key)):
                 if not _text(row.fields.get(key)):
                     why = row.error or f"no text in column {key!r} (it has {', '.join(row.fields) or 'none'})"
                     raise DataError(
-                        f"{config.input}, row {row.row}: {why}; name the columns with task.prompt_key and "
-                        "task.answer_key, or remove the row"
+                        f"{config.input}, row {row.row}: {why}; name the columns with task.prompt_key, "
+                        "task.answer_key and task.family_key, or remove the row"
                     )
             rows.append(row.fields)
     if not rows:
@@ -123,7 +125,8 @@ def read_prompts(config: TaskConfig, tokenizer: MultiverseTokenizer) -> list[Pro
         texts = [tokenizer.render_chat(text, date=parse_date(DEFAULT_DATE)) for text in texts]
     ids = tokenizer.tokenize_batch(texts)
     golds = [_text(row[config.answer_key]).strip() for row in rows]
-    return [Prompt(*parts) for parts in zip(texts, ids, golds, rows, strict=True)]
+    families = [_text(row[config.family_key]) if config.family_key else "" for row in rows]
+    return [Prompt(*parts) for parts in zip(texts, ids, golds, rows, families, strict=True)]
 
 
 def _text(value: Any) -> str:

@@ -7,42 +7,81 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_multiverse.rl.loss import PolicyNumbers
+from megatron_multiverse.rl.replica import Replica
 from megatron_multiverse.rl.rollout import Batch
 from megatron_multiverse.training.engine import StepResult
 
+FAMILY_NUMBERS = ("accuracy", "trigger_ratio", "critical_length")
+"""What is reported of each family of prompts."""
 
-def answer_numbers(batch: Batch) -> dict[str, Any]:
-    """What the answers of a step are like; all of them count, those of settled groups too.
+Columns = dict[str, npt.NDArray[Any]]
+"""What is told of answers, a value of each by name; arrays of one length."""
 
-    ``num_parallel`` is all tokens by all critical tokens, ``acceleration_ratio`` the mean of 1 - critical tokens /
-    tokens (ThreadWeaver's eta), ``trigger_ratio`` the share of answers with a block, ``malformed`` the share whose
-    structure broke, ``truncated`` the share that a budget ended. Lengths are means in tokens.
-    """
-    results, groups = batch.results, batch.groups
-    tokens = np.array([len(result.token_ids) for result in results], dtype=np.float64)
-    critical = np.array([result.critical_tokens for result in results], dtype=np.float64)
-    correct = np.concatenate([group.correct for group in groups])
-    right = correct > 0.5
+
+def answer_columns(batch: Batch) -> Columns:
+    """What `answer_numbers` wants to know of the answers of a step."""
+    results = batch.results
+    of_groups = [(group.number, group.is_settled, group.prompt.family) for group in batch.groups for _ in group.results]
+    number, settled, family = zip(*of_groups, strict=True) if of_groups else ((), (), ())
     return {
-        "reward": float(np.concatenate([group.rewards for group in groups]).mean()),
+        "reward": np.concatenate([np.empty(0), *(group.rewards for group in batch.groups)]),
+        "right": np.concatenate([np.empty(0), *(group.correct for group in batch.groups)]) > 0.5,
+        "length": np.array([len(result.token_ids) for result in results], dtype=np.float64),
+        "critical_length": np.array([result.critical_tokens for result in results], dtype=np.float64),
+        "forks": np.array([bool(result.blocks) for result in results]),
+        "malformed": np.array([bool(result.malformed) for result in results]),
+        "truncated": np.array([result.finish_reason == "length" for result in results]),
+        "dropped_tokens": np.array([result.dropped_tokens for result in results], dtype=np.int64),
+        "group": np.array(number, dtype=np.int64),
+        "settled": np.array(settled, dtype=bool),
+        "family": np.array(family, dtype=np.str_),
+    }
+
+
+def step_numbers(batch: Batch, replica: Replica) -> dict[str, Any]:
+    """What the answers of all replicas are like, and how long they took; collective, the same on every rank."""
+    parts = replica.all_of([(answer_columns(batch), batch.rollout_s, batch.reward_s)])
+    columns, rollouts, rewards = zip(*parts, strict=True)
+    answers = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
+    tokens, slowest = float(answers["length"].sum()), max(rollouts)
+    times = {"rollout_tokens_per_s": tokens / slowest, "rollout_s": slowest, "reward_s": max(rewards)}
+    return {**answer_numbers(answers), **times}
+
+
+def answer_numbers(answers: Columns) -> dict[str, Any]:
+    """What the answers of a step are like, those of settled groups too; `FAMILY_NUMBERS` of each family of prompts
+    (`task.family_key`) as ``NAME/FAMILY``."""
+    numbers = _numbers(answers)
+    for family in sorted(set(answers["family"].tolist()) - {""}):
+        chosen = answers["family"] == family
+        own = _numbers({name: column[chosen] for name, column in answers.items()})
+        numbers |= {f"{name}/{family}": own[name] for name in FAMILY_NUMBERS}
+    return numbers
+
+
+def _numbers(answers: Columns) -> dict[str, Any]:
+    """``num_parallel`` is all tokens by all critical tokens, ``acceleration_ratio`` the mean of 1 - critical tokens /
+    tokens (ThreadWeaver's eta), ``trigger_ratio`` the share of answers with a block, ``malformed`` the share whose
+    structure broke, ``truncated`` the share that a budget ended. Lengths are means in tokens."""
+    tokens, critical, right = answers["length"], answers["critical_length"], answers["right"]
+    return {
+        "reward": float(answers["reward"].mean()),
         "accuracy": float(right.mean()),
         "length": float(tokens.mean()),
         "critical_length": float(critical.mean()),
         "critical_length_right": float(critical[right].mean()) if right.any() else math.nan,
         "num_parallel": float(tokens.sum() / max(1.0, critical.sum())),
         "acceleration_ratio": float(np.mean((tokens - critical) / np.maximum(1, tokens))),
-        "trigger_ratio": float(np.mean([bool(result.blocks) for result in results])),
-        "malformed": float(np.mean([bool(result.malformed) for result in results])),
-        "truncated": float(np.mean([result.finish_reason == "length" for result in results])),
-        "answers": len(results),
-        "groups": len(groups),
-        "settled_groups": sum(group.is_settled for group in groups),
-        "dropped_tokens": sum(result.dropped_tokens for result in results),
-        "rollout_tokens_per_s": float(tokens.sum() / batch.rollout_s),
-        "rollout_s": batch.rollout_s,
-        "reward_s": batch.reward_s,
+        "trigger_ratio": float(answers["forks"].mean()),
+        "malformed": float(answers["malformed"].mean()),
+        "truncated": float(answers["truncated"].mean()),
+        "answers": len(tokens),
+        "groups": len(np.unique(answers["group"])),
+        "settled_groups": len(np.unique(answers["group"][answers["settled"]])),
+        "dropped_tokens": int(answers["dropped_tokens"].sum()),
     }
 
 
@@ -68,9 +107,14 @@ def update_numbers(updates: Sequence[tuple[StepResult, PolicyNumbers]]) -> dict[
 
 def log_line(step: int, train_iters: int, numbers: dict[str, Any]) -> str:
     """One line for the log."""
+    forks = "forks {trigger_ratio:.0%}"
+    families = [name for name in numbers if name.startswith("trigger_ratio/")]
+    if families:
+        shares = (f"{name.partition('/')[2]} {numbers[name]:.0%}" for name in families)
+        forks = f"{forks} ({', '.join(shares)})"
     text = (
         "step {step}/{train_iters} | reward {reward:.3f} | right {accuracy:.1%} | {critical_length:.0f} of "
-        "{length:.0f} tokens on the longest chain | parallel {num_parallel:.2f} | forks {trigger_ratio:.0%} | "
+        f"{{length:.0f}} tokens on the longest chain | parallel {{num_parallel:.2f}} | {forks} | "
         "{rollout_s:.1f} s rollouts, {train_s:.1f} s training"
     ).format(step=step, train_iters=train_iters, **numbers)
     if not numbers["targets"]:

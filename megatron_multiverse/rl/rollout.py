@@ -21,10 +21,12 @@ from megatron_multiverse.data.end_tokens import end_ids
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import ConfigError, TrainingError
 from megatron_multiverse.inference import Engine, EngineConfig, Request, Result, answer_text, to_record
+from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import copy_weights
 from megatron_multiverse.rl.advantages import group_advantages, is_settled
 from megatron_multiverse.rl.prompts import Prompt, Prompts
+from megatron_multiverse.rl.replica import Replica
 from megatron_multiverse.rl.rewards import Graded, Grader
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ ROLLOUTS_FILE = "rollouts.jsonl"
 class Group:
     """The answers to one prompt; arrays are [answers]."""
 
+    number: int
+    """Of the prompt, in the run."""
     prompt: Prompt
     results: list[Result]
     texts: list[str]
@@ -72,16 +76,20 @@ class Batch:
 class Rollouts:
     """Draws the answers of a run.
 
-    The engine runs the very model that is trained, so an optimizer's step is all the hand-over there is. With dtype
-    bf16 the trained weights are float32, and the engine runs a bf16 copy of them.
+    The engine runs the very model that is trained, so an optimizer's step is all the hand-over there is. Where the
+    trained weights are float32 and dtype is bf16, which is so on one rank, it runs a bf16 copy of them.
+
+    Over several ranks each replica draws answers to its share of the prompts. The noise of an answer follows from the
+    seed and the number of its prompt in the run, so they are the answers of one process.
 
     Args:
         config: the run.
-        model: what is trained.
+        model: what is trained, this rank's part.
         model_config: its shape.
         layers: how the trainer computes it.
         tokenizer: of the model.
         prompts: what is asked.
+        replica: this rank's share of it.
 
     Raises:
         ConfigError: the longest prompt and answer do not fit into a row, or into the model; a reward cannot be found.
@@ -95,16 +103,17 @@ class Rollouts:
         layers: LayerConfig,
         tokenizer: MultiverseTokenizer,
         prompts: Prompts,
+        replica: Replica,
     ) -> None:
-        self.config, self.tokenizer, self._trained = config, tokenizer, model
+        self.config, self.tokenizer, self._trained, self.replica = config, tokenizer, model, replica
         self.grader = Grader(config.reward)
-        self._sizes = engine_config(config, check_length(config, model_config, prompts.longest))
+        self._sizes = engine_config(config, check_length(config, model_config, prompts.longest), replica.count)
         self._played = model
-        if config.dtype == "bf16":
-            device = next(model.parameters()).device
+        weight = next(model.parameters())
+        if config.dtype == "bf16" and weight.dtype != torch.bfloat16:
             layers = LayerConfig(transformer_impl=layers.transformer_impl)
             self._played = build_gpt_model(
-                model_config, dtype=torch.bfloat16, device=device, initialize=False, layers=layers
+                model_config, dtype=torch.bfloat16, device=weight.device, initialize=False, layers=layers
             )
         # The end tokens that generation_config.json names end answers too, as they do where the model is served.
         ends = end_ids(Path(config.init_from), tokenizer)
@@ -113,27 +122,34 @@ class Rollouts:
             sampling, n=config.rollout.group_size, stop_token_ids=(*sampling.stop_token_ids, *ends)
         )
         self._engine: Engine | None = None
+        self._runner: Runner | None = None
+        """What runs the steps on this rank: the engine's, or one that follows the first rank of the replica."""
 
     def close(self) -> None:
         """Let go of the model and of the cache; the next step takes them again."""
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = None
+        if self._runner is not None:
+            self._runner.close(release=False)  # none follows between two draws
+        self._engine = self._runner = None
 
     def use_weights(self, version: int) -> None:
         """Go on with the trained weights as they are now, under this version."""
         if self._played is not self._trained:
             copy_weights(self._trained, self._played)
-        if self._engine is None:
-            self._engine = Engine(
-                self._played,
-                self.tokenizer.structure_vocab,
-                self._sizes,
-                vocab_size=self.tokenizer.vocab_size,
-                detokenize=self.tokenizer.detokenize,
-            )
+        if self._runner is None:
+            if self.replica.is_first:
+                self._engine = Engine(
+                    self._played,
+                    self.tokenizer.structure_vocab,
+                    self._sizes,
+                    vocab_size=self.tokenizer.vocab_size,
+                    detokenize=self.tokenizer.detokenize,
+                )
+                self._runner = self._engine.runner
+            else:
+                self._runner = Runner(self._played, num_pages=0, page_size=0)
             self._trained.train()  # the engine switches it off, and activation recompute looks at it
-        self._engine.use_weights(version)
+        if self._engine is not None:
+            self._engine.use_weights(version)
 
     def draw(self, prompts: Prompts, step: int, is_stopping: Callable[[], bool]) -> Batch | None:
         """The answers of a step. Prompts whose answers all earned the same are replaced, a bounded number of times.
@@ -145,15 +161,19 @@ class Rollouts:
                 the same answers again.
 
         Returns:
-            None if it was left off.
+            This replica's part of them; on its first rank, the others get a batch without groups. None if it was left
+            off, by a signal to any rank.
 
         Raises:
             TrainingError: an answer ended with an error, or a reward failed.
         """
         rollout, batch, position = self.config.rollout, Batch(), prompts.state_dict()
         for _ in range(1 + rollout.max_resamples):
-            wanted = rollout.prompts_per_step - len(batch.useful)
-            if wanted and not self._draw_groups(batch, [prompts.draw() for _ in range(wanted)], step, is_stopping):
+            wanted = rollout.prompts_per_step - self.replica.ranks.sum([len(batch.useful)])[0]
+            if wanted <= 0:
+                break
+            asked = self.replica.share([prompts.draw() for _ in range(wanted)])
+            if self.replica.ranks.any(not self._draw_groups(batch, asked, step, is_stopping)):
                 prompts.load_state_dict(position)
                 return None
         if rollout.free_cache:
@@ -176,15 +196,19 @@ class Rollouts:
         if results is None:
             return False
         drawn = time.perf_counter()
-        for k, (_, prompt) in enumerate(asked):
-            batch.groups.append(self._grade(prompt, results[k * size : (k + 1) * size], step))
+        for k, (number, prompt) in enumerate(asked if self.replica.is_first else ()):
+            batch.groups.append(self._grade(number, prompt, results[k * size : (k + 1) * size], step))
         batch.rollout_s += drawn - started
         batch.reward_s += time.perf_counter() - drawn
         return True
 
     def _answer(self, requests: Sequence[Request], is_stopping: Callable[[], bool]) -> list[Result] | None:
-        """All answers, in the order of the requests; None if that was left off."""
-        assert self._engine is not None, "use_weights comes first"
+        """All answers, in the order of the requests; None if that was left off. The ranks that follow the first one of
+        a replica have none."""
+        assert self._runner is not None, "use_weights comes first"
+        if self._engine is None:
+            self._runner.follow()
+            return []
         ids = [
             first + k
             for request in requests
@@ -194,12 +218,14 @@ class Rollouts:
         found: dict[int, Result] = {}
         while self._engine.has_work:
             if is_stopping():
+                self._runner.release_ranks()
                 self.close()  # an engine is quickly made, and what it was doing ends with it
                 return None
             found |= {result.request_id: result for result in self._engine.step()}
+        self._runner.release_ranks()
         return [found[request_id] for request_id in ids]
 
-    def _grade(self, prompt: Prompt, results: list[Result], step: int) -> Group:
+    def _grade(self, number: int, prompt: Prompt, results: list[Result], step: int) -> Group:
         for result in results:
             if result.finish_reason == "error":
                 raise TrainingError(f"an answer to {prompt.text[-200:]!r} ended with an error: {result.error}")
@@ -208,7 +234,7 @@ class Rollouts:
         correct, rewards = self.grader.grade(graded, step)
         policy = self.config.policy
         advantages = group_advantages(rewards, baseline=policy.baseline, scale=policy.scale)
-        return Group(prompt, results, texts, correct, rewards, advantages)
+        return Group(number, prompt, results, texts, correct, rewards, advantages)
 
 
 def check_length(config: RLConfig, model: ModelConfig, longest_prompt: int) -> int:
@@ -228,12 +254,12 @@ def check_length(config: RLConfig, model: ModelConfig, longest_prompt: int) -> i
     return longest
 
 
-def engine_config(config: RLConfig, longest: int) -> EngineConfig:
-    """The engine's sizes, with pages for all answers that run at once where the run leaves them open."""
+def engine_config(config: RLConfig, longest: int, replicas: int) -> EngineConfig:
+    """The sizes of a replica's engine, with pages for all answers that run at once where the run leaves them open."""
     engine, rollout = config.rollout.engine, config.rollout
     if engine.num_pages:
         return engine
-    at_once = min(rollout.prompts_per_step * rollout.group_size, engine.max_rows)
+    at_once = min(-(-rollout.prompts_per_step // replicas) * rollout.group_size, engine.max_rows)
     return dataclasses.replace(engine, num_pages=at_once * (-(-longest // engine.page_size) + 16))
 
 

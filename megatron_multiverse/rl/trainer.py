@@ -1,8 +1,8 @@
 """The loop of reinforcement learning. Read `train` from top to bottom: everything a run does happens there.
 
-It stands beside `training/trainer.py`: the same engine of one process computes the updates, with another loss, and the
-same run folder keeps the checkpoints. What is new lies between two updates: answers are drawn with the weights as they
-are, and graded.
+It stands beside `training/trainer.py`: the same engines compute the updates, with another loss, and the same run folder
+keeps the checkpoints. What is new lies between two updates: answers are drawn with the weights as they are, and graded.
+Over several ranks each replica of the model draws and trains answers to its share of the prompts.
 """
 
 from __future__ import annotations
@@ -14,26 +14,37 @@ import logging
 import time
 
 import numpy as np
+from torch import nn
 
 from megatron_multiverse.checkpoints.run_files import MODEL_FOLDER
-from megatron_multiverse.config import RLConfig
+from megatron_multiverse.config import ModelConfig, RLConfig
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.model.device import choose_device
 from megatron_multiverse.rl.loss import PolicyLoss
 from megatron_multiverse.rl.prompts import Prompts
-from megatron_multiverse.rl.report import answer_numbers, log_line, update_numbers
+from megatron_multiverse.rl.replica import Replica
+from megatron_multiverse.rl.report import log_line, step_numbers, update_numbers
 from megatron_multiverse.rl.rollout import ROLLOUTS_FILE, Batch, Group, Rollouts, write_records
 from megatron_multiverse.rl.trees import Tree, answer_tree, join_trees, microbatches
 from megatron_multiverse.training.checkpoint import TrainState
 from megatron_multiverse.training.description import RunDescription
+from megatron_multiverse.training.engine import TrainEngine
 from megatron_multiverse.training.metrics import memory_gib
 from megatron_multiverse.training.microbatches import Microbatch
 from megatron_multiverse.training.one_process import OneProcessEngine
 from megatron_multiverse.training.run_folder import RunFolder
 from megatron_multiverse.training.seeds import seed_everything
 from megatron_multiverse.training.signals import StopSignals, listening
-from megatron_multiverse.training.start import check_start, create_model, describe_model, joined_groups
-from megatron_multiverse.training.trainer import TrainResult, check_not_past, end_run, is_due, save_model, start_record
+from megatron_multiverse.training.start import check_start, create_chunks, create_model, describe_model, joined_groups
+from megatron_multiverse.training.trainer import (
+    TrainResult,
+    check_agreement,
+    check_not_past,
+    end_run,
+    is_due,
+    save_model,
+    start_record,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,41 +69,44 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
         seed_everything(config.seed)
         tokenizer = build_tokenizer(config.task.tokenizer_type, config.tokenizer_model)
         check_start(base, tokenizer)
-        prompts = Prompts(config.task, tokenizer, config.seed)
-        model, layers = create_model(base, model_config, device)
-        loss = PolicyLoss(config.policy, tokenizer.vocab_size, device)
-        engine = OneProcessEngine(base, model, model_config, layers, prompts, loss=loss)
+        prompts, replica = Prompts(config.task, tokenizer, config.seed), Replica.of(ranks)
+        check_agreement(config, prompts, ranks)
+        engine, model, loss = build_engine(config, model_config, tokenizer, prompts)
         state = TrainState(engine, prompts)
-        description = RunDescription(model_config, dataclasses.replace(config, layers=layers), tokenizer)
+        description = RunDescription(model_config, dataclasses.replace(config, layers=engine.layers), tokenizer)
         resumed = run.resume(state, description)
         rollouts = closing.enter_context(
-            contextlib.closing(Rollouts(config, model, model_config, layers, tokenizer, prompts))
+            contextlib.closing(Rollouts(config, model, model_config, engine.layers, tokenizer, prompts, replica))
         )
-        metrics = start_record(description, run.folder, state.step, resumed)
+        metrics = start_record(description, run.folder if ranks.is_first else None, state.step, resumed)
         saved = state.step
 
         stop = closing.enter_context(listening(stop))
         closing.enter_context(engine.running())
-        while state.step < config.train_iters and not stop:
+        is_stopping = ranks.any(bool(stop))
+        while state.step < config.train_iters and not is_stopping:
             rollouts.use_weights(state.step)
             batch = rollouts.draw(prompts, state.step, lambda: bool(stop))
             if batch is None:
                 break  # a signal; a run that goes on draws these answers again
 
             started, updates = time.perf_counter(), []
-            for part in parts_of(batch, config.policy.updates_per_step):
-                result = engine.step(rows_of(part, config, tokenizer, state.step))
+            for part in parts_of(batch, config.policy.updates_per_step, replica):
+                rows = rows_of(part, config, tokenizer, state.step) if replica.is_first else None
+                result = engine.step(replica.from_first(rows))
                 engine.check(metrics)
                 updates.append((result, loss.take()))
-            state.step += 1
-            state.consumed_samples += len(batch.results)
+            train_s = time.perf_counter() - started
 
-            numbers = {**answer_numbers(batch), **update_numbers(updates)}
-            numbers |= {"train_s": time.perf_counter() - started, "memory_gib": memory_gib(device)}
+            numbers = {**step_numbers(batch, replica), **update_numbers(updates)}
+            numbers |= {"train_s": train_s, "memory_gib": memory_gib(device)}
+            state.step += 1
+            state.consumed_samples += numbers["answers"]
             metrics.write("train", state.step, lr=engine.learning_rate, prompts=prompts.drawn, **numbers)
-            if config.rollout.keep_records:
+            if config.rollout.keep_records and ranks.is_first:
                 write_records(run.folder / ROLLOUTS_FILE, batch, state.step, config.rollout.keep_records)
-            last = state.step == config.train_iters or bool(stop)
+            is_stopping = ranks.any(bool(stop))
+            last = state.step == config.train_iters or is_stopping
             if last or state.step % config.log.log_interval == 0:
                 logger.info(log_line(state.step, config.train_iters, numbers))
             if is_due(state.step, config.checkpoint.save_interval):
@@ -107,13 +121,38 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
         return end_run(run, state.step, finished, stop, metrics)
 
 
-def parts_of(batch: Batch, count: int) -> list[list[Group]]:
-    """The groups to learn from, divided among `count` updates, the parts as equal as can be; none is empty."""
-    useful = batch.useful
+def build_engine(
+    config: RLConfig, model_config: ModelConfig, tokenizer: MultiverseTokenizer, prompts: Prompts
+) -> tuple[TrainEngine, nn.Module, PolicyLoss]:
+    """What computes the updates, the model that it trains (this rank's part), and the loss.
+
+    Raises:
+        ConfigError: what the config asks for cannot run here.
+    """
+    base, device = config.train_config(), choose_device(config.device)
+    loss = PolicyLoss(config.policy, tokenizer.vocab_size, device)
+    if base.runs_on == "megatron":
+        from megatron_multiverse.training.megatron import MegatronEngine
+
+        chunks, layers = create_chunks(base, model_config, device)
+        return MegatronEngine(base, chunks, model_config, layers, prompts, loss=loss), chunks[0], loss
+    model, layers = create_model(base, model_config, device)
+    return OneProcessEngine(base, model, model_config, layers, prompts, loss=loss), model, loss
+
+
+def parts_of(batch: Batch, count: int, replica: Replica) -> list[list[Group]]:
+    """The groups to learn from, divided among `count` updates, the parts of all replicas together as equal as can be.
+
+    No update is empty, but this replica's part of it may be.
+    """
+    useful = sorted(replica.all_of([group.number for group in batch.useful]))
     if not useful:
         return []
     borders: list[int] = np.linspace(0, len(useful), min(count, len(useful)) + 1).round().astype(int).tolist()
-    return [useful[start:end] for start, end in itertools.pairwise(borders)]
+    return [
+        [group for group in batch.useful if useful[start] <= group.number <= useful[end - 1]]
+        for start, end in itertools.pairwise(borders)
+    ]
 
 
 def rows_of(groups: list[Group], config: RLConfig, tokenizer: MultiverseTokenizer, step: int) -> list[Microbatch]:

@@ -37,6 +37,9 @@ class Targets:
     """Of the answer that each is part of."""
 
 
+_NO_TARGETS = Targets(*(np.empty(0, dtype=dtype) for dtype in (np.int64, np.int64, np.float64, np.float64)))
+
+
 @dataclass(frozen=True)
 class Tree:
     """One prompt and some of its answers."""
@@ -115,7 +118,8 @@ def microbatches(
     """Trees packed into rows, rows into microbatches.
 
     Args:
-        trees: none longer than `seq_length`.
+        trees: none longer than `seq_length`. Without any there is one row of padding, so that a rank which has nothing
+            to train can take part in the step of the others.
         seq_length: s, tokens per row.
         micro_batch_size: b, rows per microbatch; the last one may have fewer.
         pad: token id of the padding.
@@ -131,7 +135,7 @@ def microbatches(
         DataError: a tree is longer than a row.
     """
     lengths = np.array([len(tree.sample.ids) for tree in trees], dtype=np.int64)
-    packs = pack(lengths, seq_length, seed=seed, epoch=step).packs
+    packs = pack(lengths, seq_length, seed=seed, epoch=step).packs if trees else [[]]
     return [
         _microbatch([[trees[k] for k in row] for row in packs[start : start + micro_batch_size]], seq_length, pad)
         for start in range(0, len(packs), micro_batch_size)
@@ -140,7 +144,7 @@ def microbatches(
 
 def _microbatch(rows: Sequence[Sequence[Tree]], seq_length: int, pad: int) -> Microbatch:
     arrays = [pack_arrays([tree.sample for tree in row], seq_length, pad) for row in rows]
-    parts, contexts = [], []
+    parts, contexts = [_NO_TARGETS], [_NO_TARGETS.contexts]
     for number, row in enumerate(rows):
         start = number * seq_length
         for tree in row:

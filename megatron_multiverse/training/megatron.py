@@ -23,10 +23,10 @@ from megatron_multiverse.training import sharded_state
 from megatron_multiverse.training.distributed_adamw import DistributedAdamW
 from megatron_multiverse.training.engine import StepResult
 from megatron_multiverse.training.flops import peak_tflops
-from megatron_multiverse.training.forward import arithmetic
+from megatron_multiverse.training.forward import LossFunction, arithmetic
 from megatron_multiverse.training.gathered_model import save_gathered
 from megatron_multiverse.training.metrics import MetricsWriter
-from megatron_multiverse.training.microbatches import Loader, Microbatch
+from megatron_multiverse.training.microbatches import Documents, Microbatch
 from megatron_multiverse.training.optim import NonFiniteGuard, build_scheduler, warn_of_another_schedule
 from megatron_multiverse.training.pipeline import reduced, run_schedule, tokens_of_step
 from megatron_multiverse.training.placement import TokenPlacer
@@ -43,6 +43,7 @@ class MegatronEngine:
         layers: how its layers are computed, without any "auto".
         loader: where the microbatches of `step` come from.
         valid_loader: where those of `validate` come from, if there are any.
+        loss: what `step` differentiates; default: the model's own loss at the labels. See `run_schedule`.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class MegatronEngine:
         chunks: Sequence[Any],
         model_config: ModelConfig,
         layers: LayerConfig,
-        loader: Loader,
-        valid_loader: Loader | None = None,
+        loader: Documents,
+        valid_loader: Documents | None = None,
+        loss: LossFunction | None = None,
     ) -> None:
         self.config, self.models, self.model_config, self.layers = config, list(chunks), model_config, layers
         weight = next(chunks[0].parameters())
@@ -63,12 +65,13 @@ class MegatronEngine:
             self.chunks = [wrapped(model, first=number == 0) for number, model in enumerate(self.models)]
             self.optimizer = DistributedAdamW(self.chunks, config.optim, weight.dtype)
         self._connect()
+        self._loss = loss
         self.scheduler = build_scheduler(self.optimizer.adamw, config.optim, config.train_iters)
         self._guard = NonFiniteGuard(self.device)
         self._placer = self._placer_of(loader)
         self._valid_placer = None if valid_loader is None else self._placer_of(valid_loader)
 
-    def _placer_of(self, loader: Loader) -> TokenPlacer:
+    def _placer_of(self, loader: Documents) -> TokenPlacer:
         return TokenPlacer(loader, self.device, self.layers.attention_backend, self.config.data.malformed)
 
     def _connect(self) -> None:
@@ -102,7 +105,8 @@ class MegatronEngine:
         loss_tokens, tokens = tokens_of_step(self.ranks, microbatches)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        sums = self._run(microbatches, self._placer, 1 / max(1, loss_tokens), forward_only=False)
+        scale = 1 / max(1, loss_tokens)
+        sums = self._run(microbatches, self._placer, scale, forward_only=False, loss=self._loss)
         loss_sum, pairs = reduced(*sums)
         grad_norm = self.optimizer.clip_gradients()
         self._guard.watch(self.optimizer.adamw, self.scheduler.num_steps, loss_sum, grad_norm)
@@ -110,11 +114,11 @@ class MegatronEngine:
         return StepResult(loss_sum, loss_tokens, tokens, pairs.long(), grad_norm)
 
     def _run(
-        self, microbatches: Sequence[Microbatch], placer: TokenPlacer, scale: float, *, forward_only: bool
+        self, microbatches: Sequence[Microbatch], placer: TokenPlacer, scale: float, **options: Any
     ) -> tuple[Tensor, Tensor]:
         parallel = self.config.parallel
         comm_type = parallel.cp_comm_type if parallel.context_parallel_size > 1 else None
-        return run_schedule(self.chunks, microbatches, placer, scale, comm_type=comm_type, forward_only=forward_only)
+        return run_schedule(self.chunks, microbatches, placer, scale, comm_type=comm_type, **options)
 
     @torch.no_grad()
     def validate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:

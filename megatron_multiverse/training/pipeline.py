@@ -21,6 +21,7 @@ from megatron_multiverse.model.attention import AttentionParams
 from megatron_multiverse.model.context_parallel import share_tokens
 from megatron_multiverse.model.device import to_device
 from megatron_multiverse.parallel.ranks import Ranks
+from megatron_multiverse.training.forward import LossFunction
 from megatron_multiverse.training.microbatches import Microbatch
 from megatron_multiverse.training.placement import TokenPlacer
 
@@ -119,25 +120,34 @@ def run_schedule(
     *,
     comm_type: str | None = None,
     forward_only: bool,
+    loss: LossFunction | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run all microbatches through the model; gradients are added to the parameters' `main_grad`.
 
     Args:
         chunks: this rank's part of the model: DistributedDataParallel around each chunk.
-        microbatches: those of this data parallel rank.
+        microbatches: those of this data parallel rank; with `loss` each may have another number of them.
         placer: lays them out.
         scale: what the summed loss is multiplied with before it is differentiated.
         comm_type: how context parallel ranks share the tokens; None without context parallelism.
         forward_only: no gradients.
+        loss: what is differentiated; default: the model's own loss at the labels. It goes neither with pipeline
+            stages nor with context parallel ranks.
 
     Returns:
         Sum of the loss over the trained tokens of this rank, and visible pairs that this rank counts, float64 scalars
         on the device. Summed over all ranks they are those of the step.
     """
-    batches = PlacedMicrobatches(microbatches, placer, comm_type, len(chunks))
+    batches: PlacedMicrobatches | _LossOfMicrobatches
+    if loss is None:
+        batches = PlacedMicrobatches(microbatches, placer, comm_type, len(chunks))
+        forward = partial(_forward, scale=scale)
+    else:
+        batches = _LossOfMicrobatches(loss, microbatches, placer)
+        forward = partial(batches.forward, scale=scale)
     rows, length = microbatches[0]["input_ids"].shape
     sums = get_forward_backward_func()(
-        forward_step_func=partial(_forward, scale=scale),
+        forward_step_func=forward,
         data_iterator=batches.iterators(),
         model=list(chunks),
         num_microbatches=len(microbatches),
@@ -165,6 +175,25 @@ def _forward(batches: Iterator[PlacedMicrobatch], model: Any, *, scale: float) -
     return output, partial(_loss, batch.loss_mask, scale)
 
 
+class _LossOfMicrobatches:
+    """The same for a loss that lays out its microbatches by itself."""
+
+    def __init__(self, loss: LossFunction, microbatches: Sequence[Microbatch], placer: TokenPlacer) -> None:
+        self._loss, self._microbatches, self._placer = loss, microbatches, placer
+        self.visible_pairs = torch.zeros((), dtype=torch.int64, device=placer.device)
+
+    def iterators(self) -> list[Iterator[Microbatch]]:
+        """One, for the one chunk of the model."""
+        return [iter(self._microbatches)]
+
+    def forward(self, batches: Iterator[Microbatch], model: Any, *, scale: float) -> tuple[Tensor, Any]:
+        """megatron-core's `forward_step_func`."""
+        loss_sum, pairs = self._loss(model, next(batches), self._placer)
+        if counts_for_its_model():
+            self.visible_pairs += pairs
+        return loss_sum, lambda loss_sum: (loss_sum * scale, _no_count(loss_sum), loss_sum.detach())
+
+
 def _loss(loss_mask: Tensor, scale: float, per_token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What is differentiated, a token count that nobody uses, and what `run_schedule` adds up.
 
@@ -172,4 +201,8 @@ def _loss(loss_mask: Tensor, scale: float, per_token: Tensor) -> tuple[Tensor, T
     would divide at the end by counts that it adds up here.
     """
     loss_sum = (per_token * loss_mask).sum()
-    return loss_sum * scale, torch.ones((), dtype=torch.int, device=loss_sum.device), loss_sum.detach()
+    return loss_sum * scale, _no_count(loss_sum), loss_sum.detach()
+
+
+def _no_count(like: Tensor) -> Tensor:
+    return torch.ones((), dtype=torch.int, device=like.device)

@@ -26,7 +26,7 @@ from megatron_multiverse.training.checkpoint import TrainState, explained
 from megatron_multiverse.training.description import RunDescription
 from megatron_multiverse.training.engine import EngineFactory, TrainEngine
 from megatron_multiverse.training.metrics import MetricsWriter, StepMeter
-from megatron_multiverse.training.microbatches import Loader, stream
+from megatron_multiverse.training.microbatches import Loader, Position, stream
 from megatron_multiverse.training.one_process import OneProcessEngine
 from megatron_multiverse.training.run_folder import RunFolder
 from megatron_multiverse.training.seeds import seed_everything
@@ -167,14 +167,14 @@ def run_validation(engine: TrainEngine, loader: Loader, iters: int, metrics: Met
     metrics.valid(step, loss, count)
 
 
-def check_agreement(config: TrainConfig, loader: Loader, ranks: Ranks) -> None:
+def check_agreement(config: TrainConfig | RLConfig, data: Position, ranks: Ranks) -> None:
     """Raise ConfigError on every rank unless all have the same settings and stand at the same place in the same data:
     otherwise they would wait for each other, or train parts of different models."""
     settings = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
     remedy = "start every rank with the same config file and flags"
     ranks.check_same("the hash of the configuration", settings, remedy)
-    remedy = "copy the same .bin and .idx files to every host, or put them on a shared file system"
-    ranks.check_same("the state of the training data", loader.state_dict(), remedy)
+    remedy = "copy the same data files to every host, or put them on a shared file system"
+    ranks.check_same("the state of the training data", data.state_dict(), remedy)
 
 
 def build_engine(

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed
 
-from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.model.mcore import parallel_state, pipeline_parallel_size, tensor_parallel_place
 
@@ -36,20 +35,10 @@ class ModelRanks:
 
     @classmethod
     def current(cls) -> ModelRanks:
-        """The place in megatron-core's process groups.
-
-        Raises:
-            ConfigError: the program has further ranks, which would miss what this one says to all.
-        """
+        """The place in megatron-core's process groups."""
         size, rank = tensor_parallel_place()
         stages = pipeline_parallel_size()
-        ranks = cls(size, rank, stages, parallel_state.get_pipeline_model_parallel_rank())
-        if ranks.size not in (1, distributed.get_world_size()):
-            raise ConfigError(
-                f"an engine over {size} tensor parallel ranks and {stages} pipeline stages needs {ranks.size} ranks, "
-                f"this program has {distributed.get_world_size()}: start one program for each engine"
-            )
-        return ranks
+        return cls(size, rank, stages, parallel_state.get_pipeline_model_parallel_rank())
 
     def on(self, like: Tensor, shape: Any) -> ModelRanks:
         """These ranks with the fastest way to sum the rows of a model; all ranks call it.
@@ -147,27 +136,34 @@ class ModelRanks:
 
 
 class PlanChannel:
-    """Brings plans from the first rank to all others, over the host."""
+    """Brings plans from the first rank of a model to its others, over the host. A program may hold several models."""
+
+    def __init__(self) -> None:
+        self._group = parallel_state.get_model_parallel_group()
+        self._first: int = parallel_state.get_model_parallel_src_rank()
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        distributed.broadcast(tensor, self._first, group=self._group)
 
     def agree(self, *numbers: int) -> list[int]:
         """On the first rank: these numbers; on the others: those of the first."""
         tensor = torch.tensor(numbers)
-        distributed.broadcast(tensor, 0)
+        self._broadcast(tensor)
         return [int(number) for number in tensor]
 
     def send(self, plan: StepPlan | None) -> None:
         """On the first rank: the next step, or None for the end."""
         data = b"" if plan is None else plan.to_bytes()
-        distributed.broadcast(torch.tensor([len(data)]), 0)
+        self._broadcast(torch.tensor([len(data)]))
         if data:
-            distributed.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0)
+            self._broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
     def receive(self) -> StepPlan | None:
         """On the others: what the first rank sent."""
         size = torch.zeros(1, dtype=torch.int64)
-        distributed.broadcast(size, 0)
+        self._broadcast(size)
         if not size:
             return None
         data = torch.empty(int(size), dtype=torch.uint8)
-        distributed.broadcast(data, 0)
+        self._broadcast(data)
         return StepPlan.from_bytes(data.numpy().data)

@@ -114,9 +114,14 @@ class Runner:
         else:
             self.forward = ModelForward(model, self.ranks)
 
-    def close(self) -> None:
-        """Let go of the model, which stays usable for anything else; the ranks that follow this one stop."""
-        self.release_ranks()
+    def close(self, *, release: bool = True) -> None:
+        """Let go of the model, which stays usable for anything else; the ranks that follow this one stop.
+
+        Args:
+            release: there are ranks that follow; false after `release_ranks`, which has told them to stop.
+        """
+        if release:
+            self.release_ranks()
         self._channel = None
         if isinstance(self.forward, ModelForward):
             self.forward.close()

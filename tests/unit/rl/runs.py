@@ -36,9 +36,9 @@ def digits(answer: Graded) -> float:
     return sum(character.isdigit() for character in answer.text) / 12
 
 
-def make_start(folder: Path) -> Path:
+def make_start(folder: Path, shape: ModelConfig = SHAPE) -> Path:
     """A folder with a fresh model, its tokenizer, and prompts with answers."""
-    save_model(build_gpt_model(SHAPE, seed=4), SHAPE, folder / "model")
+    save_model(build_gpt_model(shape, seed=4), shape, folder / "model")
     build_tokenizer("HuggingFaceTokenizer", TOKENIZER).save(folder / "model")
     rows = [{"prompt": f"Work out A = {k} + {k}.", "answer": f"A = {2 * k}"} for k in range(10, 30)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -111,6 +111,12 @@ def test_answers_to_one_prompt_share_it_as_far_as_rows_are_long(model: nn.Module
         microbatches([whole], 16, 1, 0, seed=0, step=0)
 
 
+def test_a_rank_without_trees_takes_part_with_a_row_of_padding(model: nn.Module) -> None:
+    value, gradients, numbers = update(model, [], PolicyConfig())
+    assert value == numbers.targets == 0 and len(gradients) == len(list(model.parameters()))
+    assert not any(gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("scale", ["std", "none"])
 def test_advantages_compare_an_answer_with_its_group(scale: Any) -> None:
     rewards = np.array([1.0, 0.0, 0.0, 1.0, 1.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 from megatron_multiverse.config import RewardConfig, TaskConfig
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.errors import CheckpointError, DataError, TrainingError
-from megatron_multiverse.rl.prompts import Prompt, Prompts
+from megatron_multiverse.rl.prompts import Prompt, Prompts, read_prompts
 from megatron_multiverse.rl.rewards import Graded, Grader, speed_bonus
 
 from .runs import TOKENIZER
@@ -54,6 +55,14 @@ def test_each_epoch_has_all_prompts_in_another_order_and_goes_on_where_it_stood(
     ):
         with pytest.raises(DataError, match=words):
             Prompts(rows_file(tmp_path, rows), tokenizer, seed=1)
+
+
+def test_prompts_have_families_where_a_column_says_so(tmp_path: Path, tokenizer: MultiverseTokenizer) -> None:
+    rows = [{"question": "1 + 1?", "answer": 2, "kind": "short"}, {"question": "2 + 2?", "answer": 4, "kind": 7}]
+    task = dataclasses.replace(rows_file(tmp_path, rows), family_key="kind")
+    assert {prompt.family for prompt in read_prompts(task, tokenizer)} == {"short", "7"}
+    with pytest.raises(DataError, match="no text in column 'kin'"):
+        read_prompts(dataclasses.replace(task, family_key="kin"), tokenizer)
 
 
 def graded(text: str, gold: str, critical: int = 10, **result: Any) -> Graded:
