@@ -134,6 +134,9 @@ class PolicyConfig:
     """The ratio of new to old probability counts down to 1 - clip_low."""
     clip_high: float = 0.28
     """And up to 1 + clip_high, which leaves unlikely tokens more room to grow (clip-higher)."""
+    kl_coef: float = 0.0
+    """Weight of the divergence from the model of init_from, in nats per drawn token; 0 is off, as in DAPO. Above 0 that
+    model stays in memory, and each update runs it once more."""
     updates_per_step: int = 1
     """Optimizer steps over each step's answers, each on a part of the groups."""
     share_prefix: bool = True
@@ -146,6 +149,7 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         check_finite(self, "policy.")
         check(0 < self.clip_low < 1, f"policy.clip_low must lie between 0 and 1, got {self.clip_low}")
+        check(self.kl_coef >= 0, f"policy.kl_coef must not be negative, got {self.kl_coef}")
         check(self.clip_high > 0, f"policy.clip_high must be positive, got {self.clip_high}")
         for name in ("updates_per_step", "seq_length", "micro_batch_size"):
             check(getattr(self, name) >= 1, f"policy.{name} must be at least 1, got {getattr(self, name)}")

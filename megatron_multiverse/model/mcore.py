@@ -69,7 +69,7 @@ with warnings.catch_warnings(), _compile_later():
     import megatron.core.dist_checkpointing
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
     from megatron.core import parallel_state as parallel_state
-    from megatron.core import tensor_parallel
+    from megatron.core import tensor_parallel as tensor_parallel
 
 
 def ensure_parallel_state() -> None:

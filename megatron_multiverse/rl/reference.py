@@ -22,6 +22,8 @@ def policy_loss_reference(
     *,
     clip_low: float,
     clip_high: float,
+    reference: Any = None,
+    kl_coef: float = 0.0,
 ) -> Tensor:
     """Mean loss over all tokens that the model drew, of answers that are computed each by itself.
 
@@ -33,6 +35,8 @@ def policy_loss_reference(
         vocab_size: ids that can be drawn.
         clip_low: ratios count down to 1 - clip_low.
         clip_high: and up to 1 + clip_high.
+        reference: another model, which gets no gradient.
+        kl_coef: weight of the divergence from it.
 
     Returns:
         A scalar with a gradient.
@@ -44,6 +48,9 @@ def policy_loss_reference(
         params = LayoutParams.from_labels(torch.from_numpy(layout.r)[None], backend="dense")
         positions = torch.from_numpy(layout.position_ids)[None].long()
         logits = model(torch.tensor([ids]), positions, None, packed_seq_params=params)[0, :, :vocab_size]
+        theirs = None
+        if reference is not None:
+            theirs = reference(torch.tensor([ids]), positions, None, packed_seq_params=params)[0, :, :vocab_size]
         for context, token, old in _drawn(result):
             new = logits[context].log_softmax(-1)[token]
             ratio = (new - old).exp()
@@ -52,6 +59,9 @@ def policy_loss_reference(
             else:
                 gain = advantage * ratio if ratio > 1 - clip_low else advantage * (1 - clip_low)
             total, count = total - gain, count + 1
+            if theirs is not None:
+                apart = theirs[context].log_softmax(-1)[token].detach() - new
+                total = total + kl_coef * (apart.exp() - 1 - apart)
     return total / max(1, count)
 
 

@@ -98,6 +98,7 @@ def update_numbers(updates: Sequence[tuple[StepResult, PolicyNumbers]]) -> dict[
         "train_tokens": sum(result.tokens for result in results),
         "targets": count,
         "entropy": sum(policy.entropy * policy.targets for policy in policies) / count,
+        "kl": sum(policy.kl * policy.targets for policy in policies) / count,
         "clip_share": sum(policy.clip_share * policy.targets for policy in policies) / count,
         "logprob_drift": first.drift_mean,
         "logprob_drift_max": first.drift_max,

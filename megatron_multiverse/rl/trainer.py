@@ -17,7 +17,7 @@ import numpy as np
 from torch import nn
 
 from megatron_multiverse.checkpoints.run_files import MODEL_FOLDER
-from megatron_multiverse.config import ModelConfig, RLConfig
+from megatron_multiverse.config import LayerConfig, ModelConfig, RLConfig
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.model.device import choose_device
 from megatron_multiverse.rl.loss import PolicyLoss
@@ -130,13 +130,20 @@ def build_engine(
         ConfigError: what the config asks for cannot run here.
     """
     base, device = config.train_config(), choose_device(config.device)
-    loss = PolicyLoss(config.policy, tokenizer.vocab_size, device)
+
+    def create() -> tuple[nn.Module, LayerConfig]:
+        if base.runs_on == "megatron":
+            (model,), layers = create_chunks(base, model_config, device)
+            return model, layers
+        return create_model(base, model_config, device)
+
+    model, layers = create()
+    reference = create()[0].requires_grad_(False) if config.policy.kl_coef else None
+    loss = PolicyLoss(config.policy, tokenizer.vocab_size, device, reference)
     if base.runs_on == "megatron":
         from megatron_multiverse.training.megatron import MegatronEngine
 
-        chunks, layers = create_chunks(base, model_config, device)
-        return MegatronEngine(base, chunks, model_config, layers, prompts, loss=loss), chunks[0], loss
-    model, layers = create_model(base, model_config, device)
+        return MegatronEngine(base, [model], model_config, layers, prompts, loss=loss), model, loss
     return OneProcessEngine(base, model, model_config, layers, prompts, loss=loss), model, loss
 
 

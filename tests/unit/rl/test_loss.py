@@ -48,10 +48,10 @@ def moved(model: nn.Module, scale: float) -> nn.Module:
 
 
 def update(
-    model: nn.Module, trees: list[Tree], policy: PolicyConfig
+    model: nn.Module, trees: list[Tree], policy: PolicyConfig, reference: nn.Module | None = None
 ) -> tuple[float, list[torch.Tensor], PolicyNumbers]:
     """Loss, gradients and numbers of one update over the trees."""
-    loss = PolicyLoss(policy, VOCAB_SIZE, torch.device("cpu"))
+    loss = PolicyLoss(policy, VOCAB_SIZE, torch.device("cpu"), reference)
     batches = microbatches(trees, SEQ_LENGTH, 2, 0, seed=3, step=1)
     placer = TokenPlacer(NoTags(), torch.device("cpu"), "dense")  # type: ignore[arg-type]
     model.zero_grad()
@@ -109,6 +109,24 @@ def test_answers_to_one_prompt_share_it_as_far_as_rows_are_long(model: nn.Module
     assert len(halves[0].sample.ids) == prompt + lengths[0] + lengths[1] and len(halves) >= 2
     with pytest.raises(DataError, match="seq_length"):
         microbatches([whole], 16, 1, 0, seed=0, step=0)
+
+
+def test_a_reference_model_holds_the_policy_back_as_the_plain_term_does(model: nn.Module) -> None:
+    results = answer_group(model, 7)
+    trees = [answer_tree(result, 0.5, VOCAB) for result in results]
+    policy, current, frozen = PolicyConfig(kl_coef=0.3), moved(model, 0.05), moved(model, 0.0).requires_grad_(False)
+    value, gradients, numbers = update(current, trees, policy, frozen)
+    current.zero_grad()
+    limits = {"clip_low": policy.clip_low, "clip_high": policy.clip_high}
+    advantages = [0.5] * len(results)
+    expected = policy_loss_reference(
+        current, results, advantages, VOCAB, VOCAB_SIZE, **limits, reference=frozen, kl_coef=0.3
+    )
+    expected.backward()
+    assert value == pytest.approx(expected.item(), rel=1e-6) and numbers.kl > 0.01
+    for ours, parameter in zip(gradients, (p for p in current.parameters() if p.grad is not None), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-7, atol=1e-10)
+    assert update(frozen.requires_grad_(True), trees, policy, frozen)[2].kl == 0
 
 
 def test_a_rank_without_trees_takes_part_with_a_row_of_padding(model: nn.Module) -> None:
