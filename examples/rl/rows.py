@@ -23,7 +23,7 @@ from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.structure import measure, parse
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "narrow": {"num_expressions": 1, "max_depth": 1},
     "wide": {"num_expressions": 4, "nested_share": 1.0},
 }
@@ -117,9 +117,10 @@ def main() -> None:
     folder, rng = options.output_dir, random.Random(f"rl:{options.seed}")
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "sft.jsonl", sft_rows(rng, options))
-    for split, count in (("train", options.rl_rows), ("held_out", options.rl_rows // 20)):
+    counts: dict[Split, int] = {"train": options.rl_rows, "held_out": options.rl_rows // 20}
+    for split, count in counts.items():
         write(folder / f"{split}.jsonl", prompts(rng, count, options.narrow_share, split))
-    print(f"wrote {options.sft_rows} rows and {options.rl_rows + options.rl_rows // 20} prompts to {folder}")
+    print(f"wrote {options.sft_rows} rows and {sum(counts.values())} prompts to {folder}")
     steps = count_steps(build_tokenizer("HuggingFaceTokenizer", TOKENIZER))
     for family, ways in steps.items():
         print(f"{family}: {ways.sequential:.0f} steps in sequence, {ways.block:.0f} with a block")

@@ -22,7 +22,7 @@ from megatron_multiverse.rl.exports import expanded_rows
 ROW = ("prompt_ids", "response_ids", "response_mask", "response_logprobs")
 
 
-class MultiverseAgentLoop(AgentLoopBase):
+class MultiverseAgentLoop(AgentLoopBase):  # type: ignore[misc]  # verl is not installed here
     def __init__(self, *args: Any, url: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.url = url

@@ -37,7 +37,7 @@ class Targets:
     """Of the answer that each is part of."""
 
 
-_NO_TARGETS = Targets(*(np.empty(0, dtype=dtype) for dtype in (np.int64, np.int64, np.float64, np.float64)))
+_NO_TARGETS = Targets(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
 
 
 @dataclass(frozen=True)
