@@ -1,0 +1,224 @@
+"""The figures that README.md and docs/*.md quote, worded anew from the committed results.
+
+    python -m benchmarks.figures_in_docs
+
+names each statement that its document does not make in these words, and ends with status 1; a test does the same. After
+new results, copy the new words. Each function below belongs to one document. Tables that are quoted whole are made
+row by row. The tables of examples/paper_in_miniature come from its own paper_report.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from megatron_multiverse.cli import run_tool
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+LINK = re.compile(r"\]\([./]*(benchmarks/[\w/.]*results/[\w.]+)\.(?:json|jsonl|md)\)")
+ONLY_LINKED = {
+    ("docs/data.md", "benchmarks/results/preprocess_cpu"),
+    ("docs/engine.md", "benchmarks/results/engine_h200"),
+    ("docs/engine.md", "benchmarks/results/host_step_cpu"),
+}
+"""Documents, and results that they name without quoting a figure."""
+
+
+def results(name: str) -> Any:
+    """The content of results: an object, or a list of them where the file has one for each line.
+
+    Args:
+        name: below benchmarks/, without suffix.
+    """
+    file = BENCHMARKS / f"{name}.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    return [json.loads(line) for line in file.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def readme() -> Iterator[str]:
+    """README.md."""
+    fork = results("results/engine_h200")["fork"]
+    speedup = fork["serial_seconds"] / min(fork["block_seconds_runs"])
+    yield f"a block of {fork['paths']} paths ends {speedup:.1f} times as soon as the same paths one by one"
+
+
+def curation() -> Iterator[str]:
+    """docs/curation.md."""
+    found = results("results/curation_faults")
+    live, batch = found["live"], found["batch"]
+    assert not live["left"] + batch["left"] + live["delivered_twice"] + batch["delivered_twice"]
+    yield (
+        f"runs {found['samples']} samples against a local server that answers {100 * found['rate_per_request']:.0f} % "
+        f"of requests with each of {len(live['faults'])} faults ({len(batch['faults'])} in batches). All "
+        f"{found['samples']} ended"
+    )
+    found = results("results/curation_kills")
+    live, batch = found["live"], found["batch"]
+    assert live["all_rows_as_without_kills"] and batch["all_rows_as_without_kills"]
+    assert not sum(run["answered_twice"] for run in batch["runs"])
+    twice = sum(run["answered_twice"] for run in live["runs"])
+    yield f"kills runs of {found['samples_per_run']} samples"
+    yield f"{live['kills']} kills live and {batch['kills']} with batches, in {len(live['runs'] + batch['runs'])} runs"
+    yield (
+        f"live {twice} answers were asked for again because they had been under way, "
+        f"{twice / live['kills']:.0f} for a kill"
+    )
+
+
+def engine() -> Iterator[str]:
+    """docs/engine.md."""
+    row = next(row for row in results("results/small_sums_h200") if row["rows"] == 1 and row["hidden_size"] == 3584)
+    yield f"{row['sum_norm_us']:.1f} us for one row of Qwen2.5-7B on two H200"
+    torch_us, nccl_us = row["symmetric_memory_us"], row["nccl_us"]
+    yield f"symmetric memory up to 512 KiB ({torch_us:.1f} us), and larger ones NCCL ({nccl_us:.1f} us"
+    alone = results("results/engine_tp2_h200")["decode"][0]
+    yield (
+        f"Qwen2.5-7B takes {alone['tp2_ms']:.2f} ms a step on two H200 and {alone['one_gpu_ms']:.2f} on one, with sum "
+        f"and norm apart {alone['tp2_with_sum_and_norm_apart_ms']:.2f}"
+    )
+    mixed = {policy: run["summary"] for policy, run in results("load/results/load_h200_7b")["traces"]["mixed"].items()}
+    never, always, ours = (mixed[policy] for policy in ("never fork", "always fork", "by step time"))
+    goodput, gap = "goodput_tokens_per_second", "serial_gap_p99_ms"
+    yield f"{ours[goodput] / never[goodput]:.2f} times the tokens of never forking come within 50 ms of each other"
+    yield f"{ours[goodput] / always[goodput]:.1f} times those of always"
+    yield f"the 99th percentile of that time is {ours[gap] / never[gap]:.2f} times that of never"
+
+
+def layers() -> Iterator[str]:
+    """docs/layers.md: its table of one layer beside megatron-core's stock one."""
+    cases = [("bf16", "bf16, megatron-core 0.16.1", "0.16.1"), ("bf16", "bf16, megatron-core 0.19.2", "0.19.2")]
+    cases += [
+        (mode, mode.replace("fp8", "FP8"), "0.16.1")
+        for mode in ("bf16, full recompute", "fp8 tensorwise", "fp8 blockwise")
+    ]
+    for mode, title, version in cases:
+        rows = [row for row in results(f"kernels/results/layer_mcore_{version}_h200") if row["mode"] == mode]
+        stock = min((row for row in rows if row["layer"].startswith("stock")), key=lambda row: row["ms"])
+        (ours,) = (row for row in rows if row["layer"].startswith("ours") and row["layout"] == "realistic")
+        yield (
+            f"| {title} | {_rounded(stock['ms'], 1)} ms | {_rounded(ours['ms'], 1)} ms | {ours['time_ratio']:.2f} | "
+            f"+{100 * (ours['memory_ratio'] - 1):.1f} % |"
+        )
+
+
+def training() -> Iterator[str]:
+    """docs/training.md: its tables of shares of the mask and of layouts of two GPUs."""
+    rows = results("results/training_balance_cpu")
+    for case in ("packed", "wide", "deep", "realistic"):
+        cells = [_rounded(row["area_over_mean"], 3) for row in rows if row["case"] == case]
+        yield f"| {' | '.join(cells)} |"
+    titles = {
+        "DP2": "DP2, distributed optimizer",
+        "TP2+SP": "TP2 + SP",
+        "CP2 a2a": "CP2, all-to-all",
+        "CP2 all_gather": "CP2, all-gather",
+        "PP2 interleaved": "PP2, interleaved",
+    }
+    rows = results("results/training_layouts_h200")
+    for row in sorted(rows, key=lambda row: -row["tokens_per_s_per_gpu"]):
+        title = titles.get(row["layout"], row["layout"])
+        yield f"| {title} | {row['tokens_per_s_per_gpu']:,.0f} | {row['mfu_visible']:.2f} | {row['peak_gib']:.1f} |"
+    yield f"differ by {_short(max(row['loss_difference'] for row in rows), 0)} of their value at most"
+
+
+def serving() -> Iterator[str]:
+    """docs/serving.md."""
+    found = results("results/server_soak_cpu")
+    assert found["ok"] and not found["hangs"] + found["num_wrong"] + found["pages_missing_in_the_end"]
+    engine_killed, rank_killed = (
+        found[name]["seconds_until_all_heard"] for name in ("engine_killed", "one_of_two_ranks_killed")
+    )
+    yield f"One run of {found['seconds'] / 60:.0f} minutes"
+    yield (
+        f"{found['requests']:,} requests, {found['kinds']['malformed']:,} of them malformed, "
+        f"{found['answers_compared']:,} answers compared, {found['preemptions']} preemptions; no hang, no wrong "
+        "status, no other answer, no page missing"
+    )
+    yield f"killed engine within {engine_killed:.1f} s, of the killed rank within {rank_killed + 0.05:.1f} s"
+    stalls = results("results/server_stalls_cpu")["stalls"]
+    alone, disturbed = ([turn for turn in stalls["turns"] if turn["kind"] == kind] for kind in ("alone", "disturbed"))
+    rate = sum(turn["disturbances"] for turn in disturbed) / (len(disturbed) * stalls["seconds"])
+    before, after = (median(turn["p50_ms"] for turn in turns) for turns in (alone, disturbed))
+    yield f"some {round(rate, -1):.0f} disturbances a second took the median step from {before:.0f} to {after:.0f} ms"
+    steps, longest = sum(turn["steps"] for turn in disturbed), max(turn["longest_ms"] for turn in disturbed)
+    yield f"the longest of {steps:,} steps was {longest:.0f} ms"
+    found = results("results/server_reprefill_cpu")["reprefill"]
+    ours, theirs, moved = found["engine"], found["reprefill"], found["moved"]
+    assert ours["right"] == theirs["right"] == 1
+    later = moved["later paths"]
+    yield f"largest move {max(moved[name]['largest'] for name in ('first paths', 'after the join')):.3f}"
+    yield (
+        f"move by {later['mean']:.2f} on average, and by {later['largest']:.1f} at most; "
+        f"{100 * later['still_likeliest']:.1f} % of them stay the likeliest. All {found['problems']} answers are right"
+    )
+    yield (
+        f"An answer takes {theirs['requests']} requests that read {theirs['prompt_tokens']:.0f} tokens of prompts in "
+        f"all, where the engine reads {ours['prompt_tokens']:.0f}"
+    )
+
+
+def rl() -> Iterator[str]:
+    """docs/rl.md."""
+    toy = results("results/rl_toy_cpu")
+    assert {name.rpartition("_")[0] for name in toy} == {"learns", "control"} and len(toy) == 6, "from three seeds"
+    assert all(rewards[-1] > 0.99 for name, rewards in toy.items() if name.startswith("learns"))
+    steps = [row for row in results("results/rl_quickstart_h200") if row["kind"] == "train"]
+    first, last = steps[:2], steps[-5:]
+    before, after = (100 * sum(row["accuracy"] for row in rows) / len(rows) for rows in (first, last))
+    drift = [row["logprob_drift"] for row in steps]
+    late = steps[10:]
+    spent = {name: sum(row[name] for row in late) for name in ("rollout_s", "reward_s", "train_s")}
+    yield f"{len(steps)} steps with a reward for speed: right answers rose from {before:.1f} to {after:.1f} %"
+    yield f"drift in bf16 was {_short(min(drift), 1)} to {_short(max(drift), 1)}"
+    yield f"{100 * spent['train_s'] / sum(spent.values()):.0f} % of the time went to training"
+
+
+STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {
+    "README.md": readme,
+    "docs/curation.md": curation,
+    "docs/engine.md": engine,
+    "docs/layers.md": layers,
+    "docs/rl.md": rl,
+    "docs/serving.md": serving,
+    "docs/training.md": training,
+}
+
+
+def _rounded(value: float, digits: int) -> str:
+    """Rounded as one does by hand: results have four digits, and 98.35 as a float is a little less than that."""
+    return str(Decimal(str(value)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
+def _short(value: float, digits: int) -> str:
+    """3e-5, as documents write it, not 3e-05."""
+    return re.sub(r"e-0", "e-", f"{value:.{digits}e}")
+
+
+def missing(document: str, text: str) -> list[str]:
+    """The statements from results that a document does not make; line breaks do not count.
+
+    Args:
+        document: a key of `STATEMENTS`.
+        text: its content.
+    """
+    said = " ".join(text.split())
+    return [statement for statement in STATEMENTS[document]() if " ".join(statement.split()) not in said]
+
+
+def main() -> None:
+    """Name what is missing."""
+    lines = [f"{name}: {line}" for name in STATEMENTS for line in missing(name, (ROOT / name).read_text("utf-8"))]
+    print("\n".join(lines))
+    sys.exit("documents differ from the committed results: copy the lines above, or see why" if lines else 0)
+
+
+if __name__ == "__main__":
+    run_tool(main)
