@@ -179,6 +179,18 @@ def rl() -> Iterator[str]:
     yield f"{len(steps)} steps with a reward for speed: right answers rose from {before:.1f} to {after:.1f} %"
     yield f"drift in bf16 was {_short(min(drift), 1)} to {_short(max(drift), 1)}"
     yield f"{100 * spent['train_s'] / sum(spent.values()):.0f} % of the time went to training"
+    steps = [row for row in results("results/rl_quickstart_cpu") if row["kind"] == "train"]
+    forks = {
+        family: [100 * row[name] for row in steps if (name := f"trigger_ratio/{family}") in row]
+        for family in ("narrow", "wide")
+    }
+    yield f"fork in {forks['narrow'][-1]:.0f} % of answers instead of {forks['narrow'][0]:.0f} %"
+    yield f"wide ones in {forks['wide'][-1]:.0f} % instead of {forks['wide'][0]:.0f} %"
+    models = results("results/rl_quickstart_cpu_compared")["models"]
+    before, after = models["before"], models["after"]
+    yield f"take {after['net_speedup_steps']:.2f} times fewer steps per right answer"
+    yield f"and {after['net_speedup']:.2f} times less wall clock"
+    yield f"right are {100 * after['accuracy']:.0f} % instead of {100 * before['accuracy']:.0f} %"
 
 
 STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {

@@ -1,7 +1,7 @@
 """What the example's models do with held-out problems: right answers, forks, steps and seconds of one answer at a time.
 
-Every model answers the same problems greedily, one at a time, and the models take turns. Net speedup is the wall clock
-per right answer of the first model divided by that of another.
+Every model answers the same problems, one at a time, drawing from its own distribution as in training, and the models
+take turns. Net speedup is the wall clock per right answer of the first model divided by that of another.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class CompareOptions:
     """The first so many problems."""
     max_tokens: int = 1400
     """Of an answer."""
+    temperature: float = 1.0
+    """0 takes the most likely tokens, which hides how often a model splits by chance."""
     dtype: DType = "bf16"
     """Of weights and cache."""
     device: str = "auto"
@@ -59,12 +61,11 @@ def answer_all(options: CompareOptions) -> dict[str, list[dict[str, Any]]]:
         )
     rows: dict[str, list[dict[str, Any]]] = {str(folder): [] for folder in options.models}
     for number, problem in enumerate([problems[0], *problems]):  # the first one only warms up
+        sampling = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=number)
         for folder, engine in engines.items():
             ids = tokenizers[folder].tokenize(problem["prompt"])
             started = time.perf_counter()
-            (result,) = engine.generate(
-                [Request(prompt_ids=ids, sampling=SamplingParams(max_tokens=options.max_tokens))]
-            )
+            (result,) = engine.generate([Request(prompt_ids=ids, sampling=sampling)])
             seconds = time.perf_counter() - started
             stated = stated_answer(tokenizers[folder].detokenize(result.token_ids)) or ""
             if number:
@@ -97,7 +98,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def main() -> None:
     options = parse_options(CompareOptions)
-    report: dict[str, Any] = {"num_problems": options.num_problems, "dtype": options.dtype, "models": {}}
+    report: dict[str, Any] = {
+        "num_problems": options.num_problems,
+        "dtype": options.dtype,
+        "temperature": options.temperature,
+    }
+    report["models"] = {}
     for name, rows in answer_all(options).items():
         families = sorted({row["family"] for row in rows})
         by_family = {family: summary([row for row in rows if row["family"] == family]) for family in families}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.views.loss_curves import column, pyplot_for, read_history, running_mean
+from megatron_multiverse.views.loss_curves import RunHistory, column, pyplot_for, read_history, running_mean
 
 PANELS = (
     (("reward", "accuracy"), "mean over the answers of a step"),
@@ -17,7 +18,13 @@ PANELS = (
     (("logprob_drift", "clip_share"), "difference, share"),
 )
 """(names of metrics, what they measure) of each panel."""
-_STYLES = ("-", "--")
+_STYLES = ("-", "--", ":", "-.")
+
+
+def by_family(name: str, histories: Sequence[RunHistory]) -> list[str]:
+    """The metric of each family of prompts, where runs report it by family (`task.family_key`); else the metric."""
+    reported = {key for history in histories for record in history.train.values() for key in record}
+    return sorted(key for key in reported if key.startswith(f"{name}/")) or [name]
 
 
 def plot_rl(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
@@ -37,13 +44,14 @@ def plot_rl(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
     plt = pyplot_for(output)
     histories = [read_history(folder) for folder in folders]
     figure, axes = plt.subplots(2, 3, sharex=True, figsize=(13, 6.5), layout="constrained")
-    for axis, (names, unit) in zip(axes.flat, PANELS, strict=True):
+    for axis, (panel, unit) in zip(axes.flat, PANELS, strict=True):
+        names = [name for known in panel for name in by_family(known, histories)]
         for number, history in enumerate(histories):
             steps = sorted(history.train)
-            for name, style in zip(names, _STYLES, strict=False):
+            for name, style in zip(names, itertools.cycle(_STYLES), strict=False):
                 curve = running_mean(column(history.train, name), smooth)
                 axis.plot(steps, curve, style, color=f"C{number}", linewidth=1.3)
-        for name, style in zip(names, _STYLES, strict=False):
+        for name, style in zip(names, itertools.cycle(_STYLES), strict=False):
             axis.plot([], [], style, color="black", label=name.replace("_", " "))
         axis.set_ylabel(unit)
         axis.grid(alpha=0.3)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_multiverse.errors import ConfigError, DataError
-from megatron_multiverse.views.rl_curves import PANELS, plot_rl
+from megatron_multiverse.views.loss_curves import RunHistory
+from megatron_multiverse.views.rl_curves import PANELS, by_family, plot_rl
 
 
 def test_runs_are_drawn_with_steps_that_trained_nothing(tmp_path: Path) -> None:
@@ -25,3 +26,10 @@ def test_runs_are_drawn_with_steps_that_trained_nothing(tmp_path: Path) -> None:
         plot_rl([tmp_path / "a"], tmp_path / "rl.png", smooth=0)
     with pytest.raises(DataError, match="does not exist"):
         plot_rl([tmp_path / "none"], tmp_path / "rl.png")
+
+
+def test_families_take_the_place_of_what_is_reported_of_all() -> None:
+    record = {"accuracy": 1.0, "accuracy/wide": 1.0, "accuracy/narrow": 1.0, "reward": 1.0}
+    histories = [RunHistory("a", {1: record}, {}, []), RunHistory("b", {1: {"accuracy": 0.5}}, {}, [])]
+    assert by_family("accuracy", histories) == ["accuracy/narrow", "accuracy/wide"]
+    assert by_family("reward", histories) == ["reward"]
