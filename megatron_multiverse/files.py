@@ -1,11 +1,16 @@
-"""Small files that are whole or not there: readers see the old or the new content, never half of it."""
+"""Small files that are whole or not there: readers see the old or the new content, never half of it.
+
+And errors that name their file.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -22,8 +27,9 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     # The process id keeps apart processes that write the same file, e.g. a worker that outlives its killed parent.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        flush(partial)
+        with naming(path):
+            partial.write_text(text, encoding="utf-8")
+            flush(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -33,6 +39,24 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 def write_json_atomic(path: str | Path, value: Any, *, indent: int | None = 2) -> None:
     """`write_text_atomic` of a JSON value and a final newline."""
     write_text_atomic(path, json.dumps(value, indent=indent) + "\n")
+
+
+def write_line(stream: IO[str], text: str) -> None:
+    """Append a line to an open file at once. Raises OSError, which names the file."""
+    with naming(stream.name):
+        stream.write(text + "\n")
+        stream.flush()
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """An OSError within says which file it is about, which those of a full disk do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def flush(path: str | Path) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 
 import xxhash
 
+from megatron_multiverse.files import naming
+
 logger = logging.getLogger(__name__)
 
 _PIECE = 16 << 20  # a multiple of every disk's block; its memory is aligned because mmap gives whole pages
@@ -75,7 +77,8 @@ class LargeFile:
             self._wait()
             _without_direct(self._descriptor)  # the rest is no whole piece
             self._put(self._buffers[0][: self._used])
-            os.fsync(self._descriptor)
+            with naming(self._path):
+                os.fsync(self._descriptor)
         finally:
             self._release()
 
@@ -98,12 +101,15 @@ class LargeFile:
 
     def _put(self, data: memoryview) -> None:
         self._digest.update(data)
+        with naming(self._path):
+            self._write(data)
+
+    def _write(self, data: memoryview) -> None:
         while data:
             try:
                 data = data[os.write(self._descriptor, data) :]
             except OSError as error:
                 if error.errno != errno.EINVAL or not _without_direct(self._descriptor):
-                    error.filename = str(self._path)
                     raise
 
     def _release(self) -> None:

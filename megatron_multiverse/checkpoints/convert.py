@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -110,14 +109,15 @@ def _convert(config: ConvertConfig) -> ConvertResult:
         check_disk_space(unfinished, target.total_bytes - resumed_bytes)
         _write_units(config, source, target, manifest, weights)
         _finish(config, source, target, manifest, weights, padded)
-        num_bytes = manifest.finished_bytes()
-    for path in unfinished.rglob("*"):
-        flush(path)
-    if save.exists():
-        save.rmdir()
-    os.rename(unfinished, save)
-    flush(save.parent)
-    return ConvertResult(save, num_bytes, resumed_bytes, len(target.units), resumed, time.perf_counter() - started)
+        for path in unfinished.rglob("*"):
+            flush(path)
+        if save.exists():
+            save.rmdir()
+        # The manifest goes last: without it nothing shows that SAVE.partial is an unfinished conversion.
+        manifest.move(save)
+    return ConvertResult(
+        save, manifest.finished_bytes(), resumed_bytes, len(target.units), resumed, time.perf_counter() - started
+    )
 
 
 def open_source(config: ConvertConfig) -> Source:
@@ -279,7 +279,6 @@ def _finish(
         dataclasses.replace(source.config, vocab_size=padded).to_json(folder / MODEL_CONFIG_FILE)
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (folder / POINTER_FILE).write_text(f"{RELEASE}\n", encoding="utf-8")
-    manifest.remove()
 
 
 def _write_checksums(manifest: Manifest, weights: Path) -> None:

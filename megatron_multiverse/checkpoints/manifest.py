@@ -131,9 +131,13 @@ class Manifest:
         """Checksums of all finished files, by their names below the folder."""
         return {name: value for record in self.finished.values() for name, value in record["checksums"].items()}
 
-    def remove(self) -> None:
-        """Delete the manifest: the folder is complete."""
-        (self.folder / MANIFEST_FILE).unlink()
+    def move(self, folder: Path) -> None:
+        """Give the complete folder its name, and delete the manifest."""
+        os.rename(self.folder, folder)
+        self.folder = folder
+        (folder / MANIFEST_FILE).unlink()
+        for path in (folder, folder.parent):
+            flush(path)
 
     def __enter__(self) -> Manifest:
         return self

@@ -18,7 +18,7 @@ from megatron_multiverse.curation.plan import KINDS
 from megatron_multiverse.curation.plots import draw_report
 from megatron_multiverse.curation.rules import Rules
 from megatron_multiverse.curation.viewer import write_view
-from megatron_multiverse.files import flush, write_json_atomic, write_text_atomic
+from megatron_multiverse.files import flush, naming, write_json_atomic, write_text_atomic
 
 Outcome = dict[str, Any]
 
@@ -151,7 +151,7 @@ def write_report(
 def _whole_file(path: Path) -> Iterator[IO[str]]:
     """A file that replaces the old one once all is written."""
     partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as stream:
+    with naming(partial), open(partial, "w", encoding="utf-8") as stream:
         yield stream
     flush(partial)
     os.replace(partial, path)

@@ -36,6 +36,7 @@ from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_token
 from megatron_multiverse.data.work_folder import (
     OUTPUT_SUFFIXES,
     WorkFolder,
+    delete_leftovers,
     has_key,
     read_object,
     refuse_foreign_outputs,
@@ -147,6 +148,7 @@ def preprocess_data(config: PreprocessConfig) -> PreprocessResult:
     try:
         if (done := _finished_run(config.output_prefix, key)) is not None:
             logger.info("%s.bin is already made from this input; nothing to do", config.output_prefix)
+            delete_leftovers(config.output_prefix, key)
             return _result(config, done, 0.0, len(source.shards), template)
         refuse_foreign_outputs(config.output_prefix, key)
         with WorkFolder(config.output_prefix, key) as folder:

@@ -133,6 +133,13 @@ class WorkFolder:
                 os.unlink(entry.path)
 
 
+def delete_leftovers(output_prefix: str, key: str) -> None:
+    """Delete the folder of a run that was stopped when its outputs were whole already."""
+    if read_object(Path(f"{output_prefix}.shards") / _PLAN).get("key") == key:
+        with WorkFolder(output_prefix, key) as folder:
+            folder.delete()
+
+
 def refuse_foreign_outputs(output_prefix: str, key: str) -> None:
     """Refuse to replace files that no run of ours is known to have written; say which of ours will be replaced.
 

@@ -83,7 +83,7 @@ def run_workers(
                     finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
                     line.show(*progress.values)
                     for future in finished:
-                        _check(future, shards[futures[future]])
+                        _check(future, shards[futures[future]], folder)
         except BaseException:
             # An error, or Ctrl-C: the workers stop after the batch they are at, and the others do not begin.
             progress.stop()
@@ -91,7 +91,7 @@ def run_workers(
             raise
 
 
-def _check(future: Future[None], shard: Shard) -> None:
+def _check(future: Future[None], shard: Shard, folder: WorkFolder) -> None:
     """Pass a worker's error on at once, without waiting for the other shards."""
     error = future.exception()
     if error is None:
@@ -105,5 +105,8 @@ def _check(future: Future[None], shard: Shard) -> None:
         ) from error
     where = f"{shard.path} [{shard.start}, {shard.stop})"
     if isinstance(error, OSError):
-        raise DataError(f"{where}: {error}; finished shards are kept: run the same command again") from error
+        raise DataError(
+            f"{where} cannot become a shard in {folder.path}: {error.strerror or error}; finished shards are kept: "
+            "make room if the disk is full, and run the same command again"
+        ) from error
     raise DataError(f"{where}: {error}") from error

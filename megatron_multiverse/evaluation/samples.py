@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from megatron_multiverse.errors import DataError
 from megatron_multiverse.evaluation.tasks import Problem, Thinking
+from megatron_multiverse.files import naming, write_line
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +113,8 @@ class SampleLog:
 
     def append(self, sample: Sample) -> None:
         """Add one."""
-        line = json.dumps(asdict(sample), ensure_ascii=False) + "\n"
-        with open(self._path, "a", encoding="utf-8") as stream:
-            stream.write(line)
-            stream.flush()
+        with naming(self._path), open(self._path, "a", encoding="utf-8") as stream:
+            write_line(stream, json.dumps(asdict(sample), ensure_ascii=False))
             os.fsync(stream.fileno())
         self.samples[sample.key] = sample
 

@@ -22,6 +22,7 @@ from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import CheckpointError, DataError, GenerationError, MultiverseError
+from megatron_multiverse.files import naming, write_line
 from megatron_multiverse.inference.build import build_engine, follow_engine
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.record import to_record
@@ -110,10 +111,9 @@ def write_answers(config: GenerateConfig) -> tuple[int, int]:
     if config.live:
         raise GenerationError("--live shows the answer in the terminal; leave out --live, or --output")
     answered = refused = 0
-    with config.output.open("w", encoding="utf-8") as file:
+    with naming(config.output), config.output.open("w", encoding="utf-8") as file:
         for row in generate_answers(config):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+            write_line(file, json.dumps(row, ensure_ascii=False))
             failed = row["finish_reason"] == "error"
             answered, refused = answered + (not failed), refused + failed
     return answered, refused
@@ -165,14 +165,18 @@ def generate_answers(config: GenerateConfig, *, watch: Watch | None = None) -> I
                 index = origin[result.request_id]
                 bar.update()
                 if records is not None:
-                    records.write(json.dumps({"index": index, **to_record(result)}) + "\n")
-                    records.flush()
+                    write_line(records, json.dumps({"index": index, **to_record(result)}))
                 text = answer_text(result, tokenizer.detokenize)
                 yield {"index": index, "prompt": prompts[index], "text": text, **_facts(result)}
 
 
-def _record_file(config: GenerateConfig) -> contextlib.AbstractContextManager[TextIO | None]:
-    return contextlib.nullcontext() if config.records is None else config.records.open("w", encoding="utf-8")
+@contextlib.contextmanager
+def _record_file(config: GenerateConfig) -> Iterator[TextIO | None]:
+    if config.records is None:
+        yield None
+    else:
+        with naming(config.records), config.records.open("w", encoding="utf-8") as records:
+            yield records
 
 
 def follow_answers(config: GenerateConfig) -> None:

@@ -20,6 +20,7 @@ from megatron_multiverse.config import LayerConfig, ModelConfig, RLConfig
 from megatron_multiverse.data.end_tokens import end_ids
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import ConfigError, TrainingError
+from megatron_multiverse.files import naming, write_line
 from megatron_multiverse.inference import Engine, EngineConfig, Request, Result, answer_text, to_record
 from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.model.gpt import build_gpt_model
@@ -271,6 +272,6 @@ def write_records(file: Path, batch: Batch, step: int, count: int) -> None:
             earned = {"correct": group.correct[k], "reward": group.rewards[k], "advantage": group.advantages[k]}
             about = {"step": step, "prompt": group.prompt.text, "gold": group.prompt.gold, "text": group.texts[k]}
             lines.append({**about, **earned, **to_record(result)})
-    with open(file, "a", encoding="utf-8") as stream:
+    with naming(file), open(file, "a", encoding="utf-8") as stream:
         for line in lines[:count]:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            write_line(stream, json.dumps(line, ensure_ascii=False))

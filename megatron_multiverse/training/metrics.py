@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_multiverse.checkpoints.run_files import METRICS_FILE
 from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.errors import TrainingError
+from megatron_multiverse.files import write_line
 from megatron_multiverse.training.flops import training_flops
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class MetricsWriter:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         record = {"kind": kind, "step": step, "time": time.time(), **clean}
-        self._file.write(json.dumps(record) + "\n")
+        write_line(self._file, json.dumps(record))
 
     def start(self, step: int, resumed: bool, model: ModelConfig, layers: LayerConfig) -> None:
         """What runs from this step on; `layers` without any "auto"."""

@@ -26,7 +26,7 @@ ALLOWED = {
     "dtypes": set(),
     "files": set(),
     "grading": set(),
-    "large_files": set(),
+    "large_files": {"files"},
     "locked_folder": {"errors", "files"},
     "progress": set(),
     "weight_names": set(),

@@ -240,8 +240,13 @@ class LegacyTarget:
             for module in extra_state_modules(qk_layernorm=False):
                 if self.fused or module != CORE_ATTENTION:
                     model[f"decoder.layers.{layer}.{module}._extra_state"] = None
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save({"model": model, "args": self.args, "checkpoint_version": 3.0, "iteration": 0}, file)
+        try:
+            with torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save({"model": model, "args": self.args, "checkpoint_version": 3.0, "iteration": 0}, file)
+        except RuntimeError as error:  # torch's writer does not say what the system said
+            raise CheckpointError(
+                f"{file} cannot be written ({str(error).splitlines()[0]}): is the disk full?"
+            ) from error
 
     def finish(self, records: list[Record], folder: Path) -> None:
         """Nothing spans the files of this format."""

@@ -266,7 +266,8 @@ class TorchDistTarget:
         metadata = Metadata(tensors, None, storage, meta, version="1.0.0")
         _dump(metadata, folder / ".metadata")
         (folder / "metadata.json").write_text(json.dumps(METADATA_JSON), encoding="utf-8")
-        torch.save({"args": self.args, "checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
+        with open(folder / "common.pt", "wb") as stream:  # an error of torch's own writer would not say what is wrong
+            torch.save({"args": self.args, "checkpoint_version": 3.0, "iteration": 0}, stream)
 
     def _write_extra_states(self, folder: Path, tensors: dict[str, Any], storage: dict[Any, Any]) -> None:
         """Empty extra states, which megatron-core asks for when loading, whichever spec it uses."""
