@@ -122,12 +122,14 @@ class Clients:
 
     async def come(self) -> None:
         """Come for a while, at random times."""
-        end = time.monotonic() + self.config.seconds
+        due = time.monotonic()
+        end = due + self.config.seconds
         room = asyncio.Semaphore(self.config.most_at_once)
         weights = [weight for weight, _ in self._kinds]
         async with connect(self.url, timeout=LONGEST_WAIT) as client, asyncio.TaskGroup() as group:
             while time.monotonic() < end:
-                await asyncio.sleep(self.rng.expovariate(self.config.rate))
+                due += self.rng.expovariate(self.config.rate)  # by the clock, so that no delay lowers the rate
+                await asyncio.sleep(due - time.monotonic())
                 await room.acquire()
                 ((_, visit),) = self.rng.choices(self._kinds, weights)
                 group.create_task(self._visit(visit, client, room))

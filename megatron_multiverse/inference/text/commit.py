@@ -41,7 +41,8 @@ def commit_token(
         by_stop_token = token in state.request.sampling.stop_token_ids
         branch.stop_reason = token if by_stop_token else None
         branch.end_draw = (len(branch.ids), token, logprob)
-        if not by_stop_token and state.request.sampling.on_malformed == "error":
+        # A stop token that ends a path was asked for; at the root it may be a further end-of-document id.
+        if state.request.sampling.on_malformed == "error" and not (by_stop_token and branch.parent is not None):
             _refuse_end(state, branch)
         _close(state, branch, "stop" if by_stop_token else "eos")
     # No branch ever has more than MOST_CLOSERS tokens to close, so most tokens need no exact count.

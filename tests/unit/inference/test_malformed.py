@@ -83,12 +83,13 @@ def test_one_broken_branch_anywhere_ends_its_answer_with_an_error_that_names_it(
         ([*goal(2), NEWLINE], "at most 1 outlines"),
         ([*goal(1)[:-1], Tag.PATH], "<Outline> or </Goal>"),
         ([*goal(1)[:-2], EOS], "</Goal>"),
+        ([*goal(1)[:-2], TEXT + 9], "</Goal>"),
         ([Tag.THINK, EOS], "</Think>"),
     ],
 )
 def test_a_header_a_limit_and_an_early_end_count(root: list[int], expected: str) -> None:
     engine = toy_engine(MODEL, sampler=ScriptedSampler([{(): [int(token) for token in root]}]), max_paths=1)
-    (result,) = engine.generate([ask([TEXT], on_malformed="error")])
+    (result,) = engine.generate([ask([TEXT], on_malformed="error", stop_token_ids=(TEXT + 9,))])
     assert result.finish_reason == "error" and result.malformed["refused"] == 1
     assert expected in result.error
     assert_drained(engine)
@@ -103,6 +104,16 @@ def test_a_spent_budget_is_no_broken_grammar() -> None:
     engine = toy_engine(MODEL, sampler=ScriptedSampler([script]))
     (result,) = engine.generate([ask([TEXT], on_malformed="error", max_tokens=90)])
     assert result.finish_reason == "length" and set(result.malformed) == {"forced_close"}
+
+
+def test_a_stop_token_that_ends_a_path_as_asked_is_no_broken_grammar() -> None:
+    script = {
+        (): [*goal(1), Tag.END_CONCLUSION, NEWLINE, Tag.END_PARALLEL, TEXT, EOS],
+        ((0, 0),): [TEXT, TEXT + 9],
+    }
+    request = ask([TEXT], on_malformed="error", stop_token_ids=(TEXT + 9,), stop_in_branches=True)
+    (result,) = toy_engine(MODEL, sampler=ScriptedSampler([script])).generate([request])
+    assert result.finish_reason == "stop" and [path.finish for path in result.blocks[0].branches] == ["stop"]
 
 
 def test_what_cannot_work_is_refused() -> None:
