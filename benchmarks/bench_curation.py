@@ -186,9 +186,10 @@ def bench_throughput(options: BenchOptions, folder: Path) -> dict[str, Any]:
     trees = [parse_think(file.read_text(encoding="utf-8")) for file in files] or [trajectory(k) for k in range(14)]
     scripts = [Script(numbered(trees[k % len(trees)], k)) for k in range(count)]
     write_chains(folder / "chains.jsonl", scripts)
-    with ReplayServer(scripts, ANSWER_S) as server:
+    with ReplayServer(scripts, ANSWER_S) as server, open(folder / "log.txt", "wb") as log:
         words = command(folder, server, "--concurrency", str(options.concurrency), "--workers", str(options.workers))
-        process = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"ANTHROPIC_API_KEY": KEY}, stderr=subprocess.PIPE)
+        environment = os.environ | {"ANTHROPIC_API_KEY": KEY}
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log)
         peak_rss = _peak_rss(process)
         seen = server.end()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)

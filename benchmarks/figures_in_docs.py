@@ -72,6 +72,16 @@ def curation() -> Iterator[str]:
         f"{twice / live['kills']:.0f} for a kill"
     )
 
+    runs = results("results/curation_throughput")["runs"]
+    spans = []
+    for slots in (2, 4, 8, 16):
+        shares = [100 * run["busy_share_while_work_is_left"] for run in runs if run["concurrency"] == slots]
+        ends = dict.fromkeys(f"{share:.0f}" for share in (min(shares), max(shares)))
+        spans.append(f"{' to '.join(ends)} % of the time with {slots}")
+    yield ", ".join(spans)
+    peak = max(run["peak_rss_mib_of_all_processes"] for run in runs)
+    yield f"at most {peak} MiB in all processes together"
+
 
 def engine() -> Iterator[str]:
     """docs/engine.md."""

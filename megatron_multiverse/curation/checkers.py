@@ -109,7 +109,7 @@ class _Process:
         theirs.close()
         self._waiting: deque[asyncio.Future[Turn]] = deque()
         self._writer: asyncio.StreamWriter | None = None
-        self._answers: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
         self._connecting = asyncio.Lock()
         self._gone: DataError | None = None
 
@@ -133,7 +133,7 @@ class _Process:
         async with self._connecting:
             if self._writer is None:
                 reader, self._writer = await asyncio.open_connection(sock=self._socket.dup(), limit=_STREAM_LIMIT)
-                self._answers = asyncio.create_task(self._read(reader))
+                self._reading = asyncio.create_task(self._read(reader))  # the loop itself holds tasks only weakly
         return self._writer
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
