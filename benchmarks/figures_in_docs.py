@@ -120,23 +120,56 @@ def layers() -> Iterator[str]:
 
 
 def training() -> Iterator[str]:
-    """docs/training.md: its tables of shares of the mask and of layouts of two GPUs."""
-    rows = results("results/training_balance_cpu")
-    for case in ("packed", "wide", "deep", "realistic"):
-        cells = [_rounded(row["area_over_mean"], 3) for row in rows if row["case"] == case]
-        yield f"| {' | '.join(cells)} |"
+    """docs/training.md: its tables of shares of the mask, of layouts of two GPUs, of rivals and of FP8."""
+    for name, column in (("cpu", "area_over_mean"), ("h200", "time_over_mean")):
+        rows = results(f"results/training_balance_{name}")
+        for case in ("packed", "wide", "deep", "realistic"):
+            cells = [_rounded(row[column], 3) for row in rows if row["case"] == case]
+            yield f"| {' | '.join(cells)} |"
+    yield from _training_layouts()
+    yield from _training_beside_others()
+    for row in results("results/training_fp8_h200")[1:]:
+        mean, largest = (f"{100 * row[f'{name}_distance']:.1f} %" for name in ("mean", "largest"))
+        yield f"| {row['time_beside_first']:.2f} | {row['last_loss']:.3f} | {mean} | {largest} |"
+
+
+def _training_layouts() -> Iterator[str]:
+    """Rows of the table of layouts, and of longer rows beside it."""
     titles = {
         "DP2": "DP2, distributed optimizer",
         "TP2+SP": "TP2 + SP",
         "CP2 a2a": "CP2, all-to-all",
         "CP2 all_gather": "CP2, all-gather",
         "PP2 interleaved": "PP2, interleaved",
+        "ZeRO-3 DP2": "ZeRO 3, DP2",
+        "ZeRO-3 CP2": "ZeRO 3, CP2",
     }
-    rows = results("results/training_layouts_h200")
+    every = results("results/training_layouts_h200")
+    for row in (row for row in every if row["rows"] == "2 x 65536 packed"):
+        yield f"{row['tokens_per_s_per_gpu']:,.0f}"
+    rows = [row for row in every if row["rows"] == "4 x 32768 packed"]
     for row in sorted(rows, key=lambda row: -row["tokens_per_s_per_gpu"]):
         title = titles.get(row["layout"], row["layout"])
         yield f"| {title} | {row['tokens_per_s_per_gpu']:,.0f} | {row['mfu_visible']:.2f} | {row['peak_gib']:.1f} |"
     yield f"differ by {_short(max(row['loss_difference'] for row in rows), 0)} of their value at most"
+
+
+def _training_beside_others() -> Iterator[str]:
+    """The table of what others take, longer rows last, and of one wide row."""
+    rows = results("results/training_beside_transformers_h200")
+    runs = {(row["case"], row["tokens"], row["runner"]): row for row in rows}
+    for tokens, times in ((8192, " times as long"), (16384, ""), (32768, "")):
+        ours, theirs, causal = (
+            runs["packed", tokens, name]
+            for name in ("ours", "transformers, dense mask, checkpointing", "ours with TE causal attention")
+        )
+        yield (
+            f"| {tokens:,} | {ours['tokens_per_s']:,.0f} | {theirs['time_beside_ours']:.2f}{times} | "
+            f"{causal['time_beside_ours']:.2f} | {ours['peak_gib']:.1f}, {theirs['peak_gib']:.1f} | "
+            f"{100 * ours['scan_and_data_share']:.1f} % |"
+        )
+    wide = runs["wide", 16384, "ours with TE causal attention"]
+    yield f"takes {wide['time_beside_ours']:.2f} times as long"
 
 
 def serving() -> Iterator[str]:
