@@ -185,7 +185,7 @@ def serving() -> Iterator[str]:
         f"{found['answers_compared']:,} answers compared, {found['preemptions']} preemptions; no hang, no wrong "
         "status, no other answer, no page missing"
     )
-    yield f"killed engine within {engine_killed:.1f} s, of the killed rank within {rank_killed + 0.05:.1f} s"
+    yield f"killed engine within {engine_killed + 0.05:.1f} s, of the killed rank within {rank_killed + 0.05:.1f} s"
     stalls = results("results/server_stalls_cpu")["stalls"]
     alone, disturbed = ([turn for turn in stalls["turns"] if turn["kind"] == kind] for kind in ("alone", "disturbed"))
     rate = sum(turn["disturbances"] for turn in disturbed) / (len(disturbed) * stalls["seconds"])
