@@ -19,7 +19,7 @@ def main() -> None:
     config = parse_options(AnalyzeConfig)
     for line in report_lines(analyze(config)):
         print(line)
-    print(f"pictures  {config.output}/parallelism.png most_parallel.png")
+    print(f"pictures  {config.output}/parallelism.png most_parallel.png, pages views/*.html")
 
 
 if __name__ == "__main__":

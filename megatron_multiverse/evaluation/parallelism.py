@@ -24,6 +24,7 @@ from megatron_multiverse.data.readers import RawRow, read_rows
 from megatron_multiverse.data.sources import Source, column_names, open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.errors import DataError
+from megatron_multiverse.evaluation.text_pages import MostParallel
 from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.structure import Statistics, measure, measure_blocks
 from megatron_multiverse.views.canvas import DEPTH_COLORS, count_whole, grid, save
@@ -48,7 +49,7 @@ class AnalyzeConfig:
     """Outputs of tools/generate.py (answers.jsonl) or tools/evaluate.py (samples.jsonl), or whatever
     tools/preprocess_data.py takes: JSON Lines, Parquet, folders, trajectory files, data sets."""
     output: Path = Path("runs/parallelism")
-    """Folder for parallelism.json, parallelism.png and most_parallel.png."""
+    """Folder for parallelism.json, parallelism.png, most_parallel.png and views/*.html."""
     json_keys: list[str] | None = None
     """Columns, as in tools/preprocess_data.py."""
     split: str | None = None
@@ -59,6 +60,8 @@ class AnalyzeConfig:
     """Tokenizer to count tokens with; without it each word, tag and newline is one token."""
     limit: int | None = None
     """Only the first so many texts."""
+    views: int = 5
+    """Write OUTPUT/views/*.html, the plain text beside its tree, for the so many most parallel texts."""
 
 
 class Collected:
@@ -84,7 +87,7 @@ class Collected:
         self.most_parallel: SampleView | None = None
         self._most = 0.0
 
-    def add(self, view: SampleView) -> None:
+    def add(self, view: SampleView) -> Statistics:
         """Measure one text."""
         found, document = measure(view.document), view.document
         self.statistics.append(found)
@@ -98,6 +101,7 @@ class Collected:
         self.num_malformed += bool(document.malformed)
         if found.num_parallel > self._most:
             self._most, self.most_parallel = found.num_parallel, view
+        return found
 
     def report(self) -> dict[str, Any]:
         """All figures as plain values; lengths in tokens. Pooled: all tokens over all tokens of longest chains."""
@@ -139,14 +143,16 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     source = open_source(config.input, split=config.split)
     columns = _columns(source, config.json_keys)
     tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model) if config.tokenizer_model else None
-    collected, refused = Collected(), Counter[str]()
+    collected, refused, pages = Collected(), Counter[str](), MostParallel(config.views)
     for row in (row for shard in source.shards for row in read_rows(shard)):
         if config.limit is not None and len(collected.statistics) >= config.limit:
             break
         if row.is_blank:
             continue
         try:
-            collected.add(_view(row, columns, tokenizer))
+            question, text = _texts(row, columns)
+            view = _view(text, tokenizer)
+            pages.offer(len(collected.statistics) + 1, question, text, view.document, collected.add(view))
         except RowError as error:
             refused[error.code] += 1
     if not collected.statistics:
@@ -157,11 +163,12 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     config.output.mkdir(parents=True, exist_ok=True)
     write_json_atomic(config.output / "parallelism.json", report)
     draw_distributions(collected, report["unit"], config.output / "parallelism.png")
-    view = collected.most_parallel
-    if view is not None and view.document.blocks:
+    pages.write(config.output / "views", report["unit"])
+    most = collected.most_parallel
+    if most is not None and most.document.blocks:
         picture = config.output / "most_parallel.png"
         title = "The most parallel text, a token per step and branch"
-        draw_timeline(ideal_timeline(view), picture, sequential=sequential_timeline(view), title=title)
+        draw_timeline(ideal_timeline(most), picture, sequential=sequential_timeline(most), title=title)
     return report
 
 
@@ -209,10 +216,14 @@ def _columns(source: Source, json_keys: Sequence[str] | None) -> Columns:
     return resolve_columns(names, json_keys)
 
 
-def _view(row: RawRow, columns: Columns, tokenizer: MultiverseTokenizer | None) -> SampleView:
+def _texts(row: RawRow, columns: Columns) -> tuple[str, str]:
+    """Question and response."""
     if row.error is not None:
         raise row.error
-    _, text = build_sample(row.fields, columns, PromptStyle("never"), None)
+    return build_sample(row.fields, columns, PromptStyle("never"), None)
+
+
+def _view(text: str, tokenizer: MultiverseTokenizer | None) -> SampleView:
     if tokenizer is None:
         return view_text(text)
     return view_ids(tokenizer.tokenize_response(text), tokenizer.structure_vocab, tokenizer.id_to_text)

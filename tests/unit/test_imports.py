@@ -47,7 +47,15 @@ ALLOWED["data"] |= {"checksums", "large_files"}
 ALLOWED["checkpoints"] |= ALLOWED["model"] | {"data", "model"}
 ALLOWED["training"] |= ALLOWED["checkpoints"]
 ALLOWED["inference"] |= ALLOWED["checkpoints"]
-ALLOWED["evaluation"] = ALLOWED["views"] | {"clients", "dtypes", "grading", "locked_folder", "training", "views"}
+ALLOWED["evaluation"] = ALLOWED["views"] | {
+    "clients",
+    "curation",
+    "dtypes",
+    "grading",
+    "locked_folder",
+    "training",
+    "views",
+}
 ALLOWED["rl"] = ALLOWED["training"] | ALLOWED["inference"] | {"grading", "training", "inference"}
 NO_TORCH = {
     "checksums",

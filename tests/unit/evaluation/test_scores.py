@@ -72,4 +72,10 @@ def test_texts_of_outputs_are_measured(tmp_path: Path) -> None:
         "parallelism.json",
         "parallelism.png",
         "most_parallel.png",
+        "views",
     }
+    (page,) = (tmp_path / "out/views").iterdir()
+    text = page.read_text()
+    assert (
+        page.name == "000001.html" and '"title": "Text 1", "question": "q", "original": "one two three\\nfour"' in text
+    )
