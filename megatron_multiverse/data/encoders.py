@@ -209,7 +209,8 @@ def choose_encoder(tokenizer: MultiverseTokenizer, sample: Callable[[], Sequence
     except DifferentIds as error:
         reason = str(error)
     except Exception as error:  # it raises errors of several kinds where it does not know a kind of tokenizer
-        reason = f"gigatoken does not know this tokenizer ({error})"
+        why = str(error).splitlines() or [type(error).__name__]  # after the first line comes a place in its own source
+        reason = f"gigatoken does not know this tokenizer ({why[0]})"
     else:
         logger.info("encoding with gigatoken, whose ids are those of tokenizers on a sample of the rows")
         return fast
