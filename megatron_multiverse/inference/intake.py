@@ -87,6 +87,8 @@ class Intake:
             raise GenerationError(
                 "stop, commit_on and accept read text, which needs the tokenizer: Engine(..., detokenize=...)"
             )
+        if 0 not in (sampling.max_depth, self.config.max_depth):
+            _refuse_stops_of_blocks(sampling.stop)
         # On a GPU an id outside of the embedding is not an exception but the end of the process.
         for index, token in enumerate(request.prompt_ids):
             self._check_id(f"prompt token {index}", token)
@@ -139,6 +141,17 @@ class Intake:
             raise GenerationError(
                 f"{what} is {token}, the ids of the vocabulary are {allowed}; use the tokenizer of the model"
             )
+
+
+def _refuse_stops_of_blocks(stop: tuple[str, ...]) -> None:
+    """Other engines are told to stop where a block forks and where a path ends; this one would never fork."""
+    for text in stop:
+        for tag in ("</Goal>", "</Path>"):
+            if text.rstrip().endswith(tag):
+                raise GenerationError(
+                    f"the stop text {text!r} ends in {tag}, at which this engine forks and joins by itself: leave it "
+                    "out (max_depth 0 keeps answers from forking)"
+                )
 
 
 def count_ids(vocab_size: int | None, model_rows: int | None) -> int | None:

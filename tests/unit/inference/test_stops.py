@@ -101,6 +101,15 @@ def test_in_branches_a_stop_text_or_token_ends_the_path() -> None:
     assert [branch.finish for branch in outside.blocks[0].branches] == ["path_end"] * 2
 
 
+@pytest.mark.parametrize("text", ["</Goal>", "</Path>", "done\n</Goal>\n"])
+def test_stop_texts_of_engines_that_do_not_fork_are_refused_where_this_one_does(text: str) -> None:
+    with pytest.raises(GenerationError, match=r"ends in </(Goal|Path)>, at which this engine forks and joins"):
+        serve(SCRIPT, ask([TEXT], max_tokens=400, stop=(text,)))
+    engine = toy_engine(MODEL, sampler=ScriptedSampler([SCRIPT]))
+    (plain,) = engine.generate([ask([TEXT], max_tokens=400, stop=("</Goal>",), max_depth=0)])
+    assert plain.stop_reason == "</Goal>" and not plain.blocks
+
+
 def test_stop_texts_count_only_from_min_tokens_on() -> None:
     script = {(): [*ids_of("abcabcabc"), EOS]}
     for min_tokens, text in [(0, "a"), (3, "a"), (4, "abca"), (7, "abcabca"), (9, "abcabca")]:
