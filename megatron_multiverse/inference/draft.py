@@ -1,4 +1,8 @@
-"""The step that is being planned: branches are fed one by one, and their rows become the arrays of a `StepPlan`."""
+"""The step that is being planned: branches are fed one by one, and their rows become the arrays of a `StepPlan`.
+
+Most steps differ from the one before only in that every row goes on by a token. `follow_up` makes such a step from the
+arrays of that one, and `Draft` makes any step.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,13 @@ class Step(NamedTuple):
     """One per row of `plan.sample`."""
     scored: list[Scored]
     """Pieces of prompts, one after the other in `plan.scored`."""
+    nodes: list[Node]
+    """Where the branch of each row stands in the cache."""
+
+    @property
+    def only_draws(self) -> bool:
+        """Whether each row brings one token and draws the next."""
+        return len(self.sampled) == len(self.plan.ids)
 
 
 class Draft:
@@ -54,6 +65,8 @@ class Draft:
         """What is left of it."""
         self.pages_short = False
         """Whether something that runs waits for pages."""
+        self.left_out = False
+        """Whether a branch found no row."""
         self.nodes: list[Node] = []
         """Where the branch of each row stands in the cache."""
         self._counts: list[int] = []  # for each row the tokens that it brings
@@ -80,6 +93,7 @@ class Draft:
             return
         row_room = self.row_room
         if len(self.nodes) >= self.max_rows or (row_room is not None and row_room[state] < 1):
+            self.left_out = True
             if coming < 0:
                 state.end_span(branch, state.step + self._uncounted)
             return
@@ -147,7 +161,7 @@ class Draft:
             **(scored_arrays(self._scored) if self._scored else NO_SCORES),
             freed=np.array(book.take_freed() if book.freed else (), dtype=np.int64),
         )
-        return Step(plan, self._sampled, self._scored)
+        return Step(plan, self._sampled, self._scored, nodes)
 
     def _sampling(self) -> SamplingArrays:
         """How each row that wants a token draws it."""
@@ -159,3 +173,51 @@ class Draft:
             temperature=np.array([p.temperature for p in params], dtype=np.float64),
             shaping=shaping_arrays(sampled, self._coming) if any(p.is_shaped or p.min_tokens for p in params) else None,
         )
+
+
+def follow_up(last: Step, tree: PageTree, *, in_flight: bool) -> Step | None:
+    """The step after one that only draws, if every row just goes on by a token; None, and nothing, if one does not.
+
+    Equal to what a `Draft` of these rows comes to.
+
+    Args:
+        last: the step planned before this one.
+        tree: makes room for the tokens; nothing else is noted for the pass.
+        in_flight: whether the tokens that `last` draws are still to come.
+    """
+    new = 0 if in_flight else 1  # tokens that its branches have written since
+    for _, branch, length in last.sampled:
+        written = len(branch.ids) - length
+        if written != new or branch.fed != length or branch.finish or branch.num_joined != len(branch.blocks):
+            return None
+    write_slots = tree.append_one_each(last.nodes)
+    if write_slots is None:
+        return None
+    for _, branch, _ in last.sampled:
+        branch.fed += 1
+    sampled = [Sampled(state, branch, length + 1) for state, branch, length in last.sampled]
+    plan, drawn, book = last.plan, last.plan.sampling, tree.book
+    rows = np.arange(len(sampled))
+    coming = {branch: (row, length) for row, (_, branch, length) in enumerate(last.sampled)} if drawn.shaping else {}
+    following = StepPlan(
+        copies=plan.copies[:0],
+        ids=np.zeros_like(rows) if in_flight else np.array([branch.ids[-1] for _, branch, _ in sampled]),
+        sources=rows if in_flight else np.full_like(rows, -1),
+        positions=plan.positions + 1,
+        borders=plan.borders,
+        pages=tree.table.gather(last.nodes),
+        lengths=plan.lengths + np.int32(1),
+        write_slots=write_slots,
+        write_tokens=rows,
+        sample=plan.sample,
+        sampling=SamplingArrays(
+            keys=drawn.keys,
+            indices=drawn.indices + 1,
+            temperature=drawn.temperature,
+            # Rows that ask for nothing ask for nothing later: the ban of `min_tokens` only ever ends.
+            shaping=shaping_arrays(sampled, coming if in_flight else {}) if drawn.shaping else None,
+        ),
+        **NO_SCORES,
+        freed=np.array(book.take_freed() if book.freed else (), dtype=np.int64),
+    )
+    return Step(following, sampled, [], last.nodes)

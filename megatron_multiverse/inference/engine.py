@@ -298,7 +298,7 @@ class Engine:
                 top = output.top(row, state.request.sampling.logprobs) if wants_top else None
                 commit_token(state, branch, token, logprob, top)
                 if state.cuts:
-                    scheduler.places.take_back(state)
+                    scheduler.drop_tries(state)
                 if branch.fed > length:
                     scheduler.take_back(sampled, token)
             else:

@@ -22,7 +22,7 @@ from collections import deque
 
 from megatron_multiverse.inference.cache.book import PageBook
 from megatron_multiverse.inference.cache.tree import Node
-from megatron_multiverse.inference.draft import Draft, Step
+from megatron_multiverse.inference.draft import Draft, Step, follow_up
 from megatron_multiverse.inference.places import Places
 from megatron_multiverse.inference.sampling_plan import Sampled
 from megatron_multiverse.inference.text.branch import Block
@@ -65,6 +65,7 @@ class Scheduler:
         self.active: list[RequestState] = []
         self.in_flight: Step | None = None
         """The step planned last, while its tokens are still to come: the next one takes them from the device."""
+        self._last: Step | None = None  # the step planned last, if the next one differs only where its rows do
         self._pages_short = False  # whether something that runs waited for pages when the last step was planned
         self._with_blocks: list[RequestState] = []  # requests with a block that has yet to fork or join in the cache
         self._prompts: list[RequestState] = []  # requests whose prompt is not fed yet
@@ -72,6 +73,11 @@ class Scheduler:
 
     def plan(self) -> Step | None:
         """The next step; None if nothing can run (or nothing is left to do)."""
+        last, self._last = self._last, None
+        if last is not None and (not self.waiting or len(last.sampled) == self.max_rows):
+            self._last = follow_up(last, self.places.tree, in_flight=self.in_flight is not None)
+            if self._last is not None:
+                return self._last
         while True:
             row_room, token_room = self._room()
             draft = Draft(
@@ -100,6 +106,10 @@ class Scheduler:
             step = draft.finish() if draft.nodes else None
             for node in self._joined:
                 self.places.tree.free(node)
+            # What waits for nothing but the tokens of these rows changes with them alone.
+            nothing_else = not (draft.pages_short or draft.left_out or self._prompts or self._joined or row_room)
+            if step is not None and nothing_else and step.only_draws and self.latency_target is None:
+                self._last = step
             if step is not None or not (self._joined or pages_came_free):
                 return step
 
@@ -266,8 +276,14 @@ class Scheduler:
 
     def remove(self, state: RequestState) -> None:
         """The request takes part no more and gives back everything it holds in the cache; its text stays."""
+        self._last = None
         (self.waiting if state in self.waiting else self.active).remove(state)
         self.places.leave(state)
+
+    def drop_tries(self, state: RequestState) -> None:
+        """Take the tries that were dropped out of the cache."""
+        self._last = None
+        self.places.take_back(state)
 
     def take_back(self, sampled: Sampled, token: int) -> None:
         """Take a token that was fed before it was known back from the cache, if other text was written instead."""
@@ -278,7 +294,7 @@ class Scheduler:
 
     def reset(self) -> None:
         """Whatever state an exception left behind: all requests wait to be fed again."""
-        self.in_flight = None
+        self.in_flight = self._last = None
         for state in self.active:
             state.forget_cache()
         self.waiting = deque([*self.active, *(state for state in self.waiting if state not in self.active)])

@@ -184,6 +184,26 @@ class PageTree:
             self._num_tokens += 1
         return True
 
+    def append_one_each(self, nodes: list[Node]) -> Slots | None:
+        """Make room for one more token of each of these nodes, all that the pass writes; None, and nothing, if pages
+        are missing.
+
+        Returns:
+            The slots of the tokens, int64 [nodes]; the ledger stays empty.
+        """
+        size = self.page_size
+        slots: list[int] = []
+        if sum([node.length % size == 0 for node in nodes]) > self.book.available:
+            return None
+        for node in nodes:
+            offset = node.length % size
+            if offset:
+                node.length += 1
+            else:
+                self._grow(node, 1)
+            slots.append(node.last_page * size + offset)
+        return np.array(slots, dtype=np.int64)
+
     def retract(self, node: Node) -> None:
         """Take back the last token of a node: it was fed before it was known, and turned out to be no part of the
         text."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_multiverse.inference.draft import follow_up
 from megatron_multiverse.inference.step.plan import StepOutput, StepPlan
 from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.inference.step.sampler import CounterSampler
@@ -42,8 +43,11 @@ def make_sampler(scripts):
             words = logits.clone()
             words[:, :TEXT] = float("-inf")
             drawn, _ = CounterSampler()(words, sampling)
-            free = [self.scripts[key][index] < 0 for key, index in zip(sampling.keys, sampling.indices, strict=True)]
-            tokens = torch.where(torch.tensor(free), drawn, scripted)
+            free = [
+                min(self.scripts[key][index : index + 1], default=0) < 0
+                for key, index in zip(sampling.keys, sampling.indices, strict=True)
+            ]
+            tokens = torch.where(torch.tensor(free, dtype=torch.bool), drawn, scripted)
             return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
     return Sampler(scripts)
@@ -138,3 +142,43 @@ def test_the_order_of_writes_does_not_matter():
     engine.runner.__class__ = Shuffling
     got = engine.generate([request])[0]
     assert (got.token_ids, got.logprobs) == (expected.token_ids, expected.logprobs)
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("seed", range(3))
+def test_follow_ups_equal_the_plans_of_drafts(seed, monkeypatch):
+    """Most steps are planned from the one before; planned afresh, they are the same, byte for byte."""
+    rng = random.Random(700 + seed)
+    scripts = [random_script(rng, depth=2, blocks=1, most_paths=3, free=True) for _ in range(3)]
+    requests = [
+        ask(random_prompt(rng, 20), max_tokens=1500, temperature=1.0, sample=k, **ASKED[(seed + k) % 3])
+        for k in range(3)
+    ]
+    max_rows = [2, 5, 24][seed]
+    plans: list[bytes] = []
+
+    class Keeping(Runner):
+        def launch(self, plan):
+            plans.append(plan.to_bytes())
+            return super().launch(plan)
+
+    def serve() -> list[bytes]:
+        engine = toy_engine(ToyModel(3), sampler=make_sampler(scripts), page_size=4, max_rows=max_rows)
+        engine.runner.__class__ = Keeping
+        plans.clear()
+        engine.generate(requests)
+        assert_drained(engine)
+        return plans.copy()
+
+    calls = {True: 0, False: 0}
+
+    def counted(*args, **kwargs):
+        step = follow_up(*args, **kwargs)
+        calls[step is not None] += 1
+        return step
+
+    monkeypatch.setattr("megatron_multiverse.inference.scheduler.follow_up", counted)
+    quick = serve()
+    assert calls[True] > 10 and calls[False] > 3
+    monkeypatch.setattr("megatron_multiverse.inference.scheduler.follow_up", lambda *args, **kwargs: None)
+    assert quick == serve()
