@@ -74,7 +74,7 @@ class Scheduler:
     def plan(self) -> Step | None:
         """The next step; None if nothing can run (or nothing is left to do)."""
         last, self._last = self._last, None
-        if last is not None and (not self.waiting or len(last.sampled) == self.max_rows):
+        if last is not None and (not self.waiting or len(self.active) >= self.max_rows):
             self._last = follow_up(last, self.places.tree, in_flight=self.in_flight is not None)
             if self._last is not None:
                 return self._last

@@ -272,7 +272,8 @@ def test_a_path_is_closed_at_its_own_limit_and_its_inner_paths_at_theirs():
         (): [*goal(3), TEXT, Tag.END_CONCLUSION, NEWLINE, Tag.END_PARALLEL, EOS],
         ((0, 0),): [TEXT] * 300,
         ((0, 1),): [Tag.PARALLEL, NEWLINE, Tag.GOAL, NEWLINE, *outline, NEWLINE, Tag.END_GOAL, *[TEXT] * 300],
-        ((0, 2),): [*[TEXT] * 29, Tag.END_PATH],
+        ((0, 1), (0, 0)): [TEXT] * 300,
+        ((0, 2),): [*[TEXT] * 27, NEWLINE, Tag.END_PATH],
     }
     script = {path: [int(token) for token in ids] for path, ids in script.items()}
     result = toy_engine(sampler=ScriptedSampler([script])).generate([ask([TEXT], branch_max_tokens=30)])[0]
@@ -281,7 +282,7 @@ def test_a_path_is_closed_at_its_own_limit_and_its_inner_paths_at_theirs():
     (inner,) = result.blocks[1].branches
     assert [path.finish for path in (first, second, inner, third)] == ["length", "length", "length", "path_end"]
     label, inner_label = 3 + len(label_ids("1:")), 3 + len(label_ids("2.1:"))
-    assert [path.end - path.start for path in (first, inner, third)] == [label + 30, inner_label + 30, label + 30]
+    assert [path.end - path.start for path in (first, inner, third)] == [label + 30, inner_label + 30, label + 29]
     assert second.end - second.start - (inner.end - inner.start) == label + 30
     assert_balanced(result)
 
