@@ -33,8 +33,8 @@ class Options:
     """Names of traces, by default all."""
     policies: tuple[str, ...] = tuple(policy.name for policy in POLICIES)
     """Names of policies, by default all."""
-    seed: int = 0
-    """Of lengths, pauses and noise."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of lengths, pauses and noise; the lowest is drawn."""
     output: Path = RESULTS
     """Folder of the results."""
 
@@ -45,8 +45,8 @@ Goodput: tokens per second of requests whose tokens came within {1000 * SLO_SECO
 (column "within": their share). Gap: time between the tokens of users whose answers do not fork. The model is a law of
 step times fitted to measured points (../law.py); scheduler, page book and grammar are the engine's.
 
-| Trace | Policy | Goodput | All tokens/s | Within | Gap p50, ms | Gap p99, ms | First token p50, s | p99, s | Rows |
-|---|---|---|---|---|---|---|---|---|---|
+| Trace | Policy | Seed | Goodput | Tokens/s | Within | Gap p50, ms | Gap p99, ms | First token p50, s | p99, s | Rows |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -67,11 +67,29 @@ def table(results: dict[str, Any]) -> str:
         "mean_rows": ".0f",
     }
     rows = [
-        " | ".join(["", name, policy, *(cell(run["summary"][key], form) for key, form in forms.items()), ""]).strip()
+        " | ".join(["", name, policy, seed, *(cell(run[key], form) for key, form in forms.items()), ""]).strip()
         for name, runs in results["traces"].items()
-        for policy, run in runs.items()
+        for policy, seeds in runs.items()
+        for seed, run in seeds["summaries"].items()
     ]
-    return HEADER + "\n".join([*rows, "", f"{results['date']}, `{results['command']}`", ""])
+    beside = [ratios(name, runs) for name, runs in results["traces"].items() if len(runs) == len(POLICIES)]
+    return HEADER + "\n".join([*rows, "", *beside, f"{results['date']}, `{results['command']}`", ""])
+
+
+def ratios(name: str, runs: dict[str, Any]) -> str:
+    """What `by step time` is worth, over all seeds that every policy has run."""
+    never, always, ours = (runs[policy.name]["summaries"] for policy in POLICIES)
+    seeds = [seed for seed in ours if seed in never and seed in always]
+
+    def spread(other: dict[str, Any], key: str) -> str:
+        values = [ours[seed][key] / other[seed][key] for seed in seeds if ours[seed][key] and other[seed][key]]
+        return f"{min(values):.2f} to {max(values):.2f}" if values else "-"
+
+    goodput, gap = "goodput_tokens_per_second", "serial_gap_p99_ms"
+    return (
+        f"{name}, by step time over {len(seeds)} seeds: goodput {spread(never, goodput)} times never, "
+        f"{spread(always, goodput)} times always; gap p99 {spread(never, gap)} times never.\n"
+    )
 
 
 def main() -> None:
@@ -86,14 +104,17 @@ def main() -> None:
     runs: dict[str, Any] = json.loads(path.read_text())["traces"] if path.exists() else {}
     for trace in options.traces:
         for policy in options.policies:
-            simulation = Simulation(traces[trace], policies[policy], options.seed).run()
-            figures = summary(simulation)
-            runs.setdefault(trace, {})[policy] = {"summary": figures, "series": series(simulation)}
-            shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if value is not None)
-            print(f"{trace}, {policy}: {shown}", flush=True)
+            kept = runs.setdefault(trace, {}).setdefault(policy, {"summaries": {}})
+            for seed in options.seeds:
+                simulation = Simulation(traces[trace], policies[policy], seed).run()
+                figures = kept["summaries"][str(seed)] = summary(simulation)
+                if str(seed) == min(kept["summaries"], key=int):
+                    kept["series"] = series(simulation)
+                shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if value is not None)
+                print(f"{trace}, {policy}, seed {seed}: {shown}", flush=True)
     results = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": f"python -m benchmarks.load --seed {options.seed}",
+        "command": "python -m benchmarks.load",
         "traces": {
             trace: {policy: runs[trace][policy] for policy in policies if policy in runs[trace]}
             for trace in traces

@@ -41,7 +41,7 @@ class Draft:
         tree: makes room for the tokens.
         in_flight: the step whose tokens are still to come; they are taken from the device then.
         max_rows: most rows.
-        token_room: most tokens beyond one per row.
+        token_room: most tokens of rows that bring more than one; any row may bring one.
         row_room: most rows of each request; None for no limit.
     """
 
@@ -71,7 +71,7 @@ class Draft:
         """Where the branch of each row stands in the cache."""
         self._counts: list[int] = []  # for each row the tokens that it brings
         self._first_positions: list[int] = []  # position of the first of them; the others follow it
-        self._ids: list[int] = []  # the tokens, one row after the other; 0 where the step in flight will say it
+        self._ids: list[int] = []  # the tokens, as the tree numbers them; 0 where the step in flight will say it
         self._sources: list[tuple[int, int]] = []  # of those: (index in `_ids`, sampled row of the step in flight)
         self._sample: list[int] = []  # rows that want a token after their last one
         self._sampled: list[Sampled] = []  # whom these tokens belong to

@@ -227,10 +227,10 @@ class Engine:
             self._end_cancelled()
             start = self._clock()
             step = self.scheduler.plan() or self._make_room()
-            landing, self._flight = self._flight, None
+            landing, self._flight = self._flight, None  # the step before, if its tokens are still to come
             if step is not None:
                 self._flight = Flight(step, self.runner.launch(step.plan), start)
-            if not self.overlap:
+            if not self.overlap:  # nothing was in flight: wait for this one
                 landing, self._flight = self._flight, None
             if landing is not None:
                 self._land(landing)

@@ -12,8 +12,8 @@ Each step is planned in this order, over requests first come first served:
 5. new requests, unless something that already runs waits for pages.
 
 A branch is fed only up to `Block.at` of its next block, until that block is joined in the cache (`Branch.feed_end`).
-`draft.py` gathers the rows, `places.py` knows where the branches stand in the cache. If nothing can run,
-`preemption.py` decides who steps back.
+`draft.py` gathers the rows, or, where nothing but the tokens of the last step's rows has changed, goes on with those;
+`places.py` knows where the branches stand in the cache. If nothing can run, `preemption.py` decides who steps back.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Scheduler:
     Args:
         book: the pages.
         max_rows: most branches per step, and most requests that run.
-        max_step_tokens: most tokens per step beyond one per row; longer prompts are fed in chunks.
+        max_step_tokens: most tokens per step of rows that bring more than one; longer prompts are fed in chunks.
         prefix_cache: whether texts that begin alike share pages.
         step_time: predicts how long steps take; needed for `latency_target`.
         latency_target: seconds that a step should take at most; None lets it be as wide as `max_rows`.

@@ -193,7 +193,8 @@ class PageTree:
         """
         size = self.page_size
         slots: list[int] = []
-        if sum([node.length % size == 0 for node in nodes]) > self.book.available:
+        missing = sum([node.length % size == 0 for node in nodes])
+        if missing and missing > self.book.available:
             return None
         for node in nodes:
             offset = node.length % size

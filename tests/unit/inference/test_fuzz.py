@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -47,7 +49,23 @@ UNEDITED: dict[str, object] = {
 }  # fmt: skip
 """What leaves the sampler the logits of the model, and a script its whole length."""
 
-pytestmark = pytest.mark.usefixtures("overlap")
+MOST_CPU_SECONDS = 300
+
+pytestmark = [pytest.mark.usefixtures("overlap", "cpu_limit"), pytest.mark.timeout(0)]
+
+
+@pytest.fixture
+def cpu_limit() -> Iterator[None]:
+    """A case that hangs fails; one whose process was paused, or starved by others, does not."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"no end after {MOST_CPU_SECONDS} s of CPU time")
+
+    before = signal.signal(signal.SIGPROF, give_up)
+    signal.setitimer(signal.ITIMER_PROF, MOST_CPU_SECONDS)
+    yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, before)
 
 
 def random_request(rng: random.Random, sample: int, *, max_tokens: int, seed: int = 0) -> Request:
