@@ -1,0 +1,55 @@
+"""What a model of random weights is made to write for a measurement: one block of equal paths."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_multiverse.inference.step.plan import SamplingArrays
+from megatron_multiverse.inference.text.branch import BranchPath, branch_key
+from megatron_multiverse.kernels.greedy import greedy, token_logprobs
+from megatron_multiverse.structure import TAGS, StructureVocab, Tag
+
+PIECES = [*TAGS, "\n", *"0123456789", ".", ":"]
+NEWLINE, DIGITS, COLON, TEXT = len(TAGS), len(TAGS) + 1, len(PIECES) - 1, len(PIECES) + 1
+VOCAB = StructureVocab.from_pieces(PIECES, eos_id=len(PIECES))
+CONCLUSION = 64
+"""Tokens of the conclusion."""
+
+
+def block_script(branches: int, tokens: int) -> dict[int, list[int]]:
+    """What each branch writes, by the key of its noise: one block of equal paths, then a conclusion and the end."""
+    words = [TEXT + index % 400 for index in range(tokens)]
+    root = [Tag.PARALLEL, NEWLINE, Tag.GOAL]
+    for path in range(branches):
+        root += [NEWLINE, Tag.OUTLINE, NEWLINE, *(DIGITS + int(digit) for digit in str(path + 1)), COLON, TEXT]
+        root.append(Tag.END_OUTLINE)
+    root += [
+        NEWLINE,
+        Tag.END_GOAL,
+        *words[:CONCLUSION],
+        Tag.END_CONCLUSION,
+        NEWLINE,
+        Tag.END_PARALLEL,
+        TEXT,
+        len(PIECES),
+    ]
+    scripts: dict[BranchPath, list[int]] = {(): root}
+    scripts |= {((0, path),): [*words, Tag.END_PATH] for path in range(branches)}
+    return {branch_key(0, 0, path): [int(token) for token in ids] for path, ids in scripts.items()}
+
+
+class Script:
+    """Plays what a script says, at the cost of a draw."""
+
+    def __init__(self, script: dict[int, list[int]]) -> None:
+        self.script = script
+
+    def __call__(self, logits: Tensor, sampling: SamplingArrays) -> tuple[Tensor, Tensor]:
+        """See `Sampler`."""
+        greedy(logits)
+        pairs = zip(sampling.keys.tolist(), sampling.indices.tolist(), strict=True)
+        # A step that was planned before the end was known asks for one more, which is dropped.
+        ids = [self.script[key][index] if index < len(self.script[key]) else TEXT for key, index in pairs]
+        tokens = torch.tensor(ids, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
+        return tokens, token_logprobs(logits, tokens)
