@@ -35,7 +35,6 @@ from megatron_multiverse.inference.record import to_values
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result, TopLogprobs
 from megatron_multiverse.inference.text.state import Written
-from megatron_multiverse.kernels.tree_decode.prompt import MANY_KEYS
 from megatron_multiverse.model.device import choose_device
 from megatron_multiverse.server.engine_control import EngineControl, follow_control
 from megatron_multiverse.server.wire import STEP_SECONDS, Channel, Message
@@ -212,11 +211,9 @@ class EngineHost:
 
     def _warm_up(self) -> None:
         """Read a prompt and write a token before anybody waits for it: the first steps compile what the others use."""
-        book = self.engine.book
-        on_gpu = self.engine.runner.store.keys.is_cuda
-        wanted = MANY_KEYS + 1 if on_gpu else 16  # a GPU has kernels of its own for long prompts
-        length = min(wanted, self.engine.max_position - 2, book.num_pages * book.page_size // 2)
-        self.engine.generate([Request(prompt_ids=[0] * max(length, 1), sampling=SamplingParams(max_tokens=2))])
+        engine, book = self.engine, self.engine.book
+        length = min(engine.runner.warm_up_tokens, engine.max_position - 2, book.num_pages * book.page_size // 2)
+        engine.generate([Request(prompt_ids=[0] * max(length, 1), sampling=SamplingParams(max_tokens=2))])
 
     def _facts(self) -> dict[str, Any]:
         """What the other side needs to know of the engine to check requests by itself."""

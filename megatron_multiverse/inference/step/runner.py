@@ -14,6 +14,7 @@ from megatron_multiverse.inference.step.model_forward import ModelForward
 from megatron_multiverse.inference.step.model_ranks import ModelRanks, PlanChannel
 from megatron_multiverse.inference.step.plan import Floats, Ints, StepOutput, StepPlan
 from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler, choose, score
+from megatron_multiverse.kernels.tree_decode.prompt import MANY_KEYS
 
 MOST_ROWS = 1 << 16
 """Sampled rows of a step."""
@@ -113,6 +114,11 @@ class Runner:
                 self.graphs = StepGraphs(self.forward, self.store, self.last_tokens, vocab_size)
         else:
             self.forward = ModelForward(model, self.ranks)
+
+    @property
+    def warm_up_tokens(self) -> int:
+        """Length of a prompt that uses what any prompt uses: a GPU has kernels of its own for long ones."""
+        return MANY_KEYS + 1 if self.store.keys.is_cuda else 16
 
     def close(self, *, release: bool = True) -> None:
         """Let go of the model, which stays usable for anything else; the ranks that follow this one stop.
