@@ -78,6 +78,11 @@ class ParallelConfig:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
+    def token_parts(self) -> int:
+        """Parts into which the tokens of a microbatch are cut between attention blocks."""
+        return self.context_parallel_size * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
+
+    @property
     def data_parallel_size(self) -> int:
         """Groups of ranks that each hold a whole model and read rows of their own."""
         return self.world_size // self.model_ranks

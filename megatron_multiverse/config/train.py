@@ -184,8 +184,8 @@ class TrainConfig:
     eval_iters: int = 10
     """Microbatches per validation on each data parallel rank, always the same ones."""
     eval_prompts: int = 0
-    """Prompts of the validation set that the model answers freely at each validation, always the first ones; by engine
-    one_process alone. 0 answers none."""
+    """Prompts of the validation set that the model answers freely at each validation, always the first ones; not with
+    ZeRO 3 or an interleaved pipeline. 0 answers none."""
     eval_tokens: int = 512
     """Most tokens of such an answer."""
 
@@ -210,10 +210,11 @@ class TrainConfig:
         end = self.optim.lr_decay_iters or self.train_iters
         check(warmup < end, f"optim.lr_warmup_iters ({warmup}) must be below {name} ({end})")
         tokens = self.data.micro_batch_size * self.data.seq_length
+        parts = self.parallel.token_parts
         check(
-            self.layers.fp8 is None or (self.dtype == "bf16" and tokens % 16 == 0),
-            "layers.fp8 needs dtype bf16 and a multiple of 16 tokens per microbatch, got dtype "
-            f"{self.dtype} and {self.data.micro_batch_size} x {self.data.seq_length} tokens",
+            self.layers.fp8 is None or (self.dtype == "bf16" and tokens % (16 * parts) == 0),
+            "layers.fp8 needs dtype bf16 and a multiple of 16 tokens per microbatch on each rank, got dtype "
+            f"{self.dtype} and {self.data.micro_batch_size} x {self.data.seq_length} tokens over {parts} ranks",
         )
         self._check_parallel()
         if self.model is not None:
@@ -228,11 +229,16 @@ class TrainConfig:
             bool(self.data.valid_prefixes),
             f"eval_prompts {self.eval_prompts} come from data.valid_prefixes, which is empty: name a validation set",
         )
+        instead = "set it to 0, and let tools/generate.py --load answer from a checkpoint of the run"
         check(
-            self.runs_on == "one_process",
-            f"eval_prompts {self.eval_prompts} needs engine one_process on one rank, but {self.runs_on} computes the "
-            "steps, whose model may be spread over ranks: set it to 0, and let tools/generate.py --load answer from a "
-            "checkpoint of the run",
+            self.runs_on != "deepspeed" or self.deepspeed.zero_stage < 3,
+            f"eval_prompts {self.eval_prompts} needs whole weights, which deepspeed.zero_stage 3 cuts up: {instead}; "
+            "or take stage 1 or 2",
+        )
+        check(
+            self.parallel.virtual_pipeline_model_parallel_size == 1,
+            f"eval_prompts {self.eval_prompts} does not go with an interleaved pipeline, whose stages hold several "
+            f"pieces of the model (parallel.virtual_pipeline_model_parallel_size): {instead}; or leave that size at 1",
         )
 
     def _check_parallel(self) -> None:

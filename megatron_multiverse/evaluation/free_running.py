@@ -5,16 +5,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_multiverse.config import EngineConfig, SamplingParams, TrainConfig
 from megatron_multiverse.data.sft_dataset import SFTDataset
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.inference.engine import Engine
+from megatron_multiverse.inference.step.model_ranks import ModelRanks
+from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.model.mcore import parallel_state
+from megatron_multiverse.parallel.ranks import current_ranks
 from megatron_multiverse.training.engine import TrainEngine
 from megatron_multiverse.training.metrics import MetricsWriter
 
@@ -25,8 +31,11 @@ class FreeRunning:
     """Greedy answers to the first prompts of the validation set, always the same ones. Changes no weight and no random
     generator.
 
+    Ranks that hold one model between them (tensor parallel, pipeline stages) answer together. Data and context parallel
+    ranks have whole models of their own and share the prompts out.
+
     Args:
-        config: the run, with `eval_prompts` above 0; it runs on one rank.
+        config: the run, with `eval_prompts` above 0.
 
     Raises:
         ConfigError: the tokenizer is not there.
@@ -40,20 +49,35 @@ class FreeRunning:
         self._prompts = [documents.prompt(number) for number in range(min(config.eval_prompts, len(documents)))]
 
     def __call__(self, engine: TrainEngine, step: int, metrics: MetricsWriter) -> None:
-        """Answer every prompt; each answer is a line of metrics.jsonl, all together are one of the log."""
-        model: Any = engine.model  # type: ignore[attr-defined]  # of OneProcessEngine; TrainConfig allows no other
-        try:
-            results = self._answers(model)
-        finally:
-            model.train()
+        """Answer every prompt; each answer is a line of metrics.jsonl, all together are one of the log.
+
+        All ranks call it; the first one writes.
+        """
+        place = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        models = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        numbers = range(len(self._prompts))[place::models]
+        with _for_decoding(engine.model) as model:
+            answers = self._answers(model, [self._prompts[number] for number in numbers]) if numbers else []
+        ranks = current_ranks()
+        found = ranks.gather_to_first(list(zip(numbers, answers, strict=False)))  # ranks that follow have no answers
+        if not ranks.is_first:
+            return
+        by_number = {number: result for pairs in found for number, result in pairs}
+        results = [by_number[number] for number in sorted(by_number)]
         for number, result in enumerate(results):
             metrics.write("answer", step, **_record(number, result, self._tokenizer.detokenize))
         logger.info("step %d/%d | %s", step, self._config.train_iters, _summary(results))
 
-    def _answers(self, model: Any) -> list[Result]:
-        longest = max(map(len, self._prompts)) + self._config.eval_tokens
+    def _answers(self, model: Any, prompts: Sequence[list[int]]) -> list[Result]:
+        """The answers, in order, on the first of the ranks that hold this model; nothing on those that follow it."""
+        if not ModelRanks.current().is_first:
+            runner = Runner(model, num_pages=0, page_size=0)
+            runner.follow()
+            runner.close()
+            return []
+        longest = max(map(len, prompts)) + self._config.eval_tokens
         sizes = EngineConfig(cuda_graphs=False)  # capturing them would take longer than so few answers
-        pages = len(self._prompts) * (-(-longest // sizes.page_size) + sizes.page_size)
+        pages = len(prompts) * (-(-longest // sizes.page_size) + sizes.page_size)
         engine = Engine(
             model,
             self._tokenizer.structure_vocab,
@@ -64,9 +88,28 @@ class FreeRunning:
         ends = () if self._tokenizer.eod is None else (self._tokenizer.eod,)
         sampling = SamplingParams(temperature=0.0, max_tokens=self._config.eval_tokens, stop_token_ids=ends)
         try:
-            return engine.generate([Request(prompt_ids=prompt, sampling=sampling) for prompt in self._prompts])
+            return engine.generate([Request(prompt_ids=prompt, sampling=sampling) for prompt in prompts])
         finally:
             engine.close()
+
+
+@contextlib.contextmanager
+def _for_decoding(model: Any) -> Iterator[Any]:
+    """A model under training as an engine takes it: its weights multiply as they are, not in FP8, and steps of a few
+    tokens are not cut up over tensor parallel ranks."""
+    from megatron.core.transformer.utils import set_model_to_sequence_parallel
+
+    fp8, sequence_parallel = model.config.fp8, model.config.sequence_parallel
+    model.config.fp8 = None
+    if sequence_parallel:
+        set_model_to_sequence_parallel(model, False)
+    try:
+        yield model
+    finally:
+        model.config.fp8 = fp8
+        if sequence_parallel:
+            set_model_to_sequence_parallel(model, True)
+        model.train()
 
 
 def _record(number: int, result: Result, detokenize: Any) -> dict[str, Any]:

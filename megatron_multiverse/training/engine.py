@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Loader, Microbatch
+from megatron_multiverse.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ class TrainEngine(Protocol):
         """The one used by the last step."""
         ...
 
+    @property
+    def model(self) -> nn.Module:
+        """This rank's part of the model with the weights of the last step; of an interleaved pipeline its first chunk,
+        of a model that ZeRO 3 has cut up no weights."""
+        ...
+
     def running(self) -> contextlib.AbstractContextManager[None]:
         """What holds from the first step of the run to its last weight written: arithmetic settings of this process.
 
@@ -97,8 +104,8 @@ class TrainEngine(Protocol):
         """
         ...
 
-    def validate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
-        """Mean loss over the trained tokens of the microbatches of all ranks, and how many those were; NaN without any.
+    def validate(self, microbatches: Iterable[Microbatch]) -> Validation:
+        """Mean loss and share of correct tags of the microbatches of all ranks.
 
         Changes no weight and no random generator, and waits for the device.
         """

@@ -1,9 +1,8 @@
-"""Forward and backward passes of one process: loss and gradients of a step, loss of a validation."""
+"""Forward and backward passes of one process: loss and gradients of a step, loss and tags of a validation."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from megatron_multiverse.model.device import to_device
 from megatron_multiverse.training.engine import LossSums
 from megatron_multiverse.training.microbatches import Microbatch
 from megatron_multiverse.training.placement import TokenPlacer
+from megatron_multiverse.training.validation import TagCounter, Validation
 
 LossFunction = Callable[[nn.Module, Microbatch, TokenPlacer], tuple[Tensor, Tensor]]
 """(model, microbatch, placer) -> loss summed over the microbatch's trained tokens, and its number of visible pairs."""
@@ -73,19 +73,16 @@ def forward_backward(
 
 
 @torch.no_grad()
-def mean_loss(
-    model: nn.Module, microbatches: Iterable[Microbatch], placer: TokenPlacer, dtype: str
-) -> tuple[float, int]:
-    """Mean loss over the trained tokens of the microbatches, and how many tokens that were (waits for the device).
-
-    Without any trained token the loss is NaN.
-    """
-    total, count = torch.zeros((), dtype=torch.float64, device=placer.device), 0
-    for batch in microbatches:
-        with precision(dtype, placer.device):
-            total += masked_loss_sum(model, batch, placer)[0]
-        count += int(batch["loss_mask"].sum())
-    return float(total) / count if count else math.nan, count
+def validate(model: nn.Module, microbatches: Iterable[Microbatch], placer: TokenPlacer, dtype: str) -> Validation:
+    """Mean loss and share of correct tags of the microbatches (waits for the device)."""
+    sums, count = torch.zeros(3, dtype=torch.float64, device=placer.device), 0
+    with TagCounter([model], placer.tag_ids) as tags:
+        for batch in microbatches:
+            with precision(dtype, placer.device):
+                sums[0] += masked_loss_sum(model, batch, placer)[0]
+            sums[1:] += tags.count(*(to_device(batch[name], placer.device) for name in ("labels", "loss_mask")))
+            count += int(batch["loss_mask"].sum())
+    return Validation.of_sums(sums, count)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from megatron_multiverse.training.microbatches import Documents, Microbatch
 from megatron_multiverse.training.optim import NonFiniteGuard, build_scheduler, warn_of_another_schedule
 from megatron_multiverse.training.pipeline import reduced, run_schedule, tokens_of_step
 from megatron_multiverse.training.placement import TokenPlacer
+from megatron_multiverse.training.validation import TagCounter, Validation
 from megatron_multiverse.weight_names import is_extra_state
 
 
@@ -93,6 +94,11 @@ class MegatronEngine:
         """See `TrainEngine.learning_rate`."""
         return float(self.optimizer.adamw.param_groups[0]["lr"])
 
+    @property
+    def model(self) -> Any:
+        """See `TrainEngine.model`."""
+        return self.models[0]
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """See `TrainEngine.running`."""
@@ -107,27 +113,26 @@ class MegatronEngine:
             chunk.zero_grad_buffer()
         scale = 1 / max(1, loss_tokens)
         sums = self._run(microbatches, self._placer, scale, forward_only=False, loss=self._loss)
-        loss_sum, pairs = reduced(*sums)
+        loss_sum, pairs, *_ = reduced(sums)
         grad_norm = self.optimizer.clip_gradients()
         self._guard.watch(self.optimizer.adamw, self.scheduler.num_steps, loss_sum, grad_norm)
         self.optimizer.step()
         return StepResult(loss_sum, loss_tokens, tokens, pairs.long(), grad_norm)
 
-    def _run(
-        self, microbatches: Sequence[Microbatch], placer: TokenPlacer, scale: float, **options: Any
-    ) -> tuple[Tensor, Tensor]:
+    def _run(self, microbatches: Sequence[Microbatch], placer: TokenPlacer, scale: float, **options: Any) -> Tensor:
         parallel = self.config.parallel
         comm_type = parallel.cp_comm_type if parallel.context_parallel_size > 1 else None
         return run_schedule(self.chunks, microbatches, placer, scale, comm_type=comm_type, **options)
 
     @torch.no_grad()
-    def validate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
+    def validate(self, microbatches: Iterable[Microbatch]) -> Validation:
         """See `TrainEngine.validate`."""
         assert self._valid_placer is not None, "an engine that validates is built with a valid_loader"
         batches = list(microbatches)
         count, _ = tokens_of_step(self.ranks, batches)
-        loss_sum, _ = reduced(*self._run(batches, self._valid_placer, 1.0, forward_only=True))
-        return float(loss_sum) / count if count else float("nan"), count
+        with TagCounter(self.models, self._valid_placer.tag_ids) as tags:
+            sums = reduced(self._run(batches, self._valid_placer, 1.0, tags=tags, forward_only=True))
+        return Validation.of_sums(sums[[0, 2, 3]], count)
 
     def check(self, metrics: MetricsWriter) -> None:
         """See `TrainEngine.check`."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.errors import TrainingError
 from megatron_multiverse.files import write_line
 from megatron_multiverse.training.flops import training_flops
+from megatron_multiverse.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -156,10 +158,11 @@ class MetricsWriter:
             "n/a" if mfu is None else f"{100 * mfu:.1f} %", numbers["memory_gib"], format_duration(eta_s),
         )  # fmt: skip
 
-    def valid(self, step: int, loss: float, loss_tokens: int) -> None:
+    def valid(self, step: int, found: Validation) -> None:
         """A validation result, to the file and to the log."""
-        self.write("valid", step, loss=loss, loss_tokens=loss_tokens)
-        self._log("step %d/%d | validation loss %s", step, self.train_iters, format_loss(loss))
+        self.write("valid", step, **dataclasses.asdict(found), tag_accuracy=found.tag_accuracy)
+        tags = "" if found.tag_accuracy is None else f" | {100 * found.tag_accuracy:.1f} % of {found.tags} tags correct"
+        self._log("step %d/%d | validation loss %s%s", step, self.train_iters, format_loss(found.loss), tags)
 
     def _log(self, line: str, *values: object) -> None:
         if self._file is not None:

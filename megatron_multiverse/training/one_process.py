@@ -23,7 +23,7 @@ from megatron_multiverse.training.forward import (
     arithmetic,
     forward_backward,
     masked_loss_sum,
-    mean_loss,
+    validate,
 )
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Documents, Microbatch
@@ -35,6 +35,7 @@ from megatron_multiverse.training.optim import (
     warn_of_another_schedule,
 )
 from megatron_multiverse.training.placement import TokenPlacer
+from megatron_multiverse.training.validation import Validation
 
 
 class OneProcessEngine:
@@ -92,10 +93,10 @@ class OneProcessEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(**vars(sums), grad_norm=grad_norm)
 
-    def validate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
+    def validate(self, microbatches: Iterable[Microbatch]) -> Validation:
         """See `TrainEngine.validate`."""
         assert self._valid_placer is not None, "an engine that validates is built with a valid_loader"
-        return mean_loss(self.model, microbatches, self._valid_placer, self.config.dtype)
+        return validate(self.model, microbatches, self._valid_placer, self.config.dtype)
 
     def check(self, metrics: MetricsWriter) -> None:
         """See `TrainEngine.check`."""

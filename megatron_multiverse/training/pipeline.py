@@ -24,6 +24,7 @@ from megatron_multiverse.parallel.ranks import Ranks
 from megatron_multiverse.training.forward import LossFunction
 from megatron_multiverse.training.microbatches import Microbatch
 from megatron_multiverse.training.placement import TokenPlacer
+from megatron_multiverse.training.validation import TagCounter
 
 
 @dataclass
@@ -105,11 +106,10 @@ def tokens_of_step(ranks: Ranks, microbatches: Sequence[Microbatch]) -> tuple[in
     return loss_tokens, tokens
 
 
-def reduced(loss_sum: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over all ranks of a loss and a number of visible pairs, scalars of one dtype."""
-    both = torch.stack([loss_sum, pairs])
-    distributed.all_reduce(both)
-    return both[0], both[1]
+def reduced(sums: Tensor) -> Tensor:
+    """Element-wise sums over all ranks, in place."""
+    distributed.all_reduce(sums)
+    return sums
 
 
 def run_schedule(
@@ -119,9 +119,10 @@ def run_schedule(
     scale: float,
     *,
     comm_type: str | None = None,
+    tags: TagCounter | None = None,
     forward_only: bool,
     loss: LossFunction | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Run all microbatches through the model; gradients are added to the parameters' `main_grad`.
 
     Args:
@@ -130,18 +131,19 @@ def run_schedule(
         placer: lays them out.
         scale: what the summed loss is multiplied with before it is differentiated.
         comm_type: how context parallel ranks share the tokens; None without context parallelism.
+        tags: counts tags; None counts none.
         forward_only: no gradients.
         loss: what is differentiated; default: the model's own loss at the labels. It goes neither with pipeline
             stages nor with context parallel ranks.
 
     Returns:
-        Sum of the loss over the trained tokens of this rank, and visible pairs that this rank counts, float64 scalars
-        on the device. Summed over all ranks they are those of the step.
+        float64 [4] on the device, what this rank adds to the sums over all ranks: loss over the trained tokens, visible
+        pairs, tags, correct tags.
     """
     batches: PlacedMicrobatches | _LossOfMicrobatches
     if loss is None:
         batches = PlacedMicrobatches(microbatches, placer, comm_type, len(chunks))
-        forward = partial(_forward, scale=scale)
+        forward = partial(_forward, scale=scale, tags=tags)
     else:
         batches = _LossOfMicrobatches(loss, microbatches, placer)
         forward = partial(batches.forward, scale=scale)
@@ -155,14 +157,18 @@ def run_schedule(
         micro_batch_size=rows,
         forward_only=forward_only,
     )
-    loss_sum = torch.zeros((), dtype=torch.float64, device=placer.device)
-    if parallel_state.get_tensor_model_parallel_rank() == 0:  # all tensor parallel ranks have the same loss
-        for batch_sum in sums:  # empty but on the last stage
-            loss_sum += batch_sum
-    return loss_sum, batches.visible_pairs.double()
+    total = torch.zeros(4, dtype=torch.float64, device=placer.device)
+    total[1] = batches.visible_pairs
+    if parallel_state.get_tensor_model_parallel_rank() == 0:  # all tensor parallel ranks have the same sums
+        for loss_sum, of_tags in sums:  # empty but on the last stage
+            total[0] += loss_sum
+            total[2:] += of_tags
+    return total
 
 
-def _forward(batches: Iterator[PlacedMicrobatch], model: Any, *, scale: float) -> tuple[Tensor, Any]:
+def _forward(
+    batches: Iterator[PlacedMicrobatch], model: Any, *, scale: float, tags: TagCounter | None
+) -> tuple[Tensor, Any]:
     """megatron-core's `forward_step_func`."""
     batch = next(batches)
     output = model(
@@ -172,7 +178,8 @@ def _forward(batches: Iterator[PlacedMicrobatch], model: Any, *, scale: float) -
         labels=batch.labels,
         packed_seq_params=batch.params,
     )
-    return output, partial(_loss, batch.loss_mask, scale)
+    of_tags = None if tags is None else tags.count(batch.labels, batch.loss_mask)
+    return output, partial(_loss, batch.loss_mask, scale, of_tags)
 
 
 class _LossOfMicrobatches:
@@ -191,17 +198,19 @@ class _LossOfMicrobatches:
         loss_sum, pairs = self._loss(model, next(batches), self._placer)
         if counts_for_its_model():
             self.visible_pairs += pairs
-        return loss_sum, lambda loss_sum: (loss_sum * scale, _no_count(loss_sum), loss_sum.detach())
+        return loss_sum, lambda loss_sum: (loss_sum * scale, _no_count(loss_sum), (loss_sum.detach(), 0.0))
 
 
-def _loss(loss_mask: Tensor, scale: float, per_token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(
+    loss_mask: Tensor, scale: float, of_tags: Tensor | None, per_token: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | float]]:
     """What is differentiated, a token count that nobody uses, and what `run_schedule` adds up.
 
     Gradients are divided by the tokens of the whole step from the start (`scale`), as in one process; megatron-core
     would divide at the end by counts that it adds up here.
     """
     loss_sum = (per_token * loss_mask).sum()
-    return loss_sum * scale, _no_count(loss_sum), loss_sum.detach()
+    return loss_sum * scale, _no_count(loss_sum), (loss_sum.detach(), 0.0 if of_tags is None else of_tags)
 
 
 def _no_count(like: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class TokenPlacer:
         self._loader = loader
         self._backend = backend
         self._malformed = malformed
-        tag_ids = loader.tag_ids
+        self.tag_ids = tag_ids = loader.tag_ids
         scans = tag_ids is not None and device.type == "cuda"
         self._tag_ids = torch.tensor(tag_ids, dtype=torch.int32, device=device) if scans else None
         self._compared, self._compared_block = False, False

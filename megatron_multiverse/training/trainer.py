@@ -161,10 +161,10 @@ def is_due(step: int, interval: int) -> bool:
 def run_validation(engine: TrainEngine, loader: Loader, iters: int, metrics: MetricsWriter, step: int) -> None:
     """Validate on the same microbatches every time; the training data and the generators do not move."""
     position = loader.state_dict()
-    loss, count = engine.validate(islice(loader, iters))
+    found = engine.validate(islice(loader, iters))
     loader.load_state_dict(position)
     engine.check(metrics)
-    metrics.valid(step, loss, count)
+    metrics.valid(step, found)
 
 
 def check_agreement(config: TrainConfig | RLConfig, data: Position, ranks: Ranks) -> None:

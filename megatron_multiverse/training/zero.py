@@ -39,6 +39,7 @@ from megatron_multiverse.training.optim import (
 from megatron_multiverse.training.pipeline import PlacedMicrobatch, place, reduced, tokens_of_step
 from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.training.start import create_chunks
+from megatron_multiverse.training.validation import TagCounter, Validation
 from megatron_multiverse.training.zero_state import ZeroState, whole_shapes, whole_weight, write_partitioned
 from megatron_multiverse.weight_names import is_extra_state
 
@@ -164,14 +165,14 @@ class ZeroEngine:
         loss_tokens, tokens = tokens_of_step(self.ranks, microbatches)
         # DeepSpeed divides the sum of the gradients by the number of ranks.
         scale = MegatronGroups.get_data_parallel_world_size() / max(1, loss_tokens)
-        sums = self._no_sums()
+        sums = self._no_sums(2)
         for number, batch in enumerate(microbatches, 1):
             placed = self._place(batch, self._placer)
             loss_sum = self._loss_sum(placed)
             self.zero.backward(loss_sum * scale, scale_wrt_gas=False)
             sums += self._counted(loss_sum.detach(), placed)
             if number == len(microbatches):
-                sums[0], sums[1] = reduced(sums[0], sums[1])
+                reduced(sums)
                 self._stop_unless(bool(torch.isfinite(sums[0])))
             self.zero.step()
         self._stop_unless(self.zero.was_step_applied())  # it skips an update whose gradient norm is not finite
@@ -200,27 +201,31 @@ class ZeroEngine:
         loss_sum: Tensor = (per_token * batch.loss_mask).sum()
         return loss_sum
 
-    def _no_sums(self) -> Tensor:
-        return torch.zeros(2, dtype=torch.float64, device=self.device)
+    def _no_sums(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.float64, device=self.device)
 
     def _counted(self, loss_sum: Tensor, batch: PlacedMicrobatch) -> Tensor:
         """[loss, visible pairs] that this rank adds to the sums over all ranks."""
-        is_first = parallel_state.get_tensor_model_parallel_rank() == 0  # all tensor parallel ranks have the same loss
-        return torch.stack([loss_sum.double() * is_first, batch.visible_pairs.double()])
+        return torch.stack([loss_sum.double() * self._counts(), batch.visible_pairs.double()])
+
+    def _counts(self) -> bool:
+        """Whether this rank adds to sums over all ranks what its tensor parallel ranks know alike."""
+        return int(parallel_state.get_tensor_model_parallel_rank()) == 0
 
     @torch.no_grad()
-    def validate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
+    def validate(self, microbatches: Iterable[Microbatch]) -> Validation:
         """See `TrainEngine.validate`."""
         assert self._valid_placer is not None, "an engine that validates is built with a valid_loader"
-        batches, sums = list(microbatches), self._no_sums()
+        batches, sums = list(microbatches), self._no_sums(3)
         count, _ = tokens_of_step(self.ranks, batches)
         self.zero.eval()
-        for batch in batches:
-            placed = self._place(batch, self._valid_placer)
-            sums += self._counted(self._loss_sum(placed), placed)
+        with TagCounter([self.model], self._valid_placer.tag_ids) as tags:
+            for batch in batches:
+                placed = self._place(batch, self._valid_placer)
+                sums[0] += self._loss_sum(placed) * self._counts()
+                sums[1:] += tags.count(placed.labels, placed.loss_mask) * self._counts()
         self.zero.train()
-        loss_sum, _ = reduced(sums[0], sums[1])
-        return float(loss_sum) / count if count else float("nan"), count
+        return Validation.of_sums(reduced(sums), count)
 
     def check(self, metrics: MetricsWriter) -> None:
         """See `TrainEngine.check`."""

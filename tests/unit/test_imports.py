@@ -53,6 +53,7 @@ ALLOWED["evaluation"] = ALLOWED["views"] | {
     "dtypes",
     "grading",
     "locked_folder",
+    "parallel",
     "training",
     "views",
 }

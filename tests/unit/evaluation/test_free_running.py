@@ -66,7 +66,7 @@ def test_answers_stand_beside_the_validation_loss(tmp_path: Path, caplog: pytest
 
 def test_where_nothing_could_be_answered_it_is_said(tmp_path: Path) -> None:
     for changes, message in (
-        ({"eval_prompts": 1, "engine": "megatron"}, "needs engine one_process on one rank, but megatron"),
+        ({"eval_prompts": 1, "engine": "deepspeed"}, "whole weights, which deepspeed.zero_stage 3 cuts up"),
         ({"eval_prompts": -1}, "must not be negative"),
         ({"eval_prompts": 1, "eval_tokens": 0}, "eval_tokens must be at least 1"),
         ({"eval_prompts": 1, "data": {"data_prefixes": ["x"]}}, "data.valid_prefixes, which is empty"),

@@ -22,6 +22,7 @@ from megatron_multiverse.training.engine import StepResult, TrainEngine
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Loader, Microbatch
 from megatron_multiverse.training.trainer import train
+from megatron_multiverse.training.validation import Validation
 
 from .synthetic import SyntheticLoader, config
 
@@ -36,7 +37,9 @@ class BigramEngine:
 
     def __init__(self, run: TrainConfig, model: ModelConfig, loader: Loader, valid_loader: Loader | None) -> None:
         ensure_parallel_state()
-        self.table = torch.zeros(model.vocab_size, model.vocab_size, requires_grad=True)
+        self.model = torch.nn.Linear(model.vocab_size, model.vocab_size, bias=False)
+        self.table = self.model.weight
+        torch.nn.init.zeros_(self.table)
         self.momentum = torch.zeros_like(self.table)
         self.steps, self.is_inside = 0, False
 
@@ -62,10 +65,10 @@ class BigramEngine:
         return StepResult(total.detach(), count, tokens, torch.zeros((), dtype=torch.int64), gradient.norm())
 
     @torch.no_grad()
-    def validate(self, microbatches: Iterable[Microbatch]) -> tuple[float, int]:
+    def validate(self, microbatches: Iterable[Microbatch]) -> Validation:
         batches = list(microbatches)
         count = sum(int(batch["loss_mask"].sum()) for batch in batches)
-        return sum(float(self.loss_sum(batch)) for batch in batches) / count, count
+        return Validation(sum(float(self.loss_sum(batch)) for batch in batches) / count, count)
 
     def check(self, metrics: MetricsWriter) -> None:
         if not self.table.isfinite().all():
