@@ -61,8 +61,8 @@ def attend_prompt(query: Tensor, keys: Tensor, values: Tensor, prompt: Prompt, s
         return flash4_causal(query, row_keys, row_values, softmax_scale)
     with sdpa_kernel(TORCH_KERNELS):
         out = F.scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in (query, row_keys, row_values)), scale=softmax_scale, enable_gqa=True,
-            attn_mask=causal_lower_right(len(query), len(prompt.slots)),
+            query.transpose(0, 1)[None], row_keys.transpose(0, 1)[None], row_values.transpose(0, 1)[None],
+            attn_mask=causal_lower_right(len(query), len(prompt.slots)), scale=softmax_scale, enable_gqa=True,
         )  # fmt: skip
     return out[0].transpose(0, 1)
 
