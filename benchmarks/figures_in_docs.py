@@ -197,7 +197,12 @@ def serving() -> Iterator[str]:
     alone, disturbed = ([turn for turn in stalls["turns"] if turn["kind"] == kind] for kind in ("alone", "disturbed"))
     rate = sum(turn["disturbances"] for turn in disturbed) / (len(disturbed) * stalls["seconds"])
     before, after = (median(turn["p50_ms"] for turn in turns) for turns in (alone, disturbed))
-    yield f"some {round(rate, -1):.0f} disturbances a second took the median step from {before:.0f} to {after:.0f} ms"
+    late_before, late_after = (median(turn["p99_ms"] for turn in turns) for turns in (alone, disturbed))
+    yield f"on {stalls['cores']} cores some {round(rate, -1):.0f} disturbances a second"
+    yield (
+        f"median step from {before:.0f} to {after:.0f} ms, the 99th percentile from {late_before:.0f} to "
+        f"{late_after:.0f} ms"
+    )
     steps, longest = sum(turn["steps"] for turn in disturbed), max(turn["longest_ms"] for turn in disturbed)
     yield f"the longest of {steps:,} steps was {longest:.0f} ms"
     found = results("results/server_reprefill_cpu")["reprefill"]
