@@ -42,6 +42,9 @@ class EngineConfig:
     overlap: bool | None = None
     """Plan each step while the device runs the one before it; unset does so where CUDA graphs run. The answers are the
     same; forks and joins begin one step later."""
+    round_as_trained: bool = False
+    """In half precision, round after each product, norm and gate as the layers of the trainer do, instead of once where
+    a kernel does several of them: log-probabilities come closer to the trainer's, steps take a little longer."""
     debug: bool = False
     """Fill freed pages with NaN and check the page books after every step."""
 

@@ -186,8 +186,9 @@ class RLConfig:
     seed: int = 1234
     """Seed of the order of prompts, of every answer and of every random generator."""
     dtype: DType = "float32"
-    """float32 (TF32 on CUDA), bf16 (on one rank the engine runs a bf16 copy of the float32 weights, on several the
-    model is bf16 and the optimizer has the float32 weights), float64 (tests on one rank)."""
+    """float32 (TF32 on CUDA), bf16, float64 (tests on one rank). With bf16 the engine runs a bf16 copy of the float32
+    weights; on several ranks, and with rollout.engine.round_as_trained, the model is bf16 for trainer and engine, and
+    the optimizer has the float32 weights."""
     deterministic: bool = False
     """The same bits in every run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -249,6 +250,8 @@ class RLConfig:
             init_from=self.init_from,
             layers=self.layers,
             parallel=self.parallel,
+            # Its weights are bf16 themselves, as the engine's are; one_process would compute a finer residual stream.
+            engine="megatron" if self.dtype == "bf16" and self.rollout.engine.round_as_trained else "auto",
             optim=self.optim,
             log=self.log,
             train_iters=self.train_iters * self.policy.updates_per_step,

@@ -88,6 +88,7 @@ class Engine:
             vocab_size=vocab_size,
             sampler=sampler,
             cuda_graphs=config.cuda_graphs,
+            round_as_trained=config.round_as_trained,
         )
         target = None if config.token_latency_target_ms is None else config.token_latency_target_ms / 1000
         self.scheduler = Scheduler(

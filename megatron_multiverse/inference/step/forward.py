@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_multiverse.inference.step.model_ranks import ModelRanks
 from megatron_multiverse.inference.step.plan import Ints, StepPlan
-from megatron_multiverse.kernels.fused_linear import linear, linear_add, linear_swiglu, norm
+from megatron_multiverse.kernels.fused_linear import linear, linear_add, linear_swiglu, norm, rms_norm
 from megatron_multiverse.kernels.kv_copy import copy_slots
 from megatron_multiverse.kernels.kv_write import write_kv
 from megatron_multiverse.kernels.tree_decode import Attention, TreeDecode
@@ -174,10 +174,13 @@ class PagedForward:
     Args:
         model: as `model.build_gpt_model` makes it; see `runs`.
         ranks: those that hold the model between them; default: megatron-core's.
+        round_as_trained: see `EngineConfig.round_as_trained`. It is what the local layers do, but for norms of queries
+            and keys on a GPU; TransformerEngine's layers round less often, only their residual stream is like it.
     """
 
-    def __init__(self, model: nn.Module, ranks: ModelRanks | None = None) -> None:
+    def __init__(self, model: nn.Module, ranks: ModelRanks | None = None, *, round_as_trained: bool = False) -> None:
         config: Any = model.config
+        self.round_as_trained = round_as_trained
         self.ranks = ranks or ModelRanks.current()
         self.eps = config.layernorm_epsilon
         self.hidden_size = config.hidden_size
@@ -218,19 +221,19 @@ class PagedForward:
             x = ranks.receive_hidden(len(step.ids), self.layers[0].qkv.weight, self.hidden_size)
         table = self.rotary.table(step.positions[None])
         following = [layer.attention_norm for layer in self.layers[1:]]
-        normed: Tensor | None = norm(x, self.layers[0].attention_norm, self.eps)
+        normed: Tensor | None = self._norm(x, self.layers[0].attention_norm)
         for layer, following_norm in itertools.zip_longest(self.layers, following):
             assert normed is not None
             mixed = self._attend(normed, layer, table, step, store)
             x, normed = self._add(mixed, layer.proj, x, layer.mlp_norm, turn=0)
             assert normed is not None
-            hidden = linear_swiglu(normed, layer.fc1.weight, layer.fc1.bias)
+            hidden = self._swiglu(normed, layer.fc1)
             x, normed = self._add(hidden, layer.fc2, x, following_norm, turn=1)
         if not ranks.is_last_stage:
             ranks.send_hidden(x)
             return None
         assert self.final_norm is not None and self.output is not None
-        last = norm(x.index_select(0, step.logit_tokens), self.final_norm, self.eps)
+        last = self._norm(x.index_select(0, step.logit_tokens), self.final_norm)
         return ranks.join_vocab(linear(last, self.output))
 
     def _add(
@@ -242,6 +245,10 @@ class PagedForward:
         Args:
             turn: see `sum_norm_push`. The last sum of a step has no norm and goes another way, so the turns alternate.
         """
+        if self.round_as_trained:
+            product = self.ranks.sum(linear(x, into.weight))
+            total = residual.add_(product if into.bias is None else product + into.bias)
+            return total, None if norm_weight is None else self._norm(total, norm_weight)
         first, small_sum = self.ranks.tensor_rank == 0, self.ranks.small_sum
         bias = into.bias if first else None  # what is there once, one rank brings
         if norm_weight is not None and small_sum is not None and small_sum.takes_rows(len(x)):
@@ -250,9 +257,23 @@ class PagedForward:
         total = self.ranks.sum(part)
         return total, None if norm_weight is None else norm(total, norm_weight, self.eps)
 
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return (rms_norm if self.round_as_trained else norm)(x, weight, self.eps)
+
+    def _product(self, x: Tensor, by: _Linear) -> Tensor:
+        if self.round_as_trained and by.bias is not None:
+            return linear(x, by.weight) + by.bias
+        return linear(x, by.weight, by.bias)
+
+    def _swiglu(self, x: Tensor, by: _Linear) -> Tensor:
+        if not self.round_as_trained:
+            return linear_swiglu(x, by.weight, by.bias)
+        gate, opened = self._product(x, by).chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * opened
+
     def _attend(self, normed: Tensor, layer: _Layer, table: Tensor, step: StepTensors, store: KVStore) -> Tensor:
         """Attention of one layer over the cache: [n, hidden] -> [n, heads * head dim]."""
-        mixed = linear(normed, layer.qkv.weight, layer.qkv.bias)
+        mixed = self._product(normed, layer.qkv)
         query = write_kv(
             mixed.view(len(normed), self.num_groups, -1),
             table,

@@ -79,6 +79,7 @@ class Runner:
         vocab_size: ids of the tokenizer; the padding of the output layer above it is never chosen.
         sampler: draws tokens; by default `CounterSampler`.
         cuda_graphs: replay small steps as graphs where the model lives on a GPU.
+        round_as_trained: see `EngineConfig.round_as_trained`; of the first rank like the sizes.
     """
 
     def __init__(
@@ -90,13 +91,15 @@ class Runner:
         vocab_size: int | None = None,
         sampler: Sampler | None = None,
         cuda_graphs: bool = True,
+        round_as_trained: bool = False,
     ) -> None:
         self.model = model.eval()
         self.ranks = ModelRanks.current()
         self._channel = PlanChannel() if self.ranks.size > 1 else None
         if self._channel is not None:
-            num_pages, page_size, ids = self._channel.agree(num_pages, page_size, vocab_size or 0)
-            vocab_size = ids or None
+            sizes = (num_pages, page_size, vocab_size or 0, int(round_as_trained))
+            num_pages, page_size, ids, rounds = self._channel.agree(*sizes)
+            vocab_size, round_as_trained = ids or None, bool(rounds)
         self.store = KVStore.for_model(model, num_pages, page_size)
         self.ranks = self.ranks.on(self.store.keys, model.config)
         self.sampler: Sampler = sampler or CounterSampler()
@@ -109,7 +112,7 @@ class Runner:
         self.graphs: StepGraphs | None = None
         self.forward: PagedForward | ModelForward
         if PagedForward.runs(model):
-            self.forward = PagedForward(model, self.ranks)
+            self.forward = PagedForward(model, self.ranks, round_as_trained=round_as_trained)
             if cuda_graphs and on_gpu and self.ranks.stages == 1:
                 self.graphs = StepGraphs(self.forward, self.store, self.last_tokens, vocab_size)
         else:
