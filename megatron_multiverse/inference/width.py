@@ -67,19 +67,39 @@ class StepTime:
         if (amount := float(x @ known)) > 0:
             self._information -= _FORGET * np.outer(known, known) / amount
         self._information += np.outer(x, x)
-        self._theta = self._theta + np.linalg.solve(self._information, x) * (error / seconds)
+        self._theta = _nearest_prices(
+            self._theta + np.linalg.solve(self._information, x) * (error / seconds), self._information
+        )
         self.steps += 1
 
     @property
     def prices(self) -> tuple[float, float, float, float]:
         """Seconds of a step, of a row in it, of a token that a row sees, of a prompt token; none is negative."""
-        step, row, token, prompt = np.maximum(self._theta * _SCALE, 0.0).tolist()
+        step, row, token, prompt = (self._theta * _SCALE).tolist()
         return step, row, token, prompt
 
     def predict(self, load: StepLoad) -> float:
         """Seconds that a step will take."""
         step, row, token, prompt = self.prices
         return step + row * load.rows + token * load.visible + prompt * load.prompt
+
+
+def _nearest_prices(theta: Floats, information: Floats) -> Floats:
+    """The prices that explain the steps nearly as well as `theta`, with none below zero.
+
+    What is negative becomes 0, and the others take over its part. Leaving it out alone would make the prediction wrong
+    for good: what is learned would go on to fit with the negative price, and see no error.
+    """
+    negative = np.zeros(len(theta), dtype=bool)
+    best = theta
+    while (best < 0).any():
+        negative |= best < 0
+        rest = ~negative
+        best = np.where(negative, 0.0, theta)
+        if rest.any():
+            pull = information[np.ix_(rest, negative)] @ theta[negative]
+            best[rest] += np.linalg.solve(information[np.ix_(rest, rest)], pull)
+    return best
 
 
 class Widths(NamedTuple):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_multiverse.inference.width import StepLoad, StepTime, allot
+from megatron_multiverse.inference.width import StepLoad, StepTime, _nearest_prices, allot
 from megatron_multiverse.structure import Tag
 
 from .test_engine import goal, tree_requests
@@ -59,6 +61,49 @@ def test_a_change_is_followed_and_what_was_not_seen_again_is_remembered():
         time.observe(load, seconds(load, slower))
     for load in (StepLoad(128, 10**6, 0), StepLoad(128, 10**6, 2000)):
         assert time.predict(load) == pytest.approx(seconds(load, slower), rel=0.1)
+
+
+def test_no_price_is_negative_and_predictions_are_of_the_prices():
+    """Long steps with one prompt each, alike in everything, then many rows without a prompt: the first cannot say what
+    a step, a row and a prompt token cost apart. Before, a negative price of rows made the sum right, was left out of
+    the prediction alone, and so never mended."""
+    for seed in range(20):
+        rng, time = random.Random(seed), StepTime()
+        for _ in range(200):
+            load = StepLoad(rng.randint(1, 4), rng.randint(1000, 8000), rng.randint(1350, 1450))
+            time.observe(load, seconds(load) * rng.uniform(0.95, 1.05))
+        for _ in range(100):
+            rows = rng.randint(40, 60)
+            load = StepLoad(rows, rows * rng.randint(6000, 7000), rng.choice([0, 0, 64]))
+            time.observe(load, seconds(load) * rng.uniform(0.95, 1.05))
+            assert min(time.prices) >= 0
+        for _ in range(20):
+            rows = rng.randint(40, 60)
+            load = StepLoad(rows, rows * 6500, 0)
+            assert time.predict(load) == pytest.approx(seconds(load), rel=0.15)
+
+
+def test_prices_without_negative_ones_lie_nearly_as_near_as_any():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        steps = rng.random((30, 4)) * rng.choice([0.01, 1.0], 4)
+        information, theta = steps.T @ steps, rng.normal(size=4)
+
+        got = _nearest_prices(theta, information)
+        assert (got >= 0).all() and (theta.min() < 0 or np.array_equal(got, theta))
+        candidates = [prices for prices in (got, *faces(theta, information)) if (prices >= 0).all()]
+        distances = [(prices - theta) @ information @ (prices - theta) for prices in candidates]
+        assert distances[0] <= 1.2 * min(distances) + 1e-12
+
+
+def faces(theta, information):
+    """The nearest prices for each choice of which are zero."""
+    for kept in itertools.product([False, True], repeat=4):
+        rest = np.array(kept)
+        prices = np.zeros(4)
+        if rest.any():
+            prices[rest] = np.linalg.solve(information[np.ix_(rest, rest)], information[rest] @ theta)
+        yield prices
 
 
 def test_one_step_that_waited_for_something_else_is_hardly_believed():
