@@ -48,6 +48,14 @@ def readme() -> Iterator[str]:
     fork = results("results/engine_h200")["fork"]
     speedup = fork["serial_seconds"] / min(fork["block_seconds_runs"])
     yield f"a block of {fork['paths']} paths ends {speedup:.1f} times as soon as the same paths one by one"
+    alone = results("results/engine_tp2_h200")["decode"][0]
+    yield f"[{alone['speedup']:.1f} times as fast](benchmarks/results/engine_tp2_h200.json)"
+    (theirs,) = (
+        row["time_beside_ours"]
+        for row in results("results/training_beside_transformers_h200")
+        if (row["case"], row["tokens"]) == ("packed", 32768) and row["runner"].startswith("transformers")
+    )
+    yield f"[{theirs:.1f} times as fast](benchmarks/results/training_beside_transformers_h200.md)"
 
 
 def curation() -> Iterator[str]:
