@@ -20,7 +20,7 @@ MANY_KEYS = 4096
 """Beyond them FlashAttention 4 takes half the time of torch's kernel; with fewer, calling it takes longer than that."""
 TORCH_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN, which torch would take on Hopper: for every length that it has not seen it makes a plan, which takes 37 ms
-(an H200, torch 2.11; findings/torch_attention_plans_for_every_length.sh), and prompts have all lengths."""
+(an H200, torch 2.11), and prompts have all lengths."""
 
 
 class Prompt(NamedTuple):
