@@ -13,27 +13,14 @@ python=${PYTHON:-.venv/bin/python}
 here=examples/evaluate
 export OMP_NUM_THREADS=1 OPENAI_API_KEY=any HF_HUB_OFFLINE=1
 
-environment() { # NAME PACKAGE
-  [[ -e $folder/$1/done ]] && return
-  "$python" -m venv "$folder/$1"
-  "$folder/$1/bin/pip" install -q "$2"
-  touch "$folder/$1/done"
-}
+. examples/serve/clients.sh
 environment lm-eval 'lm-eval[api]==0.4.13'
 environment evalscope 'evalscope[perf]==1.14.1'
 results=$folder/agree
 rm -rf "$results"
 mkdir "$results"
 
-"$python" tools/run_text_generation_server.py --load examples/quickstart/model --served-model-name quickstart --port 0 \
-  2> "$results/server.log" &
-server=$!
-trap 'kill $server 2> /dev/null || true' EXIT
-until grep -q ' ready: ' "$results/server.log"; do
-  kill -0 $server || { cat "$results/server.log"; exit 1; }
-  sleep 0.5
-done
-url=$(grep -o 'http://127.0.0.1:[0-9]*' "$results/server.log" | head -1)
+start_server "$results/server.log"
 
 for chat in false true; do
   "$python" tools/evaluate.py --url "$url" --tasks arithmetic --data "arithmetic=$here/arithmetic.jsonl" --chat $chat \

@@ -11,29 +11,16 @@ folder=$(mkdir -p "${1:?usage: try_clients.sh FOLDER}" && cd "$1" && pwd)
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 tasks=examples/serve/evaluators
-model=examples/quickstart/model
 export OMP_NUM_THREADS=1 OPENAI_API_KEY=any HF_HUB_OFFLINE=1
 
-environment() { # NAME PACKAGE
-  [[ -e $folder/$1/done ]] && return
-  "$python" -m venv "$folder/$1"
-  "$folder/$1/bin/pip" install -q "$2"
-  touch "$folder/$1/done"
-}
+. examples/serve/clients.sh
 environment lm-eval 'lm-eval[api]==0.4.13'
 environment evalscope 'evalscope[perf]==1.14.1'
 environment guidellm 'guidellm==0.8.1'
 rm -rf "$folder/results"
 mkdir "$folder/results"
 
-"$python" tools/run_text_generation_server.py --load $model --served-model-name quickstart --port 0 2> "$folder/server.log" &
-server=$!
-trap 'kill $server 2> /dev/null || true' EXIT
-until grep -q ' ready: ' "$folder/server.log"; do
-  kill -0 $server || { cat "$folder/server.log"; exit 1; }
-  sleep 0.5
-done
-url=$(grep -o 'http://127.0.0.1:[0-9]*' "$folder/server.log" | head -1)
+start_server "$folder/server.log"
 
 evaluate() { # KIND PATH TASKS [OPTION...]
   "$folder/lm-eval/bin/lm_eval" run --model "$1" --include_path $tasks --tasks "$3" --output_path "$folder/results/$1.json" \
