@@ -1,7 +1,9 @@
 """Everything that can be asked, at random and together: whatever is switched on, a request ends, in budget, exact,
 without a leak, and does not change its neighbours.
 
-MULTIVERSE_FUZZ=100 runs a hundred times as many cases.
+A portion is three seeds of trees and eight of tag soup, and `make test` runs the first one. MULTIVERSE_FUZZ=100 runs
+the first hundred portions, MULTIVERSE_FUZZ=40:60 those from 40 up to 59; `tools/dev/fuzz.py` spreads them over
+processes.
 """
 
 from __future__ import annotations
@@ -40,8 +42,14 @@ from .toy import (
     toy_text,
 )
 
-SCALE = int(os.environ.get("MULTIVERSE_FUZZ", "1"))
 NULL = NullModel()
+
+
+def seeds(per_portion: int) -> range:
+    """Those of the portions that MULTIVERSE_FUZZ names."""
+    first, _, end = os.environ.get("MULTIVERSE_FUZZ", "1").rpartition(":")
+    return range(per_portion * int(first or 0), per_portion * int(end))
+
 
 UNEDITED: dict[str, object] = {
     "logit_bias": {}, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0,
@@ -139,7 +147,7 @@ def check(request: Request, result: Result) -> None:
         assert result.prompt_logprobs is not None and len(result.prompt_logprobs) == prompt
 
 
-@pytest.mark.parametrize("seed", range(3 * SCALE))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_random_trees_equal_one_forward(seed: int) -> None:
     """Scripted trees in float64 on a model that attends: logits, log-probabilities, labels and positions."""
     rng = random.Random(1_000_000 + seed)
@@ -164,7 +172,7 @@ def test_random_trees_equal_one_forward(seed: int) -> None:
         assert (again[k].stops, again[k].stop_reason) == (results[k].stops, results[k].stop_reason)
 
 
-@pytest.mark.parametrize("seed", range(8 * SCALE))
+@pytest.mark.parametrize("seed", seeds(8))
 def test_whatever_is_written_ends_and_changes_no_neighbour(seed: int) -> None:
     """Tag soup under every setting, with requests cancelled beside it."""
     rng = random.Random(2_000_000 + seed)
