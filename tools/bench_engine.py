@@ -3,14 +3,17 @@
 Example:
     python tools/bench_engine.py --model-preset qwen2.5-7b --batch 1 8 32 128
     python tools/bench_engine.py --model-preset qwen2.5-7b --parts prompt fork --fork-prefix 16384
+    python tools/bench_engine.py --model-preset qwen2.5-7b --parts joint speedup --batch 1 8 32
     torchrun --nproc-per-node 2 tools/bench_engine.py --model-preset qwen2.5-7b --tensor-model-parallel-size 2
 
 prompt: the time to the first token of a request that is alone. decode: `batch` requests with prompts of `context`
 tokens write `new-tokens` each; the figure is the median time between two answers of the engine, everything that a user
 waits for included. fork: one request with a long prompt opens a block whose paths write `fork-tokens` each, joins them
-and writes a conclusion, as a script says; beside it the same paths one after the other. Bytes are what a step must
-read: all weights but the embedding, and the cached keys and values, those that siblings share once. They are compared
-with a plain copy on the same GPU.
+and writes a conclusion, as a script says; beside it the same paths one after the other. joint: what fork and join of
+that block take beyond the steps in which its tokens are drawn. speedup: answers of `answer-tokens` tokens, of which the
+longest chain has one in `num-parallel`, beside the same answers with one path after the other; and the law
+a / num_parallel + b that milliseconds per token follow. Bytes are what a step must read: all weights but the embedding,
+and the cached keys and values, those that siblings share once. They are compared with a plain copy on the same GPU.
 """
 
 from __future__ import annotations

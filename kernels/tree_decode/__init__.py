@@ -142,6 +142,7 @@ class DeviceWork:
 
 
 __all__ = [
+    "LONGEST_LISTED",
     "Attention",
     "DeviceWork",
     "RowGroup",

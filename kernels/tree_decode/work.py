@@ -63,6 +63,7 @@ def divide_work(
     kv_heads: int,
     processors: int,
     slots: int,
+    least_shared: int = LEAST_SHARED,
 ) -> Work:
     """The work of a step, as `tree_decode_reference` describes it.
 
@@ -74,9 +75,10 @@ def divide_work(
         kv_heads: key/value heads; every item is looked at once per head.
         processors: multiprocessors to be kept busy.
         slots: most parts a query may have.
+        least_shared: keys that neighbouring rows must share to be looked at together.
     """
     counts = np.diff(borders)
-    stretches = _stretches(pages, lengths, page_size)
+    stretches = _stretches(pages, lengths, page_size, least_shared)
     if stretches is None and len(counts) == borders[-1]:
         return _alone(lengths, pages.shape[1], kv_heads, processors, slots)
     limits = np.repeat(lengths - counts + 1, counts) + np.arange(borders[-1]) - np.repeat(borders[:-1], counts)
@@ -158,7 +160,7 @@ def _cut(seats: npt.NDArray[np.int64], piece: int, width: int, limits: Int32s, s
     return Work(items, tokens, limits, counts, slots if counts.max() > 1 else 1)
 
 
-def _stretches(pages: Int32s, lengths: npt.NDArray[np.int32], page_size: int) -> list[Stretch] | None:
+def _stretches(pages: Int32s, lengths: npt.NDArray[np.int32], page_size: int, least: int) -> list[Stretch] | None:
     """Every row's keys, as stretches; what neighbours share comes before what is each one's own. None: they share
     nothing worth it."""
     rows = len(lengths)
@@ -166,10 +168,10 @@ def _stretches(pages: Int32s, lengths: npt.NDArray[np.int32], page_size: int) ->
         return None
     same = np.logical_and.accumulate(pages[1:] == pages[:-1], axis=1).sum(1) * page_size
     common = np.minimum(same, np.minimum(lengths[1:], lengths[:-1]) // page_size * page_size)
-    if not (common >= LEAST_SHARED).any():
+    if not (common >= least).any():
         return None
     found: list[Stretch] = []
-    _split(0, rows, 0, common, lengths, found)
+    _split(0, rows, 0, common, lengths, least, found)
     return found
 
 
@@ -179,6 +181,7 @@ def _split(
     start: int,
     common: npt.NDArray[np.int64],
     lengths: npt.NDArray[np.int32],
+    least: int,
     found: list[Stretch],
 ) -> None:
     """Add the stretches of the rows [first, last) from `start` on, where all of them have been equal so far."""
@@ -188,13 +191,13 @@ def _split(
         return
     inner = common[first : last - 1]
     end = int(inner.min())
-    if end - start >= LEAST_SHARED:
+    if end - start >= least:
         found.append(Stretch(first, last, start, end))
         start = end
     # Where two neighbours share little more, the rows part.
-    parts = np.flatnonzero(inner - start < LEAST_SHARED) + first + 1
+    parts = np.flatnonzero(inner - start < least) + first + 1
     if not len(parts):
         # All share enough more than nothing, but `end` was short of it: part at the least of them.
         parts = np.array([first + int(inner.argmin()) + 1])
     for low, high in zip([first, *parts], [*parts, last], strict=True):
-        _split(int(low), int(high), start, common, lengths, found)
+        _split(int(low), int(high), start, common, lengths, least, found)

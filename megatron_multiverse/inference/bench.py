@@ -15,6 +15,8 @@ import torch
 from megatron_multiverse.config import EngineConfig, LayerConfig, ModelConfig, SamplingParams
 from megatron_multiverse.config.choices import DType
 from megatron_multiverse.dtypes import DTYPES
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.inference.bench_blocks import fit_law, joint, silence_tags, speedup, work_for
 from megatron_multiverse.inference.bench_script import CONCLUSION, TEXT, VOCAB, Script, block_script
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.step.model_ranks import ModelRanks
@@ -40,7 +42,7 @@ class BenchConfig:
     """Fewer layers, for a quick look."""
     dtype: DType = "bf16"
     """Of weights and cache."""
-    parts: tuple[Literal["prompt", "decode", "fork"], ...] = ("decode",)
+    parts: tuple[Literal["prompt", "decode", "fork", "joint", "speedup"], ...] = ("decode",)
     """What to measure."""
     prompts: tuple[int, ...] = (1024, 16384)
     """Tokens of a prompt whose first token is waited for, alone."""
@@ -56,6 +58,10 @@ class BenchConfig:
     """Paths of the block."""
     fork_tokens: int = 512
     """Tokens of each path."""
+    num_parallel: tuple[float, ...] = (1.0, 1.2, 1.5, 2.0, 4.0)
+    """speedup: tokens of an answer per token of its longest chain."""
+    answer_tokens: int = 512
+    """speedup: tokens of each answer."""
     repeats: int = 3
     """Measurements of each case; the median counts, all are printed."""
     cuda_graphs: bool = True
@@ -98,6 +104,68 @@ def measure(config: BenchConfig) -> Iterator[dict[str, Any]]:
         _, serial = fork_step(model, shape, config, at_once=False)
         if first:
             yield report_fork(shape, config, forks, serial, copy)
+    if "joint" in config.parts or "speedup" in config.parts:
+        if config.tensor_model_parallel_size > 1:
+            raise ConfigError("the parts joint and speedup run on one GPU: leave --tensor-model-parallel-size out")
+        yield from measure_blocks(model, shape, config)
+
+
+def measure_blocks(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig) -> Iterator[dict[str, Any]]:
+    """The rows of the parts joint and speedup."""
+    if "joint" in config.parts:
+        branches, tokens = config.fork_branches, config.fork_tokens
+        pages = (config.fork_prefix + branches * (tokens + 64)) // config.page_size + 4 * branches + 64
+        prompt = random_prompt(config.fork_prefix, shape, 0)
+        for overlap in (None, False):
+            engine = make_engine(model, shape, config, pages=pages, rows=branches, overlap=overlap)
+            yield report_joint([joint(engine, prompt, branches, tokens) for _ in range(config.repeats)])
+            engine.runner.close()
+    if "speedup" in config.parts:
+        silence_tags(model)
+        for batch in config.batch:
+            yield from measure_speedup(model, shape, config, batch)
+
+
+def measure_speedup(
+    model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, batch: int
+) -> Iterator[dict[str, Any]]:
+    """Rows for each num_parallel, and the law fitted to them."""
+    works = [work_for(x, config.answer_tokens) for x in config.num_parallel]
+    most = max(work.branches for work in works)
+    tokens = config.context + config.answer_tokens + 64 + 32 * most
+    # Twice: what earlier cases leave in the prefix cache is taken only once all other pages are.
+    pages = 2 * batch * (-(-tokens // config.page_size) + 3 * most)
+    engine = make_engine(model, shape, config, pages=pages, rows=batch * max(most, 1))
+    prompts = [random_prompt(config.context, shape, number) for number in range(batch)]
+    rows = []
+    for x in config.num_parallel:
+        row = speedup(engine, prompts, x, config.answer_tokens, config.repeats)
+        print(
+            f"batch {batch:<4} num_parallel {row['num_parallel']:.3f}: {row['seconds']:.3f} s, path after path "
+            f"{row['serial_seconds']:.3f} s: {row['speedup']:.3f}x, {row['speedup_per_parallel']:.3f} of num_parallel, "
+            f"{row['ms_per_token']:.3f} ms per token",
+            flush=True,
+        )
+        rows.append(row)
+        yield row
+    engine.runner.close()
+    if len(rows) > 1:
+        a, b = fit_law(rows)
+        print(f"batch {batch:<4} ms per token = {a:.2f} / num_parallel + {b:.2f}", flush=True)
+        yield {"case": f"law, batch {batch}", "batch": batch, "a": a, "b": b}
+
+
+def report_joint(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Print what fork and join cost, and return the median run as a row."""
+    row = sorted(runs, key=lambda run: run["fork_and_join_ms"])[len(runs) // 2]
+    row |= {"runs_ms": [run["fork_and_join_ms"] for run in runs]}
+    print(
+        f"{row['case']}, after {row['prefix']} tokens: {row['fork_and_join_ms']:.2f} ms, {row['in_steps']:.2f} of a "
+        f"step of {row['ms_per_step']:.2f} ms; {row['more_steps']} more steps than tokens of the longest chain; copied "
+        f"{row['copied_tokens']} tokens (at most {row['most_copied_tokens']}), fed again {row['fed_again_tokens']}",
+        flush=True,
+    )
+    return row
 
 
 def report_fork(
@@ -197,10 +265,22 @@ def fork_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, *
     return statistics.median(inside[SETTLE:] or [0.0]), sum(times)
 
 
-def make_engine(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, *, pages: int, rows: int) -> Engine:
+def make_engine(
+    model: torch.nn.Module,
+    shape: ModelConfig,
+    config: BenchConfig,
+    *,
+    pages: int,
+    rows: int,
+    overlap: bool | None = None,
+) -> Engine:
     """An engine of the asked size."""
     engine = EngineConfig(
-        num_pages=pages, page_size=config.page_size, max_rows=max(rows, 8), cuda_graphs=config.cuda_graphs
+        num_pages=pages,
+        page_size=config.page_size,
+        max_rows=max(rows, 8),
+        cuda_graphs=config.cuda_graphs,
+        overlap=overlap,
     )
     return Engine(model, VOCAB, engine, vocab_size=shape.vocab_size, max_position=1 << 20)
 

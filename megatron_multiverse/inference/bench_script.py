@@ -19,24 +19,20 @@ CONCLUSION = 64
 
 def block_script(branches: int, tokens: int) -> dict[int, list[int]]:
     """What each branch writes, by the key of its noise: one block of equal paths, then a conclusion and the end."""
-    words = [TEXT + index % 400 for index in range(tokens)]
-    root = [Tag.PARALLEL, NEWLINE, Tag.GOAL]
-    for path in range(branches):
-        root += [NEWLINE, Tag.OUTLINE, NEWLINE, *(DIGITS + int(digit) for digit in str(path + 1)), COLON, TEXT]
-        root.append(Tag.END_OUTLINE)
-    root += [
-        NEWLINE,
-        Tag.END_GOAL,
-        *words[:CONCLUSION],
-        Tag.END_CONCLUSION,
-        NEWLINE,
-        Tag.END_PARALLEL,
-        TEXT,
-        len(PIECES),
-    ]
-    scripts: dict[BranchPath, list[int]] = {(): root}
-    scripts |= {((0, path),): [*words, Tag.END_PATH] for path in range(branches)}
+    words = [TEXT + index % 400 for index in range(max(tokens, CONCLUSION))]
+    root = [*block_header(branches), *words[:CONCLUSION], Tag.END_CONCLUSION, NEWLINE, Tag.END_PARALLEL, TEXT]
+    scripts: dict[BranchPath, list[int]] = {(): [*root, len(PIECES)]}
+    scripts |= {((0, path),): [*words[:tokens], Tag.END_PATH] for path in range(branches)}
     return {branch_key(0, 0, path): [int(token) for token in ids] for path, ids in scripts.items()}
+
+
+def block_header(branches: int) -> list[int]:
+    """From `<Parallel>` to `</Goal>`, with so many outlines."""
+    ids = [Tag.PARALLEL, NEWLINE, Tag.GOAL]
+    for path in range(branches):
+        ids += [NEWLINE, Tag.OUTLINE, NEWLINE, *(DIGITS + int(digit) for digit in str(path + 1)), COLON, TEXT]
+        ids.append(Tag.END_OUTLINE)
+    return [int(token) for token in (*ids, NEWLINE, Tag.END_GOAL)]
 
 
 class Script:

@@ -104,6 +104,10 @@ class Engine:
         self._last_output = -float("inf")  # when the last step's tokens came
         self._flight: Flight | None = None
         self.num_steps = 0
+        self.fed_tokens = 0
+        """Tokens that steps have brought, fed again ones included."""
+        self.copied_tokens = 0
+        """Slots that forks and joins have copied."""
         self.weight_version = 0
         self._cancelled: set[int] = set()
         self._finished: list[Result] = []
@@ -231,6 +235,8 @@ class Engine:
             landing, self._flight = self._flight, None  # the step before, if its tokens are still to come
             if step is not None:
                 self._flight = Flight(step, self.runner.launch(step.plan), start)
+                self.fed_tokens += len(step.plan.ids)
+                self.copied_tokens += step.plan.num_copied
             if not self.overlap:  # nothing was in flight: wait for this one
                 landing, self._flight = self._flight, None
             if landing is not None:

@@ -231,6 +231,7 @@ class EngineHost:
         scheduler, book, graphs = self.engine.scheduler, self.engine.book, self.engine.runner.graphs
         return times | {
             "steps": self.engine.num_steps,
+            "copied_tokens": self.engine.copied_tokens,
             "graph_steps": graphs.replays if graphs is not None else 0,
             "running": len(scheduler.active),
             "waiting": len(scheduler.waiting),

@@ -23,6 +23,7 @@ _GAUGES = {
     "pages_free": ("cache_pages_free", "Pages of the cache that nobody owns"),
     "pages_cached": ("cache_pages_cached", "Pages, free or owned, that requests with the same beginning would find"),
     "steps": ("engine_steps", "Steps of the engine since it started"),
+    "copied_tokens": ("cache_copied_tokens", "Tokens of the cache that forks and joins have copied"),
     "graph_steps": ("engine_graph_steps", "Those of them that replayed a CUDA graph"),
 }
 

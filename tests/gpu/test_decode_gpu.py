@@ -12,7 +12,7 @@ import torch.nn.functional as F
 pytest.importorskip("megatron.core")
 
 from megatron_multiverse.config import EngineConfig, ModelConfig, SamplingParams
-from megatron_multiverse.inference import Engine, Request
+from megatron_multiverse.inference import Engine, Request, drawn_from
 from megatron_multiverse.kernels.fused_linear import linear, linear_add, linear_swiglu, norm
 from megatron_multiverse.kernels.greedy import greedy, greedy_reference
 from megatron_multiverse.kernels.kv_write import write_kv, write_kv_reference
@@ -24,6 +24,7 @@ from tests.unit.inference import toy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 BF16 = torch.bfloat16
+DEVICE = "cuda"
 SHAPE = {
     "num_layers": 3, "hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 8, "num_query_groups": 2,
     "kv_channels": 64, "max_sequence_length": 4096,
@@ -130,6 +131,67 @@ def test_random_trees_by_graphs_equal_one_forward(overlap, page_size, group, mon
     assert toy.largest_difference(model, sampler, requests, results, logprob_atol=1e-3) < 1e-3
     toy.assert_drained(engine)
     engine.runner.close()
+
+
+def answers_of_random_trees(model, count, *, blocks=None, most_paths=5, **settings):
+    """(sampler, requests, results) of so many scripted answers, served at once by graphs; `blocks` 0: plain text."""
+    scripts, requests = [], []
+    for k in range(count):
+        rng = random.Random(k)
+        depth, each = rng.choice([(1, 2), (1, 1), (2, 1)])
+        each = each if blocks is None else blocks
+        scripts.append(toy.random_script(rng, depth=depth, blocks=each, most_paths=most_paths, text=8 if each else 60))
+        requests.append(toy.ask(toy.random_prompt(rng), max_tokens=3000, sample=k))
+    sampler = toy.ScriptedSampler(scripts)
+    engine = toy.toy_engine(model, page_size=16, num_pages=8000, sampler=sampler, max_position=10**9, **settings)
+    results = engine.generate(requests)
+    toy.assert_drained(engine)
+    engine.runner.close()
+    return sampler, requests, results, engine.runner.graphs
+
+
+def test_large_steps_by_graphs_equal_one_forward(monkeypatch):
+    """More rows than 128, as many requests that fork have."""
+    monkeypatch.setattr(toy, "OVERLAP", True)
+    config = ModelConfig(**SHAPE | {"vocab_size": toy.VOCAB_SIZE})
+    model = build_gpt_model(config, dtype=torch.float32, device="cuda", seed=0).eval()
+    sampler, requests, results, graphs = answers_of_random_trees(model, 90, max_rows=256)
+    assert {kind.size for kind in graphs.graphs} & {192, 256}
+    assert toy.largest_difference(model, sampler, requests, results, logprob_atol=1e-3) < 1e-3
+
+
+def test_random_trees_in_bf16_are_as_close_to_one_forward_as_plain_text_is():
+    """Rounding makes any two ways to cut a text into passes differ: tokens one by one, and all at once. 120 trees may
+    not differ more than 120 plain texts do, and choose the same tokens wherever nothing is as close as that."""
+    config = ModelConfig(**SHAPE | {"vocab_size": toy.VOCAB_SIZE})
+    model = build_gpt_model(config, dtype=BF16, device=DEVICE, seed=1).eval()
+    pairs = {}
+    for blocks in (0, None):
+        sampler, requests, results, _ = answers_of_random_trees(model, 120, blocks=blocks)
+        pairs[blocks] = logits_in_pairs(model, sampler, requests, results)
+    noise = largest(*pairs[0])
+    print(f"largest difference of logits: plain text {noise:.4f}, trees {largest(*pairs[None]):.4f}")
+    got, want = pairs[None]
+    assert len(got) > 2000 and largest(got, want) < 1.5 * noise
+    best = want.topk(2).values
+    clear = best[:, 0] - best[:, 1] > noise
+    assert clear.float().mean() > 0.5 and torch.equal(got.argmax(1)[clear], want.argmax(1)[clear])
+
+
+def logits_in_pairs(model, sampler, requests, results):
+    """(of the engine's steps, of one forward over each answer), [draws, vocab] each."""
+    got, want = [], []
+    for request, result in zip(requests, results, strict=True):
+        reference = toy.forward_logits(model, request.prompt_ids, result)
+        for drawn, before in drawn_from(result, sample=request.sample).items():
+            if drawn in sampler.logits:
+                got.append(sampler.logits[drawn].float())
+                want.append(reference[len(request.prompt_ids) + before].float())
+    return torch.stack(got), torch.stack(want)
+
+
+def largest(got, want):
+    return float((got - want).abs().max())
 
 
 @pytest.mark.parametrize("family", [qwen2, qwen3])

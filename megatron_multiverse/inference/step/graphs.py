@@ -24,12 +24,15 @@ from megatron_multiverse.inference.step.forward import KVStore, PagedForward, St
 from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, choose, pack
 from megatron_multiverse.kernels.device import processors
-from megatron_multiverse.kernels.tree_decode import DeviceWork, Work, divide_work, most_parts
+from megatron_multiverse.kernels.tree_decode import LONGEST_LISTED, DeviceWork, Work, divide_work, most_parts
 
 logger = logging.getLogger(__name__)
 
-SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Tokens of the graphs; a step takes the next larger one."""
+MOST_MIXED = 128
+"""Tokens of a step beyond which a row that brings more than `LONGEST_LISTED` of them keeps it from being a graph: call
+by call, flash attention reads its keys less often."""
 MOST_PAGES = 4096
 """Pages per token that the page table of a graph has room for; steps that need more run without a graph."""
 
@@ -75,6 +78,8 @@ class StepGraphs:
         if size is None or len(plan.write_slots) > _writes(size):
             return None
         if plan.pages.size > size * MOST_PAGES:
+            return None
+        if n > MOST_MIXED and np.diff(plan.borders).max() > LONGEST_LISTED:
             return None
         work = divide_work(
             plan.pages,

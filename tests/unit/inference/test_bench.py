@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import bench_host_step
+from benchmarks.engine_soak import Soak, SoakConfig
+from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference.bench import BenchConfig, measure
+from megatron_multiverse.inference.bench_blocks import excess, fit_law, work_for
 
 
 @pytest.mark.parametrize("prepare", [None, bench_host_step.rectangles, bench_host_step.work_list])
@@ -32,3 +35,67 @@ def test_prompts_decode_and_fork_are_timed():
     assert prompt["case"] == "prompt, 20 tokens" and prompt["ms"] > 0
     assert decode["tokens_per_second"] == pytest.approx(2 / decode["ms_per_step"] * 1e3)
     assert fork["ms_per_step"] > 0 and fork["speedup"] > 0
+
+
+def test_what_blocks_cost_and_save_is_counted():
+    config = BenchConfig(
+        model_preset="tiny",
+        dtype="float32",
+        parts=("joint", "speedup"),
+        batch=(2,),
+        context=20,
+        fork_prefix=30,
+        fork_branches=3,
+        fork_tokens=12,
+        num_parallel=(1.0, 2.0),
+        answer_tokens=60,
+        repeats=1,
+    )
+    joint, in_turn, plain, forked, law = measure(config)
+    assert 0 < joint["copied_tokens"] <= joint["most_copied_tokens"] == 11 * 16
+    assert in_turn["more_steps"] == 0, "in turn neither fork nor join costs a step"
+    assert joint["fed_again_tokens"] == 0
+    assert plain["num_parallel"] == plain["speedup"] == 1.0 and plain["tokens"] == pytest.approx(60)
+    assert forked["num_parallel"] == pytest.approx(2, rel=0.15) and forked["speedup"] > 0
+    assert law["a"] + law["b"] == pytest.approx(plain["ms_per_token"])
+
+
+@pytest.mark.parametrize("num_parallel", [1.2, 1.5, 2.0, 4.0])
+def test_the_work_has_the_parallelism_asked_for(num_parallel):
+    work = work_for(num_parallel, 600)
+    tokens = work.branches * work.path_tokens + work.text_tokens
+    assert tokens == pytest.approx(600, abs=2)
+    assert tokens / (work.path_tokens + work.text_tokens) == pytest.approx(num_parallel, rel=0.02)
+
+
+def test_the_law_and_the_excess_are_found_again():
+    rows = [{"num_parallel": x, "ms_per_token": 15.43 / x + 0.6} for x in (1, 1.5, 4)]
+    assert fit_law(rows) == pytest.approx((15.43, 0.6))
+    inside = [False] * 40 + [True] * 40 + [False] * 40
+    times = [2.0 if x else 1.0 for x in inside]
+    assert excess(times, inside) == 0
+    times[41] += 3.0
+    times[80] += 0.5
+    times[60] += 9.0  # far from both
+    assert excess(times, inside) == pytest.approx(3.5)
+
+
+def test_the_soak_checks_every_answer():
+    config = SoakConfig(seconds=2, batch=8, rows=12, model_preset="tiny", cache=0.2, cancelled=0.2)
+    soak = Soak(config)
+    report = soak.run()
+    assert report["answers"] >= 8 and report["forks"] > 0 and report["missing_pages"] == 0
+    assert report["logprob_off"] < 1e-4
+
+    soak = Soak(config)
+    original = soak.check
+    soak.check = lambda result: original(_with_another_token(result))  # type: ignore[method-assign]
+    with pytest.raises(GenerationError, match="a wrong token"):
+        soak.run()
+
+
+def _with_another_token(result):
+    """One drawn word exchanged for another."""
+    index = max(k for k, (token, drawn) in enumerate(zip(result.token_ids, result.sampled, strict=True)) if drawn)
+    result.token_ids[index] = 100 + (result.token_ids[index] + 1) % 300
+    return result

@@ -177,6 +177,7 @@ def test_metrics_tell_of_answers_branches_and_refusals(server: Running) -> None:
     assert value("multiverse_engine_up") == 1 and value("multiverse_requests_running") == 0
     assert value("multiverse_cache_pages_free ") == value("multiverse_cache_pages ") == server.engine.book.num_pages
     assert value("multiverse_engine_graph_steps ") == 0, "there are none on a CPU"
+    assert 0 < value("multiverse_cache_copied_tokens ") == server.engine.copied_tokens
 
 
 def test_the_dashboard_asks_for_metrics_that_exist(server: Running) -> None:
