@@ -16,6 +16,7 @@ from training_rows import MOST_CHAINS, MOST_VARIABLES, Kind, text_of
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.inference import Engine, Request, Result
+from megatron_multiverse.structure import measure, parse
 
 Mode = Literal["parallel", "one branch at a time", "plain"]
 TIMED_STEPS = 4
@@ -59,24 +60,33 @@ class Answerer:
             folder, dtype=torch.bfloat16 if is_gpu else torch.float32, device="cuda" if is_gpu else "cpu"
         )
         self.size = size
-        rows = 512 if is_gpu else 64
+        rows = 1024 if is_gpu else 64
         self.engine = Engine(
             model.eval(),
             self.tokenizer.structure_vocab,
-            EngineConfig(num_pages=(256 if is_gpu else 32) * rows, max_rows=rows, prefix_cache=False),
+            EngineConfig(num_pages=(128 if is_gpu else 32) * rows, max_rows=rows, prefix_cache=False),
             vocab_size=self.tokenizer.vocab_size,
         )
 
     def request(self, problem: Problem, mode: Mode) -> Request:
-        """What is asked of the engine."""
+        """What is asked of the engine. An answer that grows far beyond the right one is wrong already: it is ended."""
         sampling = SamplingParams(
             max_tokens=self.size.max_tokens,
-            max_critical_tokens=self.size.max_critical_tokens,
+            max_critical_tokens=self.steps_of_right_answer(problem) * 5 // 4 + 64,
             max_depth=None if self.kind == "multiverse" else 0,
             max_concurrent_branches=1 if mode == "one branch at a time" else None,
         )
         text = problem.prompt + REQUESTS[text_of(self.kind)]
         return Request(prompt_ids=self.tokenizer.tokenize(text), sampling=sampling)
+
+    def steps_of_right_answer(self, problem: Problem) -> int:
+        """Tokens on the longest chain of the right answer, as this kind of model writes it."""
+        ids = self.tokenizer.tokenize(problem.response(text_of(self.kind)))
+        return (
+            measure(parse(ids, self.tokenizer.structure_vocab)).critical_tokens
+            if self.kind == "multiverse"
+            else len(ids)
+        )
 
     def answer(self, problems: Sequence[Problem], mode: Mode) -> tuple[list[Result], float]:
         """All problems together, greedily; the answers, and the seconds that they took."""
@@ -91,10 +101,25 @@ class Answerer:
 
 
 def accuracy(answerer: Answerer, sets: dict[str, list[Problem]]) -> dict[str, Any]:
-    """For each set, lists over its problems: right, tokens, critical tokens, decode steps, malformed."""
+    """For each set, lists over its problems: right, tokens, critical tokens, decode steps, malformed.
+
+    All sets are one batch, the longest answers first, so that few steps are left with few rows.
+    """
     found = {}
+    asked = sorted(
+        (
+            (answerer.steps_of_right_answer(problem), name, problem)
+            for name, problems in sets.items()
+            for problem in problems
+        ),
+        key=lambda one: -one[0],
+    )
+    answers, _ = answerer.answer(
+        [problem for _, _, problem in asked], "plain" if answerer.kind == "plain" else "parallel"
+    )
+    result_of = {id(problem): result for (_, _, problem), result in zip(asked, answers, strict=True)}
     for name, problems in sets.items():
-        results, _ = answerer.answer(problems, "plain" if answerer.kind == "plain" else "parallel")
+        results = [result_of[id(problem)] for problem in problems]
         found[name] = {
             "right": [int(answerer.is_right(*pair)) for pair in zip(problems, results, strict=True)],
             "tokens": [len(result.token_ids) for result in results],
@@ -105,8 +130,8 @@ def accuracy(answerer: Answerer, sets: dict[str, list[Problem]]) -> dict[str, An
     return found
 
 
-def wall_clock(answerers: dict[Mode, Answerer], size: Size) -> dict[str, Any]:
-    """Seconds of answers alone over the number of chains, and of batches; the modes take turns at every case."""
+def time_alone(answerers: dict[Mode, Answerer], size: Size) -> dict[str, Any]:
+    """Seconds of one answer at a time, over the number of chains; the modes take turns at every problem."""
     alone: dict[str, list[dict[str, Any]]] = {mode: [] for mode in answerers}
     for chains in (2, 3, 4, 6, 8):
         for mode, answerer in answerers.items():
@@ -115,6 +140,12 @@ def wall_clock(answerers: dict[Mode, Answerer], size: Size) -> dict[str, Any]:
             for mode, answerer in answerers.items():
                 (result,), seconds = answerer.answer([problem], mode)
                 alone[mode].append(_row(answerer, [problem], [result], seconds) | {"chains": chains})
+    return alone
+
+
+def time_batches(answerers: dict[Mode, Answerer], size: Size) -> dict[str, Any]:
+    """Seconds of batches of answers with as many chains as were trained; the better of two times, for the first one
+    may compile kernels and record graphs."""
     batched: dict[str, list[dict[str, Any]]] = {mode: [] for mode in answerers}
     for batch in size.batches:
         problems = timed_problems(MOST_CHAINS, batch)
@@ -122,7 +153,7 @@ def wall_clock(answerers: dict[Mode, Answerer], size: Size) -> dict[str, Any]:
             times = [answerer.answer(problems, mode) for _ in range(2)]
             results, seconds = min(times, key=lambda one: one[1])
             batched[mode].append(_row(answerer, problems, results, seconds) | {"batch": batch})
-    return {"alone": alone, "batched": batched}
+    return batched
 
 
 def _row(answerer: Answerer, problems: list[Problem], results: list[Result], seconds: float) -> dict[str, Any]:

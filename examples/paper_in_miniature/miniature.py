@@ -38,6 +38,10 @@ class MiniatureOptions:
     """Folder for models, training states and results."""
     minutes: float = 8.0
     """Time for the part that trains: then the runs under way are stopped with their state saved."""
+    runs_per_gpu: int = 2
+    """Runs at the same time on each GPU. So small a model leaves it idle between its kernels."""
+    attention_backend: str = "auto"
+    """Of training, as in `config/layers.py`."""
     smoke: bool = False
     """The three kinds at a size that a CPU does in a minute; the figures mean nothing then."""
 
@@ -65,7 +69,8 @@ def main() -> None:
 
 
 def train_all(options: MiniatureOptions) -> bool:
-    """Train what is missing, one process on each GPU (or one on the CPU); returns whether nothing is missing now.
+    """Train what is missing, `runs_per_gpu` processes on each GPU (or one on the CPU); returns whether nothing is
+    missing now.
 
     Raises:
         ConfigError: there is no such run.
@@ -78,19 +83,20 @@ def train_all(options: MiniatureOptions) -> bool:
         raise ConfigError(f"--runs {unknown}: known are {', '.join(runs())}")
     names = options.runs or list(runs())[: 3 if options.smoke else None]
     waiting = [name for name in names if not (options.output / "results" / f"{name}.json").exists()]
-    devices = max(1, torch.cuda.device_count())
+    gpus = max(1, torch.cuda.device_count())
+    places = gpus * options.runs_per_gpu if torch.cuda.is_available() else 1
     deadline = time.monotonic() + 60 * options.minutes
     running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
     ended: dict[str, int] = {}
     is_late = False
     while running or (waiting and not is_late):
-        for device in range(devices):
-            if device not in running and waiting and not is_late:
+        for place in range(places):
+            if place not in running and waiting and not is_late:
                 name = waiting.pop(0)
-                running[device] = name, start_run(options, name, device, devices)
-        for device, (name, process) in list(running.items()):
+                running[place] = name, start_run(options, name, place % gpus, places)
+        for place, (name, process) in list(running.items()):
             if process.poll() is not None:
-                del running[device]
+                del running[place]
                 ended[name] = process.returncode
                 logger.info("%s ended with exit code %d", name, process.returncode)
         if not is_late and time.monotonic() > deadline:
@@ -110,12 +116,13 @@ def train_all(options: MiniatureOptions) -> bool:
     return not missing
 
 
-def start_run(options: MiniatureOptions, name: str, device: int, devices: int) -> subprocess.Popen[bytes]:
-    """Start one run in a process of its own, on one GPU; what it prints goes into results/NAME.log."""
+def start_run(options: MiniatureOptions, name: str, device: int, places: int) -> subprocess.Popen[bytes]:
+    """Start one of `places` runs in a process of its own, on one GPU; what it prints goes into results/NAME.log."""
     cores = len(os.sched_getaffinity(0))
-    workers = 0 if options.smoke else max(1, min(14, cores // devices - 2))
+    workers = 0 if options.smoke else max(1, min(4, cores // places - 1))
     command = [sys.executable, str(HERE / "one_run.py"), "--name", name, "--output", str(options.output)]
-    command += ["--workers", str(workers), *(["--smoke"] if options.smoke else [])]
+    command += ["--workers", str(workers), "--attention-backend", options.attention_backend]
+    command += ["--smoke"] if options.smoke else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if "CUDA_VISIBLE_DEVICES" in environment:
         environment["CUDA_VISIBLE_DEVICES"] = environment["CUDA_VISIBLE_DEVICES"].split(",")[device]
@@ -127,24 +134,32 @@ def start_run(options: MiniatureOptions, name: str, device: int, devices: int) -
 
 
 def time_all(options: MiniatureOptions) -> None:
-    """Wall clock of the first seed's Multiverse and plain models, if it is not there yet."""
-    target = options.output / "results" / "wall_clock.json"
-    if target.exists():
-        return
+    """Wall clock of the first seed's Multiverse and plain models, as far as it is not there yet.
+
+    Raises:
+        TrainingError: these models are not trained yet.
+    """
     import torch
-    from answers import Answerer, Mode, wall_clock
+    from answers import Answerer, Mode, time_alone, time_batches
     from settings import FULL, SMOKE
 
     from megatron_multiverse.files import write_json_atomic
 
+    parts = {"alone": time_alone, "batched": time_batches}
+    missing = [name for name in parts if not (options.output / "results" / f"{name}.json").exists()]
+    if not missing:
+        return
+    untrained = [name for name in ("multiverse-0", "plain-0") if not (options.output / "models" / name).exists()]
+    if untrained:
+        raise TrainingError(f"the wall clock needs {' and '.join(untrained)}: train first, with --part train")
     size = SMOKE if options.smoke else FULL
     multiverse = Answerer(options.output / "models" / "multiverse-0", "multiverse", size)
     plain = Answerer(options.output / "models" / "plain-0", "plain", size)
     answerers: dict[Mode, Answerer] = {"parallel": multiverse, "one branch at a time": multiverse, "plain": plain}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    write_json_atomic(
-        target, {"device": device, "torch": torch.__version__, **wall_clock(answerers, size)}, indent=None
-    )
+    for name in missing:
+        report = {"device": device, "torch": torch.__version__, "modes": parts[name](answerers, size)}
+        write_json_atomic(options.output / "results" / f"{name}.json", report, indent=None)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -34,6 +35,8 @@ class OneRunOptions:
     """The small size."""
     workers: int = 2
     """Processes that make training rows."""
+    attention_backend: str = "auto"
+    """As in `config/layers.py`."""
 
 
 def main() -> None:
@@ -46,6 +49,7 @@ def main() -> None:
     weights = options.output / "models" / options.name
     if not weights.exists():
         train_one(options, size, rows, weights, metrics)
+    started = time.monotonic()
     sets = accuracy(Answerer(weights, rows.kind, size), problem_sets(size.problems))
     report = {
         "run": options.name,
@@ -56,6 +60,7 @@ def main() -> None:
         **read_metrics(metrics),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
+        "evaluation_s": round(time.monotonic() - started, 1),
         "sets": sets,
     }
     write_json_atomic(results / f"{options.name}.json", report, indent=None)
@@ -70,7 +75,7 @@ def train_one(options: OneRunOptions, size: settings.Size, rows: RowConfig, weig
         SystemExit: a signal stopped it; the training state stays.
     """
     folder = options.output / "training" / options.name
-    config, loader = settings.training(size, rows, folder, options.workers)
+    config, loader = settings.training(size, rows, folder, options.workers, options.attention_backend)
     trained = train(config, loader)
     if trained.model_folder is None:
         raise SystemExit(STOPPED)

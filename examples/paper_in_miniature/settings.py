@@ -40,9 +40,8 @@ class Size:
     batches: tuple[int, ...]
     """Answers at once."""
     max_tokens: int
-    """Of an answer, all branches together. Each level of nesting halves what a path may write."""
-    max_critical_tokens: int
-    """Of the longest chain of an answer: what stops a model that does not end."""
+    """Of an answer, all branches together. Each level of nesting halves what a path may write. What stops a model that
+    does not end is the length of the right answer, see `answers.Answerer.request`."""
 
 
 def _model(layers: int, hidden: int, ffn: int, heads: int, groups: int, channels: int) -> ModelConfig:
@@ -61,16 +60,15 @@ def _model(layers: int, hidden: int, ffn: int, heads: int, groups: int, channels
 
 FULL = Size(
     model=_model(8, 384, 1024, 6, 2, 64),
-    seq_length=2048,
-    rows=24,
-    train_iters=2000,
+    seq_length=4096,
+    rows=8,
+    train_iters=4000,
     lr=1.5e-3,
     dtype="bf16",
     problems=200,
-    latency_problems=10,
+    latency_problems=6,
     batches=(1, 2, 4, 8, 16, 32, 64, 128),
     max_tokens=16000,
-    max_critical_tokens=4200,
 )
 SMOKE = Size(
     model=_model(2, 64, 128, 2, 1, 32),
@@ -83,7 +81,6 @@ SMOKE = Size(
     latency_problems=1,
     batches=(1, 2),
     max_tokens=96,
-    max_critical_tokens=48,
 )
 
 
@@ -105,7 +102,9 @@ def tokenizer() -> MultiverseTokenizer:
     return build_tokenizer("HuggingFaceTokenizer", str(TOKENIZER))
 
 
-def training(size: Size, rows: RowConfig, folder: Path, num_workers: int) -> tuple[TrainConfig, MiniLoader]:
+def training(
+    size: Size, rows: RowConfig, folder: Path, num_workers: int, attention_backend: str = "auto"
+) -> tuple[TrainConfig, MiniLoader]:
     """Configuration and data of one run; all kinds take the same number of steps over rows of the same length."""
     config = TrainConfig(
         model=size.model,
@@ -123,7 +122,7 @@ def training(size: Size, rows: RowConfig, folder: Path, num_workers: int) -> tup
             lr_warmup_iters=size.train_iters // 20 + 1,
             weight_decay=0.05,
         ),
-        layers=LayerConfig(attention_backend="dense", transformer_impl="local"),
+        layers=LayerConfig(attention_backend=attention_backend, transformer_impl="local"),  # type: ignore[arg-type]
         checkpoint=CheckpointConfig(save=str(folder), save_interval=0),
         log=LogConfig(log_interval=max(1, size.train_iters // 40)),
         train_iters=size.train_iters,

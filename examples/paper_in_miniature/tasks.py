@@ -144,8 +144,11 @@ Problem = Arithmetic | Satisfiability
 
 
 def spell(clauses: tuple[Clause, ...]) -> str:
-    """Clauses as text, e.g. ``A-BC,-AD``; an empty clause is ``!``."""
-    return ",".join("".join(("" if wanted else "-") + name for name, wanted in clause) or "!" for clause in clauses)
+    """Clauses as text, e.g. ``A-BC,-AD``; ``!`` if one of them is empty, so that nothing satisfies them, ``.`` if none
+    is left."""
+    if () in clauses:
+        return "!"
+    return ",".join("".join(("" if wanted else "-") + name for name, wanted in clause) for clause in clauses) or "."
 
 
 def assign(clauses: tuple[Clause, ...], name: str, value: bool) -> tuple[Clause, ...]:
@@ -172,13 +175,16 @@ def _verdict(clauses: tuple[Clause, ...]) -> str:
 
 
 def _split(clauses: tuple[Clause, ...]) -> Block:
-    """A block with a path for each value of the first variable; both search to the end."""
+    """A block with a path for each value of the first variable; both search to the end.
+
+    A path begins with its case, as the lines of the plain text do, so that it can be read without its outline.
+    """
     name = clauses[0][0][0]
     paths = []
     for value in (False, True):
         left = assign(clauses, name, value)
         is_leaf = not left or () in left
-        paths.append((spell(left) or ".", _verdict(left) if is_leaf else _split(left)))
+        paths.append((f"{name}{int(value)}: {spell(left)}", _verdict(left) if is_leaf else _split(left)))
     return Block((f"{name}0", f"{name}1"), tuple(paths), _verdict(clauses))
 
 
@@ -187,7 +193,7 @@ def _search_lines(clauses: tuple[Clause, ...], assigned: str) -> Iterator[str]:
     name = clauses[0][0][0]
     for value in (False, True):
         case, left = f"{assigned}{name}{int(value)}", assign(clauses, name, value)
-        yield f"{case}: {spell(left) or '.'}"
+        yield f"{case}: {spell(left)}"
         if left and () not in left:
             yield from _search_lines(left, case)
         yield f"{case}: {_verdict(left)}"

@@ -21,6 +21,9 @@ from megatron_multiverse.grading import stated_answer
 from megatron_multiverse.inference import Request, build_engine
 from megatron_multiverse.model.device import choose_device
 
+WARM_UP = 20
+"""Answers before any is timed: kernels are compiled, and graphs of the usual numbers of branches recorded."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
@@ -60,7 +63,7 @@ def answer_all(options: CompareOptions) -> dict[str, list[dict[str, Any]]]:
             device=choose_device(options.device),
         )
     rows: dict[str, list[dict[str, Any]]] = {str(folder): [] for folder in options.models}
-    for number, problem in enumerate([problems[0], *problems]):  # the first one only warms up
+    for number, problem in enumerate([*problems[:WARM_UP], *problems]):
         sampling = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=number)
         for folder, engine in engines.items():
             ids = tokenizers[folder].tokenize(problem["prompt"])
@@ -68,7 +71,7 @@ def answer_all(options: CompareOptions) -> dict[str, list[dict[str, Any]]]:
             (result,) = engine.generate([Request(prompt_ids=ids, sampling=sampling)])
             seconds = time.perf_counter() - started
             stated = stated_answer(tokenizers[folder].detokenize(result.token_ids)) or ""
-            if number:
+            if number >= WARM_UP:
                 rows[str(folder)].append(
                     {
                         "family": problem["family"],

@@ -188,12 +188,7 @@ class Rollouts:
     ) -> bool:
         """Add the groups of some prompts; False if that was left off."""
         started, size = time.perf_counter(), self.config.rollout.group_size
-        seed = self.config.seed << 32  # every prompt of every run has noise of its own
-        requests = [
-            Request(prompt_ids=prompt.ids, sampling=dataclasses.replace(self._sampling, seed=seed + number))
-            for number, prompt in asked
-        ]
-        results = self._answer(requests, is_stopping)
+        results = self._answer([self.request(number, prompt) for number, prompt in asked], is_stopping)
         if results is None:
             return False
         drawn = time.perf_counter()
@@ -202,6 +197,11 @@ class Rollouts:
         batch.rollout_s += drawn - started
         batch.reward_s += time.perf_counter() - drawn
         return True
+
+    def request(self, number: int, prompt: Prompt) -> Request:
+        """What is asked of the engine for the prompt of this number: a group of answers, with noise of its own."""
+        seed = (self.config.seed << 32) + number
+        return Request(prompt_ids=prompt.ids, sampling=dataclasses.replace(self._sampling, seed=seed))
 
     def _answer(self, requests: Sequence[Request], is_stopping: Callable[[], bool]) -> list[Result] | None:
         """All answers, in the order of the requests; None if that was left off. The ranks that follow the first one of
