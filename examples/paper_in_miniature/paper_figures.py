@@ -30,20 +30,29 @@ def fit_latency(rows: list[Any]) -> tuple[float, float] | None:
     return float(slope), float(offset)
 
 
-def draw_speed(clock: Mapping[str, Any], path: Path) -> None:
+def right_in_all(alone: Mapping[str, list[Any]]) -> dict[int, dict[str, list[Any]]]:
+    """Number of chains -> mode -> rows of the problems that every mode answered right. The others are no measure: a
+    wrong answer ends at any length."""
+    rows = zip(*alone.values(), strict=True)
+    kept = [dict(zip(alone, row, strict=True)) for row in rows if all(one["right"] for one in row)]
+    chains = sorted({row["chains"] for row in alone["parallel"]})
+    return {k: {mode: [row[mode] for row in kept if row[mode]["chains"] == k] for mode in alone} for k in chains}
+
+
+def draw_speed(alone: Mapping[str, Any], batched: Mapping[str, Any], path: Path) -> None:
     """Net speedup over the number of paths; milliseconds of a token over # parallel; speedup over the batch."""
     figure, ((net, latency, batch),) = grid(1, 3, width=15.0, row_height=4.4)
-    _draw_net(net, clock["alone"])
-    _draw_latency(latency, clock["alone"]["parallel"])
-    _draw_batch(batch, clock["batched"])
+    _draw_net(net, right_in_all(alone))
+    _draw_latency(latency, alone["parallel"])
+    _draw_batch(batch, batched)
     save(figure, path)
 
 
-def _draw_net(axis: Axes, alone: Mapping[str, list[Any]]) -> None:
-    paths = sorted({row["chains"] for row in alone["parallel"]})
+def _draw_net(axis: Axes, right: Mapping[int, Mapping[str, list[Any]]]) -> None:
+    paths = [chains for chains, rows in right.items() if rows["parallel"]]
 
     def seconds(mode: str) -> np.ndarray[Any, Any]:
-        return np.array([mean(row["seconds"] for row in alone[mode] if row["chains"] == k) for k in paths])
+        return np.array([mean(row["seconds"] for row in right[k][mode]) for k in paths])
 
     axis.plot(paths, seconds("plain") / seconds("parallel"), "o-", color=COLORS["multiverse"], label="net: over plain")
     serial = seconds("one branch at a time") / seconds("parallel")
@@ -80,6 +89,8 @@ def _draw_batch(axis: Axes, batched: Mapping[str, list[Any]]) -> None:
     )
     serial = seconds("one branch at a time") / seconds("parallel")
     axis.plot(batches, serial, "s--", color=DEPTH_COLORS[0], label="over the same text, branch after branch")
+    shape = [row["tokens"] / max(row["critical"], 1) for row in batched["parallel"]]
+    axis.plot(batches, shape, ":", color=DEPTH_COLORS[0], label="paper: # parallel, whatever the batch")
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_xscale("log", base=2)
     axis.set(title="wall clock of a batch, four paths each", xlabel="answers at once", ylabel="speedup")

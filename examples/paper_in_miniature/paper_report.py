@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from paper_figures import draw_accuracy, draw_lengths, draw_speed
+from paper_figures import draw_accuracy, draw_lengths, draw_speed, right_in_all
 
 HERE = Path(__file__).parent
 KINDS = ("plain", "tagged", "multiverse")
@@ -65,9 +65,10 @@ def mend_table(results: Results) -> list[str]:
 
 
 def alone_table(results: Results) -> list[str]:
-    """Wall clock of answers one at a time."""
+    """Wall clock of answers one at a time, over the problems that all modes answered right."""
     lines = _header(
         "paths",
+        "right in all modes",
         "# parallel",
         "ms, plain",
         "ms, one branch at a time",
@@ -75,22 +76,36 @@ def alone_table(results: Results) -> list[str]:
         "net speedup",
         "over branches",
     )
-    for chains, rows in _by(results["wall_clock"]["alone"], "chains").items():
+    modes = results["alone"]["modes"]
+    for chains, rows in right_in_all(modes).items():
+        count = f"{len(rows['parallel'])} of {sum(row['chains'] == chains for row in modes['parallel'])}"
+        if not rows["parallel"]:
+            lines.append(_row(chains, count, *["-"] * 6))
+            continue
         seconds = {mode: mean(row["seconds"] for row in found) for mode, found in rows.items()}
         shape = sum(row["tokens"] for row in rows["parallel"]) / sum(row["critical"] for row in rows["parallel"])
         plain, serial, parallel = (seconds[mode] for mode in ("plain", "one branch at a time", "parallel"))
         cells = (f"{1000 * value:.0f}" for value in (plain, serial, parallel))
-        lines.append(_row(chains, f"{shape:.2f}", *cells, f"{plain / parallel:.2f}", f"{serial / parallel:.2f}"))
+        lines.append(_row(chains, count, f"{shape:.2f}", *cells, f"{plain / parallel:.2f}", f"{serial / parallel:.2f}"))
     return lines
 
 
 def batch_table(results: Results) -> list[str]:
     """Net speedup over the number of answers at once."""
-    lines = _header("answers at once", "ms, plain", "ms, in parallel", "net speedup", "over branches")
-    for batch, rows in _by(results["wall_clock"]["batched"], "batch").items():
-        plain, serial, parallel = (rows[mode][0]["seconds"] for mode in ("plain", "one branch at a time", "parallel"))
-        cells = (f"{1000 * value:.0f}" for value in (plain, parallel))
-        lines.append(_row(batch, *cells, f"{plain / parallel:.2f}", f"{serial / parallel:.2f}"))
+    lines = _header(
+        "answers at once",
+        "right, plain",
+        "right, in parallel",
+        "ms, plain",
+        "ms, in parallel",
+        "net speedup",
+        "over branches",
+    )
+    modes = results["batched"]["modes"]
+    for rows in zip(*(modes[mode] for mode in ("plain", "one branch at a time", "parallel")), strict=True):
+        plain, serial, parallel = (row["seconds"] for row in rows)
+        cells = (*(row["right"] for row in rows[::2]), *(f"{1000 * value:.0f}" for value in (plain, parallel)))
+        lines.append(_row(rows[0]["batch"], *cells, f"{plain / parallel:.2f}", f"{serial / parallel:.2f}"))
     return lines
 
 
@@ -133,6 +148,10 @@ def training_table(results: Results) -> list[str]:
         if "steps" in run:
             sizes = (f"{run[key]:,}" for key in ("parameters", "steps", "tokens"))
             lines.append(_row(name, *sizes, f"{run['loss']:.4f}", f"{run['tokens_per_s']:,}", run["device"]))
+    from settings import runs  # needs torch, which the other tables do not
+
+    if missing := [name for name in runs() if name not in results]:
+        lines += ["", f"Not run yet: {', '.join(missing)}."]
     return lines
 
 
@@ -141,8 +160,8 @@ TABLES: dict[str, tuple[Callable[[Results], list[str]], tuple[str, ...]]] = {
     "depth": (depth_table, ("lengths",)),
     "accuracy": (accuracy_table, ("multiverse-0",)),
     "mend": (mend_table, ("multiverse-0",)),
-    "alone": (alone_table, ("wall_clock",)),
-    "batch": (batch_table, ("wall_clock",)),
+    "alone": (alone_table, ("alone",)),
+    "batch": (batch_table, ("batched",)),
     "search": (search_table, ("multiverse-0", "plain-0")),
     "training": (training_table, ("multiverse-0",)),
 }
@@ -184,8 +203,8 @@ def draw(results: Results, folder: Path) -> None:
         draw_accuracy(results, folder / "accuracy.png")
     if "lengths" in results:
         draw_lengths(results["lengths"], folder / "lengths.png")
-    if "wall_clock" in results:
-        draw_speed(results["wall_clock"], folder / "speed.png")
+    if "alone" in results and "batched" in results:
+        draw_speed(results["alone"]["modes"], results["batched"]["modes"], folder / "speed.png")
 
 
 def _header(*cells: str) -> list[str]:
@@ -200,12 +219,6 @@ def _title(name: str) -> str:
     task, number = name.split("-")
     trained = 4  # MOST_CHAINS and MOST_VARIABLES of training_rows.py, which needs torch
     return f"{number} {task}" + (", more than trained" if int(number) > trained else "")
-
-
-def _by(rows: Mapping[str, list[Any]], key: str) -> dict[int, dict[str, list[Any]]]:
-    """Value of `key` -> mode -> its rows."""
-    values = sorted({row[key] for row in rows["parallel"]})
-    return {value: {mode: [row for row in rows[mode] if row[key] == value] for mode in rows} for value in values}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,9 +80,9 @@ def test_labels_are_shifted_as_a_whole() -> None:
 @pytest.mark.parametrize("name", list(runs()))
 def test_rows_are_reproducible_and_laid_out_for_their_kind(name: str) -> None:
     maker = RowMaker(runs()[name], tokenizer())
-    batch, again = maker.batch(3, 4, 2048), maker.batch(3, 4, 2048)
+    batch, again = maker.batch(3, 4, 4096), maker.batch(3, 4, 4096)
     assert all(np.array_equal(batch[key], again[key]) for key in batch)
-    assert batch["input_ids"].shape == (4, 2048) and (batch["input_ids"] == maker.tokenizer.pad).mean() < 0.25
+    assert batch["input_ids"].shape == (4, 4096) and (batch["input_ids"] == maker.tokenizer.pad).mean() < 0.15
     row = {key: array[0] for key, array in batch.items()}
     # Rows that are read one token after the other count on; branches begin again after the goal.
     steps = np.diff(row["position_ids"])
@@ -156,11 +156,13 @@ def test_tables_and_figures_come_from_results(tmp_path: Path) -> None:
     row = {"seconds": 0.2, "tokens": 30, "critical": 10, "right": 1, "chains": 4, "batch": 1}
     modes = {"parallel": [row], "one branch at a time": [row | {"seconds": 0.8}], "plain": [row | {"seconds": 0.5}]}
     contents = dict.fromkeys(("multiverse-0", "multiverse-1", "plain-0", "counted"), run)
-    for name, content in {**contents, "wall_clock": {"alone": modes, "batched": modes}}.items():
+    for name, content in {**contents, "alone": {"modes": modes}, "batched": {"modes": modes}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     results = read_results(tmp_path)
     made = tables(results)
-    assert "| 4 | 3.00 | 500 | 800 | 200 | 2.50 | 4.00 |" in made["alone"]
+    assert "| 4 | 1 of 1 | 3.00 | 500 | 800 | 200 | 2.50 | 4.00 |" in made["alone"]
+    assert "| 1 | 1 | 1 | 500 | 200 | 2.50 | 4.00 |" in made["batch"]
+    assert "Not run yet: tagged-0, names, " in made["training"]
     assert "| 8 chains, more than trained | 50.0 | 50.0 ± 0.0 |" in made["accuracy"]
     assert (
         filled("a\n<!-- batch -->\nold\n<!-- end -->\nb", results)
