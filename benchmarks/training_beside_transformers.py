@@ -30,17 +30,17 @@ from torch import Tensor, nn
 from benchmarks.kernels.cases import TAG_IDS
 from benchmarks.kernels.record import Recorder
 from benchmarks.training_input import input_costs
-from benchmarks.training_layouts import RESULTS, WARM_UP, PackedRows, run_config, shape_of
+from benchmarks.training_layouts import RESULTS, WARM_UP, run_config, shape_of
 from benchmarks.training_layouts import Options as LayoutOptions
-from megatron_multiverse.checkpoints.formats.hf_config import model_config_to_hf
+from benchmarks.training_rows import PackedRows
+from benchmarks.transformers_way import masked_loss, transformers_model
 from megatron_multiverse.checkpoints.fresh import FreshSource
 from megatron_multiverse.checkpoints.load import model_from_source
-from megatron_multiverse.checkpoints.names.rules import split
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import ModelConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.model.attention import LayoutParams
-from megatron_multiverse.model.device import choose_device, to_device
+from megatron_multiverse.model.device import choose_device
 from megatron_multiverse.training.flops import training_flops
 from megatron_multiverse.training.forward import precision
 from megatron_multiverse.training.microbatches import Microbatch
@@ -149,21 +149,16 @@ def ours(o: Options, tokens: int, rows: PackedRows, *, recompute: str | None = N
 def theirs(o: Options, tokens: int, rows: PackedRows) -> Train:
     """transformers' model with a dense mask and gradient checkpointing, and our optimizer's settings."""
     config, device = o.run(tokens, None), choose_device("auto")
-    model = transformers_model(config.model, device)
+    assert config.model is not None
+    model = transformers_model(config.model, SEED, device)
     optimizer = build_optimizer(model, config.optim)
 
     def step(microbatches: Sequence[Microbatch]) -> Tensor:
         count, total = sum(int(batch["loss_mask"].sum()) for batch in microbatches), torch.zeros((), device=device)
         for batch in microbatches:
-            ids, labels, trained, position_ids, r = (
-                to_device(batch[name], device) for name in ("input_ids", "labels", "loss_mask", "position_ids", "r")
-            )
-            labels = labels.masked_fill(trained == 0, -100)
             with precision(o.dtype, device):
-                mask = {"full_attention": dense_mask(r, torch.bfloat16 if o.dtype == "bf16" else torch.float32)}
-                settings = {"labels": labels, "shift_labels": labels, "num_items_in_batch": count, "use_cache": False}
-                loss = model(ids, attention_mask=mask, position_ids=position_ids, **settings).loss
-            loss.backward()
+                loss = masked_loss(model, batch, device, o.dtype, count)
+            loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         clip_gradients(model.parameters(), config.optim.clip_grad)
         optimizer.step()
@@ -171,33 +166,6 @@ def theirs(o: Options, tokens: int, rows: PackedRows) -> Train:
         return total
 
     return step
-
-
-def transformers_model(shape: ModelConfig | None, device: torch.device) -> nn.Module:
-    """transformers' class of a shape, with the weights of `FreshSource`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    make: Any = AutoModelForCausalLM.from_config
-    assert shape is not None
-    source = FreshSource(shape, SEED, device)
-    values = model_config_to_hf(shape, source.family, dtype="float32")
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    with torch.device(device):
-        model: Any = make(config, attn_implementation="sdpa", dtype=torch.float32)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for entry in source.entries():
-            for (name, _), part in zip(entry.hf, split(entry, source.read(entry), shape), strict=True):
-                parameters[name].copy_(part)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()  # type: ignore[no-any-return]
-
-
-def dense_mask(r: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores [b, 1, s, s] for labels r [b, s]: 0 where the key is seen, -inf elsewhere."""
-    index = torch.arange(r.shape[1], device=r.device)
-    hidden = (index[None] > index[:, None]) | (r[:, None] > r[:, :, None])
-    return torch.zeros(hidden.shape, dtype=dtype, device=r.device).masked_fill_(hidden, -torch.inf)[:, None]
 
 
 RUNNERS: dict[str, Callable[[Options, int, PackedRows], Train]] = {
@@ -252,7 +220,7 @@ def compare(o: Options, tokens: int, names: list[str], recorder: Recorder | None
     for name in names:
         rows = PackedRows(o.case, tokens, TAG_IDS[0], 0, 1)
         pairs = int(LayoutParams.from_labels(next(iter(rows))["r"]).num_visible_pairs())
-        rows.load_state_dict({"number": 0})
+        rows.load_state_dict({"rows": 0})
         found = measure(o, name, tokens, iter(rows), rows)
         first = first or found
         case = {"runner": name, "tokens": tokens, "case": o.case, "model": f"{o.model}, {o.num_layers} layers"}

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.record import Recorder
-from benchmarks.training_layouts import RESULTS, WARM_UP, Measured, PackedRows, measure, shape_of
+from benchmarks.training_layouts import RESULTS, WARM_UP, Measured, measure, shape_of
 from benchmarks.training_layouts import Options as LayoutOptions
+from benchmarks.training_rows import PackedRows
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.parallel.ranks import Ranks

@@ -2,8 +2,14 @@
 
 Full-width layers of a published model, as many as fit, on packed rows with the statistics of the data. Every layout
 trains from the same weights on the same rows, so their losses must agree; a layout whose losses do not is not recorded.
+What the authors of Multiverse train with can stand beside them, see `RIVALS` in transformers_way.py.
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.training_layouts
+    torchrun --standalone --nproc-per-node 4 --max-restarts 3 -m benchmarks.training_layouts \
+      --num-layers 28 --recompute auto --layouts "['TP4+SP', 'TP2xCP2+SP', 'transformers, dense mask, FSDP2']"
+
+A layout that runs out of memory ends all ranks. With --max-restarts torchrun starts them again, this is recorded, and
+the other layouts go on.
 
 Without GPUs `--tiny` runs the same over gloo with a model of a few thousand parameters and records nothing.
 """
@@ -18,25 +24,26 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.kernels.cases import TAG_IDS, WORD, make_ids
+from benchmarks.attempts import Attempts
+from benchmarks.kernels.cases import TAG_IDS
 from benchmarks.kernels.record import Recorder
+from benchmarks.training_rows import PackedRows
+from benchmarks.transformers_way import RIVALS
 from megatron_multiverse.cli import parse_options, run_tool
-from megatron_multiverse.config import ModelConfig, TrainConfig
+from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.kernels.structure_scan import structure_scan_reference
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.parallel.ranks import Ranks, joined_ranks
 from megatron_multiverse.training.flops import training_flops
-from megatron_multiverse.training.microbatches import Microbatch
+from megatron_multiverse.training.memory import GIB, least_recompute
 from megatron_multiverse.training.start import joined_groups
 from megatron_multiverse.training.trainer import build_engine
 
@@ -45,6 +52,8 @@ WARM_UP = 3
 """Steps that are not timed: kernels are compiled and buffers made."""
 TOLERANCE = {"bf16": 1e-2, "float32": 1e-4}
 """Largest relative difference of a loss from the first layout's."""
+NOT_COUNTED_GIB = 5.0
+"""What the estimate of memory does not count; see training/memory.py."""
 _TP, _PP, _CP = (f"{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
 
 
@@ -53,11 +62,13 @@ class Options:
     """What to measure."""
 
     layouts: list[str] = field(default_factory=list)
-    """Names of the layouts, see `layouts`; default all for this number of ranks."""
+    """Names of the layouts, see `layouts`, or of RIVALS; default all layouts for this number of ranks."""
     model: str = "qwen2.5-7b"
     """A published shape; model/families.py lists them."""
     num_layers: int = 4
     """Layers of it: as many as fit beside the optimizer of the layout that needs most (data parallelism)."""
+    vocab_size: int | None = None
+    """Rows of the vocabulary; default the published number. The logits of rows above 32K tokens take most of a GPU."""
     tokens: int = 32768
     """Tokens of a packed row."""
     case: str = "packed"
@@ -66,10 +77,13 @@ class Options:
     """Rows of a step, over all ranks."""
     steps: int = 10
     """Steps of each layout; the first three are not timed."""
+    seconds: float | None = None
+    """Most seconds of a layout's timed steps, at least one of which is done; default as many as `steps` take."""
     dtype: str = "bf16"
     """bf16 or float32."""
     recompute: str | None = None
-    """selective (the MLPs) or full; default none."""
+    """selective (the MLPs), full, or auto: the fewest whole layers that let a layout fit into this GPU's memory by the
+    estimate of --dry-run; default none."""
     tiny: bool = False
     """A model and rows for a test without a GPU."""
     output: str | None = None
@@ -89,67 +103,17 @@ def layouts(world: int) -> dict[str, dict[str, Any]]:
         f"PP{world} interleaved": {_PP: world, "virtual_pipeline_model_parallel_size": 2},
         f"DP{world}": {},
     }
+    if world % 2 == 0 and world > 2:
+        half = world // 2
+        parallel |= {
+            f"TP{half}xCP2+SP": {_TP: half, "sequence_parallel": True, _CP: 2},
+            f"TP{half}xDP2+SP": {_TP: half, "sequence_parallel": True},
+            f"TP{half}xPP2+SP": {_TP: half, "sequence_parallel": True, _PP: 2},
+        }
     zero: dict[str, dict[str, Any]] = {f"ZeRO-3 DP{world}": {}, f"ZeRO-3 CP{world}": {_CP: world}}
     return {name: {"engine": "megatron", "parallel": sizes} for name, sizes in parallel.items()} | {
         name: {"engine": "deepspeed", "parallel": sizes} for name, sizes in zero.items()
     }
-
-
-class PackedRows:
-    """A `Loader` of rows of one structure with random words: microbatch number n depends on n alone.
-
-    Args:
-        case: name of the structure.
-        tokens: length of a row.
-        words: ids of words lie below.
-        rank: data parallel rank.
-        size: data parallel size.
-    """
-
-    tag_ids: tuple[int, ...] = TAG_IDS
-
-    def __init__(self, case: str, tokens: int, words: int, rank: int, size: int) -> None:
-        self._ids, documents = make_ids(case, tokens + 1)  # one more, for the last label
-        self._documents = documents.clamp(max=tokens)
-        scan = structure_scan_reference(self._ids[:, :-1], self._documents, torch.tensor(TAG_IDS))
-        self._position_ids, self._r = scan.position_ids, scan.r
-        self._words, self._rank, self._size, self._number = words, rank, size, 0
-
-    def __iter__(self) -> Iterator[Microbatch]:
-        while True:
-            generator = torch.Generator().manual_seed(self._number * self._size + self._rank)
-            self._number += 1
-            ids = torch.where(self._ids == WORD, self.draw_words(generator), self._ids)
-            yield {
-                "input_ids": ids[:, :-1],
-                "labels": ids[:, 1:],
-                "loss_mask": (self._ids[:, 1:] == WORD).float(),
-                "position_ids": self._position_ids,
-                "r": self._r,
-                "documents": self._documents,
-                "sample_ids": torch.zeros(self._documents.shape[:2], dtype=torch.int64),
-                "malformed": torch.zeros(self._documents.shape[:2], dtype=torch.bool),
-            }
-
-    def draw_words(self, generator: torch.Generator) -> Tensor:
-        """A word for every token of a row, int64 [1, tokens + 1]."""
-        return torch.randint(0, self._words, self._ids.shape, generator=generator)
-
-    def sample_name(self, sample_id: int) -> str:
-        """All rows have the same structure."""
-        return "the row of the benchmark"
-
-    def sample_problem(self, sample_id: int) -> str | None:
-        """It has none."""
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many microbatches were handed out."""
-        return {"number": self._number}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue there."""
-        self._number = state["number"]
 
 
 @dataclass
@@ -176,12 +140,12 @@ def shape_of(o: Options) -> ModelConfig:
             model, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, kv_channels=16,
             vocab_size=2048,
         )  # fmt: skip
-    return model
+    return dataclasses.replace(model, vocab_size=o.vocab_size or model.vocab_size)
 
 
 def run_config(o: Options, model: ModelConfig, layout: dict[str, Any]) -> TrainConfig:
     """A training run in one layout; nothing is read from its paths."""
-    recompute = {"recompute_granularity": o.recompute} if o.recompute else {}
+    recompute = {"recompute_granularity": o.recompute} if o.recompute not in (None, "auto") else {}
     return TrainConfig.from_dict(
         {
             "model": dataclasses.asdict(model),
@@ -198,10 +162,28 @@ def run_config(o: Options, model: ModelConfig, layout: dict[str, Any]) -> TrainC
     )  # fmt: skip
 
 
+def planned(o: Options, model: ModelConfig, layout: dict[str, Any]) -> dict[str, Any]:
+    """A layout with the recompute that lets it fit. Before there are process groups, since the estimate makes its own.
+
+    Where nothing fits by the estimate, all layers are recomputed.
+    """
+    if o.recompute != "auto" or not torch.cuda.is_available():  # recompute needs CUDA
+        return layout
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    gpu = torch.cuda.get_device_properties().total_memory / GIB
+    layers = least_recompute(run_config(o, model, layout), model, gpu - NOT_COUNTED_GIB)
+    return layout | {"layers": dataclasses.asdict(layers or LayerConfig(recompute_granularity="full"))}
+
+
 def measure(
-    o: Options, model: ModelConfig, layout: dict[str, Any], ranks: Ranks, rows: type[PackedRows] = PackedRows
+    o: Options,
+    model: ModelConfig,
+    layout: dict[str, Any],
+    ranks: Ranks,
+    rows: type[PackedRows] = PackedRows,
+    build: Callable[[TrainConfig, PackedRows], Any] | None = None,
 ) -> Measured:
-    """Train so many steps in one layout, on rows of this kind."""
+    """Train so many steps in one layout, on rows of this kind, by this repository's engine or by what `build` makes."""
     config = run_config(o, model, layout)
     config.parallel.check_model(model)
     with joined_groups(config):
@@ -209,7 +191,7 @@ def measure(
 
         size = config.parallel.data_parallel_size
         loader = rows(o.case, o.tokens, TAG_IDS[0], data_parallel_rank(), size)
-        engine = build_engine(config, model, loader, None)
+        engine = build(config, loader) if build else build_engine(config, model, loader, None)
         on_gpu = engine.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -222,6 +204,8 @@ def measure(
                 if on_gpu:
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - started)
+                if o.seconds is not None and ranks.any(sum(times[WARM_UP:]) > o.seconds):
+                    break
         memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
         return Measured(
             losses=[float(result.loss) for result in results],
@@ -233,19 +217,36 @@ def measure(
         )
 
 
-def row(o: Options, name: str, model: ModelConfig, world: int, found: Measured, difference: float) -> dict[str, Any]:
-    """What is recorded of a layout."""
-    tflops = training_flops(model, found.tokens, found.pairs) / found.seconds / 1e12
+def case_of(o: Options, name: str, layout: dict[str, Any], world: int) -> dict[str, Any]:
+    """What tells a record from the others."""
+    vocabulary = "" if o.vocab_size is None else f", vocabulary of {o.vocab_size}"
     return {
         "layout": name,
         "gpus": world,
-        "model": f"{o.model}, {model.num_layers} layers",
+        "model": f"{o.model}, {o.num_layers} layers{vocabulary}",
         "rows": f"{o.rows} x {o.tokens} {o.case}",
-        "recompute": o.recompute or "none",
+        "recompute": "full" if name in RIVALS else recompute_of(o, layout.get("layers", {})),
+    }
+
+
+def recompute_of(o: Options, layers: dict[str, Any]) -> str:
+    """Which activations a layout computes again, in words."""
+    if o.recompute != "auto":
+        return o.recompute or "none"
+    if layers.get("recompute_method") != "block":
+        return layers.get("recompute_granularity") or "none"
+    return f"full, first {layers['recompute_num_layers']} layers of a stage"
+
+
+def numbers(model: ModelConfig, world: int, found: Measured, difference: float) -> dict[str, Any]:
+    """What is recorded of a layout that ran."""
+    tflops = training_flops(model, found.tokens, found.pairs) / found.seconds / 1e12
+    return {
         "s_per_step": found.seconds,
         "tokens_per_s_per_gpu": found.tokens / found.seconds / world,
         "mfu_visible": None if found.peak_tflops is None else tflops / found.peak_tflops,
         "peak_gib": found.memory_gib,
+        "steps": len(found.losses),
         "first_loss": found.losses[0],
         "last_loss": found.losses[-1],
         "loss_difference": difference,
@@ -254,7 +255,8 @@ def row(o: Options, name: str, model: ModelConfig, world: int, found: Measured, 
 
 def chosen(o: Options, world: int) -> dict[str, dict[str, Any]]:
     """The layouts to measure. Raises ConfigError for names that there are not."""
-    known = layouts(world)
+    rivals = {name: {"engine": "megatron", "parallel": {}} for name in RIVALS}
+    known = layouts(world) | rivals
     if unknown := [name for name in o.layouts if name not in known]:
         raise ConfigError(f"layouts {unknown} unknown for {world} ranks, allowed: {', '.join(known)}")
     if o.steps <= WARM_UP:
@@ -262,7 +264,7 @@ def chosen(o: Options, world: int) -> dict[str, dict[str, Any]]:
     runs_zero = importlib.util.find_spec("deepspeed") is not None
     if not runs_zero and not o.layouts:
         print("without the layouts of ZeRO: the package deepspeed is not installed", file=sys.stderr)
-    usable = [name for name, layout in known.items() if runs_zero or layout["engine"] != "deepspeed"]
+    usable = [name for name, layout in layouts(world).items() if runs_zero or layout["engine"] != "deepspeed"]
     return {name: known[name] for name in o.layouts or usable}
 
 
@@ -270,7 +272,10 @@ def main() -> None:
     """Measure every layout, one after the other."""
     o = parse_options(Options)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    wanted, model = chosen(o, world), shape_of(o)
+    model = shape_of(o)
+    wanted = {
+        name: layout if name in RIVALS else planned(o, model, layout) for name, layout in chosen(o, world).items()
+    }
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("megatron").setLevel(logging.WARNING)
     with joined_ranks(world) as ranks:
@@ -280,16 +285,27 @@ def main() -> None:
             key = ("layout", "gpus", "model", "rows", "recompute")
             output = o.output or str(RESULTS)
             recorder = Recorder("training_layouts", output, o.commit, key=key, command=command)
-        first: list[float] = []
+        attempts, first = Attempts(ranks), list[float]()
         for name, layout in wanted.items():
-            found = measure(o, model, layout, ranks)
+            case = case_of(o, name, layout, world)
+            if (earlier := attempts.outcome(name)) is not None:
+                first = first or (earlier["losses"] if isinstance(earlier, dict) else [])
+                if ranks.is_first and isinstance(earlier, str):
+                    report(o, recorder, case | {"result": earlier})
+                continue
+            with attempts.part(name) as noted:
+                make = RIVALS.get(name)
+                build = None if make is None else lambda config, rows, make=make: make(config, model)
+                found = measure(o, model, layout, ranks, build=build)
+                noted["losses"] = found.losses
             first = first or found.losses
-            difference = max(abs(a - b) / b for a, b in zip(found.losses, first, strict=True))
+            difference = max(abs(a - b) / b for a, b in zip(found.losses, first, strict=False))
             if ranks.is_first:
-                report(o, recorder, row(o, name, model, world, found, difference))
+                report(o, recorder, case | numbers(model, world, found, difference))
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        attempts.forget()
         if recorder is not None:
             recorder.table(
                 "Training steps (forward, backward, optimizer) of one model from the same weights on the same rows, in "
@@ -300,7 +316,7 @@ def main() -> None:
 
 def report(o: Options, recorder: Recorder | None, values: dict[str, Any]) -> None:
     """Record a layout, or print it where nothing is recorded."""
-    if values["loss_difference"] > TOLERANCE[o.dtype]:
+    if values.get("loss_difference", 0.0) > TOLERANCE[o.dtype]:
         print(f"NOT RECORDED, its losses are others: {values}", flush=True)
     elif recorder is None:
         print(values, flush=True)

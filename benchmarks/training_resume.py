@@ -30,8 +30,9 @@ from safetensors import safe_open
 
 from benchmarks.kernels.cases import TAG_IDS
 from benchmarks.kernels.record import Recorder
-from benchmarks.training_layouts import RESULTS, PackedRows, layouts, run_config, shape_of
+from benchmarks.training_layouts import RESULTS, layouts, run_config, shape_of
 from benchmarks.training_layouts import Options as LayoutOptions
+from benchmarks.training_rows import PackedRows
 from megatron_multiverse.checkpoints.run_files import METRICS_FILE, MODEL_FOLDER
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import TrainConfig

@@ -177,7 +177,8 @@ def _connect(timeout: timedelta, url: str, world_size: int) -> tuple[Any, int]:
         torch.cuda.set_device(local)
     rank = int(os.environ["RANK"])
     store, _, _ = next(rendezvous(url, rank, world_size, timeout=timeout))
-    return store, rank
+    # torchrun --max-restarts starts new processes beside the same store, in which the dead ones left their addresses.
+    return PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), rank
 
 
 @contextlib.contextmanager

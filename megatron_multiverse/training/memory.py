@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import distributed
 
-from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig, pad_vocab_size
+from megatron_multiverse.config import LayerConfig, ModelConfig, ParallelConfig, TrainConfig, pad_vocab_size
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.mcore import set_parallel_sizes
 from megatron_multiverse.training.deepspeed_settings import deepspeed_config
@@ -75,10 +76,32 @@ def estimate(config: TrainConfig, model: ModelConfig) -> list[StageMemory]:
     return [_stage(config, model, stage) for stage in range(stages)]
 
 
+def least_recompute(config: TrainConfig, model: ModelConfig, gib: float) -> LayerConfig | None:
+    """`config.layers` with the fewest recomputed layers that the estimate lets fit, or None if none do.
+
+    Whole layers are recomputed, the first ones of each chunk (recompute_method block): for each GiB that this saves it
+    costs less time than recomputing the MLPs of all layers, whose products are seven eighths of a layer's.
+
+    Args:
+        config: the run; its own recompute does not count.
+        model: shape of the model.
+        gib: memory of a GPU, less what the estimate does not count.
+    """
+    modules = LayerConfig().recompute_modules
+    for number in range(chunk_layers(config, model) + 1):
+        how = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": number}
+        if number == 0:
+            how = {"recompute_granularity": None, "recompute_method": "uniform", "recompute_num_layers": 1}
+        layers = dataclasses.replace(config.layers, recompute_modules=modules, **how)  # type: ignore[arg-type]
+        stages = estimate(dataclasses.replace(config, layers=layers), model)
+        if max(stage.total for stage in stages) <= gib * GIB:
+            return layers
+    return None
+
+
 def _stage(config: TrainConfig, model: ModelConfig, stage: int) -> StageMemory:
     parallel = config.parallel
-    with _pretended_ranks(config, stage):
-        parameters, layers = _parameters(config, model)
+    parameters, layers = _parameters(parallel, parallel.world_size, model, stage)
     state = state_bytes(config)
     weights, gradients, optimizer, host = (
         parameters * size // ranks for size, ranks in (state.weights, state.gradients, state.optimizer, state.host)
@@ -129,11 +152,10 @@ def gathered(config: TrainConfig, parameters: int) -> list[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def _pretended_ranks(config: TrainConfig, stage: int) -> Iterator[None]:
+def _pretended_ranks(parallel: ParallelConfig, stage: int) -> Iterator[None]:
     """Process groups of as many ranks as the run has, seen from the first one of a stage; nothing is ever sent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    parallel = config.parallel
     world, stages = parallel.world_size, parallel.pipeline_model_parallel_size
     distributed.init_process_group("fake", store=FakeStore(), rank=stage * (world // stages), world_size=world)
     try:
@@ -148,25 +170,34 @@ def _pretended_ranks(config: TrainConfig, stage: int) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def _parameters(config: TrainConfig, model: ModelConfig) -> tuple[int, int]:
-    """Parameters and layers of this rank, all its chunks together."""
-    parallel = config.parallel
+@functools.cache
+def _parameters(parallel: ParallelConfig, world: int, model: ModelConfig, stage: int) -> tuple[int, int]:
+    """Parameters and layers of a rank of this stage, all its chunks together. Building takes a second, so what came out
+    is remembered; `world` is the number of ranks, which `parallel` reads from the environment."""
     shape = dataclasses.replace(model, vocab_size=pad_vocab_size(model.vocab_size, parallel.tensor_model_parallel_size))
     parameters = layers = 0
     virtual = parallel.virtual_pipeline_model_parallel_size
-    for number in range(virtual):
-        with torch.device("meta"):
+    with _pretended_ranks(parallel, stage), torch.device("meta"):
+        for number in range(virtual):
             chunk = build_gpt_model(
                 shape,
                 device="meta",
                 initialize=False,
-                layers=LayerConfig(transformer_impl="local"),  # the same weights as TransformerEngine's, built anywhere
-                sequence_parallel=parallel.sequence_parallel,
+                # The weights of TransformerEngine's layers, built anywhere. Sequence parallelism changes none of them,
+                # but would leave CPU states in megatron-core's tracker of CUDA's generators, which real models share.
+                layers=LayerConfig(transformer_impl="local"),
                 vp_stage=number if virtual > 1 else None,
             )
-        parameters += sum(parameter.numel() for parameter in chunk.parameters())
-        layers += len(chunk.decoder.layers)
+            parameters += sum(parameter.numel() for parameter in chunk.parameters())
+            layers += len(chunk.decoder.layers)
     return parameters, layers
+
+
+def chunk_layers(config: TrainConfig, model: ModelConfig) -> int:
+    """Transformer layers of each chunk of the model."""
+    parallel = config.parallel
+    chunks = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
+    return model.num_layers // chunks
 
 
 def tokens_of(config: TrainConfig) -> int:
@@ -175,29 +206,34 @@ def tokens_of(config: TrainConfig) -> int:
 
 
 def kept_per_token(config: TrainConfig, model: ModelConfig) -> int:
-    """Bytes that a layer keeps of each token for the backward pass (TransformerEngine's layers).
+    """Bytes that a layer keeps of each token for the backward pass (TransformerEngine's layers), the mean of a chunk.
 
     h: width of the residual stream, q and kv: of all query and key heads, f: of the MLP, t: tensor parallel ranks.
     Input and output of both norms: 4 h, shared by the ranks with sequence parallelism. Queries, keys, values and the
     output of attention: (2 q + 2 kv) / t. Gate and up projection and their product: 3 f / t. Full recompute keeps the
-    input alone, selective recompute of the MLP leaves out its part.
+    input alone (method block: of the first layers of a chunk), selective recompute of the MLP leaves out its part.
     """
     parallel, layers = config.parallel, config.layers
     width = 2 if config.dtype == "bf16" else 4
     tp = parallel.tensor_model_parallel_size
     shared = tp if parallel.sequence_parallel else 1
-    if layers.recompute_granularity == "full":
-        return width * model.hidden_size // shared
     queries, keys = (n * model.kv_channels for n in (model.num_attention_heads, model.num_query_groups))
     kept = 4 * model.hidden_size // shared + (2 * queries + 2 * keys) // tp
-    return width * (kept if layers.recomputes("mlp") else kept + 3 * model.ffn_hidden_size // tp)
+    if not layers.recomputes("mlp"):
+        kept += 3 * model.ffn_hidden_size // tp
+    if layers.recompute_granularity == "full":
+        every, is_block = chunk_layers(config, model), layers.recompute_method == "block"
+        recomputed = min(every, layers.recompute_num_layers) if is_block else every
+        kept = (recomputed * (model.hidden_size // shared) + (every - recomputed) * kept) // every
+    return width * kept
 
 
 def logits_per_token(config: TrainConfig, model: ModelConfig) -> int:
-    """Bytes of the output layer for each token: logits, their float32 softmax and their gradient."""
+    """Bytes of the output layer for each token: the float32 softmax, and beside it first the logits, then their
+    gradient."""
     rows = pad_vocab_size(model.vocab_size, config.parallel.tensor_model_parallel_size)
     width = 2 if config.dtype == "bf16" else 4
-    return rows // config.parallel.tensor_model_parallel_size * (width + 4 + width)
+    return rows // config.parallel.tensor_model_parallel_size * (width + 4)
 
 
 def layers_in_flight(config: TrainConfig, layers: int, stage: int) -> int:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,27 @@ def test_ranks_end_together_and_the_one_that_failed_says_why() -> None:
     assert all(process.returncode for process in processes), outputs
     assert "Traceback" in outputs[1][1] and "ValueError: a fault of rank 1" in outputs[1][1]
     assert "rank 0 ends, because another one failed: rank 1: ValueError" in outputs[0][1]
+
+
+RESTARTED = """
+import os
+from megatron_multiverse.parallel.ranks import joined_ranks
+with joined_ranks(2) as ranks:
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and ranks.rank == 1:
+        raise ValueError("a fault of the first start")
+    assert ranks.sum([ranks.rank, 1]) == [1, 2]
+"""
+
+
+def test_torchrun_can_start_ranks_again(tmp_path: Path) -> None:
+    """What the processes of the first start left in the store is not read by those of the second one."""
+    (tmp_path / "restarted.py").write_text(RESTARTED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "--max-restarts", "1", str(tmp_path / "restarted.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "ValueError: a fault of the first start" in done.stderr
 
 
 def together() -> list[object]:
