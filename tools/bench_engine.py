@@ -29,11 +29,13 @@ def main() -> None:
     from megatron_multiverse.inference.build import engine_ranks
 
     config = parse_options(BenchConfig)
-    with engine_ranks(config.tensor_model_parallel_size, 1) as ranks:
-        rows = list(measure(config))
-    if config.output is not None and ranks.is_first:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        config.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    with engine_ranks(config.tensor_model_parallel_size, 1):
+        rows = []
+        for row in measure(config):  # on the first rank alone
+            rows.append(row)
+            if config.output is not None:  # at once: a run that is cut short keeps what it has
+                config.output.parent.mkdir(parents=True, exist_ok=True)
+                config.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FP8 = torch.float8_e4m3fn
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of the last dimension of x with a learned scale, computed in float32 or better."""
@@ -17,6 +19,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = F.rms_norm(wide, (x.shape[-1],), None, eps).to(x.dtype)
     return normed * weight.to(x.dtype)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [out, in] in FP8 (e4m3, 448 at most) and float32 scales [out], one for each row.
+
+    The scales are powers of two, so that what the numbers stand for is exact in every wider format: a model in FP8 is
+    the model whose weights are rounded so, and nothing else of it changes.
+    """
+    most = weight.abs().amax(1).float().clamp(min=1e-30)
+    scale = torch.exp2(torch.ceil(torch.log2(most / torch.finfo(FP8).max)))
+    return (weight.float() / scale[:, None]).to(FP8), scale
+
+
+def dequantize_rows(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What the numbers of `quantize_rows` stand for; without a scale the weight as it is."""
+    return weight if scale is None else weight.to(dtype) * scale[:, None].to(dtype)
 
 
 def linear_swiglu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

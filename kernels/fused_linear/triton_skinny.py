@@ -28,10 +28,10 @@ def _prefetch(address):
 
 
 @triton.jit
-def _skinny_kernel(x, weight, bias, out, partial, arrived, rows, depth, width, x_row, out_row,
+def _skinny_kernel(x, weight, bias, scale, out, partial, arrived, rows, depth, width, x_row, out_row,
                    ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                   SWIGLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PREFETCH: tl.constexpr,
-                   PDL: tl.constexpr):  # fmt: skip
+                   SWIGLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+                   PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Program (i, j): the i-th BLOCK_OUT rows of the weights, all rows of x, the j-th of SPLITS stretches of the sum.
 
     With SWIGLU half of these rows belong to the gate and half to what it opens.
@@ -40,6 +40,7 @@ def _skinny_kernel(x, weight, bias, out, partial, arrived, rows, depth, width, x
         partial: float32 [SPLITS, ROWS, rows of weight].
         arrived: int32 [programs along i], zero; left zero.
         rows, depth, width: x is [rows, depth], out [rows, width].
+        scale: float32, one for each row of a weight in FP8, if SCALED.
         x_row, out_row: elements from one row to the next.
         PREFETCH: bytes of each weight row asked for before the wait.
     """
@@ -56,7 +57,8 @@ def _skinny_kernel(x, weight, bias, out, partial, arrived, rows, depth, width, x
     first = weight + weight_row.to(tl.int64)[:, None] * depth
     if PDL:
         if PREFETCH > 0:
-            lines = first + begin + tl.arange(0, PREFETCH // 128)[None, :] * 64
+            per_line: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+            lines = first + begin + tl.arange(0, PREFETCH // 128)[None, :] * per_line
             _prefetch(lines.to(tl.int64, bitcast=True))
         gdc_wait()
         gdc_launch_dependents()
@@ -66,7 +68,7 @@ def _skinny_kernel(x, weight, bias, out, partial, arrived, rows, depth, width, x
         inside = place < end
         w = tl.load(first + place[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
         part = tl.load(x + row[None, :] * x_row + place[:, None], mask=in_rows[None, :] & inside[:, None], other=0.0)
-        sums = tl.dot(w, part, sums)
+        sums = tl.dot(w.to(part.dtype), part, sums)
     last = True
     if SPLITS > 1:
         plane = ROWS * (2 * width if SWIGLU else width)
@@ -81,6 +83,8 @@ def _skinny_kernel(x, weight, bias, out, partial, arrived, rows, depth, width, x
                 sums += tl.load(mine + other * plane, mask=both, other=0.0, cache_modifier=".cg")
             tl.store(arrived + tile, 0)
     if last:
+        if SCALED:
+            sums *= tl.load(scale + weight_row, mask=in_width, other=0.0)[:, None]
         if BIAS:
             sums += tl.load(bias + weight_row, mask=in_width, other=0.0).to(tl.float32)[:, None]
         if SWIGLU:
@@ -103,12 +107,13 @@ def _counters(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _blocks(depth: int, width: int, swiglu: bool, lanes: int) -> dict[str, int]:
+def _blocks(depth: int, width: int, swiglu: bool, lanes: int, itemsize: int) -> dict[str, int]:
     """Tile sizes of a shape: those that make a whole decode step shortest (benchmarks/results/decode_tiles_h200.md).
 
     Args:
         depth, width, swiglu: see `skinny_linear`.
         lanes: rows of x, rounded up.
+        itemsize: bytes of a weight; tiles of FP8 are as many bytes, so twice as deep.
     """
     rows = width * (2 if swiglu else 1)
     splits = 1
@@ -129,6 +134,8 @@ def _blocks(depth: int, width: int, swiglu: bool, lanes: int) -> dict[str, int]:
         splits = max(1, min(depth // 512, round(230 / triton.cdiv(rows, tile[0]))))
         warps, stages = (8 if tile[0] == 64 and depth < 8192 else 4), 4 if tile[0] == 64 else 5
     sizes = dict(zip(("BLOCK_OUT", "BLOCK_K"), tile, strict=True))
+    if itemsize == 1:
+        sizes["BLOCK_K"] *= 2
     prefetch = 512 if depth < 2048 else 256
     return sizes | {"SPLITS": splits, "num_warps": warps, "num_stages": stages, "PREFETCH": prefetch}
 
@@ -139,6 +146,7 @@ def skinny_linear(
     *,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    scale: Tensor | None = None,
     swiglu: bool = False,
     pdl: bool = True,
     blocks: dict[str, int] | None = None,
@@ -147,9 +155,10 @@ def skinny_linear(
 
     Args:
         x: [n, in] with n up to MAX_ROWS, float16 or bfloat16, last axis contiguous.
-        weight: [out, in], contiguous, in x's dtype; [2 * out, in] with swiglu, the rows of the gate first.
+        weight: [out, in], contiguous, in x's dtype or FP8; [2 * out, in] with swiglu, the rows of the gate first.
         bias: one per row of weight, or None.
         residual: [n, out] to be added, overwritten by the result and returned, or None.
+        scale: float32, one per row of a weight in FP8.
         swiglu: silu(first half) * second half.
         pdl: start while the preceding kernel ends; False where there is no GPU.
         blocks: tile sizes, for benchmarks.
@@ -161,13 +170,14 @@ def skinny_linear(
     width = weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = x.new_empty(rows, width) if residual is None else residual
     lanes = max(16, triton.next_power_of_2(rows))
-    blocks = blocks or _blocks(depth, width, swiglu, lanes)
+    blocks = blocks or _blocks(depth, width, swiglu, lanes, weight.dtype.itemsize)
     splits = blocks["SPLITS"]
     partial = x.new_empty((splits, lanes, weight.shape[0]), dtype=torch.float32) if splits > 1 else out
     options = {"launch_pdl": True} if pdl else {}
     _skinny_kernel[(triton.cdiv(weight.shape[0], blocks["BLOCK_OUT"]), splits)](
-        x, weight, x if bias is None else bias, out, partial,
+        x, weight, x if bias is None else bias, x if scale is None else scale, out, partial,
         _counters(x.device), rows, depth, width, x.stride(0), out.stride(0), ROWS=lanes,
-        SWIGLU=swiglu, BIAS=bias is not None, RESIDUAL=residual is not None, PDL=pdl, **blocks, **options,
+        SWIGLU=swiglu, BIAS=bias is not None, RESIDUAL=residual is not None, SCALED=scale is not None, PDL=pdl,
+        **blocks, **options,
     )  # fmt: skip
     return out

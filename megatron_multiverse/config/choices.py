@@ -8,3 +8,5 @@ DType = Literal["float32", "bf16", "float64"]
 """Number formats to compute in; `dtypes.py` says what torch calls them."""
 TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"]
 """Megatron's names of the kinds of tokenizer."""
+Quantization = Literal["none", "fp8"]
+"""Formats of the weights that an engine multiplies by; none: the one they are loaded in."""

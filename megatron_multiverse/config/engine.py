@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_multiverse.config.choices import Quantization
 from megatron_multiverse.config.sampling import refuse_unless
 from megatron_multiverse.structure.tags import MAX_DEPTH
 
@@ -45,6 +46,10 @@ class EngineConfig:
     round_as_trained: bool = False
     """In half precision, round after each product, norm and gate as the layers of the trainer do, instead of once where
     a kernel does several of them: log-probabilities come closer to the trainer's, steps take a little longer."""
+    quantization: Quantization = "none"
+    """fp8: the weights of attention and MLP are rounded to eight bits, with a scale for each row, when the engine is
+    made, which halves what a step of up to 32 rows reads; activations and cache keep their format. More rows, and
+    prompts, take longer than without. One rank; the model serves engines alone then, and its weights stay."""
     debug: bool = False
     """Fill freed pages with NaN and check the page books after every step."""
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_multiverse.config import EngineConfig, LayerConfig, ModelConfig, SamplingParams
-from megatron_multiverse.config.choices import DType
+from megatron_multiverse.config.choices import DType, Quantization
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference.bench_blocks import fit_law, joint, silence_tags, speedup, work_for
@@ -66,6 +66,8 @@ class BenchConfig:
     """Measurements of each case; the median counts, all are printed."""
     cuda_graphs: bool = True
     """Replay small steps as CUDA graphs."""
+    quantization: Quantization = "none"
+    """fp8: weights of attention and MLP in eight bits."""
     page_size: int = 16
     """Tokens per page of the cache."""
     tensor_model_parallel_size: int = 1
@@ -281,6 +283,7 @@ def make_engine(
         max_rows=max(rows, 8),
         cuda_graphs=config.cuda_graphs,
         overlap=overlap,
+        quantization=config.quantization,
     )
     return Engine(model, VOCAB, engine, vocab_size=shape.vocab_size, max_position=1 << 20)
 
@@ -307,9 +310,9 @@ def step_bytes(shape: ModelConfig, config: BenchConfig, cached_tokens: int) -> i
     width = DTYPES[config.dtype].itemsize
     heads, groups, dim, hidden = shape.num_attention_heads, shape.num_query_groups, shape.kv_channels, shape.hidden_size
     layer = hidden * (heads + 2 * groups) * dim + heads * dim * hidden + 3 * hidden * shape.ffn_hidden_size
-    weights = shape.num_layers * layer + shape.vocab_size * hidden
+    products = shape.num_layers * layer * (1 if config.quantization == "fp8" else width)
     cached = 2 * shape.num_layers * groups * dim * cached_tokens
-    return width * (weights + cached) // config.tensor_model_parallel_size
+    return (products + width * (shape.vocab_size * hidden + cached)) // config.tensor_model_parallel_size
 
 
 def report(name: str, runs: list[float], size: int, copy: float, rows: int) -> dict[str, Any]:

@@ -89,6 +89,7 @@ class Engine:
             sampler=sampler,
             cuda_graphs=config.cuda_graphs,
             round_as_trained=config.round_as_trained,
+            quantization=config.quantization,
         )
         target = None if config.token_latency_target_ms is None else config.token_latency_target_ms / 1000
         self.scheduler = Scheduler(
@@ -163,8 +164,10 @@ class Engine:
             version: what the new weights are called in results.
 
         Raises:
-            GenerationError: called from within a step.
+            GenerationError: called from within a step, or the engine has quantised weights of its own.
         """
+        if self.config.quantization != "none":
+            raise GenerationError(f"weights in {self.config.quantization} cannot be exchanged: leave quantization out")
         with self._guard():
             self._land_early()  # what runs was launched before the change
             restart(self.scheduler)

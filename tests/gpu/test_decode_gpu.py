@@ -13,7 +13,14 @@ pytest.importorskip("megatron.core")
 
 from megatron_multiverse.config import EngineConfig, ModelConfig, SamplingParams
 from megatron_multiverse.inference import Engine, Request, drawn_from
-from megatron_multiverse.kernels.fused_linear import linear, linear_add, linear_swiglu, norm
+from megatron_multiverse.kernels.fused_linear import (
+    dequantize_rows,
+    linear,
+    linear_add,
+    linear_swiglu,
+    norm,
+    quantize_rows,
+)
 from megatron_multiverse.kernels.greedy import greedy, greedy_reference
 from megatron_multiverse.kernels.kv_write import write_kv, write_kv_reference
 from megatron_multiverse.kernels.rope import inverse_frequencies, rope_table
@@ -56,6 +63,25 @@ def test_products_equal_float64(rows, depth, width):
         kept = residual.clone()
         got = linear_add(x, weight[:width], kept, bias[:width])
         assert got.data_ptr() == kept.data_ptr() and relative(got, want) < 6e-3
+
+
+@pytest.mark.parametrize("rows", [1, 8, 17, 32, 40])
+@pytest.mark.parametrize(("depth", "width"), [(256, 384), (3584, 3584), (3584, 18944), (8960, 1536), (1536, 8960)])
+def test_products_of_weights_in_fp8_equal_float64(rows, depth, width):
+    generator = torch.Generator("cuda").manual_seed(rows + depth)
+    x, bias = (
+        torch.randn(*shape, device="cuda", generator=generator).to(BF16) for shape in ((rows, depth), (2 * width,))
+    )
+    wide = torch.randn(2 * width, depth, device="cuda", generator=generator) * depth**-0.5
+    weight, scale = quantize_rows(wide)
+    exact = dequantize_rows(weight, scale, torch.float64)
+    want = F.linear(x.double(), exact, bias.double())
+    assert relative(linear(x, weight, bias, scale), want) < 6e-3
+    gate, up = want.chunk(2, -1)
+    assert relative(linear_swiglu(x, weight, bias, scale), F.silu(gate) * up) < 9e-3
+    residual = torch.randn(rows, width, device="cuda", generator=generator).to(BF16)
+    want = residual.double() + F.linear(x.double(), exact[:width])
+    assert relative(linear_add(x, weight[:width], residual, None, scale[:width]), want) < 6e-3
 
 
 @pytest.mark.parametrize("norms", [False, True])

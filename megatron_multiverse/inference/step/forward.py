@@ -149,6 +149,14 @@ class KVStore:
 class _Linear:
     weight: Tensor
     bias: Tensor | None
+    scale: Tensor | None
+    """Of a weight in FP8."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, self.scale)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, scale=self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,14 +254,14 @@ class PagedForward:
             turn: see `sum_norm_push`. The last sum of a step has no norm and goes another way, so the turns alternate.
         """
         if self.round_as_trained:
-            product = self.ranks.sum(linear(x, into.weight))
+            product = self.ranks.sum(into.without_bias(x))
             total = residual.add_(product if into.bias is None else product + into.bias)
             return total, None if norm_weight is None else self._norm(total, norm_weight)
         first, small_sum = self.ranks.tensor_rank == 0, self.ranks.small_sum
-        bias = into.bias if first else None  # what is there once, one rank brings
         if norm_weight is not None and small_sum is not None and small_sum.takes_rows(len(x)):
-            return small_sum.add_norm(linear(x, into.weight, bias), residual, norm_weight, self.eps, turn=turn)
-        part = linear_add(x, into.weight, residual, bias) if first else linear(x, into.weight)
+            part = into(x) if first else into.without_bias(x)  # what is there once, one rank brings
+            return small_sum.add_norm(part, residual, norm_weight, self.eps, turn=turn)
+        part = linear_add(x, into.weight, residual, into.bias, into.scale) if first else into.without_bias(x)
         total = self.ranks.sum(part)
         return total, None if norm_weight is None else norm(total, norm_weight, self.eps)
 
@@ -262,12 +270,12 @@ class PagedForward:
 
     def _product(self, x: Tensor, by: _Linear) -> Tensor:
         if self.round_as_trained and by.bias is not None:
-            return linear(x, by.weight) + by.bias
-        return linear(x, by.weight, by.bias)
+            return by.without_bias(x) + by.bias
+        return by(x)
 
     def _swiglu(self, x: Tensor, by: _Linear) -> Tensor:
         if not self.round_as_trained:
-            return linear_swiglu(x, by.weight, by.bias)
+            return linear_swiglu(x, by.weight, by.bias, by.scale)
         gate, opened = self._product(x, by).chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * opened
 
@@ -292,7 +300,9 @@ def _layer(state: dict[str, Tensor], index: int) -> _Layer:
     prefix = f"decoder.layers.{index}."
 
     def weights(name: str) -> _Linear:
-        return _Linear(weight=state[f"{prefix}{name}.weight"], bias=state.get(f"{prefix}{name}.bias"))
+        weight, bias, scale = (state.get(f"{prefix}{name}.{part}") for part in ("weight", "bias", "weight_scale"))
+        assert weight is not None
+        return _Linear(weight=weight, bias=bias, scale=scale)
 
     return _Layer(
         index=index,

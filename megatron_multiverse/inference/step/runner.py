@@ -8,11 +8,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from megatron_multiverse.config.choices import Quantization
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference.step.forward import KVStore, PagedForward, StepTensors
 from megatron_multiverse.inference.step.graphs import StepGraphs
 from megatron_multiverse.inference.step.model_forward import ModelForward
 from megatron_multiverse.inference.step.model_ranks import ModelRanks, PlanChannel
 from megatron_multiverse.inference.step.plan import Floats, Ints, StepOutput, StepPlan
+from megatron_multiverse.inference.step.quantize import quantize_products
 from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler, choose, score
 from megatron_multiverse.kernels.tree_decode.prompt import MANY_KEYS
 
@@ -80,6 +83,10 @@ class Runner:
         sampler: draws tokens; by default `CounterSampler`.
         cuda_graphs: replay small steps as graphs where the model lives on a GPU.
         round_as_trained: see `EngineConfig.round_as_trained`; of the first rank like the sizes.
+        quantization: see `EngineConfig.quantization`; changes the model in place.
+
+    Raises:
+        ConfigError: the model cannot be quantised.
     """
 
     def __init__(
@@ -92,6 +99,7 @@ class Runner:
         sampler: Sampler | None = None,
         cuda_graphs: bool = True,
         round_as_trained: bool = False,
+        quantization: Quantization = "none",
     ) -> None:
         self.model = model.eval()
         self.ranks = ModelRanks.current()
@@ -111,6 +119,12 @@ class Runner:
         on_gpu = self.store.keys.is_cuda and self.store.keys.dtype != torch.float64
         self.graphs: StepGraphs | None = None
         self.forward: PagedForward | ModelForward
+        if quantization != "none":
+            if not PagedForward.runs(model):
+                raise ConfigError(
+                    f"quantization {quantization} needs a model made by build_gpt_model, not in FP8 already"
+                )
+            quantize_products(model, self.ranks)
         if PagedForward.runs(model):
             self.forward = PagedForward(model, self.ranks, round_as_trained=round_as_trained)
             if cuda_graphs and on_gpu and self.ranks.stages == 1:

@@ -9,7 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 
-from megatron_multiverse.kernels.fused_linear import linear_add_reference, rms_norm
+from megatron_multiverse.kernels.fused_linear import dequantize_rows, linear_add_reference, quantize_rows, rms_norm
 from megatron_multiverse.kernels.fused_linear.triton_rows import norm_rows, swiglu_rows
 from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear
 from megatron_multiverse.kernels.greedy import greedy_reference
@@ -48,6 +48,26 @@ def check_skinny() -> None:
             got = skinny_linear(x, weight, residual=residual.clone(), bias=some, **options)
             want = linear_add_reference(x, weight, residual.clone(), some)
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+
+
+def check_skinny_fp8() -> None:
+    """Weights in FP8, in what stands beside a product, equal the wider weights that they stand for."""
+    generator = torch.Generator().manual_seed(1)
+    for rows, depth, width, splits in ((1, 64, 33, 1), (5, 96, 32, 3)):
+        x, wide = (torch.randn(*shape, generator=generator) for shape in ((rows, depth), (2 * width, depth)))
+        wide *= torch.logspace(-6, 3, 2 * width)[:, None]
+        weight, scale = quantize_rows(wide)
+        exact = dequantize_rows(weight, scale, torch.float32)
+        assert ((exact - wide).abs() <= wide.abs() / 16 + scale[:, None] * 2**-10).all(), "more than half of a last bit"
+        residual = torch.randn(rows, 2 * width, generator=generator)
+        options = {"scale": scale, "pdl": False, "blocks": BLOCKS | {"SPLITS": splits}}
+        got = skinny_linear(x, weight, bias=residual[0], **options)
+        torch.testing.assert_close(got, torch.nn.functional.linear(x, exact, residual[0]), rtol=1e-4, atol=1e-4)
+        got = skinny_linear(x, weight, residual=residual.clone(), **options)
+        torch.testing.assert_close(got, linear_add_reference(x, exact, residual), rtol=1e-4, atol=1e-4)
+        gate, second = torch.nn.functional.linear(x, exact).chunk(2, -1)
+        got = skinny_linear(x, weight, swiglu=True, **options)
+        torch.testing.assert_close(got, torch.nn.functional.silu(gate) * second, rtol=1e-4, atol=1e-3)
 
 
 def check_rows() -> None:
@@ -167,6 +187,6 @@ def random_rows(rng: np.random.Generator, page_size: int, *, shared: bool) -> tu
 
 
 if __name__ == "__main__":
-    for check in (check_skinny, check_rows, check_write, check_greedy, check_decode, check_sum_norm):
+    for check in (check_skinny, check_skinny_fp8, check_rows, check_write, check_greedy, check_decode, check_sum_norm):
         check()
         print(check.__name__)

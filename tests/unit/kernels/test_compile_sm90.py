@@ -107,6 +107,13 @@ def launch_skinny() -> None:
                 residual=residual if kind == "residual" else None,
                 swiglu=kind == "swiglu",
             )
+            skinny_linear(
+                x,
+                weight.to(torch.float8_e4m3fn),
+                scale=x[0, :1].float().expand(len(weight)),
+                residual=residual if kind == "residual" else None,
+                swiglu=kind == "swiglu",
+            )
         swiglu_rows(norm_rows(x, x[0], 1e-6))
 
 
