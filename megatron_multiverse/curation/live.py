@@ -21,6 +21,8 @@ _GIVE_UP_AFTER = 20
 """So many failed requests in a row mean that the provider, not the requests, is at fault."""
 _SPARE_SAMPLES = 16
 """Samples beyond the limit of requests: while the answers of these are kept and checked, others ask."""
+PREPARED = 4
+"""Requests beyond the limit that the provider makes ready, so that one goes out as soon as an answer is there."""
 _FIRST_WAIT_S = 1.0
 
 
@@ -53,7 +55,7 @@ class LiveRunner:
     """Drives samples, `concurrency` requests at a time.
 
     Args:
-        provider: whom to ask.
+        provider: whom to ask; it sends at most `concurrency` requests at the same time.
         spending: what it may cost.
         concurrency: requests at the same time.
         checkers: who keeps and checks the answers.
@@ -77,12 +79,12 @@ class LiveRunner:
         self._concurrency = concurrency
         self._checkers = checkers
         self._on_end = on_end
-        self._slots = asyncio.Semaphore(concurrency)
+        self._slots = asyncio.Semaphore(concurrency + PREPARED)
         self._failed_in_a_row = 0
         self._error: ProviderError | None = None
 
     def stop(self, reason: str) -> None:
-        """Send no more requests; answers under way are still awaited and kept, since they are paid."""
+        """Make no more requests; those under way or ready are still awaited and kept, since they are paid."""
         self.stopped = self.stopped or reason
 
     async def run(self, samples: Iterator[Sample]) -> None:

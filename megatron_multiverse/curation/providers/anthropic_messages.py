@@ -36,6 +36,7 @@ class AnthropicProvider:
         model: name of the model.
         effort: how much it may think.
         base_url: another endpoint; default is the SDK's.
+        concurrency: most requests on the wire at the same time.
         max_retries: how often the SDK tries again what passes by.
         timeout_s: longest wait for an answer that is not streamed, or for the next piece of one that is.
         poll_s: seconds between two looks at a batch.
@@ -53,12 +54,14 @@ class AnthropicProvider:
         effort: Effort,
         *,
         base_url: str | None = None,
+        concurrency: int = 16,
         max_retries: int = 6,
         timeout_s: float = 600.0,
         poll_s: float = 30.0,
     ) -> None:
         try:
             import anthropic
+            import httpx2
         except ImportError as error:
             raise ConfigError("anthropic is not installed: pip install 'megatron-multiverse[curate]'") from error
         self.label = f"anthropic {model}"
@@ -69,9 +72,9 @@ class AnthropicProvider:
         self._client = anthropic.AsyncAnthropic(
             base_url=base_url,
             max_retries=max_retries,
-            timeout=timeout_s,
+            timeout=httpx2.Timeout(timeout_s, pool=None),  # waiting for a free connection is no fault
             # The SDK's other transport: two thirds of the CPU time for each answer.
-            http_client=anthropic.DefaultAioHttpClient(),
+            http_client=anthropic.DefaultAioHttpClient(limits=httpx2.Limits(max_connections=concurrency)),
             # Telemetry is on by default where a provider for it is configured; prompts are nobody else's business.
             open_telemetry=False,
         )

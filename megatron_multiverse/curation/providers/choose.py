@@ -17,9 +17,14 @@ def make_provider(config: CurateConfig) -> Provider:
     """
     if config.dry_run:
         return RuleBasedProvider()
-    url, timeout_s = config.base_url, config.request_timeout
+    url, limit, timeout_s = config.base_url, config.concurrency, config.request_timeout
     if config.provider == "openai":
-        return OpenAIProvider(config.model, base_url=url, timeout_s=timeout_s)
+        return OpenAIProvider(config.model, base_url=url, concurrency=limit, timeout_s=timeout_s)
     return AnthropicProvider(
-        config.model, config.effort, base_url=url, timeout_s=timeout_s, poll_s=config.poll_interval
+        config.model,
+        config.effort,
+        base_url=url,
+        concurrency=limit,
+        timeout_s=timeout_s,
+        poll_s=config.poll_interval,
     )

@@ -19,6 +19,7 @@ class OpenAIProvider:
     Args:
         model: name of the model, as the server lists it.
         base_url: address of the server, with /v1; default is the vendor's.
+        concurrency: most requests on the wire at the same time.
         max_retries: how often the SDK tries again what passes by.
         timeout_s: longest wait for an answer.
 
@@ -27,9 +28,16 @@ class OpenAIProvider:
     """
 
     def __init__(
-        self, model: str, *, base_url: str | None = None, max_retries: int = 6, timeout_s: float = 600.0
+        self,
+        model: str,
+        *,
+        base_url: str | None = None,
+        concurrency: int = 16,
+        max_retries: int = 6,
+        timeout_s: float = 600.0,
     ) -> None:
         try:
+            import httpx2
             import openai
         except ImportError as error:
             raise ConfigError("openai is not installed: pip install 'megatron-multiverse[curate]'") from error
@@ -43,8 +51,8 @@ class OpenAIProvider:
             api_key=self._key or _OWN_SERVER_KEY,
             base_url=base_url,
             max_retries=max_retries,
-            timeout=timeout_s,
-            http_client=openai.DefaultAioHttpClient(),
+            timeout=httpx2.Timeout(timeout_s, pool=None),  # waiting for a free connection is no fault
+            http_client=openai.DefaultAioHttpClient(limits=httpx2.Limits(max_connections=concurrency)),
         )
 
     async def close(self) -> None:

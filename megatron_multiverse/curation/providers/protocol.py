@@ -28,7 +28,10 @@ class Unreachable(MultiverseError, RuntimeError):
 
 
 class Provider(Protocol):
-    """Answers requests one at a time.
+    """Answers single requests.
+
+    It is asked for a few more answers than may be under way, and holds that limit itself, at its connections: so the
+    next request is ready when one of them is free.
 
     Attributes:
         label: vendor and model, for reports.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import pytest
@@ -163,10 +165,15 @@ class _Chat(BaseHTTPRequestHandler):
 
     answer: ClassVar[dict[str, Any]] = {}
     status: ClassVar[int] = 200
+    latency_s: ClassVar[float] = 0.0
     bodies: ClassVar[list[dict[str, Any]]] = []
+    under_way: ClassVar[list[int]] = []
 
     def do_POST(self) -> None:
         self.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.under_way.append(1)
+        time.sleep(self.latency_s)
+        self.under_way.append(-1)
         data = json.dumps(self.answer).encode()
         self.send_response(self.status)
         self.send_header("content-type", "application/json")
@@ -185,6 +192,28 @@ def chat() -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
     server.server_close()
+
+
+async def ask_at_once(provider: Provider, count: int) -> list[Answer | Failure]:
+    try:
+        return await asyncio.gather(*(provider.complete(request) for request in [OUTLINE, STREAMED] * (count // 2)))
+    finally:
+        await provider.close()
+
+
+def test_no_more_requests_are_on_the_wire_than_allowed(chat: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with AnthropicServer(SCRIPTS, latency_s=0.2) as server:
+        # Most of them wait for a connection for longer than an answer may take.
+        answers = asyncio.run(ask_at_once(anthropic(server, concurrency=2, timeout_s=0.8), 12))
+        assert all(isinstance(answer, Answer) for answer in answers)
+        assert max(count for _, count in server.busy) == 2
+    monkeypatch.setattr(_Chat, "answer", completion("stop"))
+    monkeypatch.setattr(_Chat, "status", 200)
+    monkeypatch.setattr(_Chat, "latency_s", 0.2)
+    monkeypatch.setattr(_Chat, "under_way", changes := [])
+    answers = asyncio.run(ask_at_once(OpenAIProvider("m", base_url=chat, concurrency=2, timeout_s=0.8), 12))
+    assert all(isinstance(answer, Answer) for answer in answers)
+    assert max(accumulate(changes)) == 2
 
 
 def completion(finish: str, **message: Any) -> dict[str, Any]:
