@@ -2,8 +2,8 @@
 
 The output is written to `SAVE.partial`, unit by unit; each finished unit is flushed and noted. When all are done the
 folder is renamed to `SAVE`. So a run that is killed goes on with the first unfinished unit, and nothing half-written
-ever stands under the target's name. One thread reads (and checks) the next tensor while the last one is written,
-another flushes a finished unit while the next one is written.
+ever stands under the target's name. Threads read (and check) the next tensors while the last one is written, another
+flushes a finished unit while the next one is written.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -54,6 +56,11 @@ from megatron_multiverse.files import flush
 from megatron_multiverse.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
+
+_READERS = 2
+"""Threads that read: while one waits for the disk the other checks what it has read."""
+_HELD_ELEMENTS = 1 << 28
+"""Elements of the tensor that is written and of those read ahead of it; one is always read ahead, however large."""
 
 
 @dataclass(frozen=True)
@@ -204,13 +211,13 @@ def _write_units(config: ConvertConfig, source: Source, target: Target, manifest
     weights.mkdir(exist_ok=True)
     prefix = "" if weights == manifest.folder else f"{RELEASE}/"
     line = ProgressLine("convert", target.total_bytes, done=manifest.finished_bytes())
-    with line, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as flusher:
+    with line, ThreadPoolExecutor(_READERS) as readers, ThreadPoolExecutor(1) as flusher:
         flushed: Future[None] | None = None
         for unit in target.units:
             if unit.name in manifest.finished:
                 continue
             read = partial(_checked_read, config, source)
-            record = target.write(unit, _counted(line, prefetched(unit.entries, read, reader)), weights)
+            record = target.write(unit, _counted(line, prefetched(unit.entries, read, readers)), weights)
             named = {
                 key: {prefix + name: value for name, value in record[key].items()}
                 for key in ("files", "checksums")
@@ -245,17 +252,21 @@ def _name(config: ConvertConfig, entry: Entry) -> str:
 
 
 def prefetched(entries: Iterable[Entry], read: Any, pool: ThreadPoolExecutor) -> Iterator[tuple[Entry, Tensor]]:
-    """Entries with their tensors; the next one is read while the caller works on the last."""
-    waiting = iter(entries)
-    current = next(waiting, None)
-    future = pool.submit(read, current) if current is not None else None
-    while current is not None and future is not None:
+    """Entries with their tensors; the next ones are read while the caller works on the last."""
+    waiting = deque(entries)
+    ahead: deque[tuple[Entry, Future[Tensor]]] = deque()
+    held = 0
+    while waiting or ahead:
+        while waiting and (len(ahead) < 2 or held + math.prod(waiting[0].shape) <= _HELD_ELEMENTS):
+            entry = waiting.popleft()
+            held += math.prod(entry.shape)
+            ahead.append((entry, pool.submit(read, entry)))
+        entry, future = ahead.popleft()
         tensor = future.result()
-        following = next(waiting, None)
-        future = pool.submit(read, following) if following is not None else None
-        yield current, tensor
+        del future  # it holds the tensor, too
+        yield entry, tensor
         del tensor  # or it would live until the next one is there
-        current = following
+        held -= math.prod(entry.shape)
 
 
 def _finish(
