@@ -52,8 +52,6 @@ WARM_UP = 3
 """Steps that are not timed: kernels are compiled and buffers made."""
 TOLERANCE = {"bf16": 1e-2, "float32": 1e-4}
 """Largest relative difference of a loss from the first layout's."""
-NOT_COUNTED_GIB = 5.0
-"""What the estimate of memory does not count; see training/memory.py."""
 _TP, _PP, _CP = (f"{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
 
 
@@ -171,7 +169,7 @@ def planned(o: Options, model: ModelConfig, layout: dict[str, Any]) -> dict[str,
         return layout
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     gpu = torch.cuda.get_device_properties().total_memory / GIB
-    layers = least_recompute(run_config(o, model, layout), model, gpu - NOT_COUNTED_GIB)
+    layers = least_recompute(run_config(o, model, layout), model, gpu)
     return layout | {"layers": dataclasses.asdict(layers or LayerConfig(recompute_granularity="full"))}
 
 
