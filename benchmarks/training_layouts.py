@@ -187,10 +187,12 @@ def measure(
     with joined_groups(config):
         from megatron_multiverse.model.mcore import data_parallel_rank
 
+        on_gpu = torch.cuda.is_available()
+        # DeepSpeed's hooks keep its engine alive, so what a layout of ZeRO held is there beside the next one.
+        left = torch.cuda.memory_allocated() if on_gpu else 0
         size = config.parallel.data_parallel_size
         loader = rows(o.case, o.tokens, TAG_IDS[0], data_parallel_rank(), size)
         engine = build(config, loader) if build else build_engine(config, model, loader, None)
-        on_gpu = engine.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         batches, results, times = iter(loader), [], []
@@ -204,7 +206,7 @@ def measure(
                 times.append(time.perf_counter() - started)
                 if o.seconds is not None and ranks.any(sum(times[WARM_UP:]) > o.seconds):
                     break
-        memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+        memory = (torch.cuda.max_memory_allocated() - left) / GIB if on_gpu else 0.0
         return Measured(
             losses=[float(result.loss) for result in results],
             seconds=max(ranks.gather(statistics.median(times[WARM_UP:]))),

@@ -1,0 +1,74 @@
+"""Draws what four GPUs measured: every layout of a whole model beside transformers under FSDP2.
+
+    python -m benchmarks.report_training
+
+Reads the rows of benchmarks/results/training_layouts_*.jsonl that four GPUs trained all layers in, and writes
+benchmarks/results/training_four_gpus.png.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_multiverse.cli import run_tool
+
+RESULTS = Path(__file__).parent / "results"
+LENGTHS = (32768, 16384)
+WHOLE = "qwen2.5-7b, 28 layers"
+
+
+def four_gpus() -> list[dict[str, Any]]:
+    """The rows of whole models on four GPUs."""
+    files = sorted(RESULTS.glob("training_layouts_*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row["gpus"] == 4 and row["model"] == WHOLE]
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of tokens per second and GPU, one panel for each length of rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [[row for row in rows if f"x {length} " in row["rows"]] for length in LENGTHS]
+    heights = [max(1, len(panel)) for panel in panels]
+    figure, axes = plt.subplots(
+        len(LENGTHS), 1, figsize=(9, 1.6 + 0.34 * sum(heights)), constrained_layout=True, height_ratios=heights
+    )
+    most = max(row.get("tokens_per_s_per_gpu", 0) for row in rows)
+    for axis, length, panel in zip(axes, LENGTHS, panels, strict=True):
+        panel = sorted(panel, key=lambda row: row.get("tokens_per_s_per_gpu", 0))
+        speeds = [row.get("tokens_per_s_per_gpu", 0) for row in panel]
+        colours = ["tab:orange" if "transformers" in row["layout"] else "tab:blue" for row in panel]
+        bars = axis.barh([row["layout"] for row in panel], speeds, color=colours, height=0.7)
+        axis.bar_label(bars, [label(row) for row in panel], padding=4, fontsize=8)
+        axis.set_xlim(0, most * 1.6)
+        axis.set_title(f"4 rows of {length:,} tokens a step", fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("tokens per second and GPU")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def label(row: dict[str, Any]) -> str:
+    """What stands beside a bar."""
+    if "result" in row:
+        return str(row["result"])
+    words = row["recompute"].removeprefix("full, ").removesuffix(" of a stage")
+    recomputed = {"none": "nothing", "full": "all layers"}.get(words, words)
+    return f"{row['tokens_per_s_per_gpu']:,.0f}; {row['peak_gib']:.0f} GiB, {recomputed} recomputed"
+
+
+def main() -> None:
+    """Write the file."""
+    path = RESULTS / "training_four_gpus.png"
+    draw(four_gpus(), path)
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    run_tool(main)
