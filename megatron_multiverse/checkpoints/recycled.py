@@ -39,6 +39,11 @@ def recycling() -> Iterator[None]:
                 _free.clear()
 
 
+def is_recycling() -> bool:
+    """Whether a `recycling` block is open."""
+    return bool(_users)
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor on the CPU with undefined content, in the memory of one that is gone, if there is one large enough."""
     size = math.prod(shape) * dtype.itemsize

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_multiverse.checkpoints.recycled import contiguous, empty
+from megatron_multiverse.checkpoints.recycled import contiguous, empty, is_recycling
 from megatron_multiverse.errors import CheckpointError
+
+_PIECE = 16 << 20
 
 
 def read_tensor(
@@ -38,12 +40,15 @@ def read_tensor(
     with open(file, "rb", buffering=0) as stream:
         done = 0
         while done < size:
-            count = os.preadv(stream.fileno(), [view[done:]], offset + done)
+            count = os.preadv(stream.fileno(), [view[done : done + _PIECE]], offset + done)
             if count == 0:
                 raise CheckpointError(
                     f"{file}: ends in the middle of tensor {name} (byte {offset + done} of {offset + size}); "
                     "the file is truncated, copy or download it again"
                 )
+            if is_recycling() and hasattr(os, "posix_fadvise"):
+                # A conversion reads each byte once: without this the page cache takes fresh memory for all.
+                os.posix_fadvise(stream.fileno(), offset + done, count, os.POSIX_FADV_DONTNEED)
             done += count
     return tensor
 
