@@ -114,16 +114,19 @@ def main() -> None:
     first = report["models"][str(options.models[0])]
     print(f"{'model':<28}{'family':>10}{'right':>8}{'forks':>8}{'blocks':>8}{'tokens':>8}{'steps':>8}{'ms/right':>10}")
     for name, values in report["models"].items():
-        values["net_speedup"] = first["seconds_per_right_answer"] / values["seconds_per_right_answer"]
-        values["net_speedup_steps"] = (first["steps"] / first["accuracy"]) / (values["steps"] / values["accuracy"])
+        if first["accuracy"] and values["accuracy"]:
+            values["net_speedup"] = first["seconds_per_right_answer"] / values["seconds_per_right_answer"]
+            values["net_speedup_steps"] = (first["steps"] / first["accuracy"]) / (values["steps"] / values["accuracy"])
         for family, row in {"all": values, **values["by_family"]}.items():
             print(
                 f"{name[-26:]:<28}{family:>10}{row['accuracy']:>8.1%}{row['forks']:>8.1%}{row['blocks']:>8.2f}"
                 f"{row['tokens']:>8.0f}{row['steps']:>8.0f}{1000 * row['seconds_per_right_answer']:>10.1f}"
             )
-        print(
-            f"{'':<28}net speedup {values['net_speedup']:.2f} in wall clock, {values['net_speedup_steps']:.2f} in steps"
-        )
+        if "net_speedup" in values:
+            clock, steps = values["net_speedup"], values["net_speedup_steps"]
+            print(f"{'':<28}net speedup {clock:.2f} in wall clock, {steps:.2f} in steps")
+        else:
+            print(f"{'':<28}no net speedup: one of the two has no right answer")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(options.output, report)
     print(f"wrote {options.output}")
