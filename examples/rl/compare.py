@@ -22,7 +22,7 @@ from megatron_multiverse.inference import Request, build_engine
 from megatron_multiverse.model.device import choose_device
 
 WARM_UP = 20
-"""Answers before any is timed: kernels are compiled, and graphs of the usual numbers of branches recorded."""
+"""The most answers before any is timed: kernels are compiled, and graphs of the usual numbers of branches recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,8 @@ def answer_all(options: CompareOptions) -> dict[str, list[dict[str, Any]]]:
             device=choose_device(options.device),
         )
     rows: dict[str, list[dict[str, Any]]] = {str(folder): [] for folder in options.models}
-    for number, problem in enumerate([*problems[:WARM_UP], *problems]):
+    warm_up = problems[:WARM_UP]
+    for number, problem in enumerate([*warm_up, *problems]):
         sampling = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, seed=number)
         for folder, engine in engines.items():
             ids = tokenizers[folder].tokenize(problem["prompt"])
@@ -71,7 +72,7 @@ def answer_all(options: CompareOptions) -> dict[str, list[dict[str, Any]]]:
             (result,) = engine.generate([Request(prompt_ids=ids, sampling=sampling)])
             seconds = time.perf_counter() - started
             stated = stated_answer(tokenizers[folder].detokenize(result.token_ids)) or ""
-            if number >= WARM_UP:
+            if number >= len(warm_up):
                 rows[str(folder)].append(
                     {
                         "family": problem["family"],
