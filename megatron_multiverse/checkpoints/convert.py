@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 _READERS = 2
 """Threads that read: while one waits for the disk the other checks what it has read."""
-_HELD_ELEMENTS = 1 << 28
+_HELD_ELEMENTS = 1 << 27
 """Elements of the tensor that is written and of those read ahead of it; one is always read ahead, however large."""
 
 
