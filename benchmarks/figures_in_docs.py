@@ -160,7 +160,7 @@ def _training_layouts() -> Iterator[str]:
         "ZeRO-3 DP2": "ZeRO 3, DP2",
         "ZeRO-3 CP2": "ZeRO 3, CP2",
     }
-    every = results("results/training_layouts_h200")
+    every = [row for row in results("results/training_layouts_h200") if row["gpus"] == 2]
     for row in (row for row in every if row["rows"] == "2 x 65536 packed"):
         yield f"{row['tokens_per_s_per_gpu']:,.0f}"
     rows = [row for row in every if row["rows"] == "4 x 32768 packed"]
