@@ -113,6 +113,8 @@ class Engine:
         self._cancelled: set[int] = set()
         self._finished: list[Result] = []
         self._stepping = False
+        self._is_whole = True
+        """False within a step, and after one that failed until everything has been set back."""
 
     def close(self) -> None:
         """Let go of the model, which stays usable for anything else; the ranks that follow this one stop."""
@@ -277,13 +279,18 @@ class Engine:
             raise GenerationError("step was called from within a step; on_token may add and cancel requests only")
         self._stepping = True
         try:
+            if not self._is_whole:  # an interrupt came while an earlier step was set back
+                recover(self.scheduler, KeyboardInterrupt())
+            self._is_whole = False
             yield
             if self.config.debug:
                 self.scheduler.places.check_integrity()
+            self._is_whole = True
         except BaseException as error:
             self._flight = None
             for state in recover(self.scheduler, error):
                 self._finish(state)
+            self._is_whole = True
             raise
         finally:
             self._stepping = False

@@ -297,6 +297,7 @@ class Scheduler:
         self.in_flight = self._last = None
         for state in self.active:
             state.forget_cache()
+            state.cached_tokens = 0  # it has to compute all of its prompt now
         self.waiting = deque([*self.active, *(state for state in self.waiting if state not in self.active)])
         self.active = []
         self.places.reset()

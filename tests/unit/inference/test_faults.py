@@ -129,6 +129,48 @@ def test_after_a_failed_step_everything_goes_on_as_if_nothing_had_happened(page_
     assert_drained(engine)
 
 
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("method", ["places.reset", "reset"])
+def test_an_interrupt_while_a_failed_step_is_set_back_leaves_the_rest_to_the_next_step(monkeypatch, method):
+    scripts, requests = tree_requests(5)
+    expected = answers(toy_engine(ToyModel(), sampler=ScriptedSampler(scripts)).generate(requests))
+    engine = toy_engine(Fails({20}), sampler=ScriptedSampler(scripts))
+    for request in requests:
+        engine.add_request(request)
+    owner = engine.scheduler.places if method == "places.reset" else engine.scheduler
+    real, left = owner.reset, [True]
+
+    def reset():
+        if left:
+            left.pop()
+            raise KeyboardInterrupt
+        real()
+
+    monkeypatch.setattr(owner, "reset", reset)
+    results, raised = {}, []
+    while engine.has_work:
+        try:
+            results.update((result.request_id, result) for result in engine.step())
+        except KeyboardInterrupt as error:
+            raised.append(error)
+    assert len(raised) == 1
+    assert answers([results[k] for k in range(3)]) == expected
+    assert_drained(engine)
+
+
+def test_what_was_cached_does_not_count_after_a_failed_step():
+    model = Fails(set())
+    engine = toy_engine(model, page_size=4)
+    request = ask([TEXT + k for k in range(10)], max_tokens=20, ignore_eos=True)
+    engine.generate([request])
+    number = engine.add_request(request)
+    engine.step()
+    model.at = {model.calls + 1}
+    with pytest.raises(RuntimeError):
+        engine.step()
+    assert serve(engine)[number].cached_tokens == 0, "its pages were given back, so it has computed all of its prompt"
+
+
 def test_a_sampler_that_raises_leaves_the_engine_whole():
     class Broken(CounterSampler):
         broken = True
