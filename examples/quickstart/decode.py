@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import EngineConfig, SamplingParams
+from megatron_multiverse.config.choices import Quantization
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.inference import (
     CounterSampler,
@@ -81,7 +82,15 @@ class RecordingSampler:
 class Decoder:
     """The model in `folder` with an engine around it, on the CPU unless told otherwise."""
 
-    def __init__(self, folder: Path, *, device: str = "cpu", max_rows: int = 256, num_pages: int = 8192) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        max_rows: int = 256,
+        num_pages: int = 8192,
+        quantization: Quantization = "none",
+    ) -> None:
         self.tokenizer = build_tokenizer("HuggingFaceTokenizer", str(folder))
         model, self.config = load_checkpoint(folder, device=device)
         self.model = model.eval()
@@ -90,7 +99,7 @@ class Decoder:
         self.engine = Engine(
             self.model,
             self.tokenizer.structure_vocab,
-            EngineConfig(num_pages=num_pages, max_rows=max_rows),
+            EngineConfig(num_pages=num_pages, max_rows=max_rows, quantization=quantization),
             sampler=self.sampler,
         )
 

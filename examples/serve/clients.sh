@@ -2,11 +2,11 @@
 # Sourced by scripts that run published clients against a server with the quickstart's model, from the project's root.
 # They set: python (an interpreter with this project), folder (for the clients' environments).
 
-environment() { # NAME PACKAGE: an environment with that package alone in $folder/NAME; what is there is used
-  [[ -e $folder/$1/done ]] && return
+environment() { # NAME PACKAGE: an environment with that package alone in $folder/NAME; what is there of it is used
+  [[ -e $folder/$1/done && $(< "$folder/$1/done") == "$2" ]] && return
   "$python" -m venv "$folder/$1"
   "$folder/$1/bin/pip" install -q "$2"
-  touch "$folder/$1/done"
+  echo "$2" > "$folder/$1/done"
 }
 
 start_server() { # LOG: sets url; the server ends with the script

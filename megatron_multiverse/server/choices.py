@@ -95,21 +95,28 @@ class ChoiceAnswer(ABC, Generic[F]):
 
     async def _events(self, batch: Batch) -> AsyncGenerator[bytes, None]:
         head = self._head(self.chunk_kind)
-        no_usage = {"usage": None} if self.fields.wants_usage else {}
         results = []
+        told = 0
         for index in range(len(batch.generations)):  # choices open in the order of their index
-            yield event(head | {"choices": [await self.opening(index)]} | no_usage)
+            yield event(head | {"choices": [await self.opening(index)]} | self._usage_so_far(0))
         async for piece in pieces(self.request, batch, self.fields):
             if piece is None:
                 yield PING
                 continue
+            told += len(piece.tokens)
             for choice in self.deltas(piece):
-                yield event(head | {"choices": [choice]} | no_usage)
+                yield event(head | {"choices": [choice]} | self._usage_so_far(told))
             if piece.result is not None:
                 results.append(piece.result)
         if self.fields.wants_usage:
             yield event(head | {"choices": [], "usage": shapes.usage(results, self.prompts)})
         yield DONE
+
+    def _usage_so_far(self, tokens: int) -> dict[str, Any]:
+        """What a chunk says of it, once so many tokens of the answers have been told."""
+        if not self.fields.wants_usage:
+            return {}
+        return {"usage": shapes.usage_so_far(self.prompts, tokens) if self.fields.wants_running_usage else None}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return shapes.head(self.id_prefix, kind, self.model.name)

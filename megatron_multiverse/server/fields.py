@@ -53,6 +53,9 @@ class StreamOptions(Fields):
     """`stream_options`."""
 
     include_usage: bool | None = None
+    """A last chunk without choices says what was used."""
+    continuous_usage_stats: bool | None = None
+    """vLLM's: with `include_usage`, every chunk says what was used so far."""
 
 
 class MultiverseFields(Fields):
@@ -151,6 +154,11 @@ class GenerationFields(Fields):
     def wants_usage(self) -> bool:
         """Whether a stream ends with what it used."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def wants_running_usage(self) -> bool:
+        """Whether every chunk of it says what was used so far."""
+        return self.wants_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     def check(self, model: ServedModel, limits: LimitConfig) -> None:
         """Refuse what no route can serve.

@@ -25,7 +25,6 @@ def usage(results: Sequence[Result], prompts: Sequence[Sequence[int]]) -> dict[s
         results: the answers.
         prompts: the prompts, each once.
     """
-    prompt_tokens = sum(map(len, prompts))
     completion = sum(len(result.token_ids) for result in results)
     critical = sum(result.critical_tokens for result in results)
     in_branches = sum(
@@ -34,15 +33,18 @@ def usage(results: Sequence[Result], prompts: Sequence[Sequence[int]]) -> dict[s
         for block in result.blocks
         if not block.parent  # inner blocks lie within outer ones
     )
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion,
-        "total_tokens": prompt_tokens + completion,
+    return usage_so_far(prompts, completion) | {
         "prompt_tokens_details": {"cached_tokens": sum(result.cached_tokens for result in results)},
         "critical_tokens": critical,
         "branch_tokens": in_branches,
         "num_parallel": round(completion / critical, 4) if critical else 1.0,
     }
+
+
+def usage_so_far(prompts: Sequence[Sequence[int]], completion: int) -> dict[str, Any]:
+    """The part of `usage` that is known before answers are complete."""
+    prompt = sum(map(len, prompts))
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def multiverse(result: Result, *, tree: bool) -> dict[str, Any]:

@@ -49,6 +49,22 @@ def test_completions_whole_and_streamed_are_the_same(client: openai.OpenAI) -> N
     assert len(chunks) > 50
 
 
+@pytest.mark.parametrize("mode", ["linear", "branches"])
+def test_every_chunk_says_what_was_used_so_far_if_asked(client: openai.OpenAI, mode: str) -> None:
+    *chunks, last = client.completions.create(
+        model=NAME,
+        prompt=PROMPT,
+        max_tokens=900,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
+        extra_body={"multiverse": {"stream_mode": mode}},
+    )
+    used = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
+    assert len(used) == len(chunks) and used[0] == 0 and used == sorted(used) and len(set(used)) > 50
+    assert last.usage is not None and used[-1] == last.usage.completion_tokens
+
+
 def test_several_prompts_and_answers_keep_their_order(client: openai.OpenAI) -> None:
     prompts = ["Work out A = 1 + 2.", "Work out A = 3 + 4."]
     whole = client.completions.create(model=NAME, prompt=prompts, max_tokens=20, n=2, temperature=2, seed=3, echo=True)
