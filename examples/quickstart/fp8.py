@@ -2,8 +2,8 @@
 
 An engine with `--engine.quantization fp8` is that of the model whose weights were rounded so, hence one forward pass of
 such a model over each answer tells. Over all drawn tokens: `relative` is the distance of the logits from those in
-float32, over the spread of those; `largest` the largest difference of a logit; `kl` the mean of that of the next token's
-distribution, in nats; `same_best` the share of tokens whose most likely one stays.
+float32, over the spread of those; `largest` the largest difference of a logit; `kl` the mean of that of the next
+token's distribution, in nats; `same_best` the share of tokens whose most likely one stays.
 """
 
 from __future__ import annotations
