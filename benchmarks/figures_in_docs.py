@@ -91,6 +91,14 @@ def curation() -> Iterator[str]:
     yield f"at most {peak} MiB in all processes together"
 
 
+def checkpoints() -> Iterator[str]:
+    """docs/checkpoints.md."""
+    found = results("results/convert_cpu")
+    there, back = found["hf_to_mcore"], found["mcore_to_hf"]
+    yield f"({found['gigabytes']:.0f} GB) takes {there['seconds']} s to megatron-core and {back['seconds']} s back"
+    yield f"{there['ratio_to_copy']:.2f} and {back['ratio_to_copy']:.2f} of the speed of a plain copy"
+
+
 def engine() -> Iterator[str]:
     """docs/engine.md."""
     found = results("results/fp8_logits_cpu")
@@ -269,6 +277,7 @@ def rl() -> Iterator[str]:
 
 STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {
     "README.md": readme,
+    "docs/checkpoints.md": checkpoints,
     "docs/curation.md": curation,
     "docs/engine.md": engine,
     "docs/layers.md": layers,

@@ -6,6 +6,7 @@ those calls for the length of a `with` block and puts the originals back. What i
 | call                       | replacement   | needed by                                              |
 |----------------------------|---------------|--------------------------------------------------------|
 | torch.cuda.current_device  | the CPU       | dist_checkpointing (state_dict_saver), gather of qkv   |
+| torch.cuda.current_stream  | nothing       | gradient buffers of megatron-core 0.19 and later       |
 | torch.cuda.synchronize     | nothing       | dist_checkpointing (filesystem_async), pipeline p2p    |
 | torch.Tensor.cuda          | the tensor    | GPTModel with tied embeddings over pipeline stages     |
 
@@ -29,6 +30,7 @@ def _patches() -> list[tuple[Any, str, Callable[..., Any]]]:
     """(owner, attribute, replacement) for every call that is made device-neutral."""
     return [
         (torch.cuda, "current_device", lambda: torch.device("cpu")),
+        (torch.cuda, "current_stream", lambda *args, **kwargs: None),
         (torch.cuda, "synchronize", lambda *args, **kwargs: None),
         (torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor),
     ]

@@ -67,7 +67,9 @@ class DistributedAdamW:
             The norm over all ranks before clipping, a scalar on the device.
         """
         self.mcore.prepare_grads()
-        grads = self.mcore.get_main_grads_for_grad_norm()
+        # megatron-core 0.19 has the second name alone.
+        names = ("get_main_grads_for_grad_norm", "get_grads_for_grad_norm")
+        grads = next(getattr(self.mcore, name) for name in names if hasattr(self.mcore, name))()
         norms = [grad.norm() for grad in grads] or [torch.zeros((), device=self._device)]
         square = torch.stack(norms).double().square().sum()
         distributed.all_reduce(square)

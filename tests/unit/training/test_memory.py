@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.core import parallel_state
+from torch import distributed
 
 from benchmarks.training_layouts import Options, layouts, run_config, shape_of
 from megatron_multiverse.config import LayerConfig, TrainConfig
@@ -32,6 +34,14 @@ from .synthetic import config
 AFTER_OTHERS = ("ZeRO-3 CP2",)
 """DeepSpeed leaves the state of the ZeRO layout that was measured before in the same process."""
 ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> None:
+    """An estimate pretends to be one of many ranks; models of other tests leave a group of one rank in this process."""
+    if distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        distributed.destroy_process_group()
 
 
 def dry_run(world: int, name: str) -> subprocess.CompletedProcess[str]:
