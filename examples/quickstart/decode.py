@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.structure import lay_out, parse
 
 MAX_TOKENS = 3800
+BATCH_THREADS = min(2, os.cpu_count() or 1)
+"""Threads for many answers at once: their matrices are large enough for a second one."""
 Mode = Literal["parallel", "sequential", "autoregressive"]
 """sequential: the text of parallel, one branch at a time. autoregressive: asked to think without blocks."""
 
@@ -87,7 +90,7 @@ class Decoder:
         folder: Path,
         *,
         device: str = "cpu",
-        max_rows: int = 256,
+        max_rows: int = 512,
         num_pages: int = 8192,
         quantization: Quantization = "none",
     ) -> None:
@@ -115,8 +118,13 @@ class Decoder:
             Request(prompt_ids=self.prompt_ids(problem, mode), sampling=sampling, sample=number)
             for number, problem in enumerate(problems)
         ]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads if len(problems) < 8 else max(threads, BATCH_THREADS))
         start = time.perf_counter()
-        results = self.engine.generate(requests, on_token=on_token)
+        try:
+            results = self.engine.generate(requests, on_token=on_token)
+        finally:
+            torch.set_num_threads(threads)
         seconds = time.perf_counter() - start
         texts = [self.tokenizer.detokenize(result.token_ids) for result in results]
         return Answers(results, [check_answer(*pair) for pair in zip(problems, texts, strict=True)], seconds)

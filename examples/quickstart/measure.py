@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from decode import Answers, Decoder, Mode
+from decode import BATCH_THREADS, Answers, Decoder, Mode
 from task import Problem, render_parallel, sample_problem
 
 from megatron_multiverse.structure import Block, parse_text
@@ -67,18 +67,21 @@ def measure_answers(decoder: Decoder, problems: list[Problem]) -> Report:
         "net_speedup_steps": sequential.decode_steps / parallel.decode_steps,
         "net_speedup_steps_over_autoregressive": plain.decode_steps / parallel.decode_steps,
         **{f"batch_seconds_{mode}": answers[mode].seconds for mode in MODES},
+        "batch_threads": BATCH_THREADS,
     }
 
 
-def measure_latency(decoder: Decoder, problems: list[Problem]) -> Report:
-    """Wall clock of one answer at a time; the modes take turns, so that they meet the same machine."""
-    seconds = dict.fromkeys(MODES, 0.0)
-    for problem in problems:
-        for mode in MODES:
-            seconds[mode] += decoder.answer([problem], mode).seconds
+def answer_one_at_a_time(decoder: Decoder, problems: list[Problem]) -> list[dict[Mode, Answers]]:
+    """Each problem on its own; the modes take turns, so that they meet the same machine."""
+    return [{mode: decoder.answer([problem], mode) for mode in MODES} for problem in problems]
+
+
+def measure_latency(alone: list[dict[Mode, Answers]]) -> Report:
+    """Wall clock of one answer at a time."""
+    seconds = {mode: sum(answers[mode].seconds for answers in alone) for mode in MODES}
     return {
-        "latency_problems": len(problems),
-        **{f"seconds_per_answer_{mode}": seconds[mode] / len(problems) for mode in MODES},
+        "latency_problems": len(alone),
+        **{f"seconds_per_answer_{mode}": seconds[mode] / len(alone) for mode in MODES},
         "net_speedup_wall_clock": seconds["sequential"] / seconds["parallel"],
         "net_speedup_wall_clock_over_autoregressive": seconds["autoregressive"] / seconds["parallel"],
     }
@@ -101,14 +104,12 @@ def measure_beyond_training(decoder: Decoder, count: int, *, seed: int) -> Repor
     }
 
 
-def draw_answer(decoder: Decoder, problem: Problem, path: Path) -> None:
+def draw_answer(problem: Problem, alone: Mapping[Mode, Answers], path: Path) -> None:
     """The branches of one answer over decode steps, and the same answer one branch at a time."""
-    parallel = decoder.answer([problem], "parallel").results[0]
-    sequential = decoder.answer([problem], "sequential").results[0]
     draw_timeline(
-        parallel.timeline,
+        alone["parallel"].results[0].timeline,
         path,
-        sequential=sequential.timeline,
+        sequential=alone["sequential"].results[0].timeline,
         labels=_outlines(render_parallel(problem)[1]),
         title="One answer, decoded in parallel branches",
     )

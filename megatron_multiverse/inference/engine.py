@@ -240,8 +240,6 @@ class Engine:
             landing, self._flight = self._flight, None  # the step before, if its tokens are still to come
             if step is not None:
                 self._flight = Flight(step, self.runner.launch(step.plan), start)
-                self.fed_tokens += len(step.plan.ids)
-                self.copied_tokens += step.plan.num_copied
             if not self.overlap:  # nothing was in flight: wait for this one
                 landing, self._flight = self._flight, None
             if landing is not None:
@@ -298,7 +296,7 @@ class Engine:
     def _land(self, flight: Flight) -> None:
         """Wait for the tokens of a step and give each to its branch; `text/commit.py` writes all that follows."""
         output = flight.output.wait()
-        self._note_time(flight)
+        self._note_step(flight)
         self.num_steps += 1
         scheduler, step = self.scheduler, flight.step
         if step.scored:
@@ -329,11 +327,13 @@ class Engine:
         for state in scheduler.active:
             state.step += 1
 
-    def _note_time(self, flight: Flight) -> None:
-        """How long everyone waited for a step tells how wide steps may be."""
-        now = self._clock()
+    def _note_step(self, flight: Flight) -> None:
+        """Count what a step did. How long everyone waited for it tells how wide steps may be."""
+        now, plan = self._clock(), flight.step.plan
+        self.fed_tokens += len(plan.ids)
+        # Slots that receive what another slot holds, or what another slot receives in this step.
+        self.copied_tokens += len(plan.copies) + len(plan.write_slots) - len(plan.ids)
         if self.scheduler.step_time is not None:
-            plan = flight.step.plan
             rows = len(plan.lengths)
             load = StepLoad(rows, int(plan.lengths.sum()), len(plan.ids) - rows)
             self.scheduler.step_time.observe(load, now - max(flight.start, self._last_output))

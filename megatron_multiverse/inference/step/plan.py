@@ -105,11 +105,6 @@ class StepPlan:
     freed: Ints
     """Pages that came free; a store made for debugging fills them with NaN. Empty otherwise."""
 
-    @property
-    def num_copied(self) -> int:
-        """Slots that receive what another slot holds, or what another slot receives in this step."""
-        return len(self.copies) + len(self.write_slots) - len(self.ids)
-
     def to_bytes(self) -> bytes:
         """All arrays, one after the other, after a header of their sizes."""
         arrays = self._arrays()

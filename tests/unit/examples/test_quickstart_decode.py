@@ -16,6 +16,7 @@ sys.path.insert(0, str(QUICKSTART))
 
 from decode import Decoder  # noqa: E402
 from measure import (  # noqa: E402
+    answer_one_at_a_time,
     draw_answer,
     fresh_problems,
     measure_answers,
@@ -74,9 +75,10 @@ def test_what_is_shown_and_drawn(decoder: Decoder, tmp_path: Path, capsys: pytes
     assert "path 1.1" in shown or "path 2.1" in shown or "path 3.1" in shown
     assert "-> right" in shown
     problem = fresh_problems(1, seed=6)
-    draw_answer(decoder, problem[0], tmp_path / "timeline.png")
+    alone = answer_one_at_a_time(decoder, problem)
+    draw_answer(problem[0], alone[0], tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
-    report = measure_answers(decoder, problem) | measure_latency(decoder, problem) | measure_logits(decoder, problem)
+    report = measure_answers(decoder, problem) | measure_latency(alone) | measure_logits(decoder, problem)
     report |= {"beyond_training_problems": 0, "accuracy_5_to_6_expressions": 0.0, "accuracy_depth_3": 0.0}
     print_modes(report)
     assert "in parallel" in capsys.readouterr().out
