@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from benchmarks import bench_host_step
+from benchmarks import bench_host_step, report_blocks
 from benchmarks.engine_soak import Soak, SoakConfig
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference.bench import BenchConfig, measure
@@ -58,6 +60,24 @@ def test_what_blocks_cost_and_save_is_counted():
     assert plain["num_parallel"] == plain["speedup"] == 1.0 and plain["tokens"] == pytest.approx(60)
     assert forked["num_parallel"] == pytest.approx(2, rel=0.15) and forked["speedup"] > 0
     assert law["a"] + law["b"] == pytest.approx(plain["ms_per_token"])
+
+
+def test_the_report_has_every_row(tmp_path, monkeypatch):
+    work = {"num_parallel": 1.5, "branches": 3, "seconds": 1.0, "serial_seconds": 1.4, "speedup": 1.4}
+    work |= {"batch": 8, "case": "speedup", "speedup_per_parallel": 0.93, "ms_per_token": 3.21}
+    joint = {"case": "fork", "fork_and_join_ms": 9.5, "runs_ms": [9.4, 9.5], "ms_per_step": 4.7, "in_steps": 2.02}
+    joint |= {"overlap": True, "more_steps": 2, "copied_tokens": 99, "most_copied_tokens": 416, "fed_again_tokens": 0}
+    joint |= {"branches": 8, "path_tokens": 128, "prefix": 16384}
+    law = {"case": "law, batch 8", "batch": 8, "a": 4.0, "b": 0.5}
+    names = ("gpu", "model", "context", "tokens", "date", "commit", "torch", "triton", "command")
+    source = tmp_path / "blocks.json"
+    source.write_text(json.dumps({"environment": dict.fromkeys(names, "x"), "rows": [joint, work, law]}))
+    monkeypatch.setattr("sys.argv", ["report_blocks", str(source)])
+    report_blocks.main()
+    text = source.with_suffix(".md").read_text()
+    assert "| 8 | 1.50 | 3 | 1.000 | 1.400 | 1.40 | 0.930 | 3.21 |" in text
+    assert "9.5 [9.4, 9.5] | 2.02 | 2 | 99 (416) | 0 |" in text and "batch 8: 4.00 / num_parallel + 0.50" in text
+    assert source.with_suffix(".png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("num_parallel", [1.2, 1.5, 2.0, 4.0])
