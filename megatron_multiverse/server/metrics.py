@@ -70,6 +70,11 @@ class Metrics:
         self._tokens = Counter("multiverse_tokens", "Tokens", ["kind"], registry=registry)
         self._blocks = Counter("multiverse_blocks", "Parallel blocks: forks, each with its join", registry=registry)
         self._branches = Counter("multiverse_branches", "Paths of parallel blocks", registry=registry)
+        self._late = Counter(
+            "multiverse_late_branches",
+            "Paths that began when one of their block had ended: later waves",
+            registry=registry,
+        )
         self._malformed = Counter("multiverse_malformed", "Output that broke the grammar", ["code"], registry=registry)
         self._preemptions = Counter("multiverse_preemptions", "Times an answer stepped back", registry=registry)
         self.first_token = Histogram(
@@ -109,6 +114,7 @@ class Metrics:
             self._tokens.labels(kind).inc(count)
         self._blocks.inc(len(result.blocks))
         self._branches.inc(sum(len(block.branches) for block in result.blocks))
+        self._late.inc(result.late_paths)
         for code, count in result.malformed.items():
             self._malformed.labels(code).inc(count)
         self._preemptions.inc(result.preemptions)

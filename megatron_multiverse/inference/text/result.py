@@ -152,6 +152,18 @@ class Result:
         return [logprob is not None for logprob in self.logprobs]
 
     @property
+    def late_paths(self) -> int:
+        """Paths that began when a path of the same block had ended already, as in waves of paths that find no room."""
+        lives: dict[int, dict[str, tuple[int, int]]] = {}
+        for span in self.timeline:  # in the order of their starts
+            if span.block:
+                paths = lives.setdefault(span.block, {})
+                paths[span.branch] = (paths.get(span.branch, span[2:])[0], span.end)
+        return sum(
+            start >= min(end for _, end in paths.values()) for paths in lives.values() for start, _ in paths.values()
+        )
+
+    @property
     def num_parallel(self) -> float:
         """Generated tokens per token of the longest chain."""
         return len(self.token_ids) / self.critical_tokens if self.critical_tokens else 1.0

@@ -85,6 +85,15 @@ def test_budgets_count_it_and_paths_have_their_own_limit() -> None:
     assert result.token_ids[-3:] == [Tag.END_CONCLUSION, NEWLINE, Tag.END_PARALLEL]
 
 
+@pytest.mark.parametrize(("at_once", "late"), [(None, 0), (2, 1), (1, 2)])
+def test_paths_of_later_waves_are_counted(at_once: int | None, late: int) -> None:
+    script = {(): [TEXT] * 300, **{((0, k),): [TEXT] * 300 for k in range(3)}}
+    request = ask([TEXT], max_tokens=200, branch_max_tokens=20, ignore_eos=True, max_concurrent_branches=at_once)
+    engine = toy_engine(MODEL, sampler=ScriptedSampler([script]))
+    (result,) = engine.generate([replace(request, answer_start=goal(3))])
+    assert result.late_paths == late
+
+
 def test_one_that_does_not_leave_room_for_its_paths_is_closed() -> None:
     request = replace(ask([TEXT], max_tokens=len(goal(2)) + 7), answer_start=goal(2))
     engine = toy_engine(MODEL)
