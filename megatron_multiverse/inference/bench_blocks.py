@@ -32,6 +32,11 @@ class BlockWork(NamedTuple):
     path_tokens: int
     text_tokens: int
 
+    @property
+    def header(self) -> list[int]:
+        """What the answer begins with: given, not decoded."""
+        return block_header(self.branches) if self.branches else []
+
 
 def work_for(num_parallel: float, tokens: int) -> BlockWork:
     """About `tokens` tokens, of which the longest chain has one in `num_parallel`: few paths, as models write them."""
@@ -51,7 +56,7 @@ def silence_tags(model: nn.Module) -> None:
 
 def block_request(prompt: Sequence[int], work: BlockWork, *, at_once: bool) -> Request:
     """An answer that begins with a block's header, so that it forks whatever the weights are."""
-    header = block_header(work.branches) if work.branches else []
+    header = work.header
     sampling = SamplingParams(
         max_tokens=len(header) + work.branches * (work.path_tokens + LABEL) + work.text_tokens,
         branch_max_tokens=work.path_tokens or None,
@@ -68,13 +73,6 @@ def seconds_for(engine: Engine, requests: Sequence[Request]) -> tuple[float, lis
     return time.perf_counter() - start, results
 
 
-def generated_parallel(results: Sequence[Result], work: BlockWork) -> float:
-    """Tokens per token of the longest chain, without the header: it was given, not decoded."""
-    given = len(block_header(work.branches)) if work.branches else 0
-    tokens = sum(len(result.token_ids) - given for result in results)
-    return tokens / sum(result.critical_tokens - given for result in results)
-
-
 def speedup(
     engine: Engine, prompts: Sequence[Sequence[int]], num_parallel: float, tokens: int, repeats: int
 ) -> dict[str, Any]:
@@ -83,19 +81,17 @@ def speedup(
     The prompts are in the prefix cache and every graph is captured before anything counts.
     """
     work, short = work_for(num_parallel, tokens), work_for(num_parallel, tokens // 8)
-    times: dict[bool, list[float]] = {True: [], False: []}
-    parallel = 1.0
-    ways = (True, False) if work.branches else (False,)
-    for at_once in ways:
+    times: dict[bool, list[float]] = {}
+    for at_once in (True, False) if work.branches else (True,):
         seconds_for(engine, [block_request(prompt, short, at_once=at_once) for prompt in prompts])
+        requests = [block_request(prompt, work, at_once=at_once) for prompt in prompts]
+        times[at_once] = []
         for _ in range(repeats):
-            seconds, results = seconds_for(engine, [block_request(prompt, work, at_once=at_once) for prompt in prompts])
+            seconds, results = seconds_for(engine, requests)
             times[at_once].append(seconds)
-        parallel = generated_parallel(results, work)
-        written = sum(len(result.token_ids) for result in results) / len(results)
-    written -= len(block_header(work.branches)) if work.branches else 0
-    serial = statistics.median(times[False])
-    own = statistics.median(times[True] or times[False])
+    own, serial = (statistics.median(times.get(at_once, times[True])) for at_once in (True, False))
+    written = statistics.mean(len(result.token_ids) for result in results) - len(work.header)
+    parallel = written / (statistics.mean(result.critical_tokens for result in results) - len(work.header))
     return {
         "case": f"speedup, batch {len(prompts)}, num_parallel {num_parallel:g}",
         "batch": len(prompts),
@@ -104,8 +100,8 @@ def speedup(
         "tokens": written,
         "seconds": own,
         "serial_seconds": serial,
-        "runs_s": times[True] or times[False],
-        "serial_runs_s": times[False],
+        "runs_s": times[True],
+        "serial_runs_s": times.get(False, times[True]),
         "ms_per_token": own / written * 1e3,
         "speedup": serial / own,
         "speedup_per_parallel": serial / own / parallel,
