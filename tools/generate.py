@@ -4,6 +4,7 @@ Example:
     python tools/generate.py --load examples/quickstart/model --prompt "..."
     python tools/generate.py --load MODEL --input prompts.jsonl --output answers.jsonl \\
         --sampling.temperature 0.7 --sampling.n 4
+    python tools/generate.py --load MODEL --input conversations.jsonl --output answers.jsonl --chat --replay-structure
     torchrun --nproc-per-node 2 tools/generate.py --load MODEL --prompt "..." --tensor-model-parallel-size 2
 
 Answers are written as they finish; "index" says which row of the input they answer. Rows that cannot be answered are

@@ -109,11 +109,11 @@ class MultiverseTokenizer(ABC):
         """Number of ids: tags count, the padding of the embedding table (`config.pad_vocab_size`) does not."""
         return len(self.id_to_text)
 
-    def render_chat(self, user_text: str, *, date: datetime.date | None = None) -> str:
-        """The text of a one-turn conversation up to where the assistant starts, by the chat template.
+    def render_chat(self, turns: str | Sequence[dict[str, str]], *, date: datetime.date | None = None) -> str:
+        """The text of a conversation up to where the assistant starts, by the chat template.
 
         Args:
-            user_text: the turn of the user.
+            turns: each with role and content; a text is the one turn of a user.
             date: the date that a template writes; None lets it write today's.
 
         Raises:
@@ -127,7 +127,8 @@ class MultiverseTokenizer(ABC):
         dates: dict[str, Any] = {}
         if date is not None and writes_date(template):
             template, dates = fix_date(template, date)
-        return self.render_conversation([{"role": "user", "content": user_text}], template=template, **dates)
+        messages = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+        return self.render_conversation(messages, template=template, **dates)
 
     def render_conversation(self, messages: Sequence[dict[str, Any]], *, template: str, **variables: Any) -> str:
         """The text of a conversation, by default up to where the assistant starts. Templates run in a sandbox.

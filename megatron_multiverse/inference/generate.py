@@ -24,6 +24,7 @@ from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import CheckpointError, DataError, GenerationError, MultiverseError
 from megatron_multiverse.files import naming, write_line
 from megatron_multiverse.inference.build import build_engine, follow_engine
+from megatron_multiverse.inference.conversation import Prompts, check_messages, encode, render_prompt
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.record import to_record
 from megatron_multiverse.inference.text.answer import answer_text
@@ -35,10 +36,6 @@ from megatron_multiverse.model.device import choose_device
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = {"none": "", "parallel": PARALLEL_SUFFIX, "sequential": SEQUENTIAL_SUFFIX}
-
-Prompts: TypeAlias = list[str | DataError]
-"""Prompts in order; in place of a row that holds none, what is wrong with it."""
-
 
 Watch: TypeAlias = Callable[[MultiverseTokenizer, str], TokenCallback]
 """Called with the tokenizer and the prompt."""
@@ -57,7 +54,8 @@ class GenerateConfig:
     prompt: str | None = None
     """One prompt; or give --input."""
     input: Path | None = None
-    """Rows with a field "prompt": a file of JSON Lines or Parquet, or a folder of such files."""
+    """Rows with a field "prompt", or with --chat "messages", the turns of a conversation, each with role and content: a
+    file of JSON Lines or Parquet, or a folder of such files."""
     output: Path | None = None
     """JSON Lines to write, one row per answer as it finishes; by default answers go to the terminal."""
     live: bool = False
@@ -70,6 +68,9 @@ class GenerateConfig:
     it."""
     chat: bool = False
     """Wrap each prompt in the chat template of the tokenizer."""
+    replay_structure: bool = False
+    """Lay the earlier answers of a conversation out again as they were generated, instead of reading their blocks as
+    text."""
     template_date: str | None = None
     """Date that a chat template writes which would write today's; by default 2024-07-26, as tools/preprocess_data.py
     writes it, so that the model reads what it was trained on."""
@@ -92,6 +93,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.template_date is not None and not self.chat:
             raise GenerationError("--template-date has no effect without --chat: add --chat, or leave it out")
+        if self.replay_structure and not self.chat:
+            raise GenerationError("--replay-structure is of conversations: add --chat, or leave it out")
         parse_date(self.template_date or DEFAULT_DATE)
 
 
@@ -127,8 +130,9 @@ def generate_answers(config: GenerateConfig, *, watch: Watch | None = None) -> I
         watch: makes what hears the tokens of the answer, of which there may be one then.
 
     Yields:
-        One row per answer, as they finish: index (of the prompt, from 0), sample, prompt, text, finish_reason, counts,
-        blocks and timeline. A row of the input that cannot be answered gives index, finish_reason "error" and error.
+        One row per answer, as they finish: index (of the prompt, from 0), sample, prompt or messages, text,
+        finish_reason, counts, blocks and timeline. A row of the input that cannot be answered gives index,
+        finish_reason "error" and error.
 
     Raises:
         DataError: no prompts.
@@ -139,20 +143,23 @@ def generate_answers(config: GenerateConfig, *, watch: Watch | None = None) -> I
     if watch is not None and (len(prompts) > 1 or config.sampling.n > 1):
         raise GenerationError("--live shows one answer; give one prompt and leave --sampling.n at 1")
     tokenizer = _tokenizer(config)
-    texts = [prompt + _SUFFIXES[config.prompt_suffix] for prompt in prompts if isinstance(prompt, str)]
-    date = parse_date(config.template_date or DEFAULT_DATE)
-    chats = [tokenizer.render_chat(text, date=date) for text in texts] if config.chat else texts
-    prompt_ids = iter(tokenizer.tokenize_batch(chats))
-    ids = [next(prompt_ids) if isinstance(prompt, str) else [] for prompt in prompts]
-    engine = _build_engine(config, tokenizer, max(map(len, ids)))
+    date = parse_date(config.template_date or DEFAULT_DATE) if config.chat else None
+    suffix, replay = _SUFFIXES[config.prompt_suffix], config.replay_structure
+    texts = [render_prompt(prompt, tokenizer, suffix=suffix, date=date, replay=replay) for prompt in prompts]
+    encoded = encode(texts, tokenizer)
+    engine = _build_engine(config, tokenizer, max(len(ids) for ids, _ in encoded))
     sampling = _sampling(config, [] if config.sampling.ignore_eos else end_ids(config.load, tokenizer))
     origin: dict[int, int] = {}
     for index, prompt in enumerate(prompts):
         try:
-            if isinstance(prompt, DataError):
-                raise prompt
-            on_token = None if watch is None else watch(tokenizer, prompt)
-            first = engine.add_request(Request(prompt_ids=ids[index], sampling=sampling), on_token=on_token)
+            if isinstance(cut := texts[index], MultiverseError):
+                raise cut
+            assert not isinstance(prompt, MultiverseError), "its text is the error"
+            title = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            on_token = None if watch is None else watch(tokenizer, title)
+            ids, spans = encoded[index]
+            request = Request(prompt_ids=ids, sampling=sampling, replay_structure=spans)
+            first = engine.add_request(request, on_token=on_token)
             origin |= dict.fromkeys(range(first, first + sampling.n), index)
         except MultiverseError as error:
             if config.input is None:
@@ -167,7 +174,8 @@ def generate_answers(config: GenerateConfig, *, watch: Watch | None = None) -> I
                 if records is not None:
                     write_line(records, json.dumps({"index": index, **to_record(result)}))
                 text = answer_text(result, tokenizer.detokenize)
-                yield {"index": index, "prompt": prompts[index], "text": text, **_facts(result)}
+                asked = "prompt" if isinstance(prompts[index], str) else "messages"
+                yield {"index": index, asked: prompts[index], "text": text, **_facts(result)}
 
 
 @contextlib.contextmanager
@@ -224,12 +232,19 @@ def _prompts(config: GenerateConfig) -> Prompts:
     for number, row in enumerate(rows, 1):
         if row.is_blank:
             continue
-        prompt = row.fields.get("prompt")
-        if isinstance(prompt, str) and prompt:
-            prompts.append(prompt)
-        else:
-            reason = row.error or f'no text in the field "prompt" (fields: {", ".join(row.fields) or "none"})'
-            prompts.append(DataError(f"{config.input}, row {number}: {reason}"))
+        prompt, messages = (row.fields.get(name) for name in ("prompt", "messages"))
+        try:
+            if isinstance(prompt, str) and prompt:
+                prompts.append(prompt)
+            elif prompt is None and messages is not None:
+                if not config.chat:
+                    raise DataError('"messages" need a chat template: add --chat')
+                prompts.append(check_messages(messages))
+            else:
+                fields = ", ".join(row.fields) or "none"
+                raise DataError(row.error or f'no text in the field "prompt" (fields: {fields})')
+        except DataError as error:
+            prompts.append(DataError(f"{config.input}, row {number}: {error}"))
     if not prompts:
         raise DataError(f"{config.input} holds no prompts")
     return prompts

@@ -10,6 +10,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from megatron_multiverse.errors import GenerationError
+from megatron_multiverse.inference.conversation import cut_at_answers
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import shapes
 from megatron_multiverse.server.answer import Piece, answer_texts
@@ -20,7 +22,6 @@ from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, GenerationFields
 from megatron_multiverse.server.logprobs import TokenLogprobs, chat_object, of_answer
 from megatron_multiverse.server.model import ServedModel
-from megatron_multiverse.structure.trajectory import cut_at_labels
 
 router = APIRouter()
 
@@ -143,7 +144,13 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> tuple[list[int]
     kept = _kept_ids(fields, model)
     spans: list[tuple[int, int]] = []
     if kept is None:
-        pieces, answers = _cut_at_answers(text, fields.messages) if fields.ours.replay_structure else ([text], [])
+        pieces: list[str] = [text]
+        answers: list[tuple[int, int]] = []
+        if fields.ours.replay_structure:
+            try:
+                pieces, answers = cut_at_answers(text, messages)
+            except GenerationError as error:
+                raise refuse("multiverse", str(error)) from None
         tokenized = await model.tokenize(pieces)
         ends = [0, *itertools.accumulate(map(len, tokenized))]
         spans = [(ends[first], ends[last]) for first, last in answers]
@@ -164,30 +171,6 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> tuple[list[int]
     if not ids:
         raise refuse("messages", "the conversation has no tokens")
     return ids, [(start, end) for start, end in spans if start < end < len(ids)]
-
-
-def _cut_at_answers(text: str, messages: Sequence[Message]) -> tuple[list[str], list[tuple[int, int]]]:
-    """A conversation in pieces to be tokenized one by one, so that each answer, and each label in it, begins and ends
-    where a token does; and which pieces [first, last) make up each answer.
-
-    Raises:
-        ApiError: 400, the template does not show an answer as it is.
-    """
-    pieces: list[str] = []
-    answers: list[tuple[int, int]] = []
-    done = 0
-    for message in messages:
-        content = str(message.plain()["content"])
-        start = text.find(content, done)
-        if start < 0:
-            raise refuse("multiverse", "replay_structure: this chat template changes earlier turns; leave it out")
-        if message.role == "assistant" and content:
-            pieces.append(text[done:start])
-            cut = cut_at_labels(content)
-            answers.append((len(pieces), len(pieces) + len(cut)))
-            pieces += cut
-            done = start + len(content)
-    return [*pieces, text[done:]], answers
 
 
 def _known_spans(messages: Sequence[Message], known: Sequence[int]) -> list[tuple[int, int]]:

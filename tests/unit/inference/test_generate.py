@@ -231,9 +231,9 @@ def test_a_chat_template_writes_the_date_of_preprocessing_or_the_one_given(
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     asked: list[list[int]] = []
 
-    def request(*, prompt_ids: list[int], sampling: SamplingParams) -> Request:
+    def request(*, prompt_ids: list[int], **options: object) -> Request:
         asked.append(prompt_ids)
-        return Request(prompt_ids=prompt_ids, sampling=sampling)
+        return Request(prompt_ids=prompt_ids, **options)
 
     monkeypatch.setattr(generate, "Request", request)
     for given in ({}, {"template_date": "2026-01-31"}):
@@ -245,6 +245,56 @@ def test_a_chat_template_writes_the_date_of_preprocessing_or_the_one_given(
         GenerateConfig(load=model, prompt="a", chat=True, template_date="today")
     with pytest.raises(GenerationError, match="--template-date has no effect without --chat"):
         GenerateConfig(load=model, prompt="a", template_date="2026-01-31")
+
+
+EARLIER = """<Parallel>
+<Goal>
+<Outline>
+1: A = 1 + 2
+</Outline>
+<Outline>
+2: B = 3 + 4
+</Outline>
+</Goal>
+<Path>
+1: A = 3
+</Path>
+<Path>
+2: B = 7
+</Path>
+<Conclusion>
+A = 3; B = 7
+</Conclusion>
+</Parallel>"""
+
+
+def test_conversations_are_answered_and_their_answers_laid_out_again(tmp_path: Path) -> None:
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    user = {"role": "user", "content": "Work out A = 5 + 6."}
+    turns = [user, {"role": "assistant", "content": EARLIER}, user]
+    rows = [{"messages": turns}, {"messages": turns[:2]}, {"messages": [{"role": "user"}]}, {"prompt": "a"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"load": model, "input": tmp_path / "in.jsonl", "sampling": SamplingParams(max_tokens=4)}
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(model))
+    prompts = []
+    for replay in (False, True):
+        config = GenerateConfig(**options, chat=True, replay_structure=replay, records=tmp_path / "records.jsonl")
+        answers = {answer["index"]: answer for answer in generate_answers(config)}
+        assert answers[0]["messages"] == turns and answers[3]["prompt"] == "a"
+        assert "row 2: the last turn" in answers[1]["error"] and "row 3: turn 1 of" in answers[2]["error"]
+        records = [record for record in read(tmp_path / "records.jsonl") if record["index"] == 0]
+        result = from_record({name: value for name, value in records[0].items() if name != "index"})
+        # The shorter of the two paths takes no positions of its own.
+        assert (result.position_ids[0] < len(result.prompt_ids)) is replay
+        prompts.append(tokenizer.detokenize(result.prompt_ids))
+    assert prompts == [f"{user['content']}\n{EARLIER}\n{user['content']}\n"] * 2
+    without = {answer["index"]: answer for answer in generate_answers(GenerateConfig(**options))}
+    assert "add --chat" in without[0]["error"] and without[3]["finish_reason"] == "length"
+    with pytest.raises(GenerationError, match="--replay-structure is of conversations"):
+        GenerateConfig(**options, replay_structure=True)
 
 
 def test_the_training_suffix_is_put_behind_the_prompt() -> None:
