@@ -1,7 +1,7 @@
 """The paper in miniature: trains small models of three kinds from nothing, and measures what the paper claims.
 
-Parts: `lengths` (of right answers; needs no model), `train` (one process on each GPU takes run after run, each
-evaluated as it ends), `time` (wall clock, alone on one GPU), `report` (tables and figures from results/*.json); without
+Parts: `lengths` (of right answers; needs no model), `train` (each GPU takes run after run, two at a time, and evaluates
+each as it ends), `time` (wall clock, alone on one GPU), `report` (tables and figures from results/*.json); without
 --part all of them. Whatever is finished in --output is not done again, so the same command goes on with a part that was
 stopped.
 """

@@ -38,7 +38,7 @@ for ((first = 1; first <= SEEDS; first += count)); do
     pids+=($!)
     models+=("$RUN/seed_$seed/model") runs+=("$RUN/seed_$seed")
   done
-  for pid in "${pids[@]}"; do wait "$pid"; done
+  for _ in "${pids[@]}"; do wait -n; done  # whichever ends next, so that a failure is noticed at once
 done
 pids=()
 "$PYTHON" examples/rl/compare.py --models "${models[@]}" --input "$RUN/rows/held_out.jsonl" \
