@@ -202,16 +202,16 @@ async def ask_at_once(provider: Provider, count: int) -> list[Answer | Failure]:
 
 
 def test_no_more_requests_are_on_the_wire_than_allowed(chat: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with AnthropicServer(SCRIPTS, latency_s=0.2) as server:
+    with AnthropicServer(SCRIPTS, latency_s=0.4) as server:
         # Most of them wait for a connection for longer than an answer may take.
-        answers = asyncio.run(ask_at_once(anthropic(server, concurrency=2, timeout_s=0.8), 12))
+        answers = asyncio.run(ask_at_once(anthropic(server, concurrency=2, timeout_s=1.6), 12))
         assert all(isinstance(answer, Answer) for answer in answers)
         assert max(count for _, count in server.busy) == 2
     monkeypatch.setattr(_Chat, "answer", completion("stop"))
     monkeypatch.setattr(_Chat, "status", 200)
-    monkeypatch.setattr(_Chat, "latency_s", 0.2)
+    monkeypatch.setattr(_Chat, "latency_s", 0.4)
     monkeypatch.setattr(_Chat, "under_way", changes := [])
-    answers = asyncio.run(ask_at_once(OpenAIProvider("m", base_url=chat, concurrency=2, timeout_s=0.8), 12))
+    answers = asyncio.run(ask_at_once(OpenAIProvider("m", base_url=chat, concurrency=2, timeout_s=1.6), 12))
     assert all(isinstance(answer, Answer) for answer in answers)
     assert max(accumulate(changes)) == 2
 
