@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.report_training import LENGTHS, beside_fsdp, recomputed
 from megatron_multiverse.cli import run_tool
 
 ROOT = Path(__file__).parents[1]
@@ -158,6 +159,7 @@ def training() -> Iterator[str]:
             yield f"| {' | '.join(cells)} |"
     yield from _training_layouts()
     yield from _training_beside_others()
+    yield from beside_fsdp_rows()
     for row in results("results/training_fp8_h200")[1:]:
         mean, largest = (f"{100 * row[f'{name}_distance']:.1f} %" for name in ("mean", "largest"))
         yield f"| {row['time_beside_first']:.2f} | {row['last_loss']:.3f} | {mean} | {largest} |"
@@ -174,7 +176,11 @@ def _training_layouts() -> Iterator[str]:
         "ZeRO-3 DP2": "ZeRO 3, DP2",
         "ZeRO-3 CP2": "ZeRO 3, CP2",
     }
-    every = [row for row in results("results/training_layouts_h200") if row["gpus"] == 2]
+    every = [
+        row
+        for row in results("results/training_layouts_h200")
+        if row["gpus"] == 2 and row["model"] == "qwen2.5-7b, 4 layers"
+    ]
     for row in (row for row in every if row["rows"] == "2 x 65536 packed"):
         yield f"{row['tokens_per_s_per_gpu']:,.0f}"
     rows = [row for row in every if row["rows"] == "4 x 32768 packed"]
@@ -182,6 +188,30 @@ def _training_layouts() -> Iterator[str]:
         title = titles.get(row["layout"], row["layout"])
         yield f"| {title} | {row['tokens_per_s_per_gpu']:,.0f} | {row['mfu_visible']:.2f} | {row['peak_gib']:.1f} |"
     yield f"differ by {_short(max(row['loss_difference'] for row in rows), 0)} of their value at most"
+
+
+def beside_fsdp_rows() -> Iterator[str]:
+    """docs/training.md: half of a model on two GPUs, fastest first for each length of rows."""
+    rows = beside_fsdp()
+    for length in LENGTHS:
+        of_length = [row for row in rows if f"x {length} " in row["rows"] and "result" not in row]
+        for row in sorted(of_length, key=lambda row: -row["tokens_per_s_per_gpu"]):
+            yield (
+                f"| {length:,} | {row['layout']} | {recomputed(row)} | {row['tokens_per_s_per_gpu']:,.0f} | "
+                f"{row['mfu_visible']:.2f} | {row['peak_gib']:.1f} |"
+            )
+    fast, theirs = (
+        next(row for row in rows if row["layout"] == name and "x 32768 " in row["rows"])
+        for name in ("TP2+SP", "transformers, dense mask, FSDP2")
+    )
+    ratio = fast["tokens_per_s_per_gpu"] / theirs["tokens_per_s_per_gpu"]
+    yield f"is {ratio:.1f} times as fast as transformers under FSDP2 at 32K"
+    one, two = (
+        next(row for row in results("results/training_layouts_h200") if row["gpus"] == gpus and "16384" in row["model"])
+        for gpus in (1, 2)
+    )
+    yield f"CP2 takes {two['s_per_step']:.3f} s a step and one GPU {one['s_per_step']:.3f} s"
+    yield f"two GPUs are {one['s_per_step'] / two['s_per_step']:.2f} times as fast as one"
 
 
 def _training_beside_others() -> Iterator[str]:

@@ -1,9 +1,9 @@
-"""Draws what four GPUs measured: every layout of a whole model beside transformers under FSDP2.
+"""Draws what two GPUs measured: layouts of half of a published model beside transformers under FSDP2.
 
     python -m benchmarks.report_training
 
-Reads the rows of benchmarks/results/training_layouts_*.jsonl that four GPUs trained all layers in, and writes
-benchmarks/results/training_four_gpus.png.
+Reads the rows of benchmarks/results/training_layouts_*.jsonl that two GPUs trained 14 layers in, and writes
+benchmarks/results/training_beside_fsdp.png.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from megatron_multiverse.cli import run_tool
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = (32768, 16384)
-WHOLE = "qwen2.5-7b, 28 layers"
+MODEL = "qwen2.5-7b, 14 layers"
 
 
-def four_gpus() -> list[dict[str, Any]]:
-    """The rows of whole models on four GPUs."""
+def beside_fsdp() -> list[dict[str, Any]]:
+    """The rows of both lengths."""
     files = sorted(RESULTS.glob("training_layouts_*.jsonl"))
     rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["gpus"] == 4 and row["model"] == WHOLE]
+    return [row for row in rows if row["gpus"] == 2 and row["model"] == MODEL]
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -58,15 +58,19 @@ def label(row: dict[str, Any]) -> str:
     """What stands beside a bar."""
     if "result" in row:
         return str(row["result"])
-    words = row["recompute"].removeprefix("full, ").removesuffix(" of a stage")
-    recomputed = {"none": "nothing", "full": "all layers"}.get(words, words)
-    return f"{row['tokens_per_s_per_gpu']:,.0f}; {row['peak_gib']:.0f} GiB, {recomputed} recomputed"
+    return f"{row['tokens_per_s_per_gpu']:,.0f}; {row['peak_gib']:.0f} GiB, {recomputed(row)} recomputed"
+
+
+def recomputed(row: dict[str, Any]) -> str:
+    """What a row's run computed again in its backward pass."""
+    words: str = row["recompute"].removeprefix("full, ").removesuffix(" of a stage")
+    return {"none": "nothing", "full": "all layers"}.get(words, words)
 
 
 def main() -> None:
     """Write the file."""
-    path = RESULTS / "training_four_gpus.png"
-    draw(four_gpus(), path)
+    path = RESULTS / "training_beside_fsdp.png"
+    draw(beside_fsdp(), path)
     print(f"written: {path}")
 
 
