@@ -102,6 +102,17 @@ def checkpoints() -> Iterator[str]:
 
 def engine() -> Iterator[str]:
     """docs/engine.md."""
+    soak = results("results/engine_soak_h200")
+    assert soak["missing_pages"] == 0 and soak["logprob_off"] < soak["tolerance"]
+    yield f"{soak['answers']:,} answers, {soak['checked_tokens']:,} tokens checked"
+    bf16, fp8 = (results("results/engine_fp8_h200")[name]["rows"] for name in ("decode", "fp8"))
+    yield (
+        f"takes {fp8[0]['ms_per_step']:.2f} ms at batch 1 and {fp8[2]['ms_per_step']:.2f} at 32, in bf16 "
+        f"{bf16[0]['ms_per_step']:.2f} and {bf16[2]['ms_per_step']:.2f}"
+    )
+    rows = results("results/engine_blocks_h200")["rows"]
+    joints = [row["fork_and_join_ms"] for row in rows if "fork_and_join_ms" in row]
+    yield f"take {joints[0]:.1f} ms with overlap (3 steps) and {joints[1]:.1f} in turn"
     found = results("results/fp8_logits_cpu")
     right = found["right_answers"]["fp8"] * found["problems"]
     yield (
