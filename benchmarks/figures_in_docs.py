@@ -245,6 +245,11 @@ def _training_beside_others() -> Iterator[str]:
 
 def serving() -> Iterator[str]:
     """docs/serving.md."""
+    overhead = results("results/server_h200")["overhead"]
+    one, many = (median(row["server_whole"]) / median(row["engine"]) for row in overhead["tokens_per_second"])
+    first = {name: median(overhead["first_token_ms"][name]) for name in ("server", "engine")}
+    yield f"tokens at {one:.3f} (batch 1) and {many:.3f} (32) of the engine's own rate"
+    yield f"comes after {first['server']:.0f} ms, {first['engine']:.0f} of them the engine's"
     found = results("results/server_soak_cpu")
     assert found["ok"] and not found["hangs"] + found["num_wrong"] + found["pages_missing_in_the_end"]
     engine_killed, rank_killed = (
