@@ -307,6 +307,14 @@ def rl() -> Iterator[str]:
     steps_less, time_less = after["net_speedup_steps"], after["net_speedup"]
     yield f"they take {steps_less:.2f} times fewer steps and {time_less:.2f} times less wall clock"
     yield f"and {100 * after['accuracy']:.0f} % instead of {100 * before['accuracy']:.0f} % are right"
+    models = results("results/rl_quickstart_seeds_h200_compared")["models"]
+    before, *seeds = models.values()
+    trained = {row["seed"] for row in results("results/rl_quickstart_seeds_h200") if row["kind"] == "train"}
+    assert len(seeds) == len(trained) == 3 and all(of["by_family"]["narrow"]["forks"] == 0 for of in seeds)
+    clock, steps_less = ([of[name] for of in seeds] for name in ("net_speedup", "net_speedup_steps"))
+    yield f"{min(clock):.2f} to {max(clock):.2f} times less wall clock per right answer"
+    yield f"{min(steps_less):.2f} to {max(steps_less):.2f} times fewer steps; "
+    yield f"{100 * min(of['accuracy'] for of in seeds):.0f} % are right instead of {100 * before['accuracy']:.0f} %"
     steps = [row for row in results("results/rl_quickstart_cpu") if row["kind"] == "train"]
     drawn = {
         family: [100 * row[name] for row in steps if (name := f"trigger_ratio/{family}") in row]

@@ -158,12 +158,12 @@ def training_table(results: Results) -> list[str]:
 TABLES: dict[str, tuple[Callable[[Results], list[str]], tuple[str, ...]]] = {
     "chains": (chains_table, ("lengths",)),
     "depth": (depth_table, ("lengths",)),
-    "accuracy": (accuracy_table, ("multiverse-0",)),
+    "accuracy": (accuracy_table, ("plain-0",)),
     "mend": (mend_table, ("multiverse-0",)),
     "alone": (alone_table, ("alone",)),
     "batch": (batch_table, ("batched",)),
     "search": (search_table, ("multiverse-0", "plain-0")),
-    "training": (training_table, ("multiverse-0",)),
+    "training": (training_table, ("plain-0",)),
 }
 """Each table, and the results without which there is none."""
 
