@@ -2,7 +2,7 @@
 
     python -m benchmarks.report_training
 
-Reads the rows of benchmarks/results/training_layouts_*.jsonl that two GPUs trained 14 layers in, and writes
+Reads the rows of benchmarks/results/training_layouts_h200.jsonl that two GPUs trained 14 layers in, and writes
 benchmarks/results/training_beside_fsdp.png.
 """
 
@@ -19,10 +19,8 @@ LENGTHS = (32768, 16384)
 MODEL = "qwen2.5-7b, 14 layers"
 
 
-def beside_fsdp() -> list[dict[str, Any]]:
-    """The rows of both lengths."""
-    files = sorted(RESULTS.glob("training_layouts_*.jsonl"))
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+def two_gpus(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that are drawn."""
     return [row for row in rows if row["gpus"] == 2 and row["model"] == MODEL]
 
 
@@ -70,7 +68,8 @@ def recomputed(row: dict[str, Any]) -> str:
 def main() -> None:
     """Write the file."""
     path = RESULTS / "training_beside_fsdp.png"
-    draw(beside_fsdp(), path)
+    lines = (RESULTS / "training_layouts_h200.jsonl").read_text(encoding="utf-8").splitlines()
+    draw(two_gpus([json.loads(line) for line in lines]), path)
     print(f"written: {path}")
 
 

@@ -3,7 +3,7 @@
 The parts of the model are really built, for one rank of every pipeline stage, but on torch's meta device, which has
 shapes and no memory; so whatever would refuse to be cut refuses here. What follows from the weights is exact.
 Activations are counted by what the layers keep for the backward pass; buffers of NCCL, workspaces and fragmentation are
-not counted: leave about 5 GiB for them. Measured peaks of PyTorch's allocator were at most 1.1 GiB above the estimate
+not counted: leave about 5 GiB for them. Measured peaks of PyTorch's allocator were at most 1.5 GiB above the estimate
 (tests/unit/training/test_memory.py).
 """
 

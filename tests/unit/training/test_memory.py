@@ -112,25 +112,25 @@ def test_no_more_layers_are_recomputed_than_the_memory_asks_for(
 
 
 def test_the_estimate_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recorded peaks of PyTorch's allocator on two GPUs; the estimate may leave out one GiB."""
+    """Recorded peaks of PyTorch's allocator on two GPUs; the estimate may leave out a GiB and a half."""
     rows = [json.loads(line) for line in (ROOT / "benchmarks/results/training_layouts_h200.jsonl").open()]
     monkeypatch.setenv("WORLD_SIZE", "2")
     compared = 0
     for row in rows:
-        if (
-            row["model"] != "qwen2.5-7b, 4 layers"
-            or row["gpus"] != 2
-            or "x 32768" not in row["rows"]
-            or row["layout"] in AFTER_OTHERS
-        ):
+        layout, whole = layouts(2).get(row["layout"]), re.fullmatch(r"qwen2.5-7b, (\d+) layers", row["model"])
+        if row["gpus"] != 2 or not whole or layout is None or row["layout"] in AFTER_OTHERS:
             continue
-        options = Options()
+        count, tokens = re.findall(r"(\d+) x (\d+)", row["rows"])[0]
+        options = Options(num_layers=int(whole[1]), rows=int(count), tokens=int(tokens))
         model = shape_of(options)
-        run = run_config(options, model, layouts(2)[row["layout"]])
+        run = run_config(options, model, layout)
+        if first := re.search(r"first (\d+) layers", row["recompute"]):
+            block = {"recompute_granularity": "full", "recompute_method": "block"}
+            run = dataclasses.replace(run, layers=LayerConfig(recompute_num_layers=int(first[1]), **block))
         found = max(stage.total for stage in estimate(run, model)) / 2**30
-        assert 0 < row["peak_gib"] - found < 1.1, row["layout"]
+        assert 0 < row["peak_gib"] - found < 1.5, row
         compared += 1
-    assert compared >= 8
+    assert compared >= 14
 
 
 def test_earlier_stages_hold_more_microbatches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
