@@ -84,13 +84,18 @@ def curation() -> Iterator[str]:
 
     runs = results("results/curation_throughput")["runs"]
     spans = []
-    for slots in (2, 4, 8, 16):
-        shares = [100 * run["busy_share_while_work_is_left"] for run in runs if run["concurrency"] == slots]
-        ends = dict.fromkeys(f"{share:.0f}" for share in (min(shares), max(shares)))
-        spans.append(f"{' to '.join(ends)} % of the time with {slots}")
-    yield ", ".join(spans)
-    peak = max(run["peak_rss_mib_of_all_processes"] for run in runs)
+    for machine, many in (("2 cores", (2, 4, 8, 16)), ("12 of 32 cores", (4, 8, 16, 32))):
+        for slots in many:
+            found = [run for run in runs if (run["machine"], run["concurrency"]) == (machine, slots)]
+            shares = [100 * run["busy_share_while_work_is_left"] for run in found]
+            ends = dict.fromkeys(f"{share:.0f}" for share in (min(shares), max(shares)))
+            spans.append(f"{' to '.join(ends)} % with {slots}")
+    yield ", ".join(spans[:4])
+    yield ", ".join(spans[4:])
+    peak = max(run["peak_rss_mib_of_all_processes"] for run in runs if run["workers"] == 4)
     yield f"at most {peak} MiB in all processes together"
+    most = max(run["answers"] / run["seconds"] for run in runs)
+    yield f"one process asks for at most {most:.0f} answers a second"
 
 
 def checkpoints() -> Iterator[str]:
