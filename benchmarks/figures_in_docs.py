@@ -125,6 +125,8 @@ def engine() -> Iterator[str]:
         f"model logits move by {100 * found['fp8']['relative']:.1f} % of their spread, where bf16 moves them by "
         f"{100 * found['bf16']['relative']:.1f} %, and {right:.0f} of {found['problems']} held-out problems stay right"
     )
+    fuzz = results("results/fuzz_cpu")
+    yield f"{fuzz['distinct_trees']:,} different trees and {fuzz['soup_engines']:,} engines of tag soup"
     row = next(row for row in results("results/small_sums_h200") if row["rows"] == 1 and row["hidden_size"] == 3584)
     yield f"{row['sum_norm_us']:.1f} us for one row of Qwen2.5-7B on two H200"
     torch_us, nccl_us = row["symmetric_memory_us"], row["nccl_us"]
