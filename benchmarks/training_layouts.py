@@ -265,7 +265,17 @@ def chosen(o: Options, world: int) -> dict[str, dict[str, Any]]:
     if not runs_zero and not o.layouts:
         print("without the layouts of ZeRO: the package deepspeed is not installed", file=sys.stderr)
     usable = [name for name, layout in layouts(world).items() if runs_zero or layout["engine"] != "deepspeed"]
-    return {name: known[name] for name in o.layouts or usable}
+    return {name: known[name] for name in o.layouts or [name for name in usable if can_be_cut(o, known[name])]}
+
+
+def can_be_cut(o: Options, layout: dict[str, Any]) -> bool:
+    """Whether the model and the rows divide among the ranks of a layout; where nobody named it, it is left out."""
+    try:
+        run_config(o, shape_of(o), layout).parallel.check_model(shape_of(o))
+    except ConfigError as error:
+        print(f"left out: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def main() -> None:
@@ -285,33 +295,40 @@ def main() -> None:
             key = ("layout", "gpus", "model", "rows", "recompute")
             output = o.output or str(RESULTS)
             recorder = Recorder("training_layouts", output, o.commit, key=key, command=command)
-        attempts, first = Attempts(ranks), list[float]()
-        for name, layout in wanted.items():
-            case = case_of(o, name, layout, world)
-            if (earlier := attempts.outcome(name)) is not None:
-                first = first or (earlier["losses"] if isinstance(earlier, dict) else [])
-                if ranks.is_first and isinstance(earlier, str):
-                    report(o, recorder, case | {"result": earlier})
-                continue
-            with attempts.part(name) as noted:
-                make = RIVALS.get(name)
-                build = None if make is None else lambda config, rows, make=make: make(config, model)
-                found = measure(o, model, layout, ranks, build=build)
-                noted["losses"] = found.losses
-            first = first or found.losses
-            difference = max(abs(a - b) / b for a, b in zip(found.losses, first, strict=False))
-            if ranks.is_first:
-                report(o, recorder, case | numbers(model, world, found, difference))
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        attempts.forget()
+        measure_all(o, model, wanted, ranks, recorder)
         if recorder is not None:
             recorder.table(
                 "Training steps (forward, backward, optimizer) of one model from the same weights on the same rows, in "
                 f"each layout; median of {o.steps - WARM_UP} steps. MFU counts visible pairs alone; memory is the "
                 "largest of the ranks; loss_difference is the largest relative one from the first layout's losses."
             )
+
+
+def measure_all(
+    o: Options, model: ModelConfig, wanted: dict[str, dict[str, Any]], ranks: Ranks, recorder: Recorder | None
+) -> None:
+    """Measure and report the layouts that earlier processes of this run of torchrun did not, and report what failed."""
+    attempts, first = Attempts(ranks), list[float]()
+    for name, layout in wanted.items():
+        case = case_of(o, name, layout, ranks.size)
+        if (earlier := attempts.outcome(name)) is not None:
+            first = first or (earlier["losses"] if isinstance(earlier, dict) else [])
+            if ranks.is_first and isinstance(earlier, str):
+                report(o, recorder, case | {"result": earlier})
+            continue
+        with attempts.part(name) as noted:
+            make = RIVALS.get(name)
+            build = None if make is None else lambda config, rows, make=make: make(config, model)
+            found = measure(o, model, layout, ranks, build=build)
+            noted["losses"] = found.losses
+        first = first or found.losses
+        difference = max(abs(a - b) / b for a, b in zip(found.losses, first, strict=False))
+        if ranks.is_first:
+            report(o, recorder, case | numbers(model, ranks.size, found, difference))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    attempts.forget()
 
 
 def report(o: Options, recorder: Recorder | None, values: dict[str, Any]) -> None:
