@@ -119,7 +119,7 @@ class Decoder:
             for number, problem in enumerate(problems)
         ]
         threads = torch.get_num_threads()
-        torch.set_num_threads(threads if len(problems) < 8 else max(threads, BATCH_THREADS))
+        torch.set_num_threads(threads if len(problems) < 16 else max(threads, BATCH_THREADS))
         start = time.perf_counter()
         try:
             results = self.engine.generate(requests, on_token=on_token)

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,21 +21,23 @@ ROOT = HERE.parents[1]
 INTERRUPTED_AT, RESUME_CHECK_STEPS = 20, 40
 
 
-def run_pipeline(folder: Path, *, train_iters: int) -> dict[str, Any]:
+def run_pipeline(folder: Path, *, train_iters: int, meanwhile: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Train a tiny model from nothing in `folder` (emptied first) and check that resuming changes no bit.
 
     Args:
         folder: rows, data, runs and loss.png go here.
         train_iters: steps of the run whose curve is drawn; more than RESUME_CHECK_STEPS.
+        meanwhile: called on the second core once the interrupted run needs it no more.
 
     Returns:
-        Figures for the report.
+        Figures for the report, those of `meanwhile` included.
     """
     empty(folder)
     prepare(folder, train_rows=12 * train_iters, held_out_rows=300)  # a step reads about eight
     straight, stopped = folder / "run", folder / "interrupted"
     with ThreadPoolExecutor(1) as other_core:
         output = other_core.submit(train_with_interruption, folder, stopped)
+        others = other_core.submit(meanwhile)
         keep = ("--checkpoint.save_interval", RESUME_CHECK_STEPS, "--checkpoint.keep_last", 0)
         train(folder, straight, train_iters, *keep)
         print(f"\nAt the same time, on another core:\n{output.result()}")
@@ -45,7 +48,7 @@ def run_pipeline(folder: Path, *, train_iters: int) -> dict[str, Any]:
     print(f"straight run and resumed run at step {RESUME_CHECK_STEPS}: {'equal' if same else 'DIFFERENT'}")
     tool("tools/plot_loss.py", "--runs", straight, "--output", folder / "loss.png")
     first, last = curve[min(curve)], curve[max(curve)]
-    return {
+    return others.result() | {
         "train_iters": train_iters,
         "loss_first": first,
         "loss_last": last,

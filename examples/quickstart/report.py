@@ -67,6 +67,10 @@ def print_modes(report: dict[str, Any]) -> None:
     for rival, suffix in (("one branch at a time", ""), ("without blocks", "_over_autoregressive")):
         steps, clock = (report[f"net_speedup_{unit}{suffix}"] for unit in ("steps", "wall_clock"))
         print(f"net speedup over {rival:<34} {steps:.2f} x in steps, {clock:.2f} x in wall clock")
+
+
+def print_checks(report: dict[str, Any]) -> None:
+    """How far logits lie from one forward pass, and what becomes of problems unlike those trained on."""
     difference, rows_compared = report["max_abs_logit_difference"], report["logit_rows_compared"]
     print(f"decode logits against one forward pass, {rows_compared:>5} rows  {difference:.1e} at most")
     count = report["beyond_training_problems"]

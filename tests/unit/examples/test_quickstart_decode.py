@@ -24,7 +24,7 @@ from measure import (  # noqa: E402
     measure_logits,
     show_live,
 )
-from report import print_modes  # noqa: E402
+from report import print_checks, print_modes  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,7 @@ def test_what_is_shown_and_drawn(decoder: Decoder, tmp_path: Path, capsys: pytes
     report = measure_answers(decoder, problem) | measure_latency(alone) | measure_logits(decoder, problem)
     report |= {"beyond_training_problems": 0, "accuracy_5_to_6_expressions": 0.0, "accuracy_depth_3": 0.0}
     print_modes(report)
+    print_checks(report)
     assert "in parallel" in capsys.readouterr().out
 
 
