@@ -72,7 +72,8 @@ def altered(model: Path) -> Path:
 GOOD = {
     "parallel_equals_sequential": True, "accuracy": 1.0, "accuracy_sequential": 1.0, "accuracy_autoregressive": 0.98,
     "max_abs_logit_difference": 1.9e-5, "resume_bit_exact": True, "loss_first": 5.0, "loss_last": 1.0,
-    "logit_rows_compared": 1, "beyond_training_problems": 8, "accuracy_5_to_6_expressions": 0.0, "accuracy_depth_3": 0.0,
+    "logit_rows_compared": 1, "beyond_training_problems": 8, "accuracy_5_to_6_expressions": 0.0,
+    "accuracy_depth_3": 0.0,
 }  # fmt: skip
 
 
