@@ -1,4 +1,4 @@
-"""The figures that README.md and docs/*.md quote, worded anew from the committed results.
+"""The figures that README.md, docs/*.md and the quickstart quote, worded anew from the committed results.
 
     python -m benchmarks.figures_in_docs
 
@@ -342,6 +342,35 @@ def rl() -> Iterator[str]:
     yield f"right are {100 * after['accuracy']:.0f} % instead of {100 * before['accuracy']:.0f} %"
 
 
+def quickstart() -> Iterator[str]:
+    """examples/quickstart/README.md."""
+    report = results("results/quickstart_cpu")
+    modes = ("parallel", "sequential", "autoregressive")
+    yield (
+        f"packages installed: {report['total_seconds']:.0f} seconds, the first answer after "
+        f"{report['first_answer_seconds']:.0f}."
+    )
+    right = [f"{100 * report[name]:.0f} %" for name in ("accuracy", "accuracy_sequential", "accuracy_autoregressive")]
+    rows = {
+        "right answers": right,
+        "tokens per answer": [f"{report[f'tokens_per_answer_{mode}']:.0f}" for mode in modes],
+        "decode steps per answer": [f"{report[f'decode_steps_per_answer_{mode}']:.0f}" for mode in modes],
+        "seconds per answer, one at a time": [f"{report[f'seconds_per_answer_{mode}']:.2f}" for mode in modes],
+        "seconds for all 100, batched": [f"{report[f'batch_seconds_{mode}']:.1f}" for mode in modes],
+    }
+    for name, cells in rows.items():
+        yield f"| {name} | {' | '.join(cells)} |"
+    (steps, clock), (plain_steps, plain_clock) = (
+        [report[f"net_speedup_{unit}{rival}"] for unit in ("steps", "wall_clock")]
+        for rival in ("", "_over_autoregressive")
+    )
+    yield f"num_parallel is {report['num_parallel']:.2f}."
+    yield f"{steps:.2f} in steps and {clock:.2f} in wall clock over one branch at a time"
+    yield f"and {plain_steps:.2f} and {plain_clock:.2f} over thinking without blocks"
+    yield f"one teacher-forced forward pass by at most {_short(report['max_abs_logit_difference'], 1)}."
+    assert report["accuracy_5_to_6_expressions"] == report["accuracy_depth_3"] == 0, "or say how many are right"
+
+
 STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {
     "README.md": readme,
     "docs/checkpoints.md": checkpoints,
@@ -351,6 +380,7 @@ STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {
     "docs/rl.md": rl,
     "docs/serving.md": serving,
     "docs/training.md": training,
+    "examples/quickstart/README.md": quickstart,
 }
 
 

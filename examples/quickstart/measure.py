@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,24 @@ def fresh_problems(count: int, *, seed: int, fewest: int = 2, most: int = 4, max
     ]
 
 
-def show_live(decoder: Decoder, count: int, *, seed: int) -> None:
-    """Decode a few problems on the screen; every second one at least has a nested block."""
+def show_live(decoder: Decoder, count: int, *, seed: int) -> float:
+    """Decode a few problems on the screen; every second one at least has a nested block.
+
+    Returns:
+        `time.perf_counter()` at the end of the first.
+    """
     rng = random.Random(f"live:{seed}")
+    ends = []
     for number in range(count):
         problem = sample_problem(rng, num_expressions=3, max_depth=2 - number % 2, exact_depth=True, split="held_out")
         title = render_parallel(problem)[0]
         with LiveBranches(decoder.tokenizer.detokenize, title=title) as live:
             answers = decoder.answer([problem], "parallel", on_token=live.on_token)
+        ends.append(time.perf_counter())
         verdict = "right" if answers.correct[0] else f"WRONG, the answer is {problem.answer}"
         result = answers.results[0]
         print(f"-> {verdict}; {len(result.token_ids)} tokens in {result.decode_steps} steps\n", flush=True)
+    return ends[0]
 
 
 def measure_answers(decoder: Decoder, problems: list[Problem]) -> Report:

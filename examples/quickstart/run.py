@@ -41,7 +41,7 @@ def main() -> None:
 
     options = parse_options(QuickstartOptions)
     started = time.perf_counter()
-    report, untimed = decode_and_measure(options)
+    report, untimed = decode_and_measure(options, started)
     if options.skip_training:
         report |= untimed()
     else:
@@ -64,8 +64,14 @@ def main() -> None:
         sys.exit("error: " + "; ".join(found))
 
 
-def decode_and_measure(options: QuickstartOptions) -> tuple[dict[str, object], Callable[[], dict[str, object]]]:
+def decode_and_measure(
+    options: QuickstartOptions, started: float
+) -> tuple[dict[str, object], Callable[[], dict[str, object]]]:
     """Show a few problems live, then measure.
+
+    Args:
+        options: those of the command.
+        started: `time.perf_counter()` at its start.
 
     Returns:
         The figures, and a function that gives those for which no clock runs: it can wait for a core with time to spare.
@@ -94,14 +100,14 @@ def decode_and_measure(options: QuickstartOptions) -> tuple[dict[str, object], C
     decoder = Decoder(model)
     print(f"{decoder.config.num_parameters:,} parameters from {model}")
     heading("Fresh problems, decoded in parallel branches")
-    show_live(decoder, 2, seed=options.seed)
+    first_answer = show_live(decoder, 2, seed=options.seed) - started
     heading(f"{options.num_problems} fresh problems: in parallel, one branch at a time, without blocks")
     problems = fresh_problems(options.num_problems, seed=options.seed)
     alone = answer_one_at_a_time(decoder, problems[: options.latency_problems])
     # One with nested blocks and few paths, if there is one.
     shown = min(range(len(alone)), key=lambda k: (problems[k].depth < 2, len(problems[k].expressions)))
     draw_answer(problems[shown], alone[shown], options.output / "timeline.png")
-    report: dict[str, object] = measure_latency(alone)
+    report: dict[str, object] = {"first_answer_seconds": first_answer} | measure_latency(alone)
     report |= measure_answers(decoder, problems)
     print_modes(report)
 

@@ -101,7 +101,7 @@ def test_each_figure_that_falls_short_ends_the_quickstart_with_an_error(
 ) -> None:
     figures = GOOD | change | {"train_iters": 300}
     training = {name: figures.pop(name) for name in ("resume_bit_exact", "loss_first", "loss_last", "train_iters")}
-    monkeypatch.setattr(run, "decode_and_measure", lambda options: (figures, dict))
+    monkeypatch.setattr(run, "decode_and_measure", lambda options, started: (figures, dict))
     monkeypatch.setattr(pipeline, "run_pipeline", lambda folder, train_iters, meanwhile: training)
     monkeypatch.setattr(sys, "argv", ["run.py", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
