@@ -107,7 +107,8 @@ def decode_and_measure(
     # One with nested blocks and few paths, if there is one.
     shown = min(range(len(alone)), key=lambda k: (problems[k].depth < 2, len(problems[k].expressions)))
     draw_answer(problems[shown], alone[shown], options.output / "timeline.png")
-    report: dict[str, object] = {"first_answer_seconds": first_answer} | measure_latency(alone)
+    report: dict[str, object] = {"first_answer_seconds": first_answer}
+    report |= measure_latency(alone)
     report |= measure_answers(decoder, problems)
     print_modes(report)
 
