@@ -96,6 +96,8 @@ def ensure_process_group() -> None:
             f"WORLD_SIZE is {world_size}, but no process group exists: call "
             "torch.distributed.init_process_group and parallel_state.initialize_model_parallel first"
         )
+    if parallel_state.model_parallel_is_initialized():  # of a process group that somebody has destroyed since
+        parallel_state.destroy_model_parallel()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     atexit.register(_destroy_own_group, torch.distributed.group.WORLD, os.getpid())

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
 from torch import distributed
 
 from megatron_multiverse.config import LayerConfig, ModelConfig, ParallelConfig, TrainConfig, pad_vocab_size
@@ -173,7 +172,6 @@ def _pretended_ranks(parallel: ParallelConfig, stage: int) -> Iterator[None]:
         )
         yield
     finally:
-        parallel_state.destroy_model_parallel()  # a model built later would ask the groups of ranks that are gone
         distributed.destroy_process_group()
 
 

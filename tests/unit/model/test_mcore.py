@@ -33,6 +33,15 @@ def test_our_group_is_destroyed_at_exit(code: str, initialized: list[str]) -> No
     assert "destroy_process_group() was not called" not in done.stderr
 
 
+def test_groups_of_ranks_that_are_gone_are_made_anew() -> None:
+    """A model can be built after a dry run, or a run of several ranks, has taken its process group along."""
+    code = f"{OURS}; torch.distributed.destroy_process_group(); print(mcore.tensor_parallel_place())"
+    program = f"import torch\nfrom megatron_multiverse.model import mcore\n{code}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[0] == "(1, 0)"
+
+
 def test_fused_functions_are_compiled_once_at_their_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[dict[str, object]] = []
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron.core import parallel_state
 from torch import distributed
 
 from benchmarks.training_layouts import Options, layouts, run_config, shape_of
@@ -40,7 +39,6 @@ ROOT = Path(__file__).parents[3]
 def no_process_group() -> None:
     """An estimate pretends to be one of many ranks; models of other tests leave a group of one rank in this process."""
     if distributed.is_initialized():
-        parallel_state.destroy_model_parallel()
         distributed.destroy_process_group()
 
 
