@@ -7,6 +7,7 @@ the call before. What counts as moved are the keys and values of the prefix, onc
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -84,7 +85,7 @@ def measure(recorder: Recorder, o: Options, rows: int, prefix: int, read: float)
     errors = {name: error(call(0), query, cache[0], pages, lengths, borders) for name, call in calls.items()}
     if max(errors.values()) > TOLERANCE:
         raise SystemExit(f"{rows} rows after {prefix} tokens: wrong by {errors}")
-    turn = Turn(layers)
+    turn = partial(next, itertools.cycle(range(layers)))
     steps = {name: Step(call, prepare=turn, calls=20, after_wait=True) for name, call in calls.items()}
     times = in_turns(steps, o.rounds)
     way = "shared" if divide().tokens.shape[1] > 1 else "plain"
@@ -93,17 +94,6 @@ def measure(recorder: Recorder, o: Options, rows: int, prefix: int, read: float)
     row |= {"engine": way, "engine_us": 1e3 * times[way], "engine_over_plain": times[way] / times["plain"]}
     moved = 2 * o.kv_heads * o.dim * 2 * (prefix + rows * o.own)
     recorder.add(**row, moved_mb=moved / 1e6, share=moved / times[way] / 1e-3 / read, error=max(errors.values()))
-
-
-class Turn:
-    """Numbers 0 to count - 1, over and over."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.number = count, 0
-
-    def __call__(self) -> int:
-        self.number = (self.number + 1) % self.count
-        return self.number
 
 
 def tables(
