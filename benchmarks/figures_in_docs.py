@@ -340,6 +340,14 @@ def rl() -> Iterator[str]:
     yield f"take {after['net_speedup_steps']:.2f} times fewer steps per right answer"
     yield f"and {after['net_speedup']:.2f} times less wall clock"
     yield f"right are {100 * after['accuracy']:.0f} % instead of {100 * before['accuracy']:.0f} %"
+    usual, rounded = results("results/rl_rounding_h200")["runs"]
+    yield f"[{100 * rounded['ratio_far']:.2f} %](../benchmarks/results/rl_rounding_h200.json)"
+    yield f"have such a ratio instead of {100 * usual['ratio_far']:.2f} %"
+    first = [100 * run["first_step_ratio_far"] for run in (rounded, usual)]
+    yield "in the first step {:.3f} % instead of {:.3f} %".format(*first)
+    rows, tree = results("results/rl_shared_prefix_h200")
+    yield f"[{tree['speedup']:.1f} times](../benchmarks/results/rl_shared_prefix_h200.md) as fast"
+    yield f"it takes {tree['peak_gib']:.0f} GiB, where rows one after the other take {rows['peak_gib']:.0f}"
 
 
 def quickstart() -> Iterator[str]:

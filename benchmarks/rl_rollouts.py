@@ -1,8 +1,8 @@
 """What reinforcement learning costs around the engine: a step's rollouts beside the bare engine on the same requests.
 
 The rollouts of a run hand the weights over, draw and grade; the bare engine, built from the same checkpoint, only
-answers. They take turns, and draw from the same seeds: in float32 their answers must be the same tokens, otherwise
-nothing is recorded. In bf16 an answer may change where one of them finds a prefix in its cache, and rounds otherwise.
+answers. They take turns at the same prompts with the same seeds, so that after the first round both have compiled and
+recorded all that these answers need. In float32 their answers must be the same tokens, otherwise nothing is recorded.
 
     python -m benchmarks.rl_rollouts --init-from runs/rl/sft/model --input runs/rl/rows/train.jsonl
 
@@ -49,7 +49,7 @@ class Options:
     """Prompts, as `task.input` of the run."""
     run_config: Path = Path("pretrain_scripts/configs/rl_quickstart.yaml")
     """All other settings of the run."""
-    rounds: int = 4
+    rounds: int = 6
     """Steps of either way; the first one, which compiles and records CUDA graphs, is not counted."""
     dtype: str = "bf16"
     """As in the run: bf16 or float32."""
@@ -87,15 +87,16 @@ def measure(o: Options) -> dict[str, Any]:
         sizes = engine_config(config, longest, replica.count)
         bare = build_engine(config.init_from, tokenizer, sizes, dtype=DTYPES[config.dtype], device=device)
         rates: dict[str, list[float]] = {"whole": [], "drawing": [], "bare": []}
+        position = prompts.state_dict()
+        requests = requests_of(config, prompts, rollouts)
         for step in range(o.rounds):
-            position = prompts.state_dict()
+            prompts.load_state_dict(position)
             started = time.perf_counter()
             rollouts.use_weights(step)
             batch = rollouts.draw(prompts, step, lambda: False)
             whole = time.perf_counter() - started
             assert batch is not None
-            prompts.load_state_dict(position)
-            requests = requests_of(config, prompts, rollouts)
+            bare.use_weights(step)  # of the last round's prompts nothing is kept there either
             started = time.perf_counter()
             answers = bare.generate(requests)
             alone = time.perf_counter() - started
