@@ -28,7 +28,7 @@ def measure_lengths(path: Path, count: int) -> None:
     made = tokenizer()
     rng = random.Random("lengths")
     found = {
-        "chains": [_means(made, k, [sample_arithmetic(rng, k, STEPS) for _ in range(count)]) for k in CHAINS],
+        "chains": [_means(made, k, [sample_arithmetic(rng, k, (STEPS, STEPS)) for _ in range(count)]) for k in CHAINS],
         "variables": [_means(made, n, [sample_satisfiability(rng, n) for _ in range(count)]) for n in VARIABLES],
     }
     write_json_atomic(path, {"problems": count, **found})

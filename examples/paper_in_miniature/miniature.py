@@ -123,7 +123,7 @@ def start_run(options: MiniatureOptions, name: str, device: int, places: int) ->
     command = [sys.executable, str(HERE / "one_run.py"), "--name", name, "--output", str(options.output)]
     command += ["--workers", str(workers), "--attention-backend", options.attention_backend]
     command += ["--smoke"] if options.smoke else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # each core has its process
     if "CUDA_VISIBLE_DEVICES" in environment:
         environment["CUDA_VISIBLE_DEVICES"] = environment["CUDA_VISIBLE_DEVICES"].split(",")[device]
     else:

@@ -23,6 +23,8 @@ from megatron_multiverse.structure import Block, render
 
 Text = Literal["plain", "tagged"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LONG_STEPS, SHORT_STEPS = (2, 4), (1, 2)
+"""Fewest and most steps of long and of short chains."""
 REQUESTS: dict[Text, str] = {
     "plain": " Think step by step before answering.",
     "tagged": " Think step by step and in parallel before answering.",
@@ -124,7 +126,7 @@ class Satisfiability:
         if text == "plain":
             thought = "\n".join(_search_lines(self.clauses, ""))
         else:
-            thought = shift_labels(render([_split(self.clauses)], prefix=prefix), prefix, start, 2)
+            thought = shift_labels(render([_split(self.clauses, "")], prefix=prefix), prefix, start, 2)
         return f"<Think>\n{thought}\n</Think>\n\nAnswer: {'no' if model is None else model}"
 
     def is_right(self, answer: str) -> bool:
@@ -174,17 +176,18 @@ def _verdict(clauses: tuple[Clause, ...]) -> str:
     return "no" if model is None else f"yes {model}".rstrip()
 
 
-def _split(clauses: tuple[Clause, ...]) -> Block:
+def _split(clauses: tuple[Clause, ...], assigned: str) -> Block:
     """A block with a path for each value of the first variable; both search to the end.
 
-    A path begins with its case, as the lines of the plain text do, so that it can be read without its outline.
+    A path begins with its whole case, as the lines of the plain text do: a model that reads the tags as text finds the
+    clauses that a nested path goes on from by it.
     """
     name = clauses[0][0][0]
     paths = []
     for value in (False, True):
-        left = assign(clauses, name, value)
+        case, left = f"{assigned}{name}{int(value)}", assign(clauses, name, value)
         is_leaf = not left or () in left
-        paths.append((f"{name}{int(value)}: {spell(left)}", _verdict(left) if is_leaf else _split(left)))
+        paths.append((f"{case}: {spell(left)}", _verdict(left) if is_leaf else _split(left, case)))
     return Block((f"{name}0", f"{name}1"), tuple(paths), _verdict(clauses))
 
 
@@ -225,10 +228,12 @@ def sample_chain(rng: random.Random, name: str, num_steps: int) -> Chain:
     return chain
 
 
-def sample_arithmetic(rng: random.Random, num_chains: int, num_steps: int | None = None, *, names: str = "") -> Problem:
-    """Chains of two to four steps, or of `num_steps`; named by random letters unless `names` gives them."""
+def sample_arithmetic(
+    rng: random.Random, num_chains: int, steps: tuple[int, int] = LONG_STEPS, *, names: str = ""
+) -> Problem:
+    """Chains of so many steps, from the fewest to the most; named by random letters unless `names` gives them."""
     names = names or "".join(rng.sample(LETTERS, num_chains))
-    return Arithmetic(tuple(sample_chain(rng, name, num_steps or rng.randint(2, 4)) for name in names[:num_chains]))
+    return Arithmetic(tuple(sample_chain(rng, name, rng.randint(*steps)) for name in names[:num_chains]))
 
 
 def sample_satisfiability(rng: random.Random, num_variables: int, *, names: str = "") -> Problem:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from tasks import LETTERS, REQUESTS, Problem, Text, sample_arithmetic, sample_satisfiability
+from tasks import LETTERS, REQUESTS, SHORT_STEPS, Problem, Text, sample_arithmetic, sample_satisfiability
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_multiverse.data.packing import pack
@@ -34,7 +34,13 @@ Kind = Literal["plain", "tagged", "multiverse"]
 branches."""
 
 MOST_CHAINS = 4
-"""Chains of a training problem; the evaluation goes to twice as many."""
+"""Chains of two to four steps in a training problem; the evaluation goes to twice as many."""
+MOST_SHORT_CHAINS = 8
+"""Chains of one or two steps in a training problem; the evaluation goes to twice as many."""
+LARGEST_START = 12
+"""Of labels that do not count from 1."""
+SAMPLES_AT_ONCE = 8
+"""That are drawn and tokenized together."""
 MOST_VARIABLES = 4
 """Variables of a training search, and so its deepest block; the evaluation goes beyond."""
 
@@ -49,6 +55,8 @@ class RowConfig:
     """Chains and variables are called by random letters; otherwise A, B, C and so on."""
     random_labels: bool = True
     """Half of the blocks have labels that do not count from 1."""
+    short_chains: bool = True
+    """Half of the calculations have 2 to 8 chains of one or two steps, the more chains the rarer."""
     train_forced_tokens: bool = False
     """Loss also on what the engine writes itself."""
     official_positions: bool = False
@@ -78,6 +86,10 @@ class RowMaker:
         """One problem of the training distribution."""
         names = "" if self.config.random_names else LETTERS
         if rng.random() < 0.5:
+            if self.config.short_chains and rng.random() < 0.5:
+                numbers = range(2, MOST_SHORT_CHAINS + 1)
+                (number,) = rng.choices(numbers, [0.7**n for n in numbers])
+                return sample_arithmetic(rng, number, SHORT_STEPS, names=names)
             return sample_arithmetic(rng, rng.randint(2, MOST_CHAINS), names=names)
         return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES), names=names)
 
@@ -86,21 +98,24 @@ class RowMaker:
         problem, text = self.problem(rng), text_of(self.config.kind)
         prefix, start = "", 1
         if self.config.random_labels and rng.random() < 0.5:
-            start = rng.randint(1, 10 - MOST_CHAINS)
+            start = rng.randint(1, LARGEST_START)
             prefix = "".join(f"{rng.randint(1, 9)}." for _ in range(rng.randint(0, 4)))
         return problem.prompt + REQUESTS[text], problem.response(text, prefix, start)
 
-    def sample(self, rng: random.Random) -> Sample:
-        """One row as tokens with their layout."""
-        texts = self.text(rng)
-        prompt, response = self.tokenizer.tokenize_batch(list(texts))
+    def samples(self, rng: random.Random, count: int) -> list[Sample]:
+        """Rows as tokens with their layouts. Many texts are tokenized in one call: a call costs as much as a row."""
+        texts = [text for _ in range(count) for text in self.text(rng)]
+        tokens = self.tokenizer.tokenize_batch(texts)
+        return [self._lay_out(prompt, response) for prompt, response in zip(tokens[::2], tokens[1::2], strict=True)]
+
+    def _lay_out(self, prompt: list[int], response: list[int]) -> Sample:
         assert self.tokenizer.eod is not None
         ids = [*prompt, *response, self.tokenizer.eod]
         document = Document(len(ids), len(prompt))
         if self.config.kind == "multiverse":
             document = parse(ids, self.tokenizer.structure_vocab, prompt_length=len(prompt), strict=False)
             broken = set(document.malformed) - {"label_order"}
-            assert not broken, f"a row that the engine would not fork ({broken}): {texts}"
+            assert not broken, f"a row that the engine would not fork ({broken}): {self.tokenizer.detokenize(ids)}"
         layout = lay_out(document)
         if self.config.official_positions:
             layout = with_positions(layout, official_positions(document))
@@ -109,17 +124,16 @@ class RowMaker:
     def batch(self, index: int, num_rows: int, seq_length: int) -> dict[str, npt.NDArray[Any]]:
         """Microbatch `index`: arrays [num_rows, seq_length], see `pack_arrays`.
 
-        As many samples are drawn as would fill the rows without any padding. Packing needs a row or two more than that,
-        and the emptiest rows are left out.
+        At least as many samples are drawn as would fill the rows without any padding. Packing needs a row or two more
+        than that, and the emptiest rows are left out.
         """
         rng = random.Random(f"{self.config.seed}:{index}")
         samples: list[Sample] = []
         missing = num_rows * seq_length
         while missing > 0:
-            sample = self.sample(rng)
-            if len(sample.ids) <= seq_length:
-                samples.append(sample)
-                missing -= len(sample.ids)
+            drawn = [sample for sample in self.samples(rng, SAMPLES_AT_ONCE) if len(sample.ids) <= seq_length]
+            samples += drawn
+            missing -= sum(len(sample.ids) for sample in drawn)
         lengths = np.array([len(sample.ids) for sample in samples])
         packs = pack(lengths, seq_length, seed=self.config.seed, epoch=index).packs
         packs.sort(key=lambda members: -lengths[members].sum())

@@ -74,6 +74,9 @@ def test_labels_are_shifted_as_a_whole() -> None:
     assert "\n7.3.4: " in shifted and "\n7.3.5: " in shifted and "\n7.3.1" not in shifted and "\n7.3.6" not in shifted
     back = shifted.replace("\n7.3.4", "\n1").replace("\n7.3.5", "\n2")
     assert back == counted
+    chains = sample_arithmetic(random.Random(2), 8)
+    late = chains.response("tagged", "", 12)
+    assert [f"\n{number}: " in late for number in range(10, 21)] == [False] * 2 + [True] * 8 + [False]
     assert parse_text(counted)  # strictly
 
 
@@ -126,7 +129,7 @@ def test_a_loader_goes_on_where_it_stood() -> None:
 
 def fake_run(options: MiniatureOptions, name: str, device: int, devices: int) -> subprocess.Popen[bytes]:
     """A run that fails, is stopped or never ends, as its name says."""
-    script = {"counted": "exit 1", "names": f"exit {STOPPED}", "forced-loss": "exec sleep 60"}[name]
+    script = {"counted": "exit 1", "fixed-labels": f"exit {STOPPED}", "forced-loss": "exec sleep 60"}[name]
     return subprocess.Popen(["sh", "-c", script])
 
 
@@ -134,7 +137,7 @@ def test_runs_that_fail_are_told_from_runs_that_were_stopped(tmp_path: Path, mon
     monkeypatch.setattr(miniature, "start_run", fake_run)
     with pytest.raises(TrainingError, match=r"1 runs failed.*counted\.log"):
         train_all(MiniatureOptions(runs=["counted"], output=tmp_path))
-    assert train_all(MiniatureOptions(runs=["names"], output=tmp_path)) is False
+    assert train_all(MiniatureOptions(runs=["fixed-labels"], output=tmp_path)) is False
     assert train_all(MiniatureOptions(runs=["forced-loss"], output=tmp_path, minutes=0.01)) is False
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "counted.json").write_text("{}")
@@ -162,7 +165,7 @@ def test_tables_and_figures_come_from_results(tmp_path: Path) -> None:
     made = tables(results)
     assert "| 4 | 1 of 1 | 3.00 | 500 | 800 | 200 | 2.50 | 4.00 |" in made["alone"]
     assert "| 1 | 1 | 1 | 500 | 200 | 2.50 | 4.00 |" in made["batch"]
-    assert "Not run yet: tagged-0, names, " in made["training"]
+    assert "Not run yet: tagged-0, four-paths, " in made["training"]
     assert "| 8 chains, more than trained | 50.0 | 50.0 ± 0.0 |" in made["accuracy"]
     assert (
         filled("a\n<!-- batch -->\nold\n<!-- end -->\nb", results)
