@@ -142,6 +142,7 @@ def rows_of(o: Options, case: str) -> list[dict[str, Any]]:
             if torch.cuda.is_available():
                 times = rank_times(o, r.cuda(), places)
                 row |= {"time_over_mean": over_mean(times), "slowest_ms": max(times), "mean_ms": statistics.mean(times)}
+                row["rank_ms"] = [round(time, 3) for time in times]
             rows.append(row)
     return rows
 

@@ -35,12 +35,15 @@ def split_by_area(r: Tensor, ranks: int) -> Tensor:
     The work of a chunk is the number of key tiles that attention visits for it. From the heaviest on each chunk goes to
     the rank that has least so far and is not full. Every rank computes this for itself, on the host.
 
+    Each rank keeps its chunks in that order, the heaviest first. A GPU takes them up one after the other as its
+    multiprocessors become free, and with the heaviest ones last most would wait for a few at the end.
+
     Args:
         r: int labels [b, s], on the CPU; s is a multiple of `ranks`.
         ranks: c.
 
     Returns:
-        int64 [b, c, s / c], the places of each rank's tokens in their row, increasing.
+        int64 [b, c, s / c], the places of each rank's tokens in their row.
     """
     chunk = math.gcd(r.shape[1] // ranks, TILE)
     work = (tile_classes(tile_bounds_reference(r, size=chunk), tile_bounds_reference(r)) != EMPTY).sum(-1)
@@ -49,7 +52,7 @@ def split_by_area(r: Tensor, ranks: int) -> Tensor:
 
 
 def _deal(work: list[int], ranks: int) -> list[list[int]]:
-    """As many chunks for each rank, numbers increasing, with nearly the same work."""
+    """As many chunks for each rank, with nearly the same work, the heaviest first."""
     most = len(work) // ranks
     open_ranks = [(0, rank) for rank in range(ranks)]  # a heap by the work so far
     dealt: list[list[int]] = [[] for _ in range(ranks)]
@@ -58,7 +61,7 @@ def _deal(work: list[int], ranks: int) -> list[list[int]]:
         dealt[rank].append(number)
         if len(dealt[rank]) < most:
             heapq.heappush(open_ranks, (load + work[number], rank))
-    return [sorted(numbers) for numbers in dealt]
+    return dealt
 
 
 @dataclass

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.kernels.cases import make_labels
 from benchmarks.training_balance import over_mean, shared_areas, visible_keys, zig_zag
+from megatron_multiverse.kernels.multiverse_attention.tiles import EMPTY, TILE, tile_bounds_reference, tile_classes
 from megatron_multiverse.model.context_parallel import split_by_area
 
 LENGTH = 8192
@@ -14,14 +15,17 @@ LENGTH = 8192
 
 @pytest.mark.parametrize("case", ["wide", "deep"])
 def test_every_rank_has_the_same_area(case: str) -> None:
-    """The slowest rank is within 5 % of the mean, and faster than with the zig-zag split of other packages."""
+    """The slowest rank is within 5 % of the mean, and faster than with the zig-zag split of other packages. Each rank
+    has its chunks from the heaviest on."""
     r, pairs = make_labels(case, LENGTH)
     seen = visible_keys(r)
     assert seen.sum() == pairs
+    visits = (tile_classes(tile_bounds_reference(r), tile_bounds_reference(r)) != EMPTY).sum(-1)[0]
     for ranks in (2, 4):
         places = split_by_area(r, ranks)
         assert torch.equal(places.flatten().sort().values, torch.arange(LENGTH))
-        assert (places.diff(dim=2) > 0).all()
+        chunks = places.view(ranks, -1, TILE)
+        assert (chunks.diff(dim=2) == 1).all() and (visits[chunks[..., 0] // TILE].diff(dim=1) <= 0).all()
         ours, theirs = (over_mean(shared_areas(seen, split)) for split in (places, zig_zag(r, ranks)))
         assert ours < 1.05 and theirs > ours
 
