@@ -179,8 +179,8 @@ def _verdict(clauses: tuple[Clause, ...]) -> str:
 def _split(clauses: tuple[Clause, ...], assigned: str) -> Block:
     """A block with a path for each value of the first variable; both search to the end.
 
-    A path begins with its whole case, as the lines of the plain text do: a model that reads the tags as text finds the
-    clauses that a nested path goes on from by it.
+    A path begins with its whole case, as the lines of the plain text do, so that the clauses which it goes on from can
+    be found by the case of the path around it.
     """
     name = clauses[0][0][0]
     paths = []
