@@ -7,7 +7,7 @@ run that was stopped goes on with the rows it would have had.
 Label randomisation stands here rather than in files, because files are checked strictly: labels there count from 1. A
 model that has only ever read labels from 1 to 4 writes no 5. So half of the rows have an outermost block that counts
 from another number, as if it stood inside other blocks; the engine's tolerant reader lays such rows out alike. A model
-that has only ever read up to 4 paths writes no fifth either: so half of the calculations have up to 8 chains, short ones.
+that has only ever read up to 4 paths writes no fifth either: so half of the calculations have up to 8 short chains.
 """
 
 from __future__ import annotations
