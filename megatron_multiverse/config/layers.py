@@ -39,6 +39,9 @@ class LayerConfig:
     recompute_modules: tuple[str, ...] = ("mlp",)
     """For granularity selective: any of core_attn, mlp, layernorm (local layers only). The MLP's activations take the
     most memory; core_attn saves little, since the flash kernels recompute by themselves."""
+    loss_chunk_tokens: int | None = None
+    """Tokens of a microbatch whose logits are in memory at the same time in a training step, e.g. 4096; unset computes
+    those of all tokens at once. Not for the engine deepspeed."""
 
     def __post_init__(self) -> None:
         check_choices(self, "layers.")
@@ -46,6 +49,8 @@ class LayerConfig:
             self.fp8 is None or self.transformer_impl != "local",
             "layers.fp8 needs TransformerEngine's layers: set layers.transformer_impl to auto or transformer_engine",
         )
+        chunk = self.loss_chunk_tokens
+        check(chunk is None or chunk >= 1, f"layers.loss_chunk_tokens must be at least 1 or unset, got {chunk}")
         number = self.recompute_num_layers
         check(number >= 1, f"layers.recompute_num_layers must be at least 1, got {number}")
         unknown = [name for name in self.recompute_modules if name not in RECOMPUTABLE]

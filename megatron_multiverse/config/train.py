@@ -293,6 +293,11 @@ class TrainConfig:
             f"layers.fp8 {self.layers.fp8} does not go with engine deepspeed, which takes weights away while "
             "TransformerEngine keeps FP8 copies of them: leave it unset, or set engine to megatron",
         )
+        check(
+            self.layers.loss_chunk_tokens is None,
+            f"layers.loss_chunk_tokens {self.layers.loss_chunk_tokens} does not go with engine deepspeed, which has "
+            "the weight of the output layer in its own forward pass alone: leave it unset, or set engine to megatron",
+        )
 
     @property
     def runs_on(self) -> Literal["one_process", "megatron", "deepspeed"]:

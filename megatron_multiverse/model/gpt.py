@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -13,6 +12,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.multiverse_attention import AttentionCase, check_backend
+from megatron_multiverse.model.chunked_loss import ChunkedLossGPT
 from megatron_multiverse.model.cpu import cuda_is_cpu, device_neutral_cuda
 from megatron_multiverse.model.layer_specs import choose_transformer_impl, get_final_norm, get_gpt_layer_spec
 from megatron_multiverse.model.layers import PositionIdRotary, install_rotary
@@ -133,11 +133,12 @@ def build_gpt_model(
     compute_dtype: torch.dtype | None = None,
     sequence_parallel: bool = False,
     vp_stage: int | None = None,
-) -> GPTModel:
+) -> ChunkedLossGPT:
     """Build a model with fresh weights, or this rank's part of it under tensor and pipeline parallelism.
 
     Call it as `model(input_ids, position_ids, None, packed_seq_params=LayoutParams.from_labels(r))` -> logits
-    [b, s, vocab]; with `labels=...` it returns the loss of each token [b, s] instead.
+    [b, s, vocab]; with `labels=...` it returns the loss of each token [b, s] instead, and with `loss_mask=...` [b, s]
+    beside them the loss summed over the tokens of the mask.
 
     Args:
         config: shape of the model.
@@ -145,8 +146,8 @@ def build_gpt_model(
         device: where the weights go.
         seed: seed of the initial weights; torch's global generator is left as it was.
         initialize: False skips the random initialisation (weights are about to be loaded).
-        layers: layer spec, FP8, recompute; default: TransformerEngine where it runs, no FP8, no recompute. Its
-            attention_backend is only checked here: the LayoutParams of each pass name the one that runs.
+        layers: layer spec, FP8, recompute, chunks of the loss; default: TransformerEngine where it runs, no FP8, no
+            recompute. Its attention_backend is only checked here: the LayoutParams of each pass name the one that runs.
         compute_dtype: dtype of the matrix products if autocast makes it another than `dtype`.
         sequence_parallel: split norms and residuals by tokens over the tensor parallel ranks.
         vp_stage: which chunk of this pipeline stage, if it has several (interleaved schedule).
@@ -172,7 +173,7 @@ def build_gpt_model(
     # Not cuda_is_cpu: weights are drawn on the CPU, whatever `device` is.
     with torch.random.fork_rng(devices=[]), device_neutral_cuda():
         torch.manual_seed(seed)
-        model = GPTModel(
+        model = ChunkedLossGPT(
             mcore_config,
             block,
             vocab_size=config.vocab_size,
@@ -183,12 +184,14 @@ def build_gpt_model(
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
             vp_stage=vp_stage,
         )
+    model.chunk_tokens = layers.loss_chunk_tokens
     angles = torch.float64 if dtype == torch.float64 else torch.float32
     install_rotary(model, PositionIdRotary(config.kv_channels, config.rotary_base, angles, config.rope_scaling))
-    return model.to(device)
+    placed: ChunkedLossGPT = model.to(device)
+    return placed
 
 
-def hide_padded_rows(model: GPTModel, vocab_size: int) -> None:
+def hide_padded_rows(model: ChunkedLossGPT, vocab_size: int) -> None:
     """Let the rows that pad a vocabulary for tensor parallelism take no part in the loss: their logits become -inf.
 
     Args:
@@ -197,15 +200,15 @@ def hide_padded_rows(model: GPTModel, vocab_size: int) -> None:
     """
     if not model.post_process:
         return
-    rank = parallel_state.get_tensor_model_parallel_rank()
+    rank, rows = parallel_state.get_tensor_model_parallel_rank(), model.output_layer.output_size_per_partition
+    first = model.first_padded_row = max(0, vocab_size - rank * rows)
 
     def hide(module: torch.nn.Module, args: object, output: tuple[torch.Tensor, object]) -> None:
-        logits = output[0]  # [s, b, rows of this rank]
-        logits[..., max(0, vocab_size - rank * logits.shape[-1]) :] = -torch.inf
+        output[0][..., first:] = -torch.inf  # logits [s, b, rows of this rank]
 
     model.output_layer.register_forward_hook(hide)
 
 
-def first_layer_of(model: GPTModel) -> int:
+def first_layer_of(model: ChunkedLossGPT) -> int:
     """Number of layers on the pipeline stages before this rank's part of the model, as megatron-core divides them."""
     return int(get_transformer_layer_offset(model.config, vp_stage=model.vp_stage))

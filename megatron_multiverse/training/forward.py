@@ -41,8 +41,10 @@ def masked_loss_sum(model: nn.Module, batch: Microbatch, placer: TokenPlacer) ->
     """Loss summed over the trained tokens of one microbatch, and its number of visible pairs."""
     ids, labels, loss_mask = (to_device(batch[name], placer.device) for name in ("input_ids", "labels", "loss_mask"))
     position_ids, params = placer.place(batch, ids)
-    per_token = model(ids, position_ids, attention_mask=None, labels=labels, packed_seq_params=params)
-    return (per_token * loss_mask).sum(), params.num_visible_pairs()
+    loss_sum = model(
+        ids, position_ids, attention_mask=None, labels=labels, loss_mask=loss_mask, packed_seq_params=params
+    )
+    return loss_sum, params.num_visible_pairs()
 
 
 def forward_backward(

@@ -120,7 +120,7 @@ def _stage(config: TrainConfig, model: ModelConfig, stage: int) -> StageMemory:
         optimizer=optimizer,
         gathered=sum(count * size for count, size in gathered(config, parameters)),
         activations=tokens_of(config) * kept_per_token(config, model) * layers_in_flight(config, layers, stage),
-        logits=tokens_of(config) * logits_per_token(config, model) if is_last else 0,
+        logits=sum(count * size for count, size in logits_of(config, model)) if is_last else 0,
         host=host,
     )
 
@@ -233,12 +233,19 @@ def kept_per_token(config: TrainConfig, model: ModelConfig) -> int:
     return width * kept
 
 
-def logits_per_token(config: TrainConfig, model: ModelConfig) -> int:
-    """Bytes of the output layer for each token: the float32 softmax, and beside it first the logits, then their
-    gradient."""
-    rows = pad_vocab_size(model.vocab_size, config.parallel.tensor_model_parallel_size)
-    width = 2 if config.dtype == "bf16" else 4
-    return rows // config.parallel.tensor_model_parallel_size * (width + 4)
+def logits_of(config: TrainConfig, model: ModelConfig) -> list[tuple[int, int]]:
+    """What the output layer holds at its peak, as (elements, bytes of each).
+
+    First the logits of all tokens, or of a chunk: their float32 softmax, and beside it first themselves, then their
+    gradient. With chunks also the float32 gradient of the output layer, which they are added to.
+    """
+    parallel = config.parallel
+    tp, width = parallel.tensor_model_parallel_size, 2 if config.dtype == "bf16" else 4
+    rows, tokens = pad_vocab_size(model.vocab_size, tp) // tp, tokens_of(config)
+    chunk = config.layers.loss_chunk_tokens
+    if chunk is None:
+        return [(tokens * rows, width + 4)]
+    return [(min(tokens, chunk) * rows, width + 4), (rows * model.hidden_size, 4)]
 
 
 def layers_in_flight(config: TrainConfig, layers: int, stage: int) -> int:
@@ -270,16 +277,13 @@ def report(config: TrainConfig, model: ModelConfig) -> str:
             f"  optimizer    {_gib(memory.optimizer)} = parameters x {_shared(state.optimizer)}",
         ]
         if memory.gathered:
-            terms = " + ".join(
-                f"{count / 1e9:g} billion x {size} bytes" for count, size in gathered(config, memory.parameters)
-            )
+            terms = _terms(gathered(config, memory.parameters))
             lines.append(f"  gathered     {_gib(memory.gathered)} = {terms}")
         lines += [
             f"  activations  {_gib(memory.activations)} = {tokens} tokens x {kept} bytes x {in_flight} layers",
         ]
         if memory.logits:
-            per_token = memory.logits // tokens
-            lines.append(f"  logits       {_gib(memory.logits)} = {tokens} tokens x {per_token} bytes")
+            lines.append(f"  logits       {_gib(memory.logits)} = {_terms(logits_of(config, model))}")
         lines.append(f"  together     {_gib(memory.total)}")
         if memory.host:
             lines.append(f"  on the host  {_gib(memory.host)} = parameters x {_shared(state.host)}, for each GPU")
@@ -302,6 +306,10 @@ def _advice(config: TrainConfig, model: ModelConfig, gib: float) -> str:
         "layers.recompute_granularity full, recompute_method block, "
         f"recompute_num_layers {layers.recompute_num_layers}"
     )
+
+
+def _terms(sizes: list[tuple[int, int]]) -> str:
+    return " + ".join(f"{count / 1e9:.4g} billion x {size} bytes" for count, size in sizes)
 
 
 def _shared(state: tuple[int, int]) -> str:

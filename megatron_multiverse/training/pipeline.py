@@ -176,10 +176,11 @@ def _forward(
         batch.position_ids,
         attention_mask=None,
         labels=batch.labels,
+        loss_mask=batch.loss_mask,
         packed_seq_params=batch.params,
     )
     of_tags = None if tags is None else tags.count(batch.labels, batch.loss_mask)
-    return output, partial(_loss, batch.loss_mask, scale, of_tags)
+    return output, partial(_loss, scale, of_tags)
 
 
 class _LossOfMicrobatches:
@@ -202,14 +203,13 @@ class _LossOfMicrobatches:
 
 
 def _loss(
-    loss_mask: Tensor, scale: float, of_tags: Tensor | None, per_token: Tensor
+    scale: float, of_tags: Tensor | None, loss_sum: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor | float]]:
     """What is differentiated, a token count that nobody uses, and what `run_schedule` adds up.
 
     Gradients are divided by the tokens of the whole step from the start (`scale`), as in one process; megatron-core
     would divide at the end by counts that it adds up here.
     """
-    loss_sum = (per_token * loss_mask).sum()
     return loss_sum * scale, _no_count(loss_sum), (loss_sum.detach(), 0.0 if of_tags is None else of_tags)
 
 

@@ -43,9 +43,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """Metrics of the run in one process, which starts from the weights that the others draw by themselves."""
+    """Metrics of the run in one process, which starts from the weights that the others draw by themselves and computes
+    the loss of a row at once."""
     folder = tmp_path_factory.mktemp("reference")
-    run = config(data, folder / "run")
+    run = config(data, folder / "run", **{"layers.loss_chunk_tokens": None})
     model, shape = model_from_source(FreshSource(ModelConfig(**MODEL), run.seed))
     save_model(model, shape, folder / "start")
     train(dataclasses.replace(run, model=None, init_from=str(folder / "start"), engine="one_process"))

@@ -49,6 +49,7 @@ def config(data: Path, save: Path, **changes: Any) -> TrainConfig:
         "checkpoint": {"save": str(save), "save_interval": 0},
         "optim": {"lr": 1e-3, "lr_warmup_iters": 1, "weight_decay": 0.1, "lr_decay_style": "constant"},
         "log": {"log_interval": 1},
+        "layers": {"loss_chunk_tokens": 100},  # several chunks, the last one smaller
         "engine": "megatron", "train_iters": STEPS, "eval_iters": 2, "device": "cpu",
     }  # fmt: skip
     for dotted, value in changes.items():

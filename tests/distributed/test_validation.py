@@ -23,7 +23,11 @@ RUN: dict[str, Any] = {
 }  # fmt: skip
 """One step, hardly a change, of the quickstart's trained model, which forks."""
 NAMES = ["sequence", "pipeline", "data", "context"]
-ZERO: dict[str, dict[str, Any]] = {"ZeRO 2": {"engine": "deepspeed", "deepspeed.zero_stage": 2, "eval_iters": 1}}
+ZERO: dict[str, dict[str, Any]] = {
+    "ZeRO 2": {
+        "engine": "deepspeed", "deepspeed.zero_stage": 2, "layers.loss_chunk_tokens": None, "eval_iters": 1,
+    },
+}  # fmt: skip
 
 
 def validate(data: Path, folder: Path, layouts: dict[str, dict[str, Any]]) -> None:
@@ -67,6 +71,6 @@ def test_ranks_validate_and_answer_as_one_process_does(data: Path, tmp_path: Pat
 def test_what_cannot_answer_is_refused_by_name(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"deepspeed\.zero_stage 3 cuts up"):
-        config(data, tmp_path, **RUN, engine="deepspeed")
+        config(data, tmp_path, **RUN, engine="deepspeed", **{"layers.loss_chunk_tokens": None})
     with pytest.raises(ConfigError, match=r"interleaved pipeline.*virtual_pipeline_model_parallel_size"):
         config(data, tmp_path, **RUN, **LAYOUTS["interleaved"][1])

@@ -26,7 +26,7 @@ from .test_resume import train_until_killed
 
 pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
 
-ZERO: dict[str, Any] = {"engine": "deepspeed", "eval_iters": 1}
+ZERO: dict[str, Any] = {"engine": "deepspeed", "layers.loss_chunk_tokens": None, "eval_iters": 1}
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "1": ("3", {"deepspeed.zero_stage": 1}),
     "2": ("1", {"deepspeed.zero_stage": 2}),

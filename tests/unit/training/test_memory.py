@@ -16,6 +16,7 @@ from torch import distributed
 
 from benchmarks.training_layouts import Options, layouts, run_config, shape_of
 from megatron_multiverse.config import LayerConfig, TrainConfig
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.training.memory import (
     NOT_COUNTED_GIB,
     StateBytes,
@@ -24,7 +25,7 @@ from megatron_multiverse.training.memory import (
     kept_per_token,
     layers_in_flight,
     least_recompute,
-    logits_per_token,
+    logits_of,
     state_bytes,
 )
 
@@ -76,7 +77,6 @@ def test_what_layers_keep_of_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyP
     plain = run_of(tmp_path, monkeypatch, 1)
     assert plain.model is not None
     assert kept_per_token(plain, plain.model) == 2 * (4 * 16 + 2 * 16 + 2 * 8 + 3 * 24)
-    assert logits_per_token(plain, plain.model) == 32 * (2 + 4)
     two = {"parallel.tensor_model_parallel_size": 2}
     split = run_of(tmp_path, monkeypatch, 2, **two)
     assert kept_per_token(split, plain.model) == 2 * (4 * 16 + (2 * 16 + 2 * 8 + 3 * 24) // 2)
@@ -88,6 +88,22 @@ def test_what_layers_keep_of_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert kept_per_token(three_of_four, three_of_four.model) == 2 * ((3 * 16 + 184) // 4)
     selective = run_of(tmp_path, monkeypatch, 1, **{"layers.recompute_granularity": "selective"})
     assert kept_per_token(selective, plain.model) == 2 * (4 * 16 + 2 * 16 + 2 * 8)
+
+
+def test_what_the_output_layer_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 rows of vocabulary, shared by two ranks, and hidden 16: logits of a chunk and the gradient of the weight, or
+    logits of all tokens."""
+    chunks = run_of(
+        tmp_path, monkeypatch, 2, **{"parallel.tensor_model_parallel_size": 2, "layers.loss_chunk_tokens": 3}
+    )
+    tokens = chunks.data.micro_batch_size * chunks.data.seq_length
+    assert chunks.model is not None and tokens > 3
+    assert logits_of(chunks, chunks.model) == [(3 * 16, 2 + 4), (16 * 16, 4)]
+    two = {"parallel.tensor_model_parallel_size": 2}
+    whole = run_of(tmp_path, monkeypatch, 2, **two)
+    assert logits_of(whole, chunks.model) == [(tokens * 16, 2 + 4)]
+    with pytest.raises(ConfigError, match="loss_chunk_tokens 3 does not go with engine deepspeed"):
+        run_of(tmp_path, monkeypatch, 2, engine="deepspeed", **{"layers.loss_chunk_tokens": 3})
 
 
 def test_no_more_layers_are_recomputed_than_the_memory_asks_for(
