@@ -80,12 +80,13 @@ CASES: dict[str, tuple[str, Mapping[str, Any]]] = {
 UNCUT = {"qwen2-3-heads-1-group", "qwen3-5-heads", "llama-7-heads", "llama-odd-ffn"}
 # More tensor parallel ranks than key/value heads, as the small Qwen2.5 models need them.
 FEW_GROUPS = {"qwen2-8-heads-2-groups", "qwen3-8-heads-1-group", "llama-8-heads-2-groups-biases"}
-SIZES = ((1, 1), (2, 1), (1, 2), (2, 2))
+# Cut both ways. Tensor ranks cut weights alone and pipeline ranks deal out layers alone, so a few models tell.
+BOTH_WAYS = {f"{family}-{head}" for family in ("qwen2", "qwen3", "llama") for head in ("tied", "untied")}
 
 
 def sizes_of(name: str) -> list[tuple[int, int]]:
-    sizes = [size for size in SIZES if size[0] == 1 or name not in UNCUT]
-    return sizes + [(4, 1)] * (name in FEW_GROUPS)
+    tensor_parallel = [(2, 1)] * (name not in UNCUT) + [(4, 1)] * (name in FEW_GROUPS)
+    return [(1, 1), (1, 2), *tensor_parallel] + [(2, 2)] * (name in BOTH_WAYS)
 
 
 @pytest.fixture(scope="module")

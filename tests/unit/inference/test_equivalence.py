@@ -50,7 +50,7 @@ def play(model, seeds, *, page_size, **settings):
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize("group", range(8))
+@pytest.mark.parametrize("group", range(5))
 def test_logits_equal_one_forward_on_the_toy_model(page_size, group, monkeypatch):
     rng = random.Random(1000 + group)
     monkeypatch.setattr(reference, "MOST_PADDING", rng.choice([0, 512]))
@@ -83,7 +83,7 @@ def gpt():
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize("group", range(4))
+@pytest.mark.parametrize("group", range(2))
 def test_logits_equal_one_forward_on_megatron_core(gpt, page_size, group):
     rng = random.Random(group)
     difference, _, engine = play(
