@@ -19,7 +19,7 @@ from megatron_multiverse.checkpoints.protocols import Source
 from megatron_multiverse.checkpoints.sources import open_checkpoint
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.model.attention import AttentionParams, LayoutParams
-from megatron_multiverse.model.mcore import set_parallel_sizes
+from megatron_multiverse.model.mcore import pipeline_parallel_size, set_parallel_sizes, tensor_parallel_place
 from megatron_multiverse.model.transformers_attention import register_attention
 from megatron_multiverse.parallel.local_ranks import run_ranks
 from megatron_multiverse.structure import BlockSpan, Document, PathSpan
@@ -118,7 +118,8 @@ def rank_logits(
     Returns:
         Logits [2, s, vocab] on the ranks of the last stage, nothing on the others.
     """
-    set_parallel_sizes(tp, pp)
+    if (tensor_parallel_place()[0], pipeline_parallel_size()) != (tp, pp):
+        set_parallel_sizes(tp, pp)
     model = model_from_source(open_source(), dtype=dtype)[0].eval()
     order = torch.arange(inputs.input_ids.shape[1]).expand_as(inputs.input_ids)
     passes: dict[Mask, tuple[Tensor, LayoutParams]] = {
@@ -163,12 +164,14 @@ def parallel_logits(jobs: Sequence[Job]) -> list[Logits]:
 
 def _run_jobs(jobs: Sequence[Job]) -> list[Logits]:
     """On each rank; the last one is on the last stage and has all logits."""
-    found = []
-    for job in jobs:
+    found: dict[int, Logits] = {}
+    # Jobs that divide the ranks alike follow each other: every division starts dozens of threads that stay.
+    for k in sorted(range(len(jobs)), key=lambda k: jobs[k].tp):
+        job = jobs[k]
         opener = functools.partial(open_checkpoint, job.folder, trust_pickle=job.trust_pickle)
-        found.append(rank_logits(opener, job.tp, job.pp, job.inputs, job.dtype))
+        found[k] = rank_logits(opener, job.tp, job.pp, job.inputs, job.dtype)
     last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-    return found if last else []
+    return [found[k] for k in range(len(jobs))] if last else []
 
 
 @torch.no_grad()
