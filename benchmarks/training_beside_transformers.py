@@ -14,6 +14,7 @@ Without a GPU `--tiny` runs the same on a CPU with a model of a few thousand par
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import statistics
@@ -82,11 +83,11 @@ class Options:
     commit: str | None = None
     """Commit to record; default that of the working tree."""
 
-    def run(self, tokens: int, recompute: str | None) -> TrainConfig:
+    def run(self, tokens: int) -> TrainConfig:
         """The run in one process that all runners take their settings from."""
         options = LayoutOptions(
             model=self.model, num_layers=self.num_layers, tokens=tokens, rows=1, steps=self.steps, dtype=self.dtype,
-            recompute=recompute, tiny=self.tiny,
+            tiny=self.tiny,
         )  # fmt: skip
         return run_config(options, shape_of(options), {"engine": "one_process"})
 
@@ -130,9 +131,10 @@ class CausalPlacer(TokenPlacer):
         return position_ids, causal
 
 
-def ours(o: Options, tokens: int, rows: PackedRows, *, recompute: str | None = None, causal: bool = False) -> Train:
-    """Our engine for one process; its weights are those of every runner."""
-    config, device = o.run(tokens, recompute), choose_device("auto")
+def ours(o: Options, tokens: int, rows: PackedRows, *, causal: bool = False, **layer_settings: Any) -> Train:
+    """Our engine for one process, with these settings of `layers`; its weights are those of every runner."""
+    config, device = o.run(tokens), choose_device("auto")
+    config = dataclasses.replace(config, layers=dataclasses.replace(config.layers, **layer_settings))
     assert config.model is not None
     dtype, compute_dtype = dtypes(config)
     layers = chosen_layers(config, config.model, device, compute_dtype)
@@ -148,7 +150,7 @@ def ours(o: Options, tokens: int, rows: PackedRows, *, recompute: str | None = N
 
 def theirs(o: Options, tokens: int, rows: PackedRows) -> Train:
     """transformers' model with a dense mask and gradient checkpointing, and our optimizer's settings."""
-    config, device = o.run(tokens, None), choose_device("auto")
+    config, device = o.run(tokens), choose_device("auto")
     assert config.model is not None
     model = transformers_model(config.model, SEED, device)
     optimizer = build_optimizer(model, config.optim)
@@ -170,7 +172,8 @@ def theirs(o: Options, tokens: int, rows: PackedRows) -> Train:
 
 RUNNERS: dict[str, Callable[[Options, int, PackedRows], Train]] = {
     OURS: ours,
-    "ours, full recompute": lambda *args: ours(*args, recompute="full"),
+    "ours, loss in chunks": lambda *args: ours(*args, loss_chunk_tokens=4096),
+    "ours, full recompute": lambda *args: ours(*args, recompute_granularity="full"),
     "transformers, dense mask, checkpointing": theirs,
     "ours with TE causal attention": lambda *args: ours(*args, causal=True),
 }
@@ -214,7 +217,7 @@ def measure(o: Options, name: str, tokens: int, batches: Iterator[Microbatch], r
 
 def compare(o: Options, tokens: int, names: list[str], recorder: Recorder | None) -> None:
     """Measure every runner at one length and record it beside the first."""
-    shape = o.run(tokens, None).model
+    shape = o.run(tokens).model
     assert shape is not None
     first: Measured | None = None
     for name in names:
