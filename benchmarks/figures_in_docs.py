@@ -118,7 +118,17 @@ def engine() -> Iterator[str]:
     )
     rows = results("results/engine_blocks_h200")["rows"]
     joints = [row["fork_and_join_ms"] for row in rows if "fork_and_join_ms" in row]
-    yield f"take {joints[0]:.1f} ms with overlap (3 steps) and {joints[1]:.1f} in turn"
+    yield f"took {joints[0]:.1f} ms with overlap and {joints[1]:.1f} in turn"
+    held = results("results/engine_held_steps_h200")
+    more = [min(row["held"]) - min(row["ahead"]) for row in held["decode"]["rows"]]
+    waits = [min(row["in_turn"]) - min(row["ahead"]) for row in held["decode"]["rows"]]
+    yield (
+        f"Qwen2.5-7B takes {more[0]:.2f} ms more at batch 1 and at most {max(more[1:]):.2f} at 8 and 32, a step in "
+        f"turn {min(waits):.1f} to {max(waits):.1f} ms more"
+    )
+    joint = held["fork_and_join"]["in_turn"]
+    link = "(../benchmarks/results/engine_held_steps_h200.json)"
+    yield f"they take [{joint['fork_and_join_ms']:.1f} ms in turn]{link}, {joint['in_steps']:.1f} steps"
     found = results("results/fp8_logits_cpu")
     right = found["right_answers"]["fp8"] * found["problems"]
     yield (

@@ -119,7 +119,7 @@ def measure_blocks(model: torch.nn.Module, shape: ModelConfig, config: BenchConf
         pages = (config.fork_prefix + branches * (tokens + 64)) // config.page_size + 4 * branches + 64
         prompt = random_prompt(config.fork_prefix, shape, 0)
         for overlap in (None, False):
-            engine = make_engine(model, shape, config, pages=pages, rows=branches, overlap=overlap)
+            engine = make_engine(model, shape, config, pages=pages, rows=branches + 1, overlap=overlap)
             yield report_joint([joint(engine, prompt, branches, tokens) for _ in range(config.repeats)])
             engine.runner.close()
     if "speedup" in config.parts:
@@ -137,7 +137,7 @@ def measure_speedup(
     tokens = config.context + config.answer_tokens + 64 + 32 * most
     # Twice: what earlier cases leave in the prefix cache is taken only once all other pages are.
     pages = 2 * batch * (-(-tokens // config.page_size) + 3 * most)
-    engine = make_engine(model, shape, config, pages=pages, rows=batch * max(most, 1))
+    engine = make_engine(model, shape, config, pages=pages, rows=batch * (most + 1))
     prompts = [random_prompt(config.context, shape, number) for number in range(batch)]
     rows = []
     for x in config.num_parallel:
@@ -246,7 +246,7 @@ def fork_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, *
         return 0.0, 0.0
     most = branches * (tokens + 64) + CONCLUSION + 512
     pages = -(-(config.fork_prefix + most) // config.page_size) + 4 * branches + 16
-    engine = make_engine(model, shape, config, pages=pages, rows=branches)
+    engine = make_engine(model, shape, config, pages=pages, rows=branches + 1)
     engine.runner.sampler = script
     sampling = SamplingParams(max_tokens=most, max_concurrent_branches=None if at_once else 1)
     engine.add_request(Request(prompt_ids=random_prompt(config.fork_prefix, shape, 0), sampling=sampling))
@@ -276,7 +276,7 @@ def make_engine(
     rows: int,
     overlap: bool | None = None,
 ) -> Engine:
-    """An engine of the asked size."""
+    """An engine of the asked size. A block's paths start in the step that feeds `</Goal>`, if that leaves them rows."""
     engine = EngineConfig(
         num_pages=pages,
         page_size=config.page_size,

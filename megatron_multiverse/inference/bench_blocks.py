@@ -128,12 +128,15 @@ def joint(engine: Engine, prompt: Sequence[int], branches: int, tokens: int) -> 
     request = Request(prompt_ids=prompt, sampling=SamplingParams(max_tokens=most))
     for _ in range(2):  # compiles, captures, and fills the prefix cache
         engine.generate([request])
-    fed, copied, steps = engine.fed_tokens, engine.copied_tokens, engine.num_steps
+    fed, copied = engine.fed_tokens, engine.copied_tokens
     engine.add_request(request)
     times: list[float] = []
     inside: list[bool] = []
     done: list[Result] = []
+    ahead = int(engine.overlap)  # the last step is launched before the end is known; it feeds one token
+    steps = -ahead
     while not done:
+        steps += 1
         live, begun = len(engine.scheduler.places.nodes), _has_begun(engine)
         start = time.perf_counter()
         done = engine.step()
@@ -143,7 +146,7 @@ def joint(engine: Engine, prompt: Sequence[int], branches: int, tokens: int) -> 
     (result,) = done
     root, *paths = (len(ids) for ids in script.values())
     step = statistics.median(itertools.compress(times, inside))
-    more_steps = engine.num_steps - steps - root - max(paths)
+    more_steps = steps - root - max(paths)
     extra = more_steps * step + excess(times, inside)
     needed = len(result.prompt_ids) - result.cached_tokens + len(result.token_ids)
     return {
@@ -158,7 +161,7 @@ def joint(engine: Engine, prompt: Sequence[int], branches: int, tokens: int) -> 
         "more_steps": more_steps,
         "copied_tokens": engine.copied_tokens - copied,
         "most_copied_tokens": (3 * branches + 2) * engine.config.page_size,
-        "fed_again_tokens": engine.fed_tokens - fed - needed,
+        "fed_again_tokens": engine.fed_tokens - fed - needed - ahead,
     }
 
 

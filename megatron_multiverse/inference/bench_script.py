@@ -22,7 +22,7 @@ def block_script(branches: int, tokens: int) -> dict[int, list[int]]:
     words = [TEXT + index % 400 for index in range(max(tokens, CONCLUSION))]
     root = [*block_header(branches), *words[:CONCLUSION], Tag.END_CONCLUSION, NEWLINE, Tag.END_PARALLEL, TEXT]
     scripts: dict[BranchPath, list[int]] = {(): [*root, len(PIECES)]}
-    scripts |= {((0, path),): [*words[:tokens], Tag.END_PATH] for path in range(branches)}
+    scripts |= {((0, path),): [*words[: tokens - 1], NEWLINE, Tag.END_PATH] for path in range(branches)}
     return {branch_key(0, 0, path): [int(token) for token in ids] for path, ids in scripts.items()}
 
 

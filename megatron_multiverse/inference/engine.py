@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import nn
@@ -29,6 +30,7 @@ from megatron_multiverse.inference.text.commit import begin_answer, close_all, c
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, Written
+from megatron_multiverse.inference.turns import Turns
 from megatron_multiverse.inference.width import StepLoad, StepTime
 from megatron_multiverse.structure import StructureVocab
 
@@ -101,6 +103,7 @@ class Engine:
             latency_target=target,
         )
         self.overlap = self.runner.graphs is not None if config.overlap is None else config.overlap
+        self._turns = Turns(structure_vocab, detokenize)
         self._clock = clock
         self._last_output = -float("inf")  # when the last step's tokens came
         self._flight: Flight | None = None
@@ -236,10 +239,11 @@ class Engine:
         with self._guard():
             self._end_cancelled()
             start = self._clock()
-            step = self.scheduler.plan() or self._make_room()
+            coming = self._next_step()
             landing, self._flight = self._flight, None  # the step before, if its tokens are still to come
-            if step is not None:
-                self._flight = Flight(step, self.runner.launch(step.plan), start)
+            if coming is not None:
+                step, launch = coming
+                self._flight = Flight(step, launch(), start)
             if not self.overlap:  # nothing was in flight: wait for this one
                 landing, self._flight = self._flight, None
             if landing is not None:
@@ -249,6 +253,23 @@ class Engine:
             self._end_cancelled()
         done, self._finished = self._finished, []
         return done
+
+    def _next_step(self) -> tuple[Step, Callable[[], PendingOutput]] | None:
+        """The next step and what launches it. If the tokens in flight may fork or join a block, it waits for them, and
+        if they do, it is planned after they are written."""
+        scheduler, flight = self.scheduler, self._flight
+        step = scheduler.go_on()
+        if flight is not None and self._turns.may_come(flight.step, len(scheduler.active)):
+            if step is not None:
+                launch = self.runner.prepare(step.plan)
+                tokens = flight.output.wait().tokens.tolist()
+                if not self._turns.came(flight.step, tokens, len(scheduler.active)):
+                    return step, launch
+                scheduler.withdraw(step)
+                step = None
+            self._land_early()
+        step = step or scheduler.plan() or self._make_room()
+        return None if step is None else (step, partial(self.runner.launch, step.plan))
 
     def _make_room(self) -> Step | None:
         """A step where nothing could run: the tokens in flight may change that, then requests step back."""

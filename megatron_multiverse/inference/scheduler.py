@@ -71,13 +71,16 @@ class Scheduler:
         self._prompts: list[RequestState] = []  # requests whose prompt is not fed yet
         self._joined: list[Node] = []  # their pages come free once the step is planned
 
-    def plan(self) -> Step | None:
-        """The next step; None if nothing can run (or nothing is left to do)."""
+    def go_on(self) -> Step | None:
+        """The next step, if every row of the last one just goes on by a token; else None, and `plan` is to be asked.
+        `withdraw` undoes it."""
         last, self._last = self._last, None
         if last is not None and (not self.waiting or len(self.active) >= self.max_rows):
             self._last = follow_up(last, self.places.tree, in_flight=self.in_flight is not None)
-            if self._last is not None:
-                return self._last
+        return self._last
+
+    def plan(self) -> Step | None:
+        """The next step, whatever it brings; None if nothing can run (or nothing is left to do)."""
         while True:
             row_room, token_room = self._room()
             draft = Draft(
@@ -291,6 +294,13 @@ class Scheduler:
         if branch.ids[length : length + 1] != [token]:
             branch.fed = length
             self.places.tree.retract(self.places.nodes[branch])
+
+    def withdraw(self, step: Step) -> None:
+        """Undo a step that `go_on` has planned and that will not run."""
+        self._last = None
+        for (_, branch, _), node in zip(step.sampled, step.nodes, strict=True):
+            branch.fed -= 1
+            self.places.tree.retract(node)
 
     def reset(self) -> None:
         """Whatever state an exception left behind: all requests wait to be fed again."""

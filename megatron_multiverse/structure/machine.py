@@ -88,6 +88,12 @@ class StructureMachine:
         """Whether the next plain token counts, because it stands in a gap or a label; if not, it can be skipped."""
         return self._label is not None or (bool(self._stack) and self._stack[-1].phase in GAP_PHASES)
 
+    @property
+    def may_fork(self) -> bool:
+        """Whether `</Goal>` may come next: an outline is closed, and its line has ended."""
+        frame = self._stack[-1] if self._stack else None
+        return frame is not None and frame.phase is Phase.GOAL and frame.gap == 1 and bool(frame.outlines)
+
     def skip(self, count: int, last_id: int) -> None:
         """Take `count` plain tokens at once, the last of them `last_id`. Allowed only while not `watching`."""
         self.num_tokens += count

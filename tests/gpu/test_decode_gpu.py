@@ -146,7 +146,8 @@ def test_random_trees_by_graphs_equal_one_forward(overlap, page_size, group, mon
     for k in range(8):
         rng = random.Random(1000 * group + k)
         depth, blocks, most_paths = rng.choice([(1, 2, 5), (1, 1, 9), (2, 1, 3), (2, 2, 2), (3, 1, 2)])
-        scripts.append(toy.random_script(rng, depth=depth, blocks=blocks, most_paths=most_paths, text=8))
+        script = toy.random_script(rng, depth=depth, blocks=blocks, most_paths=most_paths, text=8)
+        scripts.append(toy.tags_on_own_lines(script))
         requests.append(toy.ask(toy.random_prompt(rng), max_tokens=3000, sample=k))
     sampler = toy.ScriptedSampler(scripts)
     engine = toy.toy_engine(

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,11 @@ class StepGraphs:
         self.graphs: dict[_Kind, _Graph] = {}
         self.replays = 0
 
-    def launch(self, plan: StepPlan, sampler: Sampler) -> Tensor | None:
-        """Tokens and log-probabilities as `pack` puts them, of at least the sampled rows; None if the step does not fit
-        a graph.
+    def prepare(self, plan: StepPlan, sampler: Sampler) -> Callable[[], Tensor] | None:
+        """Upload a step; None if it does not fit a graph.
+
+        Returns:
+            What replays it and gives tokens and log-probabilities as `pack` puts them, of at least the sampled rows.
 
         A `CounterSampler` draws inside of the graph, unless a row asks for more than a temperature (`Shaping`).
         """
@@ -95,9 +98,12 @@ class StepGraphs:
         kind = _Kind(size, work.tokens.shape[1], work.slots, _draw(plan, sampler))
         graph = self.graphs.get(kind) or self._capture(kind)
         graph.fill(plan, work)
+        return partial(self._replay, graph, plan, sampler)
+
+    def _replay(self, graph: _Graph, plan: StepPlan, sampler: Sampler) -> Tensor:
         graph.graph.replay()
         self.replays += 1
-        if kind.draw != "logits":
+        if graph.kind.draw != "logits":
             return graph.result
         return choose(graph.result[: len(plan.sample), : self.vocab_size], plan.sampling, sampler, self.last_tokens)
 
@@ -153,7 +159,7 @@ class _Graph:
         pool: Any,
         device: torch.device,
     ) -> None:
-        size = kind.size
+        self.kind, size = kind, kind.size
         buffer = _Buffer(
             {
                 "ids": (np.int64, (size,)),

@@ -3,6 +3,9 @@ plans on, and the others' `follow` them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -164,7 +167,6 @@ class Runner:
         while (plan := self._channel.receive()) is not None:
             self.launch(plan)
 
-    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingOutput:
         """Copy what forks and joins ask for, run the model once, and draw a token for every row that wants one.
 
@@ -172,15 +174,30 @@ class Runner:
         """
         if self._channel is not None and self.ranks.is_first:
             self._channel.send(plan)
+        return self._make_ready(plan)()
+
+    def prepare(self, plan: StepPlan) -> Callable[[], PendingOutput]:
+        """Do what `launch` can do while the step before still decides whether this one is to run.
+
+        Returns:
+            What launches it. Left uncalled, the step never was; the next one may be prepared then.
+        """
+        return partial(self.launch, plan) if self._channel is not None else self._make_ready(plan)
+
+    @torch.inference_mode()
+    def _make_ready(self, plan: StepPlan) -> Callable[[], PendingOutput]:
+        graphs = None if len(plan.scored) else self.graphs
+        return partial(self._run, plan, None if graphs is None else graphs.prepare(plan, self.sampler))
+
+    @torch.inference_mode()
+    def _run(self, plan: StepPlan, replay: Callable[[], Tensor] | None) -> PendingOutput:
         if len(plan.copies):
             self.store.copy(plan.copies)
         if len(plan.freed):
             self.store.poison(plan.freed)
         device, rows, has_scores = self.store.keys.device, len(plan.sample), len(plan.scored) > 0
-        packed: Tensor | None = None
+        packed = None if replay is None else replay()
         scores: Tensor | None = None
-        if self.graphs is not None and not has_scores:
-            packed = self.graphs.launch(plan, self.sampler)
         if packed is None:
             logits = self.forward(StepTensors.upload(plan, device, self.last_tokens), self.store)
             if logits is not None:

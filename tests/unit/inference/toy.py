@@ -122,6 +122,11 @@ def random_script(
     return {path: [int(token) for token in own] for path, own in script.items()}
 
 
+def tags_on_own_lines(script: Script) -> Script:
+    """The script with a newline before each `</Path>`, as training data have it."""
+    return {path: [*ids[:-1], NEWLINE, ids[-1]] if path else ids for path, ids in script.items()}
+
+
 class ScriptedSampler:
     """Plays scripts (the request with `sample` k plays script k) and keeps the logits each token was drawn from."""
 
