@@ -358,6 +358,10 @@ def rl() -> Iterator[str]:
     rows, tree = results("results/rl_shared_prefix_h200")
     yield f"[{tree['speedup']:.1f} times](../benchmarks/results/rl_shared_prefix_h200.md) as fast"
     yield f"it takes {tree['peak_gib']:.0f} GiB, where rows one after the other take {rows['peak_gib']:.0f}"
+    (drawn,) = results("results/rl_rollouts_h200")
+    yield f"[{drawn['tokens_per_s_drawing']:,.0f} tokens/s](../benchmarks/results/rl_rollouts_h200.md)"
+    yield f"the bare engine's {drawn['tokens_per_s_bare']:,.0f}; with the hand-over"
+    yield f"grades it is {drawn['whole_over_bare']:.2f} of that"
 
 
 def quickstart() -> Iterator[str]:
