@@ -129,6 +129,8 @@ def engine() -> Iterator[str]:
     joint = held["fork_and_join"]["in_turn"]
     link = "(../benchmarks/results/engine_held_steps_h200.json)"
     yield f"they take [{joint['fork_and_join_ms']:.1f} ms in turn]{link}, {joint['in_steps']:.1f} steps"
+    joint = held["fork_and_join"]["held"]
+    yield f"held steps {joint['fork_and_join_ms']:.1f} ms, {joint['in_steps']:.1f} steps"
     found = results("results/fp8_logits_cpu")
     right = found["right_answers"]["fp8"] * found["problems"]
     yield (
