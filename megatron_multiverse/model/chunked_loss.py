@@ -12,7 +12,7 @@ Shapes: s tokens of each of b rows, h width of the residual stream, v entries of
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,19 @@ from torch import Tensor
 
 CrossEntropy = Callable[[Tensor, Tensor], Tensor]
 """(labels [b, c], logits [c, b, v], which it may overwrite) -> loss of each token [b, c]."""
+
+
+class LossTokens(NamedTuple):
+    """What is predicted, and how its loss is computed."""
+
+    labels: Tensor
+    """int64 [b, s]."""
+    loss_mask: Tensor
+    """Weight of each token's loss [b, s]."""
+    cross_entropy: CrossEntropy
+    """Of one chunk."""
+    first_padded_row: int | None
+    """See `ChunkedLossGPT`."""
 
 
 class ChunkedLossGPT(GPTModel):  # type: ignore[misc]
@@ -58,35 +71,23 @@ class ChunkedLossGPT(GPTModel):  # type: ignore[misc]
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else layer.weight
-        cross_entropy = self.compute_language_model_loss
-        return summed_loss(hidden, weight, labels, loss_mask, cross_entropy, self.first_padded_row, chunk_tokens)
+        tokens = LossTokens(labels, loss_mask, self.compute_language_model_loss, self.first_padded_row)
+        return summed_loss(hidden, weight, tokens, chunk_tokens)
 
 
-def summed_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    loss_mask: Tensor,
-    cross_entropy: CrossEntropy,
-    first_padded_row: int | None,
-    chunk_tokens: int,
-) -> Tensor:
+def summed_loss(hidden: Tensor, weight: Tensor, tokens: LossTokens, chunk_tokens: int) -> Tensor:
     """Loss summed over the tokens of the mask; differentiable in `hidden` and `weight`.
 
     Args:
         hidden: [s, b, h].
         weight: of the output layer [v, h].
-        labels: int64 [b, s].
-        loss_mask: weight of each token's loss [b, s].
-        cross_entropy: of one chunk.
-        first_padded_row: see `ChunkedLossGPT`.
+        tokens: their labels, and how their loss is computed.
         chunk_tokens: tokens of a chunk.
 
     Returns:
         float32 scalar.
     """
-    options = labels, loss_mask, cross_entropy, first_padded_row, chunk_tokens
-    loss: Tensor = _SummedLoss.apply(hidden, weight, *options)  # type: ignore[no-untyped-call]
+    loss: Tensor = _SummedLoss.apply(hidden, weight, tokens, chunk_tokens)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -94,16 +95,8 @@ class _SummedLoss(torch.autograd.Function):
     """See `summed_loss`. Both gradients are taken on the way forward, for an upstream gradient of 1."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        loss_mask: Tensor,
-        cross_entropy: CrossEntropy,
-        first_padded_row: int | None,
-        chunk_tokens: int,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: LossTokens, chunk_tokens: int) -> Tensor:
+        labels, loss_mask, cross_entropy, first_padded_row = tokens
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         matrix, total = weight.to(dtype), torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -131,4 +124,4 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states and weight."""
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * upstream[0], grad_weight * upstream[0], None, None, None, None, None
+        return grad_hidden * upstream[0], grad_weight * upstream[0], None, None

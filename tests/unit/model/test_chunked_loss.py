@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_multiverse.config import LayerConfig
 from megatron_multiverse.model.attention import LayoutParams
-from megatron_multiverse.model.chunked_loss import summed_loss
+from megatron_multiverse.model.chunked_loss import LossTokens, summed_loss
 from megatron_multiverse.model.families import qwen2
 from megatron_multiverse.model.gpt import build_gpt_model, hide_padded_rows
 
@@ -43,7 +43,7 @@ def test_loss_and_gradients(dtype: torch.dtype, chunk: int) -> None:
     logits = F.linear(hidden, weight)
     logits = torch.cat([logits[..., :10], torch.full_like(logits[..., 10:], -torch.inf)], dim=-1)
     want = gradients((cross_entropy(labels, logits) * loss_mask).sum())
-    got = gradients(summed_loss(hidden, weight, labels, loss_mask, cross_entropy, 10, chunk))
+    got = gradients(summed_loss(hidden, weight, LossTokens(labels, loss_mask, cross_entropy, 10), chunk))
     assert not got[2][10:].any(), "padding of the vocabulary has no gradient"
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2}[dtype]  # the cross entropy is float32
     for ours, theirs in zip(got, want, strict=True):
