@@ -261,7 +261,7 @@ class Engine:
         step = scheduler.go_on()
         if flight is not None and self._turns.may_come(flight.step, len(scheduler.active)):
             if step is not None:
-                launch = self.runner.prepare(step.plan)
+                launch = partial(self.runner.launch, step.plan, self.runner.prepare(step.plan))
                 tokens = flight.output.wait().tokens.tolist()
                 if not self._turns.came(flight.step, tokens, len(scheduler.active)):
                     return step, launch

@@ -4,7 +4,6 @@ plans on, and the others' `follow` them."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -167,30 +166,31 @@ class Runner:
         while (plan := self._channel.receive()) is not None:
             self.launch(plan)
 
-    def launch(self, plan: StepPlan) -> PendingOutput:
+    @torch.inference_mode()
+    def prepare(self, plan: StepPlan) -> Callable[[], Tensor] | None:
+        """Upload a step while the one before still decides whether it is to run; the next one may be prepared, too.
+
+        Returns:
+            What replays it, for `launch`; None if it is not a graph's, or if other ranks must be told of it first.
+        """
+        if self.graphs is None or self._channel is not None or len(plan.scored):
+            return None
+        return self.graphs.prepare(plan, self.sampler)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, replay: Callable[[], Tensor] | None = None) -> PendingOutput:
         """Copy what forks and joins ask for, run the model once, and draw a token for every row that wants one.
 
         On a GPU nothing is waited for. The next plan may name these tokens by `StepPlan.sources`.
+
+        Args:
+            plan: the step.
+            replay: what `prepare` has made of it.
         """
         if self._channel is not None and self.ranks.is_first:
             self._channel.send(plan)
-        return self._make_ready(plan)()
-
-    def prepare(self, plan: StepPlan) -> Callable[[], PendingOutput]:
-        """Do what `launch` can do while the step before still decides whether this one is to run.
-
-        Returns:
-            What launches it. Left uncalled, the step never was; the next one may be prepared then.
-        """
-        return partial(self.launch, plan) if self._channel is not None else self._make_ready(plan)
-
-    @torch.inference_mode()
-    def _make_ready(self, plan: StepPlan) -> Callable[[], PendingOutput]:
-        graphs = None if len(plan.scored) else self.graphs
-        return partial(self._run, plan, None if graphs is None else graphs.prepare(plan, self.sampler))
-
-    @torch.inference_mode()
-    def _run(self, plan: StepPlan, replay: Callable[[], Tensor] | None) -> PendingOutput:
+        if replay is None and self.graphs is not None and not len(plan.scored):
+            replay = self.graphs.prepare(plan, self.sampler)
         if len(plan.copies):
             self.store.copy(plan.copies)
         if len(plan.freed):

@@ -17,14 +17,14 @@ def serve(scripts: list[toy.Script], *, overlap: bool, monkeypatch: pytest.Monke
     """(results, runs of the model) of one request for each script."""
     monkeypatch.setattr(toy, "OVERLAP", overlap)
     runs = []
-    run = Runner._run
-    monkeypatch.setattr(Runner, "_run", lambda *args: runs.append(args) or run(*args))
+    launch = Runner.launch
+    monkeypatch.setattr(Runner, "launch", lambda *args: runs.append(args) or launch(*args))
     rng = random.Random(7)
     requests = [toy.ask(toy.random_prompt(rng), max_tokens=3000, sample=k) for k in range(len(scripts))]
     engine = toy.toy_engine(toy.ToyModel(1), sampler=toy.ScriptedSampler(scripts), **settings)
     results = engine.generate(requests)
     toy.assert_drained(engine)
-    monkeypatch.setattr(Runner, "_run", run)
+    monkeypatch.setattr(Runner, "launch", launch)
     return results, len(runs)
 
 
