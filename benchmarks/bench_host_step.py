@@ -104,10 +104,10 @@ def measure(options: Options, prepare: Callable[[StepPlan, int], None] | None = 
     engine = Engine(model, vocab, config)
     launch = engine.runner.launch
 
-    def prepared(plan: StepPlan) -> PendingOutput:
+    def prepared(plan: StepPlan, replay: Callable[[], Tensor] | None = None) -> PendingOutput:
         if prepare is not None:
             prepare(plan, options.page_size)
-        return launch(plan)
+        return launch(plan, replay)
 
     engine.runner.launch = prepared  # type: ignore[method-assign]
     for row in range(options.rows):
