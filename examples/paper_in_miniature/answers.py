@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 from settings import Size, tokenizer
-from tasks import LONG_STEPS, REQUESTS, SHORT_STEPS, Problem, check, sample_arithmetic, sample_satisfiability
-from training_rows import MOST_CHAINS, MOST_SHORT_CHAINS, MOST_VARIABLES, Kind, text_of
+from tasks import REQUESTS, Problem, check, sample_arithmetic, sample_satisfiability
+from training_rows import MOST_CHAINS, MOST_VARIABLES, Kind, text_of
 
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import EngineConfig, SamplingParams
@@ -23,21 +23,20 @@ TIMED_STEPS = 4
 """Steps of each chain of the problems whose wall clock is measured, so that only the number of paths differs."""
 
 
-def problem_sets(count: int) -> dict[str, list[Problem]]:
+def problem_sets(count: int, has_list: bool = True) -> dict[str, list[Problem]]:
     """Problems of every size, the same in every run: `count` of each trained size, half as many of each size beyond,
     whose answers are longer. No training row has their seed."""
-    most = {"chains": MOST_CHAINS, "short": MOST_SHORT_CHAINS, "variables": MOST_VARIABLES}
+    most = {"chains": MOST_CHAINS, "variables": MOST_VARIABLES}
 
     def draw(task: str, number: int) -> list[Problem]:
         rng = random.Random(f"evaluation:{task}-{number}")
         problems = range(count if number <= most[task] else max(1, count // 2))
         if task == "variables":
             return [sample_satisfiability(rng, number) for _ in problems]
-        return [sample_arithmetic(rng, number, SHORT_STEPS if task == "short" else LONG_STEPS) for _ in problems]
+        return [sample_arithmetic(rng, number, has_list=has_list) for _ in problems]
 
     sizes = {
-        "chains": [*range(2, MOST_CHAINS + 1), MOST_CHAINS + 2, 2 * MOST_CHAINS],
-        "short": [MOST_SHORT_CHAINS, 2 * MOST_SHORT_CHAINS],
+        "chains": [*range(2, MOST_CHAINS + 1), MOST_CHAINS + 2, 2 * MOST_CHAINS, 3 * MOST_CHAINS],
         "variables": range(3, MOST_VARIABLES + 3),
     }
     return {f"{task}-{number}": draw(task, number) for task, numbers in sizes.items() for number in numbers}

@@ -88,11 +88,12 @@ def runs() -> dict[str, RowConfig]:
     """Every run by name, the most telling first: the three kinds with the first seed, what mends generalisation taken
     away part by part, the other seeds, and two ablations."""
     found = {f"{kind}-0": RowConfig(kind=kind) for kind in ("multiverse", "plain", "tagged")}
-    found["four-paths"] = RowConfig(kind="multiverse", short_chains=False)
+    found["no-name-list"] = RowConfig(kind="multiverse", name_list=False)
+    found["no-spare-definitions"] = RowConfig(kind="multiverse", spare_definitions=False)
+    found["no-position-gaps"] = RowConfig(kind="multiverse", position_gaps=False)
+    found["fixed-labels"] = RowConfig(kind="multiverse", random_labels=False)
     for seed in SEEDS[1:]:
         found |= {f"{kind}-{seed}": RowConfig(kind=kind, seed=seed) for kind in ("multiverse", "plain", "tagged")}
-    found["fixed-labels"] = RowConfig(kind="multiverse", random_labels=False)
-    found["counted"] = RowConfig(kind="multiverse", random_names=False, random_labels=False, short_chains=False)
     found["forced-loss"] = RowConfig(kind="multiverse", train_forced_tokens=True)
     found["official-positions"] = RowConfig(kind="multiverse", official_positions=True)
     return found

@@ -23,8 +23,10 @@ from megatron_multiverse.structure import Block, render
 
 Text = Literal["plain", "tagged"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LONG_STEPS, SHORT_STEPS = (2, 4), (1, 2)
-"""Fewest and most steps of long and of short chains."""
+MARKS = LETTERS.lower()
+"""Of clauses."""
+STEPS = (2, 4)
+"""Fewest and most steps of a chain."""
 REQUESTS: dict[Text, str] = {
     "plain": " Think step by step before answering.",
     "tagged": " Think step by step and in parallel before answering.",
@@ -54,7 +56,7 @@ class Chain:
     @property
     def result(self) -> str:
         """As it stands in conclusions and answers."""
-        return f"{self.name} = {self.values[-1]}"
+        return f"{self.name}: {self.values[-1]}"
 
     @property
     def work(self) -> str:
@@ -67,14 +69,27 @@ class Chain:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Independent chains: a block with one path for each."""
+    """Independent chains: a block with one path for each.
+
+    The question names the chains that are asked for, one letter after the other, and then defines them, in any order
+    and with others among them. So the next path is always found in the same way, however many there are: its name is the
+    letter after the name before. A result stands after ``NAME:``, which stands nowhere else.
+    """
 
     chains: tuple[Chain, ...]
+    """What is asked for, in this order."""
+    definitions: tuple[Chain, ...]
+    """These and others, as the question defines them."""
+    has_list: bool = True
+    """Otherwise the question has no list of names, and all that it defines is asked for."""
 
     @property
     def prompt(self) -> str:
         """The question, without the request to think in one way or the other."""
-        return f"Work out {'; '.join(map(str, self.chains))}."
+        if not self.has_list:
+            return f"Work out {'; '.join(map(str, self.chains))}."
+        names = "".join(chain.name for chain in self.chains)
+        return f"Work out {names}. {'; '.join(map(str, self.definitions))}."
 
     @property
     def answer(self) -> str:
@@ -102,106 +117,131 @@ class Arithmetic:
         return answer == self.answer
 
 
-Clause = tuple[tuple[str, bool], ...]
-"""Literals: a variable, and whether the clause wants it true."""
+Literal3 = tuple[tuple[str, int], ...]
+"""A variable and a value, for each of the three literals of a clause."""
 
 
 @dataclass(frozen=True)
 class Satisfiability:
-    """Clauses of which each must have a true literal. Splitting on one variable after the other is a tree of blocks."""
+    """Clauses of three literals, each written as the one combination of values that it rules out, so that ``D0E1Y0`` is
+    the clause D or not E or Y. A search splits on one variable after the other; it is a tree of blocks.
 
-    clauses: tuple[Clause, ...]
+    Clauses stand with the last of their variables: when that one gets its value, it is decided whether they hold, so
+    every step of the search tries those of one variable only. Each has a letter of its own.
+    """
+
+    variables: str
+    """In the order in which the search splits on them."""
+    clauses: tuple[Literal3, ...]
+    """Literals in the order of the variables, clauses in the order of their last variables."""
+    first_mark: int = 0
+    """Which small letter the first clause has; the others follow in the alphabet, `a` after `z`."""
+
+    def marked(self, name: str) -> list[tuple[str, Literal3]]:
+        """The clauses whose last variable this is, with their letters."""
+        return [
+            (MARKS[(self.first_mark + index) % len(MARKS)], clause)
+            for index, clause in enumerate(self.clauses)
+            if clause[-1][0] == name
+        ]
 
     @property
     def prompt(self) -> str:
         """The question, without the request to think in one way or the other."""
-        return f"Satisfy {spell(self.clauses)}."
+        groups = (
+            f"{name}:" + "".join(f" {mark}{spell(clause)}" for mark, clause in self.marked(name))
+            for name in self.variables
+        )
+        return f"Set {self.variables}, never {'; '.join(groups)}."
+
+    @property
+    def answer(self) -> str:
+        """The values of the first solution, or `no`."""
+        return next((spell(case) for case in self.solutions()), "no")
+
+    def solutions(self, case: Literal3 = ()) -> Iterator[Literal3]:
+        """Every solution that begins with a case, in order."""
+        if len(case) == len(self.variables):
+            yield case
+            return
+        for value in (0, 1):
+            longer = (*case, (self.variables[len(case)], value))
+            if self.is_allowed(longer):
+                yield from self.solutions(longer)
+
+    def is_allowed(self, case: Literal3) -> bool:
+        """Whether no clause of the last variable of a case rules it out."""
+        return not any(set(clause) <= set(case) for _, clause in self.marked(case[-1][0]))
 
     def response(self, text: Text, prefix: str = "", start: int = 1) -> str:
         """The search and the answer; arguments as in `Arithmetic.response`.
 
         Plain text searches as one would: depth first, and it stops at the first solution.
         """
-        model = solve(self.clauses)
         if text == "plain":
-            thought = "\n".join(_search_lines(self.clauses, ""))
+            thought = "\n".join(self._search(()))
         else:
-            thought = shift_labels(render([_split(self.clauses, "")], prefix=prefix), prefix, start, 2)
-        return f"<Think>\n{thought}\n</Think>\n\nAnswer: {'no' if model is None else model}"
+            thought = shift_labels(render([self._split(())], prefix=prefix), prefix, start, 2)
+        return f"<Think>\n{thought}\n</Think>\n\nAnswer: {self.answer}"
 
     def is_right(self, answer: str) -> bool:
-        """Whether an answer satisfies every clause, or rightly says that nothing does."""
-        if answer == "no":
-            return solve(self.clauses) is None
-        pairs = list(zip(answer[::2], answer[1::2], strict=False))
-        if len(answer) % 2 or any(name not in LETTERS or value not in "01" for name, value in pairs):
-            return False
-        clauses = self.clauses
-        for name, value in pairs:
-            clauses = assign(clauses, name, value == "1")
-        return not clauses
+        """Whether an answer gives every variable a value that no clause rules out, or rightly says that there is none."""
+        solutions = {spell(case) for case in self.solutions()}
+        return answer in solutions or (answer == "no" and not solutions)
+
+    def _trial(self, case: Literal3) -> str:
+        """A case and the clauses tried on it, `+` after those that hold, up to the first that does not."""
+        tried = ""
+        for mark, clause in self.marked(case[-1][0]):
+            is_broken = set(clause) <= set(case)
+            tried += mark + "+-"[is_broken]
+            if is_broken:
+                break
+        return f"{spell(case)}: {tried}".rstrip()
+
+    def _verdict(self, case: Literal3) -> str:
+        """The last value of a case, `+` if there is a solution with the whole case and `-` otherwise."""
+        has_solution = self.is_allowed(case) and any(True for _ in self.solutions(case))
+        return spell(case[-1:]) + "-+"[has_solution]
+
+    def _is_leaf(self, case: Literal3) -> bool:
+        return len(case) == len(self.variables) or not self.is_allowed(case)
+
+    def _cases(self, case: Literal3) -> tuple[Literal3, Literal3]:
+        name = self.variables[len(case)]
+        return (*case, (name, 0)), (*case, (name, 1))
+
+    def _split(self, case: Literal3) -> Block:
+        """A block with a path for each value of the next variable; both search to the end."""
+        cases = self._cases(case)
+        paths = tuple(
+            (f"{self._trial(one)}\n{self._verdict(one)}",)
+            if self._is_leaf(one)
+            else (self._trial(one), self._split(one), self._verdict(one))
+            for one in cases
+        )
+        return Block(tuple(map(spell, cases)), paths, "".join(map(self._verdict, cases)))
+
+    def _search(self, case: Literal3) -> Iterator[str]:
+        """Depth-first search up to the first solution; every case ends with its verdict, except those around the
+        solution."""
+        for one in self._cases(case):
+            yield self._trial(one)
+            if not self._is_leaf(one):
+                yield from self._search(one)
+            verdict = self._verdict(one)
+            if verdict.endswith("-") or len(one) == len(self.variables):
+                yield verdict
+            if verdict.endswith("+"):
+                return
 
 
 Problem = Arithmetic | Satisfiability
 
 
-def spell(clauses: tuple[Clause, ...]) -> str:
-    """Clauses as text, e.g. ``A-BC,-AD``; ``!`` if one of them is empty, so that nothing satisfies them, ``.`` if none
-    is left."""
-    if () in clauses:
-        return "!"
-    return ",".join("".join(("" if wanted else "-") + name for name, wanted in clause) for clause in clauses) or "."
-
-
-def assign(clauses: tuple[Clause, ...], name: str, value: bool) -> tuple[Clause, ...]:
-    """What is left of the clauses: true ones go, false literals go."""
-    kept = (clause for clause in clauses if (name, value) not in clause)
-    return tuple(tuple(literal for literal in clause if literal[0] != name) for clause in kept)
-
-
-def solve(clauses: tuple[Clause, ...]) -> str | None:
-    """The first solution of the search, e.g. ``A0B1`` (variables that do not matter are left out), or None."""
-    if not clauses or () in clauses:
-        return None if clauses else ""
-    name = clauses[0][0][0]
-    for value in (False, True):
-        found = solve(assign(clauses, name, value))
-        if found is not None:
-            return f"{name}{int(value)}{found}"
-    return None
-
-
-def _verdict(clauses: tuple[Clause, ...]) -> str:
-    model = solve(clauses)
-    return "no" if model is None else f"yes {model}".rstrip()
-
-
-def _split(clauses: tuple[Clause, ...], assigned: str) -> Block:
-    """A block with a path for each value of the first variable; both search to the end.
-
-    A path begins with its whole case, as the lines of the plain text do, so that the clauses which it goes on from can
-    be found by the case of the path around it.
-    """
-    name = clauses[0][0][0]
-    paths = []
-    for value in (False, True):
-        case, left = f"{assigned}{name}{int(value)}", assign(clauses, name, value)
-        is_leaf = not left or () in left
-        paths.append((f"{case}: {spell(left)}", _verdict(left) if is_leaf else _split(left, case)))
-    return Block((f"{name}0", f"{name}1"), tuple(paths), _verdict(clauses))
-
-
-def _search_lines(clauses: tuple[Clause, ...], assigned: str) -> Iterator[str]:
-    """Depth-first search up to the first solution; every line names the case that it stands for."""
-    name = clauses[0][0][0]
-    for value in (False, True):
-        case, left = f"{assigned}{name}{int(value)}", assign(clauses, name, value)
-        yield f"{case}: {spell(left)}"
-        if left and () not in left:
-            yield from _search_lines(left, case)
-        yield f"{case}: {_verdict(left)}"
-        if solve(left) is not None:
-            return
+def spell(case: Literal3) -> str:
+    """Variables with their values, e.g. ``D0E1``."""
+    return "".join(f"{name}{value}" for name, value in case)
 
 
 def shift_labels(text: str, prefix: str, start: int, count: int) -> str:
@@ -229,23 +269,34 @@ def sample_chain(rng: random.Random, name: str, num_steps: int) -> Chain:
 
 
 def sample_arithmetic(
-    rng: random.Random, num_chains: int, steps: tuple[int, int] = LONG_STEPS, *, names: str = ""
-) -> Problem:
-    """Chains of so many steps, from the fewest to the most; named by random letters unless `names` gives them."""
-    names = names or "".join(rng.sample(LETTERS, num_chains))
-    return Arithmetic(tuple(sample_chain(rng, name, rng.randint(*steps)) for name in names[:num_chains]))
+    rng: random.Random, num_chains: int, steps: tuple[int, int] = STEPS, *, num_spare: int = 0, has_list: bool = True
+) -> Arithmetic:
+    """Chains of so many steps, from the fewest to the most, and as many more that are defined but not asked for."""
+    names = rng.sample(LETTERS, num_chains + num_spare)
+    defined = [sample_chain(rng, name, rng.randint(*steps)) for name in names]
+    chains = tuple(defined[:num_chains])
+    rng.shuffle(defined)
+    return Arithmetic(chains, tuple(defined), has_list)
 
 
-def sample_satisfiability(rng: random.Random, num_variables: int, *, names: str = "") -> Problem:
-    """Four clauses of three literals for each variable; every second problem has no solution."""
-    names = names or "".join(rng.sample(LETTERS, num_variables))
-    choices = list(itertools.combinations(names[:num_variables], 3))
-    is_wanted = rng.random() < 0.5
-    while True:
-        variables = (rng.sample(rng.choice(choices), 3) for _ in range(4 * num_variables))
-        clauses = tuple(tuple((name, rng.random() < 0.5) for name in clause) for clause in variables)
-        if (solve(clauses) is not None) == is_wanted:
-            return Satisfiability(clauses)
+def sample_satisfiability(rng: random.Random, num_variables: int) -> Satisfiability:
+    """Clauses that rule out all but one combination of values, or, in every second problem, all of them.
+
+    Each clause is drawn until it rules out a combination that is left, so that none is there in vain when it is added.
+    """
+    names = "".join(rng.sample(LETTERS, num_variables))
+    left = set(itertools.product((0, 1), repeat=num_variables))
+    num_solutions = rng.randrange(2)
+    clauses: list[Literal3] = []
+    while len(left) > num_solutions:
+        places = sorted(rng.sample(range(num_variables), 3))
+        values = [rng.randrange(2) for _ in places]
+        ruled_out = {one for one in left if [one[place] for place in places] == values}
+        if ruled_out and len(left) - len(ruled_out) >= num_solutions:
+            left -= ruled_out
+            clauses.append(tuple((names[place], value) for place, value in zip(places, values, strict=True)))
+    clauses.sort(key=lambda clause: names.index(clause[-1][0]))
+    return Satisfiability(names, tuple(clauses), rng.randrange(len(MARKS)))
 
 
 def check(problem: Problem, text: str) -> bool:

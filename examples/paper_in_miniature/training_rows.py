@@ -20,14 +20,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from tasks import LETTERS, REQUESTS, SHORT_STEPS, Problem, Text, sample_arithmetic, sample_satisfiability
+from tasks import REQUESTS, Problem, Text, sample_arithmetic, sample_satisfiability
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_multiverse.data.packing import pack
 from megatron_multiverse.data.sft_dataset import Sample, pack_arrays
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import CheckpointError
-from megatron_multiverse.structure import Document, Layout, lay_out, parse
+from megatron_multiverse.structure import Document, Layout, Tag, lay_out, parse
 from megatron_multiverse.structure.document import BlockSpan
 
 Kind = Literal["plain", "tagged", "multiverse"]
@@ -35,15 +35,17 @@ Kind = Literal["plain", "tagged", "multiverse"]
 branches."""
 
 MOST_CHAINS = 4
-"""Chains of two to four steps in a training problem; the evaluation goes to twice as many."""
-MOST_SHORT_CHAINS = 8
-"""Chains of one or two steps in a training problem; the evaluation goes to twice as many."""
-LARGEST_START = 12
-"""Of labels that do not count from 1."""
-SAMPLES_AT_ONCE = 8
-"""That are drawn and tokenized together."""
+"""Chains of a training problem, and so its paths; the evaluation goes beyond."""
+MOST_DEFINITIONS = 8
+"""Chains that the question of a training problem defines, most of which are not asked for."""
 MOST_VARIABLES = 4
 """Variables of a training search, and so its deepest block; the evaluation goes beyond."""
+LARGEST_START = 12
+"""Of labels that do not count from 1."""
+LARGEST_GAP = 512
+"""Positions that are left out at once, see `gapped`."""
+SAMPLES_AT_ONCE = 8
+"""That are drawn and tokenized together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +54,16 @@ class RowConfig:
 
     kind: Kind
     """What the model is."""
-    random_names: bool = True
-    """Chains and variables are called by random letters; otherwise A, B, C and so on."""
+    name_list: bool = True
+    """Questions list the names of the chains that are asked for."""
+    spare_definitions: bool = True
+    """Questions define other chains as well, up to as many as the evaluation asks for."""
     random_labels: bool = True
-    """Half of the blocks have labels that do not count from 1."""
-    short_chains: bool = True
-    """Half of the calculations have 2 to 8 chains of one or two steps, the more chains the rarer."""
+    """Most blocks have labels that do not count from 1."""
+    position_gaps: bool = True
+    """Positions are left out in half of the rows."""
+    search_share: float = 0.5
+    """Of the problems."""
     train_forced_tokens: bool = False
     """Loss also on what the engine writes itself."""
     official_positions: bool = False
@@ -85,31 +91,30 @@ class RowMaker:
 
     def problem(self, rng: random.Random) -> Problem:
         """One problem of the training distribution."""
-        names = "" if self.config.random_names else LETTERS
-        if rng.random() < 0.5:
-            if self.config.short_chains and rng.random() < 0.5:
-                numbers = range(2, MOST_SHORT_CHAINS + 1)
-                (number,) = rng.choices(numbers, [0.7**n for n in numbers])
-                return sample_arithmetic(rng, number, SHORT_STEPS, names=names)
-            return sample_arithmetic(rng, rng.randint(2, MOST_CHAINS), names=names)
-        return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES), names=names)
+        if rng.random() < self.config.search_share:
+            return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES))
+        number, has_list = rng.randint(2, MOST_CHAINS), self.config.name_list
+        has_spare = has_list and self.config.spare_definitions
+        return sample_arithmetic(
+            rng, number, num_spare=rng.randint(0, MOST_DEFINITIONS - number) if has_spare else 0, has_list=has_list
+        )
 
     def text(self, rng: random.Random) -> tuple[str, str]:
         """Prompt and response of one row."""
         problem, text = self.problem(rng), text_of(self.config.kind)
         prefix, start = "", 1
-        if self.config.random_labels and rng.random() < 0.5:
+        if self.config.random_labels and rng.random() < 0.75:
             start = rng.randint(1, LARGEST_START)
-            prefix = "".join(f"{rng.randint(1, 9)}." for _ in range(rng.randint(0, 4)))
+            prefix = "".join(f"{rng.randint(1, 9)}." for _ in range(rng.choice((0, 0, 1, 2, 3, 4))))
         return problem.prompt + REQUESTS[text], problem.response(text, prefix, start)
 
     def samples(self, rng: random.Random, count: int) -> list[Sample]:
         """Rows as tokens with their layouts. Many texts are tokenized in one call: a call costs as much as a row."""
         texts = [text for _ in range(count) for text in self.text(rng)]
         tokens = self.tokenizer.tokenize_batch(texts)
-        return [self._lay_out(prompt, response) for prompt, response in zip(tokens[::2], tokens[1::2], strict=True)]
+        return [self._lay_out(prompt, response, rng) for prompt, response in zip(tokens[::2], tokens[1::2], strict=True)]
 
-    def _lay_out(self, prompt: list[int], response: list[int]) -> Sample:
+    def _lay_out(self, prompt: list[int], response: list[int], rng: random.Random) -> Sample:
         assert self.tokenizer.eod is not None
         ids = [*prompt, *response, self.tokenizer.eod]
         document = Document(len(ids), len(prompt))
@@ -120,7 +125,19 @@ class RowMaker:
         layout = lay_out(document)
         if self.config.official_positions:
             layout = with_positions(layout, official_positions(document))
+        if self.config.position_gaps and rng.random() < 0.5:
+            layout = with_positions(layout, gapped(layout.position_ids, self._seams(ids, len(prompt), layout), rng))
         return Sample(np.asarray(ids, dtype=np.int64), layout)
+
+    def _seams(self, ids: list[int], prompt_length: int, layout: Layout) -> list[int]:
+        """Positions [at most 4] at which the parts of a row begin: the response; the paths and the conclusion of the
+        outermost block, whose goal ends first and whose conclusion is the last; the answer."""
+        tags = self.tokenizer.structure_vocab.tag_ids
+        last = len(ids) - 1
+        found = [ids.index(tags[Tag.END_GOAL])] if tags[Tag.END_GOAL] in ids else []
+        for end in (tags[Tag.CONCLUSION], tags[Tag.END_THINK]):
+            found += [last - ids[::-1].index(end)] if end in ids else []
+        return [prompt_length, *(int(layout.position_ids[place]) + 1 for place in found)]
 
     def batch(self, index: int, num_rows: int, seq_length: int) -> dict[str, npt.NDArray[Any]]:
         """Microbatch `index`: arrays [num_rows, seq_length], see `pack_arrays`.
@@ -149,6 +166,18 @@ class RowMaker:
         ]
         names = ("input_ids", "labels", "loss_mask", "position_ids", "r")
         return {name: np.stack([row[name] for row in rows]) for name in names}
+
+
+def gapped(positions: npt.NDArray[np.int64], seams: list[int], rng: random.Random) -> npt.NDArray[np.int64]:
+    """Positions [N] with some left out before each seam, up to `LARGEST_GAP`, few more often than many.
+
+    What is equal stays equal and the order stays, so branches still run side by side. Longer problems have their parts
+    further apart; so does such a row (compare randomised positions, arXiv 2305.16843).
+    """
+    moved = positions.copy()
+    for seam in seams:
+        moved[positions >= seam] += round(LARGEST_GAP ** rng.random()) - 1
+    return moved
 
 
 def official_positions(document: Document) -> npt.NDArray[np.int64]:
