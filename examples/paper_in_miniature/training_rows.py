@@ -4,10 +4,10 @@ A `RowMaker` draws problems, renders them for a kind of model and lays them out;
 microbatches that `training.trainer.train` asks for. Row i of seed s is the same wherever and whenever it is made, so a
 run that was stopped goes on with the rows it would have had.
 
-Label randomisation stands here rather than in files, because files are checked strictly: labels there count from 1. A
-model that has only ever read labels from 1 to 4 writes no 5. So half of the rows have an outermost block that counts
-from another number, as if it stood inside other blocks; the engine's tolerant reader lays such rows out alike. A model
-that has only ever read up to 4 paths writes no fifth either: so half of the calculations have up to 8 short chains.
+What lets a model go beyond the number of paths that it was trained on stands here too, each under a name of
+`RowConfig`: a model that has only ever read labels from 1 to 4 writes no 5, and one that has only ever looked so far
+back does not look further. Labels that start anywhere cannot come from files, which are checked strictly; the engine's
+tolerant reader lays such rows out alike.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from tasks import REQUESTS, Problem, Text, sample_arithmetic, sample_satisfiability
+from tasks import REQUESTS, Problem, sample_arithmetic, sample_satisfiability
+from texts import Text
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_multiverse.data.packing import pack
@@ -112,7 +113,9 @@ class RowMaker:
         """Rows as tokens with their layouts. Many texts are tokenized in one call: a call costs as much as a row."""
         texts = [text for _ in range(count) for text in self.text(rng)]
         tokens = self.tokenizer.tokenize_batch(texts)
-        return [self._lay_out(prompt, response, rng) for prompt, response in zip(tokens[::2], tokens[1::2], strict=True)]
+        return [
+            self._lay_out(prompt, response, rng) for prompt, response in zip(tokens[::2], tokens[1::2], strict=True)
+        ]
 
     def _lay_out(self, prompt: list[int], response: list[int], rng: random.Random) -> Sample:
         assert self.tokenizer.eod is not None
