@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from chains import STEPS
 from tasks import REQUESTS, Problem, sample_arithmetic, sample_satisfiability
 from texts import Text
 from torch.utils.data import DataLoader, Dataset
@@ -41,6 +42,8 @@ MOST_DEFINITIONS = 8
 """Chains that the question of a training problem defines, most of which are not asked for."""
 MOST_VARIABLES = 4
 """Variables of a training search, and so its deepest block; the evaluation goes beyond."""
+FEW_STEPS, SHARE_OF_FEW_STEPS = (0, 1), 0.25
+"""Fewest and most steps of chains that are little more than looking up; their share of the calculations."""
 LARGEST_START = 12
 """Of labels that do not count from 1."""
 LARGEST_GAP = 512
@@ -63,8 +66,11 @@ class RowConfig:
     """Most blocks have labels that do not count from 1."""
     position_gaps: bool = True
     """Positions are left out in half of the rows."""
-    search_share: float = 0.5
-    """Of the problems."""
+    search_share: float = 0.3
+    """Of the problems, after the first batches."""
+    first_batches: int = 400
+    """Batches that have chains without any step, so that all there is to learn is to look up names and numbers. What
+    the longer problems need too is learned so in a small part of the time."""
     train_forced_tokens: bool = False
     """Loss also on what the engine writes itself."""
     official_positions: bool = False
@@ -90,28 +96,29 @@ class RowMaker:
         self.config = config
         self.tokenizer = tokenizer
 
-    def problem(self, rng: random.Random) -> Problem:
-        """One problem of the training distribution."""
-        if rng.random() < self.config.search_share:
+    def problem(self, rng: random.Random, index: int) -> Problem:
+        """One problem of batch `index`."""
+        is_first = index < self.config.first_batches
+        if not is_first and rng.random() < self.config.search_share:
             return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES))
         number, has_list = rng.randint(2, MOST_CHAINS), self.config.name_list
         has_spare = has_list and self.config.spare_definitions
-        return sample_arithmetic(
-            rng, number, num_spare=rng.randint(0, MOST_DEFINITIONS - number) if has_spare else 0, has_list=has_list
-        )
+        steps = (0, 0) if is_first else FEW_STEPS if rng.random() < SHARE_OF_FEW_STEPS else STEPS
+        num_spare = rng.randint(0, MOST_DEFINITIONS - number) if has_spare else 0
+        return sample_arithmetic(rng, number, steps, num_spare=num_spare, has_list=has_list)
 
-    def text(self, rng: random.Random) -> tuple[str, str]:
-        """Prompt and response of one row."""
-        problem, text = self.problem(rng), text_of(self.config.kind)
+    def text(self, rng: random.Random, index: int) -> tuple[str, str]:
+        """Prompt and response of one row of batch `index`."""
+        problem, text = self.problem(rng, index), text_of(self.config.kind)
         prefix, start = "", 1
         if self.config.random_labels and rng.random() < 0.75:
             start = rng.randint(1, LARGEST_START)
             prefix = "".join(f"{rng.randint(1, 9)}." for _ in range(rng.choice((0, 0, 1, 2, 3, 4))))
         return problem.prompt + REQUESTS[text], problem.response(text, prefix, start)
 
-    def samples(self, rng: random.Random, count: int) -> list[Sample]:
+    def samples(self, rng: random.Random, index: int, count: int) -> list[Sample]:
         """Rows as tokens with their layouts. Many texts are tokenized in one call: a call costs as much as a row."""
-        texts = [text for _ in range(count) for text in self.text(rng)]
+        texts = [text for _ in range(count) for text in self.text(rng, index)]
         tokens = self.tokenizer.tokenize_batch(texts)
         return [
             self._lay_out(prompt, response, rng) for prompt, response in zip(tokens[::2], tokens[1::2], strict=True)
@@ -152,7 +159,7 @@ class RowMaker:
         samples: list[Sample] = []
         missing = num_rows * seq_length
         while missing > 0:
-            drawn = [sample for sample in self.samples(rng, SAMPLES_AT_ONCE) if len(sample.ids) <= seq_length]
+            drawn = [sample for sample in self.samples(rng, index, SAMPLES_AT_ONCE) if len(sample.ids) <= seq_length]
             samples += drawn
             missing -= sum(len(sample.ids) for sample in drawn)
         lengths = np.array([len(sample.ids) for sample in samples])
