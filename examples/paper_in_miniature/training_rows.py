@@ -42,6 +42,8 @@ MOST_DEFINITIONS = 8
 """Chains that the question of a training problem defines, most of which are not asked for."""
 MOST_VARIABLES = 4
 """Variables of a training search, and so its deepest block; the evaluation goes beyond."""
+MOST_LISTED = 12
+"""Names of a row that only looks numbers up, without a block."""
 FEW_STEPS, SHARE_OF_FEW_STEPS = (0, 1), 0.25
 """Fewest and most steps of chains that are little more than looking up; their share of the calculations."""
 LARGEST_START = 12
@@ -62,13 +64,16 @@ class RowConfig:
     """Questions list the names of the chains that are asked for."""
     spare_definitions: bool = True
     """Questions define other chains as well, up to as many as the evaluation asks for."""
+    long_lists: bool = True
+    """Some rows ask for as many names as the evaluation does, of chains without any step, and have no block: numbers
+    are looked up one after the other."""
     random_labels: bool = True
     """Most blocks have labels that do not count from 1."""
     position_gaps: bool = True
     """Positions are left out in half of the rows."""
     search_share: float = 0.3
     """Of the problems, after the first batches."""
-    first_batches: int = 400
+    first_batches: int = 300
     """Batches that have chains without any step, so that all there is to learn is to look up names and numbers. What
     the longer problems need too is learned so in a small part of the time."""
     train_forced_tokens: bool = False
@@ -96,22 +101,26 @@ class RowMaker:
         self.config = config
         self.tokenizer = tokenizer
 
-    def problem(self, rng: random.Random, index: int) -> Problem:
-        """One problem of batch `index`."""
+    def problem(self, rng: random.Random, index: int) -> tuple[Problem, Text]:
+        """One problem of batch `index`, and the text in which it is worked out."""
+        text, has_list = text_of(self.config.kind), self.config.name_list
         is_first = index < self.config.first_batches
+        if has_list and self.config.long_lists and rng.random() < (0.4 if is_first else 0.15):
+            number = rng.randint(2, MOST_LISTED)
+            return sample_arithmetic(rng, number, (0, 0), num_spare=rng.randint(0, MOST_LISTED - number)), "plain"
         if not is_first and rng.random() < self.config.search_share:
-            return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES))
-        number, has_list = rng.randint(2, MOST_CHAINS), self.config.name_list
-        has_spare = has_list and self.config.spare_definitions
+            return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES)), text
+        number = rng.choices(range(2, MOST_CHAINS + 1), (4, 3, 2))[0]
         steps = (0, 0) if is_first else FEW_STEPS if rng.random() < SHARE_OF_FEW_STEPS else STEPS
+        has_spare = has_list and self.config.spare_definitions
         num_spare = rng.randint(0, MOST_DEFINITIONS - number) if has_spare else 0
-        return sample_arithmetic(rng, number, steps, num_spare=num_spare, has_list=has_list)
+        return sample_arithmetic(rng, number, steps, num_spare=num_spare, has_list=has_list), text
 
     def text(self, rng: random.Random, index: int) -> tuple[str, str]:
         """Prompt and response of one row of batch `index`."""
-        problem, text = self.problem(rng, index), text_of(self.config.kind)
+        problem, text = self.problem(rng, index)
         prefix, start = "", 1
-        if self.config.random_labels and rng.random() < 0.75:
+        if self.config.random_labels and rng.random() < 0.9:
             start = rng.randint(1, LARGEST_START)
             prefix = "".join(f"{rng.randint(1, 9)}." for _ in range(rng.choice((0, 0, 1, 2, 3, 4))))
         return problem.prompt + REQUESTS[text], problem.response(text, prefix, start)
