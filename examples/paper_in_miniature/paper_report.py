@@ -61,8 +61,10 @@ def mend_table(results: Results) -> list[str]:
         "multiverse-0": "the whole recipe",
         "no-name-list": "no list of names",
         "no-spare-definitions": "no spare definitions",
+        "no-long-lists": "no long lists",
         "fixed-labels": "labels from 1",
         "no-position-gaps": "no gaps in positions",
+        "no-first-batches": "no first batches",
         "forced-loss": "loss on forced tokens",
         "official-positions": "official positions",
     }

@@ -90,8 +90,10 @@ def runs() -> dict[str, RowConfig]:
     found = {f"{kind}-0": RowConfig(kind=kind) for kind in ("multiverse", "plain", "tagged")}
     found["no-name-list"] = RowConfig(kind="multiverse", name_list=False)
     found["no-spare-definitions"] = RowConfig(kind="multiverse", spare_definitions=False)
+    found["no-long-lists"] = RowConfig(kind="multiverse", long_lists=False)
     found["no-position-gaps"] = RowConfig(kind="multiverse", position_gaps=False)
     found["fixed-labels"] = RowConfig(kind="multiverse", random_labels=False)
+    found["no-first-batches"] = RowConfig(kind="multiverse", first_batches=0)
     for seed in SEEDS[1:]:
         found |= {f"{kind}-{seed}": RowConfig(kind=kind, seed=seed) for kind in ("multiverse", "plain", "tagged")}
     found["forced-loss"] = RowConfig(kind="multiverse", train_forced_tokens=True)

@@ -83,6 +83,22 @@ def test_a_question_names_what_it_asks_among_what_it_defines() -> None:
     assert without.prompt == f"Work out {'; '.join(map(str, without.chains))}."
 
 
+def test_rows_have_few_paths_and_long_lists_no_block() -> None:
+    maker = RowMaker(RowConfig(kind="multiverse"), tokenizer())
+    rng = random.Random(3)
+    first, later = ([maker.text(rng, index) for _ in range(300)] for index in (0, 5000))
+    for rows, has_steps in ((first, False), (later, True)):
+        assert any(" + " in prompt for prompt, _ in rows) is has_steps
+        assert any("never" in prompt for prompt, _ in rows) is has_steps
+        blocks = [text.split("</Goal>")[0].count("<Outline>") for _, text in rows if "<Parallel>" in text]
+        lists = [text.split("Answer")[0].count(": ") for _, text in rows if "<Parallel>" not in text]
+        assert set(blocks) == {2, 3, 4} and max(lists) == 12
+        assert all("in parallel" in prompt for prompt, text in rows if "<Parallel>" in text)
+    without = RowMaker(RowConfig(kind="multiverse", long_lists=False, first_batches=0), tokenizer())
+    rows = [without.text(rng, 0) for _ in range(100)]
+    assert all("<Parallel>" in text for _, text in rows) and any("never" in prompt for prompt, _ in rows)
+
+
 def test_labels_are_shifted_as_a_whole() -> None:
     problem = sample_satisfiability(random.Random(2), 4)
     counted, shifted = problem.response("tagged"), problem.response("tagged", "7.3.", 4)
