@@ -44,12 +44,14 @@ class Chain:
         """As it stands in conclusions and answers."""
         return f"{self.name}: {self.values[-1]}"
 
-    @property
-    def work(self) -> str:
-        """The calculation column by column."""
+    def work(self, copies_rest: bool = True) -> str:
+        """The calculation column by column. Each of its steps begins with a line of what is left of the chain, so that
+        all it needs stands in the step before; without `copies_rest` of the step alone, so that the next one must be
+        looked up in the question."""
         lines = []
-        for left, (operator, operand) in zip(self.values, self.steps, strict=False):
-            lines += [f"{self.name} = {left} {operator} {operand}", *column_steps(operator, left, operand)]
+        for index, (left, (operator, operand)) in enumerate(zip(self.values, self.steps, strict=False)):
+            rest = self.steps[index:] if copies_rest else self.steps[index : index + 1]
+            lines += [str(Chain(self.name, left, rest)), *column_steps(operator, left, operand)]
         return "\n".join([*lines, self.result])
 
 
@@ -68,6 +70,8 @@ class Arithmetic:
     """These and others, as the question defines them."""
     has_list: bool = True
     """Otherwise the question has no list of names, and all that it defines is asked for."""
+    copies_rest: bool = True
+    """See `Chain.work`."""
 
     @property
     def prompt(self) -> str:
@@ -91,10 +95,10 @@ class Arithmetic:
             start: the number of its first path; other than 1 only where labels are randomised.
         """
         if text == "plain":
-            thought = "\n".join(chain.work for chain in self.chains)
+            thought = "\n".join(chain.work(self.copies_rest) for chain in self.chains)
         else:
             names = tuple(chain.name for chain in self.chains)
-            block = Block(names, tuple((chain.work,) for chain in self.chains), self.answer)
+            block = Block(names, tuple((chain.work(self.copies_rest),) for chain in self.chains), self.answer)
             thought = shift_labels(render([block], prefix=prefix), prefix, start, len(names))
         return f"<Think>\n{thought}\n</Think>\n\nAnswer: {self.answer}"
 
@@ -118,11 +122,11 @@ def sample_chain(rng: random.Random, name: str, num_steps: int) -> Chain:
 
 
 def sample_arithmetic(
-    rng: random.Random, num_chains: int, steps: tuple[int, int] = STEPS, *, num_spare: int = 0, has_list: bool = True
+    rng: random.Random, num_chains: int, steps: tuple[int, int] = STEPS, *, num_spare: int = 0
 ) -> Arithmetic:
     """Chains of so many steps, from the fewest to the most, and as many more that are defined but not asked for."""
     names = rng.sample(LETTERS, num_chains + num_spare)
     defined = [sample_chain(rng, name, rng.randint(*steps)) for name in names]
     chains = tuple(defined[:num_chains])
     rng.shuffle(defined)
-    return Arithmetic(chains, tuple(defined), has_list)
+    return Arithmetic(chains, tuple(defined))

@@ -50,7 +50,7 @@ def main() -> None:
     if not weights.exists():
         train_one(options, size, rows, weights, metrics)
     started = time.monotonic()
-    sets = accuracy(Answerer(weights, rows.kind, size), problem_sets(size.problems, rows.name_list))
+    sets = accuracy(Answerer(weights, rows.kind, size), problem_sets(size.problems, rows))
     report = {
         "run": options.name,
         "rows": asdict(rows),

@@ -60,6 +60,7 @@ def mend_table(results: Results) -> list[str]:
     names = {
         "multiverse-0": "the whole recipe",
         "no-name-list": "no list of names",
+        "looks-back": "steps looked up in the question",
         "no-spare-definitions": "no spare definitions",
         "no-long-lists": "no long lists",
         "fixed-labels": "labels from 1",

@@ -62,6 +62,8 @@ class RowConfig:
     """What the model is."""
     name_list: bool = True
     """Questions list the names of the chains that are asked for."""
+    copies_rest: bool = True
+    """Each step of a chain begins with what is left of it."""
     spare_definitions: bool = True
     """Questions define other chains as well, up to as many as the evaluation asks for."""
     long_lists: bool = True
@@ -71,7 +73,7 @@ class RowConfig:
     """Most blocks have labels that do not count from 1."""
     position_gaps: bool = True
     """Positions are left out in half of the rows."""
-    search_share: float = 0.3
+    search_share: float = 0.25
     """Of the problems, after the first batches."""
     first_batches: int = 300
     """Batches that have chains without any step, so that all there is to learn is to look up names and numbers. What
@@ -114,7 +116,8 @@ class RowMaker:
         steps = (0, 0) if is_first else FEW_STEPS if rng.random() < SHARE_OF_FEW_STEPS else STEPS
         has_spare = has_list and self.config.spare_definitions
         num_spare = rng.randint(0, MOST_DEFINITIONS - number) if has_spare else 0
-        return sample_arithmetic(rng, number, steps, num_spare=num_spare, has_list=has_list), text
+        problem = sample_arithmetic(rng, number, steps, num_spare=num_spare)
+        return replace(problem, has_list=has_list, copies_rest=self.config.copies_rest), text
 
     def text(self, rng: random.Random, index: int) -> tuple[str, str]:
         """Prompt and response of one row of batch `index`."""

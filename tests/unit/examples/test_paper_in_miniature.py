@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ MINIATURE = Path(__file__).parents[3] / "examples" / "paper_in_miniature"
 sys.path.insert(0, str(MINIATURE))
 
 import miniature  # noqa: E402
+from chains import Chain  # noqa: E402
 from miniature import STOPPED, MiniatureOptions, train_all  # noqa: E402
 from paper_figures import fit_latency  # noqa: E402
 from paper_report import draw, filled, read_results, tables  # noqa: E402
@@ -79,8 +81,22 @@ def test_a_question_names_what_it_asks_among_what_it_defines() -> None:
     assert set(asked) < set(defined) and len(defined) == 7 == len(set(defined))
     assert [part.split(": ")[0] for part in problem.answer.split("; ")] == asked
     assert all(f"{chain}" in problem.prompt for chain in problem.chains)
-    without = sample_arithmetic(random.Random(5), 3, has_list=False)
+    without = replace(sample_arithmetic(random.Random(5), 3), has_list=False)
     assert without.prompt == f"Work out {'; '.join(map(str, without.chains))}."
+
+
+def test_each_step_of_a_chain_begins_with_what_is_left_of_it() -> None:
+    chain = Chain("M", 20, (("+", 15), ("*", 2)))
+    first, second = (
+        "ones: 0 + 5 + 0 = 5, write 5, carry 0, left 2 + 1",
+        "tens: 2 + 1 + 0 = 3, write 3, carry 0, left 0 + 0",
+    )
+    third, fourth = (
+        "ones: 5 * 2 + 0 = 10, write 0, carry 1, left 3 * 2",
+        "tens: 3 * 2 + 1 = 7, write 7, carry 0, left 0 * 2",
+    )
+    assert chain.work().split("\n") == ["M = 20 + 15 * 2", first, second, "M = 35 * 2", third, fourth, "M: 70"]
+    assert chain.work(copies_rest=False).split("\n")[0] == "M = 20 + 15"
 
 
 def test_rows_have_few_paths_and_long_lists_no_block() -> None:
@@ -206,7 +222,7 @@ def test_tables_and_figures_come_from_results(tmp_path: Path) -> None:
     made = tables(results)
     assert "| 4 | 1 of 1 | 3.00 | 500 | 800 | 200 | 2.50 | 4.00 |" in made["alone"]
     assert "| 1 | 1 | 1 | 500 | 200 | 2.50 | 4.00 |" in made["batch"]
-    assert "Not run yet: tagged-0, no-spare-definitions, " in made["training"]
+    assert "Not run yet: tagged-0, looks-back, " in made["training"]
     assert "| 8 chains, more than trained | 50.0 | 50.0 ± 0.0 |" in made["accuracy"]
     assert (
         filled("a\n<!-- batch -->\nold\n<!-- end -->\nb", results)
