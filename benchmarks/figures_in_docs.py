@@ -395,17 +395,6 @@ def quickstart() -> Iterator[str]:
     assert report["accuracy_5_to_6_expressions"] == report["accuracy_depth_3"] == 0, "or say how many are right"
 
 
-def miniature() -> Iterator[str]:
-    """examples/paper_in_miniature/README.md, whose tables are made by its paper_report.py."""
-    runs = results("results/miniature_short_chains_h200")["runs"]
-    right, without = (runs[name]["right_percent"] for name in ("multiverse-0", "four-paths"))
-    yield f"answers {right['chains-6']} % of the problems with 6 long chains and {right['chains-8']} % with 8"
-    yield f"{right['short-8']} % with 8 short ones, and {right['chains-4']} % with 4 long ones instead of the"
-    yield f"instead of the {without['chains-4']} % of `four-paths`"
-    others = [runs[name]["right_percent"]["chains-6"] for name in ("plain-0", "tagged-0")]
-    yield "do not reach 6 long chains either ({} and {} %)".format(*others)
-
-
 STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {
     "README.md": readme,
     "docs/checkpoints.md": checkpoints,
@@ -415,7 +404,6 @@ STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {
     "docs/rl.md": rl,
     "docs/serving.md": serving,
     "docs/training.md": training,
-    "examples/paper_in_miniature/README.md": miniature,
     "examples/quickstart/README.md": quickstart,
 }
 

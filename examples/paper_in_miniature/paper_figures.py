@@ -143,7 +143,7 @@ def _sizes(run: Any, task: str) -> dict[int, Any]:
 
 def _draw_sizes(axis: Axes, results: Mapping[str, Any], task: str) -> None:
     lines = {kind: (runs, COLORS[kind], "o-") for kind, runs in _runs(results).items()}
-    for name, style in (("no-name-list", ":"), ("fixed-labels", "--")):
+    for name, style in (("looks-back", ":"), ("no-name-list", "--")):
         if name in results:
             lines[f"multiverse, {name.replace('-', ' ')}"] = [results[name]], COLORS["multiverse"], f"x{style}"
     for label, (runs, color, form) in lines.items():

@@ -148,7 +148,9 @@ class RowMaker:
         if self.config.official_positions:
             layout = with_positions(layout, official_positions(document))
         if self.config.position_gaps and rng.random() < 0.5:
-            layout = with_positions(layout, gapped(layout.position_ids, self._seams(ids, len(prompt), layout), rng))
+            layout = with_positions(
+                layout, gapped(layout.position_ids.astype(np.int64), self._seams(ids, len(prompt), layout), rng)
+            )
         return Sample(np.asarray(ids, dtype=np.int64), layout)
 
     def _seams(self, ids: list[int], prompt_length: int, layout: Layout) -> list[int]:
