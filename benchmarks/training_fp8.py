@@ -1,8 +1,9 @@
 """The loss of FP8 training beside bf16's: the same weights, rows and optimizer, one precision after the other.
 
 Full-width layers of a published model train on packed rows in which every second word follows from the one before it,
-so that there is something to learn. How far two ways of computing in bf16 lie apart (TransformerEngine's layers and
-local ones, which round in other places) is the noise that FP8's distance is held against.
+so that there is something to learn. FP8's distance from bf16 is held against two kinds of noise: how far two ways of
+computing in bf16 lie apart (TransformerEngine's layers and local ones, which round in other places), and how far runs
+in bf16 lie apart whose fresh weights come from other seeds.
 
     python -m benchmarks.training_fp8
 
@@ -31,11 +32,12 @@ from megatron_multiverse.training.flops import training_flops
 
 WAYS: dict[str, dict[str, Any]] = {
     "bf16": {},
-    "bf16, local layers": {"transformer_impl": "local"},
-    "fp8 hybrid, tensorwise": {"fp8": "hybrid"},
-    "fp8 hybrid, blockwise": {"fp8": "hybrid", "fp8_recipe": "blockwise"},
+    "bf16, local layers": {"layers": {"transformer_impl": "local"}},
+    **{f"bf16, seed {seed}": {"seed": seed} for seed in (1, 2, 3)},
+    "fp8 hybrid, tensorwise": {"layers": {"fp8": "hybrid"}},
+    "fp8 hybrid, blockwise": {"layers": {"fp8": "hybrid", "fp8_recipe": "blockwise"}},
 }
-"""Name -> settings of `layers`; the others are held against the first."""
+"""Name -> settings of the run; the others are held against the first."""
 NEED_A_GPU = ("fp8 hybrid, tensorwise", "fp8 hybrid, blockwise")
 
 
@@ -118,7 +120,7 @@ def main() -> None:
     options = LayoutOptions(model=o.model, num_layers=o.num_layers, tokens=o.tokens, rows=1, steps=o.steps, tiny=o.tiny)
     first: Measured | None = None
     for name in o.ways:
-        layout = {"engine": "megatron", "layers": WAYS[name]}
+        layout = {"engine": "megatron", **WAYS[name]}
         found = measure(options, shape_of(options), layout, Ranks(), LearnableRows)
         first = first or found
         values = row(o, name, found, first)

@@ -242,8 +242,8 @@ def logits_of(config: TrainConfig, model: ModelConfig) -> list[tuple[int, int]]:
     parallel = config.parallel
     tp, width = parallel.tensor_model_parallel_size, 2 if config.dtype == "bf16" else 4
     rows, tokens = pad_vocab_size(model.vocab_size, tp) // tp, tokens_of(config)
-    chunk = config.layers.loss_chunk_tokens
-    if chunk is None:
+    chunk = config.loss_chunk_tokens
+    if not chunk:
         return [(tokens * rows, width + 4)]
     return [(min(tokens, chunk) * rows, width + 4), (rows * model.hidden_size, 4)]
 
