@@ -55,6 +55,8 @@ class Options:
     """Tokens of a packed row, a step each."""
     steps: int = 30
     """Steps of each; the first three are not timed."""
+    losses_alone: bool = False
+    """Record no times: something else runs on the GPU."""
     tiny: bool = False
     """A model and rows for a test without a GPU."""
     output: str | None = None
@@ -91,13 +93,16 @@ def row(o: Options, name: str, found: Measured, first: Measured) -> dict[str, An
     """What is recorded of a way of computing."""
     options = LayoutOptions(model=o.model, num_layers=o.num_layers, tokens=o.tokens, tiny=o.tiny)
     apart = distances(found.losses, first.losses)
+    times = {
+        "s_per_step": found.seconds,
+        "time_beside_first": found.seconds / first.seconds,
+        "model_tflops": training_flops(shape_of(options), found.tokens, found.pairs) / found.seconds / 1e12,
+    }
     return {
         "way": name,
         "model": f"{o.model}, {o.num_layers} layers",
         "rows": f"1 x {o.tokens} packed",
-        "s_per_step": found.seconds,
-        "time_beside_first": found.seconds / first.seconds,
-        "model_tflops": training_flops(shape_of(options), found.tokens, found.pairs) / found.seconds / 1e12,
+        **({} if o.losses_alone else times),
         "peak_gib": found.memory_gib,
         "first_loss": found.losses[0],
         "last_loss": found.losses[-1],
