@@ -18,8 +18,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.report_blocks import ideal_speedup
 from benchmarks.report_training import LENGTHS, recomputed, two_gpus
 from megatron_multiverse.cli import run_tool
+from megatron_multiverse.model.families import preset
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -119,6 +121,8 @@ def engine() -> Iterator[str]:
     rows = results("results/engine_blocks_h200")["rows"]
     joints = [row["fork_and_join_ms"] for row in rows if "fork_and_join_ms" in row]
     yield f"took {joints[0]:.1f} ms with overlap and {joints[1]:.1f} in turn"
+    eight, many = (_ideal_share(batch) for batch in (8, 32))
+    yield f"would keep {eight} at batch 8 and {many} at 32"
     held = results("results/engine_held_steps_h200")
     more = [min(row["held"]) - min(row["ahead"]) for row in held["decode"]["rows"]]
     waits = [min(row["in_turn"]) - min(row["ahead"]) for row in held["decode"]["rows"]]
@@ -162,6 +166,15 @@ def engine() -> Iterator[str]:
     low, high = times(goodput, always)
     yield f"{low:.1f} to {high:.1f} times those of always"
     yield f"at most {max(times('serial_gap_p99_ms', never)):.2f} times that of never"
+
+
+def _ideal_share(batch: int) -> str:
+    """What would be left of num_parallel at this batch if only bytes counted, over all cases that fork."""
+    found = results("results/engine_blocks_h200")
+    shape, context = preset(found["environment"]["model"]), int(found["environment"]["context"].replace(",", ""))
+    rows = [row for row in found["rows"] if row.get("batch") == batch and row.get("branches")]
+    shares = [ideal_speedup(row, shape, context) / row["num_parallel"] for row in rows]
+    return f"{min(shares):.2f} to {max(shares):.2f}"
 
 
 def layers() -> Iterator[str]:
