@@ -1,9 +1,9 @@
 """The loss of FP8 training beside bf16's: the same weights, rows and optimizer, one precision after the other.
 
 Full-width layers of a published model train on packed rows in which every second word follows from the one before it,
-so that there is something to learn. FP8's distance from bf16 is held against two kinds of noise: how far two ways of
-computing in bf16 lie apart (TransformerEngine's layers and local ones, which round in other places), and how far runs
-in bf16 lie apart whose fresh weights come from other seeds.
+so that there is something to learn. FP8's distance from bf16 is held against the noise of bf16: how far the same run lies from
+itself, since sums are added up in another order each time; how far TransformerEngine's layers lie from local ones,
+which round in other places; and how far runs lie apart whose fresh weights come from other seeds.
 
     python -m benchmarks.training_fp8
 
@@ -32,6 +32,7 @@ from megatron_multiverse.training.flops import training_flops
 
 WAYS: dict[str, dict[str, Any]] = {
     "bf16": {},
+    "bf16, run again": {},
     "bf16, local layers": {"layers": {"transformer_impl": "local"}},
     **{f"bf16, seed {seed}": {"seed": seed} for seed in (1, 2, 3)},
     "fp8 hybrid, tensorwise": {"layers": {"fp8": "hybrid"}},
