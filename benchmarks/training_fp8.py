@@ -1,13 +1,13 @@
 """The loss of FP8 training beside bf16's: the same weights, rows and optimizer, one precision after the other.
 
 Full-width layers of a published model train on packed rows in which every second word follows from the one before it,
-so that there is something to learn. FP8's distance from bf16 is held against the noise of bf16: how far the same run lies from
-itself, since sums are added up in another order each time; how far TransformerEngine's layers lie from local ones,
-which round in other places; and how far runs lie apart whose fresh weights come from other seeds.
+so that there is something to learn. FP8's distance from bf16 is held against the noise of bf16: how far the same run
+lies from itself, since sums are added up in another order each time; how far TransformerEngine's layers lie from local
+ones, which round in other places; and how far runs lie apart whose fresh weights come from other seeds.
 
     python -m benchmarks.training_fp8
 
-Without a GPU `--tiny` runs the two ways that need none with a model of a few thousand parameters and records nothing.
+Without a GPU `--tiny` runs the ways that need none with a model of a few thousand parameters and records nothing.
 """
 
 from __future__ import annotations

@@ -237,8 +237,8 @@ def logits_of(config: TrainConfig, model: ModelConfig) -> list[tuple[int, int]]:
     """What the output layer holds at its peak, as (elements, bytes of each).
 
     First the logits of all tokens, or of a chunk: their float32 softmax, and beside it first themselves, then their
-    gradient. With chunks also the float32 gradient of the output layer, which they are added to. TransformerEngine's cross
-    entropy needs less: a copy of the logits, in which it leaves their gradient.
+    gradient. With chunks also the float32 gradient of the output layer, which they are added to. TransformerEngine's
+    cross entropy needs less: a copy of the logits, in which it leaves their gradient.
     """
     parallel = config.parallel
     tp, width = parallel.tensor_model_parallel_size, 2 if config.dtype == "bf16" else 4

@@ -164,7 +164,7 @@ def test_yaml_with_overrides_is_what_the_mapping_says(tmp_path: Path) -> None:
     data = {"data_prefixes": ["a", "b"], "seq_length": 256}
     assert read == TrainConfig.from_dict(values(data=data, **overrides, **{"optim.lr": 1e-3}))
     assert read.optim.lr == 1e-3 and read.data.data_prefixes == ("a", "b") and read.model.num_layers == 3
-    with pytest.raises(ConfigError, match="unknown flag --optim.learning-rate"):
+    with pytest.raises(ConfigError, match=r"unknown flag --optim\.learning-rate"):
         parse_options(TrainConfig, ["--config", str(file), "--optim.learning-rate=1"])
     for wrong in (["--checkpoint.save.x=1"], ["--config", str(tmp_path / "none.yaml")]):
         with pytest.raises(SystemExit):
