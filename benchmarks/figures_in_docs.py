@@ -429,6 +429,17 @@ def quickstart() -> Iterator[str]:
     assert report["accuracy_5_to_6_expressions"] == report["accuracy_depth_3"] == 0, "or say how many are right"
 
 
+def miniature() -> Iterator[str]:
+    """examples/paper_in_miniature/README.md, whose tables are made by its paper_report.py."""
+    runs = results("results/miniature_qk_norm_h200")["runs"]
+    tied, untied = runs["tied embeddings, no QK norm"], runs["untied embeddings, QK norm"]
+    for step in ("256", "384", "1300"):
+        yield f"| {step} | {tied['loss'][step]:.3f} | {untied['loss'][step]:.3f} |"
+    yield f"{round(untied['tokens_per_s'] / 1000)}K tokens/s instead of {round(tied['tokens_per_s'] / 1000)}K"
+    assert all(run["right_percent"][f"chains-{number}"] == 0 for run in (tied, untied) for number in (6, 8, 12))
+    yield f"{untied['right_percent']['chains-2']} % of the problems with 2 chains"
+
+
 STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {
     "README.md": readme,
     "docs/checkpoints.md": checkpoints,
@@ -438,6 +449,7 @@ STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {
     "docs/rl.md": rl,
     "docs/serving.md": serving,
     "docs/training.md": training,
+    "examples/paper_in_miniature/README.md": miniature,
     "examples/quickstart/README.md": quickstart,
 }
 

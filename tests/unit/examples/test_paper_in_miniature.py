@@ -18,11 +18,11 @@ sys.path.insert(0, str(MINIATURE))
 
 import miniature  # noqa: E402
 from chains import Chain  # noqa: E402
-from miniature import STOPPED, MiniatureOptions, train_all  # noqa: E402
+from miniature import STOPPED, MiniatureOptions, estimate, train_all  # noqa: E402
 from paper_figures import fit_latency  # noqa: E402
 from paper_report import draw, filled, read_results, tables  # noqa: E402
 from search import Satisfiability  # noqa: E402
-from settings import runs, tokenizer  # noqa: E402
+from settings import FULL, runs, tokenizer  # noqa: E402
 from tasks import check, sample_arithmetic, sample_satisfiability  # noqa: E402
 from training_rows import MiniLoader, RowConfig, RowMaker, gapped, official_positions, with_positions  # noqa: E402
 
@@ -201,6 +201,16 @@ def test_runs_that_fail_are_told_from_runs_that_were_stopped(tmp_path: Path, mon
     assert train_all(MiniatureOptions(runs=["no-name-list"], output=tmp_path)) is True
     with pytest.raises(ConfigError, match="known are multiverse-0"):
         train_all(MiniatureOptions(runs=["none"], output=tmp_path))
+
+
+def test_the_time_of_missing_runs_is_told_from_those_that_are_done(tmp_path: Path) -> None:
+    options = MiniatureOptions(output=tmp_path)
+    (tmp_path / "results").mkdir()
+    seconds = FULL.train_iters * FULL.rows * FULL.seq_length / FULL.tokens_per_s
+    assert f"about {seconds:.0f} s each and evaluation, {2 * seconds:.0f} s in all" in estimate(options, ["a"] * 5, 4)
+    (tmp_path / "results" / "plain-0.json").write_text('{"training_s": 90, "evaluation_s": 11}')
+    (tmp_path / "results" / "plain-1.json").write_text('{"training_s": null, "evaluation_s": 11}')  # trained before
+    assert "about 101 s each as those here took, 101 s in all" in estimate(options, ["a"] * 4, 4)
 
 
 def test_the_fit_finds_its_own_formula() -> None:
