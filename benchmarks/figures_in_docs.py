@@ -438,6 +438,12 @@ def miniature() -> Iterator[str]:
     yield f"{round(untied['tokens_per_s'] / 1000)}K tokens/s instead of {round(tied['tokens_per_s'] / 1000)}K"
     assert all(run["right_percent"][f"chains-{number}"] == 0 for run in (tied, untied) for number in (6, 8, 12))
     yield f"{untied['right_percent']['chains-2']} % of the problems with 2 chains"
+    small = results("results/miniature_goals_cpu")
+    for run in small["runs"].values():
+        assert {run["right_goals"][number] for number in "234"} == {small["problems"]}
+        assert not any(run["right_goals"][number] for number in ("5", "6", "8", "12"))
+        assert not any(run["right_answers"].values())
+    yield f"all {small['problems']} goals of 2, of 3 and of 4 chains right, and none of 5 or more"
 
 
 STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {
