@@ -172,7 +172,7 @@ LAUNCHES: dict[Callable[[], None], set[str]] = {
     launch_tiles: {"_bounds_kernel", "_lists_kernel"},
     launch_rope: {"_rope_kernel"},
     launch_rope_qkv: {"_qkv_kernel"},
-    launch_skinny: {"_skinny_kernel", "_norm_kernel", "_swiglu_kernel"},
+    launch_skinny: {"_skinny_kernel", "_norm_kernel", "_split_kernel", "_swiglu_kernel"},
     launch_greedy: {"_piece_kernel", "_merge_kernel"},
     launch_sum_norm: {"_sum_norm_kernel"},
     launch_decode: {"_write_kernel", "_decode_kernel", "_merge_kernel"},
