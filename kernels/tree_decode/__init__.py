@@ -17,7 +17,7 @@ from torch import Tensor
 from ..device import processors
 from .prompt import Prompt, attend_prompt
 from .reference import RowGroup, attend_groups, group_rows, tree_decode_reference
-from .work import Work, divide_work, most_parts
+from .work import Work, divide_work, most_parts, most_sharers
 
 tree_decode = tree_decode_reference
 
@@ -74,6 +74,7 @@ class TreeDecode:
             kv_heads=kv_heads,
             processors=processors(query.device),
             slots=most_parts(int(counts[~long].sum())),
+            sharers=most_sharers(query.shape[1], kv_heads),
         )
         device_work = DeviceWork.upload(rest, work, query.device)
         if not prompts:
@@ -151,6 +152,7 @@ __all__ = [
     "divide_work",
     "group_rows",
     "most_parts",
+    "most_sharers",
     "tree_decode",
     "tree_decode_reference",
 ]

@@ -36,10 +36,11 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
     limit = tl.load(item_limits + item * SHARERS + sharer, mask=sharer < SHARERS, other=0)
     in_dim, asked = lane < DIM, token >= 0
     count = tl.load(counts + token, mask=asked & (start < end), other=0)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    # Padding of the list ends at once: it would keep a place that a program of the next launch could have.
     if start < end:
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
         at = query + token[:, None] * q_token + head[:, None] * q_head + lane[None, :]
         q = tl.load(at, mask=asked[:, None] & in_dim[None, :], other=0.0)
         top = tl.full((M,), float("-inf"), tl.float32)
@@ -107,8 +108,10 @@ def _merge_kernel(parts, logs, counts, out, HEADS: tl.constexpr, DIM: tl.constex
         tl.store(out + (token * HEADS + head) * DIM + lane, result.to(out.dtype.element_ty), mask=in_dim)
 
 
-def _blocks(m: int, programs: int) -> dict[str, int]:
+def _blocks(m: int, programs: int, itemsize: int) -> dict[str, int]:
     """Tile sizes for products of m rows: the fastest on an H200 (benchmarks/results/decode_tiles_h200.md)."""
+    if m >= 128:
+        return {"BLOCK": 64 if itemsize == 2 else 32, "num_warps": 8, "num_stages": 2}
     if m >= 64:
         return {"BLOCK": 32, "num_warps": 4, "num_stages": 4}
     # Many programs hide each other's waits if they are small enough to be resident together.
@@ -158,7 +161,7 @@ def tree_decode_triton(
     logs = query.new_empty((tokens, slots, heads), dtype=torch.float32)
     out = query.new_empty(tokens, heads, dim)
     options = {"launch_pdl": True} if pdl else {}
-    blocks = blocks or _blocks(m, tokens * groups)
+    blocks = blocks or _blocks(m, tokens * groups, query.element_size())
     _decode_kernel[(len(items), groups)](
         query, keys, values, pages, items, item_tokens, item_limits, counts, parts, logs, out,
         softmax_scale, query.stride(0), query.stride(1), HEADS=heads, GROUPS=groups, SHARERS=sharers, M=m, DIM=dim,

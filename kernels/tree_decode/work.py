@@ -18,8 +18,12 @@ LEAST_PIECE = 2 * BLOCK
 """Fewer keys are not worth a program and a part of their own."""
 LEAST_SHARED = 4 * BLOCK
 """Shared keys below which rows are not looked at together: the merge would cost more than the reads it saves."""
-SHARERS = 8
-"""Queries that share an item."""
+FEW_SHARERS, MANY_SHARERS = 8, 16
+"""Queries that share an item; many where that saves most of the reads."""
+TILE_ROWS = 128
+"""Query heads, of all sharers, that one program can hold."""
+WORTH_MANY = 0.75
+"""Keys that items of many sharers must look at beside those of few: a larger tile takes longer for each key."""
 
 Int32s = npt.NDArray[np.int32]
 
@@ -51,7 +55,12 @@ class Stretch(NamedTuple):
 
 def most_parts(queries: int) -> int:
     """Parts a query may have in a step of `queries`: many where few queries must keep the whole GPU busy."""
-    return max(8, min(64, 512 // queries))
+    return 8 if queries > 64 else max(16, min(64, 512 // queries))
+
+
+def most_sharers(heads: int, kv_heads: int) -> int:
+    """Queries that may share an item, with so many query heads over so many key/value heads."""
+    return MANY_SHARERS if MANY_SHARERS * heads <= TILE_ROWS * kv_heads else FEW_SHARERS
 
 
 def divide_work(
@@ -63,6 +72,7 @@ def divide_work(
     kv_heads: int,
     processors: int,
     slots: int,
+    sharers: int = FEW_SHARERS,
     least_shared: int = LEAST_SHARED,
 ) -> Work:
     """The work of a step, as `tree_decode_reference` describes it.
@@ -75,6 +85,7 @@ def divide_work(
         kv_heads: key/value heads; every item is looked at once per head.
         processors: multiprocessors to be kept busy.
         slots: most parts a query may have.
+        sharers: queries that may share an item, see `most_sharers`.
         least_shared: keys that neighbouring rows must share to be looked at together.
     """
     counts = np.diff(borders)
@@ -85,17 +96,30 @@ def divide_work(
     depth = 0 if stretches is None else _depth(stretches, borders)
     if stretches is None or depth > slots // 2:
         stretches, depth = [Stretch(row, row + 1, 0, int(length)) for row, length in enumerate(lengths)], 1
-    # One seat for every stretch and group of queries that look at it together.
-    seats = np.array(
+    seats = _seats(stretches, borders, FEW_SHARERS)
+    if sharers > FEW_SHARERS:
+        fewer = _seats(stretches, borders, sharers)
+        if (fewer[:, 2] - fewer[:, 1]).sum() <= WORTH_MANY * (seats[:, 2] - seats[:, 1]).sum():
+            seats = fewer
+        else:
+            sharers = FEW_SHARERS
+    # Of the programs with a large tile only one fits on a multiprocessor, and a second round of them is to be avoided.
+    programs = processors if sharers > FEW_SHARERS else 2 * processors
+    piece = _piece(seats[:, 2] - seats[:, 1], int(lengths.max()), kv_heads, programs, slots - depth)
+    return _cut(seats, piece, pages.shape[1], limits.astype(np.int32), slots, sharers)
+
+
+def _seats(stretches: list[Stretch], borders: npt.NDArray[np.int64], sharers: int) -> npt.NDArray[np.int64]:
+    """One for every stretch and group of queries that look at it together, [seats, 5]: the row that lists its pages,
+    first key, end of the keys, first query, end of the queries."""
+    return np.array(
         [
-            (stretch.first, stretch.start, stretch.end, token, min(token + SHARERS, int(borders[stretch.last])))
+            (stretch.first, stretch.start, stretch.end, token, min(token + sharers, int(borders[stretch.last])))
             for stretch in stretches
-            for token in range(int(borders[stretch.first]), int(borders[stretch.last]), SHARERS)
+            for token in range(int(borders[stretch.first]), int(borders[stretch.last]), sharers)
         ],
         dtype=np.int64,
     )
-    piece = _piece(seats[:, 2] - seats[:, 1], int(lengths.max()), kv_heads, 2 * processors, slots - depth)
-    return _cut(seats, piece, pages.shape[1], limits.astype(np.int32), slots)
 
 
 def _piece(sizes: npt.NDArray[np.signedinteger], longest: int, kv_heads: int, programs: int, most: int) -> int:
@@ -137,7 +161,7 @@ def _depth(stretches: list[Stretch], borders: npt.NDArray[np.int64]) -> int:
     return int(depth.max())
 
 
-def _cut(seats: npt.NDArray[np.int64], piece: int, width: int, limits: Int32s, slots: int) -> Work:
+def _cut(seats: npt.NDArray[np.int64], piece: int, width: int, limits: Int32s, slots: int, sharers: int) -> Work:
     """Cut every stretch into pieces and number the parts of each query."""
     sizes = seats[:, 2] - seats[:, 1]
     each = _even_pieces(sizes, piece)
@@ -154,7 +178,7 @@ def _cut(seats: npt.NDArray[np.int64], piece: int, width: int, limits: Int32s, s
     items = np.empty((len(owner), 4), dtype=np.int32)
     items[:, 0], items[:, 1] = seats[owner, 0] * width, start
     items[:, 2], items[:, 3] = np.minimum(start + each[owner], seats[owner, 2]), base[owner] + index
-    tokens = seats[owner, 3, None] + np.arange(SHARERS)
+    tokens = seats[owner, 3, None] + np.arange(sharers)
     tokens = np.where(tokens < seats[owner, 4, None], tokens, -1).astype(np.int32)
     limits = np.where(tokens >= 0, limits[tokens], 0).astype(np.int32)
     return Work(items, tokens, limits, counts, slots if counts.max() > 1 else 1)

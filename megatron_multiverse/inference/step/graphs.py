@@ -25,7 +25,14 @@ from megatron_multiverse.inference.step.forward import KVStore, PagedForward, St
 from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, choose, pack
 from megatron_multiverse.kernels.device import processors
-from megatron_multiverse.kernels.tree_decode import LONGEST_LISTED, DeviceWork, Work, divide_work, most_parts
+from megatron_multiverse.kernels.tree_decode import (
+    LONGEST_LISTED,
+    DeviceWork,
+    Work,
+    divide_work,
+    most_parts,
+    most_sharers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +70,7 @@ class StepGraphs:
         self.forward, self.store, self.vocab_size = forward, store, vocab_size
         self.last_tokens = last_tokens
         self.page_size, self.kv_heads = store.keys.shape[2:4]
+        self.sharers = most_sharers(forward.num_heads, self.kv_heads)
         self.processors = processors(store.keys.device)
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[_Kind, _Graph] = {}
@@ -92,6 +100,7 @@ class StepGraphs:
             kv_heads=self.kv_heads,
             processors=self.processors,
             slots=most_parts(size),
+            sharers=self.sharers,
         )
         if len(work.items) > self._items(size):
             return None

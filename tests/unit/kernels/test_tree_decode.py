@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_multiverse.kernels.kv_copy import copy_slots
-from megatron_multiverse.kernels.tree_decode import group_rows, reference, tree_decode
+from megatron_multiverse.kernels.tree_decode import divide_work, group_rows, most_sharers, reference, tree_decode
 from megatron_multiverse.kernels.tree_decode.prompt import Prompt, attend_prompt
 
 PAGE = 4
@@ -76,6 +76,26 @@ def test_rows_share_a_rectangle_while_little_is_padded():
     assert rectangles([1] * 9, [1024] * 9) == [(4, 1, 1024), (4, 1, 1024), (1, 1, 1024)]
     assert rectangles([1, 1], [4800, 4800]) == [(1, 1, 4800), (1, 1, 4800)]
     assert rectangles([1, 8, 5], [8, 8, 8]) == [(1, 1, 8), (2, 8, 8)]
+
+
+def test_the_tokens_of_a_fork_read_the_prefix_in_few_items():
+    """Eight branches with five forced tokens each, and `</Goal>`: 41 queries, of which 16 may share an item."""
+
+    def reads_of_the_prefix(counts, heads):
+        pages = np.concatenate((np.zeros((9, 1024)), np.arange(9)[:, None] + 1), 1).astype(np.int32)
+        lengths, borders = np.full(9, 16 * 1024 + 7, dtype=np.int32), np.cumsum([0, *counts])
+        sharers = most_sharers(heads, 4)
+        work = divide_work(pages, lengths, borders, page_size=16, kv_heads=4, processors=132, slots=16, sharers=sharers)
+        start, end = work.items[:, 1], work.items[:, 2]
+        assert (np.bincount(work.tokens[work.tokens >= 0], minlength=sum(counts)) == work.counts).all()
+        return int(np.minimum(end, 16 * 1024).clip(start).sum() - start.sum()) / (16 * 1024), work.tokens.shape[1]
+
+    reads, sharers = reads_of_the_prefix([1] + [5] * 8, heads=28)
+    assert sharers == 16 and 3 <= reads < 3.01
+    reads, sharers = reads_of_the_prefix([1] + [5] * 8, heads=64)  # 16 query heads to a key/value head fill a tile
+    assert sharers == 8 and 6 <= reads < 6.01
+    reads, sharers = reads_of_the_prefix([1] * 9, heads=28)
+    assert sharers == 16 and 1 <= reads < 1.01
 
 
 def test_the_order_of_full_pages_and_what_follows_the_last_one_do_not_matter():
