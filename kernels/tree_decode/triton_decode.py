@@ -108,10 +108,8 @@ def _merge_kernel(parts, logs, counts, out, HEADS: tl.constexpr, DIM: tl.constex
         tl.store(out + (token * HEADS + head) * DIM + lane, result.to(out.dtype.element_ty), mask=in_dim)
 
 
-def _blocks(m: int, programs: int, itemsize: int) -> dict[str, int]:
+def _blocks(m: int, programs: int) -> dict[str, int]:
     """Tile sizes for products of m rows: the fastest on an H200 (benchmarks/results/decode_tiles_h200.md)."""
-    if m >= 128:
-        return {"BLOCK": 64 if itemsize == 2 else 32, "num_warps": 8, "num_stages": 2}
     if m >= 64:
         return {"BLOCK": 32, "num_warps": 4, "num_stages": 4}
     # Many programs hide each other's waits if they are small enough to be resident together.
@@ -161,7 +159,7 @@ def tree_decode_triton(
     logs = query.new_empty((tokens, slots, heads), dtype=torch.float32)
     out = query.new_empty(tokens, heads, dim)
     options = {"launch_pdl": True} if pdl else {}
-    blocks = blocks or _blocks(m, tokens * groups, query.element_size())
+    blocks = blocks or _blocks(m, tokens * groups)
     _decode_kernel[(len(items), groups)](
         query, keys, values, pages, items, item_tokens, item_limits, counts, parts, logs, out,
         softmax_scale, query.stride(0), query.stride(1), HEADS=heads, GROUPS=groups, SHARERS=sharers, M=m, DIM=dim,

@@ -18,12 +18,10 @@ LEAST_PIECE = 2 * BLOCK
 """Fewer keys are not worth a program and a part of their own."""
 LEAST_SHARED = 4 * BLOCK
 """Shared keys below which rows are not looked at together: the merge would cost more than the reads it saves."""
-FEW_SHARERS, MANY_SHARERS = 8, 16
-"""Queries that share an item; many where that saves most of the reads."""
-TILE_ROWS = 128
-"""Query heads, of all sharers, that one program can hold."""
-WORTH_MANY = 0.75
-"""Keys that items of many sharers must look at beside those of few: a larger tile takes longer for each key."""
+TILE_ROWS = 64
+"""Query heads of all the queries that share an item: rows of one tile of the tensor cores."""
+MOST_SHARERS = 16
+"""Queries that share an item at most."""
 
 Int32s = npt.NDArray[np.int32]
 
@@ -32,7 +30,7 @@ class Work(NamedTuple):
     """The list for `triton_decode.tree_decode_triton`."""
 
     items: Int32s
-    """[items, 4]: where the row's pages begin in the flat page table, first key, end of the keys, and which part of its
+    """[items, 4]: where in `pages` the page of key 0 would stand, first key, end of the keys, and which part of its
     queries this is. A stretch from 0 to 0 is padding."""
     tokens: Int32s
     """[items, sharers], the queries; -1 is none."""
@@ -40,6 +38,8 @@ class Work(NamedTuple):
     """[items, sharers], keys of the row that each query sees."""
     counts: Int32s
     """[tokens], parts of each query."""
+    pages: Int32s
+    """Flat: the pages of every stretch, one after the other."""
     slots: int
     """Most parts a query may have; 1 if all have one, so that nothing is to be merged."""
 
@@ -59,8 +59,8 @@ def most_parts(queries: int) -> int:
 
 
 def most_sharers(heads: int, kv_heads: int) -> int:
-    """Queries that may share an item, with so many query heads over so many key/value heads."""
-    return MANY_SHARERS if MANY_SHARERS * heads <= TILE_ROWS * kv_heads else FEW_SHARERS
+    """Queries that may share an item, with so many query heads over so many key/value heads: as many as fill a tile."""
+    return max(1, min(MOST_SHARERS, TILE_ROWS * kv_heads // heads))
 
 
 def divide_work(
@@ -72,7 +72,7 @@ def divide_work(
     kv_heads: int,
     processors: int,
     slots: int,
-    sharers: int = FEW_SHARERS,
+    sharers: int,
     least_shared: int = LEAST_SHARED,
 ) -> Work:
     """The work of a step, as `tree_decode_reference` describes it.
@@ -91,31 +91,34 @@ def divide_work(
     counts = np.diff(borders)
     stretches = _stretches(pages, lengths, page_size, least_shared)
     if stretches is None and len(counts) == borders[-1]:
-        return _alone(lengths, pages.shape[1], kv_heads, processors, slots)
+        return _alone(pages, lengths, kv_heads, processors, slots)
     limits = np.repeat(lengths - counts + 1, counts) + np.arange(borders[-1]) - np.repeat(borders[:-1], counts)
     depth = 0 if stretches is None else _depth(stretches, borders)
     if stretches is None or depth > slots // 2:
         stretches, depth = [Stretch(row, row + 1, 0, int(length)) for row, length in enumerate(lengths)], 1
-    seats = _seats(stretches, borders, FEW_SHARERS)
-    if sharers > FEW_SHARERS:
-        fewer = _seats(stretches, borders, sharers)
-        if (fewer[:, 2] - fewer[:, 1]).sum() <= WORTH_MANY * (seats[:, 2] - seats[:, 1]).sum():
-            seats = fewer
-        else:
-            sharers = FEW_SHARERS
-    # Of the programs with a large tile only one fits on a multiprocessor, and a second round of them is to be avoided.
-    programs = processors if sharers > FEW_SHARERS else 2 * processors
-    piece = _piece(seats[:, 2] - seats[:, 1], int(lengths.max()), kv_heads, programs, slots - depth)
-    return _cut(seats, piece, pages.shape[1], limits.astype(np.int32), slots, sharers)
+    tables, bases = _tables(pages, stretches, page_size)
+    seats = _seats(stretches, bases, borders, sharers)
+    piece = _piece(seats[:, 2] - seats[:, 1], int(lengths.max()), kv_heads, 2 * processors, slots - depth)
+    return _cut(seats, piece, tables, limits.astype(np.int32), slots, sharers)
 
 
-def _seats(stretches: list[Stretch], borders: npt.NDArray[np.int64], sharers: int) -> npt.NDArray[np.int64]:
-    """One for every stretch and group of queries that look at it together, [seats, 5]: the row that lists its pages,
-    first key, end of the keys, first query, end of the queries."""
+def _tables(pages: Int32s, stretches: list[Stretch], page_size: int) -> tuple[Int32s, list[int]]:
+    """The pages of the stretches, flat, and where among them the page of each one's key 0 would stand."""
+    parts = [pages[stretch.first, stretch.start // page_size : -(-stretch.end // page_size)] for stretch in stretches]
+    begins = np.cumsum([0, *map(len, parts)])
+    bases = [int(begin) - stretch.start // page_size for begin, stretch in zip(begins[:-1], stretches, strict=True)]
+    return np.concatenate(parts), bases
+
+
+def _seats(
+    stretches: list[Stretch], bases: list[int], borders: npt.NDArray[np.int64], sharers: int
+) -> npt.NDArray[np.int64]:
+    """One for every stretch and group of queries that look at it together, [seats, 5]: where its page of key 0 would
+    stand, first key, end of the keys, first query, end of the queries."""
     return np.array(
         [
-            (stretch.first, stretch.start, stretch.end, token, min(token + sharers, int(borders[stretch.last])))
-            for stretch in stretches
+            (base, stretch.start, stretch.end, token, min(token + sharers, int(borders[stretch.last])))
+            for base, stretch in zip(bases, stretches, strict=True)
             for token in range(int(borders[stretch.first]), int(borders[stretch.last]), sharers)
         ],
         dtype=np.int64,
@@ -134,7 +137,7 @@ def _even_pieces(sizes: npt.NDArray[np.signedinteger], piece: int) -> npt.NDArra
     return -(-sizes // (parts * BLOCK)) * BLOCK
 
 
-def _alone(lengths: npt.NDArray[np.int32], width: int, kv_heads: int, processors: int, slots: int) -> Work:
+def _alone(pages: Int32s, lengths: npt.NDArray[np.int32], kv_heads: int, processors: int, slots: int) -> Work:
     """The work of rows with one query each that share nothing: what most decode steps are."""
     # Two programs for every multiprocessor hide each other's waits; where there is about one anyway, a second part and
     # the merge would cost more than that.
@@ -147,10 +150,11 @@ def _alone(lengths: npt.NDArray[np.int32], width: int, kv_heads: int, processors
     part = np.arange(len(owner), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
     items = np.empty((len(owner), 4), dtype=np.int32)
     pieces = pieces[owner]
-    items[:, 0], items[:, 1], items[:, 3] = owner * width, part * pieces, part
+    items[:, 0], items[:, 1], items[:, 3] = owner * pages.shape[1], part * pieces, part
     limits = lengths[owner]
     np.minimum(items[:, 1] + pieces, limits, out=items[:, 2])
-    return Work(items, owner[:, None], limits[:, None], counts, slots if len(owner) > len(lengths) else 1)
+    most = slots if len(owner) > len(lengths) else 1
+    return Work(items, owner[:, None], limits[:, None], counts, pages.reshape(-1), most)
 
 
 def _depth(stretches: list[Stretch], borders: npt.NDArray[np.int64]) -> int:
@@ -161,7 +165,7 @@ def _depth(stretches: list[Stretch], borders: npt.NDArray[np.int64]) -> int:
     return int(depth.max())
 
 
-def _cut(seats: npt.NDArray[np.int64], piece: int, width: int, limits: Int32s, slots: int, sharers: int) -> Work:
+def _cut(seats: npt.NDArray[np.int64], piece: int, pages: Int32s, limits: Int32s, slots: int, sharers: int) -> Work:
     """Cut every stretch into pieces and number the parts of each query."""
     sizes = seats[:, 2] - seats[:, 1]
     each = _even_pieces(sizes, piece)
@@ -176,12 +180,12 @@ def _cut(seats: npt.NDArray[np.int64], piece: int, width: int, limits: Int32s, s
         base[seat] = counts[begin]
         counts[begin:end] = base[seat] + number
     items = np.empty((len(owner), 4), dtype=np.int32)
-    items[:, 0], items[:, 1] = seats[owner, 0] * width, start
+    items[:, 0], items[:, 1] = seats[owner, 0], start
     items[:, 2], items[:, 3] = np.minimum(start + each[owner], seats[owner, 2]), base[owner] + index
     tokens = seats[owner, 3, None] + np.arange(sharers)
     tokens = np.where(tokens < seats[owner, 4, None], tokens, -1).astype(np.int32)
     limits = np.where(tokens >= 0, limits[tokens], 0).astype(np.int32)
-    return Work(items, tokens, limits, counts, slots if counts.max() > 1 else 1)
+    return Work(items, tokens, limits, counts, pages, slots if counts.max() > 1 else 1)
 
 
 def _stretches(pages: Int32s, lengths: npt.NDArray[np.int32], page_size: int, least: int) -> list[Stretch] | None:

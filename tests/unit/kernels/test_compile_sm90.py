@@ -126,7 +126,7 @@ def launch_decode() -> None:
     slots = torch.arange(8)
     for norms in ({}, {"query_norm": norm, "key_norm": norm}):
         query = write_kv_triton(mixed, torch.zeros(1, 8, 128), *cache.flatten(1, 2), slots, slots, **norms)
-    for sharers in (1, 8):
+    for sharers in (1, 9):
         items, tokens = torch.zeros(8, 4, dtype=torch.int32), torch.zeros(8, sharers, dtype=torch.int32)
         tree_decode_triton(query, *cache, items[0], items, tokens, tokens, tokens[:, 0], 1.0, slots=8)
 

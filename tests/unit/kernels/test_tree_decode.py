@@ -78,24 +78,17 @@ def test_rows_share_a_rectangle_while_little_is_padded():
     assert rectangles([1, 8, 5], [8, 8, 8]) == [(1, 1, 8), (2, 8, 8)]
 
 
-def test_the_tokens_of_a_fork_read_the_prefix_in_few_items():
-    """Eight branches with five forced tokens each, and `</Goal>`: 41 queries, of which 16 may share an item."""
-
-    def reads_of_the_prefix(counts, heads):
-        pages = np.concatenate((np.zeros((9, 1024)), np.arange(9)[:, None] + 1), 1).astype(np.int32)
-        lengths, borders = np.full(9, 16 * 1024 + 7, dtype=np.int32), np.cumsum([0, *counts])
-        sharers = most_sharers(heads, 4)
-        work = divide_work(pages, lengths, borders, page_size=16, kv_heads=4, processors=132, slots=16, sharers=sharers)
-        start, end = work.items[:, 1], work.items[:, 2]
-        assert (np.bincount(work.tokens[work.tokens >= 0], minlength=sum(counts)) == work.counts).all()
-        return int(np.minimum(end, 16 * 1024).clip(start).sum() - start.sum()) / (16 * 1024), work.tokens.shape[1]
-
-    reads, sharers = reads_of_the_prefix([1] + [5] * 8, heads=28)
-    assert sharers == 16 and 3 <= reads < 3.01
-    reads, sharers = reads_of_the_prefix([1] + [5] * 8, heads=64)  # 16 query heads to a key/value head fill a tile
-    assert sharers == 8 and 6 <= reads < 6.01
-    reads, sharers = reads_of_the_prefix([1] * 9, heads=28)
-    assert sharers == 16 and 1 <= reads < 1.01
+@pytest.mark.parametrize(("heads", "sharers", "reads"), [(28, 9, 5), (32, 8, 6), (16, 16, 3), (4, 16, 3), (512, 1, 41)])
+def test_a_fork_reads_the_prefix_once_for_as_many_queries_as_fill_a_tile(heads, sharers, reads):
+    """Eight branches with five forced tokens each, and `</Goal>`: 41 queries over a prefix of 1,024 pages."""
+    pages = np.concatenate((np.tile(np.arange(1024), (9, 1)), 1024 + np.arange(9)[:, None]), 1).astype(np.int32)
+    lengths, borders = np.full(9, 16 * 1024 + 7, dtype=np.int32), np.cumsum([0, 1] + [5] * 8)
+    assert most_sharers(heads, 4) == sharers
+    work = divide_work(pages, lengths, borders, page_size=16, kv_heads=4, processors=132, slots=16, sharers=sharers)
+    start, end = work.items[:, 1], work.items[:, 2]
+    assert np.minimum(end, 16 * 1024).clip(start).sum() - start.sum() == reads * 16 * 1024
+    assert (np.bincount(work.tokens[work.tokens >= 0], minlength=41) == work.counts).all()
+    assert len(work.pages) == 1024 + 9, "shared pages are listed once"
 
 
 def test_the_order_of_full_pages_and_what_follows_the_last_one_do_not_matter():
