@@ -131,6 +131,11 @@ def engine() -> Iterator[str]:
     yield f"they take [{joint['fork_and_join_ms']:.1f} ms in turn]{link}, {joint['in_steps']:.1f} steps"
     joint = held["fork_and_join"]["held"]
     yield f"held steps {joint['fork_and_join_ms']:.1f} ms, {joint['in_steps']:.1f} steps"
+    joint, in_turn = (held["fork_and_join"][f"{name}_16_sharers"] for name in ("held", "in_turn"))
+    yield (
+        f"it took {joint['fork_and_join_ms']:.1f} ms with overlap, {joint['in_steps']:.1f} steps, and "
+        f"{in_turn['fork_and_join_ms']:.1f} in turn, {in_turn['in_steps']:.1f} steps"
+    )
     found = results("results/fp8_logits_cpu")
     right = found["right_answers"]["fp8"] * found["problems"]
     yield (

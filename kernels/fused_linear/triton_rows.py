@@ -42,8 +42,8 @@ def _swiglu_kernel(x, out, width, x_row, BLOCK: tl.constexpr, PDL: tl.constexpr)
 def _on_fp8_grid(value):
     """float32 rounded to the nearest number of e4m3 (ties to even), up to its largest: still float32.
 
-    By addition, not by a conversion to FP8 and back: ptxas 12.8, which Triton 3.6 brings, makes of that code which reads
-    registers never written (findings/ptxas_12_8_unpacks_fp8_from_unwritten_registers.sh).
+    By addition, not by a conversion to FP8 and back: of that ptxas 12.8, which Triton 3.6 brings, makes code that reads
+    another register (findings/ptxas_12_8_unpacks_fp8_from_the_wrong_register.sh).
     """
     # e4m3 has steps of 2^(e - 3) from 2^e on, and of 2^-9 below 2^-6. Beside 1.5 * 2^(e + 20), float32 has the same.
     exponent = tl.maximum((value.to(tl.int32, bitcast=True) >> 23) & 255, 121)

@@ -48,13 +48,13 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
         sums = tl.zeros((M, LANES), tl.float32)
         # The page of a block is loaded one block ahead, so that loading its keys need not wait for it.
         ahead = start + tl.arange(0, BLOCK)
-        page = tl.load(pages + first_page + ahead // PAGE, mask=ahead < end, other=0)
+        page = tl.load(pages + (first_page + ahead // PAGE), mask=ahead < end, other=0)
         for block in range(start, end, BLOCK):
             key = block + tl.arange(0, BLOCK)
             # What lies after the end may be anything, NaN included, so it is never read.
             inside = key < end
             place = ((page.to(tl.int64) * PAGE + key % PAGE) * GROUPS + group) * DIM
-            page = tl.load(pages + first_page + (key + BLOCK) // PAGE, mask=key + BLOCK < end, other=0)
+            page = tl.load(pages + (first_page + (key + BLOCK) // PAGE), mask=key + BLOCK < end, other=0)
             loaded = inside[:, None] & in_dim[None, :]
             k = tl.load(keys + place[:, None] + lane[None, :], mask=loaded, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)

@@ -18,10 +18,8 @@ LEAST_PIECE = 2 * BLOCK
 """Fewer keys are not worth a program and a part of their own."""
 LEAST_SHARED = 4 * BLOCK
 """Shared keys below which rows are not looked at together: the merge would cost more than the reads it saves."""
-TILE_ROWS = 64
-"""Query heads of all the queries that share an item: rows of one tile of the tensor cores."""
-MOST_SHARERS = 16
-"""Queries that share an item at most."""
+LEAST_TILE, SHARERS = 16, 8
+"""Rows of the tensor cores' smallest tile, and queries for whose heads tiles are made; see `most_sharers`."""
 
 Int32s = npt.NDArray[np.int32]
 
@@ -59,8 +57,10 @@ def most_parts(queries: int) -> int:
 
 
 def most_sharers(heads: int, kv_heads: int) -> int:
-    """Queries that may share an item, with so many query heads over so many key/value heads: as many as fill a tile."""
-    return max(1, min(MOST_SHARERS, TILE_ROWS * kv_heads // heads))
+    """Queries that may share an item, with so many query heads over so many key/value heads: as many as the tile for
+    the heads of eight has rows for."""
+    rows = max(LEAST_TILE, 1 << (SHARERS * heads // kv_heads - 1).bit_length())
+    return rows * kv_heads // heads
 
 
 def divide_work(
