@@ -45,6 +45,8 @@ class Options:
     """Tokens per page."""
     temperature: float = 0.0
     """0 is greedy."""
+    overlap: bool = True
+    """Plan each step before the tokens of the one before it are taken, as on a GPU."""
 
 
 class NoModel(nn.Module):
@@ -101,6 +103,7 @@ def measure(options: Options, prepare: Callable[[StepPlan, int], None] | None = 
         page_size=options.page_size,
         max_rows=options.rows,
         max_step_tokens=options.rows * options.context,  # all prompts in one step
+        overlap=options.overlap,
     )
     engine = Engine(model, vocab, config)
     launch = engine.runner.launch

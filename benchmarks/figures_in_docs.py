@@ -18,8 +18,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.report_blocks import ideal_speedup
 from benchmarks.report_training import LENGTHS, recomputed, two_gpus
 from megatron_multiverse.cli import run_tool
+from megatron_multiverse.model.families import preset
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -119,6 +121,8 @@ def engine() -> Iterator[str]:
     rows = results("results/engine_blocks_h200")["rows"]
     joints = [row["fork_and_join_ms"] for row in rows if "fork_and_join_ms" in row]
     yield f"took {joints[0]:.1f} ms with overlap and {joints[1]:.1f} in turn"
+    eight, many = (_ideal_share(batch) for batch in (8, 32))
+    yield f"would keep {eight} at batch 8 and {many} at 32"
     held = results("results/engine_held_steps_h200")
     more = [min(row["held"]) - min(row["ahead"]) for row in held["decode"]["rows"]]
     waits = [min(row["in_turn"]) - min(row["ahead"]) for row in held["decode"]["rows"]]
@@ -169,6 +173,15 @@ def engine() -> Iterator[str]:
     yield f"at most {max(times('serial_gap_p99_ms', never)):.2f} times that of never"
 
 
+def _ideal_share(batch: int) -> str:
+    """What would be left of num_parallel at this batch if only bytes counted, over all cases that fork."""
+    found = results("results/engine_blocks_h200")
+    shape, context = preset(found["environment"]["model"]), int(found["environment"]["context"].replace(",", ""))
+    rows = [row for row in found["rows"] if row.get("batch") == batch and row.get("branches")]
+    shares = [ideal_speedup(row, shape, context) / row["num_parallel"] for row in rows]
+    return f"{min(shares):.2f} to {max(shares):.2f}"
+
+
 def layers() -> Iterator[str]:
     """docs/layers.md: its table of one layer beside megatron-core's stock one."""
     cases = [("bf16", "bf16, megatron-core 0.16.1", "0.16.1"), ("bf16", "bf16, megatron-core 0.19.2", "0.19.2")]
@@ -196,9 +209,17 @@ def training() -> Iterator[str]:
     yield from _training_layouts()
     yield from _training_beside_others()
     yield from beside_fsdp_rows()
-    for row in results("results/training_fp8_h200")[1:]:
+    yield from _training_fp8()
+
+
+def _training_fp8() -> Iterator[str]:
+    """Two tables: what FP8 saves of a step, and its loss beside the noise of bf16."""
+    for row in results("results/training_fp8_h200"):
         mean, largest = (f"{100 * row[f'{name}_distance']:.1f} %" for name in ("mean", "largest"))
-        yield f"| {row['time_beside_first']:.2f} | {row['last_loss']:.3f} | {mean} | {largest} |"
+        if row["rows"] == "1 x 8192 packed" and row["way"] != "bf16":
+            yield f"| {row['way'].replace('fp8', 'FP8')} | {row['last_loss']:.3f} | {mean} | {largest} |"
+        elif row["way"].startswith("fp8"):
+            yield f"| {row['way'].replace('fp8', 'FP8')} | {row['time_beside_first']:.2f} |"
 
 
 def _training_layouts() -> Iterator[str]:
@@ -258,7 +279,8 @@ def _beside_fsdp() -> float:
 def _training_beside_others() -> Iterator[str]:
     """The table of what others take, longer rows last, and of one wide row."""
     rows = results("results/training_beside_transformers_h200")
-    runs = {(row["case"], row["tokens"], row["runner"]): row for row in rows}
+    four = [row for row in rows if row["model"] == "qwen2.5-7b, 4 layers"]
+    runs = {(row["case"], row["tokens"], row["runner"]): row for row in four}
     for tokens, times in ((8192, " times as long"), (16384, ""), (32768, "")):
         ours, theirs, causal = (
             runs["packed", tokens, name]
@@ -270,7 +292,19 @@ def _training_beside_others() -> Iterator[str]:
             f"{100 * ours['scan_and_data_share']:.1f} % |"
         )
     wide = runs["wide", 16384, "ours with TE causal attention"]
-    yield f"takes {wide['time_beside_ours']:.2f} times as long"
+    yield f"On one wide row of 16,384 tokens plain causal attention takes {wide['time_beside_ours']:.2f} times as long"
+    ten = {row["runner"]: row for row in rows if row["model"] == "qwen2.5-7b, 10 layers" and row["tokens"] == 16384}
+    ours, at_once = ten["ours"], ten["ours, loss of all tokens at once"]
+    theirs = ten["transformers, dense mask, checkpointing"]
+    yield (
+        f"at 16,384 tokens: {ours['tokens_per_s']:,.0f} tokens/s, {theirs['time_beside_ours']:.1f} times as many as "
+        f"theirs, in {ours['peak_gib']:.1f} GiB beside {theirs['peak_gib']:.1f}"
+    )
+    yield f"Scan and loader take {100 * ours['scan_and_data_share']:.1f} % of a step"
+    yield (
+        f"takes {at_once['s_per_step'] / ours['s_per_step']:.3f} times as long and "
+        f"{at_once['peak_gib'] - ours['peak_gib']:.1f} GiB more"
+    )
 
 
 def serving() -> Iterator[str]:

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_multiverse.cli import run_tool
+from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.inference.bench import BenchConfig, step_bytes
+from megatron_multiverse.model.families import preset
 
 PAPER_LAW = (15.43, 0.60)
 """Milliseconds per token of a / num_parallel + b at 8K tokens, 32B (arXiv 2506.09991, Fig. 8a; GPU not stated)."""
@@ -27,10 +31,12 @@ PAPER_SPEEDUPS = {
 TEXT = """# What parallel blocks save and cost, one {gpu}
 
 {model}, bf16, random weights, prompts of {context} tokens that are in the prefix cache; {tokens} tokens an answer, of
-which the longest chain has one in num_parallel. Beside each, the same answers with one path after the other.
+which the longest chain has one in num_parallel. Beside each, the same answers with one path after the other. "By bytes"
+is what Speedup / num_parallel would be if every step took the time of reading the weights once, and once each key and
+value that its rows see: more rows would cost nothing but their own keys.
 
-| Batch | num_parallel | Paths | Seconds | One by one | Speedup | Speedup / num_parallel | ms per token |
-|---|---|---|---|---|---|---|---|
+| Batch | num_parallel | Paths | Seconds | One by one | Speedup | Speedup / num_parallel | By bytes | ms per token |
+|---|---|---|---|---|---|---|---|---|
 {rows}
 
 Milliseconds per token of an answer, fitted by a / num_parallel + b: {laws}.
@@ -49,11 +55,37 @@ tokens are drawn. Steps count beyond one for each token of the longest chain; at
 """
 
 
-def table_row(row: dict[str, Any]) -> str:
+def ideal_speedup(row: dict[str, Any], shape: ModelConfig, context: int) -> float:
+    """Speedup over one path after the other of an engine whose steps take as long as what they must read.
+
+    Args:
+        row: what `bench_blocks.speedup` measured: batch, branches, tokens, num_parallel.
+        shape: the model, in bf16.
+        context: tokens of each prompt.
+    """
+    branches: int = row["branches"]
+    if not branches:
+        return 1.0
+    chain = row["tokens"] / row["num_parallel"]  # a path and the text after the block
+    path = round((row["tokens"] - chain) / (branches - 1))
+    config = BenchConfig()
+
+    def size(seen: Iterable[int]) -> int:
+        """Bytes of steps in which the rows of each request see so many tokens, each counted once."""
+        return sum(step_bytes(shape, config, row["batch"] * tokens) for tokens in seen)
+
+    text = size(context + branches * path + k for k in range(round(chain) - path))
+    at_once = size(context + branches * k for k in range(path))
+    one_by_one = branches * size(context + k for k in range(path))
+    return (one_by_one + text) / (at_once + text)
+
+
+def table_row(row: dict[str, Any], shape: ModelConfig, context: int) -> str:
     """One line of the first table."""
+    ideal = ideal_speedup(row, shape, context) / row["num_parallel"]
     return (
         f"| {row['batch']} | {row['num_parallel']:.2f} | {row['branches'] or 'none'} | {row['seconds']:.3f} | "
-        f"{row['serial_seconds']:.3f} | {row['speedup']:.2f} | {row['speedup_per_parallel']:.3f} | "
+        f"{row['serial_seconds']:.3f} | {row['speedup']:.2f} | {row['speedup_per_parallel']:.3f} | {ideal:.3f} | "
         f"{row['ms_per_token']:.2f} |"
     )
 
@@ -106,9 +138,11 @@ def main() -> None:
     rows = [row for row in data["rows"] if row["case"].startswith("speedup")]
     joints = [row for row in data["rows"] if "fork_and_join_ms" in row]
     laws = {row["batch"]: (row["a"], row["b"]) for row in data["rows"] if row["case"].startswith("law")}
+    environment = data["environment"]
+    shape, context = preset(environment["model"]), int(environment["context"].replace(",", ""))
     text = TEXT.format(
-        **data["environment"],
-        rows="\n".join(map(table_row, rows)),
+        **environment,
+        rows="\n".join(table_row(row, shape, context) for row in rows),
         laws="; ".join(f"batch {batch}: {a:.2f} / num_parallel + {b:.2f}" for batch, (a, b) in laws.items()),
         joints="\n".join(map(joint_row, joints)),
         image=f"{source.stem}.png",

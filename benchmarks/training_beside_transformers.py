@@ -172,7 +172,9 @@ def theirs(o: Options, tokens: int, rows: PackedRows) -> Train:
 
 RUNNERS: dict[str, Callable[[Options, int, PackedRows], Train]] = {
     OURS: ours,
-    "ours, loss in chunks": lambda *args: ours(*args, loss_chunk_tokens=4096),
+    "ours, loss of all tokens at once": lambda *args: ours(*args, loss_chunk_tokens=0),
+    "ours, loss in chunks of 2048": lambda *args: ours(*args, loss_chunk_tokens=2048),
+    "ours, loss in chunks of 8192": lambda *args: ours(*args, loss_chunk_tokens=8192),
     "ours, full recompute": lambda *args: ours(*args, recompute_granularity="full"),
     "transformers, dense mask, checkpointing": theirs,
     "ours with TE causal attention": lambda *args: ours(*args, causal=True),

@@ -1,12 +1,13 @@
 """The loss of FP8 training beside bf16's: the same weights, rows and optimizer, one precision after the other.
 
 Full-width layers of a published model train on packed rows in which every second word follows from the one before it,
-so that there is something to learn. How far two ways of computing in bf16 lie apart (TransformerEngine's layers and
-local ones, which round in other places) is the noise that FP8's distance is held against.
+so that there is something to learn. FP8's distance from bf16 is held against the noise of bf16: how far the same run
+lies from itself, since sums are added up in another order each time; how far TransformerEngine's layers lie from local
+ones, which round in other places; and how far runs lie apart whose fresh weights come from other seeds.
 
     python -m benchmarks.training_fp8
 
-Without a GPU `--tiny` runs the two ways that need none with a model of a few thousand parameters and records nothing.
+Without a GPU `--tiny` runs the ways that need none with a model of a few thousand parameters and records nothing.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from megatron_multiverse.training.flops import training_flops
 
 WAYS: dict[str, dict[str, Any]] = {
     "bf16": {},
-    "bf16, local layers": {"transformer_impl": "local"},
-    "fp8 hybrid, tensorwise": {"fp8": "hybrid"},
-    "fp8 hybrid, blockwise": {"fp8": "hybrid", "fp8_recipe": "blockwise"},
+    "bf16, run again": {},
+    "bf16, local layers": {"layers": {"transformer_impl": "local"}},
+    **{f"bf16, seed {seed}": {"seed": seed} for seed in (1, 2, 3)},
+    "fp8 hybrid, tensorwise": {"layers": {"fp8": "hybrid"}},
+    "fp8 hybrid, blockwise": {"layers": {"fp8": "hybrid", "fp8_recipe": "blockwise"}},
 }
-"""Name -> settings of `layers`; the others are held against the first."""
+"""Name -> settings of the run; the others are held against the first."""
 NEED_A_GPU = ("fp8 hybrid, tensorwise", "fp8 hybrid, blockwise")
 
 
@@ -53,6 +56,8 @@ class Options:
     """Tokens of a packed row, a step each."""
     steps: int = 30
     """Steps of each; the first three are not timed."""
+    losses_alone: bool = False
+    """Record no times: something else runs on the GPU."""
     tiny: bool = False
     """A model and rows for a test without a GPU."""
     output: str | None = None
@@ -89,13 +94,16 @@ def row(o: Options, name: str, found: Measured, first: Measured) -> dict[str, An
     """What is recorded of a way of computing."""
     options = LayoutOptions(model=o.model, num_layers=o.num_layers, tokens=o.tokens, tiny=o.tiny)
     apart = distances(found.losses, first.losses)
+    times = {
+        "s_per_step": found.seconds,
+        "time_beside_first": found.seconds / first.seconds,
+        "model_tflops": training_flops(shape_of(options), found.tokens, found.pairs) / found.seconds / 1e12,
+    }
     return {
         "way": name,
         "model": f"{o.model}, {o.num_layers} layers",
         "rows": f"1 x {o.tokens} packed",
-        "s_per_step": found.seconds,
-        "time_beside_first": found.seconds / first.seconds,
-        "model_tflops": training_flops(shape_of(options), found.tokens, found.pairs) / found.seconds / 1e12,
+        **({} if o.losses_alone else times),
         "peak_gib": found.memory_gib,
         "first_loss": found.losses[0],
         "last_loss": found.losses[-1],
@@ -118,7 +126,7 @@ def main() -> None:
     options = LayoutOptions(model=o.model, num_layers=o.num_layers, tokens=o.tokens, rows=1, steps=o.steps, tiny=o.tiny)
     first: Measured | None = None
     for name in o.ways:
-        layout = {"engine": "megatron", "layers": WAYS[name]}
+        layout = {"engine": "megatron", **WAYS[name]}
         found = measure(options, shape_of(options), layout, Ranks(), LearnableRows)
         first = first or found
         values = row(o, name, found, first)

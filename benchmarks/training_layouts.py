@@ -324,7 +324,8 @@ def measure_all(
         first = first or found.losses
         difference = max(abs(a - b) / b for a, b in zip(found.losses, first, strict=False))
         if ranks.is_first:
-            report(o, recorder, case | numbers(model, ranks.size, found, difference))
+            how = {} if make else {"loss_chunk_tokens": run_config(o, model, layout).loss_chunk_tokens}
+            report(o, recorder, case | how | numbers(model, ranks.size, found, difference))
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -65,11 +65,14 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
     Flags may be written as Megatron does: with hyphens (``--num-rows``) or underscores, switches without a value
     (``--append-eod``), lists as several words (``--json-keys prompt response``), fields of a nested dataclass after a
     dot (``--sampling.top-k 5``). Texts and paths are taken as they are written, also where YAML would read them as
-    nothing (``null``, ``# a comment``). Wrong, shortened and unknown flags end the script with a message.
+    nothing (``null``, ``# a comment``). Values of the wrong type end the script with a message.
 
     Args:
         cls: a dataclass whose fields are the flags.
         args: the command line; default `sys.argv[1:]`.
+
+    Raises:
+        ConfigError: an unknown or shortened flag, or a YAML file with a key that is unknown or stands twice.
     """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -90,6 +93,7 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
     parser.add_class_arguments(cls)
     given = [_underscored(argument) for argument in (sys.argv[1:] if args is None else args)]
     _refuse_wrong_keys(cls, given)
+    _refuse_unknown_flags(cls, given)
     given, texts = _with_values(cls, given)
     parsed = parser.parse_args(given)
     for name, text in texts.items():
@@ -129,6 +133,36 @@ class _UniqueKeys(yaml.SafeLoader):
             seen[key.value] = line
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping
+
+
+def _refuse_unknown_flags(cls: type[Any], args: list[str]) -> None:
+    """Name an unknown flag with its nearest match. jsonargparse would show all flags and none in particular."""
+    known = [*_every_flag(cls, "--"), "--config", DEBUG_FLAG, "--help", "--print_config"]
+    ends = {flag.rpartition(".")[2].removeprefix("--"): flag for flag in reversed(known)}
+    for flag, _ in _flags_with_words(args):
+        name = flag.removesuffix("+")  # jsonargparse's way to append to a list
+        if not name.startswith("--") or name in known or _is_in_mapping(name, known):
+            continue
+        end = name.rpartition(".")[2].removeprefix("--")  # people leave out the part before the dot, or mistake it
+        close = [ends[end]] if end in ends else difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        close = close or [ends[near] for near in difflib.get_close_matches(end, ends, n=1, cutoff=0.75)]
+        hint = f"did you mean {_hyphenated(close[0])}?" if close else "--help shows those that there are"
+        raise ConfigError(f"unknown flag {_hyphenated(flag)}; {hint}")
+
+
+def _every_flag(cls: type[Any], prefix: str) -> list[str]:
+    """The flags of a dataclass, with those of its parts and optional parts."""
+    flags = []
+    for name, hint in typing.get_type_hints(cls).items():
+        part = _part(hint)
+        flags += [f"{prefix}{name}", *(_every_flag(part, f"{prefix}{name}.") if part else [])]
+    return flags
+
+
+def _is_in_mapping(name: str, known: list[str]) -> bool:
+    """Whether a flag names a key of a field that has no flags of its own (``--sampling.logit_bias.7``)."""
+    outer = name.rpartition(".")[0]
+    return outer in known and not any(flag.startswith(f"{outer}.") for flag in known)
 
 
 def _refuse_wrong_keys(cls: type[Any], args: list[str]) -> None:

@@ -9,6 +9,8 @@ from typing import Literal
 from megatron_multiverse.config.strict import check, check_choices
 
 RECOMPUTABLE = ("core_attn", "mlp", "layernorm")
+LOSS_CHUNK_TOKENS = 4096
+"""Unless `loss_chunk_tokens` says otherwise: logits of so many tokens are small beside the other activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,8 @@ class LayerConfig:
     """For granularity selective: any of core_attn, mlp, layernorm (local layers only). The MLP's activations take the
     most memory; core_attn saves little, since the flash kernels recompute by themselves."""
     loss_chunk_tokens: int | None = None
-    """Tokens of a microbatch whose logits are in memory at the same time in a training step, e.g. 4096; unset computes
-    those of all tokens at once. Not for the engine deepspeed."""
+    """Tokens of a microbatch whose logits are in memory at the same time in a training step; 0 computes those of all
+    tokens at once, as the engine deepspeed always does. Unset for 4096."""
 
     def __post_init__(self) -> None:
         check_choices(self, "layers.")
@@ -50,7 +52,10 @@ class LayerConfig:
             "layers.fp8 needs TransformerEngine's layers: set layers.transformer_impl to auto or transformer_engine",
         )
         chunk = self.loss_chunk_tokens
-        check(chunk is None or chunk >= 1, f"layers.loss_chunk_tokens must be at least 1 or unset, got {chunk}")
+        check(
+            chunk is None or chunk >= 0,
+            f"layers.loss_chunk_tokens must be unset, 0 (all tokens at once) or a number of tokens, got {chunk}",
+        )
         number = self.recompute_num_layers
         check(number >= 1, f"layers.recompute_num_layers must be at least 1, got {number}")
         unknown = [name for name in self.recompute_modules if name not in RECOMPUTABLE]
@@ -77,6 +82,11 @@ class LayerConfig:
                     has_effect or value == field_.default,
                     f"layers.{field_.name} {value!r} has no effect without layers.{needed}: set both or neither",
                 )
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk of the loss; 0 computes the loss of all tokens at once."""
+        return LOSS_CHUNK_TOKENS if self.loss_chunk_tokens is None else self.loss_chunk_tokens
 
     def recomputes(self, module: str) -> bool:
         """Whether selective recompute of this module was asked for."""

@@ -294,7 +294,7 @@ class TrainConfig:
             "TransformerEngine keeps FP8 copies of them: leave it unset, or set engine to megatron",
         )
         check(
-            self.layers.loss_chunk_tokens is None,
+            not self.layers.loss_chunk_tokens,
             f"layers.loss_chunk_tokens {self.layers.loss_chunk_tokens} does not go with engine deepspeed, which has "
             "the weight of the output layer in its own forward pass alone: leave it unset, or set engine to megatron",
         )
@@ -305,6 +305,11 @@ class TrainConfig:
         if self.engine == "auto":
             return "megatron" if self.parallel.world_size > 1 else "one_process"
         return self.engine
+
+    @property
+    def loss_chunk_tokens(self) -> int:
+        """Tokens of a chunk of the loss in this run; 0 computes the loss of all tokens at once."""
+        return 0 if self.runs_on == "deepspeed" else self.layers.chunk_tokens
 
     @property
     def num_microbatches(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_multiverse.inference.cache.tree import Node, PageTree
 from megatron_multiverse.inference.sampling_plan import NO_SCORES, Sampled, Scored, scored_arrays, shaping_arrays
-from megatron_multiverse.inference.step.plan import SamplingArrays, StepPlan
+from megatron_multiverse.inference.step.plan import Ints, SamplingArrays, StepPlan
 from megatron_multiverse.inference.text.branch import Branch
 from megatron_multiverse.inference.text.state import RequestState
 
@@ -27,11 +27,14 @@ class Step(NamedTuple):
     """Pieces of prompts, one after the other in `plan.scored`."""
     nodes: list[Node]
     """Where the branch of each row stands in the cache."""
+    lines: Ints
+    """[rows], theirs in the table of pages."""
 
     @property
     def only_draws(self) -> bool:
-        """Whether each row brings one token and draws the next."""
-        return len(self.sampled) == len(self.plan.ids)
+        """Whether each row brings one token, which goes to one slot, and draws the next."""
+        rows = np.arange(len(self.sampled))
+        return len(rows) == len(self.plan.ids) and np.array_equal(self.plan.write_tokens, rows)
 
 
 class Draft:
@@ -110,7 +113,7 @@ class Draft:
         branch.fed = fed = start + count
         if fed == end and all_joined and branch.finish is None:
             self._sample.append(len(self.nodes))
-            self._sampled.append(Sampled(state, branch, end))
+            self._sampled.append((state, branch, end))
             if branch.span_start is None:
                 branch.span_start = (state.step + self._uncounted, end)  # the timeline shows it from here
         if state.scores is not None and state.scores_prompt and start + 1 < branch.prompt_length:
@@ -149,6 +152,7 @@ class Draft:
     def finish(self) -> Step:
         """The rows as arrays. Python work is per row, never per token."""
         tree, book, nodes = self.tree, self.tree.book, self.nodes
+        lines = np.array([node.line for node in nodes])
         positions = np.array(self._first_positions, dtype=np.int64)
         borders = np.arange(len(nodes) + 1)
         if len(self._ids) > len(nodes):  # some rows bring more than a token
@@ -165,7 +169,7 @@ class Draft:
             sources=sources,
             positions=positions,
             borders=borders,
-            pages=tree.table.gather(nodes),
+            pages=tree.table.gather(lines, max([node.num_pages for node in nodes])),
             lengths=np.array([node.length for node in nodes], dtype=np.int32),
             write_slots=write_slots,
             write_tokens=write_tokens,
@@ -174,7 +178,7 @@ class Draft:
             **(scored_arrays(self._scored) if self._scored else NO_SCORES),
             freed=np.array(book.take_freed() if book.freed else (), dtype=np.int64),
         )
-        return Step(plan, self._sampled, self._scored, nodes)
+        return Step(plan, self._sampled, self._scored, nodes, lines)
 
     def _sampling(self) -> SamplingArrays:
         """How each row that wants a token draws it."""
@@ -200,17 +204,21 @@ def follow_up(last: Step, tree: PageTree, *, in_flight: bool) -> Step | None:
     """
     new = 0 if in_flight else 1  # tokens that its branches have written since
     for _, branch, length in last.sampled:
-        written = len(branch.ids) - length
-        if written != new or branch.fed != length or branch.finish or branch.num_joined != len(branch.blocks):
+        if (
+            branch.fed != length
+            or len(branch.ids) != length + new
+            or branch.finish is not None
+            or branch.num_joined != len(branch.blocks)
+        ):
             return None
-    write_slots = tree.append_one_each(last.nodes)
+    plan, drawn, book = last.plan, last.plan.sampling, tree.book
+    write_slots = tree.append_one_each(last.nodes, plan.write_slots)
     if write_slots is None:
         return None
-    for _, branch, _ in last.sampled:
-        branch.fed += 1
-    sampled = [Sampled(state, branch, length + 1) for state, branch, length in last.sampled]
-    plan, drawn, book = last.plan, last.plan.sampling, tree.book
-    rows = np.arange(len(sampled))
+    sampled = [(state, branch, length + 1) for state, branch, length in last.sampled]
+    for _, branch, length in sampled:
+        branch.fed = length
+    rows, lengths = np.arange(len(sampled)), plan.lengths + np.int32(1)
     coming = {branch: (row, length) for row, (_, branch, length) in enumerate(last.sampled)} if drawn.shaping else {}
     following = StepPlan(
         copies=plan.copies[:0],
@@ -218,8 +226,8 @@ def follow_up(last: Step, tree: PageTree, *, in_flight: bool) -> Step | None:
         sources=rows if in_flight else np.full_like(rows, -1),
         positions=plan.positions + 1,
         borders=plan.borders,
-        pages=tree.table.gather(last.nodes),
-        lengths=plan.lengths + np.int32(1),
+        pages=tree.table.gather(last.lines, -(-int(lengths.max()) // tree.page_size)),
+        lengths=lengths,
         write_slots=write_slots,
         write_tokens=rows,
         sample=plan.sample,
@@ -233,4 +241,4 @@ def follow_up(last: Step, tree: PageTree, *, in_flight: bool) -> Step | None:
         **NO_SCORES,
         freed=np.array(book.take_freed() if book.freed else (), dtype=np.int64),
     )
-    return Step(following, sampled, [], last.nodes)
+    return Step(following, sampled, [], last.nodes, last.lines)

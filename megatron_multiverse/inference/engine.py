@@ -26,7 +26,7 @@ from megatron_multiverse.inference.scheduler import Scheduler
 from megatron_multiverse.inference.step.runner import PendingOutput, Runner
 from megatron_multiverse.inference.step.sampler import Sampler
 from megatron_multiverse.inference.text.answer import make_result
-from megatron_multiverse.inference.text.commit import begin_answer, close_all, commit_token
+from megatron_multiverse.inference.text.commit import begin_answer, close_all, commit_text, commit_token
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, Written
@@ -326,6 +326,9 @@ class Engine:
         drawn = zip(step.sampled, *(array.tolist() for array in output[:3]), strict=True)
         for row, (sampled, token, logprob, is_finite) in enumerate(drawn):
             state, branch, length = sampled
+            if is_finite and commit_text(state, branch, length, token, logprob):
+                served[state] = None
+                continue
             if not branch.goes_on_after(length):
                 continue  # a sibling failed in this step, or the token before this one changed what comes next
             served[state] = None

@@ -16,13 +16,9 @@ NO_SCORES = {"scored": _NONE, "targets": _NONE, "num_scores": _NONE}
 """What `scored_arrays` gives for nothing."""
 
 
-class Sampled(NamedTuple):
-    """Whom a token belongs to."""
-
-    state: RequestState
-    branch: Branch
-    length: int
-    """Tokens of the branch before it. If the branch has others by the time the token comes, it is dropped."""
+Sampled = tuple[RequestState, Branch, int]
+"""Whom a token belongs to, and how many tokens of the branch come before it. If the branch has others by the time the
+token comes, it is dropped. (Plain tuples: each step makes one per row.)"""
 
 
 class Scored(NamedTuple):
@@ -75,8 +71,8 @@ def shaping_arrays(sampled: Sequence[Sampled], coming: Mapping[Branch, tuple[int
         bias = p.logit_bias | dict.fromkeys(banned[row], -np.inf)
         biases += [(row, token, value) for token, value in bias.items()]
     rows = [row for row, p in enumerate(params) if p.has_penalties]
-    seen = [sampled[row].branch.seen for row in rows]
-    exempt = sampled[0].branch.machine.vocab.tag_ids
+    seen = [sampled[row][1].seen for row in rows]
+    exempt = sampled[0][1].machine.vocab.tag_ids
 
     def floats(values: Sequence[float]) -> Floats:
         return np.array(values, dtype=np.float64)

@@ -44,8 +44,8 @@ class ChunkedLossGPT(GPTModel):  # type: ignore[misc]
     """megatron-core's model, which is also called with a `loss_mask` [b, s] beside the labels: it then returns the loss
     summed over the tokens of the mask, a scalar, and in training computes it in chunks."""
 
-    chunk_tokens: int | None = None
-    """Tokens of a chunk; None computes the logits of all tokens at once."""
+    chunk_tokens: int = 0
+    """Tokens of a chunk; 0 computes the logits of all tokens at once."""
     first_padded_row: int | None = None
     """Row of this rank's part of the vocabulary from which on there is padding, whose logits are -inf; None without."""
 
@@ -57,7 +57,7 @@ class ChunkedLossGPT(GPTModel):  # type: ignore[misc]
             out: Tensor = super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
             return out
         assert labels is not None, "a loss mask goes with labels"
-        if self.chunk_tokens is not None and torch.is_grad_enabled():
+        if self.chunk_tokens and torch.is_grad_enabled():
             return self._chunked_loss(hidden_states, labels, loss_mask, self.chunk_tokens)
         per_token: Tensor = super()._postprocess(hidden_states, *args, labels=labels, loss_mask=None, **kwargs)
         return (per_token * loss_mask).sum()

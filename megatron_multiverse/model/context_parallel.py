@@ -24,16 +24,26 @@ from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_seque
 from torch import Tensor
 
 from megatron_multiverse.kernels.multiverse_attention import AttentionLayout
-from megatron_multiverse.kernels.multiverse_attention.tiles import EMPTY, TILE, tile_bounds_reference, tile_classes
+from megatron_multiverse.kernels.multiverse_attention.tiles import (
+    FULL,
+    PARTIAL,
+    TILE,
+    tile_bounds_reference,
+    tile_classes,
+)
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.device import to_device
+
+PARTIAL_COST = 3
+"""How many times as long as a wholly visible key tile a partly visible one takes, forward and backward: 3.1 by least
+squares over the times of the ranks of packed rows on an H200 (benchmarks/training_balance.py)."""
 
 
 def split_by_area(r: Tensor, ranks: int) -> Tensor:
     """Deal the tokens of each row out to ranks: as many for each, in chunks, with nearly the same work in attention.
 
-    The work of a chunk is the number of key tiles that attention visits for it. From the heaviest on each chunk goes to
-    the rank that has least so far and is not full. Every rank computes this for itself, on the host.
+    From the heaviest on (see `chunk_work`) each chunk goes to the rank that has least so far and is not full. Every
+    rank computes this for itself, on the host.
 
     Each rank keeps its chunks in that order, the heaviest first. A GPU takes them up one after the other as its
     multiprocessors become free, and with the heaviest ones last most would wait for a few at the end.
@@ -46,9 +56,25 @@ def split_by_area(r: Tensor, ranks: int) -> Tensor:
         int64 [b, c, s / c], the places of each rank's tokens in their row.
     """
     chunk = math.gcd(r.shape[1] // ranks, TILE)
-    work = (tile_classes(tile_bounds_reference(r, size=chunk), tile_bounds_reference(r)) != EMPTY).sum(-1)
-    dealt = torch.tensor([_deal(row.tolist(), ranks) for row in work])
+    dealt = torch.tensor([_deal(row.tolist(), ranks) for row in chunk_work(r, chunk)])
     return (dealt[..., None] * chunk + torch.arange(chunk)).flatten(2)
+
+
+def chunk_work(r: Tensor, chunk: int) -> Tensor:
+    """What attention has to do for each chunk of queries, in key tiles of which all is visible.
+
+    Tiles of which a part is visible count `PARTIAL_COST` times, others are not visited.
+
+    Args:
+        r: int labels [b, s], on the CPU.
+        chunk: tokens of a chunk; divides s.
+
+    Returns:
+        int64 [b, s / chunk].
+    """
+    classes = tile_classes(tile_bounds_reference(r, size=chunk), tile_bounds_reference(r))
+    work: Tensor = (classes == FULL).sum(-1) + PARTIAL_COST * (classes == PARTIAL).sum(-1)
+    return work
 
 
 def _deal(work: list[int], ranks: int) -> list[list[int]]:

@@ -70,6 +70,9 @@ def transformer_config(
         cuda_graph_scope=[],  # the default string warns
         transformer_impl=transformer_impl,
         bias_activation_fusion=transformer_impl == "transformer_engine",
+        # megatron-core's own cross entropy goes over float32 copies of the logits nine times.
+        cross_entropy_loss_fusion=transformer_impl == "transformer_engine",
+        cross_entropy_fusion_impl="te",
         fp8=layers.fp8,
         fp8_recipe=layers.fp8_recipe,
         # Otherwise the FP8 weights of the first microbatch stay in use until TransformerEngine is told of new ones.
@@ -184,7 +187,7 @@ def build_gpt_model(
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
             vp_stage=vp_stage,
         )
-    model.chunk_tokens = layers.loss_chunk_tokens
+    model.chunk_tokens = layers.chunk_tokens
     angles = torch.float64 if dtype == torch.float64 else torch.float32
     install_rotary(model, PositionIdRotary(config.kv_channels, config.rotary_base, angles, config.rope_scaling))
     placed: ChunkedLossGPT = model.to(device)

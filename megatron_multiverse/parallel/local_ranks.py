@@ -19,7 +19,13 @@ import torch
 from megatron_multiverse.errors import RankError
 
 # Importing megatron-core takes seconds: it is done once, in the process that the ranks are forked from.
-_PRELOAD = ["megatron_multiverse.model.gpt"]
+_PRELOAD = [
+    "megatron_multiverse.model.gpt",
+    "megatron_multiverse.training.trainer",
+    "megatron_multiverse.training.data",
+    "torch._dynamo",
+    "tokenizers",
+]
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 900.0) -> list[Any]:

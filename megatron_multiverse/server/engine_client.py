@@ -124,11 +124,12 @@ class EngineClient:
             "log_level": config.log_level,
         }
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Let the engine's processes end, and see to it that they do."""
         if self._writer is not None:
             self._writer.close()
-        self.processes.wait(SECONDS_TO_END)
+        # Not in this thread: its event loop closes the connection, and that is what the processes end by.
+        await asyncio.to_thread(self.processes.wait, SECONDS_TO_END)
 
     @property
     def num_generations(self) -> int:

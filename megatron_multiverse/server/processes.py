@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import subprocess
@@ -12,6 +13,8 @@ import time
 from collections.abc import Iterator
 
 from megatron_multiverse.server.wire import Message, pack
+
+logger = logging.getLogger(__name__)
 
 
 class EngineProcesses:
@@ -60,6 +63,8 @@ class EngineProcesses:
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=max(0.0, limit - time.monotonic()))
+        if None in self.codes:
+            logger.warning("the engine did not end within %.0f s and is killed", seconds)
         self.kill()
 
     def kill(self) -> None:

@@ -121,7 +121,7 @@ async def _serve(config: ServerConfig, client: EngineClient, app: FastAPI, liste
     finally:
         server.should_exit = True
         await http
-        client.close()
+        await client.close()
         await asyncio.wait([engine], timeout=SECONDS_TO_SAY_GOODBYE)
 
 

@@ -99,15 +99,20 @@ class StructureMachine:
         self.num_tokens += count
         self._last = last_id
 
+    def take_text(self, token_id: int) -> bool:
+        """Read one token if it is plain text with nothing open around it; False, and nothing, if it is not."""
+        if self._stack or self._label is not None or token_id in self.vocab.tag_of:
+            return False
+        self.num_tokens += 1
+        self._last = token_id
+        return True
+
     def push(self, token_id: int) -> Event:
         """Read one token and say what it did."""
+        if self.take_text(token_id):
+            return Event.TEXT
         tag = self.vocab.tag_of.get(token_id)
-        if tag is not None:
-            event = self._tag(tag)
-        elif self._stack or self._label is not None:
-            event = self._plain(token_id)
-        else:
-            event = Event.TEXT
+        event = self._plain(token_id) if tag is None else self._tag(tag)
         self.num_tokens += 1
         self._last = token_id
         return event

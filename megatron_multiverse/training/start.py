@@ -179,8 +179,8 @@ def create_chunks(
 def chosen_layers(
     config: TrainConfig, model_config: ModelConfig, device: torch.device, compute_dtype: torch.dtype
 ) -> LayerConfig:
-    """`config.layers` with the attention backend that runs: the one place where a run chooses it. From here on its name
-    is passed along and recorded."""
+    """`config.layers` with the attention backend that runs, and the chunks of the loss: the one place where a run
+    chooses them. From here on they are passed along and recorded."""
     parallel = config.parallel
     case = attention_case(
         model_config,
@@ -190,7 +190,7 @@ def chosen_layers(
         placed=parallel.context_parallel_size > 1 and parallel.cp_comm_type == "all_gather",
     )
     backend: Any = choose_backend(config.layers.attention_backend, case)
-    return dataclasses.replace(config.layers, attention_backend=backend)
+    return dataclasses.replace(config.layers, attention_backend=backend, loss_chunk_tokens=config.loss_chunk_tokens)
 
 
 def dtypes(config: TrainConfig) -> tuple[torch.dtype, torch.dtype]:

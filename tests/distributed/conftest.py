@@ -46,7 +46,7 @@ def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     """Metrics of the run in one process, which starts from the weights that the others draw by themselves and computes
     the loss of a row at once."""
     folder = tmp_path_factory.mktemp("reference")
-    run = config(data, folder / "run", **{"layers.loss_chunk_tokens": None})
+    run = config(data, folder / "run", **{"layers.loss_chunk_tokens": 0})
     model, shape = model_from_source(FreshSource(ModelConfig(**MODEL), run.seed))
     save_model(model, shape, folder / "start")
     train(dataclasses.replace(run, model=None, init_from=str(folder / "start"), engine="one_process"))

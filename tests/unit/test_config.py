@@ -164,7 +164,9 @@ def test_yaml_with_overrides_is_what_the_mapping_says(tmp_path: Path) -> None:
     data = {"data_prefixes": ["a", "b"], "seq_length": 256}
     assert read == TrainConfig.from_dict(values(data=data, **overrides, **{"optim.lr": 1e-3}))
     assert read.optim.lr == 1e-3 and read.data.data_prefixes == ("a", "b") and read.model.num_layers == 3
-    for wrong in (["--optim.learning-rate=1"], ["--checkpoint.save.x=1"], ["--config", str(tmp_path / "none.yaml")]):
+    with pytest.raises(ConfigError, match=r"unknown flag --optim\.learning-rate"):
+        parse_options(TrainConfig, ["--config", str(file), "--optim.learning-rate=1"])
+    for wrong in (["--checkpoint.save.x=1"], ["--config", str(tmp_path / "none.yaml")]):
         with pytest.raises(SystemExit):
             parse_options(TrainConfig, ["--config", str(file), *wrong])
 
@@ -185,7 +187,7 @@ def test_mistakes_in_a_yaml_file_are_told_in_our_words(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"optim\.lr must be finite"):
         parse_options(TrainConfig, ["--config", str(file)])
     file.write_text(text)
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match="unknown flag --train-iter; did you mean --train-iters"):
         parse_options(TrainConfig, ["--config", str(file), "--train_iter", "3"])
 
 

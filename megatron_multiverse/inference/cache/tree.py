@@ -50,10 +50,9 @@ class PageTable:
         while self.lines.shape[1] < width:
             self.lines = np.concatenate((self.lines, np.full_like(self.lines, self.padding)), axis=1)
 
-    def gather(self, nodes: list[Node]) -> npt.NDArray[np.int32]:
-        """The lists of these nodes, as far as the longest of them: int32 [nodes, pages], a copy."""
-        widest = max([node.num_pages for node in nodes])
-        return self.lines[:, :widest].take([node.line for node in nodes], axis=0)
+    def gather(self, lines: Slots, width: int) -> npt.NDArray[np.int32]:
+        """The first `width` pages of these lines (`Node.line`, int64 [nodes]): int32 [nodes, width], a copy."""
+        return self.lines[lines, :width]
 
     def clear(self) -> None:
         """There are no lists."""
@@ -194,26 +193,27 @@ class PageTree:
         self._copy(self.slots(other, other.base, other.base + count), self.slots(node, start, node.length))
         return True
 
-    def append_one_each(self, nodes: list[Node]) -> Slots | None:
+    def append_one_each(self, nodes: list[Node], last_slots: Slots) -> Slots | None:
         """Make room for one more token of each of these nodes, all that the pass writes; None, and nothing, if pages
         are missing.
+
+        Args:
+            nodes: different ones.
+            last_slots: int64 [nodes], the slots of their last tokens.
 
         Returns:
             The slots of the tokens, int64 [nodes]; the ledger stays empty.
         """
-        size = self.page_size
-        slots: list[int] = []
-        missing = sum([node.length % size == 0 for node in nodes])
-        if missing and missing > self.book.available:
+        slots = last_slots + 1
+        full = (slots % self.page_size == 0).nonzero()[0].tolist()
+        if len(full) > self.book.available:
             return None
+        for row in full:
+            nodes[row].add_pages(self.book.allocate(1))
+            slots[row] = nodes[row].last_page * self.page_size
         for node in nodes:
-            offset = node.length % size
-            if offset:
-                node.length += 1
-            else:
-                self._grow(node, 1)
-            slots.append(node.last_page * size + offset)
-        return np.array(slots, dtype=np.int64)
+            node.length += 1
+        return slots
 
     def retract(self, node: Node) -> None:
         """Take back the last token of a node: it was fed before it was known, and turned out to be no part of the

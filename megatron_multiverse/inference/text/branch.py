@@ -107,6 +107,8 @@ class Branch:
     """The stop text or stop token that ended it."""
     end_draw: tuple[int, int, float] | None = None
     """(length of `ids` before it, token, log-probability) of a token that ended it without becoming text."""
+    is_bare: bool = False
+    """Whether nothing is kept of its tokens but what every branch keeps, and nothing is looked for in them."""
     seen: TokenCounts | None = None
     """Tokens that the next one sees, kept where the request has penalties."""
     fed: int = 0

@@ -77,6 +77,39 @@ def commit_token(
         _settle_around(state, branch)
 
 
+def commit_text(state: RequestState, branch: Branch, length: int, token: int, logprob: float) -> bool:
+    """Take a chosen token where it is plain text and nothing follows from it, as `commit_token` would, in less time.
+
+    Args:
+        state, branch, token, logprob: see `commit_token`.
+        length: tokens of the branch before it.
+
+    Returns:
+        False, and nothing is done, where more may follow, or where the branch does not go on with this token.
+    """
+    ids = branch.ids
+    if (
+        len(ids) != length
+        or branch.finish is not None
+        or branch.room <= MOST_CLOSERS + 1
+        or not branch.is_bare
+        or token in branch.end_ids
+        or (branch.blocks and not branch.blocks[-1].joined)
+        or not branch.machine.take_text(token)
+    ):
+        return False
+    ids.append(token)
+    branch.positions.append(branch.next_position)
+    branch.logprobs.append(logprob)
+    branch.num_sampled += 1
+    branch.next_position += 1
+    branch.total += 1
+    branch.room -= 1
+    if state.on_token is not None:
+        state.unheard.append((branch.name, Written.drawn(token, logprob, None)))
+    return True
+
+
 def begin_answer(state: RequestState) -> None:
     """Write what the request says that its answer begins with (`Request.answer_start`)."""
     root, ids = state.root, state.request.answer_start
@@ -186,6 +219,7 @@ def _fork(state: RequestState, branch: Branch) -> None:
             end_ids=state.path_end_ids,
             scanner=state.new_scanner() if sampling.stop_in_branches else None,
         )
+        kid.is_bare = state.keeps_nothing_beside(kid)
         kid.count_room()
         block.kids.append(kid)
     branch.blocks.append(block)

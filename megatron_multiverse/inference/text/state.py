@@ -99,6 +99,11 @@ class RequestState:
         assert self.detokenize is not None
         return StopScanner(self.request.sampling.stop, self.detokenize)
 
+    def keeps_nothing_beside(self, branch: Branch) -> bool:
+        """See `Branch.is_bare`."""
+        asks = branch.scanner is not None or branch.top_logprobs is not None or branch.seen is not None
+        return not (asks or self.request.sampling.commit_after)
+
     def branches(self) -> Iterator[Branch]:
         """Every branch, waiting and ended ones included."""
         stack = [self.root]
@@ -183,4 +188,5 @@ def new_state(
     root.scanner = state.new_scanner()
     if root.scanner is not None:
         root.scanner.begin(len(root.ids))
+    root.is_bare = state.keeps_nothing_beside(root)
     return state

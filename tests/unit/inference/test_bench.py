@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 
 import pytest
 
@@ -11,6 +13,7 @@ from benchmarks.engine_soak import Soak, SoakConfig
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference.bench import BenchConfig, measure
 from megatron_multiverse.inference.bench_blocks import excess, fit_law, work_for
+from megatron_multiverse.model.families import preset
 
 
 @pytest.mark.parametrize("prepare", [None, bench_host_step.rectangles, bench_host_step.work_list])
@@ -64,20 +67,31 @@ def test_what_blocks_cost_and_save_is_counted():
 
 def test_the_report_has_every_row(tmp_path, monkeypatch):
     work = {"num_parallel": 1.5, "branches": 3, "seconds": 1.0, "serial_seconds": 1.4, "speedup": 1.4}
-    work |= {"batch": 8, "case": "speedup", "speedup_per_parallel": 0.93, "ms_per_token": 3.21}
+    work |= {"tokens": 120, "batch": 8, "case": "speedup", "speedup_per_parallel": 0.93, "ms_per_token": 3.21}
     joint = {"case": "fork", "fork_and_join_ms": 9.5, "runs_ms": [9.4, 9.5], "ms_per_step": 4.7, "in_steps": 2.02}
     joint |= {"overlap": True, "more_steps": 2, "copied_tokens": 99, "most_copied_tokens": 416, "fed_again_tokens": 0}
     joint |= {"branches": 8, "path_tokens": 128, "prefix": 16384}
     law = {"case": "law, batch 8", "batch": 8, "a": 4.0, "b": 0.5}
     names = ("gpu", "model", "context", "tokens", "date", "commit", "torch", "triton", "command")
     source = tmp_path / "blocks.json"
-    source.write_text(json.dumps({"environment": dict.fromkeys(names, "x"), "rows": [joint, work, law]}))
+    environment = dict.fromkeys(names, "x") | {"model": "tiny", "context": "1,024"}
+    source.write_text(json.dumps({"environment": environment, "rows": [joint, work, law]}))
     monkeypatch.setattr("sys.argv", ["report_blocks", str(source)])
     report_blocks.main()
     text = source.with_suffix(".md").read_text()
-    assert "| 8 | 1.50 | 3 | 1.000 | 1.400 | 1.40 | 0.930 | 3.21 |" in text
+    assert re.search(r"\| 8 \| 1\.50 \| 3 \| 1\.000 \| 1\.400 \| 1\.40 \| 0\.930 \| 0\.\d{3} \| 3\.21 \|", text)
     assert "9.5 [9.4, 9.5] | 2.02 | 2 | 99 (416) | 0 |" in text and "batch 8: 4.00 / num_parallel + 0.50" in text
     assert source.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_only_keys_keep_an_ideal_engine_from_the_whole_speedup():
+    row = {"batch": 8, "branches": 4, "tokens": 430, "num_parallel": 430 / 130}  # paths of 100 tokens, 30 after them
+    shape = preset("qwen2.5-7b")
+    heavy = dataclasses.replace(shape, ffn_hidden_size=10**9)  # keys are nothing beside such weights
+    assert report_blocks.ideal_speedup(row, heavy, 1024) == pytest.approx(row["num_parallel"], rel=1e-3)
+    alone, together = (report_blocks.ideal_speedup(row | {"batch": batch}, shape, 1024) for batch in (1, 256))
+    assert together < alone < row["num_parallel"]
+    assert report_blocks.ideal_speedup(row | {"branches": 0}, shape, 1024) == 1.0
 
 
 @pytest.mark.parametrize("num_parallel", [1.2, 1.5, 2.0, 4.0])

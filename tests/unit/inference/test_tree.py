@@ -110,7 +110,8 @@ class Oracle:
         self.book.check_integrity([node.pages for node in self.want])
         table = self.tree.table
         assert sorted([*table.free, *(node.line for node in self.want)]) == list(range(len(table.lines)))
-        for node, line in zip(self.want, table.gather(list(self.want)), strict=True) if self.want else ():
+        lines = table.gather(np.array([node.line for node in self.want], dtype=np.int64), table.lines.shape[1])
+        for node, line in zip(self.want, lines, strict=True):
             assert line[: node.num_pages].tolist() == node.pages.tolist()
             assert (line[node.num_pages :] == self.book.num_pages).all()
         for node, want in self.want.items():

@@ -78,7 +78,7 @@ def running(*, keys: Sequence[str] = (), engine: EngineConfig | None = None, **o
     async def main() -> None:
         listening = asyncio.create_task(client.listen(own))
         await server.serve()
-        client.close()
+        await client.close()
         await listening
 
     thread = threading.Thread(target=asyncio.run, args=[main()], daemon=True)

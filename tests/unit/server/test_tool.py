@@ -172,7 +172,8 @@ def test_sigterm_lets_answers_finish_and_says_no_to_new_ones(tool: Tool) -> None
     thread.join()
     assert found["answer"].status_code == 200 and "Answer: A = 1550" in found["answer"].text
     assert tool.process.wait(20) == 0
-    assert not [line for line in tool.log if "Traceback" in line or "ERROR" in line], "".join(tool.log)
+    faults = ("Traceback", "ERROR", "WARNING")  # the engine ends by itself, or a warning says that it was killed
+    assert not [line for line in tool.log if any(fault in line for fault in faults)], "".join(tool.log)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
