@@ -436,13 +436,13 @@ def quickstart() -> Iterator[str]:
 
 def miniature() -> Iterator[str]:
     """examples/paper_in_miniature/README.md, whose tables are made by its paper_report.py."""
-    runs = results("results/miniature_short_chains_h200")["runs"]
-    right, without = (runs[name]["right_percent"] for name in ("multiverse-0", "four-paths"))
-    yield f"answers {right['chains-6']} % of the problems with 6 long chains and {right['chains-8']} % with 8"
-    yield f"{right['short-8']} % with 8 short ones, and {right['chains-4']} % with 4 long ones instead of the"
-    yield f"instead of the {without['chains-4']} % of `four-paths`"
-    others = [runs[name]["right_percent"]["chains-6"] for name in ("plain-0", "tagged-0")]
-    yield "do not reach 6 long chains either ({} and {} %)".format(*others)
+    runs = results("results/miniature_qk_norm_h200")["runs"]
+    tied, untied = runs["tied embeddings, no QK norm"], runs["untied embeddings, QK norm"]
+    for step in ("256", "384", "1300"):
+        yield f"| {step} | {tied['loss'][step]:.3f} | {untied['loss'][step]:.3f} |"
+    yield f"{round(untied['tokens_per_s'] / 1000)}K tokens/s instead of {round(tied['tokens_per_s'] / 1000)}K"
+    assert all(run["right_percent"][f"chains-{number}"] == 0 for run in (tied, untied) for number in (6, 8, 12))
+    yield f"{untied['right_percent']['chains-2']} % of the problems with 2 chains"
 
 
 STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {

@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from settings import Size, tokenizer
-from tasks import LONG_STEPS, REQUESTS, SHORT_STEPS, Problem, check, sample_arithmetic, sample_satisfiability
-from training_rows import MOST_CHAINS, MOST_SHORT_CHAINS, MOST_VARIABLES, Kind, text_of
+from tasks import REQUESTS, Problem, check, sample_arithmetic, sample_satisfiability
+from training_rows import MOST_CHAINS, MOST_VARIABLES, Kind, RowConfig, text_of
 
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.inference import Engine, Request, Result
 from megatron_multiverse.structure import measure, parse
 
+logger = logging.getLogger(__name__)
 Mode = Literal["parallel", "one branch at a time", "plain"]
 TIMED_STEPS = 4
 """Steps of each chain of the problems whose wall clock is measured, so that only the number of paths differs."""
 
 
-def problem_sets(count: int) -> dict[str, list[Problem]]:
-    """Problems of every size, the same in every run: `count` of each trained size, half as many of each size beyond,
-    whose answers are longer. No training row has their seed."""
-    most = {"chains": MOST_CHAINS, "short": MOST_SHORT_CHAINS, "variables": MOST_VARIABLES}
+def problem_sets(count: int, rows: RowConfig) -> dict[str, list[Problem]]:
+    """`count` problems of every size, the same in every run but for how `rows` words them. No training row has their
+    seed."""
 
     def draw(task: str, number: int) -> list[Problem]:
         rng = random.Random(f"evaluation:{task}-{number}")
-        problems = range(count if number <= most[task] else max(1, count // 2))
         if task == "variables":
-            return [sample_satisfiability(rng, number) for _ in problems]
-        return [sample_arithmetic(rng, number, SHORT_STEPS if task == "short" else LONG_STEPS) for _ in problems]
+            return [sample_satisfiability(rng, number) for _ in range(count)]
+        found = [sample_arithmetic(rng, number) for _ in range(count)]
+        return [replace(problem, has_list=rows.name_list, copies_rest=rows.copies_rest) for problem in found]
 
     sizes = {
-        "chains": [*range(2, MOST_CHAINS + 1), MOST_CHAINS + 2, 2 * MOST_CHAINS],
-        "short": [MOST_SHORT_CHAINS, 2 * MOST_SHORT_CHAINS],
+        "chains": [*range(2, MOST_CHAINS + 1), MOST_CHAINS + 2, 2 * MOST_CHAINS, 3 * MOST_CHAINS],
         "variables": range(3, MOST_VARIABLES + 3),
     }
     return {f"{task}-{number}": draw(task, number) for task, numbers in sizes.items() for number in numbers}
@@ -105,6 +106,14 @@ class Answerer:
         """Whether the answer that stands at the end is right."""
         return check(problem, self.tokenizer.detokenize(result.token_ids))
 
+    def where_wrong(self, problem: Problem, result: Result) -> str:
+        """Where an answer leaves the right one: what is shared before, what is right, and what was written."""
+        wanted, given = problem.response(text_of(self.kind)), self.tokenizer.detokenize(result.token_ids)
+        pairs = enumerate(zip(wanted, given, strict=False))
+        shared = next((index for index, (a, b) in pairs if a != b), min(len(wanted), len(given)))
+        parts = wanted[max(0, shared - 80) : shared], wanted[shared : shared + 50], given[shared : shared + 50]
+        return "{} after {!r} comes {!r}, not {!r}".format(problem.prompt[:70], *parts)
+
 
 def accuracy(answerer: Answerer, sets: dict[str, list[Problem]]) -> dict[str, Any]:
     """For each set, lists over its problems: right, tokens, critical tokens, decode steps, malformed.
@@ -126,8 +135,12 @@ def accuracy(answerer: Answerer, sets: dict[str, list[Problem]]) -> dict[str, An
     result_of = {id(problem): result for (_, _, problem), result in zip(asked, answers, strict=True)}
     for name, problems in sets.items():
         results = [result_of[id(problem)] for problem in problems]
+        right = [int(answerer.is_right(*pair)) for pair in zip(problems, results, strict=True)]
+        if 0 in right:
+            index = right.index(0)
+            logger.info("%s: %s", name, answerer.where_wrong(problems[index], results[index]))
         found[name] = {
-            "right": [int(answerer.is_right(*pair)) for pair in zip(problems, results, strict=True)],
+            "right": right,
             "tokens": [len(result.token_ids) for result in results],
             "critical": [result.critical_tokens for result in results],
             "steps": [result.decode_steps for result in results],
@@ -139,7 +152,7 @@ def accuracy(answerer: Answerer, sets: dict[str, list[Problem]]) -> dict[str, An
 def time_alone(answerers: dict[Mode, Answerer], size: Size) -> dict[str, Any]:
     """Seconds of one answer at a time, over the number of chains; the modes take turns at every problem."""
     alone: dict[str, list[dict[str, Any]]] = {mode: [] for mode in answerers}
-    for chains in (2, 3, 4, 6, 8):
+    for chains in size.timed_chains:
         for mode, answerer in answerers.items():
             answerer.answer(timed_problems(chains, 1), mode)  # compiles kernels and records graphs of this many rows
         for problem in timed_problems(chains, size.latency_problems):

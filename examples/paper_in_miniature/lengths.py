@@ -18,7 +18,7 @@ from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.structure import measure, parse
 
-CHAINS = (2, 3, 4, 6, 8)
+CHAINS = (2, 3, 4, 6, 8, 12)
 STEPS = 4
 VARIABLES = (3, 4, 5, 6, 7, 8)
 

@@ -1,13 +1,14 @@
 """The paper in miniature: trains small models of three kinds from nothing, and measures what the paper claims.
 
-Parts: `lengths` (of right answers; needs no model), `train` (each GPU takes run after run, two at a time, and evaluates
-each as it ends), `time` (wall clock, alone on one GPU), `report` (tables and figures from results/*.json); without
---part all of them. Whatever is finished in --output is not done again, so the same command goes on with a part that was
-stopped.
+Parts: `lengths` (of right answers; needs no model), `train` (each GPU takes run after run, four at a time, and
+evaluates each as it ends), `time` (wall clock, alone on one GPU), `report` (tables and figures from results/*.json);
+without --part all of them. Whatever is finished in --output is not done again, so the same command goes on with a part
+that was stopped.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 from megatron_multiverse.errors import ConfigError, TrainingError
@@ -38,7 +40,7 @@ class MiniatureOptions:
     """Folder for models, training states and results."""
     minutes: float = 8.0
     """Time for the part that trains: then the runs under way are stopped with their state saved."""
-    runs_per_gpu: int = 2
+    runs_per_gpu: int = 4
     """Runs at the same time on each GPU. So small a model leaves it idle between its kernels."""
     attention_backend: str = "auto"
     """Of training, as in `config/layers.py`."""
@@ -85,6 +87,8 @@ def train_all(options: MiniatureOptions) -> bool:
     waiting = [name for name in names if not (options.output / "results" / f"{name}.json").exists()]
     gpus = max(1, torch.cuda.device_count())
     places = gpus * options.runs_per_gpu if torch.cuda.is_available() else 1
+    if waiting:
+        logger.info(estimate(options, waiting, places))
     deadline = time.monotonic() + 60 * options.minutes
     running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
     ended: dict[str, int] = {}
@@ -114,6 +118,22 @@ def train_all(options: MiniatureOptions) -> bool:
     if missing:
         logger.info("not finished in time: %s; the same command goes on with them", ", ".join(missing))
     return not missing
+
+
+def estimate(options: MiniatureOptions, waiting: list[str], places: int) -> str:
+    """How long the missing runs will take: each as long as those that are done here, or by the rate in settings.py."""
+    from settings import FULL, SMOKE
+
+    size = SMOKE if options.smoke else FULL
+    tokens = size.train_iters * size.rows * size.seq_length
+    done = [json.loads(path.read_text(encoding="utf-8")) for path in (options.output / "results").glob("*-*.json")]
+    times = [report["training_s"] + report["evaluation_s"] for report in done if report.get("training_s")]
+    seconds, source = (median(times), "as those here took") if times else (tokens / size.tokens_per_s, "and evaluation")
+    rounds = -(-len(waiting) // places)
+    return (
+        f"train: {len(waiting)} runs of {tokens / 1e6:.1f}M tokens are missing, {places} at once; "
+        f"about {seconds:.0f} s each {source}, {rounds * seconds:.0f} s in all"
+    )
 
 
 def start_run(options: MiniatureOptions, name: str, device: int, places: int) -> subprocess.Popen[bytes]:
@@ -158,7 +178,9 @@ def time_all(options: MiniatureOptions) -> None:
     answerers: dict[Mode, Answerer] = {"parallel": multiverse, "one branch at a time": multiverse, "plain": plain}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     for name in missing:
+        started = time.monotonic()
         report = {"device": device, "torch": torch.__version__, "modes": parts[name](answerers, size)}
+        logger.info("time: %s took %.0f s", name, time.monotonic() - started)
         write_json_atomic(options.output / "results" / f"{name}.json", report, indent=None)
 
 

@@ -22,6 +22,8 @@ from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.model.weights import save_model
 from megatron_multiverse.training.trainer import train
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OneRunOptions:
@@ -47,10 +49,13 @@ def main() -> None:
     size = settings.SMOKE if options.smoke else settings.FULL
     rows, metrics = settings.runs()[options.name], results / f"{options.name}.metrics.jsonl"
     weights = options.output / "models" / options.name
+    started, training_s = time.monotonic(), None
     if not weights.exists():
         train_one(options, size, rows, weights, metrics)
+        training_s = round(time.monotonic() - started, 1)
+        logger.info("trained in %.0f s", training_s)
     started = time.monotonic()
-    sets = accuracy(Answerer(weights, rows.kind, size), problem_sets(size.problems))
+    sets = accuracy(Answerer(weights, rows.kind, size), problem_sets(size.problems, rows))
     report = {
         "run": options.name,
         "rows": asdict(rows),
@@ -58,6 +63,7 @@ def main() -> None:
         "steps": size.train_iters,
         "tokens": size.train_iters * size.rows * size.seq_length,
         **read_metrics(metrics),
+        "training_s": training_s,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
         "evaluation_s": round(time.monotonic() - started, 1),

@@ -143,13 +143,9 @@ def _sizes(run: Any, task: str) -> dict[int, Any]:
 
 def _draw_sizes(axis: Axes, results: Mapping[str, Any], task: str) -> None:
     lines = {kind: (runs, COLORS[kind], "o-") for kind, runs in _runs(results).items()}
-    for name, style in (("counted", ":"), ("names", "--")):
+    for name, style in (("looks-back", ":"), ("no-name-list", "--")):
         if name in results:
-            lines[f"multiverse, {name} only" if name == "names" else "multiverse, names and labels counted"] = (
-                [results[name]],
-                COLORS["multiverse"],
-                f"x{style}",
-            )
+            lines[f"multiverse, {name.replace('-', ' ')}"] = [results[name]], COLORS["multiverse"], f"x{style}"
     for label, (runs, color, form) in lines.items():
         values = {
             size: [100 * mean(_sizes(run, task)[size]["right"]) for run in runs] for size in _sizes(runs[0], task)

@@ -17,6 +17,8 @@ from typing import Any
 from paper_figures import draw_accuracy, draw_lengths, draw_speed, right_in_all
 
 HERE = Path(__file__).parent
+TRAINED = 4
+"""Most chains and most variables of training rows, as training_rows.py says, which needs torch."""
 KINDS = ("plain", "tagged", "multiverse")
 Results = Mapping[str, Any]
 """File name without suffix -> its content."""
@@ -56,10 +58,14 @@ def accuracy_table(results: Results) -> list[str]:
 def mend_table(results: Results) -> list[str]:
     """Right answers on the sets beyond training, with and without what mends them."""
     names = {
-        "counted": "A, B, C, labels from 1, at most 4 paths",
-        "four-paths": "at most 4 paths",
-        "fixed-labels": "labels from 1",
         "multiverse-0": "the whole recipe",
+        "no-name-list": "no list of names",
+        "looks-back": "steps looked up in the question",
+        "no-spare-definitions": "no spare definitions",
+        "no-long-lists": "no long lists",
+        "fixed-labels": "labels from 1",
+        "no-position-gaps": "no gaps in positions",
+        "no-first-batches": "no first batches",
         "forced-loss": "loss on forced tokens",
         "official-positions": "official positions",
     }
@@ -223,9 +229,7 @@ def _row(*cells: object) -> str:
 
 def _title(name: str) -> str:
     task, number = name.split("-")
-    trained = 8 if task == "short" else 4  # as training_rows.py says, which needs torch
-    what = "short chains" if task == "short" else task
-    return f"{number} {what}" + (", more than trained" if int(number) > trained else "")
+    return f"{number} {task}" + (", more than trained" if int(number) > TRAINED else "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,10 @@ A `RowMaker` draws problems, renders them for a kind of model and lays them out;
 microbatches that `training.trainer.train` asks for. Row i of seed s is the same wherever and whenever it is made, so a
 run that was stopped goes on with the rows it would have had.
 
-Label randomisation stands here rather than in files, because files are checked strictly: labels there count from 1. A
-model that has only ever read labels from 1 to 4 writes no 5. So half of the rows have an outermost block that counts
-from another number, as if it stood inside other blocks; the engine's tolerant reader lays such rows out alike. A model
-that has only ever read up to 4 paths writes no fifth either: so half of the calculations have up to 8 short chains.
+What lets a model go beyond the number of paths that it was trained on stands here too, each under a name of
+`RowConfig`: a model that has only ever read labels from 1 to 4 writes no 5, and one that has only ever looked so far
+back does not look further. Labels that start anywhere cannot come from files, which are checked strictly; the engine's
+tolerant reader lays such rows out alike.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from tasks import LETTERS, REQUESTS, SHORT_STEPS, Problem, Text, sample_arithmetic, sample_satisfiability
+from chains import STEPS
+from tasks import REQUESTS, Problem, sample_arithmetic, sample_satisfiability
+from texts import Text
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_multiverse.data.packing import pack
 from megatron_multiverse.data.sft_dataset import Sample, pack_arrays
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import CheckpointError
-from megatron_multiverse.structure import Document, Layout, lay_out, parse
+from megatron_multiverse.structure import Document, Layout, Tag, lay_out, parse
 from megatron_multiverse.structure.document import BlockSpan
 
 Kind = Literal["plain", "tagged", "multiverse"]
@@ -35,15 +37,21 @@ Kind = Literal["plain", "tagged", "multiverse"]
 branches."""
 
 MOST_CHAINS = 4
-"""Chains of two to four steps in a training problem; the evaluation goes to twice as many."""
-MOST_SHORT_CHAINS = 8
-"""Chains of one or two steps in a training problem; the evaluation goes to twice as many."""
-LARGEST_START = 12
-"""Of labels that do not count from 1."""
-SAMPLES_AT_ONCE = 8
-"""That are drawn and tokenized together."""
+"""Chains of a training problem, and so its paths; the evaluation goes beyond."""
+MOST_DEFINITIONS = 8
+"""Chains that the question of a training problem defines, most of which are not asked for."""
 MOST_VARIABLES = 4
 """Variables of a training search, and so its deepest block; the evaluation goes beyond."""
+MOST_LISTED = 12
+"""Names of a row that only looks numbers up, without a block."""
+FEW_STEPS, SHARE_OF_FEW_STEPS = (0, 1), 0.25
+"""Fewest and most steps of chains that are little more than looking up; their share of the calculations."""
+LARGEST_START = 12
+"""Of labels that do not count from 1."""
+LARGEST_GAP = 512
+"""Positions that are left out at once, see `gapped`."""
+SAMPLES_AT_ONCE = 8
+"""That are drawn and tokenized together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +60,24 @@ class RowConfig:
 
     kind: Kind
     """What the model is."""
-    random_names: bool = True
-    """Chains and variables are called by random letters; otherwise A, B, C and so on."""
+    name_list: bool = True
+    """Questions list the names of the chains that are asked for."""
+    copies_rest: bool = True
+    """Each step of a chain begins with what is left of it."""
+    spare_definitions: bool = True
+    """Questions define other chains as well, up to as many as the evaluation asks for."""
+    long_lists: bool = True
+    """Some rows ask for as many names as the evaluation does, of chains without any step, and have no block: numbers
+    are looked up one after the other."""
     random_labels: bool = True
-    """Half of the blocks have labels that do not count from 1."""
-    short_chains: bool = True
-    """Half of the calculations have 2 to 8 chains of one or two steps, the more chains the rarer."""
+    """Most blocks have labels that do not count from 1."""
+    position_gaps: bool = True
+    """Positions are left out in half of the rows."""
+    search_share: float = 0.25
+    """Of the problems, after the first batches."""
+    first_batches: int = 300
+    """Batches that have chains without any step, so that all there is to learn is to look up names and numbers. What
+    the longer problems need too is learned so in a small part of the time."""
     train_forced_tokens: bool = False
     """Loss also on what the engine writes itself."""
     official_positions: bool = False
@@ -83,33 +103,40 @@ class RowMaker:
         self.config = config
         self.tokenizer = tokenizer
 
-    def problem(self, rng: random.Random) -> Problem:
-        """One problem of the training distribution."""
-        names = "" if self.config.random_names else LETTERS
-        if rng.random() < 0.5:
-            if self.config.short_chains and rng.random() < 0.5:
-                numbers = range(2, MOST_SHORT_CHAINS + 1)
-                (number,) = rng.choices(numbers, [0.7**n for n in numbers])
-                return sample_arithmetic(rng, number, SHORT_STEPS, names=names)
-            return sample_arithmetic(rng, rng.randint(2, MOST_CHAINS), names=names)
-        return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES), names=names)
+    def problem(self, rng: random.Random, index: int) -> tuple[Problem, Text]:
+        """One problem of batch `index`, and the text in which it is worked out."""
+        text, has_list = text_of(self.config.kind), self.config.name_list
+        is_first = index < self.config.first_batches
+        if has_list and self.config.long_lists and rng.random() < (0.4 if is_first else 0.15):
+            number = rng.randint(2, MOST_LISTED)
+            return sample_arithmetic(rng, number, (0, 0), num_spare=rng.randint(0, MOST_LISTED - number)), "plain"
+        if not is_first and rng.random() < self.config.search_share:
+            return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES)), text
+        number = rng.choices(range(2, MOST_CHAINS + 1), (4, 3, 2))[0]
+        steps = (0, 0) if is_first else FEW_STEPS if rng.random() < SHARE_OF_FEW_STEPS else STEPS
+        has_spare = has_list and self.config.spare_definitions
+        num_spare = rng.randint(0, MOST_DEFINITIONS - number) if has_spare else 0
+        problem = sample_arithmetic(rng, number, steps, num_spare=num_spare)
+        return replace(problem, has_list=has_list, copies_rest=self.config.copies_rest), text
 
-    def text(self, rng: random.Random) -> tuple[str, str]:
-        """Prompt and response of one row."""
-        problem, text = self.problem(rng), text_of(self.config.kind)
+    def text(self, rng: random.Random, index: int) -> tuple[str, str]:
+        """Prompt and response of one row of batch `index`."""
+        problem, text = self.problem(rng, index)
         prefix, start = "", 1
-        if self.config.random_labels and rng.random() < 0.5:
+        if self.config.random_labels and rng.random() < 0.9:
             start = rng.randint(1, LARGEST_START)
-            prefix = "".join(f"{rng.randint(1, 9)}." for _ in range(rng.randint(0, 4)))
+            prefix = "".join(f"{rng.randint(1, 9)}." for _ in range(rng.choice((0, 0, 1, 2, 3, 4))))
         return problem.prompt + REQUESTS[text], problem.response(text, prefix, start)
 
-    def samples(self, rng: random.Random, count: int) -> list[Sample]:
+    def samples(self, rng: random.Random, index: int, count: int) -> list[Sample]:
         """Rows as tokens with their layouts. Many texts are tokenized in one call: a call costs as much as a row."""
-        texts = [text for _ in range(count) for text in self.text(rng)]
+        texts = [text for _ in range(count) for text in self.text(rng, index)]
         tokens = self.tokenizer.tokenize_batch(texts)
-        return [self._lay_out(prompt, response) for prompt, response in zip(tokens[::2], tokens[1::2], strict=True)]
+        return [
+            self._lay_out(prompt, response, rng) for prompt, response in zip(tokens[::2], tokens[1::2], strict=True)
+        ]
 
-    def _lay_out(self, prompt: list[int], response: list[int]) -> Sample:
+    def _lay_out(self, prompt: list[int], response: list[int], rng: random.Random) -> Sample:
         assert self.tokenizer.eod is not None
         ids = [*prompt, *response, self.tokenizer.eod]
         document = Document(len(ids), len(prompt))
@@ -120,7 +147,21 @@ class RowMaker:
         layout = lay_out(document)
         if self.config.official_positions:
             layout = with_positions(layout, official_positions(document))
+        if self.config.position_gaps and rng.random() < 0.5:
+            layout = with_positions(
+                layout, gapped(layout.position_ids.astype(np.int64), self._seams(ids, len(prompt), layout), rng)
+            )
         return Sample(np.asarray(ids, dtype=np.int64), layout)
+
+    def _seams(self, ids: list[int], prompt_length: int, layout: Layout) -> list[int]:
+        """Positions [at most 4] at which the parts of a row begin: the response; the paths and the conclusion of the
+        outermost block, whose goal ends first and whose conclusion is the last; the answer."""
+        tags = self.tokenizer.structure_vocab.tag_ids
+        last = len(ids) - 1
+        found = [ids.index(tags[Tag.END_GOAL])] if tags[Tag.END_GOAL] in ids else []
+        for end in (tags[Tag.CONCLUSION], tags[Tag.END_THINK]):
+            found += [last - ids[::-1].index(end)] if end in ids else []
+        return [prompt_length, *(int(layout.position_ids[place]) + 1 for place in found)]
 
     def batch(self, index: int, num_rows: int, seq_length: int) -> dict[str, npt.NDArray[Any]]:
         """Microbatch `index`: arrays [num_rows, seq_length], see `pack_arrays`.
@@ -132,7 +173,7 @@ class RowMaker:
         samples: list[Sample] = []
         missing = num_rows * seq_length
         while missing > 0:
-            drawn = [sample for sample in self.samples(rng, SAMPLES_AT_ONCE) if len(sample.ids) <= seq_length]
+            drawn = [sample for sample in self.samples(rng, index, SAMPLES_AT_ONCE) if len(sample.ids) <= seq_length]
             samples += drawn
             missing -= sum(len(sample.ids) for sample in drawn)
         lengths = np.array([len(sample.ids) for sample in samples])
@@ -149,6 +190,18 @@ class RowMaker:
         ]
         names = ("input_ids", "labels", "loss_mask", "position_ids", "r")
         return {name: np.stack([row[name] for row in rows]) for name in names}
+
+
+def gapped(positions: npt.NDArray[np.int64], seams: list[int], rng: random.Random) -> npt.NDArray[np.int64]:
+    """Positions [N] with some left out before each seam, up to `LARGEST_GAP`, few more often than many.
+
+    What is equal stays equal and the order stays, so branches still run side by side. Longer problems have their parts
+    further apart; so does such a row (compare randomised positions, arXiv 2305.16843).
+    """
+    moved = positions.copy()
+    for seam in seams:
+        moved[positions >= seam] += round(LARGEST_GAP ** rng.random()) - 1
+    return moved
 
 
 def official_positions(document: Document) -> npt.NDArray[np.int64]:

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,14 @@ MINIATURE = Path(__file__).parents[3] / "examples" / "paper_in_miniature"
 sys.path.insert(0, str(MINIATURE))
 
 import miniature  # noqa: E402
-from miniature import STOPPED, MiniatureOptions, train_all  # noqa: E402
+from chains import Chain  # noqa: E402
+from miniature import STOPPED, MiniatureOptions, estimate, train_all  # noqa: E402
 from paper_figures import fit_latency  # noqa: E402
 from paper_report import draw, filled, read_results, tables  # noqa: E402
-from settings import runs, tokenizer  # noqa: E402
-from tasks import (  # noqa: E402
-    Satisfiability,
-    assign,
-    check,
-    sample_arithmetic,
-    sample_satisfiability,
-    solve,
-)
-from training_rows import MiniLoader, RowConfig, RowMaker, official_positions, with_positions  # noqa: E402
+from search import Satisfiability  # noqa: E402
+from settings import FULL, runs, tokenizer  # noqa: E402
+from tasks import check, sample_arithmetic, sample_satisfiability  # noqa: E402
+from training_rows import MiniLoader, RowConfig, RowMaker, gapped, official_positions, with_positions  # noqa: E402
 
 from megatron_multiverse.errors import CheckpointError, ConfigError, TrainingError  # noqa: E402
 from megatron_multiverse.structure import lay_out, parse, parse_text  # noqa: E402
@@ -38,7 +34,7 @@ from megatron_multiverse.structure.trajectory import lex  # noqa: E402
 @pytest.mark.parametrize("text", ["plain", "tagged"])
 def test_every_text_ends_with_a_right_answer(text: Any) -> None:
     rng = random.Random(0)
-    for number in (2, 4, 8):
+    for number in (2, 4, 12):
         problem = sample_arithmetic(rng, number)
         assert check(problem, problem.response(text))
         assert not check(problem, problem.response(text) + "0")
@@ -47,25 +43,76 @@ def test_every_text_ends_with_a_right_answer(text: Any) -> None:
         assert check(search, search.response(text))
 
 
-def test_a_solution_satisfies_and_only_a_solution() -> None:
-    rng = random.Random(1)
-    problems = [sample_satisfiability(rng, 4) for _ in range(40)]
-    solved = [solve(problem.clauses) for problem in problems]  # type: ignore[union-attr]
-    assert 5 < sum(model is None for model in solved) < 35
-    for problem, model in zip(problems, solved, strict=True):
-        assert isinstance(problem, Satisfiability)
-        assert problem.is_right("no") is (model is None)
-        names = sorted({name for clause in problem.clauses for name, _ in clause})
-        wins = 0
-        for bits in np.ndindex(*[2] * len(names)):
-            clauses = problem.clauses
-            for name, bit in zip(names, bits, strict=True):
-                clauses = assign(clauses, name, bool(bit))
-            given = "".join(f"{name}{bit}" for name, bit in zip(names, bits, strict=True))
-            assert problem.is_right(given) is (not clauses)
-            wins += not clauses
-        assert (wins > 0) is (model is not None)
-        assert not problem.is_right("A") and not problem.is_right("A2")
+@pytest.mark.parametrize("number", [3, 4, 6])
+def test_a_search_has_the_solutions_that_no_clause_rules_out(number: int) -> None:
+    rng = random.Random(number)
+    found = []
+    for _ in range(20):
+        problem = sample_satisfiability(rng, number)
+        all_cases = ["".join(f"{name}{bit}" for name, bit in zip(problem.variables, bits, strict=True))
+                     for bits in np.ndindex(*[2] * number)]  # fmt: skip
+        ruled_out = {case for case in all_cases for clause in problem.clauses
+                     if all(f"{name}{value}" in case for name, value in clause)}  # fmt: skip
+        right = {case for case in all_cases if problem.is_right(case)}
+        assert right == set(all_cases) - ruled_out and len(right) <= 1
+        assert problem.is_right("no") is (not right) and problem.answer == next(iter(right), "no")
+        assert not problem.is_right("") and not problem.is_right(f"{problem.variables[0]}0")
+        assert all(len({name for name, _ in clause}) == 3 for clause in problem.clauses)
+        found.append(len(right))
+    assert 3 < sum(found) < 17
+
+
+def test_a_search_tries_the_clauses_of_the_variable_that_just_got_its_value() -> None:
+    problem = Satisfiability("DEYK", ((("D", 0), ("E", 0), ("Y", 0)), (("D", 0), ("E", 0), ("K", 1))), first_mark=25)
+    assert problem.prompt == "Set DEYK, never D:; E:; Y: zD0E0Y0; K: aD0E0K1."
+    lines = problem.response("plain").splitlines()
+    assert lines[1:5] == ["D0:", "D0E0:", "D0E0Y0: z-", "Y0-"]
+    assert lines[5:8] == ["D0E0Y1: z+", "D0E0Y1K0: a+", "K0+"] and lines[-1] == "Answer: D0E0Y1K0"
+    tagged = problem.response("tagged")
+    assert "\n1.1.2.2: D0E0Y1K1: a-\nK1-\n</Path>\n<Conclusion>\nK0+K1-\n" in tagged
+    assert tagged.endswith("D0+D1+\n</Conclusion>\n</Parallel>\n</Think>\n\nAnswer: D0E0Y1K0")
+
+
+def test_a_question_names_what_it_asks_among_what_it_defines() -> None:
+    problem = sample_arithmetic(random.Random(5), 3, num_spare=4)
+    asked = [chain.name for chain in problem.chains]
+    defined = [part.split(" = ")[0] for part in problem.prompt.split(". ", 1)[1].split("; ")]
+    assert problem.prompt.startswith(f"Work out {''.join(asked)}. ")
+    assert set(asked) < set(defined) and len(defined) == 7 == len(set(defined))
+    assert [part.split(": ")[0] for part in problem.answer.split("; ")] == asked
+    assert all(f"{chain}" in problem.prompt for chain in problem.chains)
+    without = replace(sample_arithmetic(random.Random(5), 3), has_list=False)
+    assert without.prompt == f"Work out {'; '.join(map(str, without.chains))}."
+
+
+def test_each_step_of_a_chain_begins_with_what_is_left_of_it() -> None:
+    chain = Chain("M", 20, (("+", 15), ("*", 2)))
+    first, second = (
+        "ones: 0 + 5 + 0 = 5, write 5, carry 0, left 2 + 1",
+        "tens: 2 + 1 + 0 = 3, write 3, carry 0, left 0 + 0",
+    )
+    third, fourth = (
+        "ones: 5 * 2 + 0 = 10, write 0, carry 1, left 3 * 2",
+        "tens: 3 * 2 + 1 = 7, write 7, carry 0, left 0 * 2",
+    )
+    assert chain.work().split("\n") == ["M = 20 + 15 * 2", first, second, "M = 35 * 2", third, fourth, "M: 70"]
+    assert chain.work(copies_rest=False).split("\n")[0] == "M = 20 + 15"
+
+
+def test_rows_have_few_paths_and_long_lists_no_block() -> None:
+    maker = RowMaker(RowConfig(kind="multiverse"), tokenizer())
+    rng = random.Random(3)
+    first, later = ([maker.text(rng, index) for _ in range(300)] for index in (0, 5000))
+    for rows, has_steps in ((first, False), (later, True)):
+        assert any(" + " in prompt for prompt, _ in rows) is has_steps
+        assert any("never" in prompt for prompt, _ in rows) is has_steps
+        blocks = [text.split("</Goal>")[0].count("<Outline>") for _, text in rows if "<Parallel>" in text]
+        lists = [text.split("Answer")[0].count(": ") for _, text in rows if "<Parallel>" not in text]
+        assert set(blocks) == {2, 3, 4} and max(lists) == 12
+        assert all("in parallel" in prompt for prompt, text in rows if "<Parallel>" in text)
+    without = RowMaker(RowConfig(kind="multiverse", long_lists=False, first_batches=0), tokenizer())
+    rows = [without.text(rng, 0) for _ in range(100)]
+    assert all("<Parallel>" in text for _, text in rows) and any("never" in prompt for prompt, _ in rows)
 
 
 def test_labels_are_shifted_as_a_whole() -> None:
@@ -80,6 +127,17 @@ def test_labels_are_shifted_as_a_whole() -> None:
     assert parse_text(counted)  # strictly
 
 
+def test_gaps_keep_branches_side_by_side() -> None:
+    positions = np.array([0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8])  # two paths from 4 on, and what follows at 7
+    moved = gapped(positions, [2, 4, 7], random.Random(1))
+    steps = {int(old): int(new) - int(old) for old, new in zip(positions, moved, strict=True)}
+    assert all(steps[int(old)] == new - old for old, new in zip(positions, moved, strict=True))
+    assert steps[0] == steps[1] == 0 < steps[2] == steps[3] < steps[4] == steps[6] < steps[7] == steps[8]
+    for gaps in (True, False):
+        rows = RowMaker(RowConfig(kind="plain", position_gaps=gaps), tokenizer()).batch(1, 2, 4096)
+        assert bool((np.diff(rows["position_ids"]) > 1).any()) is gaps
+
+
 @pytest.mark.parametrize("name", list(runs()))
 def test_rows_are_reproducible_and_laid_out_for_their_kind(name: str) -> None:
     maker = RowMaker(runs()[name], tokenizer())
@@ -87,10 +145,9 @@ def test_rows_are_reproducible_and_laid_out_for_their_kind(name: str) -> None:
     assert all(np.array_equal(batch[key], again[key]) for key in batch)
     assert batch["input_ids"].shape == (4, 4096) and (batch["input_ids"] == maker.tokenizer.pad).mean() < 0.15
     row = {key: array[0] for key, array in batch.items()}
-    # Rows that are read one token after the other count on; branches begin again after the goal.
+    # Rows that are read one token after the other never go back; branches begin again after the goal.
     steps = np.diff(row["position_ids"])
-    jumps = steps[(steps != 1) & (row["position_ids"][1:] != 0)]
-    assert (len(jumps) > 0) is (runs()[name].kind == "multiverse")
+    assert bool(((steps <= 0) & (row["position_ids"][1:] != 0)).any()) is (runs()[name].kind == "multiverse")
     assert 0.3 < row["loss_mask"].mean() < 0.95
 
 
@@ -129,21 +186,31 @@ def test_a_loader_goes_on_where_it_stood() -> None:
 
 def fake_run(options: MiniatureOptions, name: str, device: int, devices: int) -> subprocess.Popen[bytes]:
     """A run that fails, is stopped or never ends, as its name says."""
-    script = {"counted": "exit 1", "fixed-labels": f"exit {STOPPED}", "forced-loss": "exec sleep 60"}[name]
+    script = {"no-name-list": "exit 1", "fixed-labels": f"exit {STOPPED}", "forced-loss": "exec sleep 60"}[name]
     return subprocess.Popen(["sh", "-c", script])
 
 
 def test_runs_that_fail_are_told_from_runs_that_were_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(miniature, "start_run", fake_run)
-    with pytest.raises(TrainingError, match=r"1 runs failed.*counted\.log"):
-        train_all(MiniatureOptions(runs=["counted"], output=tmp_path))
+    with pytest.raises(TrainingError, match=r"1 runs failed.*no-name-list\.log"):
+        train_all(MiniatureOptions(runs=["no-name-list"], output=tmp_path))
     assert train_all(MiniatureOptions(runs=["fixed-labels"], output=tmp_path)) is False
     assert train_all(MiniatureOptions(runs=["forced-loss"], output=tmp_path, minutes=0.01)) is False
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "counted.json").write_text("{}")
-    assert train_all(MiniatureOptions(runs=["counted"], output=tmp_path)) is True
+    (tmp_path / "results" / "no-name-list.json").write_text("{}")
+    assert train_all(MiniatureOptions(runs=["no-name-list"], output=tmp_path)) is True
     with pytest.raises(ConfigError, match="known are multiverse-0"):
         train_all(MiniatureOptions(runs=["none"], output=tmp_path))
+
+
+def test_the_time_of_missing_runs_is_told_from_those_that_are_done(tmp_path: Path) -> None:
+    options = MiniatureOptions(output=tmp_path)
+    (tmp_path / "results").mkdir()
+    seconds = FULL.train_iters * FULL.rows * FULL.seq_length / FULL.tokens_per_s
+    assert f"about {seconds:.0f} s each and evaluation, {2 * seconds:.0f} s in all" in estimate(options, ["a"] * 5, 4)
+    (tmp_path / "results" / "plain-0.json").write_text('{"training_s": 90, "evaluation_s": 11}')
+    (tmp_path / "results" / "plain-1.json").write_text('{"training_s": null, "evaluation_s": 11}')  # trained before
+    assert "about 101 s each as those here took, 101 s in all" in estimate(options, ["a"] * 4, 4)
 
 
 def test_the_fit_finds_its_own_formula() -> None:
@@ -158,14 +225,14 @@ def test_tables_and_figures_come_from_results(tmp_path: Path) -> None:
     run = {"steps": 5, "parameters": 7, "tokens": 9, "loss": 0.5, "tokens_per_s": 99, "device": "CPU", "sets": sets}
     row = {"seconds": 0.2, "tokens": 30, "critical": 10, "right": 1, "chains": 4, "batch": 1}
     modes = {"parallel": [row], "one branch at a time": [row | {"seconds": 0.8}], "plain": [row | {"seconds": 0.5}]}
-    contents = dict.fromkeys(("multiverse-0", "multiverse-1", "plain-0", "counted"), run)
+    contents = dict.fromkeys(("multiverse-0", "multiverse-1", "plain-0", "no-name-list"), run)
     for name, content in {**contents, "alone": {"modes": modes}, "batched": {"modes": modes}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     results = read_results(tmp_path)
     made = tables(results)
     assert "| 4 | 1 of 1 | 3.00 | 500 | 800 | 200 | 2.50 | 4.00 |" in made["alone"]
     assert "| 1 | 1 | 1 | 500 | 200 | 2.50 | 4.00 |" in made["batch"]
-    assert "Not run yet: tagged-0, four-paths, " in made["training"]
+    assert "Not run yet: tagged-0, looks-back, " in made["training"]
     assert "| 8 chains, more than trained | 50.0 | 50.0 ± 0.0 |" in made["accuracy"]
     assert (
         filled("a\n<!-- batch -->\nold\n<!-- end -->\nb", results)

@@ -1,0 +1,132 @@
+"""Chains of calculations side by side: a block with one path for each chain."""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from texts import LETTERS, Text, shift_labels
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
+
+from task import column_steps
+
+from megatron_multiverse.structure import Block, render
+
+STEPS = (2, 4)
+"""Fewest and most steps of a chain."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A calculation from left to right: a number, then operators with their operands."""
+
+    name: str
+    first: int
+    steps: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} = {self.first}" + "".join(f" {operator} {operand}" for operator, operand in self.steps)
+
+    @property
+    def values(self) -> list[int]:
+        """The first number, and the result of every step."""
+        values = [self.first]
+        for operator, operand in self.steps:
+            left = values[-1]
+            values.append({"+": left + operand, "-": left - operand, "*": left * operand}[operator])
+        return values
+
+    @property
+    def result(self) -> str:
+        """As it stands in conclusions and answers."""
+        return f"{self.name}: {self.values[-1]}"
+
+    def work(self, copies_rest: bool = True) -> str:
+        """The calculation column by column. Each of its steps begins with a line of what is left of the chain, so that
+        all it needs stands in the step before; without `copies_rest` of the step alone, so that the next one must be
+        looked up in the question."""
+        lines = []
+        for index, (left, (operator, operand)) in enumerate(zip(self.values, self.steps, strict=False)):
+            rest = self.steps[index:] if copies_rest else self.steps[index : index + 1]
+            lines += [str(Chain(self.name, left, rest)), *column_steps(operator, left, operand)]
+        return "\n".join([*lines, self.result])
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Independent chains: a block with one path for each.
+
+    The question names the chains that are asked for, one letter after the other, and then defines them, in any order
+    and with others among them. So the next path is found in the same way however many there are: its name is the letter
+    after the name before. A result stands after ``NAME:``, which stands nowhere else.
+    """
+
+    chains: tuple[Chain, ...]
+    """What is asked for, in this order."""
+    definitions: tuple[Chain, ...]
+    """These and others, as the question defines them."""
+    has_list: bool = True
+    """Otherwise the question has no list of names, and all that it defines is asked for."""
+    copies_rest: bool = True
+    """See `Chain.work`."""
+
+    @property
+    def prompt(self) -> str:
+        """The question, without the request to think in one way or the other."""
+        if not self.has_list:
+            return f"Work out {'; '.join(map(str, self.chains))}."
+        names = "".join(chain.name for chain in self.chains)
+        return f"Work out {names}. {'; '.join(map(str, self.definitions))}."
+
+    @property
+    def answer(self) -> str:
+        """The right answer."""
+        return "; ".join(chain.result for chain in self.chains)
+
+    def response(self, text: Text, prefix: str = "", start: int = 1) -> str:
+        """The work and the answer.
+
+        Args:
+            text: plain or tagged.
+            prefix: what the labels of the outermost block start with.
+            start: the number of its first path; other than 1 only where labels are randomised.
+        """
+        if text == "plain":
+            thought = "\n".join(chain.work(self.copies_rest) for chain in self.chains)
+        else:
+            names = tuple(chain.name for chain in self.chains)
+            block = Block(names, tuple((chain.work(self.copies_rest),) for chain in self.chains), self.answer)
+            thought = shift_labels(render([block], prefix=prefix), prefix, start, len(names))
+        return f"<Think>\n{thought}\n</Think>\n\nAnswer: {self.answer}"
+
+    def is_right(self, answer: str) -> bool:
+        """Whether an answer gives every result and nothing else."""
+        return answer == self.answer
+
+
+def sample_chain(rng: random.Random, name: str, num_steps: int) -> Chain:
+    """A chain whose results all keep to four digits."""
+    chain = Chain(name, rng.randint(10, 999), ())
+    while len(chain.steps) < num_steps:
+        value, operator = chain.values[-1], rng.choice("+-*")
+        operand = rng.randint(2, 9) if operator == "*" else rng.randint(10, 999)
+        if operator == "-" and operand > value:
+            continue
+        longer = Chain(name, chain.first, (*chain.steps, (operator, operand)))
+        if longer.values[-1] <= 9999:
+            chain = longer
+    return chain
+
+
+def sample_arithmetic(
+    rng: random.Random, num_chains: int, steps: tuple[int, int] = STEPS, *, num_spare: int = 0
+) -> Arithmetic:
+    """Chains of so many steps, from the fewest to the most, and as many more that are defined but not asked for."""
+    names = rng.sample(LETTERS, num_chains + num_spare)
+    defined = [sample_chain(rng, name, rng.randint(*steps)) for name in names]
+    chains = tuple(defined[:num_chains])
+    rng.shuffle(defined)
+    return Arithmetic(chains, tuple(defined))
