@@ -24,7 +24,7 @@ from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.inference import Engine, Request
 from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.inference.step.runner import PendingOutput
-from megatron_multiverse.kernels.tree_decode import divide_work, group_rows, most_parts
+from megatron_multiverse.kernels.tree_decode import divide_work, group_rows, most_parts, most_sharers
 from megatron_multiverse.structure import TAGS, StructureVocab
 
 VOCAB_SIZE = 128
@@ -69,7 +69,7 @@ class NoModel(nn.Module):
         return logits
 
 
-KV_HEADS, PROCESSORS = 4, 132
+HEADS, KV_HEADS, PROCESSORS = 28, 4, 132
 """Of Qwen2.5-7B and of an H100: what a list of work is made for."""
 
 
@@ -88,6 +88,7 @@ def work_list(plan: StepPlan, page_size: int) -> None:
         kv_heads=KV_HEADS,
         processors=PROCESSORS,
         slots=most_parts(len(plan.ids)),
+        sharers=most_sharers(HEADS, KV_HEADS),
     )
 
 

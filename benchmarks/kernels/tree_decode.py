@@ -1,5 +1,5 @@
-"""Attention of a decode step whose rows share a prefix, on one GPU: the prefix read once by up to eight rows, as the
-engine does, beside plain paged decoding of the same rows by the same kernel.
+"""Attention of a decode step whose rows share a prefix, on one GPU: the prefix read once by as many rows as fill a
+tile, as the engine does, beside plain paged decoding of the same rows by the same kernel.
 
 Every row also has tokens of its own. The caches of several layers take turns, so that none is left in the L2 cache from
 the call before. What counts as moved are the keys and values of the prefix, once, and those of the rows.
@@ -21,7 +21,14 @@ from benchmarks.kernels.record import Recorder
 from benchmarks.kernels.timing import Step, in_turns
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.kernels.device import processors
-from megatron_multiverse.kernels.tree_decode import DeviceWork, Work, divide_work, most_parts, tree_decode_reference
+from megatron_multiverse.kernels.tree_decode import (
+    DeviceWork,
+    Work,
+    divide_work,
+    most_parts,
+    most_sharers,
+    tree_decode_reference,
+)
 
 L2_BYTES = 200 << 20
 """More than any L2 cache has."""
@@ -62,9 +69,9 @@ def main() -> None:
     for rows, prefix in [*cases, *([o.longest] if o.longest else [])]:
         measure(recorder, o, rows, prefix, read)
     recorder.table(
-        "Microseconds of one layer: `shared_us` by a list of work that reads a shared prefix once for eight rows, "
-        "`plain_us` by a list in which each row reads all its pages, `engine_us` by the one that the engine takes. "
-        "`share`: of the rate at which this GPU reads a large tensor, with a shared prefix counted once."
+        "Microseconds of one layer: `shared_us` by a list of work that reads a shared prefix once for as many rows as "
+        "fill a tile, `plain_us` by a list in which each row reads all its pages, `engine_us` by the one that the "
+        "engine takes. `share`: of the rate at which this GPU reads a large tensor, with a shared prefix counted once."
     )
 
 
@@ -75,13 +82,14 @@ def measure(recorder: Recorder, o: Options, rows: int, prefix: int, read: float)
     divide = partial(
         divide_work, pages, lengths, borders, page_size=o.page_size, kv_heads=o.kv_heads,
         processors=processors(torch.device("cuda")), slots=most_parts(rows),
+        sharers=most_sharers(o.heads, o.kv_heads),
     )  # fmt: skip
     works = {"shared": divide(least_shared=o.page_size), "plain": divide(least_shared=1 << 30)}
     size = 2 * num_pages * o.page_size * o.kv_heads * o.dim * 2
     layers = max(1, -(-L2_BYTES // size))
     cache = torch.randn(layers, 2, num_pages, o.page_size, o.kv_heads, o.dim, device="cuda", dtype=torch.bfloat16)
     query = torch.randn(rows, o.heads, o.dim, device="cuda", dtype=torch.bfloat16)
-    calls = {name: attend(work, pages, query, cache) for name, work in works.items()}
+    calls = {name: attend(work, query, cache) for name, work in works.items()}
     errors = {name: error(call(0), query, cache[0], pages, lengths, borders) for name, call in calls.items()}
     if max(errors.values()) > TOLERANCE:
         raise SystemExit(f"{rows} rows after {prefix} tokens: wrong by {errors}")
@@ -108,9 +116,9 @@ def tables(
     return pages, np.full(rows, prefix + own, dtype=np.int32), len(order)
 
 
-def attend(work: Work, pages: npt.NDArray[np.int32], query: Tensor, cache: Tensor) -> Any:
+def attend(work: Work, query: Tensor, cache: Tensor) -> Any:
     """A call of a layer's number."""
-    there = DeviceWork.upload(pages, work, query.device)
+    there = DeviceWork.upload(work, query.device)
     return lambda layer: there(query, cache[layer, 0], cache[layer, 1], query.shape[-1] ** -0.5)
 
 

@@ -6,6 +6,7 @@ products.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from .reference import (
     linear_swiglu_reference,
     quantize_rows,
     rms_norm,
+    split_rows,
 )
 
 MAX_ROWS = 32
@@ -68,7 +70,7 @@ def linear_add(
 def _few_rows(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
     """Whether the kernel for few rows multiplies."""
     if scale is not None:
-        return x.is_cuda and x.dtype.itemsize == 2 and len(x) <= MAX_ROWS
+        return x.is_cuda and x.dtype == torch.bfloat16 and len(x) <= MAX_ROWS
     return _on_gpu(x, weight) and len(x) <= MAX_ROWS
 
 
@@ -88,4 +90,5 @@ __all__ = [
     "norm",
     "quantize_rows",
     "rms_norm",
+    "split_rows",
 ]

@@ -37,6 +37,20 @@ def dequantize_rows(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) ->
     return weight if scale is None else weight.to(dtype) * scale[:, None].to(dtype)
 
 
+def split_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [n, width] as two parts in FP8 [n, 2, width] and a float32 scale [n], a power of two.
+
+    x is scale * (first + second / 16): in bfloat16 exactly what is at least 2^-13 of the greatest number of its row, as
+    each part has four of the eight significant bits, and what is smaller to 2^-21 of the greatest.
+    """
+    most = x.abs().amax(1).float()
+    scale = torch.exp2((torch.frexp(most).exponent.float() - 8).clamp(-126, 126))
+    scaled = x.float() / scale[:, None]
+    first = scaled.to(FP8)
+    second = ((scaled - first.float()) * 16).to(FP8)
+    return torch.stack((first, second), 1), scale
+
+
 def linear_swiglu_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear, then silu(first half) * second half: x [n, in], weight [2 * ffn, in] -> [n, ffn]."""
     gate, up = F.linear(x, weight, bias).chunk(2, dim=-1)

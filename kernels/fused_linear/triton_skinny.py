@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .triton_rows import split_rows_triton
+
 
 @triton.jit
 def _prefetch(address):
@@ -28,7 +30,7 @@ def _prefetch(address):
 
 
 @triton.jit
-def _skinny_kernel(x, weight, bias, scale, out, partial, arrived, rows, depth, width, x_row, out_row,
+def _skinny_kernel(x, x_scale, weight, scale, bias, out, partial, arrived, rows, depth, width, x_row, out_row,
                    ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
                    SWIGLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
                    PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -36,17 +38,24 @@ def _skinny_kernel(x, weight, bias, scale, out, partial, arrived, rows, depth, w
 
     With SWIGLU half of these rows belong to the gate and half to what it opens.
 
+    Weights in FP8 (SCALED) are multiplied by the tensor cores as they are: what the parts of x give is exact, and the
+    tensor cores, which add up FP8 products with few bits, hand over their sums after every tile.
+
     Args:
+        x: [rows, depth], or with SCALED what `split_rows` makes of that, [2 * rows, depth].
+        x_scale: float32 [rows], if SCALED.
         partial: float32 [SPLITS, ROWS, rows of weight].
         arrived: int32 [programs along i], zero; left zero.
-        rows, depth, width: x is [rows, depth], out [rows, width].
-        scale: float32, one for each row of a weight in FP8, if SCALED.
+        rows, depth, width: out is [rows, width].
+        scale: float32, one for each row of the weights, if SCALED.
         x_row, out_row: elements from one row to the next.
         PREFETCH: bytes of each weight row asked for before the wait.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     outputs: tl.constexpr = BLOCK_OUT // 2 if SWIGLU else BLOCK_OUT
+    parts: tl.constexpr = 2 if SCALED else 1
     lane, row, k = tl.arange(0, BLOCK_OUT), tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    part = tl.arange(0, parts * ROWS)
     output = tile * outputs + lane % outputs
     in_width, in_rows = output < width, row < rows
     weight_row = tl.where(in_width, output + lane // outputs * width, 0)
@@ -62,13 +71,19 @@ def _skinny_kernel(x, weight, bias, scale, out, partial, arrived, rows, depth, w
             _prefetch(lines.to(tl.int64, bitcast=True))
         gdc_wait()
         gdc_launch_dependents()
-    sums = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
+    sums = tl.zeros((BLOCK_OUT, parts * ROWS), tl.float32)
     for start in range(begin, end, BLOCK_K):
         place = start + k
         inside = place < end
         w = tl.load(first + place[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-        part = tl.load(x + row[None, :] * x_row + place[:, None], mask=in_rows[None, :] & inside[:, None], other=0.0)
-        sums = tl.dot(w.to(part.dtype), part, sums)
+        there = (part < parts * rows)[None, :] & inside[:, None]
+        sums = tl.dot(
+            w, tl.load(x + part[None, :] * x_row + place[:, None], mask=there, other=0.0), sums,
+            max_num_imprecise_acc=BLOCK_K if SCALED else None,
+        )  # fmt: skip
+    if SCALED:
+        high, low = tl.split(tl.reshape(sums, (BLOCK_OUT, ROWS, 2)))
+        sums = (high + low / 16) * tl.load(x_scale + row, mask=in_rows, other=0.0)[None, :]
     last = True
     if SPLITS > 1:
         plane = ROWS * (2 * width if SWIGLU else width)
@@ -113,9 +128,14 @@ def _blocks(depth: int, width: int, swiglu: bool, lanes: int, itemsize: int) -> 
     Args:
         depth, width, swiglu: see `skinny_linear`.
         lanes: rows of x, rounded up.
-        itemsize: bytes of a weight; tiles of FP8 are as many bytes, so twice as deep.
+        itemsize: bytes of a weight.
     """
     rows = width * (2 if swiglu else 1)
+    if itemsize == 1:
+        # 64 rows are the least that tensor cores take from shared memory as they are.
+        splits = 1 if rows >= 8192 else max(1, min(depth // 1024, round(264 / triton.cdiv(rows, 64))))
+        sizes = {"BLOCK_OUT": 64, "BLOCK_K": 256, "SPLITS": splits, "PREFETCH": 256}
+        return sizes | {"num_warps": 4, "num_stages": 4 if lanes == 8 else 3}
     splits = 1
     if swiglu and depth < 2048:
         tile, warps, stages = (128, 128), 8 if lanes == 16 else 4, 4
@@ -134,8 +154,6 @@ def _blocks(depth: int, width: int, swiglu: bool, lanes: int, itemsize: int) -> 
         splits = max(1, min(depth // 512, round(230 / triton.cdiv(rows, tile[0]))))
         warps, stages = (8 if tile[0] == 64 and depth < 8192 else 4), 4 if tile[0] == 64 else 5
     sizes = dict(zip(("BLOCK_OUT", "BLOCK_K"), tile, strict=True))
-    if itemsize == 1:
-        sizes["BLOCK_K"] *= 2
     prefetch = 512 if depth < 2048 else 256
     return sizes | {"SPLITS": splits, "num_warps": warps, "num_stages": stages, "PREFETCH": prefetch}
 
@@ -169,15 +187,17 @@ def skinny_linear(
     rows, depth = x.shape
     width = weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = x.new_empty(rows, width) if residual is None else residual
-    lanes = max(16, triton.next_power_of_2(rows))
+    scaled = scale is not None
+    parts, x_scale = split_rows_triton(x, pdl=pdl) if scaled else (x, x)
+    lanes = max(8 if scaled else 16, triton.next_power_of_2(rows))
     blocks = blocks or _blocks(depth, width, swiglu, lanes, weight.dtype.itemsize)
     splits = blocks["SPLITS"]
     partial = x.new_empty((splits, lanes, weight.shape[0]), dtype=torch.float32) if splits > 1 else out
     options = {"launch_pdl": True} if pdl else {}
     _skinny_kernel[(triton.cdiv(weight.shape[0], blocks["BLOCK_OUT"]), splits)](
-        x, weight, x if bias is None else bias, x if scale is None else scale, out, partial,
-        _counters(x.device), rows, depth, width, x.stride(0), out.stride(0), ROWS=lanes,
-        SWIGLU=swiglu, BIAS=bias is not None, RESIDUAL=residual is not None, SCALED=scale is not None, PDL=pdl,
+        parts, x_scale, weight, scale if scaled else x, x if bias is None else bias, out, partial,
+        _counters(x.device), rows, depth, width, parts.stride(-2), out.stride(0), ROWS=lanes,
+        SWIGLU=swiglu, BIAS=bias is not None, RESIDUAL=residual is not None, SCALED=scaled, PDL=pdl,
         **blocks, **options,
     )  # fmt: skip
     return out

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..device import processors
 from .prompt import Prompt, attend_prompt
 from .reference import RowGroup, attend_groups, group_rows, tree_decode_reference
-from .work import Work, divide_work, most_parts
+from .work import Work, divide_work, most_parts, most_sharers
 
 tree_decode = tree_decode_reference
 
@@ -25,7 +25,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(query, keys, values, softmax scale) -> what the new tokens of a step attend to."""
 
 LONGEST_LISTED = 64
-"""Tokens of a row beyond which it is a prompt, whose keys are better read once than once per eight tokens."""
+"""Tokens of a row beyond which it is a prompt, whose keys are better read once than once per tile of query heads."""
 
 
 @dataclass(eq=False)
@@ -65,17 +65,17 @@ class TreeDecode:
         if long.all():
             return Mixed(prompts, None, None)
         counts = np.diff(borders)
-        rest = pages[~long]
         work = divide_work(
-            rest,
+            pages[~long],
             lengths[~long],
             np.concatenate(([0], np.cumsum(counts[~long]))),
             page_size=page_size,
             kv_heads=kv_heads,
             processors=processors(query.device),
             slots=most_parts(int(counts[~long].sum())),
+            sharers=most_sharers(query.shape[1], kv_heads),
         )
-        device_work = DeviceWork.upload(rest, work, query.device)
+        device_work = DeviceWork.upload(work, query.device)
         if not prompts:
             return device_work
         tokens = torch.from_numpy(np.flatnonzero(np.repeat(~long, counts))).to(query.device)
@@ -114,7 +114,7 @@ class Mixed:
 
 
 class DeviceWork:
-    """A list of work on the GPU, see `work.Work`; `pages` is the flat page table."""
+    """A list of work on the GPU, see `work.Work`."""
 
     def __init__(
         self, pages: Tensor, items: Tensor, tokens: Tensor, limits: Tensor, counts: Tensor, slots: int
@@ -123,13 +123,13 @@ class DeviceWork:
         self.counts, self.slots = counts, slots
 
     @classmethod
-    def upload(cls, pages: npt.NDArray[np.int32], work: Work, device: torch.device) -> DeviceWork:
+    def upload(cls, work: Work, device: torch.device) -> DeviceWork:
         """Bring a list to the GPU."""
 
         def up(array: npt.NDArray[np.int32]) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        return cls(up(pages.reshape(-1)), up(work.items), up(work.tokens), up(work.limits), up(work.counts), work.slots)
+        return cls(up(work.pages), up(work.items), up(work.tokens), up(work.limits), up(work.counts), work.slots)
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, softmax_scale: float) -> Tensor:
         """See `TreeDecode`."""
@@ -151,6 +151,7 @@ __all__ = [
     "divide_work",
     "group_rows",
     "most_parts",
+    "most_sharers",
     "tree_decode",
     "tree_decode_reference",
 ]

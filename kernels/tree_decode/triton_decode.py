@@ -36,10 +36,11 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
     limit = tl.load(item_limits + item * SHARERS + sharer, mask=sharer < SHARERS, other=0)
     in_dim, asked = lane < DIM, token >= 0
     count = tl.load(counts + token, mask=asked & (start < end), other=0)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    # Padding of the list ends at once: it would keep a place that a program of the next launch could have.
     if start < end:
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
         at = query + token[:, None] * q_token + head[:, None] * q_head + lane[None, :]
         q = tl.load(at, mask=asked[:, None] & in_dim[None, :], other=0.0)
         top = tl.full((M,), float("-inf"), tl.float32)
@@ -47,13 +48,13 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
         sums = tl.zeros((M, LANES), tl.float32)
         # The page of a block is loaded one block ahead, so that loading its keys need not wait for it.
         ahead = start + tl.arange(0, BLOCK)
-        page = tl.load(pages + first_page + ahead // PAGE, mask=ahead < end, other=0)
+        page = tl.load(pages + (first_page + ahead // PAGE), mask=ahead < end, other=0)
         for block in range(start, end, BLOCK):
             key = block + tl.arange(0, BLOCK)
             # What lies after the end may be anything, NaN included, so it is never read.
             inside = key < end
             place = ((page.to(tl.int64) * PAGE + key % PAGE) * GROUPS + group) * DIM
-            page = tl.load(pages + first_page + (key + BLOCK) // PAGE, mask=key + BLOCK < end, other=0)
+            page = tl.load(pages + (first_page + (key + BLOCK) // PAGE), mask=key + BLOCK < end, other=0)
             loaded = inside[:, None] & in_dim[None, :]
             k = tl.load(keys + place[:, None] + lane[None, :], mask=loaded, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)

@@ -18,8 +18,8 @@ LEAST_PIECE = 2 * BLOCK
 """Fewer keys are not worth a program and a part of their own."""
 LEAST_SHARED = 4 * BLOCK
 """Shared keys below which rows are not looked at together: the merge would cost more than the reads it saves."""
-SHARERS = 8
-"""Queries that share an item."""
+LEAST_TILE, SHARERS = 16, 8
+"""Rows of the tensor cores' smallest tile, and queries for whose heads tiles are made; see `most_sharers`."""
 
 Int32s = npt.NDArray[np.int32]
 
@@ -28,7 +28,7 @@ class Work(NamedTuple):
     """The list for `triton_decode.tree_decode_triton`."""
 
     items: Int32s
-    """[items, 4]: where the row's pages begin in the flat page table, first key, end of the keys, and which part of its
+    """[items, 4]: where in `pages` the page of key 0 would stand, first key, end of the keys, and which part of its
     queries this is. A stretch from 0 to 0 is padding."""
     tokens: Int32s
     """[items, sharers], the queries; -1 is none."""
@@ -36,6 +36,8 @@ class Work(NamedTuple):
     """[items, sharers], keys of the row that each query sees."""
     counts: Int32s
     """[tokens], parts of each query."""
+    pages: Int32s
+    """Flat: the pages of every stretch, one after the other."""
     slots: int
     """Most parts a query may have; 1 if all have one, so that nothing is to be merged."""
 
@@ -51,7 +53,14 @@ class Stretch(NamedTuple):
 
 def most_parts(queries: int) -> int:
     """Parts a query may have in a step of `queries`: many where few queries must keep the whole GPU busy."""
-    return max(8, min(64, 512 // queries))
+    return 8 if queries > 64 else max(16, min(64, 512 // queries))
+
+
+def most_sharers(heads: int, kv_heads: int) -> int:
+    """Queries that may share an item, with so many query heads over so many key/value heads: as many as the tile for
+    the heads of eight has rows for."""
+    rows = max(LEAST_TILE, 1 << (SHARERS * heads // kv_heads - 1).bit_length())
+    return rows * kv_heads // heads
 
 
 def divide_work(
@@ -63,6 +72,7 @@ def divide_work(
     kv_heads: int,
     processors: int,
     slots: int,
+    sharers: int,
     least_shared: int = LEAST_SHARED,
 ) -> Work:
     """The work of a step, as `tree_decode_reference` describes it.
@@ -75,27 +85,44 @@ def divide_work(
         kv_heads: key/value heads; every item is looked at once per head.
         processors: multiprocessors to be kept busy.
         slots: most parts a query may have.
+        sharers: queries that may share an item, see `most_sharers`.
         least_shared: keys that neighbouring rows must share to be looked at together.
     """
     counts = np.diff(borders)
     stretches = _stretches(pages, lengths, page_size, least_shared)
     if stretches is None and len(counts) == borders[-1]:
-        return _alone(lengths, pages.shape[1], kv_heads, processors, slots)
+        return _alone(pages, lengths, kv_heads, processors, slots)
     limits = np.repeat(lengths - counts + 1, counts) + np.arange(borders[-1]) - np.repeat(borders[:-1], counts)
     depth = 0 if stretches is None else _depth(stretches, borders)
     if stretches is None or depth > slots // 2:
         stretches, depth = [Stretch(row, row + 1, 0, int(length)) for row, length in enumerate(lengths)], 1
-    # One seat for every stretch and group of queries that look at it together.
-    seats = np.array(
+    tables, bases = _tables(pages, stretches, page_size)
+    seats = _seats(stretches, bases, borders, sharers)
+    piece = _piece(seats[:, 2] - seats[:, 1], int(lengths.max()), kv_heads, 2 * processors, slots - depth)
+    return _cut(seats, piece, tables, limits.astype(np.int32), slots, sharers)
+
+
+def _tables(pages: Int32s, stretches: list[Stretch], page_size: int) -> tuple[Int32s, list[int]]:
+    """The pages of the stretches, flat, and where among them the page of each one's key 0 would stand."""
+    parts = [pages[stretch.first, stretch.start // page_size : -(-stretch.end // page_size)] for stretch in stretches]
+    begins = np.cumsum([0, *map(len, parts)])
+    bases = [int(begin) - stretch.start // page_size for begin, stretch in zip(begins[:-1], stretches, strict=True)]
+    return np.concatenate(parts), bases
+
+
+def _seats(
+    stretches: list[Stretch], bases: list[int], borders: npt.NDArray[np.int64], sharers: int
+) -> npt.NDArray[np.int64]:
+    """One for every stretch and group of queries that look at it together, [seats, 5]: where its page of key 0 would
+    stand, first key, end of the keys, first query, end of the queries."""
+    return np.array(
         [
-            (stretch.first, stretch.start, stretch.end, token, min(token + SHARERS, int(borders[stretch.last])))
-            for stretch in stretches
-            for token in range(int(borders[stretch.first]), int(borders[stretch.last]), SHARERS)
+            (base, stretch.start, stretch.end, token, min(token + sharers, int(borders[stretch.last])))
+            for base, stretch in zip(bases, stretches, strict=True)
+            for token in range(int(borders[stretch.first]), int(borders[stretch.last]), sharers)
         ],
         dtype=np.int64,
     )
-    piece = _piece(seats[:, 2] - seats[:, 1], int(lengths.max()), kv_heads, 2 * processors, slots - depth)
-    return _cut(seats, piece, pages.shape[1], limits.astype(np.int32), slots)
 
 
 def _piece(sizes: npt.NDArray[np.signedinteger], longest: int, kv_heads: int, programs: int, most: int) -> int:
@@ -110,7 +137,7 @@ def _even_pieces(sizes: npt.NDArray[np.signedinteger], piece: int) -> npt.NDArra
     return -(-sizes // (parts * BLOCK)) * BLOCK
 
 
-def _alone(lengths: npt.NDArray[np.int32], width: int, kv_heads: int, processors: int, slots: int) -> Work:
+def _alone(pages: Int32s, lengths: npt.NDArray[np.int32], kv_heads: int, processors: int, slots: int) -> Work:
     """The work of rows with one query each that share nothing: what most decode steps are."""
     # Two programs for every multiprocessor hide each other's waits; where there is about one anyway, a second part and
     # the merge would cost more than that.
@@ -123,10 +150,11 @@ def _alone(lengths: npt.NDArray[np.int32], width: int, kv_heads: int, processors
     part = np.arange(len(owner), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
     items = np.empty((len(owner), 4), dtype=np.int32)
     pieces = pieces[owner]
-    items[:, 0], items[:, 1], items[:, 3] = owner * width, part * pieces, part
+    items[:, 0], items[:, 1], items[:, 3] = owner * pages.shape[1], part * pieces, part
     limits = lengths[owner]
     np.minimum(items[:, 1] + pieces, limits, out=items[:, 2])
-    return Work(items, owner[:, None], limits[:, None], counts, slots if len(owner) > len(lengths) else 1)
+    most = slots if len(owner) > len(lengths) else 1
+    return Work(items, owner[:, None], limits[:, None], counts, pages.reshape(-1), most)
 
 
 def _depth(stretches: list[Stretch], borders: npt.NDArray[np.int64]) -> int:
@@ -137,7 +165,7 @@ def _depth(stretches: list[Stretch], borders: npt.NDArray[np.int64]) -> int:
     return int(depth.max())
 
 
-def _cut(seats: npt.NDArray[np.int64], piece: int, width: int, limits: Int32s, slots: int) -> Work:
+def _cut(seats: npt.NDArray[np.int64], piece: int, pages: Int32s, limits: Int32s, slots: int, sharers: int) -> Work:
     """Cut every stretch into pieces and number the parts of each query."""
     sizes = seats[:, 2] - seats[:, 1]
     each = _even_pieces(sizes, piece)
@@ -152,12 +180,12 @@ def _cut(seats: npt.NDArray[np.int64], piece: int, width: int, limits: Int32s, s
         base[seat] = counts[begin]
         counts[begin:end] = base[seat] + number
     items = np.empty((len(owner), 4), dtype=np.int32)
-    items[:, 0], items[:, 1] = seats[owner, 0] * width, start
+    items[:, 0], items[:, 1] = seats[owner, 0], start
     items[:, 2], items[:, 3] = np.minimum(start + each[owner], seats[owner, 2]), base[owner] + index
-    tokens = seats[owner, 3, None] + np.arange(SHARERS)
+    tokens = seats[owner, 3, None] + np.arange(sharers)
     tokens = np.where(tokens < seats[owner, 4, None], tokens, -1).astype(np.int32)
     limits = np.where(tokens >= 0, limits[tokens], 0).astype(np.int32)
-    return Work(items, tokens, limits, counts, slots if counts.max() > 1 else 1)
+    return Work(items, tokens, limits, counts, pages, slots if counts.max() > 1 else 1)
 
 
 def _stretches(pages: Int32s, lengths: npt.NDArray[np.int32], page_size: int, least: int) -> list[Stretch] | None:

@@ -14,7 +14,14 @@ import torch
 from torch import nn
 
 from megatron_multiverse.config import SamplingParams
-from megatron_multiverse.inference.bench_script import CONCLUSION, TEXT, Script, block_header, block_script
+from megatron_multiverse.inference.bench_script import (
+    CONCLUSION,
+    TEXT,
+    Script,
+    alike_tokens,
+    block_header,
+    block_script,
+)
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
@@ -148,7 +155,7 @@ def joint(engine: Engine, prompt: Sequence[int], branches: int, tokens: int) -> 
     step = statistics.median(itertools.compress(times, inside))
     more_steps = steps - root - max(paths)
     extra = more_steps * step + excess(times, inside)
-    needed = len(result.prompt_ids) - result.cached_tokens + len(result.token_ids)
+    needed = len(result.prompt_ids) - result.cached_tokens + len(result.token_ids) - alike_tokens(branches)
     return {
         "case": f"fork and join of {branches}, {'overlapped' if engine.overlap else 'in turn'}",
         "overlap": engine.overlap,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,19 @@ def block_header(branches: int) -> list[int]:
     """From `<Parallel>` to `</Goal>`, with so many outlines."""
     ids = [Tag.PARALLEL, NEWLINE, Tag.GOAL]
     for path in range(branches):
-        ids += [NEWLINE, Tag.OUTLINE, NEWLINE, *(DIGITS + int(digit) for digit in str(path + 1)), COLON, TEXT]
-        ids.append(Tag.END_OUTLINE)
+        ids += [NEWLINE, Tag.OUTLINE, NEWLINE, *_label(path), TEXT, Tag.END_OUTLINE]
     return [int(token) for token in (*ids, NEWLINE, Tag.END_GOAL)]
+
+
+def _label(path: int) -> list[int]:
+    return [*(DIGITS + int(digit) for digit in str(path + 1)), COLON]
+
+
+def alike_tokens(branches: int) -> int:
+    """Forced tokens of all paths but the first that are not computed, being those which the first one begins with."""
+    first, *others = (VOCAB.path_prefix(_label(path)) for path in range(branches))
+    pairs = (zip(first, other, strict=False) for other in others)
+    return sum(len(list(takewhile(lambda ids: ids[0] == ids[1], both))) for both in pairs)
 
 
 class Script:

@@ -130,6 +130,19 @@ class Draft:
             self._sources.append((len(self._ids), coming))
             self._ids.append(0)
 
+    def begin_like(self, branch: Branch, node: Node, first: Branch, first_node: Node) -> None:
+        """What a path that is not fed yet begins with like a sibling, as far as that one is fed, is computed only
+        there: the same tokens at the same positions after the same text have the same keys."""
+        most = min(first.fed, branch.feed_end - 1)  # its last token is fed, to draw the next one
+        ids, positions = zip(branch.ids, first.ids, strict=False), zip(branch.positions, first.positions, strict=False)
+        alike = 0
+        for (token, other), (position, at), _ in zip(ids, positions, range(most), strict=False):
+            if token != other or position != at:
+                break
+            alike += 1
+        if alike and self.tree.append_like(node, first_node, alike):
+            branch.fed = alike
+
     def _coming_row(self, branch: Branch) -> int:
         """The row of the step in flight that draws the next token of a branch; -1 if none does."""
         row, length = self._coming.get(branch, (-1, -1))

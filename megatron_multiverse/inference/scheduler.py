@@ -242,8 +242,11 @@ class Scheduler:
                 continue
             kids = block.kids[block.started : block.started + count]
             block.started += count
-            for kid, node in zip(kids, places.tree.fork(places.nodes[branch], count), strict=True):
+            nodes = places.tree.fork(places.nodes[branch], count)
+            for kid, node in zip(kids, nodes, strict=True):
                 places.put(state, kid, node)
+                if kid is not kids[0]:
+                    draft.begin_like(kid, node, kids[0], nodes[0])
                 draft.feed(state, kid, node)
 
     def _affordable(self, node: Node, block: Block, count: int) -> int:

@@ -20,7 +20,9 @@ from megatron_multiverse.kernels.fused_linear import (
     linear_swiglu,
     norm,
     quantize_rows,
+    split_rows,
 )
+from megatron_multiverse.kernels.fused_linear.triton_rows import split_rows_triton
 from megatron_multiverse.kernels.greedy import greedy, greedy_reference
 from megatron_multiverse.kernels.kv_write import write_kv, write_kv_reference
 from megatron_multiverse.kernels.rope import inverse_frequencies, rope_table
@@ -82,6 +84,18 @@ def test_products_of_weights_in_fp8_equal_float64(rows, depth, width):
     residual = torch.randn(rows, width, device="cuda", generator=generator).to(BF16)
     want = residual.double() + F.linear(x.double(), exact[:width])
     assert relative(linear_add(x, weight[:width], residual, None, scale[:width]), want) < 6e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("width", [40, 256, 1536, 3584, 8960, 18944])
+def test_two_parts_in_fp8_equal_their_reference_bit_for_bit(width, dtype):
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(9, width, generator=generator)
+    x[0] *= 1e-30
+    x[-1] *= torch.logspace(-9, 6, width)
+    x = x.to(dtype)
+    for got, want in zip(split_rows_triton(x.cuda()), split_rows(x), strict=True):
+        assert torch.equal(got.float().cpu(), want.float())
 
 
 @pytest.mark.parametrize("norms", [False, True])

@@ -183,6 +183,16 @@ class PageTree:
             self._num_tokens += 1
         return True
 
+    def append_like(self, node: Node, other: Node, count: int) -> bool:
+        """Lengthen a node by the first `count` own tokens of a sibling, which stand at the same positions after the
+        same text: slots of its own receive the same keys. False, and nothing, if pages are missing."""
+        if self.append_cost(node, count) > self.book.available:
+            return False
+        start = node.length
+        self._grow(node, count)
+        self._copy(self.slots(other, other.base, other.base + count), self.slots(node, start, node.length))
+        return True
+
     def append_one_each(self, nodes: list[Node], last_slots: Slots) -> Slots | None:
         """Make room for one more token of each of these nodes, all that the pass writes; None, and nothing, if pages
         are missing.

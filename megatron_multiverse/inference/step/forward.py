@@ -193,6 +193,7 @@ class PagedForward:
         self.eps = config.layernorm_epsilon
         self.hidden_size = config.hidden_size
         self.num_groups = config.num_query_groups // self.ranks.tensor_size
+        self.num_heads = config.num_attention_heads // self.ranks.tensor_size
         self.softmax_scale = config.kv_channels**-0.5
         rotary = model.position_id_rotary
         assert isinstance(rotary, PositionIdRotary)

@@ -25,7 +25,14 @@ from megatron_multiverse.inference.step.forward import KVStore, PagedForward, St
 from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, choose, pack
 from megatron_multiverse.kernels.device import processors
-from megatron_multiverse.kernels.tree_decode import LONGEST_LISTED, DeviceWork, Work, divide_work, most_parts
+from megatron_multiverse.kernels.tree_decode import (
+    LONGEST_LISTED,
+    DeviceWork,
+    Work,
+    divide_work,
+    most_parts,
+    most_sharers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +42,7 @@ MOST_MIXED = 128
 """Tokens of a step beyond which a row that brings more than `LONGEST_LISTED` of them keeps it from being a graph: call
 by call, flash attention reads its keys less often."""
 MOST_PAGES = 4096
-"""Pages per token that the page table of a graph has room for; steps that need more run without a graph."""
+"""Pages per token that a graph has room for, those that rows share counted once; steps that need more run without."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class StepGraphs:
         self.forward, self.store, self.vocab_size = forward, store, vocab_size
         self.last_tokens = last_tokens
         self.page_size, self.kv_heads = store.keys.shape[2:4]
+        self.sharers = most_sharers(forward.num_heads, self.kv_heads)
         self.processors = processors(store.keys.device)
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[_Kind, _Graph] = {}
@@ -80,8 +88,6 @@ class StepGraphs:
         size = next((size for size in SIZES if size >= n), None)
         if size is None or len(plan.write_slots) > _writes(size):
             return None
-        if plan.pages.size > size * MOST_PAGES:
-            return None
         if n > MOST_MIXED and np.diff(plan.borders).max() > LONGEST_LISTED:
             return None
         work = divide_work(
@@ -92,8 +98,9 @@ class StepGraphs:
             kv_heads=self.kv_heads,
             processors=self.processors,
             slots=most_parts(size),
+            sharers=self.sharers,
         )
-        if len(work.items) > self._items(size):
+        if len(work.items) > self._items(size) or work.pages.size > size * MOST_PAGES:
             return None
         kind = _Kind(size, work.tokens.shape[1], work.slots, _draw(plan, sampler))
         graph = self.graphs.get(kind) or self._capture(kind)
@@ -144,8 +151,8 @@ def _draw(plan: StepPlan, sampler: Sampler) -> str:
 
 
 def _writes(size: int) -> int:
-    """Slots that a step of a graph may write: some tokens are written to several."""
-    return 2 * size + 16
+    """Slots that a step of a graph may write: some tokens are written to several, most where paths begin."""
+    return 3 * size + 16
 
 
 class _Graph:
@@ -215,8 +222,8 @@ class _Graph:
             _pad(host[name], getattr(plan.sampling, name), 0)
         for name in ("items", "tokens", "limits", "counts"):
             _pad(host[name], getattr(work, name), 0)
-        host["pages"][: plan.pages.size] = plan.pages.reshape(-1)
-        self.buffer.upload(leave_out=host["pages"].nbytes - plan.pages.nbytes)
+        host["pages"][: work.pages.size] = work.pages
+        self.buffer.upload(leave_out=host["pages"].nbytes - work.pages.nbytes)
 
 
 def _pad(target: npt.NDArray[np.generic], values: npt.NDArray[np.generic], fill: int) -> None:

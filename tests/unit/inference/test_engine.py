@@ -98,6 +98,7 @@ def test_forks_and_joins_cost_no_step():
     assert result.critical_tokens == len(script[()]) - 1 + 5 + len(script[(0, 1),]) + 2
     assert len(result.token_ids) == result.critical_tokens + 5 + len(script[(0, 0),])
     assert result.num_parallel == len(result.token_ids) / result.critical_tokens
+    assert engine.fed_tokens == 5 + len(result.token_ids) - 3, "what both paths begin with is computed once"
     names = [(span.branch, span.block) for span in result.timeline]
     assert names == [("", 0), ("1", 1), ("2", 1), ("", 0)]
     # Spans hold what branches wrote while they ran: all but the forced starts of paths and conclusion.

@@ -186,6 +186,32 @@ def test_a_copy_of_what_is_not_written_yet_follows_the_token():
     assert all(len(part) == 0 for part in tree.take_ledger())
 
 
+@pytest.mark.parametrize(("page_size", "length"), [(1, 3), (4, 4), (4, 6), (16, 15)])
+def test_what_siblings_begin_with_alike_is_written_to_slots_of_each(page_size, length):
+    """The first three of the five tokens of one, whether they are in the cache already or come with this pass."""
+    for before in (False, True):
+        tree = PageTree(PageBook(80 // page_size, page_size))
+        root = tree.root()
+        tree.append(root, length)
+        first, other = tree.fork(root, 2)
+        tree.take_ledger()
+        tree.append(first, 5)
+        if before:
+            tree.take_ledger()
+        assert tree.append_like(other, first, 3) and tree.append(other, 1)
+        copies, write_slots, write_tokens = tree.take_ledger()
+        theirs, mine = (tree.slots(node, length, length + 3).tolist() for node in (first, other))
+        written = list(zip(write_slots.tolist(), write_tokens.tolist(), strict=True))
+        last = int(tree.slots(other, length + 3, length + 4)[0])
+        if before:
+            assert copies.tolist() == [[*pair] for pair in zip(theirs, mine, strict=True)] and written == [(last, 0)]
+        else:
+            assert not len(copies) and {(slot, token) for token, slot in enumerate(mine)} | {(last, 5)} <= set(written)
+        assert not set(theirs) & set(mine) and other.length == length + 4
+        if page_size > 1:
+            assert not tree.append_like(other, first, 80) and other.length == length + 4, "no pages, no change"
+
+
 def test_a_copy_of_a_copy_reads_what_was_there_before_the_pass():
     oracle = Oracle(8, 4)
     root = oracle.root()

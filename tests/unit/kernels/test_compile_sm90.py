@@ -126,7 +126,7 @@ def launch_decode() -> None:
     slots = torch.arange(8)
     for norms in ({}, {"query_norm": norm, "key_norm": norm}):
         query = write_kv_triton(mixed, torch.zeros(1, 8, 128), *cache.flatten(1, 2), slots, slots, **norms)
-    for sharers in (1, 8):
+    for sharers in (1, 9):
         items, tokens = torch.zeros(8, 4, dtype=torch.int32), torch.zeros(8, sharers, dtype=torch.int32)
         tree_decode_triton(query, *cache, items[0], items, tokens, tokens, tokens[:, 0], 1.0, slots=8)
 
@@ -172,7 +172,7 @@ LAUNCHES: dict[Callable[[], None], set[str]] = {
     launch_tiles: {"_bounds_kernel", "_lists_kernel"},
     launch_rope: {"_rope_kernel"},
     launch_rope_qkv: {"_qkv_kernel"},
-    launch_skinny: {"_skinny_kernel", "_norm_kernel", "_swiglu_kernel"},
+    launch_skinny: {"_skinny_kernel", "_norm_kernel", "_split_kernel", "_swiglu_kernel"},
     launch_greedy: {"_piece_kernel", "_merge_kernel"},
     launch_sum_norm: {"_sum_norm_kernel"},
     launch_decode: {"_write_kernel", "_decode_kernel", "_merge_kernel"},

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_multiverse.kernels.kv_copy import copy_slots
-from megatron_multiverse.kernels.tree_decode import group_rows, reference, tree_decode
+from megatron_multiverse.kernels.tree_decode import divide_work, group_rows, most_sharers, reference, tree_decode
 from megatron_multiverse.kernels.tree_decode.prompt import Prompt, attend_prompt
 
 PAGE = 4
@@ -76,6 +76,19 @@ def test_rows_share_a_rectangle_while_little_is_padded():
     assert rectangles([1] * 9, [1024] * 9) == [(4, 1, 1024), (4, 1, 1024), (1, 1, 1024)]
     assert rectangles([1, 1], [4800, 4800]) == [(1, 1, 4800), (1, 1, 4800)]
     assert rectangles([1, 8, 5], [8, 8, 8]) == [(1, 1, 8), (2, 8, 8)]
+
+
+@pytest.mark.parametrize(("heads", "sharers", "reads"), [(28, 9, 5), (32, 8, 6), (20, 12, 4), (4, 16, 3), (64, 8, 6)])
+def test_a_fork_reads_the_prefix_once_for_as_many_queries_as_fill_a_tile(heads, sharers, reads):
+    """Eight branches with five forced tokens each, and `</Goal>`: 41 queries over a prefix of 1,024 pages."""
+    pages = np.concatenate((np.tile(np.arange(1024), (9, 1)), 1024 + np.arange(9)[:, None]), 1).astype(np.int32)
+    lengths, borders = np.full(9, 16 * 1024 + 7, dtype=np.int32), np.cumsum([0, 1] + [5] * 8)
+    assert most_sharers(heads, 4) == sharers
+    work = divide_work(pages, lengths, borders, page_size=16, kv_heads=4, processors=132, slots=16, sharers=sharers)
+    start, end = work.items[:, 1], work.items[:, 2]
+    assert np.minimum(end, 16 * 1024).clip(start).sum() - start.sum() == reads * 16 * 1024
+    assert (np.bincount(work.tokens[work.tokens >= 0], minlength=41) == work.counts).all()
+    assert len(work.pages) == 1024 + 9, "shared pages are listed once"
 
 
 def test_the_order_of_full_pages_and_what_follows_the_last_one_do_not_matter():
