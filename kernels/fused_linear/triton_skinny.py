@@ -138,7 +138,8 @@ def _blocks(depth: int, width: int, swiglu: bool, lanes: int, itemsize: int) -> 
         return sizes | {"num_warps": 4, "num_stages": 4 if lanes == 8 else 3}
     splits = 1
     if swiglu and depth < 2048:
-        tile, warps, stages = (128, 128), 8 if lanes == 16 else 4, 4
+        # Two programs of the smaller tiles fit into a multiprocessor, so that the last few need not wait for a place.
+        tile, warps, stages = ((128, 64), 4, 5) if lanes == 16 else ((128, 128), 4, 4)
     elif swiglu:
         tile, warps, stages = ((64, 256), 8, 3) if lanes == 16 else ((64, 128), 4, 4)
     elif rows >= 8192:

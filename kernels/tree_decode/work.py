@@ -17,7 +17,12 @@ BLOCK = 64
 LEAST_PIECE = 2 * BLOCK
 """Fewer keys are not worth a program and a part of their own."""
 LEAST_SHARED = 4 * BLOCK
-"""Shared keys below which rows are not looked at together: the merge would cost more than the reads it saves."""
+"""Shared keys below which rows are never looked at together."""
+PLAIN_TIME, SHARED_TIME = (6.2, 0.012), (8.1, 0.030)
+"""Microseconds (a, b) of attention over u keys per multiprocessor, a + b u, if every row reads all its keys, and if
+shared ones are read once. Keys that are read again come from the L2 cache, and items of several rows have larger tiles,
+of which a row's own keys use little. Fitted on an H200 to 1 to 64 rows after 512 to 32,768 shared keys
+(benchmarks/results/decode_tiles_h200.md); the second has a margin of 15 %, so that sharing is not the slower way."""
 LEAST_TILE, SHARERS = 16, 8
 """Rows of the tensor cores' smallest tile, and queries for whose heads tiles are made; see `most_sharers`."""
 
@@ -73,7 +78,7 @@ def divide_work(
     processors: int,
     slots: int,
     sharers: int,
-    least_shared: int = LEAST_SHARED,
+    least_shared: int | None = None,
 ) -> Work:
     """The work of a step, as `tree_decode_reference` describes it.
 
@@ -86,12 +91,17 @@ def divide_work(
         processors: multiprocessors to be kept busy.
         slots: most parts a query may have.
         sharers: queries that may share an item, see `most_sharers`.
-        least_shared: keys that neighbouring rows must share to be looked at together.
+        least_shared: keys that neighbouring rows must share to be looked at together; None: where that takes less time
+            (`PLAIN_TIME`, `SHARED_TIME`).
     """
     counts = np.diff(borders)
-    stretches = _stretches(pages, lengths, page_size, least_shared)
-    if stretches is None and len(counts) == borders[-1]:
-        return _alone(pages, lengths, kv_heads, processors, slots)
+    stretches = _stretches(pages, lengths, page_size, least_shared or LEAST_SHARED)
+    # Rows of several queries need the larger tiles with and without others.
+    if len(counts) == borders[-1]:
+        if stretches is not None and least_shared is None:
+            stretches = stretches if _pays(stretches, lengths, sharers, kv_heads / processors) else None
+        if stretches is None:
+            return _alone(pages, lengths, kv_heads, processors, slots)
     limits = np.repeat(lengths - counts + 1, counts) + np.arange(borders[-1]) - np.repeat(borders[:-1], counts)
     depth = 0 if stretches is None else _depth(stretches, borders)
     if stretches is None or depth > slots // 2:
@@ -100,6 +110,20 @@ def divide_work(
     seats = _seats(stretches, bases, borders, sharers)
     piece = _piece(seats[:, 2] - seats[:, 1], int(lengths.max()), kv_heads, 2 * processors, slots - depth)
     return _cut(seats, piece, tables, limits.astype(np.int32), slots, sharers)
+
+
+def _pays(
+    stretches: list[Stretch], lengths: npt.NDArray[np.int32], sharers: int, programs_per_processor: float
+) -> bool:
+    """Whether rows of one query each read shared keys once in less time than each for itself; see `PLAIN_TIME`.
+
+    Args:
+        programs_per_processor: of one item: key/value heads over multiprocessors.
+    """
+    plain = int(lengths.sum())
+    shared = sum(-(-(stretch.last - stretch.first) // sharers) * (stretch.end - stretch.start) for stretch in stretches)
+    times = [a + b * keys * programs_per_processor for (a, b), keys in ((PLAIN_TIME, plain), (SHARED_TIME, shared))]
+    return times[1] < times[0]
 
 
 def _tables(pages: Int32s, stretches: list[Stretch], page_size: int) -> tuple[Int32s, list[int]]:

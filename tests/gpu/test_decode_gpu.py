@@ -115,7 +115,9 @@ def test_the_write_equals_its_reference(norms):
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("seed", range(20))
-def test_attention_over_random_trees_equals_its_reference(dtype, seed):
+def test_attention_over_random_trees_equals_its_reference(dtype, seed, monkeypatch):
+    if seed % 4:  # rows read what they share together, whether that takes less time or not
+        monkeypatch.setattr("megatron_multiverse.kernels.tree_decode.work._pays", lambda *args: True)
     rng = np.random.default_rng(seed)
     page, groups = int(rng.choice([1, 16, 64])), int(rng.choice([1, 4]))
     heads, dim = groups * int(rng.choice([1, 5, 7])), int(rng.choice([64, 128]))

@@ -187,10 +187,15 @@ def check_decode() -> None:
         query = torch.from_numpy(rng.standard_normal((borders[-1], heads, dim))).float()
         arrays = (torch.from_numpy(x) for x in (pages, lengths, borders))
         want = tree_decode_reference(query, keys, values, *arrays, 0.3)
-        for processors, slots, sharers in ((1, 64, 8), (64, 16, 9), (64, 16, 1)):
+        for processors, slots, sharers, least in (
+            (1, 64, 8, 256),
+            (64, 16, 9, 16),
+            (64, 16, 1, 256),
+            (64, 16, 8, None),
+        ):
             work = divide_work(
                 pages, lengths, borders, page_size=page_size, kv_heads=groups, processors=processors, slots=slots,
-                sharers=sharers,
+                sharers=sharers, least_shared=least,
             )  # fmt: skip
             tensors = (torch.from_numpy(x) for x in (work.pages, *work[:4]))
             got = tree_decode_triton(query, keys, values, *tensors, 0.3, slots=work.slots, pdl=False)

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from megatron_multiverse.kernels.kv_copy import copy_slots
-from megatron_multiverse.kernels.tree_decode import divide_work, group_rows, most_sharers, reference, tree_decode
+from megatron_multiverse.kernels.tree_decode import (
+    divide_work,
+    group_rows,
+    most_parts,
+    most_sharers,
+    reference,
+    tree_decode,
+)
 from megatron_multiverse.kernels.tree_decode.prompt import Prompt, attend_prompt
 
 PAGE = 4
@@ -89,6 +96,21 @@ def test_a_fork_reads_the_prefix_once_for_as_many_queries_as_fill_a_tile(heads, 
     assert np.minimum(end, 16 * 1024).clip(start).sum() - start.sum() == reads * 16 * 1024
     assert (np.bincount(work.tokens[work.tokens >= 0], minlength=41) == work.counts).all()
     assert len(work.pages) == 1024 + 9, "shared pages are listed once"
+
+
+@pytest.mark.parametrize(
+    ("rows", "prefix", "together"),
+    [(1, 32768, 1), (8, 0, 1), (8, 512, 1), (16, 1024, 1), (2, 8192, 1), (8, 2048, 9), (4, 8192, 9), (64, 32768, 9)],
+)
+def test_rows_read_shared_keys_together_where_that_is_faster(rows, prefix, together):
+    """By the table in benchmarks/results/decode_tiles_h200.md; each row has 256 keys of its own."""
+    pages = np.tile(np.arange((prefix + 256) // 16, dtype=np.int32), (rows, 1))
+    pages[:, prefix // 16 :] += np.arange(rows, dtype=np.int32)[:, None] * 10_000
+    lengths, borders = np.full(rows, prefix + 256, dtype=np.int32), np.arange(rows + 1)
+    work = divide_work(
+        pages, lengths, borders, page_size=16, kv_heads=4, processors=132, slots=most_parts(rows), sharers=9
+    )
+    assert work.tokens.shape[1] == together
 
 
 def test_the_order_of_full_pages_and_what_follows_the_last_one_do_not_matter():
