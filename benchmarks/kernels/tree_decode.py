@@ -1,13 +1,13 @@
 """Attention of a decode step whose rows share a prefix, on one GPU: the prefix read once by as many rows as fill a
 tile, as the engine does, beside plain paged decoding of the same rows by the same kernel.
 
-Every row also has tokens of its own. The caches of several layers take turns, so that none is left in the L2 cache from
-the call before. What counts as moved are the keys and values of the prefix, once, and those of the rows.
+Every row also has tokens of its own. Calls are replayed as a CUDA graph, as in a decode step. The caches of several
+layers take turns, so that none is left in the L2 cache from the call before. What counts as moved are the keys and
+values of the prefix, once, and those of the rows.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.record import Recorder
-from benchmarks.kernels.timing import Step, in_turns
+from benchmarks.kernels.timing import Step, captured, in_turns
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.kernels.device import processors
 from megatron_multiverse.kernels.tree_decode import (
@@ -32,6 +32,8 @@ from megatron_multiverse.kernels.tree_decode import (
 
 L2_BYTES = 200 << 20
 """More than any L2 cache has."""
+CALLS = 20
+"""Calls of a graph."""
 TOLERANCE = 6e-3
 """Relative error in bfloat16 against float64."""
 
@@ -42,7 +44,7 @@ class Options:
 
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Branches."""
-    prefixes: tuple[int, ...] = (0, 512, 2048, 8192, 32768)
+    prefixes: tuple[int, ...] = (0, 512, 1024, 2048, 8192, 32768)
     """Tokens that all of them share."""
     longest: tuple[int, int] | None = (8, 65536)
     """Rows and prefix of one more case."""
@@ -53,7 +55,7 @@ class Options:
     dim: int = 128
     page_size: int = 16
     rounds: int = 2
-    """Turns of each way; the median of all calls counts."""
+    """Turns of each way; the median of all replays counts."""
     output: str | None = None
     """Folder; default benchmarks/kernels/results."""
     commit: str | None = None
@@ -93,9 +95,11 @@ def measure(recorder: Recorder, o: Options, rows: int, prefix: int, read: float)
     errors = {name: error(call(0), query, cache[0], pages, lengths, borders) for name, call in calls.items()}
     if max(errors.values()) > TOLERANCE:
         raise SystemExit(f"{rows} rows after {prefix} tokens: wrong by {errors}")
-    turn = partial(next, itertools.cycle(range(layers)))
-    steps = {name: Step(call, prepare=turn, calls=20, after_wait=True) for name, call in calls.items()}
-    times = in_turns(steps, o.rounds)
+    graphs = {
+        name: captured([partial(call, number % layers) for number in range(CALLS)]) for name, call in calls.items()
+    }
+    replays = in_turns({name: Step.of(graph.replay) for name, graph in graphs.items()}, o.rounds)
+    times = {name: time / CALLS for name, time in replays.items()}
     way = "shared" if divide().tokens.shape[1] > 1 else "plain"
     row: dict[str, Any] = {"rows": rows, "prefix": prefix, "own": o.own, "heads": o.heads, "kv_heads": o.kv_heads}
     row |= {f"{name}_us": 1e3 * time for name, time in times.items()}
