@@ -12,13 +12,14 @@ import traceback
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
 
 from megatron_multiverse.errors import RankError
 
-# Importing megatron-core takes seconds: it is done once, in the process that the ranks are forked from.
+# Importing these takes seconds: it is done once, in the process that the ranks are forked from.
 _PRELOAD = [
     "megatron_multiverse.model.gpt",
     "megatron_multiverse.training.trainer",
@@ -26,6 +27,13 @@ _PRELOAD = [
     "torch._dynamo",
     "tokenizers",
 ]
+
+
+def forking_context() -> ForkServerContext:
+    """How ranks are started: forked from a process of one thread, with megatron-core and training imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 900.0) -> list[Any]:
@@ -43,8 +51,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     Raises:
         RankError: a rank raised (with its traceback), died, or time is up; the others are ended first.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = forking_context()
     with tempfile.TemporaryDirectory(prefix="multiverse-ranks-") as folder:
         pipes, processes = [], []
         for rank in range(world_size):

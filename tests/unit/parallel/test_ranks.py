@@ -3,55 +3,48 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.parallel.local_ranks import run_ranks
+from megatron_multiverse.parallel.local_ranks import forking_context, run_ranks
 from megatron_multiverse.parallel.ranks import Ranks, current_ranks, joined_ranks
 
-SCRIPT = """
-import time
-from megatron_multiverse.parallel.ranks import joined_ranks
-with joined_ranks(2) as ranks:
-    assert ranks.sum([ranks.rank, 1]) == [1, 2]
-    if ranks.rank == 1:
-        raise ValueError("a fault of rank 1")
-    time.sleep(60)
-"""
+
+def one_of_two(rank: int, rendezvous_url: str, said: Path) -> None:
+    """A rank; what it says goes into a file. The second one fails while the first one is busy with something else."""
+    with said.open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+    with joined_ranks(2, rendezvous_url=rendezvous_url) as ranks:
+        assert ranks.sum([ranks.rank, 1]) == [1, 2]
+        if ranks.rank == 1:
+            raise ValueError("a fault of rank 1")
+        time.sleep(60)
 
 
-def start() -> list[subprocess.Popen[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"},
-            **pipes,
-        )
-        for rank in range(2)
-    ]
-
-
-def test_ranks_end_together_and_the_one_that_failed_says_why() -> None:
-    processes = start()
+def test_ranks_end_together_and_the_one_that_failed_says_why(tmp_path: Path) -> None:
+    context = forking_context()
+    url, said = f"file://{tmp_path}/rendezvous", [tmp_path / f"rank {rank}" for rank in range(2)]
+    processes = [context.Process(target=one_of_two, args=(rank, url, said[rank])) for rank in range(2)]
     try:
-        outputs = [process.communicate(timeout=60) for process in processes]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=40)
+        codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert all(process.returncode for process in processes), outputs
-    assert "Traceback" in outputs[1][1] and "ValueError: a fault of rank 1" in outputs[1][1]
-    assert "rank 0 ends, because another one failed: rank 1: ValueError" in outputs[0][1]
+    outputs = [file.read_text() for file in said]
+    assert None not in codes and all(codes), (codes, outputs)
+    assert "Traceback" in outputs[1] and "ValueError: a fault of rank 1" in outputs[1]
+    assert "rank 0 ends, because another one failed: rank 1: ValueError" in outputs[0]
 
 
 RESTARTED = """
