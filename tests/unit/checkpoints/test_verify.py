@@ -27,6 +27,7 @@ from megatron_multiverse.checksums import CHECKSUMS_FILE
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.model.weights import save_model, weight_state
 from megatron_multiverse.structure import TAGS
+from tests.in_process import Done, run_here
 from tests.unit.checkpoints.hf_folders import save_hf_model, save_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -195,10 +196,13 @@ def test_options_without_effect_are_refused(folders: dict[str, Path]) -> None:
             VerifyOptions(**pair, **options)
 
 
-def test_the_tool_reports_and_its_exit_code_tells(folders: dict[str, Path], tmp_path: Path) -> None:
-    def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "tools/verify_checkpoint.py"), *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+def test_the_tool_reports_and_its_exit_code_tells(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = "tools/verify_checkpoint.py"
+
+    def run(*words: str | Path) -> Done:
+        return run_here(monkeypatch, capsys, tool, *words)
 
     report = tmp_path / "report.json"
     good = run(folders["hf"], folders["back"], "--no-logits", "--report", report)
@@ -207,7 +211,8 @@ def test_the_tool_reports_and_its_exit_code_tells(folders: dict[str, Path], tmp_
     save_hf_model(other, "qwen3", seed=9, vocab_size=301, head_dim=16, tie_word_embeddings=False)
     bad = run(folders["hf"], other, "--no-logits")
     assert bad.returncode == 1 and "DIFFERENT model.embed_tokens.weight" in bad.stdout
-    missing = run(folders["hf"], tmp_path / "nowhere")
+    command = [sys.executable, str(ROOT / tool), str(folders["hf"]), str(tmp_path / "nowhere")]
+    missing = subprocess.run(command, capture_output=True, text=True, check=False)
     assert missing.returncode == 1 and missing.stderr.startswith("error: ") and "Traceback" not in missing.stderr
 
 

@@ -18,6 +18,7 @@ from megatron_multiverse.inference import Request, from_record, generate
 from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
 from megatron_multiverse.structure import Tag
 from megatron_multiverse.views.terminal_answers import show_answers
+from tests.in_process import run_here
 
 ROOT = Path(__file__).parents[3]
 MODEL = ROOT / "examples" / "quickstart" / "model"
@@ -42,23 +43,18 @@ def read(path):
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def test_the_tool_reads_and_writes_jsonl(tmp_path):
+def test_the_tool_reads_and_writes_jsonl(tmp_path, monkeypatch, capsys):
     rows = [{"prompt": PROMPT}, {"prompt": "Line\u2028separators are\x85text"}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    command = [sys.executable, ROOT / "tools" / "generate.py", "--load", MODEL, "--sampling.max-tokens", "20"]
-    done = subprocess.run(
-        [*command, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--sequential"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    options = ["--load", MODEL, "--sampling.max-tokens", "20"]
+    files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
+    done = run_here(monkeypatch, capsys, "tools/generate.py", *options, *files, "--sequential")
     assert done.returncode == 0, done.stderr
     answers = sorted(read(tmp_path / "out.jsonl"), key=lambda answer: answer["index"])
     assert [{"prompt": answer["prompt"]} for answer in answers] == rows
     assert all(answer["tokens"] <= 20 for answer in answers)
-    refused = subprocess.run(
-        [*command, "--prompt", "a", "--engine.num-pages", "1"], capture_output=True, text=True, cwd=ROOT
-    )
+    command = [sys.executable, ROOT / "tools" / "generate.py", *options, "--prompt", "a", "--engine.num-pages", "1"]
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert refused.returncode == 1
     assert "cache slots" in refused.stderr
     assert "Traceback" not in refused.stderr
