@@ -206,7 +206,7 @@ class PageTree:
         """
         slots = last_slots + 1
         full = (slots % self.page_size == 0).nonzero()[0].tolist()
-        if len(full) > self.book.available:
+        if full and len(full) > self.book.available:
             return None
         for row in full:
             nodes[row].add_pages(self.book.allocate(1))
