@@ -3,10 +3,10 @@
 # numbers if the FP8 numbers are stored, too.
 #
 # Expected: every number rounded to FP8, as the interpreter gives it and as the PTX says, which is right.
-# Seen on an H200: 255 of 512 numbers are wrong, two of every four; the FP8 numbers themselves are right. ptxas joins two
-#   conversions into one word for the store, and the conversion back of the first pair reads another register: here R1,
-#   the stack pointer. Other shapes and dtypes read registers that hold other things, or nothing. ptxas 13.0.88 compiles the
-#   same PTX rightly. Rounding in float32 instead, by adding and subtracting a power of two, avoids it.
+# Seen on an H200: 255 of 512 numbers are wrong, two of every four; the FP8 numbers themselves are right. ptxas joins
+#   two conversions into one word for the store, and the conversion back of the first pair reads another register: here
+#   R1, the stack pointer. Other shapes and dtypes read registers that hold other things, or nothing. ptxas 13.0.88
+#   compiles the same PTX rightly. Rounding in float32 instead, by adding and subtracting a power of two, avoids it.
 #
 # No GPU is needed: the machine code is read. PYTHON=... takes an interpreter that has torch and triton instead of
 # installing triton; if it finds a Hopper GPU, the kernel runs, too. Exits 0 if it is still so, 1 if not.

@@ -21,8 +21,9 @@ LEAST_SHARED = 4 * BLOCK
 PLAIN_TIME, SHARED_TIME = (6.2, 0.012), (8.1, 0.030)
 """Microseconds (a, b) of attention over u keys per multiprocessor, a + b u, if every row reads all its keys, and if
 shared ones are read once. Keys that are read again come from the L2 cache, and items of several rows have larger tiles,
-of which a row's own keys use little. Fitted on an H200 to 1 to 64 rows after 512 to 32,768 shared keys
-(benchmarks/results/decode_tiles_h200.md); the second has a margin of 15 %, so that sharing is not the slower way."""
+of which a row's own keys use little. Fitted on an H200 to 1 to 64 rows of Qwen2.5-7B's heads, each with 256 keys of its
+own, after 512 to 32,768 shared ones (benchmarks/results/decode_tiles_h200.md). The second has a margin of 15 %, so that
+sharing is not the slower way there; rows with many more keys of their own were not measured."""
 LEAST_TILE, SHARERS = 16, 8
 """Rows of the tensor cores' smallest tile, and queries for whose heads tiles are made; see `most_sharers`."""
 
