@@ -76,6 +76,8 @@ class Options:
     """Steps of each; the first three are not timed."""
     dtype: str = "bf16"
     """bf16 (float32 weights, matrix products by autocast) or float32."""
+    input_costs: bool = True
+    """Also measure what our step waits for before its forward pass; this takes half a minute a length."""
     tiny: bool = False
     """A model and rows for a test without a GPU."""
     output: str | None = None
@@ -213,7 +215,7 @@ def measure(o: Options, name: str, tokens: int, batches: Iterator[Microbatch], r
         return None
     memory, seconds = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0, statistics.median(times[WARM_UP:])
     placer = TokenPlacer(rows, choose_device("auto"), "auto")
-    costs = input_costs(placer, next(batches), seconds) if name == OURS else {}
+    costs = input_costs(placer, next(batches), seconds) if name == OURS and o.input_costs else {}
     return Measured([float(loss) for loss in losses], seconds, memory, costs)
 
 
