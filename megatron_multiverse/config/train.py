@@ -83,9 +83,9 @@ class DataConfig:
     overlong: Literal["drop", "refuse"] = "refuse"
     """What happens to samples longer than seq_length: refuse raises with the sample number, drop skips and counts
     them."""
-    malformed: Literal["refuse", "causal"] = "refuse"
-    """What happens to samples whose structure breaks the grammar: refuse raises with the sample number, causal trains
-    them as plain text and reports each."""
+    malformed: Literal["refuse", "drop", "causal"] = "refuse"
+    """What happens to samples whose structure breaks the grammar: refuse raises with the sample number, drop trains
+    none of their tokens, causal trains them as plain text; both report each."""
     num_workers: int = 2
     """Loader processes; 0 loads in the training process."""
 

@@ -26,7 +26,7 @@ from megatron_multiverse.structure import (
     parse,
 )
 
-Malformed = Literal["refuse", "causal"]
+Malformed = Literal["refuse", "drop", "causal"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ class SFTDataset:
     Args:
         prefixes: paths of .bin/.idx pairs without suffix; their documents follow one another.
         structure_vocab: ids of the tags, from the tokenizer the data was made with.
-        malformed: documents whose response breaks the grammar or nests deeper than 8: "refuse" raises, "causal"
-            lays them out as plain text and says why in `Sample.problem`.
+        malformed: documents whose response breaks the grammar or nests deeper than 8: "refuse" raises; "causal" lays
+            them out as plain text and "drop" as a prompt, which is never trained on, and both say why in
+            `Sample.problem`.
 
     Raises:
         DataError: a file is missing, empty or damaged, the files of a prefix do not belong together, or its documents
@@ -93,11 +94,12 @@ class SFTDataset:
                 ids, self.structure_vocab, prompt_length=len(prompt), sample=self.name(index), max_depth=MAX_DEPTH
             )
         except StructureError as error:
-            if self.malformed == "causal":
-                return Sample(ids, lay_out(Document(len(ids), len(prompt))), index, str(error))
+            if self.malformed != "refuse":  # a dropped one keeps its place: rows were packed before it was parsed
+                prompt_length = len(ids) if self.malformed == "drop" else len(prompt)
+                return Sample(ids, lay_out(Document(len(ids), prompt_length)), index, str(error))
             raise DataError(
                 f"{error}; make the files again with tools/preprocess_data.py and the tokenizer of this run, or set "
-                "data.malformed to causal to train such documents as plain text"
+                "data.malformed to drop to leave such documents out, or to causal to train them as plain text"
             ) from error
         return Sample(ids, lay_out(tree), index)
 

@@ -33,8 +33,8 @@ class TokenPlacer:
             device.
         device: where the model runs.
         backend: name of the attention backend that runs; not "auto".
-        malformed: what to do with documents that the scan cannot read although the loader let them pass: refuse
-            (the run stops) or causal (they are named).
+        malformed: what is done with documents whose structure cannot be read, see `DataConfig.malformed`. Those that
+            the scan alone cannot read stop the run unless it is causal: they are trained already.
     """
 
     def __init__(self, loader: Documents, device: torch.device, backend: str, malformed: str = "refuse") -> None:
@@ -89,9 +89,9 @@ class TokenPlacer:
         for sample in _merged(ranks.gather(_flagged(self._scanned))):
             name = self._loader.sample_name(sample)
             problem = f"{name}: the scan on the GPU cannot read the structure that the loader let pass"
-            if self._malformed == "refuse":
+            if self._malformed != "causal":
                 raise TrainingError(
-                    f"{problem}, and data.malformed is refuse: mend the sample, or set data.malformed to causal, which "
+                    f"{problem}, and data.malformed is {self._malformed}: mend the sample, or set data.malformed to causal, which "
                     "trains it as plain text. If tools/preprocess_data.py accepted it, the kernels do not work with "
                     "this GPU or this version of Triton"
                 )
@@ -103,7 +103,8 @@ class TokenPlacer:
         if sample in self._told:
             return
         self._told.add(sample)
-        logger.warning("%s; trained as plain causal text", problem)
+        outcome = "dropped: none of its tokens are trained" if self._malformed == "drop" else "trained as plain text"
+        logger.warning("%s; %s", problem, outcome)
         name = self._loader.sample_name(sample)
         metrics.write("malformed", step, sample=name, sample_id=sample, found_by=found_by, problem=problem)
 

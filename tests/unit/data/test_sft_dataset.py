@@ -173,6 +173,19 @@ def test_broken_document_is_plain_text_on_request(tmp_path):
     assert arrays["loss_mask"].tolist() == [1.0] * (n - 1) + [0.0] + [1.0, 1.0, 0.0, 0.0]
 
 
+def test_broken_document_is_dropped_on_request(tmp_path):
+    """Nothing of it is trained, the documents beside it are as before, and it keeps its number and its place."""
+    broken = (_ids("a"), _ids("b </Path>"))
+    write_documents(tmp_path / "bad", [(_ids("a"), _ids("b c")), broken, (_ids("a"), _ids("d"))])
+    dataset = SFTDataset(str(tmp_path / "bad"), VOCAB, malformed="drop")
+    assert "bad document 1: stray_tag" in str(dataset[1].problem)
+    arrays = pack_arrays([dataset[k] for k in range(3)], 9, PAD)
+    assert arrays["loss_mask"].tolist() == [1.0, 1.0, 0.0, *[0.0] * 3, 1.0, 0.0, 0.0]
+    assert arrays["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 0]
+    assert arrays["malformed"].tolist() == [False, True, False, False]
+    assert arrays["documents"].tolist() == [[0, 1], [3, 6], [6, 7], [8, 9]]
+
+
 def test_blocks_nested_deeper_than_eight_are_broken(tmp_path):
     rng = random.Random(0)
     for depth in (8, 9):

@@ -9,6 +9,7 @@ import logging
 import random
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,21 +87,24 @@ def test_a_scan_that_differs_from_the_loader_stops_the_run(dataset: SFTDataset) 
 def test_refusing_is_the_default(dataset: SFTDataset) -> None:
     strict = SFTDataset(dataset.prefixes, VOCAB)
     broken = next(k for k in range(len(dataset)) if dataset[k].problem)
-    with pytest.raises(DataError, match=rf"document {broken}: .*data\.malformed to causal"):
+    with pytest.raises(DataError, match=rf"document {broken}: .*data\.malformed to drop.* or to causal"):
         strict[broken]
 
 
-def test_training_names_each_plain_document_once(
-    dataset: SFTDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("policy", "outcome"), [("causal", "trained as plain text"), ("drop", "dropped: none")])
+def test_training_names_each_document_that_it_cannot_read_once(
+    dataset: SFTDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, policy: Any, outcome: str
 ) -> None:
+    dataset = SFTDataset(dataset.prefixes, VOCAB, malformed=policy)
     length = {"model.max_sequence_length": SEQ_LENGTH, "data.seq_length": SEQ_LENGTH, "model.vocab_size": 200}
     loader = make_loader(dataset)
     steps = 2 * len(list(make_loader(dataset, epochs=1)))
     with caplog.at_level(logging.WARNING):
-        train(config(tmp_path, train_iters=steps, **length, **{"log.log_interval": 3}), loader)
+        train(config(tmp_path, train_iters=steps, **length, **{"log.log_interval": 3, "data.malformed": policy}), loader)
     broken = [k for k in range(len(dataset)) if dataset[k].problem is not None]
     told = records(tmp_path)
     assert sorted(record["sample_id"] for record in told) == broken
+    assert caplog.text.count(f"; {outcome}") == len(broken)
     for record in told:
         assert record["sample"] == dataset.name(record["sample_id"]) and record["found_by"] == "parser"
         assert record["problem"] == dataset[record["sample_id"]].problem
