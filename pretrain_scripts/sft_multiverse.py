@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 from dataclasses import dataclass
 
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import TrainConfig
+from megatron_multiverse.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,41 @@ class Options(TrainConfig):
     WORLD_SIZE says for how many ranks."""
     dry_run_shape: str | None = None
     """Published shape, e.g. qwen2.5-32b, for a dry run where the checkpoint that init_from names is not at hand."""
+    dry_run_steps: int = 0
+    """Steps that a dry run also trains, on the run's own ranks, devices and data, to print their time and memory; they
+    are not saved. 0 or at least 2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        steps, shape = self.dry_run_steps, self.dry_run_shape
+        if steps < 0 or steps == 1:
+            raise ConfigError(f"dry_run_steps must be 0 or at least 2, since the first step is not timed, got {steps}")
+        if steps and not self.dry_run:
+            raise ConfigError(f"dry_run_steps {steps} has no effect without --dry-run: set both or neither")
+        if steps and shape is not None:
+            raise ConfigError(
+                f"dry_run_steps {steps} trains the model of the config itself, of which dry_run_shape ({shape}) gives "
+                "the shape alone: leave one of them out"
+            )
+
+
+def dry_run(config: TrainConfig, options: Options) -> None:
+    """Print what the run will need, by arithmetic and, if asked for, by a few steps of it."""
+    from megatron_multiverse.model.families import preset
+    from megatron_multiverse.training.memory import report
+    from megatron_multiverse.training.start import describe_model
+    from megatron_multiverse.training.trial import try_steps
+
+    shape, steps = options.dry_run_shape, options.dry_run_steps
+    # Before the ranks meet: the report makes process groups of its own. One of them speaks for all.
+    lines = report(config, describe_model(config) if shape is None else preset(shape))
+    speaks = os.environ.get("RANK", "0") == "0"
+    if speaks:
+        print(lines, flush=True)
+    if steps:
+        lines = try_steps(config, steps)
+        if speaks:
+            print(lines)
 
 
 def main() -> None:
@@ -36,12 +73,7 @@ def main() -> None:
     options = parse_options(Options)
     config = TrainConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(TrainConfig)})
     if options.dry_run:
-        from megatron_multiverse.model.families import preset
-        from megatron_multiverse.training.memory import report
-        from megatron_multiverse.training.start import describe_model
-
-        shape = options.dry_run_shape
-        print(report(config, describe_model(config) if shape is None else preset(shape)))
+        dry_run(config, options)
         return
     from megatron_multiverse.training.signals import EXIT_CODE_STOPPED, StopSignals
 

@@ -91,9 +91,9 @@ class TokenPlacer:
             problem = f"{name}: the scan on the GPU cannot read the structure that the loader let pass"
             if self._malformed != "causal":
                 raise TrainingError(
-                    f"{problem}, and data.malformed is {self._malformed}: mend the sample, or set data.malformed to causal, which "
-                    "trains it as plain text. If tools/preprocess_data.py accepted it, the kernels do not work with "
-                    "this GPU or this version of Triton"
+                    f"{problem}, and data.malformed is {self._malformed}: mend the sample, or set data.malformed to "
+                    "causal, which trains it as plain text. If tools/preprocess_data.py accepted it, the kernels do "
+                    "not work with this GPU or this version of Triton"
                 )
             self._tell(sample, step, metrics, "scan", problem)
         self._parsed.clear()

@@ -100,7 +100,9 @@ def test_training_names_each_document_that_it_cannot_read_once(
     loader = make_loader(dataset)
     steps = 2 * len(list(make_loader(dataset, epochs=1)))
     with caplog.at_level(logging.WARNING):
-        train(config(tmp_path, train_iters=steps, **length, **{"log.log_interval": 3, "data.malformed": policy}), loader)
+        train(
+            config(tmp_path, train_iters=steps, **length, **{"log.log_interval": 3, "data.malformed": policy}), loader
+        )
     broken = [k for k in range(len(dataset)) if dataset[k].problem is not None]
     told = records(tmp_path)
     assert sorted(record["sample_id"] for record in told) == broken
