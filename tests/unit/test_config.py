@@ -60,7 +60,7 @@ def test_round_trip_through_plain_values_and_json(tmp_path: Path) -> None:
         ("data.num_workers", True, r"expected int, got True"),
         ("data.data_prefixes", [], r"data_prefixes is empty"),
         ("data.overlong", "cut", r"'cut', allowed: drop, refuse"),
-        ("data.malformed", "skip", r"'skip', allowed: refuse, causal"),
+        ("data.malformed", "skip", r"'skip', allowed: refuse, drop, causal"),
         ("layers.attention_backend", "flesh", "'flesh', allowed: auto, flash4, flex, dense"),
         ("layers.fp8", "hybrid", r"layers.fp8 needs dtype bf16 and a multiple of 16 tokens .* got dtype float32"),
         ("layers", {"recompute": "full"}, r"config\.layers\.recompute: unknown key"),
