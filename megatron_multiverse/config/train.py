@@ -128,6 +128,11 @@ class LogConfig:
     """Steps between log lines (the only steps that wait for the device)."""
     peak_tflops: float | None = None
     """Peak of the device in TFLOP/s for MFU; unset looks the device up by name, unknown devices show n/a."""
+    tensorboard: bool = False
+    """Also write the numbers of metrics.jsonl for TensorBoard, in the folder tensorboard of the run folder."""
+    wandb_project: str | None = None
+    """Also send them to this project of Weights & Biases; a resumed run goes on there under the id in wandb_run_id of
+    the run folder."""
 
     def __post_init__(self) -> None:
         check_finite(self, "log.")

@@ -36,6 +36,7 @@ from megatron_multiverse.training.run_folder import RunFolder
 from megatron_multiverse.training.seeds import seed_everything
 from megatron_multiverse.training.signals import StopSignals, listening
 from megatron_multiverse.training.start import check_start, create_chunks, create_model, describe_model, joined_groups
+from megatron_multiverse.training.trackers import check_trackers
 from megatron_multiverse.training.trainer import (
     TrainResult,
     check_agreement,
@@ -63,6 +64,7 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
         TrainingError: the loss or the gradient is not finite, or an answer or a reward failed.
     """
     base = config.train_config()
+    check_trackers(config.log)
     model_config, device = describe_model(base), choose_device(config.device)
     with joined_groups(base) as ranks, RunFolder(config.checkpoint, ranks) as run, contextlib.ExitStack() as closing:
         check_not_past(config, run)

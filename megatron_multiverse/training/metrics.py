@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,9 +23,13 @@ from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.errors import TrainingError
 from megatron_multiverse.files import write_line
 from megatron_multiverse.training.flops import training_flops
+from megatron_multiverse.training.trackers import Tracker
 from megatron_multiverse.training.validation import Validation
 
 logger = logging.getLogger(__name__)
+
+TRACKED = ("train", "valid")
+"""Kinds of records whose numbers make curves."""
 
 
 class StepMeter:
@@ -116,10 +121,12 @@ class MetricsWriter:
     Args:
         folder: the run folder; None writes nothing, for ranks that leave it to the first one.
         train_iters: steps of the whole run.
+        trackers: where the numbers of steps go beside the file.
     """
 
-    def __init__(self, folder: str | Path | None, train_iters: int) -> None:
+    def __init__(self, folder: str | Path | None, train_iters: int, trackers: Sequence[Tracker] = ()) -> None:
         self.train_iters = train_iters
+        self._trackers = trackers
         self._file: IO[str] | None = None
         if folder is not None:
             path = Path(folder) / METRICS_FILE
@@ -133,6 +140,10 @@ class MetricsWriter:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         record = {"kind": kind, "step": step, "time": time.time(), **clean}
         write_line(self._file, json.dumps(record))
+        if kind in TRACKED:
+            numbers = {f"{kind}/{name}": float(v) for name, v in clean.items() if isinstance(v, int | float)}
+            for tracker in self._trackers:
+                tracker.add(step, numbers)
 
     def start(self, step: int, resumed: bool, model: ModelConfig, layers: LayerConfig) -> None:
         """What runs from this step on; `layers` without any "auto"."""
@@ -169,9 +180,11 @@ class MetricsWriter:
             logger.info(line, *values)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and the trackers."""
         if self._file is not None:
             self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def end_unfinished_line(path: Path) -> None:

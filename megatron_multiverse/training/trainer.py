@@ -32,6 +32,7 @@ from megatron_multiverse.training.run_folder import RunFolder
 from megatron_multiverse.training.seeds import seed_everything
 from megatron_multiverse.training.signals import StopSignals, listening
 from megatron_multiverse.training.start import create_chunks, create_model, describe_model, joined_groups
+from megatron_multiverse.training.trackers import check_trackers, open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def train(
         ConfigError: settings that do not fit together, the data or the checkpoint.
         TrainingError: the loss or the gradient is not finite, or no token is trained.
     """
+    check_trackers(config.log)
     model_config, tokenizer = describe_model(config), None
     with joined_groups(config) as ranks, RunFolder(config.checkpoint, ranks) as run:
         check_not_past(config, run)
@@ -207,11 +209,12 @@ def start_record(description: RunDescription, folder: Path | None, step: int, re
         resumed: the run continues from a checkpoint.
     """
     config = description.config
+    trackers = [] if folder is None else open_trackers(config.log, folder, step, config.to_dict())
     with explained(f"{folder} cannot be written", "free space or correct the rights, then start again"):
         if folder is not None:
             for name in ("config.json", f"config_{step:07d}.json"):
                 write_json_atomic(folder / name, config.to_dict())
-        metrics = MetricsWriter(folder, config.train_iters)
+        metrics = MetricsWriter(folder, config.train_iters, trackers)
         metrics.start(step, resumed, description.model, config.layers)
     return metrics
 
