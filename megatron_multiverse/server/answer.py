@@ -156,6 +156,11 @@ class ThoughtSplitter:
         self._thinking = False
         self._detokenizer = IncrementalDetokenizer(tokenizer.detokenize)
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether what comes next is thought."""
+        return self._thinking
+
     def push(self, ids: Sequence[int]) -> tuple[str, str]:
         """Take more ids; returns what is certain by now of (content, thought)."""
         if not self.splits:

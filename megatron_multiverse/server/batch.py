@@ -23,6 +23,9 @@ class Write(NamedTuple):
     """Of the one id, if it was drawn; None for ids that were forced."""
     top: TopLogprobs | None
     """The most likely ids beside it, where they were asked for."""
+    stop: tuple[int, str] | None = None
+    """Where the ids close a branch that ended at a stop text: how many tokens before them hold some of that text, and
+    what else stands in these tokens, before it."""
 
     @property
     def tokens(self) -> list[TokenLogprobs]:

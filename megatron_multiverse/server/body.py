@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 SHOWN_CHARACTERS = 80
 """Of a value that is refused."""
 
+_TYPE_NAMES = {"str", "int", "float", "bool"}
+
 
 class Fields(BaseModel):
     """Fields of a request. Types are strict: a text or a bool is no number. Others are kept for `check_others`."""
@@ -129,12 +131,25 @@ def _refuse_constant(name: str) -> None:
 
 
 def _first_fault(error: ValidationError) -> ApiError:
-    fault = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in fault["loc"] if not (isinstance(part, str) and "[" in part))
-    message = f"{place}: {fault['msg']}"
-    if fault["type"] != "missing":
-        message += f" (got {_shown(fault['input'])})"
-    return ApiError(400, message, param=str(fault["loc"][0]) if fault["loc"] else None, code="invalid_value")
+    """The first wrong field. Of several types it may have, each tells a fault; those deepest in it count."""
+    faults = error.errors(include_url=False)
+    name = faults[0]["loc"][:1]
+    deepest = max((fault for fault in faults if fault["loc"][:1] == name), key=lambda fault: len(_place(fault["loc"])))
+    place = _place(deepest["loc"])
+    told = dict.fromkeys(_told(fault) for fault in faults if _place(fault["loc"]) == place)
+    message = f"{'.'.join(place)}: {' or '.join(told).replace(' or Input should be', ' or')}"
+    if deepest["type"] != "missing":
+        message = f"{message} (got {_shown(deepest['input'])})"
+    return ApiError(400, message, param=str(name[0]) if name else None, code="invalid_value")
+
+
+def _place(loc: tuple[int | str, ...]) -> list[str]:
+    """Where in the body a fault is, without the names of the types that a field may have."""
+    return [str(part) for part in loc if not (isinstance(part, str) and ("[" in part or part in _TYPE_NAMES))]
+
+
+def _told(fault: Any) -> str:
+    return "Input should be an object" if fault["type"] in ("model_type", "dict_type") else str(fault["msg"])
 
 
 def _shown(value: Any) -> str:

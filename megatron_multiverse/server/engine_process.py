@@ -33,7 +33,7 @@ from megatron_multiverse.inference.build import build_engine, engine_ranks
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.record import to_values
 from megatron_multiverse.inference.text.request import Request
-from megatron_multiverse.inference.text.result import Result, TopLogprobs
+from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.inference.text.state import Written
 from megatron_multiverse.model.device import choose_device
 from megatron_multiverse.server.engine_control import EngineControl, follow_control
@@ -61,7 +61,7 @@ class EngineHost:
         self._engine_ids: dict[int, int] = {}  # their number of an answer -> the engine's
         self._their_ids: dict[int, int] = {}
         self._plain: set[int] = set()  # answers that cannot fork
-        self._writes: list[tuple[int, str, list[int], float | None, TopLogprobs | None]] = []
+        self._writes: list[tuple[Any, ...]] = []  # number, and the fields of `Write`
         self._failures = 0
         self._last_beat = 0.0
         self._step_counts = [0] * (len(STEP_SECONDS) + 1)
@@ -171,7 +171,8 @@ class EngineHost:
     def _hear(self, request_id: int, branch: str, ids: Written) -> None:
         number = self._their_ids[request_id]
         if ids.logprob is not None or number not in self._plain:
-            self._writes.append((number, branch, list(ids), ids.logprob, ids.top))
+            stop = None if ids.stop is None else (ids.stop.end - ids.stop.start, ids.stop.kept)
+            self._writes.append((number, branch, list(ids), ids.logprob, ids.top, stop))
 
     def _step(self) -> None:
         start = time.perf_counter()

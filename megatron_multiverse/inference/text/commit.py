@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from megatron_multiverse.inference.text.branch import Block, Branch, Cut, branch_key
 from megatron_multiverse.inference.text.budget import MOST_CLOSERS, exhausted, fits, shares
-from megatron_multiverse.inference.text.result import BranchFinish, FinishReason, TopLogprobs
+from megatron_multiverse.inference.text.result import BranchFinish, FinishReason, StopMatch, TopLogprobs
 from megatron_multiverse.inference.text.scanner import StopScanner
 from megatron_multiverse.inference.text.state import RequestState, Written
 from megatron_multiverse.inference.text.trial import inner_branches, is_late, note_end, written_by
@@ -153,7 +153,9 @@ def _refuse(state: RequestState, branch: Branch, problem: Problem) -> None:
     )
 
 
-def _force(state: RequestState, branch: Branch, ids: Sequence[int], *, heard: bool = True) -> Event:
+def _force(
+    state: RequestState, branch: Branch, ids: Sequence[int], *, heard: bool = True, stop: StopMatch | None = None
+) -> Event:
     """Append tokens that nobody drew, and have them heard; returns what the last of them did."""
     event = Event.TEXT
     for token in ids:
@@ -168,7 +170,7 @@ def _force(state: RequestState, branch: Branch, ids: Sequence[int], *, heard: bo
     branch.total += count
     branch.room -= count
     if heard and state.on_token is not None:
-        state.unheard.append((branch.name, Written(ids)))
+        state.unheard.append((branch.name, Written.forced(ids, stop)))
     return event
 
 
@@ -257,7 +259,7 @@ def _close(state: RequestState, branch: Branch, finish: BranchFinish) -> None:
     closing = branch.machine.closing_ids()
     if closing:
         state.counts["forced_close"] += 1
-        _force(state, branch, closing)
+        _force(state, branch, closing, stop=branch.stop)
     _end(state, branch, finish)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_multiverse.inference.text.branch import Branch, Budget, Cut, branch_key
@@ -13,7 +13,7 @@ from megatron_multiverse.inference.text.counts import TokenCounts
 from megatron_multiverse.inference.text.prompt_scores import PromptScores
 from megatron_multiverse.inference.text.replay import replay_answers
 from megatron_multiverse.inference.text.request import Request
-from megatron_multiverse.inference.text.result import FinishReason, TimelineSpan, TopLogprobs
+from megatron_multiverse.inference.text.result import FinishReason, StopMatch, TimelineSpan, TopLogprobs
 from megatron_multiverse.inference.text.scanner import StopScanner
 from megatron_multiverse.structure import StructureMachine
 
@@ -30,12 +30,21 @@ class Written(list[int]):
     """None where they were forced."""
     top: TopLogprobs | None = None
     """The most likely tokens beside it, where the request asks for them."""
+    stop: StopMatch | None = None
+    """Where these close a branch that ended at a stop text: that text, by tokens of the branch."""
 
     @classmethod
     def drawn(cls, token: int, logprob: float, top: TopLogprobs | None) -> Written:
         """One token that was drawn."""
         written = cls((token,))
         written.logprob, written.top = logprob, top
+        return written
+
+    @classmethod
+    def forced(cls, ids: Sequence[int], stop: StopMatch | None) -> Written:
+        """Tokens that nobody drew."""
+        written = cls(ids)
+        written.stop = stop
         return written
 
 

@@ -218,6 +218,31 @@ def test_stop_texts_end_answers_whole_and_streamed(client: openai.OpenAI, stop: 
         assert stop not in whole.text and full.startswith(whole.text.split("\n</")[0])
 
 
+@pytest.mark.parametrize(
+    "stop", ["B = 124\n", "124", "carry 1, left 0 + 0\nB", "1, left 5", ["nowhere", "write"], "50; B"]
+)
+@pytest.mark.parametrize("mode", ["linear", "branches"])
+@pytest.mark.parametrize("in_paths", [True, False])
+def test_streams_leave_out_stop_texts_in_paths_too(
+    client: openai.OpenAI, stop: str | list[str], mode: str, in_paths: bool
+) -> None:
+    options = {"model": NAME, "prompt": PROMPT, "max_tokens": 700, "temperature": 0, "stop": stop}
+    extra = {"multiverse": {"stop_in_branches": in_paths, "stream_mode": mode}}
+    whole = client.completions.create(**options, extra_body=extra).choices[0]  # type: ignore[call-overload]
+    texts: dict[tuple[int, str], str] = {}
+    for chunk in client.completions.create(**options, extra_body=extra, stream=True):  # type: ignore[call-overload]
+        ours = chunk.choices[0].model_extra.get("multiverse", {})
+        place = (ours.get("block", 0), ours.get("branch", ""))
+        texts[place] = texts.get(place, "") + chunk.choices[0].text
+    root = texts.pop((0, ""))
+    if mode == "branches":  # the paths stand where the root's text goes on with its conclusion
+        head, conclusion = root.split("</Goal>")
+        root = head + "</Goal>" + "".join(texts[key] for key in sorted(texts)) + conclusion
+    assert root == whole.text
+    ends = [branch["finish_reason"] for branch in whole.multiverse["blocks"][0]["branches"]]
+    assert ("stop" in ends) == (in_paths and stop != "50; B")
+
+
 def test_tries_are_committed(client: openai.OpenAI) -> None:
     options = {"model": NAME, "prompt": PROMPT, "max_tokens": 700, "temperature": 0}
     choice = client.completions.create(**options, extra_body={"multiverse": {"commit_after": 1}}).choices[0]  # type: ignore[call-overload]

@@ -118,6 +118,20 @@ def test_wrong_fields_are_named(server: Running, path: str, body: dict[str, Any]
     assert error["message"].startswith(param)
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": None}, "prompt: Input should be a valid string or a valid list (got null)"),
+        ({"prompt": ["a", 1]}, "prompt.1: Input should be a valid string or a valid list (got 1)"),
+        ({"prompt": "a", "stop": 5}, "stop: Input should be a valid string or a valid list (got 5)"),
+        ({"prompt": "a", "multiverse": []}, "multiverse: Input should be an object (got [])"),
+        ({"prompt": "a", "logit_bias": [1]}, "logit_bias: Input should be an object (got [1])"),
+    ],
+)
+def test_messages_name_fields_and_no_types_of_ours(server: Running, body: dict[str, Any], message: str) -> None:
+    assert error_of(server.post(TEXT, body))["message"] == message
+
+
 API: list[tuple[dict[str, Any], str]] = [
     ({}, "prompts"),
     ({"prompts": "a"}, "prompts"),
