@@ -66,6 +66,12 @@ class DataConfig:
 
     data_prefixes: tuple[str, ...]
     """.bin/.idx prefixes written by tools/preprocess_data.py."""
+    plain_prefixes: tuple[str, ...] = ()
+    """Prefixes of rows without blocks, for mixture."""
+    mixture: tuple[float, ...] = ()
+    """Share of the rows of data_prefixes in each epoch, the rest to one that of plain_prefixes; the last share holds
+    for all later epochs. The paper's is [0, 0, 0.1, 0.5, 0.5, 0.9, 1, 1]. Empty takes all of data_prefixes in every
+    epoch."""
     valid_prefixes: tuple[str, ...] = ()
     """Prefixes of the validation set; empty switches validation off."""
     tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
@@ -94,6 +100,13 @@ class DataConfig:
         for name in ("seq_length", "micro_batch_size", "global_batch_size"):
             check(getattr(self, name) >= 1, f"data.{name} must be at least 1, got {getattr(self, name)}")
         check(self.num_workers >= 0, f"data.num_workers must not be negative, got {self.num_workers}")
+        wrong = [share for share in self.mixture if not 0 <= share <= 1]
+        check(not wrong, f"data.mixture must hold shares in [0, 1], got {wrong}")
+        check(
+            bool(self.mixture) == bool(self.plain_prefixes),
+            "data.mixture and data.plain_prefixes go together: the mixture says how much of either kind an epoch has. "
+            f"Got mixture {list(self.mixture)} and plain_prefixes {list(self.plain_prefixes)}: set both or neither",
+        )
         check_choices(self, "data.")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_multiverse.data.mixture import Mixture
 from megatron_multiverse.data.packing import Overlong, Packing, pack
 from megatron_multiverse.data.sft_dataset import SFTDataset, pack_arrays
 from megatron_multiverse.errors import CheckpointError, ConfigError, MultiverseError
@@ -49,6 +50,7 @@ class SFTLoader:
             out, or add the first packs of the epoch.
         overlong: documents longer than `seq_length`: "refuse" raises, "drop" leaves them out and logs how many.
         train_forced_tokens: also train on what the engine forces.
+        mixture: which documents an epoch has; default all, in every epoch.
 
     Raises:
         DataError: overlong documents, or none at all.
@@ -70,6 +72,7 @@ class SFTLoader:
         tail: Tail = "drop",
         overlong: Overlong = "refuse",
         train_forced_tokens: bool = False,
+        mixture: Mixture | None = None,
     ) -> None:
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ConfigError(f"data_parallel_rank ({data_parallel_rank}) must be in [0, {data_parallel_size})")
@@ -83,15 +86,16 @@ class SFTLoader:
         self.epochs = epochs
         self.tail = tail
         self.overlong = overlong
+        self.mixture = mixture
         self._packer = _PackDataset(dataset, seq_length, pad, train_forced_tokens)
         self._epoch = 0
         self._consumed = 0  # packs of this epoch, over all ranks
         self._packings: dict[int, Packing] = {}  # of the epochs last asked for
         self._packing = self._pack(0)
-        if self._packing.dropped:
+        if too_long := int((dataset.lengths > seq_length).sum()):
             logger.warning(
                 "%d of %d documents are longer than seq_length (%d) and are dropped",
-                self._packing.dropped, len(dataset), seq_length,
+                too_long, len(dataset), seq_length,
             )  # fmt: skip
         if len(self._packing.packs) < self.packs_per_microbatch and tail == "drop":
             raise ConfigError(
@@ -116,6 +120,10 @@ class SFTLoader:
     def sample_problem(self, sample_id: int) -> str | None:
         """Why the structure of a document was not read, None if it was."""
         return self.dataset[sample_id].problem
+
+    def count_packs(self, epochs: int) -> int:
+        """Packs of the first epochs, before any tail."""
+        return sum(len(self._pack(epoch).packs) for epoch in range(epochs))
 
     @property
     def fill(self) -> float:
@@ -147,24 +155,27 @@ class SFTLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: after the last batch that was yielded. The same on all ranks."""
-        return {
+        state = {
             "epoch": self._epoch,
             "consumed_packs": self._consumed,
             "seed": self.seed,
             "seq_length": self.seq_length,
             "documents": self.dataset.fingerprint(),
         }
+        if self.mixture is not None:
+            state["mixture"] = [self.mixture.num_structured, *self.mixture.shares]
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batch at which `state` was taken.
 
         Raises:
-            CheckpointError: the state belongs to other data, another seed or another sequence length.
+            CheckpointError: the state belongs to other data, another mixture, seed or sequence length.
         """
-        mine = self.state_dict()
-        differing = [name for name in ("seed", "seq_length", "documents") if state[name] != mine[name]]
+        mine, names = self.state_dict(), ("seed", "seq_length", "documents", "mixture")
+        differing = [name for name in names if state.get(name) != mine.get(name)]
         if differing:
-            what = ", ".join(f"{name}: saved {state[name]}, now {mine[name]}" for name in differing)
+            what = ", ".join(f"{name}: saved {state.get(name)}, now {mine.get(name)}" for name in differing)
             raise CheckpointError(f"the data position cannot be resumed ({what}); use the data and settings of the run")
         self._epoch, self._consumed = state["epoch"], state["consumed_packs"]
         self._packing = self._pack(self._epoch)
@@ -172,7 +183,8 @@ class SFTLoader:
     def _pack(self, epoch: int) -> Packing:
         if epoch not in self._packings:
             lengths, length = self.dataset.lengths, self.seq_length
-            packing = pack(lengths, length, seed=self.seed, epoch=epoch, overlong=self.overlong)
+            mixed = None if self.mixture is None else self.mixture.documents(self.seed, epoch)
+            packing = pack(lengths, length, seed=self.seed, epoch=epoch, overlong=self.overlong, documents=mixed)
             self._packings = {k: old for k, old in self._packings.items() if k == epoch - 1} | {epoch: packing}
         return self._packings[epoch]
 

@@ -41,7 +41,13 @@ class Packing:
 
 
 def pack(
-    lengths: npt.NDArray[np.int64], seq_length: int, *, seed: int, epoch: int, overlong: Overlong = "refuse"
+    lengths: npt.NDArray[np.int64],
+    seq_length: int,
+    *,
+    seed: int,
+    epoch: int,
+    overlong: Overlong = "refuse",
+    documents: npt.NDArray[np.int64] | None = None,
 ) -> Packing:
     """Shuffle the documents and put each into the open pack where it leaves the least room.
 
@@ -53,6 +59,7 @@ def pack(
         seed: seed of the run.
         epoch: number of the pass over the data; each has its own order.
         overlong: what happens to documents longer than `seq_length`: leave them out, or raise.
+        documents: those that take part in this epoch; default all.
 
     Raises:
         DataError: a document is too long and `overlong` is "refuse", or no document is left.
@@ -64,12 +71,14 @@ def pack(
             f"(document {int(lengths.argmax())}) has {int(lengths.max())} tokens; raise seq_length or set "
             "overlong to drop"
         )
-    if len(too_long) == len(lengths):
+    taking_part = np.arange(len(lengths)) if documents is None else documents
+    own = lengths[taking_part]
+    if not (own <= seq_length).any():
         raise DataError(f"no document fits into seq_length ({seq_length}); raise it")
     rng = np.random.default_rng([seed, epoch])
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
-    for document in rng.permutation(len(lengths)).tolist():
+    for document in rng.permutation(taking_part).tolist():
         length = int(lengths[document])
         if length > seq_length:
             continue
@@ -84,7 +93,7 @@ def pack(
             insort(room, (free - length, number))
         if len(room) > _OPEN_PACKS:
             room.pop(0)  # close the pack with the least room
-    used = int(lengths[lengths <= seq_length].sum())
+    used = int(own[own <= seq_length].sum())
     order = rng.permutation(len(packs)).tolist()
     fill = used / (len(packs) * seq_length)
-    return Packing([packs[k] for k in order], len(too_long), fill)
+    return Packing([packs[k] for k in order], int((own > seq_length).sum()), fill)

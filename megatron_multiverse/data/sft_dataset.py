@@ -113,6 +113,10 @@ class SFTDataset:
         part, document = self._place(index)
         return f"{self.prefixes[part]} document {document}"
 
+    def first_document(self, prefix: int) -> int:
+        """Number of the first document of the prefix with this number; for the number of prefixes, len(self)."""
+        return int(self._first[prefix])
+
     def last_token(self, index: int) -> int | None:
         """The last id of document `index`; None if its response is empty."""
         part, document = self._place(index)

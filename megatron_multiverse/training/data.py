@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from megatron_multiverse.config import TrainConfig
 from megatron_multiverse.data.loader import SFTLoader
+from megatron_multiverse.data.mixture import Mixture
 from megatron_multiverse.data.sft_dataset import SFTDataset, read_manifest
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.errors import ConfigError, DataError
@@ -30,7 +31,7 @@ def build_loaders(config: TrainConfig, vocab_size: int) -> tuple[SFTLoader, SFTL
     """
     data = config.data
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
-    for prefix in (*data.data_prefixes, *data.valid_prefixes):
+    for prefix in (*data.data_prefixes, *data.plain_prefixes, *data.valid_prefixes):
         check_tokenizer(prefix, tokenizer, data.tokenizer_model)
     check_start(config, tokenizer)
     if tokenizer.vocab_size > vocab_size:
@@ -39,7 +40,8 @@ def build_loaders(config: TrainConfig, vocab_size: int) -> tuple[SFTLoader, SFTL
             f"({data.tokenizer_model}): raise model.vocab_size of a fresh model, or set add_control_tokens to true, "
             "which adds rows for the structure tags to the model of init_from"
         )
-    train = _loader(config, data.data_prefixes, tokenizer, data.num_workers)
+    train = _loader(config, (*data.data_prefixes, *data.plain_prefixes), tokenizer, data.num_workers, data.mixture)
+    log_length(config, train)
     warn_of_missing_ends(train.dataset, tokenizer.eod)
     valid = _loader(config, data.valid_prefixes, tokenizer, num_workers=0) if data.valid_prefixes else None
     return train, valid, tokenizer
@@ -69,6 +71,17 @@ def check_tokenizer(prefix: str, tokenizer: MultiverseTokenizer, tokenizer_model
         )
 
 
+def log_length(config: TrainConfig, loader: SFTLoader) -> None:
+    """Say how many steps an epoch is, or all epochs of the mixture: packing decides that; train_iters has to fit."""
+    epochs = max(1, len(config.data.mixture))
+    rows = loader.count_packs(epochs)
+    what = f"the {epochs} epochs of data.mixture are" if config.data.mixture else "an epoch is"
+    logger.info(
+        "%s %d rows of %d tokens, %.1f steps; train_iters is %d",
+        what, rows, config.data.seq_length, rows / config.data.global_batch_size, config.train_iters,
+    )  # fmt: skip
+
+
 def warn_of_missing_ends(dataset: SFTDataset, eod: int | None, *, looked_at: int = 256) -> None:
     """Warn if no response ends with the token that ends an answer: a model that never sees it never stops.
 
@@ -85,11 +98,19 @@ def warn_of_missing_ends(dataset: SFTDataset, eod: int | None, *, looked_at: int
 
 
 def _loader(
-    config: TrainConfig, prefixes: Sequence[str], tokenizer: MultiverseTokenizer, num_workers: int
+    config: TrainConfig,
+    prefixes: Sequence[str],
+    tokenizer: MultiverseTokenizer,
+    num_workers: int,
+    shares: tuple[float, ...] = (),
 ) -> SFTLoader:
     data = config.data
+    dataset = SFTDataset(list(prefixes), tokenizer.structure_vocab, malformed=data.malformed)
+    mixture = None
+    if shares:
+        mixture = Mixture(tuple(shares), dataset.first_document(len(data.data_prefixes)), len(dataset))
     return SFTLoader(
-        SFTDataset(list(prefixes), tokenizer.structure_vocab, malformed=data.malformed),
+        dataset,
         seq_length=data.seq_length,
         micro_batch_size=data.micro_batch_size,
         pad=tokenizer.pad,
@@ -100,4 +121,5 @@ def _loader(
         tail="cycle",
         overlong=data.overlong,
         train_forced_tokens=data.train_forced_tokens,
+        mixture=mixture,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +71,20 @@ def test_a_damaged_manifest_is_named_and_a_missing_one_is_told(
         check_tokenizer(str(tmp_path / "set"), tokenizer, "x")
     check_tokenizer(str(tmp_path / "none"), tokenizer, "x")
     assert "cannot tell whether" in caplog.text
+
+
+def test_the_log_says_how_many_steps_an_epoch_or_the_mixture_is(
+    prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = run_config(prefix, TOKENIZER, train_iters=7)
+    with caplog.at_level(logging.INFO):
+        loader, _, _ = build_loaders(config, 320)
+        mixture = {"plain_prefixes": (prefix,), "mixture": (0.0, 1.0, 0.5), "global_batch_size": 2}
+        mixed, _, _ = build_loaders(dataclasses.replace(config, data=dataclasses.replace(config.data, **mixture)), 320)
+    rows, all_rows = loader.count_packs(1), mixed.count_packs(3)
+    assert f"an epoch is {rows} rows of 64 tokens, {rows}.0 steps; train_iters is 7" in caplog.text
+    assert f"the 3 epochs of data.mixture are {all_rows} rows of 64 tokens, {all_rows / 2:.1f} steps" in caplog.text
+    assert mixed.mixture is not None and (mixed.mixture.num_structured, mixed.mixture.num_documents) == (8, 16)
 
 
 def test_a_model_has_at_least_as_many_rows_as_the_tokenizer_has_ids(prefix: str) -> None:
