@@ -244,6 +244,7 @@ class Engine:
             if coming is not None:
                 step, launch = coming
                 self._flight = Flight(step, launch(), start)
+                self.scheduler.let_go()
             if not self.overlap:  # nothing was in flight: wait for this one
                 landing, self._flight = self._flight, None
             if landing is not None:

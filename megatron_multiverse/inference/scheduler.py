@@ -69,7 +69,7 @@ class Scheduler:
         self._pages_short = False  # whether something that runs waited for pages when the last step was planned
         self._with_blocks: list[RequestState] = []  # requests with a block that has yet to fork or join in the cache
         self._prompts: list[RequestState] = []  # requests whose prompt is not fed yet
-        self._joined: list[Node] = []  # their pages come free once the step is planned
+        self._joined: list[Node] = []  # paths that the step planned last has joined; `let_go` frees them
 
     def go_on(self) -> Step | None:
         """The next step, if every row of the last one just goes on by a token; else None, and `plan` is to be asked.
@@ -107,8 +107,6 @@ class Scheduler:
                     self._start_paths(draft, state)
             self._pages_short = draft.pages_short
             step = draft.finish() if draft.nodes else None
-            for node in self._joined:
-                self.places.tree.free(node)
             # What waits for nothing but the tokens of these rows changes with them alone.
             nothing_else = not (draft.pages_short or draft.left_out or self._prompts or self._joined or row_room)
             if step is not None and nothing_else and step.only_draws and self.latency_target is None:
@@ -160,7 +158,8 @@ class Scheduler:
 
     def _feed_branches(self, draft: Draft) -> None:
         """Feed every branch that has something to feed, but for prompts."""
-        self._with_blocks, self._prompts, self._joined = [], [], []
+        self.let_go()
+        self._with_blocks, self._prompts = [], []
         feed, nodes = draft.feed, self.places.nodes
         for state in self.active:
             root = state.root
@@ -199,11 +198,9 @@ class Scheduler:
                 continue
             kids = [nodes[kid] for kid in block.kids if kid in nodes]
             if kids:
-                node = nodes[branch]
-                if tree.join_cost(node, kids) > self.book.available:
+                if not tree.join(nodes[branch], kids):
                     draft.pages_short = True
                     continue
-                tree.join(node, kids)
                 self._joined += kids  # this step may still compute their last tokens, over their own pages
             for kid in block.kids:
                 nodes.pop(kid, None)
@@ -218,8 +215,7 @@ class Scheduler:
             block = branch.block_to_join
             for kid in block.kids if block is not None else ():
                 node = nodes.get(kid)
-                if node is not None and tree.join_cost(nodes[branch], [node]) <= self.book.available:
-                    tree.join(nodes[branch], [node])
+                if node is not None and tree.join(nodes[branch], [node]):
                     tree.free(nodes.pop(kid))
                     pages_came_free = True
         return pages_came_free
@@ -280,6 +276,13 @@ class Scheduler:
                 draft.row_room[state] = 1
             self._feed_prompt(draft, state)
 
+    def let_go(self) -> None:
+        """Free the pages of the paths that the step planned last has joined, which takes long enough to be left until
+        the step runs."""
+        joined, self._joined = self._joined, []
+        for node in joined:
+            self.places.tree.free(node)
+
     def remove(self, state: RequestState) -> None:
         """The request takes part no more and gives back everything it holds in the cache; its text stays."""
         self._last = None
@@ -308,6 +311,7 @@ class Scheduler:
     def reset(self) -> None:
         """Whatever state an exception left behind: all requests wait to be fed again."""
         self.in_flight = self._last = None
+        self._joined = []
         for state in self.active:
             state.forget_cache()
             state.cached_tokens = 0  # it has to compute all of its prompt now

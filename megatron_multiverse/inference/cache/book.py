@@ -78,11 +78,11 @@ class PageBook:
         self.owners[pages] = 1
         return pages
 
-    def retain(self, pages: PageList) -> None:
-        """Add one owner to each page; the pages are different ones."""
+    def retain(self, pages: PageList, count: int = 1) -> None:
+        """Add `count` owners to each page; the pages are different ones."""
         index = np.asarray(pages, dtype=np.int64)
         assert (self.owners[index] > 0).all(), "a free page cannot be shared"
-        self.owners[index] += 1
+        self.owners[index] += count
 
     def keep(self, page: int) -> None:
         """The content of an owned page is known from now on."""

@@ -152,12 +152,6 @@ class PageTree:
         """Pages that forking `count` children will take."""
         return count if node.length % self.page_size else 0
 
-    def join_cost(self, parent: Node, kids: list[Node]) -> int:
-        """Pages that a join will take (before the children's come free)."""
-        source, _, before = self._compaction(parent, kids)
-        head = -(-(parent.length + before) // self.page_size) - len(parent.pages)
-        return head + -(-(len(source) - before) // self.page_size)
-
     def slots(self, node: Node, start: int, end: int) -> Slots:
         """Slots of the tokens [start, end) of a node, int64."""
         first = start // self.page_size
@@ -254,10 +248,10 @@ class PageTree:
         full = node.pages[: node.length // self.page_size]
         tails = self.book.allocate(self.fork_cost(node, count))
         open_slots = self.slots(node, node.length - ragged, node.length)
+        self.book.retain(full, count)
         kids = []
         for k in range(count):
             kid = Node(self.table, node)
-            self.book.retain(full)
             kid.add_pages(full)
             if ragged:
                 kid.add_pages(tails[k : k + 1])
@@ -267,13 +261,16 @@ class PageTree:
         node.children += kids
         return kids
 
-    def join(self, parent: Node, kids: list[Node]) -> None:
-        """Append the own tokens of `kids` to `parent`.
+    def join(self, parent: Node, kids: list[Node]) -> bool:
+        """Append the own tokens of `kids` to `parent`; False, and nothing, if pages are missing.
 
         The children stay as they are, since their last tokens may be computed in the coming pass; free them once the
         step is planned. Joining them one by one, in any order, gives the same result but copies more.
         """
         source, whole, before = self._compaction(parent, kids)
+        missing = self.append_cost(parent, before) + -(-(len(source) - before) // self.page_size)
+        if missing > self.book.available:  # those of the children come free later
+            return False
         start = parent.length
         self._grow(parent, before)
         self._copy(source[:before], self.slots(parent, start, parent.length))
@@ -284,6 +281,7 @@ class PageTree:
             start = parent.length
             self._grow(parent, len(source) - before)
             self._copy(source[before:], self.slots(parent, start, parent.length))
+        return True
 
     def _compaction(self, parent: Node, kids: list[Node]) -> tuple[Slots, list[int], int]:
         """What a join does: slots to copy, pages to take over, how many of the slots go before those pages."""

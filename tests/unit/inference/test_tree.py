@@ -72,16 +72,14 @@ class Oracle:
         length = len(self.want[node])
         own = sorted(number for kid in kids for number in self.want[kid][length:])
         for group in [[kid] for kid in kids] if one_by_one else [kids]:
-            cost = self.tree.join_cost(node, group)
-            if cost > self.book.available:
+            if at_once:
+                self.run()
+            free, length_before = self.book.available, node.length
+            if not self.tree.join(node, group):
+                assert (free, length_before) == (self.book.available, node.length)
                 if group[0] is not kids[0]:
                     self.free(node)  # halfway and stuck: give the tree up
                 return 0
-            if at_once:
-                self.run()
-            free = self.book.available
-            self.tree.join(node, group)
-            assert free - self.book.available == cost
             if at_once:
                 count = len(self.tree._source)
                 assert count <= (2 * len(group) + 1) * self.book.page_size
