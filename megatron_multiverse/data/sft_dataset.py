@@ -235,8 +235,10 @@ def _open(prefix: str) -> Any:
     # Imported here: it brings torch and takes seconds, which the rest of the package does not need.
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+    dataset: Any = IndexedDataset.__new__(IndexedDataset)
+    dataset.bin_reader = dataset.index = None  # its __del__ would complain of a half-made one that lacks them
     try:
-        dataset = IndexedDataset(prefix)
+        IndexedDataset.__init__(dataset, prefix)
         documents = dataset.document_indices
     except Exception as error:  # it parses the header with assertions, struct and numpy
         raise DataError(f"{prefix}.idx is damaged ({_first_line(error)}): {_AGAIN}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 from collections.abc import Callable
@@ -121,6 +122,7 @@ def test_responses_without_an_end_are_told(prefix: str, tmp_path: Path, caplog: 
         ("_manifest.json", lambda data: data[:50], r"set_manifest\.json is damaged"),
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # nor does a half-opened file complain
 def test_files_that_do_not_belong_together_are_named_when_they_are_opened(
     prefix: str, tmp_path: Path, file: str, change: Callable[[bytes], bytes], message: str
 ) -> None:
@@ -130,3 +132,5 @@ def test_files_that_do_not_belong_together_are_named_when_they_are_opened(
     with pytest.raises(DataError, match=message) as caught:
         build_loaders(run_config(str(tmp_path / "set"), TOKENIZER), 320)
     assert "\n" not in str(caught.value)
+    del caught
+    gc.collect()
