@@ -139,6 +139,8 @@ def measure_speedup(
     pages = 2 * batch * (-(-tokens // config.page_size) + 3 * most)
     engine = make_engine(model, shape, config, pages=pages, rows=batch * (most + 1))
     prompts = [random_prompt(config.context, shape, number) for number in range(batch)]
+    one = SamplingParams(max_tokens=1, ignore_eos=True)
+    engine.generate([Request(prompt_ids=prompt, sampling=one) for prompt in prompts])  # the prefix cache has them now
     rows = []
     for x in config.num_parallel:
         row = speedup(engine, prompts, x, config.answer_tokens, config.repeats)

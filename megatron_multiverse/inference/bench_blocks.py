@@ -85,8 +85,8 @@ def speedup(
 ) -> dict[str, Any]:
     """A row: answers that fork, beside the same answers with one path after the other.
 
-    The prompts are in the prefix cache and every graph is captured before anything counts: all of it runs once before,
-    since longer texts may need other graphs than their beginnings.
+    The prompts must be in the prefix cache already. All of an answer runs once before it counts, so that nothing is
+    compiled and no graph is captured in between.
     """
     work = work_for(num_parallel, tokens)
     times: dict[bool, list[float]] = {}
