@@ -80,7 +80,7 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
         """Shows flags the way they are written: `--num-rows`, `--from`."""
 
         def format_help(self, *args: Any, **kwargs: Any) -> str:
-            return _hyphenated(str(super().format_help(*args, **kwargs)))
+            return re.sub(r"<class\s+'(\w+)'>", r"\1", _hyphenated(str(super().format_help(*args, **kwargs))))
 
         def format_usage(self) -> str:
             return _hyphenated(str(super().format_usage()))

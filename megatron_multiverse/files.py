@@ -10,7 +10,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -34,6 +37,33 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def save_figure(figure: Figure, path: str | Path, *, dpi: int) -> None:
+    """Write a figure of matplotlib in the format of the file's name (PNG without one), in a folder made if need be.
+
+    The figure is closed.
+
+    Args:
+        figure: made by `matplotlib.pyplot`.
+        path: the file.
+        dpi: dots per inch.
+
+    Raises:
+        OSError: the file cannot be written; the old content stands.
+    """
+    import matplotlib.pyplot as plt
+
+    path = Path(path)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            figure.savefig(partial, dpi=dpi, format=path.suffix[1:] or "png")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+            plt.close(figure)
 
 
 def write_json_atomic(path: str | Path, value: Any, *, indent: int | None = 2) -> None:

@@ -20,7 +20,7 @@ from megatron_multiverse.evaluation.config import EvaluateConfig
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("httpx2", "httpcore2", "math_verify", "latex2sympy2_extended"):
+    for name in ("httpx2", "httpcore2", "megatron", "math_verify", "latex2sympy2_extended"):
         logging.getLogger(name).setLevel(logging.WARNING)
     config = parse_options(EvaluateConfig)
     from megatron_multiverse.evaluation.report import comparison_lines, score_lines

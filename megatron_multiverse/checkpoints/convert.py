@@ -202,7 +202,7 @@ def check_disk_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed * 1.01 > free:
         raise ConfigError(
-            f"{folder} needs {needed / 1e9:.1f} GB more, the disk has {free / 1e9:.1f} GB free: "
+            f"{folder} needs {needed / 1e9:.4g} GB more, the disk has {free / 1e9:.4g} GB free: "
             "free some space or save elsewhere"
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_multiverse.curation.plan import KINDS
+from megatron_multiverse.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,8 +51,7 @@ def draw_report(
         (axis.xaxis if axis is axes[1, 0] else axis.yaxis).set_major_locator(MaxNLocator(integer=True))
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{len(parallel)} samples, lengths in {tokens}", fontsize=10)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    save_figure(figure, file, dpi=110)
 
 
 def _draw_ratios(axis: Axes, ratios: Sequence[tuple[float, float]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -106,16 +107,17 @@ def write_answers(config: GenerateConfig) -> tuple[int, int]:
 
     Raises:
         MultiverseError: see `generate_answers`.
-        OSError: the output cannot be written, which shows before the model is loaded.
+        OSError: the output cannot be written, which shows before the model is loaded. Until the first answer is there,
+            the file keeps what it held.
     """
     assert config.output is not None
-    if config.input is not None and config.output.exists() and config.output.samefile(config.input):
-        raise GenerationError(f"--output {config.output} is the input; give it another name")
     if config.live:
         raise GenerationError("--live shows the answer in the terminal; leave out --live, or --output")
     answered = refused = 0
-    with naming(config.output), config.output.open("w", encoding="utf-8") as file:
+    with naming(config.output), config.output.open("a", encoding="utf-8") as file:
         for row in generate_answers(config):
+            if not answered + refused and file.seekable():
+                file.truncate(0)
             write_line(file, json.dumps(row, ensure_ascii=False))
             failed = row["finish_reason"] == "error"
             answered, refused = answered + (not failed), refused + failed
@@ -139,6 +141,7 @@ def generate_answers(config: GenerateConfig, *, watch: Watch | None = None) -> I
         CheckpointError, ConfigError: no model, or a tokenizer of another model.
         GenerationError: options that cannot work, or `config.prompt` cannot be answered.
     """
+    _check_files(config)
     prompts = _prompts(config)
     if watch is not None and (len(prompts) > 1 or config.sampling.n > 1):
         raise GenerationError("--live shows one answer; give one prompt and leave --sampling.n at 1")
@@ -176,6 +179,16 @@ def generate_answers(config: GenerateConfig, *, watch: Watch | None = None) -> I
                 text = answer_text(result, tokenizer.detokenize)
                 asked = "prompt" if isinstance(prompts[index], str) else "messages"
                 yield {"index": index, asked: prompts[index], "text": text, **_facts(result)}
+
+
+def _check_files(config: GenerateConfig) -> None:
+    """Refuse to write over the input, or two things into one file."""
+    named = {"--input": config.input, "--output": config.output, "--records": config.records}
+    given = [(flag, path) for flag, path in named.items() if path is not None]
+    for (first, one), (second, other) in itertools.combinations(given, 2):
+        same = one.samefile(other) if one.exists() and other.exists() else one.absolute() == other.absolute()
+        if same and not other.is_char_device():
+            raise GenerationError(f"{second} {other} is the file of {first}, too; give it another name")
 
 
 @contextlib.contextmanager

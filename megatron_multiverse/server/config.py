@@ -94,6 +94,8 @@ class ServerConfig:
     """debug also names the fields of requests that are not known and therefore ignored."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ConfigError(f"--port {self.port} is none: choose 1 to 65535, or 0 for a free one")
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_multiverse.files import save_figure
 from megatron_multiverse.views.sample_view import branch_depth
 
 if TYPE_CHECKING:
@@ -64,8 +65,4 @@ def count_whole(axis: Axes) -> None:
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write the figure as PNG, making the folder if need be, and free it."""
-    import matplotlib.pyplot as plt
-
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)

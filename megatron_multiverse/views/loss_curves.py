@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_multiverse.checkpoints.run_files import METRICS_FILE
 from megatron_multiverse.errors import ConfigError, DataError
+from megatron_multiverse.files import save_figure
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +147,4 @@ def plot_loss(folders: Sequence[Path], output: Path, *, smooth: int = 1, log_sca
     bottom.set_xlabel("step")
     bottom.set_ylim(bottom=0)
     bottom.grid(alpha=0.3)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
-    plt.close(figure)
+    save_figure(figure, output, dpi=150)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.files import save_figure
 from megatron_multiverse.views.loss_curves import RunHistory, column, pyplot_for, read_history, running_mean
 
 PANELS = (
@@ -61,6 +62,4 @@ def plot_rl(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
     if len(histories) > 1:
         lines = [plt.Line2D([], [], color=f"C{number}", label=run.name) for number, run in enumerate(histories)]
         figure.legend(handles=lines, loc="outside upper center", ncols=min(6, len(lines)), frameon=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    save_figure(figure, output, dpi=110)

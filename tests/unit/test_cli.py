@@ -179,3 +179,15 @@ def test_an_unknown_key_of_an_optional_part_is_named(tmp_path: Path) -> None:
     given = ["--config", str(file), "--model.debug", "true"]
     assert parse_options(Texts, ["--stop+=a", "--stop+", "b"]).stop == ["a", "b"]
     assert parse_options(WithOptionalPart, given) == WithOptionalPart(model=Nested(page_size=3, debug=True))
+
+
+def test_help_names_types_without_python_s_words(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass
+    class Options:
+        load: Path
+        """A folder."""
+
+    with pytest.raises(SystemExit):
+        parse_options(Options, ["--help"])
+    shown = capsys.readouterr().out
+    assert "type: Path" in shown and "<class" not in shown

@@ -34,3 +34,28 @@ def test_a_value_that_json_cannot_hold_does_not_touch_the_file(tmp_path: Path) -
     with pytest.raises(TypeError):
         files.write_json_atomic(target, {"a": object()})
     assert target.read_text() == "old"
+
+
+def test_a_figure_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    target = tmp_path / "new" / "loss.png"
+    files.save_figure(plt.figure(), target, dpi=20)
+    old = target.read_bytes()
+    assert old.startswith(b"\x89PNG")
+
+    def fails(self: object, path: Path, **options: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fails)
+    with pytest.raises(OSError, match=r"loss\.png"):
+        files.save_figure(plt.figure(), target, dpi=20)
+    assert target.read_bytes() == old and list(target.parent.iterdir()) == [target]
+    assert not plt.get_fignums()
+
+
+def test_a_figure_has_the_format_of_its_name(tmp_path: Path) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    for name, start in {"a.svg": b"<?xml", "b.pdf": b"%PDF", "c": b"\x89PNG"}.items():
+        files.save_figure(plt.figure(), tmp_path / name, dpi=20)
+        assert (tmp_path / name).read_bytes().startswith(start)

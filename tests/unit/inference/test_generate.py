@@ -124,9 +124,28 @@ def test_an_output_that_cannot_be_written_shows_before_the_model_is_loaded(tmp_p
     nowhere = GenerateConfig(load=tmp_path / "no model", prompt="a", output=tmp_path / "nowhere" / "out.jsonl")
     with pytest.raises(FileNotFoundError, match=r"out\.jsonl"):
         write_answers(nowhere)
-    with pytest.raises(GenerationError, match="is the input"):
-        write_answers(GenerateConfig(load=MODEL, input=tmp_path / "in.jsonl", output=tmp_path / "in.jsonl"))
-    assert (tmp_path / "in.jsonl").read_text() == '{"prompt": "a"}\n'
+
+
+@pytest.mark.parametrize(("first", "second"), [("input", "output"), ("input", "records"), ("output", "records")])
+def test_no_file_is_named_twice(tmp_path, first, second):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n')
+    asked = {} if "input" in (first, second) else {"prompt": "a"}
+    files = {"output": tmp_path / "out.jsonl", first: rows, second: rows} | asked
+    with pytest.raises(GenerationError, match=f"--{second} .* is the file of --{first}, too"):
+        write_answers(GenerateConfig(load=MODEL, **files))
+    assert rows.read_text() == '{"prompt": "a"}\n'
+
+
+def test_earlier_answers_stand_until_the_first_new_one(tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text("the work of hours\n")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        write_answers(GenerateConfig(load=tmp_path / "no model", prompt="a", output=out))
+    assert out.read_text() == "the work of hours\n"
+    config = GenerateConfig(load=MODEL, prompt="a", output=out, sampling=SamplingParams(max_tokens=4))
+    assert write_answers(config) == (1, 0)
+    assert len(out.read_text().splitlines()) == 1 and json.loads(out.read_text())["index"] == 0
 
 
 def test_an_input_that_is_not_there_or_empty(tmp_path):

@@ -91,3 +91,10 @@ def test_other_machines_are_let_in_with_keys_only(host: str, monkeypatch: pytest
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     with pytest.raises(ConfigError, match="--api-key-file"):
         serve(ServerConfig(load=MODEL, host=host))
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_number_that_is_no_port_is_refused(port: int) -> None:
+    """The resolver would take it modulo 65536, and the server listen where nobody looks."""
+    with pytest.raises(ConfigError, match=f"--port {port} is none"):
+        ServerConfig(load=MODEL, port=port)
