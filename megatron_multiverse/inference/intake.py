@@ -71,16 +71,16 @@ class Intake:
         """
         prompt, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
         capacity = self.num_pages * self.page_size
-        if prompt + max_tokens > capacity:
-            raise GenerationError(
-                f"prompt ({prompt} tokens) and max_tokens ({max_tokens}) need {prompt + max_tokens} "
-                f"cache slots, the engine has {capacity} ({self.num_pages} pages of {self.page_size}); "
-                "lower max_tokens or raise num_pages"
-            )
         if prompt >= self.max_position:
             raise GenerationError(
                 f"prompt ({prompt} tokens) leaves no room in the {self.max_position} positions of the model; "
                 "shorten the prompt"
+            )
+        if prompt + max_tokens > capacity:
+            raise GenerationError(
+                f"prompt ({prompt} tokens) and max_tokens ({max_tokens}) need {prompt + max_tokens} "
+                f"cache slots, the engine has {capacity} ({self.num_pages} pages of {self.page_size}); "
+                f"{'lower max_tokens' if prompt < capacity else 'shorten the prompt'} or raise num_pages"
             )
         sampling = request.sampling
         if (sampling.stop or sampling.commit_on or request.accept) and self.detokenize is None:

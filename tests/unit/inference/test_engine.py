@@ -413,6 +413,11 @@ def test_requests_that_can_never_fit_are_refused_with_the_numbers():
     small = toy_engine(max_position=8)
     with pytest.raises(GenerationError, match=r"prompt \(8 tokens\) leaves no room in the 8 positions"):
         small.add_request(ask([TEXT] * 8, max_tokens=5))
+    for prompt, advice in {63: "lower max_tokens", 64: "shorten the prompt"}.items():
+        with pytest.raises(GenerationError, match=rf"{advice} or raise num_pages"):
+            engine.add_request(ask([TEXT] * prompt, max_tokens=2))
+    with pytest.raises(GenerationError, match="8 positions of the model; shorten the prompt"):  # pages would not help
+        small.add_request(ask([TEXT] * 10**6, max_tokens=5))
     result = small.generate([ask([TEXT] * 5, max_tokens=50, ignore_eos=True)])[0]
     assert len(result.token_ids) == 3
     assert result.finish_reason == "length"
