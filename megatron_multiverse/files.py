@@ -39,6 +39,13 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     flush(path.parent)
 
 
+def is_same_file(one: Path, other: Path) -> bool:
+    """Whether two names stand for one file, which need not be there yet. Terminals and the like hold nothing to lose."""
+    if one.exists() and other.exists():
+        return one.samefile(other) and not other.is_char_device()
+    return one.absolute() == other.absolute()
+
+
 def save_figure(figure: Figure, path: str | Path, *, dpi: int) -> None:
     """Write a figure of matplotlib in the format of the file's name (PNG without one), in a folder made if need be.
 

@@ -23,7 +23,7 @@ from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import CheckpointError, DataError, GenerationError, MultiverseError
-from megatron_multiverse.files import naming, write_line
+from megatron_multiverse.files import is_same_file, naming, write_line
 from megatron_multiverse.inference.build import build_engine, follow_engine
 from megatron_multiverse.inference.conversation import Prompts, check_messages, encode, render_prompt
 from megatron_multiverse.inference.engine import Engine
@@ -186,8 +186,7 @@ def _check_files(config: GenerateConfig) -> None:
     named = {"--input": config.input, "--output": config.output, "--records": config.records}
     given = [(flag, path) for flag, path in named.items() if path is not None]
     for (first, one), (second, other) in itertools.combinations(given, 2):
-        same = one.samefile(other) if one.exists() and other.exists() else one.absolute() == other.absolute()
-        if same and not other.is_char_device():
+        if is_same_file(one, other):
             raise GenerationError(f"{second} {other} is the file of {first}, too; give it another name")
 
 

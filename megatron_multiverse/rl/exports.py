@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from megatron_multiverse.errors import ConfigError, DataError
-from megatron_multiverse.files import write_text_atomic
+from megatron_multiverse.files import is_same_file, write_text_atomic
 from megatron_multiverse.inference import Result, from_record, to_record
 
 AFTER_A_JOIN = (
@@ -143,9 +143,11 @@ def export_records(source: Path, target: Path, kind: Literal["linear", "expanded
     the record has them. All rows of an answer share its advantage.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it is the one to write.
         DataError: a line is no record; the message names it.
     """
+    if is_same_file(source, target):
+        raise ConfigError(f"--output {target} is the input, whose records nothing else holds; give it another name")
     lines: list[str] = []
     answers = drawn = left_out = 0
     for number, record in _records(source):

@@ -98,3 +98,13 @@ def test_records_become_rows_in_a_file(model: nn.Module, tmp_path: Path) -> None
         export_records(source, target, "linear")
     with pytest.raises(ConfigError, match="no such file"):
         export_records(tmp_path / "none", target, "linear")
+
+
+def test_records_are_not_written_over(tmp_path: Path) -> None:
+    records = tmp_path / "rollouts.jsonl"
+    records.write_text("{}\n")
+    (tmp_path / "link.jsonl").symlink_to(records)
+    for target in (records, tmp_path / "link.jsonl"):
+        with pytest.raises(ConfigError, match="is the input"):
+            export_records(records, target, "linear")
+    assert records.read_text() == "{}\n"
