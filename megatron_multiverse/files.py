@@ -40,7 +40,7 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def is_same_file(one: Path, other: Path) -> bool:
-    """Whether two names stand for one file, which need not be there yet. Terminals and the like hold nothing to lose."""
+    """Whether two names stand for one file, which need not be there yet. Terminals and such hold nothing to lose."""
     if one.exists() and other.exists():
         return one.samefile(other) and not other.is_char_device()
     return one.absolute() == other.absolute()
