@@ -133,8 +133,8 @@ def engine() -> Iterator[str]:
     link = "(../benchmarks/results/engine_held_steps_h200.json)"
     before, joint, in_turn = (held["fork_and_join"][name] for name in ("held", "alike_once", "in_turn_alike_once"))
     yield (
-        f"They take [{joint['fork_and_join_ms']:.1f} ms with overlap]{link}, {joint['in_steps']:.1f} steps, in five runs "
-        f"between {min(joint['runs_ms']):.1f} and {max(joint['runs_ms']):.1f} ms, and "
+        f"They take [{joint['fork_and_join_ms']:.1f} ms with overlap]{link}, {joint['in_steps']:.1f} steps, in five "
+        f"runs between {min(joint['runs_ms']):.1f} and {max(joint['runs_ms']):.1f} ms, and "
         f"{in_turn['fork_and_join_ms']:.1f} in turn, {in_turn['in_steps']:.1f} steps"
     )
     yield f"it was {before['fork_and_join_ms']:.1f} ms, {before['in_steps']:.1f} steps"
