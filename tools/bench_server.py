@@ -7,15 +7,18 @@ Example:
 
 Works with any server that has OpenAI's /v1/completions with streams and usage. --concurrency is a closed loop, --rate
 an open one with clients at random times. Tokens of all branches count. --forced-branches begins every answer with a
-block of so many paths of equal length, whatever the weights are: fixed work, which needs no trained model.
+block of so many paths of equal length, whatever the weights are: fixed work, which needs no trained model. The exit
+status is 1 where a measurement got no answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sys
 
 from megatron_multiverse.cli import parse_options, run_tool
+from megatron_multiverse.errors import GenerationError
 
 
 async def run() -> None:
@@ -27,6 +30,10 @@ async def run() -> None:
     async for row in measure(config):
         rows.append(row)
         case = f"concurrency {row['concurrency']}" if "concurrency" in row else f"rate {row['rate']:g}/s"
+        if row["errors"]:
+            print(f"{case}: {row['num_errors']} errors, such as: {row['errors'][0]}", file=sys.stderr)
+        if not row["answers"]:
+            continue
         print(
             f"{case}: {row['tokens_per_second']:.0f} tokens/s, num_parallel {row['num_parallel']:.2f}, "
             f"{row['tokens_per_answer']:.0f} tokens per answer, "
@@ -39,6 +46,8 @@ async def run() -> None:
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         config.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if empty := sum(not row["answers"] for row in rows):
+        raise GenerationError(f"{empty} of {len(rows)} measurements got no answer; what the server said stands above")
 
 
 if __name__ == "__main__":

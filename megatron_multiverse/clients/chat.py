@@ -57,7 +57,7 @@ async def answer(config: ChatConfig, messages: list[dict[str, Any]]) -> str:
                     elif label:
                         facts = label
     print(
-        f"-- {facts['num_parallel']:.2f} tokens for each on the longest chain, {facts['critical_tokens']} of them",
+        f"-- {facts['critical_tokens']} tokens on the longest chain, num_parallel {facts['num_parallel']:.2f}",
         file=sys.stderr,
     )
     return text

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from megatron_multiverse.errors import GenerationError
+from megatron_multiverse.errors import ConfigError, GenerationError
 
 KEY_VARIABLE = "MULTIVERSE_API_KEY"
 
@@ -27,18 +27,32 @@ class ServerError(GenerationError):
         self.status = status
 
 
+def base_of(url: str) -> str:
+    """The address of a server, without the /v1 that clients of OpenAI's write at its end.
+
+    Raises:
+        ConfigError: it has no http:// or https:// in front.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url {url}: begin it with http:// or https://, such as http://127.0.0.1:5000")
+    return url.rstrip("/").removesuffix("/v1")
+
+
 def connect(url: str, *, timeout: float = 600.0, most: int | None = None) -> httpx2.AsyncClient:
     """A client of a server, with the key of MULTIVERSE_API_KEY if that is set.
 
     Args:
-        url: base of the server, without /v1.
+        url: base of the server; a /v1 at its end is left out.
         timeout: seconds that the server may stay silent.
         most: connections at once; default: no limit.
+
+    Raises:
+        ConfigError: see `base_of`.
     """
     key = os.environ.get(KEY_VARIABLE)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     return httpx2.AsyncClient(
-        base_url=url.rstrip("/"), headers=headers, timeout=timeout, limits=httpx2.Limits(max_connections=most)
+        base_url=base_of(url), headers=headers, timeout=timeout, limits=httpx2.Limits(max_connections=most)
     )
 
 

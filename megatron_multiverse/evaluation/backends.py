@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_multiverse.clients.http import KEY_VARIABLE, error_text
+from megatron_multiverse.clients.http import KEY_VARIABLE, base_of, error_text
 from megatron_multiverse.errors import ConfigError, GenerationError, MultiverseError
 from megatron_multiverse.evaluation.config import EvaluateConfig
 from megatron_multiverse.evaluation.samples import Answer, Job
@@ -185,7 +185,7 @@ class _Server:
         self._config = config
         key = os.environ.get(KEY_VARIABLE)
         self._client = httpx2.Client(
-            base_url=url.rstrip("/").removesuffix("/v1"),
+            base_url=base_of(url),
             timeout=httpx2.Timeout(config.timeout, connect=10.0),
             headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx2.Limits(max_connections=config.concurrency),

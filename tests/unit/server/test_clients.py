@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 
 from megatron_multiverse.clients.chat import ChatConfig, converse
-from megatron_multiverse.clients.http import ServerError, connect, post, stream
+from megatron_multiverse.clients.http import ServerError, connect, get, post, stream
 from megatron_multiverse.clients.load import LoadConfig, measure
 from megatron_multiverse.clients.soak import LENGTHS, PROMPTS, Clients, SoakConfig
 from megatron_multiverse.errors import ConfigError
+from tests.in_process import run_here
 from tests.unit.server.running import PROMPT, Running
 
 ROOT = Path(__file__).parents[3]
@@ -90,7 +92,31 @@ def test_chat_prints_every_branch(server: Running, capsys: pytest.CaptureFixture
     lines = printed.out.splitlines()
     assert "path 1     | A = 1550" in lines and "path 2     | B = 124" in lines
     assert lines[-1] == "root       | Answer: A = 1550; B = 124"
-    assert "tokens for each on the longest chain" in printed.err
+    assert re.fullmatch(r"-- \d+ tokens on the longest chain, num_parallel \d\.\d\d\n", printed.err)
+
+
+def test_a_measurement_without_answers_is_an_error_and_says_why(
+    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "load.json"
+    flags = ["--url", server.url, "--warmup", "0", "--num-requests", "2", "--concurrency", "1", "2", "--output", out]
+    done = run_here(monkeypatch, capsys, "tools/bench_server.py", *flags, "--temperature=-1")
+    assert done.returncode == 1 and "tokens/s" not in done.stdout
+    assert "concurrency 2: 2 errors, such as: temperature: " in done.stderr
+    assert "error: 2 of 2 measurements got no answer" in done.stderr
+    assert [row["num_errors"] for row in json.loads(out.read_text())] == [2, 2]
+
+
+def test_addresses_as_people_write_them(server: Running) -> None:
+    async def models(url: str) -> Any:
+        async with connect(url) as client:
+            return await get(client, "/v1/models")
+
+    for url in (server.url, server.url + "/", server.url + "/v1", server.url + "/v1/"):
+        assert asyncio.run(models(url))["data"]
+    for url in ("127.0.0.1:5000", "localhost", ""):
+        with pytest.raises(ConfigError, match="begin it with http://"):
+            connect(url)
 
 
 def test_a_server_that_is_not_there_is_one_line() -> None:
