@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,8 @@ def is_same_file(one: Path, other: Path) -> bool:
 def save_figure(figure: Figure, path: str | Path, *, dpi: int) -> None:
     """Write a figure of matplotlib in the format of the file's name (PNG without one), in a folder made if need be.
 
-    The figure is closed.
+    Its texts are shown as they are: tokens and names with dollars in them are no formulas, but for the numbers that
+    matplotlib itself writes at logarithmic axes. Characters that its font lacks are boxes. The figure is closed.
 
     Args:
         figure: made by `matplotlib.pyplot`.
@@ -60,13 +62,20 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int) -> None:
         OSError: the file cannot be written; the old content stands.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if "$" in text.get_text() and r"\mathdefault" not in text.get_text():
+            text.set_parse_math(False)
     path = Path(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
-            figure.savefig(partial, dpi=dpi, format=path.suffix[1:] or "png")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Glyph .* missing from")
+                figure.savefig(partial, dpi=dpi, format=path.suffix[1:] or "png")
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,19 @@ def test_a_figure_has_the_format_of_its_name(tmp_path: Path) -> None:
     for name, start in {"a.svg": b"<?xml", "b.pdf": b"%PDF", "c": b"\x89PNG"}.items():
         files.save_figure(plt.figure(), tmp_path / name, dpi=20)
         assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_texts_in_a_figure_are_no_formulas(tmp_path: Path) -> None:
+    """Tokens of mathematics: matplotlib stops at a formula that it does not know, and warns of each missing glyph."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figure, axis = plt.subplots(layout="constrained")
+    axis.set_title(r"$\fr{1}$")
+    axis.text(0.5, 0.5, r"$a_$ 算")
+    axis.set_xticks([0, 1], labels=["$x_{1$", "$"])
+    axis.plot([1, 2], [1, 1e4], label="$\\foo$")
+    axis.set_yscale("log")
+    axis.legend()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        files.save_figure(figure, tmp_path / "a.png", dpi=20)
+    assert (tmp_path / "a.png").stat().st_size > 0
