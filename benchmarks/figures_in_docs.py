@@ -122,6 +122,13 @@ def engine() -> Iterator[str]:
     rows = results("results/engine_blocks_h200")["rows"]
     joints = [row["fork_and_join_ms"] for row in rows if "fork_and_join_ms" in row]
     yield f"took {joints[0]:.1f} ms with overlap and {joints[1]:.1f} in turn"
+    again = results("results/engine_blocks_h200")["again"]["rows"]
+    forked = [row for row in again if row.get("branches") and "speedup" in row]
+    shares = {n: [row["speedup_per_parallel"] for row in forked if row["batch"] == n] for n in (1, 8, 32)}
+    yield (
+        f"{min(shares[1]):.2f} at batch 1, {max(shares[8]):.2f} down to {min(shares[8]):.2f} at 8 and "
+        f"{min(shares[32]):.2f} at 32"
+    )
     eight, many = (_ideal_share(batch) for batch in (8, 32))
     yield f"would keep {eight} at batch 8 and {many} at 32"
     held = results("results/engine_held_steps_h200")
