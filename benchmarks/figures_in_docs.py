@@ -441,20 +441,20 @@ def quickstart() -> Iterator[str]:
 
 
 def miniature() -> Iterator[str]:
-    """examples/paper_in_miniature/README.md, whose tables are made by its paper_report.py."""
-    runs = results("results/miniature_qk_norm_h200")["runs"]
-    tied, untied = runs["tied embeddings, no QK norm"], runs["untied embeddings, QK norm"]
-    for step in ("256", "384", "1300"):
-        yield f"| {step} | {tied['loss'][step]:.3f} | {untied['loss'][step]:.3f} |"
-    yield f"{round(untied['tokens_per_s'] / 1000)}K tokens/s instead of {round(tied['tokens_per_s'] / 1000)}K"
-    assert all(run["right_percent"][f"chains-{number}"] == 0 for run in (tied, untied) for number in (6, 8, 12))
-    yield f"{untied['right_percent']['chains-2']} % of the problems with 2 chains"
-    small = results("results/miniature_goals_cpu")
-    for run in small["runs"].values():
-        assert {run["right_goals"][number] for number in "234"} == {small["problems"]}
-        assert not any(run["right_goals"][number] for number in ("5", "6", "8", "12"))
-        assert not any(run["right_answers"].values())
-    yield f"all {small['problems']} goals of 2, of 3 and of 4 chains right, and none of 5 or more"
+    """examples/paper_in_miniature/README.md, whose other tables are made by its paper_report.py."""
+    trials = results("results/miniature_trials_h200")
+    runs = trials["1600_steps"]
+    columns = ("multiverse-0", "multiverse-1", "no-links", "fixed-labels", "no-position-gaps", "looks-back")
+    for name in runs["multiverse-0"]["right"]:
+        task, number = name.split("-")[0], name.split("-")[1]
+        yield f"| {number} {task} | " + " | ".join(
+            f"{100 * runs[run]['right'][name] / trials['problems']:.0f}" for run in columns
+        )
+    for name, run in trials["learning_rate"].items():
+        yield f"| {name} | {run['loss']['240']:.3f} | {run['loss']['480']:.3f} |"
+    looks = results("results/miniature_qk_norm_h200")["runs"]
+    tied, untied = looks["tied embeddings, no QK norm"], looks["untied embeddings, QK norm"]
+    yield f"from {tied['loss']['1300']:.3f} to {untied['loss']['1300']:.3f}"
 
 
 STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from chains import without_links
 from settings import Size, tokenizer
 from tasks import REQUESTS, Problem, check, sample_arithmetic, sample_satisfiability
 from training_rows import MOST_CHAINS, MOST_VARIABLES, Kind, RowConfig, text_of
@@ -34,12 +35,12 @@ def problem_sets(count: int, rows: RowConfig) -> dict[str, list[Problem]]:
         rng = random.Random(f"evaluation:{task}-{number}")
         if task == "variables":
             return [sample_satisfiability(rng, number) for _ in range(count)]
-        found = [sample_arithmetic(rng, number) for _ in range(count)]
-        return [replace(problem, has_list=rows.name_list, copies_rest=rows.copies_rest) for problem in found]
+        found = [replace(sample_arithmetic(rng, number), copies_rest=rows.copies_rest) for _ in range(count)]
+        return [problem if rows.links else without_links(problem) for problem in found]
 
     sizes = {
         "chains": [*range(2, MOST_CHAINS + 1), MOST_CHAINS + 2, 2 * MOST_CHAINS, 3 * MOST_CHAINS],
-        "variables": range(3, MOST_VARIABLES + 3),
+        "variables": range(3, MOST_VARIABLES + 2),
     }
     return {f"{task}-{number}": draw(task, number) for task, numbers in sizes.items() for number in numbers}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from texts import LETTERS, Text, shift_labels
@@ -26,9 +26,13 @@ class Chain:
     name: str
     first: int
     steps: tuple[tuple[str, int], ...]
+    link: str = ""
+    """What follows the name wherever it stands: which chain is next. Empty where the order of the question says it."""
 
     def __str__(self) -> str:
-        return f"{self.name} = {self.first}" + "".join(f" {operator} {operand}" for operator, operand in self.steps)
+        return f"{self.name}{self.link} = {self.first}" + "".join(
+            f" {operator} {operand}" for operator, operand in self.steps
+        )
 
     @property
     def values(self) -> list[int]:
@@ -42,7 +46,7 @@ class Chain:
     @property
     def result(self) -> str:
         """As it stands in conclusions and answers."""
-        return f"{self.name}: {self.values[-1]}"
+        return f"{self.name}{self.link}:{self.values[-1]}"
 
     def work(self, copies_rest: bool = True) -> str:
         """The calculation column by column. Each of its steps begins with a line of what is left of the chain, so that
@@ -51,7 +55,7 @@ class Chain:
         lines = []
         for index, (left, (operator, operand)) in enumerate(zip(self.values, self.steps, strict=False)):
             rest = self.steps[index:] if copies_rest else self.steps[index : index + 1]
-            lines += [str(Chain(self.name, left, rest)), *column_steps(operator, left, operand)]
+            lines += [str(replace(self, first=left, steps=rest)), *column_steps(operator, left, operand)]
         return "\n".join([*lines, self.result])
 
 
@@ -59,27 +63,27 @@ class Chain:
 class Arithmetic:
     """Independent chains: a block with one path for each.
 
-    The question names the chains that are asked for, one letter after the other, and then defines them, in any order
-    and with others among them. So the next path is found in the same way however many there are: its name is the letter
-    after the name before. A result stands after ``NAME:``, which stands nowhere else.
+    The question says where to begin and defines chains in any order, others among them. Each name is two letters, the
+    second of which, a small one, says which chain is next: after ``Ky`` comes the one that begins with ``Y``, after
+    ``M.`` none. So the next path is found in the same way however many there are, and neither its number nor its place
+    in the question tells which it is. A result stands after ``NAME:``, which stands nowhere else.
     """
 
     chains: tuple[Chain, ...]
     """What is asked for, in this order."""
     definitions: tuple[Chain, ...]
     """These and others, as the question defines them."""
-    has_list: bool = True
-    """Otherwise the question has no list of names, and all that it defines is asked for."""
+    links: bool = True
+    """Otherwise names are single letters, and all that the question defines is asked for, in its order."""
     copies_rest: bool = True
     """See `Chain.work`."""
 
     @property
     def prompt(self) -> str:
         """The question, without the request to think in one way or the other."""
-        if not self.has_list:
+        if not self.links:
             return f"Work out {'; '.join(map(str, self.chains))}."
-        names = "".join(chain.name for chain in self.chains)
-        return f"Work out {names}. {'; '.join(map(str, self.definitions))}."
+        return f"Work out {self.chains[0].name}. {'; '.join(map(str, self.definitions))}."
 
     @property
     def answer(self) -> str:
@@ -97,7 +101,7 @@ class Arithmetic:
         if text == "plain":
             thought = "\n".join(chain.work(self.copies_rest) for chain in self.chains)
         else:
-            names = tuple(chain.name for chain in self.chains)
+            names = tuple(chain.name + chain.link for chain in self.chains)
             block = Block(names, tuple((chain.work(self.copies_rest),) for chain in self.chains), self.answer)
             thought = shift_labels(render([block], prefix=prefix), prefix, start, len(names))
         return f"<Think>\n{thought}\n</Think>\n\nAnswer: {self.answer}"
@@ -124,9 +128,21 @@ def sample_chain(rng: random.Random, name: str, num_steps: int) -> Chain:
 def sample_arithmetic(
     rng: random.Random, num_chains: int, steps: tuple[int, int] = STEPS, *, num_spare: int = 0
 ) -> Arithmetic:
-    """Chains of so many steps, from the fewest to the most, and as many more that are defined but not asked for."""
+    """Chains of so many steps, from the fewest to the most, and as many more that are defined but not asked for: a list
+    of their own."""
     names = rng.sample(LETTERS, num_chains + num_spare)
-    defined = [sample_chain(rng, name, rng.randint(*steps)) for name in names]
+    links = [name.lower() for name in names[1:]] + ["."]
+    links[num_chains - 1] = "."
+    defined = [
+        replace(sample_chain(rng, name, rng.randint(*steps)), link=link)
+        for name, link in zip(names, links, strict=True)
+    ]
     chains = tuple(defined[:num_chains])
     rng.shuffle(defined)
     return Arithmetic(chains, tuple(defined))
+
+
+def without_links(problem: Arithmetic) -> Arithmetic:
+    """The same chains, named by single letters and asked for in the order of the question."""
+    chains = tuple(replace(chain, link="") for chain in problem.chains)
+    return replace(problem, chains=chains, definitions=chains, links=False)

@@ -39,26 +39,36 @@ def right_in_all(alone: Mapping[str, list[Any]]) -> dict[int, dict[str, list[Any
     return {k: {mode: [row[mode] for row in kept if row[mode]["chains"] == k] for mode in alone} for k in chains}
 
 
+def mean_of_right(found: Mapping[str, list[float]], measure: str) -> float | None:
+    """Mean over the right answers of a set; None if fewer than a quarter are right, which then are the shortest."""
+    values = [value for value, right in zip(found[measure], found["right"], strict=True) if right]
+    return mean(values) if values and 4 * len(values) >= len(found["right"]) else None
+
+
 def draw_speed(alone: Mapping[str, Any], batched: Mapping[str, Any], path: Path) -> None:
     """Net speedup over the number of paths; milliseconds of a token over # parallel; speedup over the batch."""
     figure, ((net, latency, batch),) = grid(1, 3, width=15.0, row_height=4.4)
-    _draw_net(net, right_in_all(alone))
+    _draw_net(net, alone)
     _draw_latency(latency, alone["parallel"])
     _draw_batch(batch, batched)
     save(figure, path)
 
 
-def _draw_net(axis: Axes, right: Mapping[int, Mapping[str, list[Any]]]) -> None:
-    paths = [chains for chains, rows in right.items() if rows["parallel"]]
-
-    def seconds(mode: str) -> np.ndarray[Any, Any]:
-        return np.array([mean(row["seconds"] for row in right[k][mode]) for k in paths])
-
-    axis.plot(paths, seconds("plain") / seconds("parallel"), "o-", color=COLORS["multiverse"], label="net: over plain")
-    serial = seconds("one branch at a time") / seconds("parallel")
-    axis.plot(paths, serial, "s--", color=DEPTH_COLORS[0], label="over the same text, branch after branch")
+def _draw_net(axis: Axes, alone: Mapping[str, list[Any]]) -> None:
+    for rival, style, color, label in (
+        ("plain", "o-", COLORS["multiverse"], "net: over plain"),
+        ("one branch at a time", "s--", DEPTH_COLORS[0], "over the same text, branch after branch"),
+    ):
+        right = right_in_all({mode: alone[mode] for mode in {rival, "one branch at a time", "parallel"}})
+        paths = [chains for chains, rows in right.items() if rows["parallel"]]
+        slow, fast = (
+            np.array([mean(row["seconds"] for row in right[chains][mode]) for chains in paths])
+            for mode in (rival, "parallel")
+        )
+        axis.plot(paths, slow / fast, style, color=color, label=label)
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axis.set(title="wall clock of one answer", xlabel="paths", ylabel="speedup", xticks=paths)
+    axis.set(title="wall clock of one answer", xlabel="paths", ylabel="speedup")
+    axis.set_xticks(sorted({row["chains"] for row in alone["parallel"]}))
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, fontsize=8)
 
@@ -84,9 +94,9 @@ def _draw_batch(axis: Axes, batched: Mapping[str, list[Any]]) -> None:
     def seconds(mode: str) -> np.ndarray[Any, Any]:
         return np.array([row["seconds"] for row in batched[mode]])
 
-    axis.plot(
-        batches, seconds("plain") / seconds("parallel"), "o-", color=COLORS["multiverse"], label="net: over plain"
-    )
+    is_measure = np.array([row["right"] >= 0.9 * row["batch"] for row in batched["plain"]])
+    net = np.where(is_measure, seconds("plain") / seconds("parallel"), np.nan)
+    axis.plot(batches, net, "o-", color=COLORS["multiverse"], label="net: over plain")
     serial = seconds("one branch at a time") / seconds("parallel")
     axis.plot(batches, serial, "s--", color=DEPTH_COLORS[0], label="over the same text, branch after branch")
     shape = [row["tokens"] / max(row["critical"], 1) for row in batched["parallel"]]
@@ -143,7 +153,7 @@ def _sizes(run: Any, task: str) -> dict[int, Any]:
 
 def _draw_sizes(axis: Axes, results: Mapping[str, Any], task: str) -> None:
     lines = {kind: (runs, COLORS[kind], "o-") for kind, runs in _runs(results).items()}
-    for name, style in (("looks-back", ":"), ("no-name-list", "--")):
+    for name, style in (("looks-back", ":"), ("no-links", "--")):
         if name in results:
             lines[f"multiverse, {name.replace('-', ' ')}"] = [results[name]], COLORS["multiverse"], f"x{style}"
     for label, (runs, color, form) in lines.items():
@@ -179,9 +189,9 @@ def _draw_search(axis: Axes, results: Mapping[str, Any]) -> None:
     ):
         points = {}
         for size, found in _sizes(results[run], "variables").items():
-            values = [value for value, right in zip(found[measure], found["right"], strict=True) if right]
-            if values:
-                points[size] = mean(values)
+            length = mean_of_right(found, measure)
+            if length is not None:
+                points[size] = length
         axis.plot(list(points), list(points.values()), "o-", color=color, label=label)
     sizes = list(_sizes(results["multiverse-0"], "variables"))
     axis.set(title="search: length of right answers", xlabel="variables", ylabel="tokens", xticks=sizes)

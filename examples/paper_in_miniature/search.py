@@ -23,7 +23,8 @@ class Satisfiability:
     the clause D or not E or Y. A search splits on one variable after the other; it is a tree of blocks.
 
     Clauses stand with the last of their variables: when that one gets its value, it is decided whether they hold, so
-    every step of the search tries those of one variable only. Each has a letter of its own.
+    every step of the search tries those of one variable only. Each has a letter of its own. Behind them stands which
+    variable is next, so that this is found in the same way at every depth.
     """
 
     variables: str
@@ -45,10 +46,12 @@ class Satisfiability:
     def prompt(self) -> str:
         """The question, without the request to think in one way or the other."""
         groups = (
-            f"{name}:" + "".join(f" {mark}{spell(clause)}" for mark, clause in self.marked(name))
+            f"{name}:"
+            + "".join(f" {mark}{spell(clause)}" for mark, clause in self.marked(name))
+            + f" {self._next(name)}"
             for name in self.variables
         )
-        return f"Set {self.variables}, never {'; '.join(groups)}."
+        return f"Set {self.variables[0]}, never {'; '.join(groups)}"
 
     @property
     def answer(self) -> str:
@@ -85,15 +88,21 @@ class Satisfiability:
         solutions = {spell(case) for case in self.solutions()}
         return answer in solutions or (answer == "no" and not solutions)
 
+    def _next(self, name: str) -> str:
+        """Which variable comes after this one; ``>.`` after the last."""
+        return ">" + (self.variables + ".")[self.variables.index(name) + 1]
+
     def _trial(self, case: Case) -> str:
-        """A case and the clauses tried on it, `+` after those that hold, up to the first that does not."""
+        """A case and the clauses tried on it, up to the first that rules it out. Each is compared literal by literal:
+        `+` after the first one that the case does not have, `-` if it has them all. After clauses that all hold stands
+        which variable is next."""
         tried = ""
         for mark, clause in self.marked(case[-1][0]):
-            is_broken = set(clause) <= set(case)
-            tried += mark + "+-"[is_broken]
-            if is_broken:
-                break
-        return f"{spell(case)}: {tried}".rstrip()
+            other = next((index for index, literal in enumerate(clause) if literal not in case), None)
+            tried += mark + spell(clause if other is None else clause[: other + 1]) + ("-" if other is None else "+")
+            if other is None:
+                return f"{spell(case)}: {tried}"
+        return f"{spell(case)}: {tried}{self._next(case[-1][0])}"
 
     def _verdict(self, case: Case) -> str:
         """The last value of a case, `+` if there is a solution with the whole case and `-` otherwise."""

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from chains import STEPS
+from chains import STEPS, without_links
 from tasks import REQUESTS, Problem, sample_arithmetic, sample_satisfiability
 from texts import Text
 from torch.utils.data import DataLoader, Dataset
@@ -38,7 +38,7 @@ branches."""
 
 MOST_CHAINS = 4
 """Chains of a training problem, and so its paths; the evaluation goes beyond."""
-MOST_DEFINITIONS = 8
+MOST_DEFINITIONS = 12
 """Chains that the question of a training problem defines, most of which are not asked for."""
 MOST_VARIABLES = 4
 """Variables of a training search, and so its deepest block; the evaluation goes beyond."""
@@ -60,8 +60,8 @@ class RowConfig:
 
     kind: Kind
     """What the model is."""
-    name_list: bool = True
-    """Questions list the names of the chains that are asked for."""
+    links: bool = True
+    """Names of chains say which chain is next, so that neither place nor number does."""
     copies_rest: bool = True
     """Each step of a chain begins with what is left of it."""
     spare_definitions: bool = True
@@ -75,7 +75,7 @@ class RowConfig:
     """Positions are left out in half of the rows."""
     search_share: float = 0.25
     """Of the problems, after the first batches."""
-    first_batches: int = 300
+    first_batches: int = 400
     """Batches that have chains without any step, so that all there is to learn is to look up names and numbers. What
     the longer problems need too is learned so in a small part of the time."""
     train_forced_tokens: bool = False
@@ -105,19 +105,20 @@ class RowMaker:
 
     def problem(self, rng: random.Random, index: int) -> tuple[Problem, Text]:
         """One problem of batch `index`, and the text in which it is worked out."""
-        text, has_list = text_of(self.config.kind), self.config.name_list
+        text, links = text_of(self.config.kind), self.config.links
         is_first = index < self.config.first_batches
-        if has_list and self.config.long_lists and rng.random() < (0.4 if is_first else 0.15):
+        if links and self.config.long_lists and rng.random() < (0.4 if is_first else 0.15):
             number = rng.randint(2, MOST_LISTED)
             return sample_arithmetic(rng, number, (0, 0), num_spare=rng.randint(0, MOST_LISTED - number)), "plain"
         if not is_first and rng.random() < self.config.search_share:
             return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES)), text
         number = rng.choices(range(2, MOST_CHAINS + 1), (4, 3, 2))[0]
         steps = (0, 0) if is_first else FEW_STEPS if rng.random() < SHARE_OF_FEW_STEPS else STEPS
-        has_spare = has_list and self.config.spare_definitions
+        has_spare = links and self.config.spare_definitions
         num_spare = rng.randint(0, MOST_DEFINITIONS - number) if has_spare else 0
         problem = sample_arithmetic(rng, number, steps, num_spare=num_spare)
-        return replace(problem, has_list=has_list, copies_rest=self.config.copies_rest), text
+        problem = replace(problem, copies_rest=self.config.copies_rest)
+        return problem if links else without_links(problem), text
 
     def text(self, rng: random.Random, index: int) -> tuple[str, str]:
         """Prompt and response of one row of batch `index`."""

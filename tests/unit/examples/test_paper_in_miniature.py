@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ MINIATURE = Path(__file__).parents[3] / "examples" / "paper_in_miniature"
 sys.path.insert(0, str(MINIATURE))
 
 import miniature  # noqa: E402
-from chains import Chain  # noqa: E402
+from chains import Chain, without_links  # noqa: E402
 from miniature import STOPPED, MiniatureOptions, estimate, train_all  # noqa: E402
 from paper_figures import fit_latency  # noqa: E402
 from paper_report import draw, filled, read_results, tables  # noqa: E402
@@ -64,25 +65,48 @@ def test_a_search_has_the_solutions_that_no_clause_rules_out(number: int) -> Non
 
 def test_a_search_tries_the_clauses_of_the_variable_that_just_got_its_value() -> None:
     problem = Satisfiability("DEYK", ((("D", 0), ("E", 0), ("Y", 0)), (("D", 0), ("E", 0), ("K", 1))), first_mark=25)
-    assert problem.prompt == "Set DEYK, never D:; E:; Y: zD0E0Y0; K: aD0E0K1."
+    assert problem.prompt == "Set D, never D: >E; E: >Y; Y: zD0E0Y0 >K; K: aD0E0K1 >."
     lines = problem.response("plain").splitlines()
-    assert lines[1:5] == ["D0:", "D0E0:", "D0E0Y0: z-", "Y0-"]
-    assert lines[5:8] == ["D0E0Y1: z+", "D0E0Y1K0: a+", "K0+"] and lines[-1] == "Answer: D0E0Y1K0"
+    assert lines[1:5] == ["D0: >E", "D0E0: >Y", "D0E0Y0: zD0E0Y0-", "Y0-"]
+    assert lines[5:8] == ["D0E0Y1: zD0E0Y0+>K", "D0E0Y1K0: aD0E0K1+>.", "K0+"] and lines[-1] == "Answer: D0E0Y1K0"
     tagged = problem.response("tagged")
-    assert "\n1.1.2.2: D0E0Y1K1: a-\nK1-\n</Path>\n<Conclusion>\nK0+K1-\n" in tagged
+    assert "\n1.1.2.2: D0E0Y1K1: aD0E0K1-\nK1-\n</Path>\n<Conclusion>\nK0+K1-\n" in tagged
+    assert "\n2.1.1.1: D1E0Y0K0: aD0+>.\nK0+\n" in tagged
     assert tagged.endswith("D0+D1+\n</Conclusion>\n</Parallel>\n</Think>\n\nAnswer: D0E0Y1K0")
 
 
-def test_a_question_names_what_it_asks_among_what_it_defines() -> None:
+def test_a_clause_is_compared_up_to_the_first_literal_that_the_case_does_not_have() -> None:
+    rng = random.Random(4)
+    for _ in range(10):
+        problem = sample_satisfiability(rng, 4)
+        clauses = dict(pair for name in problem.variables for pair in problem.marked(name))
+        for line in problem.response("plain").splitlines()[1:]:
+            case, colon, tried = line.partition(": ")
+            if not colon or not re.fullmatch(r"(?:[A-Z][01])+", case):
+                continue
+            for mark, literals, verdict in re.findall(r"([a-z])((?:[A-Z][01])+)([+-])", tried):
+                written = [literals[k : k + 2] for k in range(0, len(literals), 2)]
+                clause = [f"{name}{value}" for name, value in clauses[mark]]
+                assert written == clause[: len(written)]
+                assert all(literal in case for literal in written[:-1])
+                assert (written[-1] in case) is (verdict == "-")
+                assert len(written) == 3 or verdict == "+"
+
+
+def test_a_question_says_where_to_begin_and_each_name_which_chain_is_next() -> None:
     problem = sample_arithmetic(random.Random(5), 3, num_spare=4)
-    asked = [chain.name for chain in problem.chains]
-    defined = [part.split(" = ")[0] for part in problem.prompt.split(". ", 1)[1].split("; ")]
-    assert problem.prompt.startswith(f"Work out {''.join(asked)}. ")
-    assert set(asked) < set(defined) and len(defined) == 7 == len(set(defined))
-    assert [part.split(": ")[0] for part in problem.answer.split("; ")] == asked
+    begin, definitions = problem.prompt.removesuffix(".").split(". ", 1)
+    link_of = {part[0]: part[1] for part in definitions.split("; ")}
+    assert len(link_of) == 7 and sorted(link_of.values())[:2] == [".", "."]  # the chains that are asked for, and others
+    found = [begin.removeprefix("Work out ")]
+    while link_of[found[-1]] != ".":
+        found.append(link_of[found[-1]].upper())
+    assert found == [chain.name for chain in problem.chains] == [part[0] for part in problem.answer.split("; ")]
     assert all(f"{chain}" in problem.prompt for chain in problem.chains)
-    without = replace(sample_arithmetic(random.Random(5), 3), has_list=False)
+    assert f"\n<Outline>\n1: {found[0]}{found[1].lower()}\n" in problem.response("tagged")
+    without = without_links(sample_arithmetic(random.Random(5), 3))
     assert without.prompt == f"Work out {'; '.join(map(str, without.chains))}."
+    assert [part.split(":")[0] for part in without.answer.split("; ")] == found
 
 
 def test_each_step_of_a_chain_begins_with_what_is_left_of_it() -> None:
@@ -95,8 +119,10 @@ def test_each_step_of_a_chain_begins_with_what_is_left_of_it() -> None:
         "ones: 5 * 2 + 0 = 10, write 0, carry 1, left 3 * 2",
         "tens: 3 * 2 + 1 = 7, write 7, carry 0, left 0 * 2",
     )
-    assert chain.work().split("\n") == ["M = 20 + 15 * 2", first, second, "M = 35 * 2", third, fourth, "M: 70"]
+    assert chain.work().split("\n") == ["M = 20 + 15 * 2", first, second, "M = 35 * 2", third, fourth, "M:70"]
     assert chain.work(copies_rest=False).split("\n")[0] == "M = 20 + 15"
+    linked = replace(chain, link="k").work().split("\n")
+    assert [linked[0], linked[3], linked[-1]] == ["Mk = 20 + 15 * 2", "Mk = 35 * 2", "Mk:70"]
 
 
 def test_rows_have_few_paths_and_long_lists_no_block() -> None:
@@ -107,7 +133,7 @@ def test_rows_have_few_paths_and_long_lists_no_block() -> None:
         assert any(" + " in prompt for prompt, _ in rows) is has_steps
         assert any("never" in prompt for prompt, _ in rows) is has_steps
         blocks = [text.split("</Goal>")[0].count("<Outline>") for _, text in rows if "<Parallel>" in text]
-        lists = [text.split("Answer")[0].count(": ") for _, text in rows if "<Parallel>" not in text]
+        lists = [text.split("Answer")[0].count(":") for _, text in rows if "<Parallel>" not in text]
         assert set(blocks) == {2, 3, 4} and max(lists) == 12
         assert all("in parallel" in prompt for prompt, text in rows if "<Parallel>" in text)
     without = RowMaker(RowConfig(kind="multiverse", long_lists=False, first_batches=0), tokenizer())
@@ -186,19 +212,19 @@ def test_a_loader_goes_on_where_it_stood() -> None:
 
 def fake_run(options: MiniatureOptions, name: str, device: int, devices: int) -> subprocess.Popen[bytes]:
     """A run that fails, is stopped or never ends, as its name says."""
-    script = {"no-name-list": "exit 1", "fixed-labels": f"exit {STOPPED}", "forced-loss": "exec sleep 60"}[name]
+    script = {"no-links": "exit 1", "fixed-labels": f"exit {STOPPED}", "forced-loss": "exec sleep 60"}[name]
     return subprocess.Popen(["sh", "-c", script])
 
 
 def test_runs_that_fail_are_told_from_runs_that_were_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(miniature, "start_run", fake_run)
-    with pytest.raises(TrainingError, match=r"1 runs failed.*no-name-list\.log"):
-        train_all(MiniatureOptions(runs=["no-name-list"], output=tmp_path))
+    with pytest.raises(TrainingError, match=r"1 runs failed.*no-links\.log"):
+        train_all(MiniatureOptions(runs=["no-links"], output=tmp_path))
     assert train_all(MiniatureOptions(runs=["fixed-labels"], output=tmp_path)) is False
     assert train_all(MiniatureOptions(runs=["forced-loss"], output=tmp_path, minutes=0.01)) is False
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "no-name-list.json").write_text("{}")
-    assert train_all(MiniatureOptions(runs=["no-name-list"], output=tmp_path)) is True
+    (tmp_path / "results" / "no-links.json").write_text("{}")
+    assert train_all(MiniatureOptions(runs=["no-links"], output=tmp_path)) is True
     with pytest.raises(ConfigError, match="known are multiverse-0"):
         train_all(MiniatureOptions(runs=["none"], output=tmp_path))
 
@@ -225,19 +251,21 @@ def test_tables_and_figures_come_from_results(tmp_path: Path) -> None:
     run = {"steps": 5, "parameters": 7, "tokens": 9, "loss": 0.5, "tokens_per_s": 99, "device": "CPU", "sets": sets}
     row = {"seconds": 0.2, "tokens": 30, "critical": 10, "right": 1, "chains": 4, "batch": 1}
     modes = {"parallel": [row], "one branch at a time": [row | {"seconds": 0.8}], "plain": [row | {"seconds": 0.5}]}
-    contents = dict.fromkeys(("multiverse-0", "multiverse-1", "plain-0", "no-name-list"), run)
+    contents = dict.fromkeys(("multiverse-0", "multiverse-1", "plain-0", "no-links"), run)
     for name, content in {**contents, "alone": {"modes": modes}, "batched": {"modes": modes}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     results = read_results(tmp_path)
     made = tables(results)
-    assert "| 4 | 1 of 1 | 3.00 | 500 | 800 | 200 | 2.50 | 4.00 |" in made["alone"]
-    assert "| 1 | 1 | 1 | 500 | 200 | 2.50 | 4.00 |" in made["batch"]
-    assert "Not run yet: tagged-0, looks-back, " in made["training"]
+    assert "| 4 | 1 of 1 | 1 of 1 | 3.00 | 800 | 200 | 4.00 | 500 | 2.50 |" in made["alone"]
+    assert "| 1 | 1 | 1 | 800 | 200 | 4.00 | 2.50 |" in made["batch"]
+    assert "Not run yet: tagged-0, fixed-labels, " in made["training"]
     assert "| 8 chains, more than trained | 50.0 | 50.0 ± 0.0 |" in made["accuracy"]
     assert (
         filled("a\n<!-- batch -->\nold\n<!-- end -->\nb", results)
         == f"a\n<!-- batch -->\n{made['batch']}\n<!-- end -->\nb"
     )
+    wrong = results | {"alone": {"modes": modes | {"plain": [row | {"right": 0}]}}}
+    assert "| 4 | 1 of 1 | 0 of 1 | 3.00 | 800 | 200 | 4.00 | - | - |" in tables(wrong)["alone"]
     draw(results, tmp_path)
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("accuracy.png", "speed.png"))
 
