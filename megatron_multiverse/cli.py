@@ -82,6 +82,10 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
         def format_help(self, *args: Any, **kwargs: Any) -> str:
             return re.sub(r"<class\s+'(\w+)'>", r"\1", _hyphenated(str(super().format_help(*args, **kwargs))))
 
+        def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
+            """One line, without the usage, which is a page long."""
+            self.exit(2, f"error: {_told(message)}; --help explains the flags\n")
+
         def format_usage(self) -> str:
             return _hyphenated(str(super().format_usage()))
 
@@ -99,6 +103,24 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
     for name, text in texts.items():
         parsed[name] = text
     return _build(cls, parsed)
+
+
+def _told(message: str) -> str:
+    """What jsonargparse says of a wrong value, with flags as people write them and types in short."""
+    text = " ".join(message.split())
+    text = re.sub(r'Parser key "([^"]+)":', lambda key: _hyphenated(f"--{key[1]}") + ":", text)
+    text = re.sub(r"\. Got value: ", ", got ", text)
+    text = re.sub(r"Expected an? typing\.Literal\[([^]]*)\]", r"expected one of \1", text)
+    text = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", text)
+    text = re.sub(
+        r"Does not validate against any .*? Errors: (.*) Given value type: .* Given value: (.*)", _union, text
+    )
+    return re.sub(r"(?<=are required: ).*", lambda names: _hyphenated(re.sub(r"(\S+)", r"--\1", names[0])), text)
+
+
+def _union(told: re.Match[str]) -> str:
+    types = dict.fromkeys(re.findall(r"- expected (\w+)", told[1]))
+    return f"expected {' or '.join(types).replace('NoneType', 'null')}, got {told[2]}" if types else told[0]
 
 
 def _build(cls: type[T], values: Any) -> T:

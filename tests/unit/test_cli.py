@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -191,3 +192,28 @@ def test_help_names_types_without_python_s_words(capsys: pytest.CaptureFixture[s
         parse_options(Options, ["--help"])
     shown = capsys.readouterr().out
     assert "type: Path" in shown and "<class" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-rows", "x", "--kind", "a"], "--num-rows: expected int, got x"),
+        (["--num-rows", "1", "--kind", "a", "--most", "x"], "--most: expected int or null, got x"),
+        (["--num-rows", "1", "--kind", "c"], "--kind: expected one of 'a', 'b', got c"),
+        ([], "the following arguments are required: --num-rows, --kind"),
+    ],
+)
+def test_a_wrong_value_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    @dataclass
+    class Options:
+        num_rows: int
+        """Rows."""
+        kind: Literal["a", "b"]
+        """Of them."""
+        most: int | None = None
+        """At most."""
+
+    with pytest.raises(SystemExit) as ended:
+        parse_options(Options, words)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}; --help explains the flags\n"
