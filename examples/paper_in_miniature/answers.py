@@ -151,29 +151,32 @@ def accuracy(answerer: Answerer, sets: dict[str, list[Problem]]) -> dict[str, An
 
 
 def time_alone(answerers: dict[Mode, Answerer], size: Size) -> dict[str, Any]:
-    """Seconds of one answer at a time, over the number of chains; the modes take turns at every problem."""
+    """Seconds of one answer at a time, over the number of chains; the modes take turns at every problem. The better of
+    two times, for the first one may record graphs."""
     alone: dict[str, list[dict[str, Any]]] = {mode: [] for mode in answerers}
     for chains in size.timed_chains:
         for mode, answerer in answerers.items():
             answerer.answer(timed_problems(chains, 1), mode)  # compiles kernels and records graphs of this many rows
         for problem in timed_problems(chains, size.latency_problems):
             for mode, answerer in answerers.items():
-                (result,), seconds = answerer.answer([problem], mode)
-                alone[mode].append(_row(answerer, [problem], [result], seconds) | {"chains": chains})
+                results, seconds = _better_of_two(answerer, [problem], mode)
+                alone[mode].append(_row(answerer, [problem], results, seconds) | {"chains": chains})
     return alone
 
 
 def time_batches(answerers: dict[Mode, Answerer], size: Size) -> dict[str, Any]:
-    """Seconds of batches of answers with as many chains as were trained; the better of two times, for the first one
-    may compile kernels and record graphs."""
+    """Seconds of batches of answers with as many chains as were trained, also the better of two times."""
     batched: dict[str, list[dict[str, Any]]] = {mode: [] for mode in answerers}
     for batch in size.batches:
         problems = timed_problems(MOST_CHAINS, batch)
         for mode, answerer in answerers.items():
-            times = [answerer.answer(problems, mode) for _ in range(2)]
-            results, seconds = min(times, key=lambda one: one[1])
+            results, seconds = _better_of_two(answerer, problems, mode)
             batched[mode].append(_row(answerer, problems, results, seconds) | {"batch": batch})
     return batched
+
+
+def _better_of_two(answerer: Answerer, problems: list[Problem], mode: Mode) -> tuple[list[Result], float]:
+    return min((answerer.answer(problems, mode) for _ in range(2)), key=lambda one: one[1])
 
 
 def _row(answerer: Answerer, problems: list[Problem], results: list[Result], seconds: float) -> dict[str, Any]:
