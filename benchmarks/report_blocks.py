@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_multiverse.cli import run_tool
 from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.files import save_figure
 from megatron_multiverse.inference.bench import BenchConfig, step_bytes
 from megatron_multiverse.model.families import preset
 
@@ -128,7 +129,7 @@ def draw(rows: list[dict[str, Any]], laws: dict[int, tuple[float, float]], path:
         axis.legend(fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     left.set_ylim(bottom=0)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def main() -> None:

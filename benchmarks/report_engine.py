@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_multiverse.cli import run_tool
+from megatron_multiverse.files import save_figure
 
 RESULTS = Path(__file__).parent / "results"
 TEXT = """# Decoding beside vLLM, one H200
@@ -82,7 +83,7 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(model, fontsize=10)
         axis.legend(fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_multiverse.cli import run_tool
+from megatron_multiverse.files import save_figure
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = (32768, 16384)
@@ -48,8 +49,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("tokens per second and GPU")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def label(row: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.kernels.record import RESULTS
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.files import save_figure
 
 COLORS = {
     "FA2 causal (SDPA)": "#c9c9c9",
@@ -103,7 +104,7 @@ def main() -> None:
     commits = ", ".join(dict.fromkeys(str(row["commit"]) for each in rows.values() for row in each.values()))
     target = Path(o.output) if o.output else file.with_name(f"{file.stem}_{o.tokens}.png")
     title = f"Attention over {o.tokens} tokens on one {first['gpu']}: {heads}; commit {commits}"
-    figure(rows, title).savefig(target, dpi=110)
+    save_figure(figure(rows, title), target, dpi=110)
     print(target)
 
 

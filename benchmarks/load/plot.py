@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_multiverse.files import save_figure
+
 COLORS = {"never fork": "#9a9a9a", "always fork": "#e0a458", "by step time": "#1f7a8c"}
 ROWS = (
     ("step_ms", "milliseconds per step"),
@@ -52,5 +54,4 @@ def draw(results: dict[str, Any], output: Path) -> None:
     axes[0][0].text(0, 51, "promised: 50 ms", color="#b33", fontsize=8, va="bottom")
     axes[1][0].legend(frameon=False, loc="lower center")
     figure.tight_layout()
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    save_figure(figure, output, dpi=110)

@@ -39,6 +39,7 @@ def test_a_value_that_json_cannot_hold_does_not_touch_the_file(tmp_path: Path) -
 
 def test_a_figure_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plt = pytest.importorskip("matplotlib.pyplot")
+    plt.close("all")  # of other tests
     target = tmp_path / "new" / "loss.png"
     files.save_figure(plt.figure(), target, dpi=20)
     old = target.read_bytes()
