@@ -1,9 +1,14 @@
-"""How far a long task is: a bar on a terminal, a line in the log every ten seconds elsewhere."""
+"""How far a long task is: a bar on a terminal, a line in the log every ten seconds elsewhere.
+
+A training run has a bar on a terminal alone, since it writes log lines of its own.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 logger = logging.getLogger(__name__)
@@ -55,3 +60,26 @@ class ProgressLine:
             items = f"{count} {self._items}  {count / seconds:.1f} {self._items}/s  " if self._items else ""
             eta = max(self._total - done, 0) / rate
             logger.info("%5.1f %%  %s%.2f MB/s  ETA %.0f s", 100 * done / self._total, items, rate / 1e6, eta)
+
+
+@contextlib.contextmanager
+def step_bar(total: int, done: int, *, shown: bool) -> Iterator[Callable[[], object]]:
+    """A bar over the steps of a run, below its log lines, if standard error is a terminal; otherwise nothing.
+
+    Args:
+        total: steps of the whole run.
+        done: steps that an earlier run has done; they count as done, but not for the speed.
+        shown: false shows no bar anywhere.
+
+    Returns:
+        To be called after each step.
+    """
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with contextlib.ExitStack() as stack:
+        disable = None if shown else True  # None: unless standard error is a terminal
+        bar = stack.enter_context(tqdm(total=total, initial=done, unit="step", desc="training", disable=disable))
+        if not bar.disable:  # the root logger's lines then go over the bar, which is drawn anew below them
+            stack.enter_context(logging_redirect_tqdm())
+        yield bar.update

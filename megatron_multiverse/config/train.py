@@ -141,6 +141,9 @@ class LogConfig:
     """Steps between log lines (the only steps that wait for the device)."""
     peak_tflops: float | None = None
     """Peak of the device in TFLOP/s for MFU; unset looks the device up by name, unknown devices show n/a."""
+    straggler_percent: float = 10.0
+    """Warn of a rank whose wait for data and forward passes take so many percent longer than the median of the ranks,
+    over at least ten steps; 0 never compares them."""
     tensorboard: bool = False
     """Also write the numbers of metrics.jsonl for TensorBoard, in the folder tensorboard of the run folder."""
     wandb_project: str | None = None
@@ -152,6 +155,8 @@ class LogConfig:
         check(self.log_interval >= 1, f"log.log_interval must be at least 1, got {self.log_interval}")
         peak = self.peak_tflops
         check(peak is None or peak > 0, f"log.peak_tflops must be positive, got {peak}")
+        percent = self.straggler_percent
+        check(percent >= 0, f"log.straggler_percent must not be negative, got {percent}")
 
 
 @dataclass(frozen=True, kw_only=True)

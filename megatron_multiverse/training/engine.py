@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Loader, Microbatch
+from megatron_multiverse.training.phases import PhaseClock
 from megatron_multiverse.training.validation import Validation
 
 
@@ -68,6 +69,11 @@ class TrainEngine(Protocol):
     @property
     def peak_tflops(self) -> float | None:
         """Peak of all devices of the run together in TFLOP/s, for the MFU; None if it is not known."""
+        ...
+
+    @property
+    def clock(self) -> PhaseClock:
+        """Times the phases of every `step` on this rank, from "forward" to the end of the update."""
         ...
 
     @property

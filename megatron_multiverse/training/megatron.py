@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_multiverse.training.gathered_model import save_gathered
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Documents, Microbatch
 from megatron_multiverse.training.optim import NonFiniteGuard, build_scheduler, warn_of_another_schedule
+from megatron_multiverse.training.phases import PhaseClock
 from megatron_multiverse.training.pipeline import reduced, run_schedule, tokens_of_step
 from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.training.validation import TagCounter, Validation
@@ -65,6 +67,7 @@ class MegatronEngine:
         with cuda_is_cpu(self.device):
             self.chunks = [wrapped(model, first=number == 0) for number, model in enumerate(self.models)]
             self.optimizer = DistributedAdamW(self.chunks, config.optim, weight.dtype)
+        self.clock = PhaseClock(self.device)
         self._connect()
         self._loss = loss
         self.scheduler = build_scheduler(self.optimizer.adamw, config.optim, config.train_iters)
@@ -81,7 +84,7 @@ class MegatronEngine:
         for model in self.models:
             core = model.config
             core.calculate_per_token_loss = True  # gradients come divided already, see pipeline._loss
-            core.finalize_model_grads_func = _finalize
+            core.finalize_model_grads_func = partial(_finalize, self.clock)
             core.deallocate_pipeline_outputs = True
             # gloo mixes up batched sends and receives; megatron-core's interleaved schedule does not batch on GPUs, too
             core.batch_p2p_comm = self.device.type == "cuda" and not interleaved
@@ -112,11 +115,13 @@ class MegatronEngine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         scale = 1 / max(1, loss_tokens)
-        sums = self._run(microbatches, self._placer, scale, forward_only=False, loss=self._loss)
+        sums = self._run(microbatches, self._placer, scale, forward_only=False, loss=self._loss, clock=self.clock)
         loss_sum, pairs, *_ = reduced(sums)
+        self.clock.begin("optimizer")
         grad_norm = self.optimizer.clip_gradients()
         self._guard.watch(self.optimizer.adamw, self.scheduler.num_steps, loss_sum, grad_norm)
         self.optimizer.step()
+        self.clock.end()
         return StepResult(loss_sum, loss_tokens, tokens, pairs.long(), grad_norm)
 
     def _run(self, microbatches: Sequence[Microbatch], placer: TokenPlacer, scale: float, **options: Any) -> Tensor:
@@ -193,6 +198,7 @@ def wrapped(model: Any, *, first: bool) -> DistributedDataParallel:
     )
 
 
-def _finalize(chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+def _finalize(clock: PhaseClock, chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Reduce the gradients over ranks. The token count that the schedule hands over is not used: see pipeline._loss."""
+    clock.begin("grad_reduce")
     finalize_model_grads(chunks, None, **kwargs)

@@ -23,6 +23,7 @@ from megatron_multiverse.config import LayerConfig, ModelConfig
 from megatron_multiverse.errors import TrainingError
 from megatron_multiverse.files import write_line
 from megatron_multiverse.training.flops import training_flops
+from megatron_multiverse.training.phases import PhaseClock
 from megatron_multiverse.training.trackers import Tracker
 from megatron_multiverse.training.validation import Validation
 
@@ -35,12 +36,16 @@ TRACKED = ("train", "valid")
 class StepMeter:
     """Sums since the last log line.
 
+    Args:
+        device: of the tensors that are added.
+        clock: the engine's.
+
     Attributes:
         has_trained: whether any token was trained since the process started.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, clock: PhaseClock) -> None:
+        self.device, self.clock = device, clock
         self.has_trained = False
         self.reset()
 
@@ -51,6 +56,7 @@ class StepMeter:
         self.grad_norm = torch.zeros((), device=self.device)
         self.steps = self.tokens = self.loss_tokens = self.untrained_steps = 0
         self.waited_s = 0.0
+        self.clock.reset()
         self.started = time.perf_counter()
 
     def add(self, loss_sum: Tensor, loss_tokens: int, tokens: int, visible_pairs: Tensor, grad_norm: Tensor) -> None:
@@ -96,6 +102,7 @@ class StepMeter:
             "grad_norm": float(self.grad_norm),
             "step_time_s": seconds / max(1, self.steps),
             "data_wait_s": self.waited_s / max(1, self.steps),
+            **self.clock.read(self.steps),
             "tokens_per_s": self.tokens / seconds,
             "loss_tokens": self.loss_tokens,
             "tflops": tflops,

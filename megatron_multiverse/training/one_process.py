@@ -34,6 +34,7 @@ from megatron_multiverse.training.optim import (
     clip_gradients,
     warn_of_another_schedule,
 )
+from megatron_multiverse.training.phases import PhaseClock
 from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.training.validation import Validation
 
@@ -66,6 +67,7 @@ class OneProcessEngine:
         self.peak_tflops = peak_tflops(self.device, config.dtype, config.log.peak_tflops)
         self.optimizer = build_optimizer(model, config.optim)
         self.scheduler = build_scheduler(self.optimizer, config.optim, config.train_iters)
+        self.clock = PhaseClock(self.device)
         self._loss = loss
         self._guard = NonFiniteGuard(self.device)
         self._placer = self._placer_of(loader)
@@ -86,11 +88,14 @@ class OneProcessEngine:
     def step(self, microbatches: Sequence[Microbatch]) -> StepResult:
         """See `TrainEngine.step`."""
         self.scheduler.step(1)
-        sums = forward_backward(self.model, microbatches, self._placer, self.config.dtype, self._loss)
+        loss = self.clock.around_forward(self._loss)
+        sums = forward_backward(self.model, microbatches, self._placer, self.config.dtype, loss)
+        self.clock.begin("optimizer")
         grad_norm = clip_gradients(self.model.parameters(), self.config.optim.clip_grad)
         self._guard.watch(self.optimizer, self.scheduler.num_steps, sums.loss, grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.clock.end()
         return StepResult(**vars(sums), grad_norm=grad_norm)
 
     def validate(self, microbatches: Iterable[Microbatch]) -> Validation:

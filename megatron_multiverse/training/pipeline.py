@@ -23,6 +23,7 @@ from megatron_multiverse.model.device import to_device
 from megatron_multiverse.parallel.ranks import Ranks
 from megatron_multiverse.training.forward import LossFunction
 from megatron_multiverse.training.microbatches import Microbatch
+from megatron_multiverse.training.phases import PhaseClock
 from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.training.validation import TagCounter
 
@@ -122,6 +123,7 @@ def run_schedule(
     tags: TagCounter | None = None,
     forward_only: bool,
     loss: LossFunction | None = None,
+    clock: PhaseClock | None = None,
 ) -> Tensor:
     """Run all microbatches through the model; gradients are added to the parameters' `main_grad`.
 
@@ -135,6 +137,7 @@ def run_schedule(
         forward_only: no gradients.
         loss: what is differentiated; default: the model's own loss at the labels. It goes neither with pipeline
             stages nor with context parallel ranks.
+        clock: times the forward passes; None times nothing.
 
     Returns:
         float64 [4] on the device, what this rank adds to the sums over all ranks: loss over the trained tokens, visible
@@ -149,7 +152,7 @@ def run_schedule(
         forward = partial(batches.forward, scale=scale)
     rows, length = microbatches[0]["input_ids"].shape
     sums = get_forward_backward_func()(
-        forward_step_func=forward,
+        forward_step_func=forward if clock is None else clock.around_forward(forward),
         data_iterator=batches.iterators(),
         model=list(chunks),
         num_microbatches=len(microbatches),

@@ -22,6 +22,7 @@ from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.model.device import choose_device
 from megatron_multiverse.parallel.ranks import Ranks
+from megatron_multiverse.progress import step_bar
 from megatron_multiverse.training.checkpoint import TrainState, explained
 from megatron_multiverse.training.description import RunDescription
 from megatron_multiverse.training.engine import EngineFactory, TrainEngine
@@ -32,6 +33,7 @@ from megatron_multiverse.training.run_folder import RunFolder
 from megatron_multiverse.training.seeds import seed_everything
 from megatron_multiverse.training.signals import StopSignals, listening
 from megatron_multiverse.training.start import create_chunks, create_model, describe_model, joined_groups
+from megatron_multiverse.training.stragglers import Stragglers
 from megatron_multiverse.training.trackers import check_trackers, open_trackers
 
 logger = logging.getLogger(__name__)
@@ -92,9 +94,15 @@ def train(
         description = RunDescription(model_config, described, tokenizer)
         resumed = run.resume(state, description)
         metrics = start_record(description, run.folder if ranks.is_first else None, state.step, resumed)
-        meter = StepMeter(engine.device)
+        stragglers = Stragglers(ranks, config.log.straggler_percent)
+        meter = StepMeter(engine.device, engine.clock)
 
-        with listening(stop) as stop, engine.running(), contextlib.closing(stream(loader)) as batches:
+        with (
+            listening(stop) as stop,
+            engine.running(),
+            contextlib.closing(stream(loader)) as batches,
+            step_bar(config.train_iters, state.step, shown=ranks.is_first) as advance,
+        ):
             is_stopping = ranks.any(bool(stop))
             while state.step < config.train_iters and not is_stopping:
                 waiting = time.perf_counter()
@@ -105,6 +113,7 @@ def train(
                 state.step += 1
                 state.consumed_samples += config.data.global_batch_size
                 meter.add(result.loss_sum, result.loss_tokens, result.tokens, result.visible_pairs, result.grad_norm)
+                advance()
 
                 is_stopping = ranks.any(bool(stop))
                 last = state.step == config.train_iters or is_stopping
@@ -113,6 +122,7 @@ def train(
                     meter.check_trained(state.step)
                     numbers = meter.read(model_config, engine.peak_tflops)
                     metrics.train(state.step, numbers, engine.learning_rate, state.consumed_samples)
+                    stragglers.look(state.step, numbers)
                 validation_due = is_due(state.step, config.eval_interval) or (last and not is_stopping)
                 if valid_loader is not None and validation_due:
                     run_validation(engine, valid_loader, config.eval_iters, metrics, state.step)

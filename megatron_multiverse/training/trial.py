@@ -34,7 +34,7 @@ def try_steps(config: TrainConfig, steps: int) -> str:
         loader, valid_loader, _ = build_loaders(config, model_config.vocab_size)
         check_agreement(config, loader, ranks)
         engine = build_engine(config, model_config, loader, valid_loader)
-        meter, started = StepMeter(engine.device), time.perf_counter()
+        meter, started = StepMeter(engine.device, engine.clock), time.perf_counter()
         with engine.running(), contextlib.closing(stream(loader)) as batches:
             for number in range(steps):
                 result = engine.step([next(batches) for _ in range(config.num_microbatches)])

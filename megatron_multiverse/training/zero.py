@@ -36,6 +36,7 @@ from megatron_multiverse.training.optim import (
     build_scheduler,
     warn_of_another_schedule,
 )
+from megatron_multiverse.training.phases import PhaseClock
 from megatron_multiverse.training.pipeline import PlacedMicrobatch, place, reduced, tokens_of_step
 from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.training.start import create_chunks
@@ -141,6 +142,7 @@ class ZeroEngine:
         self.peak_tflops = None if peak is None else peak * self.ranks.size
         self.scheduler = build_scheduler(optimizer, config.optim, config.train_iters)
         self._state = ZeroState(zero, model, optimizer, MegatronGroups.get_data_parallel_group())
+        self.clock = PhaseClock(self.device)
         self._guard = NonFiniteGuard(self.device)
         self._placer = self._placer_of(loader)
         self._valid_placer = None if valid_loader is None else self._placer_of(valid_loader)
@@ -167,14 +169,18 @@ class ZeroEngine:
         scale = MegatronGroups.get_data_parallel_world_size() / max(1, loss_tokens)
         sums = self._no_sums(2)
         for number, batch in enumerate(microbatches, 1):
+            self.clock.begin("forward")
             placed = self._place(batch, self._placer)
             loss_sum = self._loss_sum(placed)
+            self.clock.begin("backward")
             self.zero.backward(loss_sum * scale, scale_wrt_gas=False)
             sums += self._counted(loss_sum.detach(), placed)
             if number == len(microbatches):
                 reduced(sums)
                 self._stop_unless(bool(torch.isfinite(sums[0])))
+            self.clock.begin("optimizer")
             self.zero.step()
+        self.clock.end()
         self._stop_unless(self.zero.was_step_applied())  # it skips an update whose gradient norm is not finite
         norm = torch.as_tensor(self.zero.get_global_grad_norm(), device=self.device)
         return StepResult(sums[0], loss_tokens, tokens, sums[1].long(), norm)

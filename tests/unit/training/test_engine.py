@@ -21,6 +21,7 @@ from megatron_multiverse.model.mcore import ensure_parallel_state
 from megatron_multiverse.training.engine import StepResult, TrainEngine
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Loader, Microbatch
+from megatron_multiverse.training.phases import PhaseClock
 from megatron_multiverse.training.trainer import train
 from megatron_multiverse.training.validation import Validation
 
@@ -34,6 +35,7 @@ class BigramEngine:
     device = torch.device("cpu")
     peak_tflops = None
     learning_rate = 10.0
+    clock = PhaseClock(device)
 
     def __init__(self, run: TrainConfig, model: ModelConfig, loader: Loader, valid_loader: Loader | None) -> None:
         ensure_parallel_state()
