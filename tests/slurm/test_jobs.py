@@ -131,3 +131,23 @@ def test_a_job_that_makes_no_progress_is_ended(cluster: Cluster, data: Path, tmp
     job.wait_for_state("FAILED")
     assert "started 1 times from step 0 without a new checkpoint" in job.log()
     assert not (job.save / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_a_checkpoint_is_converted_there_and_back(cluster: Cluster, tmp_path: Path) -> None:
+    """And what differs, or cannot be written, fails the job."""
+
+    def convert(load: Path, save: Path, **settings: str) -> tuple[str, str]:
+        log = tmp_path / "convert.log"
+        log.unlink(missing_ok=True)
+        command = ("sbatch", "--parsable", "--mem=0", f"--output={log}", SCRIPTS / "convert_checkpoint.sbatch")
+        places = {"LOAD": str(load), "SAVE": str(save), "PYTHON": sys.executable}
+        number = cluster.run(*command, cwd=ROOT, **places, **settings)
+        wait_for("the job", lambda: cluster.field(number, "JobState") in ("COMPLETED", "FAILED"), 240)
+        return cluster.field(number, "JobState"), log.read_text()
+
+    state, log = convert(QUICKSTART / "model", tmp_path / "mcore")
+    assert state == "COMPLETED" and "56 compared, 0 different" in log
+    state, log = convert(tmp_path / "mcore", tmp_path / "back", FROM="mcore", TO="hf")
+    assert state == "COMPLETED" and (tmp_path / "back" / "model.safetensors").exists()
+    state, log = convert(QUICKSTART / "model", tmp_path / "mcore")
+    assert state == "FAILED" and "already exists" in log
