@@ -13,8 +13,10 @@ import pytest
 
 from megatron_multiverse.data.indexed_writer import ShardWriter, join_shards, optimal_dtype
 from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
+from megatron_multiverse.data.sft_dataset import SFTDataset, pack_arrays
+from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import ConfigError, DataError
-from megatron_multiverse.structure import Block, render
+from megatron_multiverse.structure import Block, Tag, render
 from tests.unit.data.conftest import SEQUENTIAL, TRAJECTORY, train_sentencepiece
 
 ROOT = Path(__file__).parents[3]
@@ -224,6 +226,24 @@ def test_tool_reports_and_fails_when_too_many_rows_are_rejected(tmp_path, hf_fol
         [*command, "--max-rejected", "1"], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_documents_without_a_prompt_are_trained_from_their_first_token(tmp_path, hf_folder):
+    """Continued pretraining: one column of text, with and without structure."""
+    source = _write_rows(tmp_path / "rows.jsonl", [{"text": "as plain as can be"}, {"text": f"before {TRAJECTORY}"}])
+    preprocess_data(_config(source, tmp_path / "out", hf_folder, json_keys=["text"]))
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(hf_folder))
+    plain, structured = SFTDataset(str(tmp_path / "out"), tokenizer.structure_vocab)
+    row = pack_arrays([plain], len(plain.ids) + 3, tokenizer.pad)
+    assert row["loss_mask"].tolist() == [1.0] * (len(plain.ids) - 1) + [0.0] * 4
+    assert structured.problem is None
+    positions = structured.layout.position_ids
+    assert (np.diff(positions) < 0).any()  # its paths stand side by side
+    untrained = (
+        len(structured.ids) - 1 - pack_arrays([structured], len(structured.ids), tokenizer.pad)["loss_mask"].sum()
+    )
+    forced = {tokenizer.structure_vocab.tag_ids[tag] for tag in (Tag.PATH, Tag.CONCLUSION)}
+    assert 0 < np.isin(structured.ids, list(forced)).sum() <= untrained < len(structured.ids) // 2
 
 
 def test_help_teaches_without_torch(tmp_path):
