@@ -452,6 +452,8 @@ def miniature() -> Iterator[str]:
         )
     for name, run in trials["learning_rate"].items():
         yield f"| {name} | {run['loss']['240']:.3f} | {run['loss']['480']:.3f} |"
+    run = results("../examples/paper_in_miniature/results/multiverse-0")
+    yield f"{run['training_s'] + run['evaluation_s']:.0f} s as one of two on a GPU"
     looks = results("results/miniature_qk_norm_h200")["runs"]
     tied, untied = looks["tied embeddings, no QK norm"], looks["untied embeddings, QK norm"]
     yield f"from {tied['loss']['1300']:.3f} to {untied['loss']['1300']:.3f}"

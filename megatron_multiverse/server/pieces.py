@@ -29,8 +29,8 @@ class _Told(NamedTuple):
     """Where the token is the first after a stop text: see `Write`."""
 
 
-class LinearPieces:
-    """Pieces of one answer in the order of its text: what paths write waits until those before them have ended.
+class _Pieces:
+    """What both orders of the pieces of one answer need.
 
     Args:
         index: of the answer in its request.
@@ -40,10 +40,20 @@ class LinearPieces:
 
     def __init__(self, index: int, model: ServedModel, fields: GenerationFields) -> None:
         self._index = index
-        self._tokenizer = model.tokenizer
-        self._tree = _tree(model.tokenizer)
+        self._tokenizer: MultiverseTokenizer = model.tokenizer
+        end_path = self._tokenizer.structure_vocab.tag_ids[Tag.END_PATH]
+        self._tree: AnswerTree[_Told] = AnswerTree(end_path, lambda told: told.token.token)
+        stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
+        self._held_back = max((len(text) - 1 for text in stops), default=0)
+        """Characters at the end of a text that may be the beginning of a stop text."""
+
+
+class LinearPieces(_Pieces):
+    """Pieces of one answer in the order of its text: what paths write waits until those before them have ended."""
+
+    def __init__(self, index: int, model: ServedModel, fields: GenerationFields) -> None:
+        super().__init__(index, model, fields)
         self._splitter = ThoughtSplitter(model.tokenizer, split=fields.ours.separate_reasoning)
-        self._held_back = _longest_stop(fields) - 1
         self._ids: list[int] = []  # that were taken from the tree
         self._texts = ["", ""]  # what is known of content and thought
         self._sent = [0, 0]  # characters of each that are out
@@ -60,11 +70,10 @@ class LinearPieces:
             self._tree.finish()
         taken = self._tree.take()
         self._read(taken)
-        held_back = max(self._held_back, 0)
+        held_back = self._held_back if result is None else 0
         if result is not None:
             check_result(result)
             self._add(self._splitter.finish())
-            held_back = 0
             if result.stops:
                 self._texts = list(answer_texts(result, self._tokenizer, split=self._splitter.splits))
         text, thought = self._new(0, held_back), self._new(1, held_back)
@@ -111,20 +120,11 @@ class _Open:
     """Text that is not out yet."""
 
 
-class BranchPieces:
-    """Pieces of one answer as its branches write, each with the name of its branch.
-
-    Args:
-        index: of the answer in its request.
-        model: that is served.
-        fields: of the request.
-    """
+class BranchPieces(_Pieces):
+    """Pieces of one answer as its branches write, each with the name of its branch."""
 
     def __init__(self, index: int, model: ServedModel, fields: GenerationFields) -> None:
-        self._index = index
-        self._tokenizer = model.tokenizer
-        self._tree = _tree(model.tokenizer)
-        self._held_back = max(0, _longest_stop(fields) - 1)
+        super().__init__(index, model, fields)
         self._stops_in_paths = fields.ours.stop_in_branches
         self._open: dict[BranchNode[_Told], _Open] = {}
         self._stopped = False  # whether the stop text that ended the answer has been taken away
@@ -203,14 +203,5 @@ class BranchPieces:
         return branch.held + branch.detokenizer.finish()
 
 
-def _longest_stop(fields: GenerationFields) -> int:
-    texts = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
-    return max(map(len, texts), default=0)
-
-
 def _told(write: Write) -> list[_Told]:
     return [_Told(token, None if k else write.stop) for k, token in enumerate(write.tokens)]
-
-
-def _tree(tokenizer: MultiverseTokenizer) -> AnswerTree[_Told]:
-    return AnswerTree(tokenizer.structure_vocab.tag_ids[Tag.END_PATH], lambda told: told.token.token)

@@ -55,9 +55,8 @@ class PhaseClock:
         self._step.append((None, self._now()))
         self._ended.append(self._step)
         self._step = []
-        while self._ended and self._is_done(
-            self._ended[0]
-        ):  # so that no more events are kept than the device is behind
+        # Counted as soon as the device has done them, so that no more events are kept than it is behind.
+        while self._ended and self._is_done(self._ended[0]):
             self._count(self._ended.popleft())
 
     def around_forward(self, function: Callable[P, R]) -> Callable[P, R]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,8 @@ from megatron_multiverse.data.loader import SFTLoader
 from megatron_multiverse.data.mixture import PAPER_SHARES, Mixture
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from tests.unit.data.test_sft_dataset import PAD, write_documents
+
+CONFIGS = Path(__file__).parents[3] / "pretrain_scripts" / "configs"
 
 
 def test_the_papers_epochs() -> None:
@@ -26,6 +29,12 @@ def test_the_papers_epochs() -> None:
     assert [int((epoch < 1000).sum()) for epoch in epochs] == [0, 0, 100, 500, 500, 900, 1000, 1000, 1000, 1000]
     assert not set(epochs[3][:500]) & set(epochs[4][:500])  # the second half after the first one
     assert not np.array_equal(epochs[0], Mixture(PAPER_SHARES, 1000, 2000).documents(4, 0))
+
+
+@pytest.mark.parametrize("name", ["tp8", "tp8_pp2", "zero3"])
+def test_the_32b_configs_have_the_papers_epochs(name: str) -> None:
+    data = yaml.safe_load((CONFIGS / f"qwen2.5_32b_{name}.yaml").read_text())["data"]
+    assert tuple(data["mixture"]) == PAPER_SHARES and len(data["plain_prefixes"]) == len(data["data_prefixes"])
 
 
 @settings(max_examples=100, deadline=None)
