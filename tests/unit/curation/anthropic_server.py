@@ -101,6 +101,7 @@ class AnthropicServer:
         self._batches: dict[str, dict[str, Any]] = {}
         self._numbers = itertools.count(1)
         self._under_way = 0
+        self._connections = 0
         self._port = port
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -119,6 +120,13 @@ class AnthropicServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
+    def wait_until_clients_have_left(self) -> None:
+        """A killed client's requests are under way here until they are answered; a next client's are not to add up."""
+        end = time.monotonic() + 20
+        while self._connections:
+            assert time.monotonic() < end, f"{self._connections} connections are still open"
+            time.sleep(0.01)
+
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
         server = self._loop.run_until_complete(asyncio.start_server(self._connection, "127.0.0.1", self._port))
@@ -129,11 +137,15 @@ class AnthropicServer:
         server.close()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            while request := await read_request(reader):
-                if not await self._respond(*request, writer):
-                    break
-        writer.close()
+        self._connections += 1
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                while request := await read_request(reader):
+                    if not await self._respond(*request, writer):
+                        break
+            writer.close()
+        finally:
+            self._connections -= 1
 
     async def _respond(
         self, method: str, path: str, headers: dict[str, str], body: bytes, writer: asyncio.StreamWriter

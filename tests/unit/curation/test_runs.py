@@ -127,6 +127,7 @@ def test_killed_runs_go_on_and_pay_for_no_answer_twice(run: Run, batch: bool) ->
                 time.sleep(0.01)
             process.kill()
             process.communicate()
+            server.wait_until_clients_have_left()
         result = run(server, batch=batch, concurrency=4)
         assert max((count for _, count in server.busy), default=0) <= 4
         assert result.tally.passed == len(SCRIPTS)
