@@ -9,7 +9,7 @@ programs, are not checked.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import xxhash
@@ -54,16 +54,15 @@ def sampled_pieces(file: Path) -> Iterator[bytes]:
             yield stream.read(_PLACE_SIZE)
 
 
-def folder_checksums(folder: Path, *, part: int = 0, parts: int = 1) -> dict[str, str]:
+def folder_checksums(folder: Path, *, without: Collection[str] = ()) -> dict[str, str]:
     """Checksums of the files below a folder, text left out, by their names relative to it.
 
     Args:
         folder: the folder.
-        part: this process reads every `parts`-th file, from this one on.
-        parts: number of processes that share the work.
+        without: names of files that are left out, too.
     """
-    files = sorted(file for file in folder.rglob("*") if is_checked(file))
-    return {str(file.relative_to(folder)): checksum(file) for file in files[part::parts]}
+    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if is_checked(file)}
+    return {name: checksum(file) for name, file in files.items() if name not in without}
 
 
 def is_checked(file: Path) -> bool:

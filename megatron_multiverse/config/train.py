@@ -121,6 +121,9 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only at the end and on a signal."""
     keep_last: int = 2
     """Number of newest checkpoints that stay on disk; 0 keeps all."""
+    async_save: bool = False
+    """Write checkpoints beside the training, which waits for a copy of its state in host memory alone; one comes into
+    force once all ranks have written their files."""
     resume: bool = True
     """Continue from the newest checkpoint in `save`, if any; false refuses a folder that has one."""
 

@@ -33,6 +33,7 @@ from megatron_multiverse.training.metrics import memory_gib
 from megatron_multiverse.training.microbatches import Microbatch
 from megatron_multiverse.training.one_process import OneProcessEngine
 from megatron_multiverse.training.run_folder import RunFolder
+from megatron_multiverse.training.saver import Saver
 from megatron_multiverse.training.seeds import seed_everything
 from megatron_multiverse.training.signals import StopSignals, listening
 from megatron_multiverse.training.start import check_start, create_chunks, create_model, describe_model, joined_groups
@@ -81,7 +82,7 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
             contextlib.closing(Rollouts(config, model, model_config, engine.layers, tokenizer, prompts, replica))
         )
         metrics = start_record(description, run.folder if ranks.is_first else None, state.step, resumed)
-        saved = state.step
+        saver, saved = Saver(run, state, description, metrics), state.step
 
         stop = closing.enter_context(listening(stop))
         closing.enter_context(engine.running())
@@ -104,6 +105,7 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
             numbers |= {"train_s": train_s, "memory_gib": memory_gib(device)}
             state.step += 1
             state.consumed_samples += numbers["answers"]
+            saver.look()
             metrics.write("train", state.step, lr=engine.learning_rate, prompts=prompts.drawn, **numbers)
             if config.rollout.keep_records and ranks.is_first:
                 write_records(run.folder / ROLLOUTS_FILE, batch, state.step, config.rollout.keep_records)
@@ -112,10 +114,11 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
             if last or state.step % config.log.log_interval == 0:
                 logger.info(log_line(state.step, config.train_iters, numbers))
             if is_due(state.step, config.checkpoint.save_interval):
-                run.save(state, description)
+                saver.save()
                 saved = state.step
         if saved != state.step:
-            run.save(state, description)
+            saver.save()
+        saver.finish()
 
         finished = state.step >= config.train_iters
         if finished:  # inside the block, so that a signal does not cut the writing off

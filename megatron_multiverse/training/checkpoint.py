@@ -1,22 +1,14 @@
-"""The state of a run on disk: megatron-core's `torch_dist` format, and what is said when it cannot be read or written.
-
-megatron-core writes its files from processes that it forks. It would also start a server process that only carries
-their results back, and that lives on where a run is killed: a queue of this process does the same (`save_state`).
-"""
+"""The state of a run on disk in megatron-core's `torch_dist` format, and what is said when that cannot be done."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import logging
-import queue
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -27,7 +19,7 @@ from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.training.engine import TrainEngine
 from megatron_multiverse.training.microbatches import Position
 from megatron_multiverse.training.seeds import rng_state, set_rng_state
-from megatron_multiverse.training.signals import hold_signals
+from megatron_multiverse.training.state_writing import StateWriting, begin_writing, quiet
 
 
 @dataclass
@@ -42,11 +34,11 @@ class TrainState:
     """Packed rows trained on so far, over all ranks."""
 
 
-def save_state(state: TrainState, folder: Path) -> None:
-    """Write the state into a folder.
+def begin_saving(state: TrainState, folder: Path) -> StateWriting:
+    """Begin to write the state, as it is now, into a folder; training may go on before it is written.
 
     Raises:
-        CheckpointException: megatron-core or torch could not write it. Not a subclass of Exception: see `explained`.
+        CheckpointException: megatron-core or torch could not do it. Not a subclass of Exception: see `explained`.
     """
     run = {
         "checkpoint_version": 3.0,
@@ -55,9 +47,17 @@ def save_state(state: TrainState, folder: Path) -> None:
         "rng_state": rng_state(),
         "data_loader": state.loader.state_dict(),
     }
-    filesystem_async._results_queue = queue.Queue()  # otherwise a server process makes one, which outlives a SIGKILL
-    with device_neutral_cuda(), _quiet(), hold_signals():
-        dist_checkpointing.save({**state.engine.state(), **run}, str(folder))
+    with device_neutral_cuda():
+        return begin_writing({**state.engine.state(), **run}, folder)
+
+
+def save_state(state: TrainState, folder: Path) -> None:
+    """Write the state into a folder.
+
+    Raises:
+        CheckpointException: see `begin_saving`.
+    """
+    begin_saving(state, folder).finish()
 
 
 def load_state(state: TrainState, folder: Path) -> None:
@@ -69,7 +69,7 @@ def load_state(state: TrainState, folder: Path) -> None:
     remedy = "copy it again, or write the number of another iter_ folder into latest_checkpointed_iteration.txt"
     with explained(f"{folder} cannot be resumed", remedy):
         try:
-            with device_neutral_cuda(), _quiet():
+            with device_neutral_cuda(), quiet():
                 loaded = dist_checkpointing.load(state.engine.state(is_loading=True), str(folder))
         except (Exception, CheckpointException):
             try:
@@ -128,18 +128,3 @@ def _cause(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch's FutureWarnings about parts of it that megatron-core still uses, and megatron-core's warning that
-    a folder is not empty: the run's description lies in it already."""
-    serialization = logging.getLogger("megatron.core.dist_checkpointing.serialization")
-    level = serialization.level
-    serialization.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        serialization.setLevel(level)

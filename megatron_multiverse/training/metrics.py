@@ -59,6 +59,10 @@ class StepMeter:
         self.clock.reset()
         self.started = time.perf_counter()
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count so much of the time until now as time of the steps."""
+        self.started += seconds
+
     def add(self, loss_sum: Tensor, loss_tokens: int, tokens: int, visible_pairs: Tensor, grad_norm: Tensor) -> None:
         """Count one step. Tensors stay on the device."""
         self.loss_sum += loss_sum

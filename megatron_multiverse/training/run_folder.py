@@ -9,43 +9,52 @@ named in the pointer before it gets its name: an iter_ folder without a pointer 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from megatron_multiverse.checkpoints.run_files import (
     ITERATION_GLOB,
-    MODEL_CONFIG_FILE,
     POINTER_FILE,
-    TOKENIZER_RECORD_FILE,
     TRAIN_CONFIG_FILE,
     iteration_folder,
     step_of,
 )
-from megatron_multiverse.checksums import CHECKSUMS_FILE, check_files, folder_checksums, write_checksums
+from megatron_multiverse.checksums import check_files, folder_checksums, write_checksums
 from megatron_multiverse.config import CheckpointConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.files import flush, write_text_atomic
 from megatron_multiverse.parallel.ranks import Ranks
-from megatron_multiverse.training.checkpoint import TrainState, explained, load_state, save_state
+from megatron_multiverse.training.checkpoint import TrainState, begin_saving, explained, load_state
 from megatron_multiverse.training.description import RunDescription
+from megatron_multiverse.training.own_files import foreign_file, is_complete
+from megatron_multiverse.training.state_writing import StateWriting
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
+_POLL_S = 0.02
+"""Seconds between two looks at whether all ranks have written their files."""
+Write = Callable[[TrainState, Path], StateWriting]
+"""Begins to write a state into a folder, see `begin_saving`."""
 _LEFT_OVER = re.compile(r"iter_\d{7,}\.(partial|replaced)")
-_WRITTEN = re.compile(
-    r"\.metadata(\.tmp)?|metadata\.json|common\.pt|.+\.distcp"  # megatron-core and torch
-    r"|tokenizer(_config)?\.json|tokenizer\.model|added_tokens\.json|special_tokens_map\.json|chat_template\.jinja"
-    rf"|({TOKENIZER_RECORD_FILE}|{TRAIN_CONFIG_FILE}|{MODEL_CONFIG_FILE}|{CHECKSUMS_FILE})(\.\d+\.partial)?"
-)
-"""Names of the files in a checkpoint of ours."""
+
+
+@dataclass
+class _Saving:
+    """A save that has begun."""
+
+    step: int
+    partial: Path
+    writing: StateWriting
 
 
 class RunFolder:
@@ -72,6 +81,7 @@ class RunFolder:
         """Step of the checkpoint that was in force on entering."""
         self._lock: IO[str] | None = None
         self._told: set[Path] = set()
+        self._saving: _Saving | None = None
 
     def __enter__(self) -> RunFolder:
         self.start_step = self.ranks.first(self._enter)
@@ -96,6 +106,10 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._saving is not None:
+            logger.warning("the save of %s is given up", self.folder_of(self._saving.step))
+            self._saving.writing.abort()
+            self._saving = None
         if self._lock is not None:
             self._lock.close()  # which gives the lock back; the file stays, since another run may be waiting at it
 
@@ -179,32 +193,64 @@ class RunFolder:
         if (found := next(filter(None, self.ranks.gather(failure)), None)) is not None:
             raise CheckpointError(f"{found}; or write the number of another iter_ folder into {self.pointer}")
 
-    def save(
-        self,
-        state: TrainState,
-        description: RunDescription,
-        write: Callable[[TrainState, Path], None] = save_state,
-    ) -> Path:
-        """Write a checkpoint of the state's step and make it the newest one.
-
-        All ranks call `write`, each of which writes its part. What comes before and after it works on folders, and is
-        done by the first one.
+    def save(self, state: TrainState, description: RunDescription, write: Write = begin_saving) -> Path:
+        """Write a checkpoint of the state's step and make it the newest one. All ranks call it.
 
         Raises:
             CheckpointError: it cannot be written; the one before it stays in force.
         """
-        started = time.perf_counter()
+        self.begin_save(state, description, write)
+        return self.finish_save()
+
+    def begin_save(self, state: TrainState, description: RunDescription, write: Write = begin_saving) -> None:
+        """Begin to write a checkpoint of the state as it is now. All ranks call it, and each writes its part.
+
+        It comes into force by `finish_save`, which must come before the next one. Leaving the folder before that gives
+        it up.
+
+        Raises:
+            CheckpointError: it cannot be written; the one before it stays in force.
+        """
         target = self.folder_of(state.step)
-        remedy = "free space or correct the rights, then start again: the run goes on from its last checkpoint"
-        with explained(f"{target} cannot be written", remedy):
+        with self._explained(target):
             partial = self.ranks.first(lambda: self._make_partial(target, description))
-            write(state, partial)
-            self.ranks.any(False)  # every rank has written
-            parts = self.ranks.gather_to_first(folder_checksums(partial, part=self.ranks.rank, parts=self.ranks.size))
-            known = {name: value for part in parts for name, value in part.items()}
-            self.ranks.first(lambda: self._put_in_force(partial, target, state.step, known))
-        logger.info("saved %s in %.1f s", target, time.perf_counter() - started)
+            self._saving = _Saving(state.step, partial, write(state, partial))
+
+    @property
+    def saving_step(self) -> int | None:
+        """Step of the checkpoint that has begun and is not in force, None if there is none."""
+        return None if self._saving is None else self._saving.step
+
+    def is_written(self) -> bool:
+        """Whether the files of that checkpoint are written, so that `finish_save` will not wait. All ranks call it."""
+        return self._saving is not None and not self.ranks.any(self._saving.writing.is_running())
+
+    def finish_save(self) -> Path:
+        """Wait for the files of the checkpoint that has begun, and put it in force. All ranks call it.
+
+        What comes after the files works on folders, and is done by the first rank.
+
+        Raises:
+            CheckpointError: it cannot be written; the one before it stays in force.
+        """
+        assert self._saving is not None, "begin_save comes first"
+        saving, target = self._saving, self.folder_of(self._saving.step)
+        try:
+            with self._explained(target):
+                while not self.is_written():  # not in one long collective, which has a timeout
+                    time.sleep(_POLL_S)
+                parts = self.ranks.gather_to_first(saving.writing.finish())
+                known = {name: value for part in parts for name, value in part.items()}
+                self.ranks.first(lambda: self._put_in_force(saving.partial, target, saving.step, known))
+        finally:
+            saving.writing.abort()  # nothing is left of it unless something else failed
+            self._saving = None
         return target
+
+    @staticmethod
+    def _explained(target: Path) -> contextlib.AbstractContextManager[None]:
+        remedy = "free space or correct the rights, then start again: the run goes on from its last checkpoint"
+        return explained(f"{target} cannot be written", remedy)
 
     def _make_partial(self, target: Path, description: RunDescription) -> Path:
         """A folder for a checkpoint in the making, after what a crash left has been cleared away."""
@@ -223,9 +269,10 @@ class RunFolder:
             partial: the checkpoint, not yet by its name.
             target: its name.
             step: its step.
-            known: checksums of its files.
+            known: checksums of its files that are known already.
         """
-        write_checksums(partial, known)
+        unknown = folder_checksums(partial, without=known)
+        write_checksums(partial, {**known, **unknown})
         for file in partial.rglob("*"):
             flush(file)
         flush(partial)
@@ -290,21 +337,3 @@ class RunFolder:
                 f"{leftover} has the name of a save that was cut off, which the next save would delete, but {foreign}: "
                 "move it elsewhere"
             )
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether the save of a checkpoint came to its end: megatron-core writes metadata.json last."""
-    return (folder / "metadata.json").is_file() and (folder / TRAIN_CONFIG_FILE).is_file()
-
-
-def foreign_file(folder: Path) -> str | None:
-    """What shows that a folder may hold something which this trainer did not write; None if all of it is ours."""
-    if folder.is_symlink():
-        return "it is a link"
-    entries = sorted(folder.iterdir())
-    for entry in entries:
-        if not _WRITTEN.fullmatch(entry.name) or not entry.is_file() or entry.is_symlink():
-            return f"it holds {entry.name}, which the trainer did not write"
-    if entries and not (folder / TRAIN_CONFIG_FILE).is_file():
-        return f"it has no {TRAIN_CONFIG_FILE}, which the trainer writes into each of its checkpoints"
-    return None

@@ -30,6 +30,7 @@ from megatron_multiverse.training.metrics import MetricsWriter, StepMeter
 from megatron_multiverse.training.microbatches import Loader, Position, stream
 from megatron_multiverse.training.one_process import OneProcessEngine
 from megatron_multiverse.training.run_folder import RunFolder
+from megatron_multiverse.training.saver import Saver
 from megatron_multiverse.training.seeds import seed_everything
 from megatron_multiverse.training.signals import StopSignals, listening
 from megatron_multiverse.training.start import create_chunks, create_model, describe_model, joined_groups
@@ -94,6 +95,7 @@ def train(
         description = RunDescription(model_config, described, tokenizer)
         resumed = run.resume(state, description)
         metrics = start_record(description, run.folder if ranks.is_first else None, state.step, resumed)
+        saver = Saver(run, state, description, metrics)
         stragglers = Stragglers(ranks, config.log.straggler_percent)
         meter = StepMeter(engine.device, engine.clock)
 
@@ -114,6 +116,7 @@ def train(
                 state.consumed_samples += config.data.global_batch_size
                 meter.add(result.loss_sum, result.loss_tokens, result.tokens, result.visible_pairs, result.grad_norm)
                 advance()
+                meter.leave_out(saver.look())
 
                 is_stopping = ranks.any(bool(stop))
                 last = state.step == config.train_iters or is_stopping
@@ -131,9 +134,10 @@ def train(
                     meter.reset()
                 if last or is_due(state.step, config.checkpoint.save_interval):
                     engine.check(metrics)  # names documents trained as plain text: a resumed run starts after them
-                    run.save(state, description)
+                    saver.save()
                     meter.reset()
 
+            saver.finish()
             finished = state.step >= config.train_iters
             if finished:  # inside the block, so that a signal does not cut the writing off
                 save_model(engine, description, run.folder / MODEL_FOLDER, ranks)

@@ -41,25 +41,78 @@ def train_until_killed(data: Path, save: Path, changes: Mapping[str, Any], after
     train_rank(data, save, 2, changes)
 
 
-def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bits(data: Path, tmp_path: Path) -> None:
-    straight = train_on(2, data, tmp_path / "straight", **SETTINGS)
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing stops."""
+    folder = tmp_path_factory.mktemp("straight")
+    train_on(2, data, folder, **SETTINGS)
+    return folder
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["waiting", "beside the training"])
+def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bits(
+    data: Path, tmp_path: Path, straight: Path, beside: bool
+) -> None:
+    settings = {**SETTINGS, "checkpoint.async_save": beside}
     rng = random.Random(0)
     killed = 0
     for _ in range(KILLS):
         try:
-            run_ranks(train_until_killed, 2, data, tmp_path / "killed", SETTINGS, rng.uniform(0.05, 0.6), timeout=240)
+            run_ranks(train_until_killed, 2, data, tmp_path, settings, rng.uniform(0.05, 0.6), timeout=240)
         except RankError:
             killed += 1
-    resumed = train_on(2, data, tmp_path / "killed", **SETTINGS)
+    train_on(2, data, tmp_path, **settings)
     assert killed
-    lines = (tmp_path / "killed/metrics.jsonl").read_text().splitlines()
-    newest = {row["step"]: row for row in map(json.loads, lines) if row["kind"] == "train"}
+    assert_same_run(straight, tmp_path)
+
+
+def assert_same_run(straight: Path, folder: Path) -> None:
+    """The second run, whose steps may have been done twice, has the curve and the weights of the first one."""
+    expected = numbers(straight)
+    newest = newest_rows(folder)
     for column in ("loss", "grad_norm", "loss_tokens"):
-        assert [newest[step][column] for step in range(1, 9)] == straight[column]
-    assert len(resumed["loss"]) >= 8
-    one, other = (load_file(tmp_path / name / "model/model.safetensors") for name in ("straight", "killed"))
+        assert [newest[step][column] for step in range(1, 9)] == expected[column]
+    one, other = (load_file(run / "model/model.safetensors") for run in (straight, folder))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    assert not list((tmp_path / "killed").glob("iter_*.partial"))
+    assert not list(folder.glob("iter_*.partial"))
+
+
+def newest_rows(folder: Path) -> dict[int, Any]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row for row in map(json.loads, lines) if row["kind"] == "train"}
+
+
+def die_in_a_write(data: Path, save: Path) -> None:
+    """The whole run dies once two more steps are done beside a file of which a half is written."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def half(transforms: Any, number: int, bucket: Any, *args: Any) -> None:
+        Path(bucket[0]).write_bytes(b"half")
+        while 5 not in newest_rows(save):
+            time.sleep(0.01)
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)  # the kernel ends this process, too
+
+    before = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+
+    def write(transforms: Any, number: int, bucket: Any, *args: Any) -> Any:
+        return (half if "iter_0000003" in bucket[0] else before)(transforms, number, bucket, *args)
+
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data = write
+    train_rank(data, save, 2, {"train_iters": 8, "checkpoint.save_interval": 3, "checkpoint.async_save": True})
+
+
+def test_a_run_that_is_killed_in_the_middle_of_a_write_beside_it_does_not_load_the_half(
+    data: Path, tmp_path: Path, straight: Path
+) -> None:
+    """Not even where nothing else is there."""
+    with pytest.raises(RankError):
+        run_ranks(die_in_a_write, 2, data, tmp_path, timeout=240)
+    (partial,) = tmp_path.glob("iter_*")
+    assert partial.name == "iter_0000003.partial" and b"half" in [file.read_bytes() for file in partial.iterdir()]
+    assert not (tmp_path / "latest_checkpointed_iteration.txt").exists() and 5 in newest_rows(tmp_path)
+    train_on(2, data, tmp_path, **SETTINGS)
+    assert_same_run(straight, tmp_path)
 
 
 def fail_on_one_rank(data: Path, save: Path) -> None:
@@ -67,7 +120,7 @@ def fail_on_one_rank(data: Path, save: Path) -> None:
 
     if torch.distributed.get_rank() == 1:
 
-        def broken(*args: Any) -> None:
+        def broken(*args: Any, **options: Any) -> None:
             raise OSError("no space left")
 
         dist_checkpointing.save = broken
@@ -79,3 +132,35 @@ def test_a_rank_that_cannot_write_stops_the_run_and_nothing_is_in_force(data: Pa
         run_ranks(fail_on_one_rank, 2, data, tmp_path, timeout=120)
     assert not (tmp_path / "latest_checkpointed_iteration.txt").exists()
     assert numbers(tmp_path)["loss"]
+
+
+def fail_in_the_background(data: Path, save: Path) -> str:
+    """The second rank's writer of the second checkpoint finds no space; what each rank says."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from megatron_multiverse.errors import CheckpointError
+
+    before = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+
+    def write(transforms: Any, number: int, bucket: Any, *args: Any) -> Any:
+        if "iter_0000004" in bucket[0] and "__1_" in bucket[0]:
+            raise OSError("no space left")
+        return before(transforms, number, bucket, *args)
+
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data = write
+    settings = {"train_iters": 8, "checkpoint.save_interval": 2, "checkpoint.async_save": True}
+    try:
+        train_rank(data, save, 2, {**settings, "parallel.tensor_model_parallel_size": 2})
+    except CheckpointError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_rank_that_cannot_write_in_the_background_stops_all_and_the_last_checkpoint_stays(
+    data: Path, tmp_path: Path
+) -> None:
+    first, second = run_ranks(fail_in_the_background, 2, data, tmp_path, timeout=120)
+    assert "iter_0000004 cannot be written" in first and "no space left" in first
+    assert "iter_0000004 cannot be written" in second
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2\n"
+    assert not (tmp_path / "iter_0000004").exists()

@@ -11,6 +11,7 @@ from megatron_multiverse import checksums
 from megatron_multiverse.checksums import (
     CHECKSUMS_FILE,
     check_files,
+    checksum,
     folder_checksums,
     quick_checksum,
     sampled_pieces,
@@ -26,8 +27,10 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "inner" / "b.bin").write_bytes(b"b" * 1000)
     (tmp_path / "empty").touch()
     (tmp_path / "config.json").write_text("{}")
-    parts = [folder_checksums(tmp_path, part=part, parts=2) for part in range(2)]
-    write_checksums(tmp_path, parts[0] | parts[1])
+    known = {"empty": checksum(tmp_path / "empty")}
+    unknown = folder_checksums(tmp_path, without=known)
+    assert "empty" not in unknown
+    write_checksums(tmp_path, known | unknown)
     return tmp_path
 
 

@@ -24,7 +24,7 @@ from megatron_multiverse.checkpoints.manifest import MANIFEST_FILE
 from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
 from megatron_multiverse.errors import MultiverseError
 from megatron_multiverse.evaluation.samples import Sample, SampleLog
-from megatron_multiverse.training.checkpoint import save_state
+from megatron_multiverse.training.checkpoint import begin_saving
 from tests.unit.checkpoints.hf_folders import save_hf_model, save_tokenizer
 from tests.unit.checkpoints.test_convert import tensors
 from tests.unit.training.test_checkpoint import new_state
@@ -102,7 +102,7 @@ def training() -> Write:
 
     def write(place: Path) -> Callable[[], Any]:
         folder = manager(place)
-        folder.save(state, save_state)  # without the lock, which helpers of a failed save hold for a moment longer
+        folder.save(state, begin_saving)  # without the lock, which helpers of a failed save hold for a moment longer
         return lambda: read(place)
 
     return write

@@ -14,7 +14,7 @@ from megatron_multiverse import files
 from megatron_multiverse.config import CheckpointConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.training import run_folder
-from megatron_multiverse.training.checkpoint import TrainState, save_state
+from megatron_multiverse.training.checkpoint import TrainState, begin_saving
 from megatron_multiverse.training.description import RunDescription
 from megatron_multiverse.training.run_folder import RunFolder
 
@@ -30,7 +30,20 @@ class Folder(RunFolder):
 
     def save(self, state, write):
         self.folder.mkdir(exist_ok=True)
-        return super().save(state, DESCRIPTION, write)
+        return super().save(state, DESCRIPTION, lambda state, folder: write(state, folder) or Written())
+
+
+class Written:
+    """Nothing is left to be done in the background."""
+
+    def is_running(self) -> bool:
+        return False
+
+    def finish(self) -> dict[str, str]:
+        return {}
+
+    def abort(self) -> None:
+        pass
 
 
 def write(state: TrainState, folder: Path) -> None:
@@ -275,7 +288,7 @@ def test_a_flipped_bit_is_noticed_before_anything_is_loaded(tmp_path: Path) -> N
     state = new_state(0, True)
     state.step = 3
     with manager(tmp_path) as run:
-        run.save(state, save_state)
+        run.save(state, begin_saving)
     file = next((tmp_path / "iter_0000003").glob("*.distcp"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

@@ -1,0 +1,34 @@
+"""Which checkpoints are whole, and which folders hold nothing but what this trainer wrote."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, TOKENIZER_RECORD_FILE, TRAIN_CONFIG_FILE
+from megatron_multiverse.checksums import CHECKSUMS_FILE
+
+_WRITTEN = re.compile(
+    r"\.metadata(\.tmp)?|metadata\.json|common\.pt|.+\.distcp"  # megatron-core and torch
+    r"|tokenizer(_config)?\.json|tokenizer\.model|added_tokens\.json|special_tokens_map\.json|chat_template\.jinja"
+    rf"|({TOKENIZER_RECORD_FILE}|{TRAIN_CONFIG_FILE}|{MODEL_CONFIG_FILE}|{CHECKSUMS_FILE})(\.\d+\.partial)?"
+)
+"""Names of the files in a checkpoint of ours."""
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the save of a checkpoint came to its end: megatron-core writes metadata.json last."""
+    return (folder / "metadata.json").is_file() and (folder / TRAIN_CONFIG_FILE).is_file()
+
+
+def foreign_file(folder: Path) -> str | None:
+    """What shows that a folder may hold something which this trainer did not write; None if all of it is ours."""
+    if folder.is_symlink():
+        return "it is a link"
+    entries = sorted(folder.iterdir())
+    for entry in entries:
+        if not _WRITTEN.fullmatch(entry.name) or not entry.is_file() or entry.is_symlink():
+            return f"it holds {entry.name}, which the trainer did not write"
+    if entries and not (folder / TRAIN_CONFIG_FILE).is_file():
+        return f"it has no {TRAIN_CONFIG_FILE}, which the trainer writes into each of its checkpoints"
+    return None
