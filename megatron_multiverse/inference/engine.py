@@ -395,6 +395,8 @@ class Engine:
             state.tell()
         finally:
             self._finished.append(make_result(state))
+            if state.scores is not None:
+                state.scores.leave(state.request_id)
 
     def _states(self) -> list[RequestState]:
         return [*self.scheduler.active, *self.scheduler.waiting]

@@ -52,7 +52,11 @@ class Intake:
         """
         self.check(request)
         first, sampling = self.next_id, request.sampling
-        scores = None if sampling.prompt_logprobs is None else PromptScores(first, len(request.prompt_ids))
+        scores = (
+            None
+            if sampling.prompt_logprobs is None
+            else PromptScores([*range(first, first + sampling.n)], len(request.prompt_ids))
+        )
         states = []
         for k in range(sampling.n):
             machine = self._machine(sampling)

@@ -176,6 +176,8 @@ class Scheduler:
 
     def _feed_prompt(self, draft: Draft, state: RequestState) -> None:
         """Put a chunk of a prompt, up to the first fork in it, into the step; what is known of it is taken over."""
+        if state.awaits_scores:
+            return
         self.places.take_known(state)
         root, size = state.root, self.book.page_size
         start, end = root.fed, root.feed_end

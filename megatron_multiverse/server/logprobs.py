@@ -5,6 +5,7 @@ They are those of the model, before temperature and filters. Tokens that the eng
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +35,11 @@ def of_answer(result: Result) -> list[TokenLogprobs]:
 
 
 def of_prompt(result: Result) -> list[TokenLogprobs]:
-    """Those of the tokens of its prompt; the first has none."""
-    logprobs = result.prompt_logprobs or [None] * len(result.prompt_ids)
-    tops = result.prompt_top_logprobs or [None] * len(result.prompt_ids)
+    """Those of the tokens of its prompt; the first has none, nor have those that an answer cut short did not read."""
+    logprobs, tops = result.prompt_logprobs or [], result.prompt_top_logprobs or []
     return [
         TokenLogprobs(token, logprob, top or [])
-        for token, logprob, top in zip(result.prompt_ids, logprobs, tops, strict=True)
+        for token, logprob, top in itertools.zip_longest(result.prompt_ids, logprobs, tops)
     ]
 
 

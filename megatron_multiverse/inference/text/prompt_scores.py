@@ -12,8 +12,9 @@ from megatron_multiverse.inference.text.result import TopLogprobs
 class PromptScores:
     """What the model thought of each token of a prompt; one for all answers to it."""
 
-    request_id: int
-    """The answer whose pass over the prompt gives them."""
+    answers: list[int]
+    """Numbers of the answers that go on. The pass of the first over the prompt gives the scores; the others wait for
+    them, and should it end too early, the next one gives them."""
     prompt_length: int
     logprobs: list[float | None] = field(default_factory=lambda: [None])
     """As far as they are known; nothing comes before the first token."""
@@ -23,6 +24,10 @@ class PromptScores:
     def complete(self) -> bool:
         """Whether the whole prompt is scored."""
         return len(self.logprobs) >= self.prompt_length
+
+    def leave(self, answer: int) -> None:
+        """An answer has ended."""
+        self.answers.remove(answer)
 
     def put(self, first: int, logprobs: Sequence[float], top_logprobs: Sequence[TopLogprobs | None]) -> None:
         """Take the scores of the tokens from `first` on; those that are known already stay."""

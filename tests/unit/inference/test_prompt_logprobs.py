@@ -6,9 +6,19 @@ import random
 
 import pytest
 
-from megatron_multiverse.inference import scheduler
+from megatron_multiverse.inference import Result, scheduler
 
-from .toy import ToyModel, ask, assert_drained, force_preemption, forward_logits, random_prompt, toy_engine
+from .toy import (
+    TEXT,
+    VOCAB_SIZE,
+    ToyModel,
+    ask,
+    assert_drained,
+    force_preemption,
+    forward_logits,
+    random_prompt,
+    toy_engine,
+)
 
 MODEL = ToyModel(4)
 
@@ -52,5 +62,36 @@ def test_they_equal_one_forward(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
             values, ids = own[index].topk(count)
             assert [token for token, _ in top] == ids.tolist()
             assert max(abs(a - b) for (_, a), b in zip(top, values.tolist(), strict=True)) < 1e-9
+    engine.scheduler.places.prefixes.clear()
+    assert_drained(engine)
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("cancelled", [(), (0,), (0, 1)])
+def test_every_answer_to_a_prompt_has_all_of_them(cancelled: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers share one pass over the prompt. None ends before it has; if the answer that makes it is cancelled,
+    another one makes it."""
+    monkeypatch.setattr(scheduler, "MOST_SCORED", 5)
+    prompt = random.Random(1).choices(range(TEXT, VOCAB_SIZE), k=40)
+    request = ask(prompt, max_tokens=1, n=3, temperature=1.0, prompt_logprobs=2)
+    engine = toy_engine(MODEL, page_size=4)
+    first = engine.add_request(request)
+    engine.step()
+    for k in cancelled:
+        engine.cancel(first + k)
+    results: dict[int, Result] = {}
+    while engine.has_work:
+        results |= {result.request_id: result for result in engine.step()}
+    own = forward_logits(MODEL, request.prompt_ids, results[first + 2]).log_softmax(-1)
+    for k in range(3):
+        result = results[first + k]
+        if k in cancelled:
+            assert result.finish_reason == "abort"
+            continue
+        assert result.prompt_logprobs is not None and len(result.prompt_logprobs) == 40
+        assert result.prompt_top_logprobs is not None and len(result.prompt_top_logprobs) == 40
+        for index, logprob in enumerate(result.prompt_logprobs[1:]):
+            assert logprob is not None
+            assert abs(logprob - own[index, request.prompt_ids[index + 1]].item()) < 1e-9
     engine.scheduler.places.prefixes.clear()
     assert_drained(engine)

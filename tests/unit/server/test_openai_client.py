@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import openai
 import pytest
 
+from megatron_multiverse.server.logprobs import of_prompt
 from megatron_multiverse.structure import TAGS, Tag
 from tests.unit.server.running import PROMPT, Running, tokenizer
 
@@ -193,6 +195,26 @@ def test_a_prompt_is_scored_as_evaluators_ask(client: openai.OpenAI) -> None:
                 assert logprob in top.values(), "the very same number"
     greedy = [logprob == max(top.values()) for logprob, top in zip(*_scored(client, ids[0]), strict=True)]
     assert greedy[-8:] == [True] * 8 and not all(greedy)
+
+
+def test_each_of_several_answers_has_the_scores_of_a_long_prompt(client: openai.OpenAI) -> None:
+    """The prompt is scored in several steps, and an answer of one token would be complete after the first."""
+    prompt = (tokenizer().tokenize(PROMPT) * 20)[:600]
+    choices = client.completions.create(
+        model=NAME, prompt=prompt, max_tokens=1, echo=True, logprobs=0, n=3, temperature=1, seed=1
+    ).choices
+    scores = [choice.logprobs.token_logprobs[:600] for choice in choices if choice.logprobs is not None]  # type: ignore[index]
+    assert scores[0] == scores[1] == scores[2] and scores[0].count(None) == 1
+
+
+def test_what_an_answer_cut_short_did_not_read_of_its_prompt_has_no_score() -> None:
+    cut = SimpleNamespace(prompt_ids=[5, 6, 7], prompt_logprobs=[None, -1.5], prompt_top_logprobs=None)
+    entries = of_prompt(cut)  # type: ignore[arg-type]
+    assert [(entry.token, entry.logprob, entry.top) for entry in entries] == [
+        (5, None, []),
+        (6, -1.5, []),
+        (7, None, []),
+    ]
 
 
 def _scored(client: openai.OpenAI, prompt: list[int]) -> tuple[list[float], list[dict[str, float]]]:
