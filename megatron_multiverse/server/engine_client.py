@@ -162,11 +162,18 @@ class EngineClient:
         """Refuse `count` more answers where they cannot be taken.
 
         Raises:
-            ApiError: 503 where the engine is not ready, 429 where the queue is full.
+            ApiError: 503 where the engine is not ready, 429 where the queue is full, 400 where it never fits in.
         """
         if self.condition != "ready":
             raise unavailable(self.condition)
         limit = self.config.limits.max_queued
+        if count > limit:  # one who is told to come later would come for ever
+            raise ApiError(
+                400,
+                f"{count} answers asked for at once (prompts x n), at most {limit} may wait or run on this server: "
+                "send several requests with fewer each",
+                code="too_many_answers",
+            )
         if len(self._generations) + count > limit:
             raise ApiError(
                 429,
