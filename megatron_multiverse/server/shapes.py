@@ -35,7 +35,9 @@ def usage(results: Sequence[Result], prompts: Sequence[Sequence[int]]) -> dict[s
     )
     return usage_so_far(prompts, completion) | {
         # Of each prompt, as of its tokens: what the other answers found, the first one had computed for them.
-        "prompt_tokens_details": {"cached_tokens": sum(result.cached_tokens for result in results if not result.sample)},
+        "prompt_tokens_details": {
+            "cached_tokens": sum(result.cached_tokens for result in results if not result.sample)
+        },
         "critical_tokens": critical,
         "branch_tokens": in_branches,
         "num_parallel": round(completion / critical, 4) if critical else 1.0,

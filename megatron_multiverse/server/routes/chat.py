@@ -26,13 +26,23 @@ from megatron_multiverse.server.model import ServedModel
 router = APIRouter()
 
 REFUSED: dict[str, tuple[Any, ...]] = {
+    "chat_template": (),
+    "documents": ([],),
+    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "include_reasoning": (True,),
+    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": (),
+    "separate_reasoning": (False,),
     "skip_prompt_log_probs": (True,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
 }
 """Fields of chat that are not served, with the values that ask for nothing."""
 

@@ -30,12 +30,19 @@ router = APIRouter()
 DEFAULT_MAX_TOKENS = 128
 
 REFUSED: dict[str, tuple[Any, ...]] = {
+    "audio_data": (),
+    "custom_logit_processor": (),
     "image_data": (),
+    "input_embeds": (),
     "logprob_start_len": (-1,),
     "lora_path": (),
+    "priority": (0,),
     "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+    "session_params": (),
     "stream": (False,),
     "token_ids_logprob": (),
+    "video_data": (),
 }
 """Fields of the route that are not served, with the values that ask for nothing."""
 

@@ -79,7 +79,9 @@ def test_a_full_queue_asks_to_come_later() -> None:
         assert server.post("/v1/completions", LONG | {"max_tokens": 2}).status_code == 200
         for body in ({"n": 3}, {"prompt": [LONG["prompt"]] * 3, "stream": True}):
             response = server.post("/v1/completions", LONG | {"max_tokens": 2} | body)
-            assert response.status_code == 400 and "3 answers" in response.json()["error"]["message"], "never, not later"
+            assert response.status_code == 400 and "3 answers" in response.json()["error"]["message"], (
+                "never, not later"
+            )
 
 
 def test_an_answer_that_takes_too_long_is_cut() -> None:

@@ -13,7 +13,7 @@ import pytest
 from megatron_multiverse.server.config import LimitConfig
 from megatron_multiverse.server.errors import ApiError
 from megatron_multiverse.server.fields import REFUSED
-from megatron_multiverse.server.routes import chat, completions, megatron
+from megatron_multiverse.server.routes import chat, completions, megatron, rollout
 from tests.unit.server.running import PROMPT, Running, running
 
 TEXT = "/v1/completions"
@@ -51,6 +51,10 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": "a", "n": 17}, "n"),
     (TEXT, {"prompt": "a", "best_of": 2}, "best_of"),
     (TEXT, {"prompt": "a", "suffix": "b"}, "suffix"),
+    (TEXT, {"prompt": "a", "regex": "[0-9]+"}, "regex"),
+    (TEXT, {"prompt": "a", "return_token_ids": True}, "return_token_ids"),
+    (CHAT, {"messages": MESSAGES, "documents": [{"text": "b"}]}, "documents"),
+    (CHAT, {"messages": MESSAGES, "chat_template": "{{ messages }}"}, "chat_template"),
     (TEXT, {"prompt": "a", "seed": 2**63}, "seed"),
     (TEXT, {"prompt": "a", "stop": ["x"] * 17}, "stop"),
     (TEXT, {"prompt": "a", "stop": "x" * 257}, "stop"),
@@ -238,6 +242,35 @@ MEGATRON_FIELDS = {
         skip_prompt_log_probs return_tokenized_data return_raw_text prevent_retokenization streaming_interval""",
 }
 """What Megatron's text-generation servers read, the static one and the dynamic one up to 0.19."""
+
+
+PEERS_FIELDS = {
+    "completions": """prompt model max_tokens temperature top_p top_k n seed best_of logprobs echo stop stream suffix
+        stream_options ignore_eos frequency_penalty presence_penalty repetition_penalty logit_bias min_p min_tokens
+        stop_token_ids include_stop_str_in_output use_beam_search length_penalty truncate_prompt_tokens prompt_logprobs
+        allowed_token_ids prompt_embeds response_format structured_outputs priority return_token_ids cache_salt
+        return_tokens_as_token_ids kv_transfer_params vllm_xargs logits_processors repetition_detection
+        logprob_token_ids json_schema regex ebnf stop_regex lora_path session_params return_hidden_states
+        return_routed_experts custom_logit_processor bad_words""",
+    "chat": """messages model max_completion_tokens max_tokens temperature top_p top_k n seed logprobs top_logprobs stop
+        stream stream_options tools tool_choice parallel_tool_calls functions function_call modalities audio prediction
+        reasoning_effort verbosity web_search_options response_format chat_template chat_template_kwargs documents echo
+        add_generation_prompt continue_final_message mm_processor_kwargs include_reasoning thinking_token_budget
+        separate_reasoning structured_outputs priority return_token_ids min_p min_tokens bad_words""",
+    "generate": """text input_ids sampling_params return_logprob top_logprobs_num rid stream logprob_start_len
+        image_data audio_data video_data input_embeds token_ids_logprob lora_path custom_logit_processor session_params
+        return_hidden_states return_routed_experts priority""",
+}
+"""Fields of OpenAI, vLLM and SGLang that change what an answer says or holds."""
+
+
+def test_every_field_of_peers_that_changes_an_answer_is_honoured_or_refused() -> None:
+    for name, known in {
+        "completions": completions.CompletionFields.model_fields.keys() | REFUSED.keys(),
+        "chat": chat.ChatFields.model_fields.keys() | REFUSED.keys() | chat.REFUSED.keys(),
+        "generate": rollout.GenerateFields.model_fields.keys() | rollout.REFUSED.keys(),
+    }.items():
+        assert set(PEERS_FIELDS[name].split()) <= known, name
 
 
 def test_every_field_of_megatrons_servers_is_honoured_or_refused() -> None:
