@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from texts import LETTERS, Text, shift_labels
+from texts import LETTERS, Text, relabel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quickstart"))
 
@@ -77,6 +78,8 @@ class Arithmetic:
     """Otherwise names are single letters, and all that the question defines is asked for, in its order."""
     copies_rest: bool = True
     """See `Chain.work`."""
+    names_first: bool = False
+    """Plain text begins with the names of what it works out, as goals do."""
 
     @property
     def prompt(self) -> str:
@@ -90,20 +93,21 @@ class Arithmetic:
         """The right answer."""
         return "; ".join(chain.result for chain in self.chains)
 
-    def response(self, text: Text, prefix: str = "", start: int = 1) -> str:
+    def response(self, text: Text, prefix: str = "", labels: Sequence[int] = range(1, 100)) -> str:
         """The work and the answer.
 
         Args:
             text: plain or tagged.
             prefix: what the labels of the outermost block start with.
-            start: the number of its first path; other than 1 only where labels are randomised.
+            labels: its numbers; they do not count from 1 where labels are randomised.
         """
+        names = tuple(chain.name + chain.link for chain in self.chains)
         if text == "plain":
-            thought = "\n".join(chain.work(self.copies_rest) for chain in self.chains)
+            work = [chain.work(self.copies_rest) for chain in self.chains]
+            thought = "\n".join([*(names if self.names_first else ()), *work])
         else:
-            names = tuple(chain.name + chain.link for chain in self.chains)
             block = Block(names, tuple((chain.work(self.copies_rest),) for chain in self.chains), self.answer)
-            thought = shift_labels(render([block], prefix=prefix), prefix, start, len(names))
+            thought = relabel(render([block], prefix=prefix), prefix, labels, len(names))
         return f"<Think>\n{thought}\n</Think>\n\nAnswer: {self.answer}"
 
     def is_right(self, answer: str) -> bool:

@@ -65,6 +65,8 @@ def mend_table(results: Results) -> list[str]:
         "no-spare-definitions": "no spare definitions",
         "no-long-lists": "no long lists",
         "fixed-labels": "labels from 1",
+        "label-gaps": "labels with gaps",
+        "names-first": "plain, names first",
         "no-position-gaps": "no gaps in positions",
         "no-first-batches": "no first batches",
         "forced-loss": "loss on forced tokens",

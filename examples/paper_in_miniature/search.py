@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from texts import LETTERS, Text, shift_labels
+from texts import LETTERS, Text, relabel
 
 from megatron_multiverse.structure import Block, render
 
@@ -72,7 +72,7 @@ class Satisfiability:
         """Whether no clause of the last variable of a case rules it out."""
         return not any(set(clause) <= set(case) for _, clause in self.marked(case[-1][0]))
 
-    def response(self, text: Text, prefix: str = "", start: int = 1) -> str:
+    def response(self, text: Text, prefix: str = "", labels: Sequence[int] = (1, 2)) -> str:
         """The search and the answer; arguments as in `Arithmetic.response`.
 
         Plain text searches as one would: depth first, and it stops at the first solution.
@@ -80,7 +80,7 @@ class Satisfiability:
         if text == "plain":
             thought = "\n".join(self._search(()))
         else:
-            thought = shift_labels(render([self._split(())], prefix=prefix), prefix, start, 2)
+            thought = relabel(render([self._split(())], prefix=prefix), prefix, labels, 2)
         return f"<Think>\n{thought}\n</Think>\n\nAnswer: {self.answer}"
 
     def is_right(self, answer: str) -> bool:

@@ -96,13 +96,15 @@ SMOKE = Size(
 
 def runs() -> dict[str, RowConfig]:
     """Every run by name, the most telling first: the three kinds with the first seed, what carries a model beyond its
-    training taken away part by part, the other seeds, and other ablations."""
+    training taken away part by part, what may carry it further, the other seeds, and other ablations."""
     found = {f"{kind}-0": RowConfig(kind=kind) for kind in ("multiverse", "plain", "tagged")}
     found["multiverse-1"] = RowConfig(kind="multiverse", seed=1)
     found["no-links"] = RowConfig(kind="multiverse", links=False)
     found["fixed-labels"] = RowConfig(kind="multiverse", random_labels=False)
     found["no-position-gaps"] = RowConfig(kind="multiverse", position_gaps=False)
     found["looks-back"] = RowConfig(kind="multiverse", copies_rest=False)
+    found["label-gaps"] = RowConfig(kind="multiverse", label_gaps=True)
+    found["names-first"] = RowConfig(kind="plain", names_first=True)
     found["no-long-lists"] = RowConfig(kind="multiverse", long_lists=False)
     for seed in SEEDS[1:]:
         found |= {f"{kind}-{seed}": RowConfig(kind=kind, seed=seed) for kind in ("multiverse", "plain", "tagged")}

@@ -12,6 +12,7 @@ tolerant reader lays such rows out alike.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -48,6 +49,8 @@ FEW_STEPS, SHARE_OF_FEW_STEPS = (0, 1), 0.25
 """Fewest and most steps of chains that are little more than looking up; their share of the calculations."""
 LARGEST_START = 12
 """Of labels that do not count from 1."""
+LARGEST_STEP = 4
+"""From one label to the next where numbers are left out."""
 LARGEST_GAP = 512
 """Positions that are left out at once, see `gapped`."""
 SAMPLES_AT_ONCE = 8
@@ -71,6 +74,11 @@ class RowConfig:
     are looked up one after the other."""
     random_labels: bool = True
     """Most blocks have labels that do not count from 1."""
+    label_gaps: bool = False
+    """Numbers are left out between the labels of half of these blocks, so that the distance of two labels does not tell
+    how many paths lie between them."""
+    names_first: bool = False
+    """Plain text begins with the names of the chains that it works out, as goals do."""
     position_gaps: bool = True
     """Positions are left out in half of the rows."""
     search_share: float = 0.25
@@ -109,7 +117,8 @@ class RowMaker:
         is_first = index < self.config.first_batches
         if links and self.config.long_lists and rng.random() < (0.4 if is_first else 0.15):
             number = rng.randint(2, MOST_LISTED)
-            return sample_arithmetic(rng, number, (0, 0), num_spare=rng.randint(0, MOST_LISTED - number)), "plain"
+            listed = sample_arithmetic(rng, number, (0, 0), num_spare=rng.randint(0, MOST_LISTED - number))
+            return replace(listed, names_first=self.config.names_first), "plain"
         if not is_first and rng.random() < self.config.search_share:
             return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES)), text
         number = rng.choices(range(2, MOST_CHAINS + 1), (4, 3, 2))[0]
@@ -117,17 +126,20 @@ class RowMaker:
         has_spare = links and self.config.spare_definitions
         num_spare = rng.randint(0, MOST_DEFINITIONS - number) if has_spare else 0
         problem = sample_arithmetic(rng, number, steps, num_spare=num_spare)
-        problem = replace(problem, copies_rest=self.config.copies_rest)
+        problem = replace(problem, copies_rest=self.config.copies_rest, names_first=self.config.names_first)
         return problem if links else without_links(problem), text
 
     def text(self, rng: random.Random, index: int) -> tuple[str, str]:
         """Prompt and response of one row of batch `index`."""
         problem, text = self.problem(rng, index)
-        prefix, start = "", 1
+        prefix, labels = "", list(range(1, MOST_CHAINS + 1))
         if self.config.random_labels and rng.random() < 0.9:
             start = rng.randint(1, LARGEST_START)
+            labels = list(range(start, start + MOST_CHAINS))
+            if self.config.label_gaps and rng.random() < 0.5:
+                labels = list(itertools.accumulate((rng.randint(1, LARGEST_STEP) for _ in labels), initial=start))
             prefix = "".join(f"{rng.randint(1, 9)}." for _ in range(rng.choice((0, 0, 1, 2, 3, 4))))
-        return problem.prompt + REQUESTS[text], problem.response(text, prefix, start)
+        return problem.prompt + REQUESTS[text], problem.response(text, prefix, labels)
 
     def samples(self, rng: random.Random, index: int, count: int) -> list[Sample]:
         """Rows as tokens with their layouts. Many texts are tokenized in one call: a call costs as much as a row."""

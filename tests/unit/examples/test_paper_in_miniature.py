@@ -143,14 +143,41 @@ def test_rows_have_few_paths_and_long_lists_no_block() -> None:
 
 def test_labels_are_shifted_as_a_whole() -> None:
     problem = sample_satisfiability(random.Random(2), 4)
-    counted, shifted = problem.response("tagged"), problem.response("tagged", "7.3.", 4)
+    counted, shifted = problem.response("tagged"), problem.response("tagged", "7.3.", (4, 5))
     assert "\n7.3.4: " in shifted and "\n7.3.5: " in shifted and "\n7.3.1" not in shifted and "\n7.3.6" not in shifted
     back = shifted.replace("\n7.3.4", "\n1").replace("\n7.3.5", "\n2")
     assert back == counted
     chains = sample_arithmetic(random.Random(2), 8)
-    late = chains.response("tagged", "", 12)
+    late = chains.response("tagged", "", range(12, 20))
     assert [f"\n{number}: " in late for number in range(10, 21)] == [False] * 2 + [True] * 8 + [False]
     assert parse_text(counted)  # strictly
+
+
+def test_labels_with_gaps_rise_and_stand_in_goal_and_paths_alike() -> None:
+    made: Any = {gaps: RowMaker(RowConfig(kind="multiverse", label_gaps=gaps), tokenizer()) for gaps in (False, True)}
+    for gaps, maker in made.items():
+        rng, steps = random.Random(4), []
+        for _ in range(200):
+            _, text = maker.text(rng, 0)
+            goal, _, paths = text.partition("</Goal>")
+            outlines, found = (re.findall(r"\n(?:\d+\.)*(\d+): ?[A-Z]", part) for part in (goal, paths))
+            assert outlines == found[: len(outlines)]
+            steps += np.diff(list(map(int, outlines))).tolist()
+        assert set(steps) == ({1, 2, 3, 4} if gaps else {1})
+
+
+def test_a_plain_text_that_begins_with_names_works_them_out_in_their_order() -> None:
+    problem = sample_arithmetic(random.Random(6), 3)
+    names = [chain.name + chain.link for chain in problem.chains]
+    named = replace(problem, names_first=True)
+    head, _, rest = named.response("plain").partition("\n".join(names) + "\n")
+    assert head + rest == problem.response("plain") and named.response("tagged") == problem.response("tagged")
+    maker = RowMaker(RowConfig(kind="plain", names_first=True), tokenizer())
+    rng = random.Random(7)
+    rows = [maker.text(rng, index) for index in (0, 5000) for _ in range(20)]
+    for prompt, text in rows:
+        lines = text.splitlines()[1:]
+        assert "never" in prompt or lines[0] == prompt[9] + lines[0][1] and " = " not in lines[0]
 
 
 def test_gaps_keep_branches_side_by_side() -> None:
