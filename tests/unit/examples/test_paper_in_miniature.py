@@ -177,7 +177,7 @@ def test_a_plain_text_that_begins_with_names_works_them_out_in_their_order() -> 
     rows = [maker.text(rng, index) for index in (0, 5000) for _ in range(20)]
     for prompt, text in rows:
         lines = text.splitlines()[1:]
-        assert "never" in prompt or lines[0] == prompt[9] + lines[0][1] and " = " not in lines[0]
+        assert "never" in prompt or (lines[0] == prompt[9] + lines[0][1] and " = " not in lines[0])
 
 
 def test_gaps_keep_branches_side_by_side() -> None:
