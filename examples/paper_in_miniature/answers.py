@@ -35,8 +35,8 @@ def problem_sets(count: int, rows: RowConfig) -> dict[str, list[Problem]]:
         rng = random.Random(f"evaluation:{task}-{number}")
         if task == "variables":
             return [sample_satisfiability(rng, number) for _ in range(count)]
-        wording = {"copies_rest": rows.copies_rest, "names_first": rows.names_first}
-        found = [replace(sample_arithmetic(rng, number), **wording) for _ in range(count)]
+        drawn = (sample_arithmetic(rng, number) for _ in range(count))
+        found = [replace(one, copies_rest=rows.copies_rest, names_first=rows.names_first) for one in drawn]
         return [problem if rows.links else without_links(problem) for problem in found]
 
     sizes = {
