@@ -47,6 +47,9 @@ class OptimConfig:
     """AdamW epsilon."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off (the norm is still logged)."""
+    implementation: Literal["torch", "transformer_engine", "apex"] = "torch"
+    """Whose fused AdamW kernel updates the weights: torch's, which runs everywhere, or on a GPU TransformerEngine's or
+    NVIDIA apex's."""
 
     def __post_init__(self) -> None:
         check_finite(self, "optim.")
@@ -318,6 +321,11 @@ class TrainConfig:
             self.layers.fp8 is None,
             f"layers.fp8 {self.layers.fp8} does not go with engine deepspeed, which takes weights away while "
             "TransformerEngine keeps FP8 copies of them: leave it unset, or set engine to megatron",
+        )
+        check(
+            self.optim.implementation == "torch",
+            f"optim.implementation {self.optim.implementation!r} does not go with engine deepspeed, whose checkpoints "
+            "are read and written through torch's AdamW here: leave it at torch, or set engine to megatron",
         )
         check(
             not self.layers.loss_chunk_tokens,

@@ -29,6 +29,7 @@ from megatron_multiverse.rl.trees import Tree, answer_tree, join_trees, microbat
 from megatron_multiverse.training.checkpoint import TrainState
 from megatron_multiverse.training.description import RunDescription
 from megatron_multiverse.training.engine import TrainEngine
+from megatron_multiverse.training.fused_adamw import check_optimizer
 from megatron_multiverse.training.metrics import memory_gib
 from megatron_multiverse.training.microbatches import Microbatch
 from megatron_multiverse.training.one_process import OneProcessEngine
@@ -67,6 +68,7 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
     base = config.train_config()
     check_trackers(config.log)
     model_config, device = describe_model(base), choose_device(config.device)
+    check_optimizer(base, device)
     with joined_groups(base) as ranks, RunFolder(config.checkpoint, ranks) as run, contextlib.ExitStack() as closing:
         check_not_past(config, run)
         seed_everything(config.seed)

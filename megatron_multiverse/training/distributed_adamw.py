@@ -1,4 +1,4 @@
-"""AdamW spread over the data parallel ranks: megatron-core's distributed optimizer around torch's fused AdamW.
+"""AdamW spread over the data parallel ranks: megatron-core's distributed optimizer around a fused AdamW.
 
 The update is that of one process: the same groups, the same kernel, the same guard. megatron-core adds who owns which
 range of the parameters, the reduction of gradients and the gathering of updated weights.
@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 
 from megatron_multiverse.config import OptimConfig
 from megatron_multiverse.training.optim import build_optimizer
-from megatron_multiverse.training.sharded_state import MOMENTS, with_data
+from megatron_multiverse.training.sharded_state import MOMENTS, set_adamw_steps, with_data
 
 Parameter = nn.Parameter
 WEIGHT = "param"
@@ -55,9 +55,9 @@ class DistributedAdamW:
         self.mcore.tp_group = parallel_state.get_tensor_model_parallel_group()
 
     @property
-    def adamw(self) -> torch.optim.AdamW:
-        """torch's AdamW over this rank's ranges."""
-        optimizer: torch.optim.AdamW = self.mcore.optimizer
+    def adamw(self) -> torch.optim.Optimizer:
+        """The AdamW over this rank's ranges."""
+        optimizer: torch.optim.Optimizer = self.mcore.optimizer
         return optimizer
 
     def clip_gradients(self) -> Tensor:
@@ -134,7 +134,7 @@ class DistributedAdamW:
                 mine = self.mcore._get_main_param_and_optimizer_states(parameter)
                 for name, value in whole.items():
                     mine[name].data.copy_(value.flatten()[owned.start : owned.end])
-                mine["step"].fill_(steps)
+        set_adamw_steps(self.adamw, steps)
 
     def _parameters(self) -> list[Parameter]:
         """In the order in which they lie in the gradient buffers, the same on all data parallel ranks."""
@@ -148,7 +148,8 @@ class DistributedAdamW:
         for group in self.adamw.param_groups:
             for owned in group["params"]:
                 state = self.adamw.state[owned]
-                state.setdefault("step", torch.zeros((), dtype=torch.float32, device=owned.device))
+                if isinstance(self.adamw, torch.optim.AdamW):
+                    state.setdefault("step", torch.zeros((), dtype=torch.float32, device=owned.device))
                 for name in MOMENTS:
                     state.setdefault(name, torch.zeros_like(owned.data))
 

@@ -12,17 +12,23 @@ from torch import Tensor, nn
 
 from megatron_multiverse.config import OptimConfig
 from megatron_multiverse.errors import TrainingError
+from megatron_multiverse.training.fused_adamw import fused_adamw
 
 logger = logging.getLogger(__name__)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters; only matrices decay."""
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over all parameters, as `config.implementation` says; only matrices decay.
+
+    Its `found_inf` says whether the next step changes anything, see `NonFiniteGuard`.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "wd_mult": 1.0},
         {"params": [p for p in parameters if p.ndim < 2], "wd_mult": 0.0},
     ]
+    if config.implementation != "torch":
+        return fused_adamw(groups, config)
     return torch.optim.AdamW(
         groups,
         lr=config.lr,
@@ -94,7 +100,7 @@ class NonFiniteGuard:
     def __init__(self, device: torch.device) -> None:
         self.first_bad_step = torch.zeros((), dtype=torch.int64, device=device)
 
-    def watch(self, optimizer: torch.optim.AdamW, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+    def watch(self, optimizer: torch.optim.Optimizer, step: int, loss: Tensor, grad_norm: Tensor) -> None:
         """Let the next step of the optimizer change nothing if a number in this or an earlier step is not finite."""
         bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
         self.first_bad_step += step * (bad & (self.first_bad_step == 0))

@@ -69,7 +69,7 @@ def load_weights(model: nn.Module, weights: dict[str, Any], folder: Path) -> Non
         )
 
 
-def adamw_state(optimizer: torch.optim.AdamW, model_state: dict[str, Any]) -> dict[str, Any]:
+def adamw_state(optimizer: torch.optim.Optimizer, model_state: dict[str, Any]) -> dict[str, Any]:
     """AdamW's tensors as sharded tensors named after their parameters, so that TP and PP may change.
 
     Args:
@@ -90,19 +90,31 @@ def adamw_state(optimizer: torch.optim.AdamW, model_state: dict[str, Any]) -> di
     return sharded
 
 
-def adamw_steps(optimizer: torch.optim.AdamW) -> float:
-    """Updates done, the same for all parameters; 0 before the first one."""
-    steps = [values["step"] for values in optimizer.state.values() if "step" in values]
+def adamw_steps(optimizer: torch.optim.Optimizer) -> float:
+    """Updates done, the same for all parameters; 0 before the first one. Waits for the device."""
+    places = optimizer.state.values() if isinstance(optimizer, torch.optim.AdamW) else optimizer.param_groups
+    steps = [values["step"] for values in places if "step" in values]
     return float(steps[0]) if steps else 0.0
 
 
-def load_adamw(optimizer: torch.optim.AdamW, tensors: dict[str, Any], steps: float) -> None:
+def set_adamw_steps(optimizer: torch.optim.Optimizer, steps: float) -> None:
+    """Put back the number of updates, where torch has it, or the other implementations."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if isinstance(optimizer, torch.optim.AdamW):
+                step = torch.tensor(steps, dtype=torch.float32, device=parameter.device)
+                optimizer.state[parameter]["step"] = step
+            else:
+                group["step"] = torch.tensor([int(steps)], dtype=torch.int32, device=parameter.device)
+
+
+def load_adamw(optimizer: torch.optim.Optimizer, tensors: dict[str, Any], steps: float) -> None:
     """Put back the tensors of `adamw_state`, filled, and the number of updates."""
     for number, parameter in enumerate(_parameters(optimizer)):
         values = optimizer.state[parameter]
         for name in MOMENTS:
             values[name] = tensors[f"{number}.{name}"].to(parameter.device)
-        values["step"] = torch.tensor(steps, dtype=torch.float32, device=parameter.device)
+    set_adamw_steps(optimizer, steps)
 
 
 def with_data(sharded: Any, data: Tensor) -> Any:

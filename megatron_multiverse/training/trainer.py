@@ -26,6 +26,7 @@ from megatron_multiverse.progress import step_bar
 from megatron_multiverse.training.checkpoint import TrainState, explained
 from megatron_multiverse.training.description import RunDescription
 from megatron_multiverse.training.engine import EngineFactory, TrainEngine
+from megatron_multiverse.training.fused_adamw import check_optimizer
 from megatron_multiverse.training.metrics import MetricsWriter, StepMeter
 from megatron_multiverse.training.microbatches import Loader, Position, stream
 from megatron_multiverse.training.one_process import OneProcessEngine
@@ -76,10 +77,11 @@ def train(
 
     Raises:
         CheckpointError: the run folder or a checkpoint cannot be used, read or written.
-        ConfigError: settings that do not fit together, the data or the checkpoint.
+        ConfigError: settings that do not fit together, the data, the checkpoint or what is installed.
         TrainingError: the loss or the gradient is not finite, or no token is trained.
     """
     check_trackers(config.log)
+    check_optimizer(config, choose_device(config.device))
     model_config, tokenizer = describe_model(config), None
     with joined_groups(config) as ranks, RunFolder(config.checkpoint, ranks) as run:
         check_not_past(config, run)

@@ -92,6 +92,7 @@ def build_zero_engine(
         (model,), layers = create_chunks(config, model_config, device, write)
     with whole_shapes(model):
         optimizer = build_optimizer(model, config.optim)
+    assert isinstance(optimizer, torch.optim.AdamW), "TrainConfig lets no other implementation through"
     zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, mpu=MegatronGroups)
     return ZeroEngine(config, zero, model, optimizer, model_config, layers, loader, valid_loader)
 
