@@ -5,7 +5,7 @@ they share by ZeRO, `train.py` a run, `rl.py` one that learns from its own answe
 `sampling.py` what one request asks.
 """
 
-from megatron_multiverse.config.choices import DType, TokenizerType
+from megatron_multiverse.config.choices import DType, EngineDType, TokenizerType
 from megatron_multiverse.config.deepspeed import DeepSpeedConfig
 from megatron_multiverse.config.engine import EngineConfig
 from megatron_multiverse.config.layers import LayerConfig
@@ -28,6 +28,7 @@ __all__ = [
     "DataConfig",
     "DeepSpeedConfig",
     "EngineConfig",
+    "EngineDType",
     "LayerConfig",
     "LogConfig",
     "ModelConfig",

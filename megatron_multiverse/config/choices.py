@@ -6,6 +6,8 @@ from typing import Literal
 
 DType = Literal["float32", "bf16", "float64"]
 """Number formats to compute in; `dtypes.py` says what torch calls them."""
+EngineDType = Literal["auto", "float32", "bf16", "float64"]
+"""Number formats of an engine's weights and cache; `dtypes.engine_dtype` says what auto is."""
 TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"]
 """Megatron's names of the kinds of tokenizer."""
 Quantization = Literal["none", "fp8"]

@@ -23,7 +23,8 @@ class EngineConfig:
     page_size: int = 16
     """Tokens per page of the cache. Pages of 1 are never copied, 16 and 64 have shorter page tables."""
     num_pages: int = 0
-    """Pages of the cache, page_size * num_pages tokens in all; 0 takes enough for eight of the longest answers."""
+    """Pages of the cache, page_size * num_pages tokens in all; 0 takes enough for eight of the longest answers, on a
+    GPU no more than fit beside the model."""
     max_rows: int = 64
     """Branches per step."""
     max_step_tokens: int = 2048

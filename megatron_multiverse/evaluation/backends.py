@@ -92,19 +92,20 @@ class EngineBackend:
         return self._tokenizer.tokenize_batch(texts)
 
     def _engine(self, longest_prompt: int) -> Any:
-        from megatron_multiverse.dtypes import DTYPES
+        from megatron_multiverse.dtypes import engine_dtype
         from megatron_multiverse.inference import build_engine
         from megatron_multiverse.model.device import choose_device
 
         config = self._config
         assert config.load is not None
+        device = choose_device(config.device)
         return build_engine(
             config.load,
             self._tokenizer,
             config.engine,
             longest=longest_prompt + config.draw.max_tokens,
-            dtype=DTYPES[config.dtype],
-            device=choose_device(config.device),
+            dtype=engine_dtype(config.dtype, device),
+            device=device,
         )
 
     def _sampling(self, job: Job) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_multiverse.config import DType, EngineConfig, TokenizerType
+from megatron_multiverse.config import EngineConfig, EngineDType, TokenizerType
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.evaluation.tasks import Thinking
 
@@ -73,8 +73,8 @@ class EvaluateConfig:
     """With --load: tokenizer folder, file or hub name; by default the checkpoint."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """With --load: sizes and limits of the engine."""
-    dtype: DType = "bf16"
-    """With --load: type of weights and cache."""
+    dtype: EngineDType = "auto"
+    """With --load: type of weights and cache; auto takes bf16 on a GPU and float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """With --load: auto takes CUDA when there is a GPU."""
     timeout: float = 3600.0

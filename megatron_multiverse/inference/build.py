@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,15 @@ from megatron_multiverse.config.engine import EngineConfig
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference.engine import Engine
+from megatron_multiverse.inference.step.forward import KVStore
 from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.model.mcore import set_parallel_sizes
 from megatron_multiverse.parallel.ranks import Ranks, joined_ranks
+
+logger = logging.getLogger(__name__)
+
+CACHE_SHARE = 0.85
+"""Of the memory that a model leaves free. The rest is for activations, workspaces and CUDA graphs."""
 
 
 def build_engine(
@@ -37,13 +44,15 @@ def build_engine(
     Args:
         load: checkpoint folder in any format.
         tokenizer: of the model.
-        config: sizes and limits.
+        config: sizes and limits. `num_pages` 0 takes enough for eight of the longest answers, or as many as fit on the
+            GPU beside the model.
         longest: tokens of the longest prompt and answer to come, for `num_pages` 0; default: the model's full length.
         dtype: of weights and cache.
         device: where they live.
 
     Raises:
-        CheckpointError, ConfigError: see `load_checkpoint`; also for a tokenizer that is not the model's.
+        CheckpointError, ConfigError: see `load_checkpoint`; also for a tokenizer that is not the model's, and for a
+            GPU that the model fills.
     """
     source = open_checkpoint(load)
     _check_tokenizer(source, tokenizer)
@@ -51,7 +60,9 @@ def build_engine(
     model, model_config = model_from_source(source, dtype=dtype, device=device)
     if not config.num_pages:
         longest = longest or model_config.max_sequence_length
-        config = dataclasses.replace(config, num_pages=config.pages_for(longest))
+        page_bytes = KVStore.page_bytes(model, config.page_size)
+        num_pages = fitting_pages(config.pages_for(longest), page_bytes, free_bytes(torch.device(device)))
+        config = dataclasses.replace(config, num_pages=num_pages)
     return Engine(
         model,
         tokenizer.structure_vocab,
@@ -59,6 +70,41 @@ def build_engine(
         vocab_size=tokenizer.vocab_size,
         detokenize=tokenizer.detokenize,
     )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU that nothing uses; None on a CPU, where the cache takes memory as it is written."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()  # what reading the checkpoint has left
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def fitting_pages(wanted: int, page_bytes: int, free: int | None) -> int:
+    """Pages of the cache: as many as wanted, or as fit into `CACHE_SHARE` of the free bytes.
+
+    Args:
+        wanted: pages that would be taken if there were room.
+        page_bytes: bytes of a page on this rank.
+        free: bytes that nothing uses; None takes all that is wanted.
+
+    Raises:
+        ConfigError: not one page fits.
+    """
+    fitting = wanted if free is None else int(CACHE_SHARE * free) // page_bytes
+    if fitting < 1:
+        raise ConfigError(
+            f"the model leaves {(free or 0) / 2**20:.0f} MiB of the GPU free, too little for one page of the cache "
+            f"({page_bytes / 2**20:.1f} MiB): spread it over more GPUs, or load it as bf16 or with quantization fp8"
+        )
+    if fitting < wanted:
+        logger.info(
+            "cache of %d pages, %.1f GiB: what the model leaves free. Eight of the longest answers would take %.1f GiB",
+            fitting,
+            fitting * page_bytes / 2**30,
+            wanted * page_bytes / 2**30,
+        )
+    return min(fitting, wanted)
 
 
 def _check_tokenizer(source: Source, tokenizer: MultiverseTokenizer) -> None:

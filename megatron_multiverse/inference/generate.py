@@ -14,14 +14,14 @@ from typing import Any, Literal, TextIO, TypeAlias
 
 from tqdm import tqdm
 
-from megatron_multiverse.config import DType, EngineConfig, SamplingParams, TokenizerType
+from megatron_multiverse.config import EngineConfig, EngineDType, SamplingParams, TokenizerType
 from megatron_multiverse.data.chat_templates import DEFAULT_DATE, parse_date
 from megatron_multiverse.data.end_tokens import end_ids
 from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
 from megatron_multiverse.data.readers import read_rows
 from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
-from megatron_multiverse.dtypes import DTYPES
+from megatron_multiverse.dtypes import engine_dtype
 from megatron_multiverse.errors import CheckpointError, DataError, GenerationError, MultiverseError
 from megatron_multiverse.files import is_same_file, naming, write_line
 from megatron_multiverse.inference.build import build_engine, follow_engine
@@ -82,8 +82,8 @@ class GenerateConfig:
     anyway."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Sizes and limits of the engine."""
-    dtype: DType = "float32"
-    """Type of weights and cache."""
+    dtype: EngineDType = "auto"
+    """Type of weights and cache; auto takes bf16 on a GPU and float32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when there is a GPU."""
     tensor_model_parallel_size: int = 1
@@ -201,7 +201,8 @@ def _record_file(config: GenerateConfig) -> Iterator[TextIO | None]:
 
 def follow_answers(config: GenerateConfig) -> None:
     """What the other ranks do while the first one writes answers."""
-    follow_engine(config.load, dtype=DTYPES[config.dtype], device=choose_device(config.device))
+    device = choose_device(config.device)
+    follow_engine(config.load, dtype=engine_dtype(config.dtype, device), device=device)
 
 
 def _tokenizer(config: GenerateConfig) -> MultiverseTokenizer:
@@ -215,13 +216,14 @@ def _tokenizer(config: GenerateConfig) -> MultiverseTokenizer:
 
 
 def _build_engine(config: GenerateConfig, tokenizer: MultiverseTokenizer, longest_prompt: int) -> Engine:
+    device = choose_device(config.device)
     return build_engine(
         config.load,
         tokenizer,
         config.engine,
         longest=longest_prompt + config.sampling.max_tokens,
-        dtype=DTYPES[config.dtype],
-        device=choose_device(config.device),
+        dtype=engine_dtype(config.dtype, device),
+        device=device,
     )
 
 

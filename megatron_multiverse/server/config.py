@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_multiverse.config import DType, EngineConfig, TokenizerType
+from megatron_multiverse.config import EngineConfig, EngineDType, TokenizerType
 from megatron_multiverse.errors import ConfigError
 
 
@@ -80,8 +80,8 @@ class ServerConfig:
     """How large requests may be, and how long things may take."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Sizes and limits of the engine."""
-    dtype: DType = "float32"
-    """Type of weights and cache."""
+    dtype: EngineDType = "auto"
+    """Type of weights and cache; auto takes bf16 on a GPU and float32 on a CPU."""
     weights_root: Path | None = None
     """Folder within which /update_weights_from_disk may name checkpoints; unset, it names none."""
     tensor_model_parallel_size: int = 1

@@ -27,7 +27,7 @@ from typing import Any
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.data.tokenizers import build_tokenizer
-from megatron_multiverse.dtypes import DTYPES
+from megatron_multiverse.dtypes import engine_dtype
 from megatron_multiverse.errors import GenerationError, MultiverseError
 from megatron_multiverse.inference.build import build_engine, engine_ranks
 from megatron_multiverse.inference.engine import Engine
@@ -266,9 +266,9 @@ def _options(channel: Channel) -> Message | None:
 def _serve(channel: Channel, options: Message) -> None:
     """Build this rank's part of the engine and run it until the other side closes."""
     tensor, pipeline = options["parallel_sizes"]
-    dtype = DTYPES[options["dtype"]]
     with engine_ranks(tensor, pipeline, rendezvous_url=options["rendezvous_url"]) as ranks:
         device = choose_device(options["device"])
+        dtype = engine_dtype(options["dtype"], device)
         if not ranks.is_first:
             follow_control(load_checkpoint(options["load"], dtype=dtype, device=device)[0])
             return

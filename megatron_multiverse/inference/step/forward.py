@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -116,12 +116,8 @@ class KVStore:
             num_pages: pages that can be owned.
             page_size: tokens per page.
         """
-        config: Any = model.config
-        first_layer, num_layers, kv_heads = 1, config.num_layers, config.num_query_groups
-        if layers := getattr(getattr(model, "decoder", None), "layers", None):
-            first_layer, num_layers = layers[0].layer_number, len(layers)
-            kv_heads = layers[0].self_attention.num_query_groups_per_partition
-        weight = next(model.parameters())
+        first_layer, num_layers, kv_heads = _part_of(model)
+        weight, config = next(model.parameters()), cast(Any, model.config)
         return cls(
             num_pages,
             page_size,
@@ -133,6 +129,13 @@ class KVStore:
             device=weight.device,
         )
 
+    @staticmethod
+    def page_bytes(model: nn.Module, page_size: int) -> int:
+        """Bytes of a page, keys and values of all layers that this rank holds, in a store `for_model`."""
+        _, num_layers, kv_heads = _part_of(model)
+        config: Any = model.config
+        return 2 * num_layers * page_size * kv_heads * config.kv_channels * next(model.parameters()).dtype.itemsize
+
     def copy(self, copies: Ints) -> None:
         """Copy slots [c, 2] (from, to) in all layers; all are read before any is written."""
         source, target = torch.from_numpy(copies.T.copy()).to(self.keys.device)
@@ -143,6 +146,14 @@ class KVStore:
         index = torch.from_numpy(pages).to(self.keys.device)
         for cached in (self.keys, self.values):
             cached.index_fill_(1, index, float("nan"))
+
+
+def _part_of(model: nn.Module) -> tuple[int, int, int]:
+    """Of this rank's part of a model: the number of its first layer, from 1; its layers; its key/value heads."""
+    if layers := getattr(getattr(model, "decoder", None), "layers", None):
+        return layers[0].layer_number, len(layers), layers[0].self_attention.num_query_groups_per_partition
+    config: Any = model.config
+    return 1, config.num_layers, config.num_query_groups
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_multiverse.config import EngineConfig
+from megatron_multiverse.data.tokenizers import build_tokenizer
+from megatron_multiverse.dtypes import engine_dtype
+from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.inference import build
+from megatron_multiverse.inference.build import fitting_pages
+from megatron_multiverse.inference.step.forward import KVStore
 
 from .toy import ToyModel, ask, toy_engine
 
@@ -30,3 +37,30 @@ def test_a_cache_without_a_size_holds_eight_of_the_longest_answers() -> None:
     engine = toy_engine(ToyModel(), num_pages=0, page_size=16, max_position=320)
     assert engine.book.num_pages == 8 * (20 + 16)
     assert len(engine.generate([ask([30] * 10, max_tokens=300, ignore_eos=True)])[0].token_ids) == 300
+
+
+def test_the_cache_takes_no_more_than_the_model_leaves_free() -> None:
+    assert fitting_pages(100, 1000, None) == 100
+    assert fitting_pages(100, 1000, 10**9) == 100
+    assert fitting_pages(100, 1000, 50_000) == 42, "85 % of what is free"
+    with pytest.raises(ConfigError, match="leaves 1 MiB of the GPU free"):
+        fitting_pages(100, 10**6, 10**6)
+
+
+def test_an_engine_of_a_checkpoint_fits_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ROOT / "examples" / "quickstart" / "model"
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", model)
+    monkeypatch.setattr(build, "free_bytes", lambda device: 3 << 20)
+    engine = build.build_engine(model, tokenizer, EngineConfig(page_size=16))
+    store = engine.runner.store
+    page = KVStore.page_bytes(engine.runner.model, 16)
+    assert (store.keys.nbytes + store.values.nbytes) == page * (engine.book.num_pages + 1), "one page nobody owns"
+    assert 0.85 * (3 << 20) - page < engine.book.num_pages * page <= 0.85 * (3 << 20)
+    asked = build.build_engine(model, tokenizer, EngineConfig(page_size=16, num_pages=500))
+    assert asked.book.num_pages == 500
+
+
+def test_the_format_of_an_engine_is_that_of_its_device() -> None:
+    assert engine_dtype("auto", torch.device("cpu")) is torch.float32
+    assert engine_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    assert engine_dtype("float64", torch.device("cuda")) is torch.float64
