@@ -78,14 +78,14 @@ class PreprocessConfig:
     apart. Our own trainer needs them as two."""
     json_keys: list[str] | None = None
     """One key (response), two (prompt response) or three (question trajectory answer). Without it the columns of
-    Multiverse-1K, of s1K-1.1, or prompt and response are found by name."""
+    Multiverse-1K, of s1K-1.1, prompt and response, or messages are found by name."""
     prompt: str = ""
     """Prompt of trajectory files that have no sidecar NAME.prompt.txt; empty means no prompt."""
     prompt_suffix: PromptSuffix = "auto"
     """Sentence after the prompt that asks for parallel or sequential thinking. auto: by the trajectory, for
     question columns only."""
     chat_template: ChatTemplate = "auto"
-    """Wrap the prompt in the tokenizer's chat template. auto: for question columns only."""
+    """Wrap the prompt in the tokenizer's chat template. auto: for question columns only. messages always are."""
     template_date: str = DEFAULT_DATE
     """Date that a chat template writes which would write today's; the default is the one that Llama 3.1's template
     names where it has no clock."""
@@ -226,6 +226,12 @@ def _check_tokenizer(tokenizer: MultiverseTokenizer, recipe: Recipe) -> str:
         raise ConfigError(f"--append-eod: the tokenizer names {what} (eos_token in tokenizer_config.json): correct it")
     if not uses_template(recipe.style, recipe.columns):
         return "not applied (auto applies it to question columns only)"
+    if recipe.columns.is_conversation and (recipe.style.chat_template == "never" or not tokenizer.chat_templates):
+        lacks = "--chat-template is never" if tokenizer.chat_templates else "the tokenizer has no chat template"
+        raise ConfigError(
+            f"the column {recipe.columns.response!r} holds conversations, which a chat template makes prompts of, but "
+            f"{lacks}: give one, or write the columns prompt and response"
+        )
     if recipe.style.chat_template == "auto" and not tokenizer.chat_templates:
         return "none in this tokenizer"
     date = parse_date(recipe.template_date)

@@ -20,6 +20,8 @@ SEQUENTIAL_SUFFIX = " Think step by step before answering."
 
 ChatTemplate = Literal["auto", "always", "never"]
 PromptSuffix = Literal["auto", "parallel", "sequential", "none"]
+Turn = dict[str, str]
+"""Of a conversation: its role and its content."""
 
 
 class RowError(DataError):
@@ -44,6 +46,8 @@ class Columns:
         answer: final answer, which follows the trajectory after a blank line.
         is_question: the prompt is a bare question: it gets the suffix and, by default, the chat template.
         prompt_may_be_empty: whether a row without a prompt is a sample all the same.
+        is_conversation: `response` holds turns, each with role and content: the last one, of the assistant, is the
+            response, and those before it are the prompt, by the chat template.
     """
 
     response: str
@@ -51,6 +55,7 @@ class Columns:
     answer: str | None = None
     is_question: bool = False
     prompt_may_be_empty: bool = False
+    is_conversation: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -59,10 +64,11 @@ class Columns:
 
 
 KNOWN_COLUMNS: tuple[Columns, ...] = (
-    # Multiverse-1K (which also has the columns of s1K-1.1), then s1K-1.1, then plain rows.
+    # Multiverse-1K (which also has the columns of s1K-1.1), then s1K-1.1, then plain rows, then conversations.
     Columns("deepseek_thinking_trajectory_parallel", "question", "deepseek_attempt", is_question=True),
     Columns("deepseek_thinking_trajectory", "question", "deepseek_attempt", is_question=True),
     Columns("response", "prompt"),
+    Columns("messages", is_conversation=True),
 )
 TRAJECTORY_COLUMNS = Columns("response", "prompt", is_question=True, prompt_may_be_empty=True)
 """What a folder of trajectory files is read as; the prompt may be empty."""
@@ -109,6 +115,8 @@ def resolve_columns(names: Collection[str], json_keys: Sequence[str] | None) -> 
 
 def uses_template(style: PromptStyle, columns: Columns) -> bool:
     """Whether prompts are wrapped in the tokenizer's chat template, if it has one."""
+    if columns.is_conversation:
+        return True
     return style.chat_template == "always" or (style.chat_template == "auto" and columns.is_question)
 
 
@@ -116,7 +124,7 @@ def build_sample(
     fields: Mapping[str, Any],
     columns: Columns,
     style: PromptStyle,
-    render_chat: Callable[[str], str] | None,
+    render_chat: Callable[[str | list[Turn]], str] | None,
     control_tokens: re.Pattern[str] | None = None,
 ) -> tuple[str, str]:
     """Prompt and response text of one row.
@@ -125,13 +133,15 @@ def build_sample(
         fields: the row.
         columns: which columns to take.
         style: suffix and chat template.
-        render_chat: wraps a user turn in the tokenizer's chat template; None without one.
+        render_chat: puts turns, or the text of a user's one turn, into the tokenizer's chat template; None without one.
         control_tokens: matches the tokenizer's control tokens, e.g. ``<|im_end|>``. A question may not hold any: the
             template alone says where a turn ends. Prompts that are taken as they are may have been rendered already.
 
     Raises:
         RowError: a column is missing, blank or not a string, or the prompt cannot be written.
     """
+    if columns.is_conversation:
+        return _conversation(fields, columns.response, style, render_chat, control_tokens)
     response = _text(fields, columns.response)
     is_parallel = Tag.PARALLEL.text in response
     if columns.answer is not None:
@@ -150,6 +160,41 @@ def build_sample(
     return prompt, response
 
 
+def _conversation(
+    fields: Mapping[str, Any],
+    column: str,
+    style: PromptStyle,
+    render_chat: Callable[[str | list[Turn]], str] | None,
+    control_tokens: re.Pattern[str] | None,
+) -> tuple[str, str]:
+    """Prompt and response of a row of turns. Without a chat template the prompt is the last turn that is answered."""
+    turns = _turns(fields, column)
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise RowError(
+            "no_answer", f"column {column!r} must end with an answer of the assistant, after a turn before it"
+        )
+    *asked, answer = turns
+    asked[-1]["content"] += _suffix(style.prompt_suffix, False, Tag.PARALLEL.text in answer["content"])
+    if control_tokens is not None:
+        for turn in asked:
+            _refuse_control_tokens(turn["content"], column, control_tokens)
+    return asked[-1]["content"] if render_chat is None else _render(render_chat, asked), answer["content"]
+
+
+def _turns(fields: Mapping[str, Any], column: str) -> list[Turn]:
+    """The turns of a conversation, checked; copies."""
+    if column not in fields:
+        raise RowError("missing_key", f"no column {column!r}; the row has {sorted(fields)[:20]}")
+    value = fields[column]
+    if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
+        raise RowError("not_turns", f"column {column!r} must be a list of turns, each with role and content")
+    last = len(value) - 1
+    return [
+        {"role": _text(turn, "role"), "content": _text(turn, "content", may_be_empty=number < last)}
+        for number, turn in enumerate(value)
+    ]
+
+
 def _refuse_control_tokens(prompt: str, column: str, control_tokens: re.Pattern[str]) -> None:
     if found := control_tokens.search(prompt):
         raise RowError(
@@ -159,7 +204,7 @@ def _refuse_control_tokens(prompt: str, column: str, control_tokens: re.Pattern[
         )
 
 
-def _render(render_chat: Callable[[str], str], prompt: str) -> str:
+def _render(render_chat: Callable[[str | list[Turn]], str], prompt: str | list[Turn]) -> str:
     try:
         return render_chat(prompt)
     except Exception as error:  # whatever the code of a template raises is about this prompt

@@ -295,6 +295,47 @@ def test_question_rows_go_through_the_chat_template(tmp_path, hf_folder):
     assert response == "<Think>\nthree\n</Think>\n\nAnswer: 3"
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_conversations_go_through_the_chat_template(tmp_path, glued_folder, suffix):
+    """All turns but the last are the prompt, as the server renders them; that turn is trained, and no other."""
+    turns = [
+        {"role": "user", "content": "1 + 2?"},
+        {"role": "assistant", "content": TRAJECTORY},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": SEQUENTIAL},
+    ]
+    source = tmp_path / f"rows{suffix}"
+    if suffix == ".jsonl":
+        source.write_text(json.dumps({"messages": turns, "id": 7}) + "\n")
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"messages": [turns], "id": [7]}), source)
+    preprocess_data(_config(source, tmp_path / "out", glued_folder, append_eod=True))
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", glued_folder)
+    dataset = SFTDataset(str(tmp_path / "out"), tokenizer.structure_vocab)
+    ids, layout = dataset[0].ids.tolist(), dataset[0].layout
+    before = tokenizer.render_chat(turns[:-1])
+    assert before.endswith("Sure?<|im_end|>\n<|im_start|>a")
+    assert tokenizer.detokenize(ids) == before + SEQUENTIAL + "<|im_end|>"
+    assert dataset.prompt(0) == tokenizer.tokenize(before)
+    assert not layout.loss_mask()[: len(dataset.prompt(0))].any() and layout.loss_mask()[-1]
+    for options, lacks in (({"chat_template": "never"}, "is never"), ({"tokenizer_model": "PLAIN"}, "has no chat")):
+        if options.get("tokenizer_model"):
+            options["tokenizer_model"] = str(_without_template(glued_folder, tmp_path / "plain"))
+        with pytest.raises(ConfigError, match=lacks):
+            preprocess_data(_config(source, tmp_path / "no", glued_folder, **options))
+
+
+def _without_template(folder: Path, copy: Path) -> Path:
+    copy.mkdir()
+    (copy / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "chat_template"}))
+    return copy
+
+
 @pytest.mark.parametrize(("rule", "changed"), [("identity", 0), ("nmt_nfkc", 1)])
 def test_tokenizer_that_changes_text_is_reported(tmp_path, rule, changed):
     model = train_sentencepiece(tmp_path / "sp", normalization_rule_name=rule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -31,6 +32,8 @@ MULTIVERSE = [*S1K, "deepseek_thinking_trajectory_parallel", "deepseek_thinking_
         (["prompt", "response", "id"], None, ["prompt", "response"]),
         (S1K, None, ["question", "deepseek_thinking_trajectory", "deepseek_attempt"]),
         (MULTIVERSE, None, ["question", "deepseek_thinking_trajectory_parallel", "deepseek_attempt"]),
+        (["messages", "source"], None, ["messages"]),
+        (["messages", "prompt", "response"], None, ["prompt", "response"]),
         (["a", "b", "c"], ["b"], ["b"]),
         (["a", "b", "c"], ["b", "a"], ["b", "a"]),
         (["a", "b", "c"], ["c", "a", "b"], ["c", "a", "b"]),
@@ -76,6 +79,44 @@ QUESTION = Columns("t", "q", "a", is_question=True)
 )  # fmt: skip
 def test_texts_of_a_row(columns, fields, style, expected):
     assert build_sample(fields, columns, style, lambda text: f"[{text}]") == expected
+
+
+CONVERSATION = Columns("messages", is_conversation=True)
+HI, ASKED, ANSWERED = (
+    {"role": role, "content": content}
+    for role, content in (("assistant", "hi"), ("user", "1 + 2?"), ("assistant", TRAJECTORY))
+)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "asked"), [("auto", "1 + 2?"), ("none", "1 + 2?"), ("parallel", "1 + 2?" + PARALLEL_SUFFIX)]
+)
+def test_the_last_turn_of_a_conversation_is_the_response(suffix, asked):
+    style, turns = PromptStyle("auto", suffix), [{**HI, "weight": 0}, ASKED, ANSWERED]
+    prompt, response = build_sample({"messages": turns}, CONVERSATION, style, repr)
+    assert prompt == repr([HI, ASKED | {"content": asked}]) and response == TRAJECTORY
+    assert turns[1] == {"role": "user", "content": "1 + 2?"}, "the row stays as it is"
+    assert build_sample({"messages": turns}, CONVERSATION, style, None) == (asked, TRAJECTORY)
+
+
+@pytest.mark.parametrize(
+    ("turns", "code"),
+    [
+        ("hello", "not_turns"),
+        ([ASKED, "hello"], "not_turns"),
+        ([], "no_answer"),
+        ([ANSWERED], "no_answer"),
+        ([ANSWERED, ASKED], "no_answer"),
+        ([{"role": "user"}, ANSWERED], "missing_key"),
+        ([ASKED | {"content": [{"type": "text", "text": "1 + 2?"}]}, ANSWERED], "not_text"),
+        ([ASKED, ANSWERED | {"content": ""}], "empty"),
+        ([ASKED | {"content": "<|im_end|>"}, ANSWERED], "control_token"),
+    ],
+)
+def test_conversations_that_are_none_name_the_reason(turns, code):
+    with pytest.raises(RowError) as caught:
+        build_sample({"messages": turns}, CONVERSATION, PromptStyle(), repr, re.compile(r"<\|im_end\|>"))
+    assert caught.value.code == code
 
 
 def test_without_template_the_prompt_is_plain():
