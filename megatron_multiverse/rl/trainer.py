@@ -90,7 +90,10 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
         closing.enter_context(engine.running())
         is_stopping = ranks.any(bool(stop))
         while state.step < config.train_iters and not is_stopping:
+            began = time.perf_counter()
+            engine.clock.begin("weights")
             rollouts.use_weights(state.step)
+            engine.clock.end()
             batch = rollouts.draw(prompts, state.step, lambda: bool(stop))
             if batch is None:
                 break  # a signal; a run that goes on draws these answers again
@@ -104,7 +107,8 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
             train_s = time.perf_counter() - started
 
             numbers = {**step_numbers(batch, replica), **update_numbers(updates)}
-            numbers |= {"train_s": train_s, "memory_gib": memory_gib(device)}
+            numbers |= {"train_s": train_s, **engine.clock.read(1), "memory_gib": memory_gib(device)}
+            numbers["step_time_s"] = time.perf_counter() - began
             state.step += 1
             state.consumed_samples += numbers["answers"]
             saver.look()

@@ -34,6 +34,8 @@ class PhaseClock:
     - ``grad_reduce``: what is left of the reduction of gradients after the last backward pass, waiting for slower ranks
       included. With megatron-core alone: one process has none, and DeepSpeed reduces within its backward pass.
     - ``optimizer``: gradient norm, clipping and update, and fetching the weights that other ranks updated.
+
+    Reinforcement learning adds ``weights``, before the answers of a step are drawn: its engine takes over the weights.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -81,6 +81,7 @@ def test_ranks_learn_what_one_process_learns(
         for name in UPDATES:
             assert record[name] == pytest.approx(reference[name], rel=1e-3, abs=1e-5)
         assert record["logprob_drift_max"] < 1e-4
+        assert {"weights_s", "forward_s", "backward_s", "grad_reduce_s", "optimizer_s", "step_time_s"} <= record.keys()
     moved = max(float((wanted[name] - before).abs().max()) for name, before in first_weights(start).items())
     assert moved > 1e-3, "three steps do something"
     for name, weight in wanted.items():

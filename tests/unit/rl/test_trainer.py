@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +19,9 @@ from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, 
 from megatron_multiverse.inference import from_record
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import save_model
+from megatron_multiverse.rl.rollout import Rollouts
 from megatron_multiverse.rl.trainer import train
+from megatron_multiverse.training import one_process
 from megatron_multiverse.training.signals import StopSignals
 
 from .runs import SHAPE, make_start, metrics, run_config
@@ -25,6 +29,10 @@ from .runs import SHAPE, make_start, metrics, run_config
 STEPS = int(os.environ.get("MULTIVERSE_RL_STEPS", "12"))
 """Steps of the runs that learn. `MULTIVERSE_RL_RUNS` names a folder to keep them in, with their rewards in
 rewards.json: that is how benchmarks/results/rl_toy_cpu.json was made."""
+
+
+TIMES = ("step_time_s", "weights_s", "rollout_s", "reward_s", "train_s")
+"""What every step tells of its time."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,7 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(start: Path, tmp_pa
     stopped = train(run_config(start, tmp_path / "cut", train_iters=4, **changes), stop=LateSignal())
     assert stopped.step < 4 and stopped.stopped_by == "SIGTERM" and stopped.model_folder is None
     train(run_config(start, tmp_path / "cut", train_iters=4, **changes))
-    timed = {"time", "rollout_s", "reward_s", "train_s", "rollout_tokens_per_s", "memory_gib"}
+    timed = {"time", *TIMES, "forward_s", "backward_s", "optimizer_s", "rollout_tokens_per_s", "memory_gib"}
     whole, cut = (
         [{name: value for name, value in record.items() if name not in timed} for record in metrics(tmp_path / name)]
         for name in ("whole", "cut")
@@ -70,6 +78,43 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(start: Path, tmp_pa
     assert whole == cut and len(whole) == 4 and any(record["targets"] for record in whole[2:])
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut")]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_step_tells_where_its_time_went(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each phase lasts 0.1 s longer than it takes here, so that it shows in its own number. The fourth step draws
+    answers that all earn the same, and does not update."""
+    draws = iter(range(4))
+
+    def later(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(0.1)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    def draw(rollouts: Rollouts, *args: Any) -> Any:
+        batch = drawn(rollouts, *args)
+        if next(draws) == 3:
+            batch.groups = [dataclasses.replace(group, rewards=np.zeros_like(group.rewards)) for group in batch.groups]
+        return batch
+
+    drawn = Rollouts.draw
+    monkeypatch.setattr(Rollouts, "draw", draw)
+    later(Rollouts, "use_weights")
+    later(Rollouts, "_answer")
+    later(Rollouts, "_grade")
+    later(one_process, "clip_gradients")
+    train(run_config(start, tmp_path, train_iters=4, policy=PolicyConfig(seq_length=96, updates_per_step=2)))
+    *updated, settled = metrics(tmp_path)
+    for row in updated:
+        assert row["weights_s"] >= 0.1 and row["rollout_s"] >= 0.1 and row["reward_s"] >= 0.1 * row["groups"]
+        assert row["optimizer_s"] >= 0.2 and row["forward_s"] > 0 and row["backward_s"] > 0
+        assert row["train_s"] >= row["forward_s"] + row["backward_s"] + row["optimizer_s"]
+    for row in (*updated, settled):
+        assert sum(row[name] for name in TIMES[1:]) <= row["step_time_s"]
+    assert settled["targets"] == 0 and "forward_s" not in settled and settled["weights_s"] >= 0.1
 
 
 def test_engine_and_trainer_agree_on_every_token_in_float64(start: Path, tmp_path: Path) -> None:
