@@ -144,7 +144,8 @@ class Engine:
         for state in states:
             state.use_weights(self.weight_version)
             begin_answer(state)
-        self.scheduler.waiting += states
+        for state in states:
+            self.scheduler.queue(state)
         return states[0].request_id
 
     def cancel(self, request_id: int) -> None:

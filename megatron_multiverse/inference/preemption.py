@@ -16,15 +16,16 @@ for ever."""
 
 
 def preempt(scheduler: Scheduler, state: RequestState) -> None:
-    """Take back everything the request holds; it is the next to be admitted, once as many pages are free."""
+    """Take back everything the request holds; of its priority it is the next to be admitted, once as many pages are
+    free."""
     state.preemptions += 1
     state.pages_wanted = len({page for pages in scheduler.places.pages_of(state) for page in pages}) + 1
     scheduler.remove(state)
-    scheduler.waiting.appendleft(state)
+    scheduler.queue(state, first=True)
 
 
 def relieve(scheduler: Scheduler) -> None:
-    """No branch can get a page: the newest request steps back; the last one ends."""
+    """No branch can get a page: the newest request of the least priority steps back; the last one ends."""
     newest = scheduler.active[-1]
     if len(scheduler.active) > 1:
         preempt(scheduler, newest)

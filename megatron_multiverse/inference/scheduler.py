@@ -18,6 +18,7 @@ A branch is fed only up to `Block.at` of its next block, until that block is joi
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 
 from megatron_multiverse.inference.cache.book import PageBook
@@ -62,7 +63,9 @@ class Scheduler:
         self.step_time = step_time
         self.latency_target = latency_target
         self.waiting: deque[RequestState] = deque()
+        """By priority, then in the order in which they came."""
         self.active: list[RequestState] = []
+        """By priority, then in the order in which they were admitted: the first are fed first, the last steps back."""
         self.in_flight: Step | None = None
         """The step planned last, while its tokens are still to come: the next one takes them from the device."""
         self._last: Step | None = None  # the step planned last, if the next one differs only where its rows do
@@ -70,6 +73,11 @@ class Scheduler:
         self._with_blocks: list[RequestState] = []  # requests with a block that has yet to fork or join in the cache
         self._prompts: list[RequestState] = []  # requests whose prompt is not fed yet
         self._joined: list[Node] = []  # paths that the step planned last has joined; `let_go` frees them
+
+    def queue(self, state: RequestState, *, first: bool = False) -> None:
+        """Let a request wait behind those of its priority, or before them if it is the `first`."""
+        find = bisect.bisect_left if first else bisect.bisect_right
+        self.waiting.insert(find(self.waiting, state.request.priority, key=_priority), state)
 
     def go_on(self) -> Step | None:
         """The next step, if every row of the last one just goes on by a token; else None, and `plan` is to be asked.
@@ -95,6 +103,8 @@ class Scheduler:
                 self._join(draft, state)
                 self._start_paths(draft, state)
             for state in self._prompts:
+                if self.waiting:
+                    self._admit(draft, before=state)
                 self._feed_prompt(draft, state)
             if self.waiting:
                 self._admit(draft)
@@ -258,8 +268,9 @@ class Scheduler:
                 return k
         return max(count, 0)
 
-    def _admit(self, draft: Draft) -> None:
-        """Start the requests that wait, in their order, while rows, tokens and pages are free."""
+    def _admit(self, draft: Draft, before: RequestState | None = None) -> None:
+        """Start the requests that wait, in their order, while rows, tokens and pages are free; all of them, or those of
+        a higher priority than `before`."""
         places = self.places
         while (
             self.waiting
@@ -269,10 +280,12 @@ class Scheduler:
             and len(self.active) < self.max_rows
         ):
             state = self.waiting[0]
+            if before is not None and _priority(state) >= _priority(before):
+                return
             if self.active and places.pages_for(state) + places.pages_promised(self.active) > self.book.available:
                 draft.pages_short = True
                 return
-            self.active.append(self.waiting.popleft())
+            bisect.insort_right(self.active, self.waiting.popleft(), key=_priority)
             places.put(state, state.root, places.tree.root())
             if draft.row_room is not None:
                 draft.row_room[state] = 1
@@ -317,6 +330,11 @@ class Scheduler:
         for state in self.active:
             state.forget_cache()
             state.cached_tokens = 0  # it has to compute all of its prompt now
-        self.waiting = deque([*self.active, *(state for state in self.waiting if state not in self.active)])
+        waiting = [*self.active, *(state for state in self.waiting if state not in self.active)]
+        self.waiting = deque(sorted(waiting, key=_priority))
         self.active = []
         self.places.reset()
+
+
+def _priority(state: RequestState) -> int:
+    return state.request.priority

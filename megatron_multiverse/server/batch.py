@@ -49,6 +49,8 @@ class Asked:
     count: int = 1
     """Answers to each prompt; those to one prompt follow each other."""
     cache_salt: str | None = None
+    priority: int = 0
+    """Of the answers among those that wait; a smaller number comes first."""
     rids: Sequence[str] = ()
     """Names of the prompts, to abort them by."""
     replay_structure: Sequence[tuple[int, int]] = ()

@@ -205,6 +205,7 @@ class EngineClient:
                     "sampling": sampling,
                     "stream": stream,
                     "cache_salt": cache_salt,
+                    "priority": asked.priority,
                     "replay_structure": asked.replay_structure,
                     "answer_start": asked.answer_start,
                 }

@@ -158,6 +158,7 @@ class EngineHost:
                 sampling=dataclasses.replace(sampling, n=together),
                 sample=start,
                 cache_salt=message["cache_salt"],
+                priority=message["priority"],
                 replay_structure=message["replay_structure"],
                 answer_start=message["answer_start"],
             )

@@ -44,7 +44,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "logprob_token_ids": ([],),
     "lora_path": (),
     "multi_modal_data": (),
-    "priority": (0,),
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "regex": (),
@@ -151,6 +150,8 @@ class GenerationFields(Fields):
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    """As in vLLM: requests with a smaller number come first; 0 if it is not given."""
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     """Only requests with the same salt, and the same key of the server, share what was computed for their prompts."""
     stream: bool | None = None

@@ -39,6 +39,9 @@ class Request:
     cache_salt: str = ""
     """Requests share what was computed for their beginning only with those of the same salt: with one salt for each
     tenant, none can tell from the time of an answer what another asked."""
+    priority: int = 0
+    """Requests with a smaller number come first: they wait before the others, and their prompts are read before the
+    others'. Nothing that runs is interrupted for them, but when pages run out those of the largest number step back."""
     accept: Callable[[Try], bool] | None = None
     """Whether a path that has ended succeeds, where `SamplingParams.commit_after` asks. All requests wait for it, so it
     should take microseconds. If it raises, its request ends with `error`."""
@@ -55,6 +58,7 @@ class Request:
         start = tuple(whole_number("answer_start", token) for token in self.answer_start)
         object.__setattr__(self, "answer_start", start)
         object.__setattr__(self, "sample", whole_number("sample", self.sample))
+        object.__setattr__(self, "priority", whole_number("priority", self.priority))
         if self.accept is not None and not self.sampling.commit_after:
             raise GenerationError("accept says which paths succeed; set commit_after in the sampling parameters, too")
         pairs = [[whole_number("replay_structure", border) for border in pair] for pair in self.replay_structure]

@@ -125,6 +125,7 @@ async def chat_completions(request: Request) -> Response:
         sampling=sampling,
         count=fields.count,
         cache_salt=fields.cache_salt,
+        priority=fields.priority or 0,
         replay_structure=replayed,
         answer_start=await model.tokenize_answer(fields.ours.answer_start),
     )

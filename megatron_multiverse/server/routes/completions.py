@@ -62,6 +62,7 @@ async def completions(request: Request) -> Response:
         sampling=sampling,
         count=fields.count,
         cache_salt=fields.cache_salt,
+        priority=fields.priority or 0,
         answer_start=await model.tokenize_answer(fields.ours.answer_start),
     )
     return await _Answer(request, fields, prompts).respond(asked)

@@ -36,7 +36,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "input_embeds": (),
     "logprob_start_len": (-1,),
     "lora_path": (),
-    "priority": (0,),
+    "priority": (0,),  # with SGLang a larger number comes first; sampling_params take vLLM's
     "return_hidden_states": (False,),
     "return_routed_experts": (False,),
     "session_params": (),
@@ -92,6 +92,7 @@ async def generate(request: Request) -> Response:
         sampling=sampling,
         count=drawn.count,
         cache_salt=drawn.cache_salt,
+        priority=drawn.priority or 0,
         rids=rids,
         answer_start=await model.tokenize_answer(drawn.ours.answer_start),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from .toy import (
     EOS,
     NEWLINE,
     TEXT,
+    VOCAB_SIZE,
     ScriptedSampler,
     ToyModel,
     ask,
@@ -106,3 +108,58 @@ def test_the_timeline_shows_what_was_written_before_a_preemption_too(at):
     assert results[0].preemptions == 1
     assert sum(span.tokens for span in results[0].timeline) == sum(span.tokens for span in calm.timeline)
     assert all(span.start < span.end for span in results[0].timeline)
+
+
+def _prompt(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(TEXT, VOCAB_SIZE), k=length)
+
+
+def _ended(engine) -> list[int]:
+    """Requests in the order in which they end."""
+    ended = []
+    while engine.has_work:
+        ended += [result.request_id for result in engine.step()]
+    return ended
+
+
+@pytest.mark.usefixtures("overlap")
+def test_requests_start_by_priority_and_then_in_the_order_in_which_they_came():
+    engine = toy_engine(MODEL, max_rows=1)
+    for seed, priority in enumerate((0, 5, -1, 0, 5, -1)):
+        engine.add_request(replace(ask(_prompt(seed, 6), max_tokens=3, ignore_eos=True), priority=priority))
+    assert _ended(engine) == [2, 5, 0, 3, 1, 4]
+    assert_drained(engine)
+
+
+@pytest.mark.usefixtures("overlap")
+def test_a_prompt_of_higher_priority_does_not_wait_for_a_long_one():
+    engine = toy_engine(MODEL, page_size=4, max_step_tokens=8)
+    engine.add_request(ask(_prompt(1, 200), max_tokens=1))
+    for _ in range(3):
+        engine.step()
+    first = engine.num_steps
+    urgent = replace(ask(_prompt(2, 8), max_tokens=1), priority=-1)
+    engine.add_request(urgent)
+    results = []
+    while not results:
+        results = engine.step()
+    assert results[0].request_id == 1 and engine.num_steps - first <= 3
+    assert results[0].token_ids == toy_engine(MODEL).generate([urgent])[0].token_ids
+    assert _ended(engine) == [0]
+    assert_drained(engine)
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("order", [(0, 0, 1), (0, 1, 0), (1, 0, 0)])
+def test_the_least_priority_steps_back_when_pages_run_out(order):
+    """Whenever it came; and its answer is the same."""
+    requests = [
+        replace(ask(_prompt(seed, 8), max_tokens=24, ignore_eos=True), priority=priority)
+        for seed, priority in enumerate(order)
+    ]
+    engine = toy_engine(MODEL, page_size=4, num_pages=17)
+    results = engine.generate(requests)
+    assert [result.preemptions > 0 for result in results] == [priority == 1 for priority in order]
+    for request, result in zip(requests, results, strict=True):
+        assert result.token_ids == toy_engine(MODEL).generate([request])[0].token_ids
+    assert_drained(engine)

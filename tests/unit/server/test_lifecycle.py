@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -82,6 +83,18 @@ def test_a_full_queue_asks_to_come_later() -> None:
             assert response.status_code == 400 and "3 answers" in response.json()["error"]["message"], (
                 "never, not later"
             )
+
+
+def test_requests_that_wait_are_in_the_order_of_their_priority() -> None:
+    with running(engine=EngineConfig(max_rows=1)) as server, contextlib.ExitStack() as streams:
+        readers = []  # a reader that is not kept would close its stream
+        for number, priority in enumerate((None, 3, 0, -3), 1):
+            body = LONG | {"stream": True, "priority": priority}
+            stream = streams.enter_context(httpx2.stream("POST", server.url + "/v1/completions", json=body))
+            readers.append(stream.iter_raw())
+            next(readers[-1])
+            wait_for_work(server, number)
+        assert [state.request.priority for state in server.engine.scheduler.waiting] == [-3, 0, 3]
 
 
 def test_an_answer_that_takes_too_long_is_cut() -> None:

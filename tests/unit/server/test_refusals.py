@@ -52,6 +52,7 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": "a", "best_of": 2}, "best_of"),
     (TEXT, {"prompt": "a", "suffix": "b"}, "suffix"),
     (TEXT, {"prompt": "a", "regex": "[0-9]+"}, "regex"),
+    (TEXT, {"prompt": "a", "priority": "high"}, "priority"),
     (TEXT, {"prompt": "a", "return_token_ids": True}, "return_token_ids"),
     (CHAT, {"messages": MESSAGES, "documents": [{"text": "b"}]}, "documents"),
     (CHAT, {"messages": MESSAGES, "chat_template": "{{ messages }}"}, "chat_template"),
