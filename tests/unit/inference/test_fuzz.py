@@ -98,7 +98,10 @@ def random_request(rng: random.Random, sample: int, *, max_tokens: int, seed: in
     begins = max_tokens > 80 and params.max_critical_tokens is None and rng.random() < 0.3
     start = goal(rng.randint(1, 3)) if begins else ()
     prompt = random_prompt(rng, 25)
-    return Request(prompt_ids=prompt, sampling=params, sample=sample, accept=accept, answer_start=start)
+    priority = rng.choice([0, 0, 0, -1, 1])
+    return Request(
+        prompt_ids=prompt, sampling=params, sample=sample, accept=accept, answer_start=start, priority=priority
+    )
 
 
 def random_engine(rng: random.Random, **settings: object) -> Engine:
