@@ -168,7 +168,9 @@ def _conversation(
     control_tokens: re.Pattern[str] | None,
 ) -> tuple[str, str]:
     """Prompt and response of a row of turns. Without a chat template the prompt is the last turn that is answered."""
-    turns = _turns(fields, column)
+    if column not in fields:
+        raise RowError("missing_key", f"no column {column!r}; the row has {sorted(fields)[:20]}")
+    turns = read_turns(fields[column], column)
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise RowError(
             "no_answer", f"column {column!r} must end with an answer of the assistant, after a turn before it"
@@ -181,18 +183,26 @@ def _conversation(
     return asked[-1]["content"] if render_chat is None else _render(render_chat, asked), answer["content"]
 
 
-def _turns(fields: Mapping[str, Any], column: str) -> list[Turn]:
-    """The turns of a conversation, checked; copies."""
-    if column not in fields:
-        raise RowError("missing_key", f"no column {column!r}; the row has {sorted(fields)[:20]}")
-    value = fields[column]
+def read_turns(value: Any, column: str) -> list[Turn]:
+    """The turns of a conversation; copies, without what they hold beside role and content.
+
+    Args:
+        value: the cell.
+        column: its name, for messages.
+
+    Raises:
+        RowError: it is no list of turns, each with texts; only the last one's content may not be empty.
+    """
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
         raise RowError("not_turns", f"column {column!r} must be a list of turns, each with role and content")
-    last = len(value) - 1
-    return [
-        {"role": _text(turn, "role"), "content": _text(turn, "content", may_be_empty=number < last)}
-        for number, turn in enumerate(value)
-    ]
+    return [_turn(turn, f"turn {number} of {column!r}", number < len(value)) for number, turn in enumerate(value, 1)]
+
+
+def _turn(turn: Mapping[str, Any], name: str, may_be_empty: bool) -> Turn:
+    try:
+        return {"role": _text(turn, "role"), "content": _text(turn, "content", may_be_empty=may_be_empty)}
+    except RowError as error:
+        raise RowError(error.code, f"{name}: {error}", char_index=error.char_index) from error
 
 
 def _refuse_control_tokens(prompt: str, column: str, control_tokens: re.Pattern[str]) -> None:

@@ -9,11 +9,12 @@ from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 
+from megatron_multiverse.data.prompts import Turn, read_turns
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import DataError, GenerationError, MultiverseError
 from megatron_multiverse.structure.trajectory import cut_at_labels
 
-Messages: TypeAlias = list[dict[str, str]]
+Messages: TypeAlias = list[Turn]
 """Turns in order, each with role and content."""
 
 Prompts: TypeAlias = list[str | Messages | MultiverseError]
@@ -29,15 +30,10 @@ def check_messages(value: object) -> Messages:
     Raises:
         DataError: they are no turns that an answer can follow.
     """
-    if not isinstance(value, list) or not value:
-        raise DataError('"messages" must be a list of turns, at least one')
-    for number, turn in enumerate(value, 1):
-        texts = isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
-        if not texts:
-            raise DataError(f'turn {number} of "messages" must have the texts "role" and "content"')
-    if value[-1]["role"] == "assistant":
-        raise DataError('the last turn of "messages" is an answer: end with the turn that is to be answered')
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    turns = read_turns(value, "messages")
+    if not turns or turns[-1]["role"] == "assistant":
+        raise DataError('"messages" must end with the turn that is to be answered')
+    return turns
 
 
 def cut_at_answers(text: str, messages: Sequence[Mapping[str, Any]]) -> tuple[list[str], Spans]:

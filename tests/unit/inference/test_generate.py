@@ -299,7 +299,7 @@ def test_conversations_are_answered_and_their_answers_laid_out_again(tmp_path: P
         config = GenerateConfig(**options, chat=True, replay_structure=replay, records=tmp_path / "records.jsonl")
         answers = {answer["index"]: answer for answer in generate_answers(config)}
         assert answers[0]["messages"] == turns and answers[3]["prompt"] == "a"
-        assert "row 2: the last turn" in answers[1]["error"] and "row 3: turn 1 of" in answers[2]["error"]
+        assert 'row 2: "messages" must end' in answers[1]["error"] and "row 3: turn 1 of" in answers[2]["error"]
         records = [record for record in read(tmp_path / "records.jsonl") if record["index"] == 0]
         result = from_record({name: value for name, value in records[0].items() if name != "index"})
         # The shorter of the two paths takes no positions of its own.
