@@ -40,8 +40,9 @@ class ConvertConfig:
     """Real rows of an mcore input's vocabulary, if it does not say; further rows are padding and dropped."""
     dtype: DTypeName = "keep"
     """Dtype of the output: keep, float32, bf16 or float16."""
-    family: Literal["qwen2", "qwen3", "llama"] | None = None
-    """Architecture; needed only for mcore input that was not converted from hf and fits several."""
+    family: str | None = None
+    """Architecture, one of those in checkpoints/names/ (qwen2, qwen3, llama); needed only for mcore input that was not
+    converted from hf and fits several."""
     model_config: str | None = None
     """Shape of an mcore input that does not carry it: a model_config.json, a config.json or a folder with one."""
     add_control_tokens: bool = False

@@ -244,7 +244,8 @@ def test_folders_and_files_that_cannot_be_used(hf: Path) -> None:
 
 
 def test_wrong_family_and_unsupported_architectures(hf: Path) -> None:
-    refused(hf, "holds a qwen2 model, --family says llama", ConfigError, family="llama")
+    for family in ("llama", "gpt2"):
+        refused(hf, f"holds a qwen2 model, --family says {family}", ConfigError, family=family)
     for changes, message in [
         ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM"),
         ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),

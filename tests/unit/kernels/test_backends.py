@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from random_layouts import random_labels
 from torch.nn.attention.flex_attention import flex_attention as eager_flex
 
+from megatron_multiverse.config import LayerConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.multiverse_attention import (
     BACKENDS,
@@ -268,6 +270,8 @@ def test_auto_takes_the_fastest_that_runs_and_says_why(
     ]
     assert "80" in told[4] and "not flash4: the package is not installed" in told[-1] and len(told) == 7
     assert list(BACKENDS) == ["flash4", "flex", "dense"]
+    # config/ imports no torch, so it has the names itself.
+    assert set(get_args(get_type_hints(LayerConfig)["attention_backend"])) == {"auto", *BACKENDS}
 
 
 def test_lists_made_elsewhere_are_used_where_they_fit() -> None:
