@@ -152,6 +152,8 @@ class GenerationFields(Fields):
     logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
     """As in vLLM: requests with a smaller number come first; 0 if it is not given."""
+    add_special_tokens: bool | None = None
+    """Whether the token that begins texts comes first, where the tokenizer has one; not by itself, as in training."""
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     """Only requests with the same salt, and the same key of the server, share what was computed for their prompts."""
     stream: bool | None = None

@@ -77,6 +77,12 @@ class ServedModel:
             raise refuse(param, "the tokenizer has no token that begins a text; leave it out")
         return self.tokenizer.tokenize(text)
 
+    def begun(self, ids: list[int]) -> list[int]:
+        """These ids after the token that begins texts, if the tokenizer has one and they do not begin with it."""
+        text = self.tokenizer.special_tokens().get("bos_token")
+        begin = self.tokenizer.tokenize(text) if text else []
+        return ids if ids[: len(begin)] == begin else begin + ids
+
     async def tokenize_answer(self, text: str) -> list[int]:
         """Ids of text that belongs to an answer: its labels end where tokens end."""
         return list(itertools.chain.from_iterable(await self.tokenize(cut_at_labels(text)))) if text else []

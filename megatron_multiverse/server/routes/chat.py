@@ -166,7 +166,8 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> tuple[list[int]
         ends = [0, *itertools.accumulate(map(len, tokenized))]
         spans = [(ends[first], ends[last]) for first, last in answers]
         ids = list(itertools.chain.from_iterable(tokenized))
-        begin = model.begin_ids("add_BOS") if fields.add_BOS else []
+        begin = model.begun([]) if fields.add_special_tokens else []
+        begin = model.begin_ids("add_BOS") if fields.add_BOS else begin
         if ids[: len(begin)] != begin:  # most templates write it themselves
             ids, spans = begin + ids, [(start + len(begin), end + len(begin)) for start, end in spans]
     else:

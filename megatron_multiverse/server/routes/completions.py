@@ -45,7 +45,7 @@ async def completions(request: Request) -> Response:
     fields = await read_fields(request, CompletionFields)
     model, limits = request.app.state.model, request.app.state.config.limits
     fields.check(model, limits)
-    prompts = await prompt_ids(fields.prompt, model, limits)
+    prompts = await prompt_ids(fields.prompt, model, limits, begin=bool(fields.add_special_tokens))
     max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
     if max_tokens == 0 and (fields.stream or not fields.echo):
         raise refuse("max_tokens", "0 asks for nothing but the prompt, which needs echo, and no stream")
@@ -69,9 +69,19 @@ async def completions(request: Request) -> Response:
 
 
 async def prompt_ids(
-    prompt: str | list[str] | list[int] | list[list[int]], model: ServedModel, limits: LimitConfig
+    prompt: str | list[str] | list[int] | list[list[int]],
+    model: ServedModel,
+    limits: LimitConfig,
+    *,
+    begin: bool = False,
 ) -> list[list[int]]:
     """Ids of each prompt of a field that holds one or several, as texts or as ids.
+
+    Args:
+        prompt: the field.
+        model: that is served.
+        limits: of the server.
+        begin: put the token that begins texts before texts.
 
     Raises:
         ApiError: 400, naming what is wrong.
@@ -80,7 +90,10 @@ async def prompt_ids(
     prompts: list[Any] = [prompt] if is_one else list(prompt)
     if not 1 <= len(prompts) <= limits.max_prompts:
         raise refuse("prompt", f"{len(prompts)} prompts, 1 to {limits.max_prompts} are allowed")
-    ids: list[list[int]] = await model.tokenize(prompts) if isinstance(prompts[0], str) else prompts
+    are_texts = isinstance(prompts[0], str)
+    ids: list[list[int]] = await model.tokenize(prompts) if are_texts else prompts
+    if begin and are_texts:
+        ids = [model.begun(one) for one in ids]
     for one in ids:
         model.check_ids("prompt", one)
     if not all(ids):

@@ -83,7 +83,7 @@ async def generate(request: Request) -> Response:
     drawn.check(model, limits)
     if fields.top_logprobs_num > limits.max_logprobs:
         raise refuse("top_logprobs_num", f"at most {limits.max_logprobs} are allowed")
-    prompts = await prompt_ids(prompt, model, limits)
+    prompts = await prompt_ids(prompt, model, limits, begin=bool(drawn.add_special_tokens))
     sampling = drawn.sampling(model, limits, drawn.max_new_tokens or DEFAULT_MAX_TOKENS, fields.top_logprobs_num)
     rids = _rids(fields.rid, len(prompts))
     started = time.monotonic()

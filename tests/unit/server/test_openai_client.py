@@ -228,6 +228,33 @@ def test_what_an_answer_cut_short_did_not_read_of_its_prompt_has_no_score() -> N
     ]
 
 
+def test_the_token_that_begins_texts_comes_first_where_it_is_asked_for(
+    client: openai.OpenAI, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (begin,) = tokenizer().tokenize("<Think>")
+
+    def prompt_ids(prompt: object, **extra: object) -> list[int]:
+        options = {"model": NAME, "prompt": prompt, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 0}
+        choice = client.completions.create(**options, extra_body=extra).choices[0]  # type: ignore[call-overload]
+        return [tokenizer().id_to_text.index(text) for text in choice.logprobs.tokens[:-1]]
+
+    known = server.app.state.model.tokenizer
+    ids = tokenizer().tokenize("1 + 1")
+    assert prompt_ids("1 + 1", add_special_tokens=True) == ids, "this tokenizer has none"
+    monkeypatch.setattr(known, "special_tokens", lambda: {"bos_token": "<Think>"})
+    assert prompt_ids("1 + 1") == prompt_ids("1 + 1", add_special_tokens=False) == ids
+    assert prompt_ids("1 + 1", add_special_tokens=True) == prompt_ids("<Think>1 + 1", add_special_tokens=True)
+    assert prompt_ids("1 + 1", add_special_tokens=True) == [begin, *ids]
+    assert prompt_ids(ids, add_special_tokens=True) == ids, "ids are the client's own"
+    messages = [{"role": "user", "content": "1 + 1"}]
+    options = {"model": NAME, "messages": messages, "max_tokens": 1}
+    counts = [
+        client.chat.completions.create(**options, extra_body={"add_special_tokens": add}).usage.prompt_tokens  # type: ignore[call-overload]
+        for add in (False, True)
+    ]
+    assert counts[1] == counts[0] + 1
+
+
 def _scored(client: openai.OpenAI, prompt: list[int]) -> tuple[list[float], list[dict[str, float]]]:
     found = (
         client.completions.create(model=NAME, prompt=prompt, max_tokens=0, echo=True, logprobs=1, temperature=0)

@@ -252,7 +252,7 @@ PEERS_FIELDS = {
         allowed_token_ids prompt_embeds response_format structured_outputs priority return_token_ids cache_salt
         return_tokens_as_token_ids kv_transfer_params vllm_xargs logits_processors repetition_detection
         logprob_token_ids json_schema regex ebnf stop_regex lora_path session_params return_hidden_states
-        return_routed_experts custom_logit_processor bad_words""",
+        return_routed_experts custom_logit_processor bad_words add_special_tokens""",
     "chat": """messages model max_completion_tokens max_tokens temperature top_p top_k n seed logprobs top_logprobs stop
         stream stream_options tools tool_choice parallel_tool_calls functions function_call modalities audio prediction
         reasoning_effort verbosity web_search_options response_format chat_template chat_template_kwargs documents echo
