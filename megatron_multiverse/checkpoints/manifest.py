@@ -15,7 +15,6 @@ from typing import Any
 
 from megatron_multiverse.checkpoints.formats.hf_assets import (
     CARD_FILE,
-    GENERATION_FILE,
     TEMPLATE_FOLDER,
     TOKENIZER_FILES,
 )
@@ -23,6 +22,7 @@ from megatron_multiverse.checkpoints.formats.hf_safetensors import INDEX_FILE
 from megatron_multiverse.checkpoints.protocols import Record
 from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, POINTER_FILE, RECORD_FILE
 from megatron_multiverse.checksums import CHECKSUMS_FILE, checksum
+from megatron_multiverse.data.generation_config import GENERATION_FILE
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.files import flush
 

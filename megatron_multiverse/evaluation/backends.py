@@ -52,7 +52,7 @@ class EngineBackend:
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
-        from megatron_multiverse.data.end_tokens import end_ids
+        from megatron_multiverse.data.generation_config import end_ids
         from megatron_multiverse.data.tokenizers import build_tokenizer
 
         assert config.load is not None

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megatron_multiverse.config import EngineConfig, EngineDType, SamplingParams, TokenizerType
 from megatron_multiverse.data.chat_templates import DEFAULT_DATE, parse_date
-from megatron_multiverse.data.end_tokens import end_ids
+from megatron_multiverse.data.generation_config import end_ids
 from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
 from megatron_multiverse.data.readers import read_rows
 from megatron_multiverse.data.sources import open_source

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from megatron_multiverse.config import LayerConfig, ModelConfig, RLConfig
-from megatron_multiverse.data.end_tokens import end_ids
+from megatron_multiverse.data.generation_config import end_ids
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import ConfigError, TrainingError
 from megatron_multiverse.files import naming, write_line

@@ -76,6 +76,9 @@ class ServerConfig:
     chat_template: Path | None = None
     """Jinja file that turns messages into a prompt; by default the tokenizer's own, else one that fits its vocabulary.
     Templates run in a sandbox."""
+    sampling_defaults: Literal["openai", "model"] = "openai"
+    """How answers are drawn where a request does not say: openai draws from the model's own distribution (temperature
+    1), model as its generation_config.json says. /generate and /api never take the latter."""
     limits: LimitConfig = field(default_factory=LimitConfig)
     """How large requests may be, and how long things may take."""
     engine: EngineConfig = field(default_factory=EngineConfig)

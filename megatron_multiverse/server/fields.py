@@ -135,6 +135,8 @@ class GenerationFields(Fields):
 
     is_chat: ClassVar[bool] = False
     """Whether a prompt can hold earlier answers."""
+    takes_defaults: ClassVar[bool] = True
+    """Whether what a request does not say is drawn as the model's generation_config.json says, if the server is to."""
     model: str | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
@@ -237,21 +239,27 @@ class GenerationFields(Fields):
         Raises:
             ApiError: 400, naming the field.
         """
-        top_p = self.top_p
+        defaults = model.sampling_defaults if self.takes_defaults else {}
+
+        def asked(name: str, otherwise: float) -> float:
+            value = getattr(self, name)
+            return float(defaults.get(name, otherwise) if value is None else value)
+
+        top_p = asked("top_p", 1.0)
         greedy = top_p == 0  # the smallest set of tokens with any probability is the most likely one
         stop_ids = [*(self.stop_token_ids or []), *([] if self.ignore_eos else model.end_ids)]
         return make_sampling(
             self.ours,
             max_tokens=max_tokens,
-            temperature=0.0 if greedy else 1.0 if self.temperature is None else float(self.temperature),
-            top_k=max(0, self.top_k or 0),
-            top_p=1.0 if greedy or top_p is None else float(top_p),
+            temperature=0.0 if greedy else asked("temperature", 1.0),
+            top_k=max(0, int(asked("top_k", 0))),
+            top_p=1.0 if greedy else top_p,
             seed=self.seed,
             stop_token_ids=tuple(stop_ids),
             ignore_eos=bool(self.ignore_eos),
             min_tokens=self.min_tokens or 0,
-            min_p=float(self.min_p or 0),
-            repetition_penalty=float(self.repetition_penalty or 1),
+            min_p=asked("min_p", 0.0),
+            repetition_penalty=asked("repetition_penalty", 1.0),
             presence_penalty=float(self.presence_penalty or 0),
             frequency_penalty=float(self.frequency_penalty or 0),
             logit_bias=self._bias(model),

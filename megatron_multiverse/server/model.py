@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_multiverse.data.end_tokens import end_ids
+from megatron_multiverse.data.generation_config import end_ids, sampling_defaults
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.server.config import ServerConfig
@@ -45,6 +45,8 @@ class ServedModel:
         self.template = _chat_template(config, tokenizer)
         self.end_ids = end_ids(config.load, tokenizer)
         """Ids that end an answer, beside the tokenizer's own."""
+        self.sampling_defaults = _sampling_defaults(config)
+        """How answers are drawn where a request does not say, by the names of fields; others are OpenAI's."""
 
     def check_name(self, name: str | None) -> None:
         """Refuse requests for another model. Clients of Megatron's server, which has no names, say "EMPTY".
@@ -117,6 +119,20 @@ class ServedModel:
         except Exception as error:
             logger.info("the chat template refused a conversation: %r", error)
             raise refuse("messages", "the chat template of the model does not take this conversation") from error
+
+
+def _sampling_defaults(config: ServerConfig) -> dict[str, float]:
+    advised = sampling_defaults(config.load)
+    if config.sampling_defaults == "model":
+        logger.info("where requests say nothing of it, answers are drawn with %s", advised or "OpenAI's defaults")
+        return advised
+    if advised:
+        logger.info(
+            "generation_config.json of the model names %s, which requests that say nothing of it do not get; "
+            "--sampling-defaults model gives it to them",
+            advised,
+        )
+    return {}
 
 
 def _chat_template(config: ServerConfig, tokenizer: MultiverseTokenizer) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import megatron_multiverse
 from megatron_multiverse.checkpoints.formats.json_files import read_json_object, refuse_lfs_pointer
 from megatron_multiverse.config import ModelConfig
+from megatron_multiverse.data.generation_config import GENERATION_FILE
 from megatron_multiverse.data.tokenizers import HuggingFaceTokenizer
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.structure import TAGS
@@ -35,7 +36,7 @@ TOKENIZER_FILES = (
 )
 TEMPLATE_FOLDER = "additional_chat_templates"
 """Where transformers keeps the further ones of several chat templates."""
-GENERATION_FILE, CARD_FILE = "generation_config.json", "README.md"
+CARD_FILE = "README.md"
 
 
 def copy_assets(tokenizer: Path | None, folders: Iterable[Path], target: Path) -> list[str]:

@@ -50,6 +50,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 class SamplingFields(GenerationFields):
     """`sampling_params`: names as SGLang has them where they differ from OpenAI's."""
 
+    takes_defaults = False  # a policy gradient is of the distribution that was drawn from
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
