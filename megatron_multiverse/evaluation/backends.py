@@ -35,6 +35,8 @@ class Backend(Protocol):
 
     name: str
     """Of the model; a run goes on only with the same one."""
+    settings: dict[str, Any]
+    """What else of it decides over answers, and must be the same when a run goes on."""
 
     def answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
         """Answer jobs, yielding each as it finishes.
@@ -54,11 +56,18 @@ class EngineBackend:
     def __init__(self, config: EvaluateConfig) -> None:
         from megatron_multiverse.data.generation_config import end_ids
         from megatron_multiverse.data.tokenizers import build_tokenizer
+        from megatron_multiverse.dtypes import engine_dtype
+        from megatron_multiverse.model.device import choose_device
 
         assert config.load is not None
         if not config.load.exists():
             raise ConfigError(f"--load {config.load}: no such folder; name a folder with a model")
         self.name = str(config.load)
+        self._device = choose_device(config.device)
+        self._dtype = engine_dtype(config.dtype, self._device)
+        names = ("round_as_trained", "quantization", "max_paths", "max_depth")
+        self.settings: dict[str, Any] = {name: getattr(config.engine, name) for name in names}
+        self.settings["dtype"] = str(self._dtype).removeprefix("torch.")
         self._config = config
         self._tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model or config.load)
         self._ends = tuple(end_ids(config.load, self._tokenizer))
@@ -92,20 +101,17 @@ class EngineBackend:
         return self._tokenizer.tokenize_batch(texts)
 
     def _engine(self, longest_prompt: int) -> Any:
-        from megatron_multiverse.dtypes import engine_dtype
         from megatron_multiverse.inference import build_engine
-        from megatron_multiverse.model.device import choose_device
 
         config = self._config
         assert config.load is not None
-        device = choose_device(config.device)
         return build_engine(
             config.load,
             self._tokenizer,
             config.engine,
             longest=longest_prompt + config.draw.max_tokens,
-            dtype=engine_dtype(config.dtype, device),
-            device=device,
+            dtype=self._dtype,
+            device=self._device,
         )
 
     def _sampling(self, job: Job) -> Any:
@@ -153,6 +159,7 @@ class ServerBackend:
             served = ", ".join(f"{server.url} serves {server.name}" for server in self._servers)
             raise ConfigError(f"--url: {served}; servers that share an evaluation serve the same model")
         (self.name,) = names
+        self.settings: dict[str, Any] = {}
 
     def answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
         """See `Backend`. Threads wait for the servers; grades are given by the caller's thread."""

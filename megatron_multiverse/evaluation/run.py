@@ -52,6 +52,7 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
         "chat": config.chat,
         "sequential": config.sequential,
         "draw": dict(vars(config.draw)),
+        **backend.settings,
     }
     with LockedFolder(config.output, settings, "an evaluation"):
         log = SampleLog(config.output / SAMPLES)

@@ -91,6 +91,11 @@ def test_a_run_goes_on_where_it_was_killed(config: EvaluateConfig) -> None:
     assert sum(again[key] != whole[key] for key in whole) == 1
     with pytest.raises(ConfigError, match=r"other settings .*sequential"):
         evaluate(dataclasses.replace(config, sequential=True))
+    with pytest.raises(ConfigError, match=r"other settings \(dtype was 'float32' and is 'float64' now\)"):
+        evaluate(dataclasses.replace(config, dtype="float64"))
+    engine = dataclasses.replace(config.engine, quantization="fp8", max_depth=1, page_size=64)
+    with pytest.raises(ConfigError, match=r"other settings \(max_depth was 8 and is 1 now, quantization was"):
+        evaluate(dataclasses.replace(config, engine=engine))
 
 
 def test_an_answer_that_cannot_be_had_is_missing_and_the_others_are_kept(config: EvaluateConfig) -> None:
