@@ -53,12 +53,11 @@ def test_completions_whole_and_streamed_are_the_same(client: openai.OpenAI) -> N
 
 def test_cached_tokens_count_once_for_a_prompt_like_its_tokens(client: openai.OpenAI) -> None:
     """Of a prompt that is new, the answers but the first find what that one computed: nothing was saved."""
-    prompts = [f"{PROMPT} {word} {PROMPT}" for word in ("Once", "Twice")]
+    prompts = [f"{word} more than once. {PROMPT}" for word in ("Asked", "Told")]  # no other test begins like this
     options = {"model": NAME, "prompt": prompts, "max_tokens": 4, "n": 3, "temperature": 1}
     pages = [(len(tokenizer().tokenize(prompt)) - 1) // 16 for prompt in prompts]
     first, second = (client.completions.create(**options).usage for _ in range(2))  # type: ignore[call-overload]
-    both_begin_with = len(tokenizer().tokenize(PROMPT)) // 16 * 16
-    assert first.prompt_tokens_details.cached_tokens <= 2 * both_begin_with
+    assert first.prompt_tokens_details.cached_tokens == 0
     assert second.prompt_tokens_details.cached_tokens == 16 * sum(pages)
 
 
