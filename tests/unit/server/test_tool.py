@@ -249,9 +249,10 @@ def test_an_engine_that_cannot_start_ends_the_server_with_its_reason(tmp_path: P
 def test_the_slurm_script_and_its_client(tmp_path: Path) -> None:
     """Without SLURM the script serves here; the client waits for it and asks with the key."""
     environment = os.environ | {"PYTHON": sys.executable, "RUN_FOLDER": str(tmp_path), "HOST": "127.0.0.1"}
-    environment |= {"DTYPE": "float32", "OMP_NUM_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1"}
     script, client = ROOT / "examples" / "serve" / "serve.sbatch", ROOT / "examples" / "serve" / "client.py"
-    with subprocess.Popen(["bash", str(script)], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as process:
+    command = ["bash", str(script), "--served-model-name", "of the script's words"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as process:
         try:
             while not (tmp_path / "url").exists():
                 time.sleep(0.05)
@@ -260,7 +261,10 @@ def test_the_slurm_script_and_its_client(tmp_path: Path) -> None:
             )
             assert "Answer: A = 1550; B = 124" in done.stdout, done.stderr
             assert (tmp_path / "key").stat().st_mode & 0o077 == 0
-            assert httpx2.get((tmp_path / "url").read_text().strip() + "/v1/models").status_code == 401
+            models = (tmp_path / "url").read_text().strip() + "/v1/models"
+            assert httpx2.get(models).status_code == 401
+            key = {"Authorization": f"Bearer {(tmp_path / 'key').read_text().strip()}"}
+            assert httpx2.get(models, headers=key).json()["data"][0]["id"] == "of the script's words"
         finally:
             process.terminate()
         assert process.wait(60) == 0
