@@ -11,7 +11,8 @@ environment() { # NAME PACKAGE: an environment with that package alone in $folde
 
 start_server() { # LOG: sets url; the server ends with the script
   : > "$1"
-  "$python" tools/run_text_generation_server.py --load examples/quickstart/model --served-model-name quickstart --port 0 \
+  "$python" tools/run_text_generation_server.py --load examples/quickstart/model --dtype float32 --port 0 \
+    --served-model-name quickstart \
     2>> "$1" &
   server=$!
   trap 'kill $server 2> /dev/null || true' EXIT
