@@ -7,16 +7,28 @@ the output layer counts. Recomputation, norms and rotary embedding count nothing
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from megatron_multiverse.config import ModelConfig
 
-PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    "H200": {"bf16": 989.4, "float32": 494.7, "float64": 66.9},
-    "H100": {"bf16": 989.4, "float32": 494.7, "float64": 66.9},
-    "A100": {"bf16": 311.9, "float32": 155.9, "float64": 19.5},
+PEAK_TFLOPS: dict[str, tuple[float, float]] = {
+    "B200": (2250.0, 37.0),
+    "GH200": (989.4, 66.9),
+    "H200 NVL": (835.5, 60.0),
+    "H200": (989.4, 66.9),
+    "H100 NVL": (835.5, 60.0),
+    "H100 PCIe": (756.0, 51.0),
+    "H100": (989.4, 66.9),
+    "H800": (989.4, 1.0),
+    "H20": (148.0, 1.0),
+    "A100": (311.9, 19.5),
+    "A800": (311.9, 9.7),
+    "L40S": (362.0, 1.4),
 }
-"""Dense tensor-core peaks of the SXM parts by name and training dtype; float32 means TF32 here."""
+"""Dense tensor-core peaks by words of the device's name, those of special kinds first: bf16, and float64. Float32,
+which means TF32 here, has half the peak of bf16 on all of them."""
 
 
 def matmul_parameters(config: ModelConfig) -> int:
@@ -40,6 +52,13 @@ def peak_tflops(device: torch.device, dtype: str, override: float | None = None)
         return override
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    found = [peaks for part, peaks in PEAK_TFLOPS.items() if part in name and "PCIe" not in name]
-    return found[0].get(dtype) if found else None
+    return peak_of(torch.cuda.get_device_name(device), dtype)
+
+
+def peak_of(name: str, dtype: str) -> float | None:
+    """Peak in TFLOP/s of the device called so, or None if it is not known."""
+    found = (peaks for words, peaks in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name))
+    bf16, float64 = next(found, (None, None))
+    if bf16 is None:
+        return None
+    return {"bf16": bf16, "float32": bf16 / 2, "float64": float64}.get(dtype)

@@ -13,7 +13,7 @@ from megatron_multiverse.config import OptimConfig
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.model.families import preset, qwen3
 from megatron_multiverse.model.gpt import build_gpt_model
-from megatron_multiverse.training.flops import matmul_parameters, peak_tflops, training_flops
+from megatron_multiverse.training.flops import matmul_parameters, peak_of, peak_tflops, training_flops
 from megatron_multiverse.training.metrics import format_duration
 from megatron_multiverse.training.optim import build_optimizer, build_scheduler
 from megatron_multiverse.views.loss_curves import plot_loss, read_history, running_mean
@@ -117,6 +117,28 @@ def test_flops_are_those_of_the_matrix_products() -> None:
 def test_unknown_devices_have_no_peak() -> None:
     assert peak_tflops(torch.device("cpu"), "float32") is None
     assert peak_tflops(torch.device("cpu"), "float32", 2.5) == 2.5
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H200 NVL", 835.5),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 311.9),
+        ("NVIDIA A100 80GB PCIe", 311.9),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H20", 148.0),
+        ("Tesla T4", None),
+    ],
+)
+def test_peaks_are_those_of_the_very_part(name: str, bf16: float | None) -> None:
+    assert peak_of(name, "bf16") == bf16
+    assert peak_of(name, "float32") == (None if bf16 is None else bf16 / 2)
 
 
 @pytest.mark.parametrize(
