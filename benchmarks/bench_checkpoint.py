@@ -3,8 +3,9 @@
     python -m benchmarks.bench_checkpoint --folder SCRATCH
 
 Trains a fresh model of about 100 million parameters on the CPU, float32, with and without `checkpoint.async_save`, in
-turns, and reads from metrics.jsonl what a checkpoint cost. Beside it stand a step alone and a step while files were
-written: writers take cores, too, and pages that training changes meanwhile are copied. All that is written is deleted.
+turns, and reads from metrics.jsonl what a checkpoint cost. Beside it stand a step before it and the one after it, while
+files are written: writers take cores, too, and pages that training changes meanwhile are copied. All that is written is
+deleted.
 """
 
 from __future__ import annotations
@@ -69,10 +70,7 @@ def run(o: Options, engine: str, is_async: bool) -> dict[str, Any]:
     shutil.rmtree(folder)
     kinds = [row["kind"] for row in rows]
     saved = rows[kinds.index("checkpoint")]
-    beside = [
-        row for row in rows[: kinds.index("checkpoint")] if row["kind"] == "train" and row["step"] > SAVE_INTERVAL
-    ]
-    alone = [row for row in rows if row["kind"] == "train" and 1 < row["step"] <= SAVE_INTERVAL]
+    steps = {row["step"]: row["step_time_s"] for row in rows if row["kind"] == "train"}
     return {
         "engine": engine,
         "async_save": is_async,
@@ -80,8 +78,8 @@ def run(o: Options, engine: str, is_async: bool) -> dict[str, Any]:
         "gigabytes": size / 1e9,
         "wait_s": saved["wait_s"],
         "save_s": saved["save_s"],
-        "step_s": statistics.median(row["step_time_s"] for row in alone),
-        "step_beside_writing_s": statistics.median(row["step_time_s"] for row in beside) if beside else None,
+        "step_s": statistics.median(steps[number] for number in range(2, SAVE_INTERVAL + 1)),
+        "next_step_s": steps[SAVE_INTERVAL + 1],
     }
 
 
@@ -101,9 +99,9 @@ def measure(o: Options) -> dict[str, Any]:
     }
     for engine, is_async in kinds:
         same = [row for row in runs if (row["engine"], row["async_save"]) == (engine, is_async)]
-        names = ("wait_s", "save_s", "step_s", "step_beside_writing_s")
-        values = {name: [row[name] for row in same if row[name] is not None] for name in names}
-        medians = {name: statistics.median(value) for name, value in values.items() if value}
+        names = ("wait_s", "save_s", "step_s", "next_step_s")
+        values = {name: [row[name] for row in same] for name in names}
+        medians = {name: statistics.median(value) for name, value in values.items()}
         found[f"{engine}_{'beside' if is_async else 'waiting'}"] = medians | {"wait_s_runs": values["wait_s"]}
     return found
 

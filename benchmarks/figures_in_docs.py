@@ -216,6 +216,17 @@ def training() -> Iterator[str]:
     yield from _training_beside_others()
     yield from beside_fsdp_rows()
     yield from _training_fp8()
+    yield from _checkpoints()
+
+
+def _checkpoints() -> Iterator[str]:
+    """What a checkpoint holds up, waited for and written beside the training."""
+    found = results("results/checkpoint_cpu")
+    yield f"{found['parameters'] / 1e6:.0f} million parameters ({found['gigabytes']:.2f} GB a checkpoint)"
+    for name in ("wait_s", "next_step_s"):
+        for engine in ("one_process", "megatron"):
+            beside, waiting = (_rounded(found[f"{engine}_{way}"][name], 1) for way in ("beside", "waiting"))
+            yield f"{beside} s instead of {waiting} s"
 
 
 def _training_fp8() -> Iterator[str]:

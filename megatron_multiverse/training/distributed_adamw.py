@@ -157,27 +157,45 @@ class DistributedAdamW:
     def _gathered(self, name: str) -> dict[Parameter, Tensor]:
         """One kind of float32 tensor of every parameter of this rank's model.
 
-        Whole tensors on the host on the first data parallel rank; on the others stand-ins that take no memory.
+        On the first data parallel rank whole tensors on the host, each in memory of its own, so that nobody copies them
+        again; on the others stand-ins that take no memory.
         """
         self._make_moments()
         values: dict[Parameter, Tensor] = {}
         for buffer, ranges in zip(self.mcore.buffers, self.mcore.gbuf_ranges, strict=True):
             (of_buckets,) = ranges.values()
             for bucket, of_bucket in zip(buffer.buckets, of_buckets, strict=True):
-                whole = self._gathered_bucket(bucket.grad_data.numel(), of_bucket["param_map"], name)
+                parts = self._gathered_bucket(bucket.grad_data.numel(), of_bucket["param_map"], name)
                 for parameter in bucket.params_list:
+                    if parts is None:
+                        values[parameter] = torch.zeros(()).expand(parameter.shape)
+                        continue
                     start, end, _ = buffer.param_index_map[parameter]
-                    part = torch.zeros(()) if whole is None else whole[start - bucket.offset : end - bucket.offset]
-                    values[parameter] = part.view(parameter.shape) if len(part.shape) else part.expand(parameter.shape)
+                    value = _on_host(parts, start - bucket.offset, end - bucket.offset)
+                    values[parameter] = value.view(parameter.shape)
         return {parameter: values[parameter] for parameter in self._parameters()}
 
-    def _gathered_bucket(self, size: int, owned: Mapping[Parameter, Any], name: str) -> Tensor | None:
-        """A flat bucket of `size` elements on the host of the first data parallel rank, None on the others."""
+    def _gathered_bucket(self, size: int, owned: Mapping[Parameter, Any], name: str) -> list[Tensor] | None:
+        """A flat bucket of `size` elements on the first data parallel rank, in the equal parts of its ranks, on their
+        device; None on the others."""
         group = self.mcore.data_parallel_group
         mine = torch.zeros(size // group.size(), dtype=torch.float32, device=self._device)
         for parameter, ranges in owned.items():
             place = ranges["gbuf_local"]
             mine[place.start : place.end] = self.mcore._get_main_param_and_optimizer_states(parameter)[name]
+        if group.size() == 1:
+            return [mine]
         parts = [torch.empty_like(mine) for _ in range(group.size())] if group.rank() == 0 else None
         distributed.gather(mine, parts, group=group, group_dst=0)
-        return None if parts is None else torch.cat([part.cpu() for part in parts])
+        return parts
+
+
+def _on_host(parts: Sequence[Tensor], start: int, end: int) -> Tensor:
+    """The elements from start to end of equal parts that lie one after the other, copied once."""
+    size = parts[0].numel()
+    found = torch.empty(end - start, dtype=torch.float32)
+    for number, part in enumerate(parts):
+        first, last = max(start, number * size), min(end, (number + 1) * size)
+        if first < last:
+            found[first - start : last - start] = part[first - number * size : last - number * size]
+    return found
