@@ -71,7 +71,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def fused_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+def build_fused_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     """The FusedAdam of `config.implementation`, which is there (`check_optimizer`), as AdamW over these groups."""
     base = importlib.import_module(MODULES[config.implementation]).FusedAdam
     made: torch.optim.Optimizer = type("FusedAdamW", (_Adapted, base), {})(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron_multiverse.config import OptimConfig
 from megatron_multiverse.errors import TrainingError
-from megatron_multiverse.training.fused_adamw import fused_adamw
+from megatron_multiverse.training.fused_adamw import build_fused_adamw
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         {"params": [p for p in parameters if p.ndim < 2], "wd_mult": 0.0},
     ]
     if config.implementation != "torch":
-        return fused_adamw(groups, config)
+        return build_fused_adamw(groups, config)
     return torch.optim.AdamW(
         groups,
         lr=config.lr,
