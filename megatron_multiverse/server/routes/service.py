@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from importlib import resources
+from typing import Any
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -37,15 +38,25 @@ async def ready(request: Request) -> Response:
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     """The one model that is served."""
+    return JSONResponse({"object": "list", "data": [_model(request)]})
+
+
+@router.get("/v1/models/{name:path}")
+async def one_model(request: Request, name: str) -> Response:
+    """The same by its name, which may hold slashes."""
+    request.app.state.model.check_name(name)
+    return JSONResponse(_model(request))
+
+
+def _model(request: Request) -> dict[str, Any]:
     state = request.app.state
-    entry = {
+    return {
         "id": state.model.name,
         "object": "model",
         "created": state.started,
         "owned_by": "megatron-multiverse",
         "max_model_len": state.client.facts.get("max_position"),
     }
-    return JSONResponse({"object": "list", "data": [entry]})
 
 
 @router.get("/metrics")

@@ -25,6 +25,9 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
 def test_models(client: openai.OpenAI) -> None:
     (model,) = client.models.list()
     assert model.id == NAME
+    assert client.models.retrieve(NAME) == model
+    with pytest.raises(openai.NotFoundError, match="no model 'some/other' here"):
+        client.models.retrieve("some/other")
 
 
 def test_completions_whole_and_streamed_are_the_same(client: openai.OpenAI) -> None:
