@@ -23,8 +23,8 @@ from megatron_multiverse.server.wire import HEADER, Message, pack, unpack
 
 logger = logging.getLogger(__name__)
 
-SECONDS_TO_END = 5.0
-"""For processes that were told to."""
+SECONDS_TO_END = 15.0
+"""For processes that were told to: on a busy machine the end of an interpreter with torch in it takes seconds."""
 SECONDS_TO_EXPLAIN = 5.0
 """For the first rank to say why the engine does not start, after another rank has ended for the same reason."""
 
@@ -65,6 +65,7 @@ class EngineClient:
         self._controls: dict[int, asyncio.Future[None]] = {}
         self._numbers = itertools.count()
         self._writer: asyncio.StreamWriter | None = None
+        self._is_closed = False  # by this side: a connection that is lost closes the writer, too
         self._last_heard = time.monotonic()
         self._seconds: deque[float] = deque(maxlen=64)  # how long the last answers took
         self._settled = asyncio.Event()
@@ -105,7 +106,7 @@ class EngineClient:
         reader, writer = await asyncio.open_connection(sock=connection)
         with contextlib.closing(writer), contextlib.suppress(ConnectionError):
             await reader.read()
-        if self._writer is not None and self._writer.is_closing():
+        if self._is_closed:
             await asyncio.sleep(SECONDS_TO_END)  # they all end; the first one is waited for
         elif self.state == "loading":
             await asyncio.sleep(SECONDS_TO_EXPLAIN)
@@ -126,6 +127,7 @@ class EngineClient:
 
     async def close(self) -> None:
         """Let the engine's processes end, and see to it that they do."""
+        self._is_closed = True
         if self._writer is not None:
             self._writer.close()
         # Not in this thread: its event loop closes the connection, and that is what the processes end by.
@@ -291,7 +293,7 @@ class EngineClient:
     def _die(self) -> None:
         self.state = "dead"
         self._settled.set()
-        if self._writer is None or not self._writer.is_closing():
+        if not self._is_closed:
             logger.error("the engine has ended (exit codes of its processes: %s)", self.processes.codes)
             self.processes.kill()  # ranks wait for each other, so without one the others are of no use
         for number in list(self._generations):
