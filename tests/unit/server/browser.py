@@ -8,10 +8,11 @@ import json
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tests.waiting import wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -19,8 +20,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 class Page:
     """One page of a browser."""
 
-    def __init__(self, process: subprocess.Popen[bytes], commands: Any, answers: Any) -> None:
-        self._process = process
+    def __init__(self, commands: Any, answers: Any) -> None:
         self._commands, self._answers = commands, answers
         self._number = 0
         self._session: str | None = None
@@ -28,8 +28,8 @@ class Page:
         """URLs that the page asked for."""
         self.complaints: list[str] = []
         """Errors on its console, and what it threw."""
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
@@ -52,6 +52,8 @@ class Page:
             assert byte, "the browser has ended"
             data += byte
         answer = json.loads(data)
+        if "method" in answer and answer.get("sessionId") != self._session:
+            return answer  # an event of another page
         params = answer.get("params", {})
         if answer.get("method") == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
@@ -61,18 +63,19 @@ class Page:
             self.complaints.append(params["entry"]["text"])
         return answer
 
+    def close(self) -> None:
+        self._session = None
+        self.call("Target.closeTarget", targetId=self._target)
+
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression."""
         result = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def wait_for(self, script: str, seconds: float = 60) -> None:
+    def wait_for(self, script: str) -> None:
         """Until an expression is true."""
-        limit = time.monotonic() + seconds
-        while not self.run(script):
-            assert time.monotonic() < limit, script
-            time.sleep(0.02)
+        wait_until(lambda: self.run(script), f"the page says {script}")
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
@@ -94,8 +97,8 @@ class Page:
 
 
 @contextlib.contextmanager
-def browser(profile: Path) -> Iterator[Page]:
-    """A browser with an empty profile in `profile`."""
+def browser(profile: Path) -> Iterator[Callable[[], Page]]:
+    """A browser with an empty profile in `profile`; gives a new page at each call."""
     assert CHROMIUM is not None
     read_commands, write_commands = os.pipe()
     read_answers, write_answers = os.pipe()
@@ -112,7 +115,7 @@ def browser(profile: Path) -> Iterator[Page]:
     os.close(write_answers)
     try:
         with os.fdopen(write_commands, "wb") as commands, os.fdopen(read_answers, "rb") as answers:
-            yield Page(process, commands, answers)
+            yield lambda: Page(commands, answers)
     finally:
         process.kill()
         process.wait()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import math
 import socket
 import threading
 import time
@@ -26,6 +28,7 @@ from megatron_multiverse.server.engine_client import EngineClient
 from megatron_multiverse.server.engine_process import EngineHost
 from megatron_multiverse.server.model import ServedModel
 from megatron_multiverse.server.wire import Channel
+from tests.waiting import PATIENCE_S, wait_until
 
 MODEL = Path(__file__).parents[3] / "examples" / "quickstart" / "model"
 PROMPT = "Work out A = 583 + 967; B = 48 + 76. Think step by step and in parallel before answering."
@@ -36,6 +39,20 @@ def tokenizer() -> MultiverseTokenizer:
     return build_tokenizer("HuggingFaceTokenizer", MODEL)
 
 
+class SteppedHost(EngineHost):
+    """Takes as many steps as tests allow; in between it hears messages as ever, and ends what is cancelled."""
+
+    steps_left = math.inf
+
+    def _step(self) -> None:
+        if self.steps_left > 0:
+            self.steps_left -= 1
+            super()._step()
+        else:
+            self._hold()
+            time.sleep(0.001)
+
+
 @dataclass
 class Running:
     """A server that listens."""
@@ -43,24 +60,56 @@ class Running:
     url: str
     app: FastAPI
     client: EngineClient
-    engine: Engine
+    host: SteppedHost
     theirs: socket.socket
     """The engine's end of the connection."""
     server: uvicorn.Server
+    loop: asyncio.AbstractEventLoop
+    """Of the HTTP side."""
     http: httpx2.Client
+
+    @property
+    def engine(self) -> Engine:
+        """Another one after its memory was given back and taken again."""
+        return self.host.engine
 
     def post(self, path: str, body: Any) -> httpx2.Response:
         return self.http.post(path, json=body)
 
-    def wait_until_free(self, seconds: float = 10.0) -> None:
+    def wait_until_free(self) -> None:
         """Until nothing is left in the engine: no answer, no branch, no page."""
-        limit = time.monotonic() + seconds
-        while time.monotonic() < limit:
-            book = self.engine.book
-            if not (self.client.num_generations or self.engine.has_work) and book.available == book.num_pages:
-                return
-            time.sleep(0.005)
-        raise AssertionError(f"still busy: {self.client.num_generations} answers, {self.client.stats}")
+        wait_until(lambda: not self.client.num_generations and not self.engine.has_work, "no answer is in the making")
+        wait_until(lambda: self.engine.book.available == self.engine.book.num_pages, "all pages are free")
+
+    @contextlib.contextmanager
+    def held_after(self, steps: int) -> Iterator[None]:
+        """In the block the engine takes so many steps, when it has work, and no further one. So what is asked for in it
+        is in the making until it ends, however slow the test is."""
+        self.host.steps_left = steps
+        try:
+            yield
+        finally:
+            self.host.steps_left = math.inf
+
+    def wait_until_held(self) -> None:
+        """Until the engine has taken the steps of `held_after`."""
+        wait_until(lambda: self.host.steps_left == 0, "the engine has taken its steps")
+
+    @contextlib.contextmanager
+    def visitor(self, path: str, body: Any) -> Iterator[None]:
+        """A client that asks, and leaves without an answer at the end of the block."""
+        host, port = self.url.removeprefix("http://").split(":")
+        content = json.dumps(body).encode()
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+            connection.sendall(head.encode() + content)
+            yield
+
+    def skip(self, seconds: float) -> None:
+        """The clock of the HTTP side goes forward, so that what it has set for then happens now."""
+        now = self.loop.time
+        self.loop.time = lambda: now() + seconds  # type: ignore[method-assign]
+        self.loop.call_soon_threadsafe(lambda: None)  # wakes it
 
 
 @contextlib.contextmanager
@@ -69,13 +118,17 @@ def running(*, keys: Sequence[str] = (), engine: EngineConfig | None = None, **o
     config = ServerConfig(load=MODEL, engine=engine or EngineConfig(max_rows=16), **options)
     built = build_engine(MODEL, tokenizer(), config.engine)
     own, theirs = socket.socketpair()
-    host = threading.Thread(target=EngineHost(built, Channel(theirs)).run, daemon=True)
-    host.start()
+    host = SteppedHost(built, Channel(theirs))
+    stepping = threading.Thread(target=host.run, daemon=True)
+    stepping.start()
     client = EngineClient(config)
     app = build_app(config, client, ServedModel(config, tokenizer()), keys)
     server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="error", timeout_graceful_shutdown=2))
 
+    loops: list[asyncio.AbstractEventLoop] = []
+
     async def main() -> None:
+        loops.append(asyncio.get_running_loop())
         listening = asyncio.create_task(client.listen(own))
         await server.serve()
         await client.close()
@@ -84,14 +137,13 @@ def running(*, keys: Sequence[str] = (), engine: EngineConfig | None = None, **o
     thread = threading.Thread(target=asyncio.run, args=[main()], daemon=True)
     thread.start()
     try:
-        while not (server.started and client.state != "loading"):
-            time.sleep(0.005)
+        wait_until(lambda: server.started and client.state != "loading", "the server is ready")
         port = server.servers[0].sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}"
-        with httpx2.Client(base_url=url, timeout=60) as http:
-            yield Running(url, app, client, built, theirs, server, http)
+        with httpx2.Client(base_url=url, timeout=PATIENCE_S) as http:
+            yield Running(url, app, client, host, theirs, server, loops[0], http)
     finally:
         server.should_exit = True
-        thread.join(20)
-        host.join(20)
-        assert not thread.is_alive() and not host.is_alive(), "the server did not end"
+        thread.join(PATIENCE_S)
+        stepping.join(PATIENCE_S)
+        assert not thread.is_alive() and not stepping.is_alive(), "the server did not end"

@@ -20,6 +20,7 @@ from megatron_multiverse.clients.soak import LENGTHS, PROMPTS, Clients, SoakConf
 from megatron_multiverse.errors import ConfigError
 from tests.in_process import run_here
 from tests.unit.server.running import PROMPT, Running
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
 
@@ -122,7 +123,7 @@ def test_addresses_as_people_write_them(server: Running) -> None:
 def test_a_server_that_is_not_there_is_one_line() -> None:
     for tool in ("text_generation_cli.py", "bench_server.py"):
         command = [sys.executable, str(ROOT / "tools" / tool), "--url", "http://127.0.0.1:9", "--prompt", "x"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == 1 and done.stderr.startswith("error: no server answers at http://127.0.0.1:9")
         assert len(done.stderr.splitlines()) == 1
 
@@ -141,18 +142,19 @@ def test_errors_keep_what_the_server_said(server: Running) -> None:
 
 
 def test_a_short_soak_holds(server: Running) -> None:
-    """The clients of tools/dev/soak_server.py for some seconds; what they find wrong is empty."""
+    """Some clients of tools/dev/soak_server.py; what they find wrong is empty."""
     clients = Clients(SoakConfig(seconds=3, rate=15), server.url)
 
     async def main() -> None:
         await clients.learn()
-        await clients.come()
+        while sum(clients.tally.kinds.values()) <= 20:  # a process that stands still meanwhile may see three seconds go
+            await clients.come()
 
     asyncio.run(main())
     tally = clients.tally
-    assert tally.wrong == [] and tally.hangs == 0 and sum(tally.kinds.values()) > 10
+    assert tally.wrong == [] and tally.hangs == 0 and tally.compared > 0
     assert len(clients.expected) == len(PROMPTS) * len(LENGTHS)
-    server.wait_until_free(30)
+    server.wait_until_free()
 
 
 def test_the_soak_notices_what_is_wrong(server: Running) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ import torch
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.model.weights import save_model
 from tests.unit.server.running import MODEL, PROMPT, Running, running
+from tests.waiting import PATIENCE_S, wait_until
 
 LONG = {"text": PROMPT, "sampling_params": {"max_new_tokens": 1500, "temperature": 0, "ignore_eos": True}}
 SHORT = {"text": PROMPT, "sampling_params": {"max_new_tokens": 700, "temperature": 0}, "return_logprob": True}
@@ -48,16 +50,15 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield made
 
 
-def ask(server: Running, pool: ThreadPoolExecutor, body: dict[str, Any]) -> Future[httpx2.Response]:
-    """Ask in another thread; returns once the engine works on it."""
-    running = server.client.num_generations
-    future = pool.submit(server.post, "/generate", body)
-    while server.client.num_generations <= running and not future.done():
-        time.sleep(0.002)
-    before = server.engine.num_steps
-    while server.engine.num_steps < before + 30 and not future.done():
-        time.sleep(0.002)
-    return future
+@contextlib.contextmanager
+def asked(server: Running, pool: ThreadPoolExecutor, body: dict[str, Any]) -> Iterator[Future[httpx2.Response]]:
+    """Ask in another thread. In the block the engine is in the midst of the answer and does what it is told, but takes
+    no step; after it the engine goes on, unless it was told not to."""
+    with server.held_after(30):
+        future = pool.submit(server.post, "/generate", body)
+        server.wait_until_held()
+        assert not future.done()
+        yield future
 
 
 def act(server: Running, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
@@ -69,27 +70,28 @@ def act(server: Running, path: str, body: dict[str, Any] | None = None) -> httpx
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 def test_a_pause_changes_no_answer(server: Running, pool: ThreadPoolExecutor, mode: str) -> None:
     expected = server.post("/generate", SHORT).json()
-    waiting = ask(server, pool, SHORT)
-    assert act(server, "/pause_generation", {"mode": mode}).json()["status"] == "ok"
-    steps = server.engine.num_steps
+    with asked(server, pool, SHORT) as waiting:
+        assert act(server, "/pause_generation", {"mode": mode}).json()["status"] == "ok"
+        steps = server.engine.num_steps
     added = pool.submit(server.post, "/generate", SHORT)
-    time.sleep(0.3)
+    wait_until(lambda: server.client.num_generations == 2, "both are in the making")
+    time.sleep(0.3)  # in which an engine that is not paused takes steps
     assert server.engine.num_steps == steps and not waiting.done() and not added.done()
     flushed = server.http.post("/flush_cache")
     assert flushed.status_code == (400 if mode == "in_place" else 200), "with their cache, or their text alone"
     act(server, "/continue_generation", {})
     for future in (waiting, added):
-        assert future.result(60).json()["output_ids"] == expected["output_ids"]
+        assert future.result(PATIENCE_S).json()["output_ids"] == expected["output_ids"]
 
 
 def test_a_pause_can_end_all_answers_and_clients_may_leave_while_it_lasts(
     server: Running, pool: ThreadPoolExecutor
 ) -> None:
-    waiting = ask(server, pool, LONG)
-    act(server, "/pause_generation")
-    assert waiting.result(60).json()["meta_info"]["finish_reason"]["type"] == "abort"
-    with pytest.raises(httpx2.ReadTimeout):
-        httpx2.post(server.url + "/generate", json=LONG, timeout=0.3)
+    with asked(server, pool, LONG) as waiting:
+        act(server, "/pause_generation")
+        assert waiting.result(PATIENCE_S).json()["meta_info"]["finish_reason"]["type"] == "abort"
+    with server.visitor("/generate", LONG):
+        wait_until(lambda: server.client.num_generations, "the visitor's answer is asked for")
     server.wait_until_free()
     act(server, "/continue_generation")
     assert server.http.get("/flush_cache").text == "Cache flushed.\n"
@@ -97,12 +99,12 @@ def test_a_pause_can_end_all_answers_and_clients_may_leave_while_it_lasts(
 
 
 def test_answers_are_aborted_by_their_name(server: Running, pool: ThreadPoolExecutor) -> None:
-    futures = [ask(server, pool, LONG | {"rid": name}) for name in ("one", "two")]
-    act(server, "/abort_request", {"rid": "none"})
-    act(server, "/abort_request", {"rid": "one"})
-    assert futures[0].result(60).json()["meta_info"]["finish_reason"]["type"] == "abort" and not futures[1].done()
-    act(server, "/abort_request", {"abort_all": True})
-    assert futures[1].result(60).json()["meta_info"]["id"] == "two"
+    with asked(server, pool, LONG | {"rid": "one"}) as one, asked(server, pool, LONG | {"rid": "two"}) as two:
+        act(server, "/abort_request", {"rid": "none"})
+        act(server, "/abort_request", {"rid": "one"})
+        assert one.result(PATIENCE_S).json()["meta_info"]["finish_reason"]["type"] == "abort" and not two.done()
+        act(server, "/abort_request", {"abort_all": True})
+        assert two.result(PATIENCE_S).json()["meta_info"]["id"] == "two"
     assert server.post("/abort_request", {}).status_code == 400
 
 
@@ -110,10 +112,11 @@ def test_other_weights_change_answers_and_the_version_says_so(server: Running, p
     before = server.post("/generate", SHORT).json()
     assert before["meta_info"]["weight_version"] == "default"
     assert before["meta_info"]["finish_reason"]["matched"] in server.app.state.model.end_ids
-    waiting = ask(server, pool, LONG)
-    answer = act(server, "/update_weights_from_disk", {"model_path": "changed", "weight_version": "step 1"}).json()
+    with asked(server, pool, LONG) as waiting:
+        update = {"model_path": "changed", "weight_version": "step 1"}
+        answer = act(server, "/update_weights_from_disk", update).json()
     assert answer["success"] and answer["num_paused_requests"] == 1
-    both = waiting.result(60).json()
+    both = waiting.result(PATIENCE_S).json()
     assert both["meta_info"]["weight_version_names"] == {"0": "default", "1": "step 1"}
     versions = both["multiverse"]["tree"]["weight_versions"]
     assert len(versions) == len(both["output_ids"]) and set(versions) == {0, 1}
@@ -149,11 +152,11 @@ def test_weights_come_from_below_the_root_and_from_nowhere_else(server: Running,
 
 def test_memory_is_given_back_and_taken_again(server: Running, pool: ThreadPoolExecutor) -> None:
     expected = server.post("/generate", SHORT).json()["text"]
-    waiting = ask(server, pool, LONG)
-    refused = server.http.post("/release_memory_occupation")
-    assert refused.status_code == 400 and "in work" in refused.json()["message"]
-    act(server, "/abort_request", {"abort_all": True})
-    waiting.result(60)
+    with asked(server, pool, LONG) as waiting:
+        refused = server.http.post("/release_memory_occupation")
+        assert refused.status_code == 400 and "in work" in refused.json()["message"]
+        act(server, "/abort_request", {"abort_all": True})
+        waiting.result(PATIENCE_S)
     assert act(server, "/release_memory_occupation").json() == {"released": ["kv_cache", "weights"]}
     assert server.http.get("/health/ready").json()["error"]["code"] == "released"
     assert server.post("/generate", SHORT).status_code == 503
@@ -178,8 +181,6 @@ def test_a_fault_of_the_engine_is_an_answer_too(server: Running, monkeypatch: py
 def test_a_dead_engine_fails_those_who_steer_it() -> None:
     with running() as server:
         act(server, "/pause_generation")
-        thread = threading.Timer(0.2, server.theirs.close)
-        thread.start()
-        thread.join()
-        time.sleep(0.2)
+        server.theirs.shutdown(socket.SHUT_RDWR)  # what a killed process leaves
+        wait_until(lambda: server.client.state == "dead", "its end is noticed")
         assert server.http.post("/continue_generation").status_code == 503

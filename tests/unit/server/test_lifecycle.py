@@ -7,17 +7,17 @@ import json
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 
 from megatron_multiverse.config import EngineConfig
 from megatron_multiverse.server.config import LimitConfig
 from tests.unit.server.running import PROMPT, Running, running
+from tests.waiting import PATIENCE_S, wait_until
 
 LONG = {"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
 
@@ -28,23 +28,15 @@ def events(lines: Iterator[str]) -> Iterator[Any]:
             yield line[6:] if line == "data: [DONE]" else json.loads(line[6:])
 
 
-def wait_for_work(server: Running, answers: int = 1) -> None:
-    limit = time.monotonic() + 10
-    while len(server.engine.scheduler.active) + len(server.engine.scheduler.waiting) < answers:
-        assert time.monotonic() < limit
-        time.sleep(0.002)
-
-
 @pytest.mark.parametrize("body", [LONG, LONG | {"n": 3, "temperature": 1}, LONG | {"stream": True}], ids=str)
 def test_a_client_that_leaves_frees_all_branches(server: Running, body: dict[str, Any]) -> None:
-    with socket.create_connection(tuple(server.url.removeprefix("http://").split(":"))) as connection:  # type: ignore[arg-type]
-        content = json.dumps(body).encode()
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(content)
-        connection.sendall(head + content)
-        wait_for_work(server, body.get("n", 1))
-        steps = server.engine.num_steps
-        while server.engine.num_steps < steps + 60:  # well into the first block
-            time.sleep(0.002)
+    with server.held_after(60):  # well into the first block
+        with server.visitor("/v1/completions", body):
+            server.wait_until_held()
+            assert server.client.num_generations == body.get("n", 1)
+        server.host.steps_left = 300  # it ends in one of these, long before it would be complete
+        wait_until(lambda: not server.client.num_generations, "the answers have ended")
+        assert server.host.steps_left > 0
     server.wait_until_free()
     assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
 
@@ -60,7 +52,7 @@ def test_others_write_the_same_while_some_leave(server: Running) -> None:
     for thread in threads:
         thread.start()
     for _ in range(4):
-        with httpx2.stream("POST", server.url + "/v1/completions", json=LONG | {"stream": True}) as stream:
+        with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
             next(stream.iter_raw())
     for thread in threads:
         thread.join()
@@ -70,7 +62,8 @@ def test_others_write_the_same_while_some_leave(server: Running) -> None:
 
 def test_a_full_queue_asks_to_come_later() -> None:
     with running(limits=LimitConfig(max_queued=2)) as server:
-        with httpx2.stream("POST", server.url + "/v1/completions", json=LONG | {"stream": True, "n": 2}) as stream:
+        body = LONG | {"stream": True, "n": 2}
+        with server.held_after(30), server.http.stream("POST", "/v1/completions", json=body) as stream:
             next(stream.iter_raw())
             for body in (LONG, LONG | {"stream": True}):
                 response = server.post("/v1/completions", body)
@@ -98,8 +91,13 @@ def test_requests_that_wait_are_in_the_order_of_their_priority() -> None:
 
 
 def test_an_answer_that_takes_too_long_is_cut() -> None:
-    with running(limits=LimitConfig(request_timeout=0.3)) as server:
-        choice = server.post("/v1/completions", LONG | {"max_tokens": 3000}).json()["choices"][0]
+    with running(limits=LimitConfig(request_timeout=600)) as server, ThreadPoolExecutor() as pool:
+        with server.held_after(30):
+            future = pool.submit(server.post, "/v1/completions", LONG)
+            server.wait_until_held()
+            assert not future.done()
+            server.skip(600)
+            choice = future.result(PATIENCE_S).json()["choices"][0]
         assert choice["finish_reason"] == "abort" and choice["text"].startswith("<Think>")
         server.wait_until_free()
 
@@ -109,26 +107,23 @@ def test_a_dead_engine_fails_all_that_wait_and_the_server_says_so() -> None:
         found: dict[str, Any] = {}
 
         def stream() -> None:
-            body = LONG | {"stream": True}
-            with httpx2.stream("POST", server.url + "/v1/completions", json=body, timeout=30) as response:
+            with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as response:
                 for event in events(response.iter_lines()):
                     found.setdefault("events", []).append(event)
 
         def whole() -> None:
-            found["whole"] = httpx2.post(server.url + "/v1/completions", json=LONG, timeout=30)
+            found["whole"] = server.post("/v1/completions", LONG)
 
         threads = [threading.Thread(target=stream), threading.Thread(target=whole)]
-        for thread in threads:
-            thread.start()
-        wait_for_work(server, 2)
-        # Until its first event a stream is refused as a whole answer is.
-        while "events" not in found and threads[0].is_alive():
-            time.sleep(0.005)
-        start = time.monotonic()
-        server.theirs.shutdown(socket.SHUT_RDWR)  # what a killed process leaves
-        for thread in threads:
-            thread.join()
-        assert time.monotonic() - start < 10
+        with server.held_after(30):
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: server.client.num_generations == 2, "both are in the making")
+            # Until its first event a stream is refused as a whole answer is.
+            wait_until(lambda: "events" in found or not threads[0].is_alive(), "the stream has begun")
+            server.theirs.shutdown(socket.SHUT_RDWR)  # what a killed process leaves
+            for thread in threads:
+                thread.join()
         assert found["whole"].status_code == 503 and found["whole"].json()["error"]["code"] == "dead"
         assert found["events"][-1]["error"]["code"] == "dead", "an error, and no [DONE] after it"
         assert server.http.get("/health/ready").status_code == 503
@@ -146,7 +141,7 @@ def test_a_step_that_raises_ends_in_one_error_without_its_text(monkeypatch: pyte
         monkeypatch.setattr(server.engine.runner, "launch", fail)
         response = server.post("/v1/completions", LONG)
         assert response.status_code == 500 and "secret" not in response.text and "0x7f00" not in response.text
-        with httpx2.stream("POST", server.url + "/v1/completions", json=LONG | {"stream": True}) as stream:
+        with server.http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
             found = list(events(stream.iter_lines()))
         assert found[-1]["error"]["type"] == "internal_server_error" and "secret" not in str(found)
         monkeypatch.setattr(server.engine.runner, "launch", launch)
@@ -193,7 +188,8 @@ def test_metrics_tell_of_answers_branches_and_refusals(server: Running) -> None:
     changes = {name: value(name) - before[name] for name in names}
     assert list(changes.values()) == [1, 2, usage["completion_tokens"], 1, 1]
     server.wait_until_free()
-    time.sleep(0.6)  # a beat
+    steps = server.engine.num_steps
+    wait_until(lambda: value("multiverse_engine_steps ") == steps, "the engine has told of its last step")
     assert value("multiverse_step_seconds_count") > 0
     assert value("multiverse_engine_up") == 1 and value("multiverse_requests_running") == 0
     assert value("multiverse_cache_pages_free ") == value("multiverse_cache_pages ") == server.engine.book.num_pages

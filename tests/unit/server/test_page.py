@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,9 +23,16 @@ SCREENSHOTS = os.environ.get("MULTIVERSE_SCREENSHOTS")
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+def new_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Page]]:
     with browser(tmp_path_factory.mktemp("profile")) as opened:
         yield opened
+
+
+@pytest.fixture
+def page(new_page: Callable[[], Page]) -> Iterator[Page]:
+    opened = new_page()
+    yield opened
+    opened.close()
 
 
 def take(page: Page, name: str) -> None:
@@ -40,14 +47,15 @@ def text(page: Page, id: str) -> str:
 def test_branches_grow_in_columns_and_fold_at_the_join(page: Page, server: Running) -> None:
     page.size(1280, 900)
     page.dark(False)
-    page.requests.clear()
     page.open(server.url)
     page.run(f"at('prompt').value = {json.dumps(NESTED)}")
-    page.press("Enter", ctrl=True)
-    page.wait_for("document.querySelectorAll('.path .path.open').length === 2 && Number(at('total').textContent) > 300")
-    assert page.run("document.querySelectorAll('#answer > details > .paths > .path').length") == 3
-    assert int(text(page, "writing")) >= 2
-    take(page, "page_live")
+    with server.held_after(160):  # in the inner block
+        page.press("Enter", ctrl=True)
+        inner = "document.querySelectorAll('.path .path.open').length === 2"
+        page.wait_for(f"{inner} && Number(at('total').textContent) > 300")
+        assert page.run("document.querySelectorAll('#answer > details > .paths > .path').length") == 3
+        assert int(text(page, "writing")) >= 2
+        take(page, "page_live")
     page.wait_for("at('stop').disabled")
     assert text(page, "problem") == ""
     assert page.run("document.querySelectorAll('details[open]').length") == 0, "folded"
@@ -69,7 +77,9 @@ def test_branches_grow_in_columns_and_fold_at_the_join(page: Page, server: Runni
 
 
 def test_a_saved_stream_is_replayed_and_bad_files_are_refused(page: Page, server: Running) -> None:
-    """After the test above, on the same page: the stream it recorded."""
+    page.open(server.url)
+    page.run(f"at('prompt').value = {json.dumps(NESTED)}; run()")
+    page.wait_for("at('stop').disabled && Number(at('total').textContent) > 0")
     shown = text(page, "answer"), text(page, "total"), text(page, "critical")
     page.run("at('keep').checked = true; at('speed').value = '1000'; 0")
     page.run("replay(JSON.parse(JSON.stringify(recorded)))")
@@ -92,11 +102,12 @@ def test_escape_stops_and_frees(page: Page, server: Running) -> None:
     page.size(1280, 900)
     page.open(server.url)
     page.run(f"at('prompt').value = {json.dumps(NESTED)}")
-    page.run("run(); 0")
-    page.wait_for("Number(at('total').textContent) > 20")
-    page.press("Escape")
-    page.wait_for("at('stop').disabled")
-    server.wait_until_free()
+    with server.held_after(60):  # too few for the whole answer
+        page.run("run(); 0")
+        page.wait_for("Number(at('total').textContent) > 20")
+        page.press("Escape")
+        page.wait_for("at('stop').disabled")
+        server.wait_until_free()
 
 
 def test_markup_in_answers_and_errors_is_only_text(page: Page, server: Running) -> None:

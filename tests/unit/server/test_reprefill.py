@@ -15,6 +15,7 @@ from megatron_multiverse.clients.reprefill import Reprefill, ReprefillConfig, an
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.structure.trajectory import check_text
 from tests.unit.server.running import PROMPT, Running
+from tests.waiting import PATIENCE_S
 
 TOOL = Path(__file__).parents[3] / "tools" / "serve_by_reprefill.py"
 PLAIN = {"temperature": 0, "multiverse": {"enabled": False}}
@@ -57,7 +58,7 @@ def test_the_tool_prints_an_answer_and_writes_many(server: Running, tmp_path: Pa
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     command = [sys.executable, str(TOOL), "--url", server.url, "--extra-body", json.dumps(PLAIN)]
     files = ["--input", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out" / "answers.jsonl")]
-    subprocess.run([*command, *files], check=True, timeout=120)
+    subprocess.run([*command, *files], check=True, timeout=PATIENCE_S)
     rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [json.loads(line)["prompt"] for line in lines]
     assert "<Conclusion>" in rows[0]["text"] and "Answer: A = 11" in rows[1]["text"]

@@ -15,6 +15,7 @@ from megatron_multiverse.server.errors import ApiError, unavailable
 from megatron_multiverse.server.logprobs import TokenLogprobs, chat_object, completion_object
 from megatron_multiverse.server.streams import DONE, EventStream, event
 from tests.unit.server.running import tokenizer
+from tests.waiting import PATIENCE_S
 
 Message = dict[str, Any]
 
@@ -41,9 +42,10 @@ class Peer:
         return b"".join(message.get("body", b"") for message in self.sent)
 
 
-async def run(events: AsyncGenerator[bytes, None], peer: Peer, idle_timeout: float = 5) -> None:
+async def run(events: AsyncGenerator[bytes, None], peer: Peer, idle_timeout: float = PATIENCE_S) -> None:
     scope = {"type": "http"}
-    await asyncio.wait_for(EventStream(events, idle_timeout=idle_timeout)(scope, peer.receive, peer.send), 5)
+    stream = EventStream(events, idle_timeout=idle_timeout)
+    await asyncio.wait_for(stream(scope, peer.receive, peer.send), PATIENCE_S)
 
 
 def test_a_complete_stream_ends_with_done_and_a_blank_line() -> None:
@@ -108,7 +110,7 @@ def test_the_work_behind_a_stream_ends_with_it(reason: str) -> None:
                 ended = True
 
         peer = Peer(stalls_after=3 if reason == "stalled" else 10**9)
-        running = asyncio.create_task(run(events(), peer, idle_timeout=0.05))
+        running = asyncio.create_task(run(events(), peer, idle_timeout=0.05 if reason == "stalled" else PATIENCE_S))
         await asyncio.sleep(0.02)
         if reason == "left":
             peer.left.set()

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from tests.unit.server.running import MODEL, PROMPT
+from tests.waiting import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "run_text_generation_server.py"
@@ -33,8 +34,9 @@ class Tool:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.log: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        """Ends with all processes that write to the log."""
+        self.reader.start()
         port = self.wait_for(r"listening at http://127\.0\.0\.1:(\d+)")
         self.url = f"http://127.0.0.1:{port}"
 
@@ -42,21 +44,27 @@ class Tool:
         assert self.process.stderr is not None
         self.log.extend(iter(self.process.stderr.readline, ""))
 
-    def wait_for(self, pattern: str, seconds: float = 120) -> str:
-        limit = time.monotonic() + seconds
-        while time.monotonic() < limit and self.process.poll() is None:
-            for line in list(self.log):
-                if found := re.search(pattern, line):
-                    return found[1] if found.groups() else found[0]
-            time.sleep(0.02)
-        raise AssertionError("".join(self.log))
+    def wait_for(self, pattern: str) -> str:
+        """Until the log says it; the group of the pattern, if it has one, else all of it."""
+
+        def found() -> re.Match[str] | None:
+            return next((match for line in list(self.log) if (match := re.search(pattern, line))), None)
+
+        wait_until(lambda: found() or self.process.poll() is not None, f"the log says {pattern!r}")
+        match = found()
+        assert match is not None, "".join(self.log)
+        return match[1] if match.groups() else match[0]
+
+    def get(self, path: str) -> httpx2.Response:
+        return httpx2.get(self.url + path, timeout=PATIENCE_S)
+
+    def post(self, path: str, body: dict[str, Any]) -> httpx2.Response:
+        return httpx2.post(self.url + path, json=body, timeout=PATIENCE_S)
 
     def wait_for_answers(self, count: int) -> None:
         """Until so many are in the making."""
-        limit = time.monotonic() + 60
-        while f"multiverse_queue {count:.1f}" not in httpx2.get(self.url + "/metrics").text:
-            assert time.monotonic() < limit
-            time.sleep(0.01)
+        wanted = f"multiverse_queue {count:.1f}"
+        wait_until(lambda: wanted in self.get("/metrics").text, f"the server says {wanted}")
 
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children()
@@ -67,14 +75,25 @@ def started(*options: str) -> Iterator[Tool]:
     command = [sys.executable, str(TOOL), "--load", str(MODEL), "--port", "0", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        tool = Tool(process)
         try:
+            tool = Tool(process)
             tool.wait_for("ready: ")
             yield tool
         finally:
-            for child in tool.children() if process.poll() is None else []:
+            for child in psutil.Process(process.pid).children() if process.poll() is None else []:
                 child.kill()
             process.kill()
+
+
+@contextlib.contextmanager
+def standing_still(process: psutil.Process) -> Iterator[None]:
+    """In the block the process does nothing: what others ask of it lasts until then, however slow the test is."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +104,7 @@ def tool() -> Iterator[Tool]:
 
 def run_as_written(command: str, tool: Tool) -> str:
     command = command.replace("http://127.0.0.1:5000", tool.url)
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -112,7 +131,7 @@ def test_the_tools_of_the_docs_run_as_written(tool: Tool) -> None:
 def test_the_python_of_the_docs_runs_as_written(tool: Tool) -> None:
     (script,) = [text for kind, text in FENCE.findall(DOCS) if kind == "python"]
     script = script.replace("http://127.0.0.1:5000", tool.url)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0 and "Answer: A = 1550; B = 124" in done.stdout, done.stderr
 
 
@@ -132,48 +151,54 @@ def test_the_engine_goes_on_while_http_stands_still(tool: Tool) -> None:
         times = engine.cpu_times()
         return float(times.user + times.system)
 
-    body = {"prompt": PROMPT, "max_tokens": 800, "ignore_eos": True, "temperature": 0, "stream": True}
-    with httpx2.stream("POST", tool.url + "/v1/completions", json=body, timeout=60) as response:
-        lines = response.iter_lines()
-        next(lines)
-        before = used()
-        tool.process.send_signal(signal.SIGSTOP)
-        try:
-            limit, asleep = time.monotonic() + 120, 0
-            while asleep < 20 or used() - before < 0.1:  # a process that only waits for a core does not sleep
-                assert time.monotonic() < limit
-                time.sleep(0.05)
-                asleep = asleep + 1 if engine.status() == psutil.STATUS_SLEEPING else 0
-            now = used()
-        finally:
-            tool.process.send_signal(signal.SIGCONT)
-        text = "".join(lines)
+    lines: list[str] = []
+
+    def ask() -> None:
+        body = {"prompt": PROMPT, "max_tokens": 800, "ignore_eos": True, "temperature": 0, "stream": True}
+        with httpx2.stream("POST", tool.url + "/v1/completions", json=body, timeout=PATIENCE_S) as response:
+            lines.extend(response.iter_lines())
+
+    thread = threading.Thread(target=ask)
+    with contextlib.ExitStack() as http_stands:
+        with standing_still(engine):
+            thread.start()
+            tool.wait_for_answers(1)
+            http_stands.enter_context(standing_still(psutil.Process(tool.process.pid)))
+            before = used()
+        states: deque[str] = deque(maxlen=20)  # a process that only waits for a core does not sleep
+
+        def is_done() -> bool:
+            states.append(engine.status())
+            return states.count(psutil.STATUS_SLEEPING) == states.maxlen and used() - before > 0.1
+
+        wait_until(is_done, "the engine has nothing left to do")
+        now = used()
+    thread.join()
+    text = "".join(lines)
     assert text.endswith("data: [DONE]") and '"finish_reason":"length"' in text
     assert used() - now < (now - before) / 2, "it was written meanwhile, not afterwards"
 
 
-def test_sigterm_lets_answers_finish_and_says_no_to_new_ones(tool: Tool) -> None:
-    """The last test with this server."""
+def test_sigterm_lets_answers_finish_and_says_no_to_new_ones() -> None:
     found: dict[str, Any] = {}
     body = {"prompt": PROMPT, "max_tokens": 900, "temperature": 0}
-
-    def ask() -> None:
-        found["answer"] = httpx2.post(tool.url + "/v1/completions", json=body, timeout=60)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    tool.wait_for_answers(1)
-    tool.process.send_signal(signal.SIGTERM)
-    tool.wait_for("draining: 1 answers")
-    assert httpx2.get(tool.url + "/health/live").status_code == 200
-    ready = httpx2.get(tool.url + "/health/ready")
-    refused = httpx2.post(tool.url + "/v1/completions", json=body)
-    assert ready.status_code == refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
-    thread.join()
-    assert found["answer"].status_code == 200 and "Answer: A = 1550" in found["answer"].text
-    assert tool.process.wait(20) == 0
-    faults = ("Traceback", "ERROR", "WARNING")  # the engine ends by itself, or a warning says that it was killed
-    assert not [line for line in tool.log if any(fault in line for fault in faults)], "".join(tool.log)
+    thread = threading.Thread(target=lambda: found.update(answer=tool.post("/v1/completions", body)))
+    with started("--limits.drain-timeout", str(PATIENCE_S)) as tool:
+        (engine,) = tool.children()
+        with standing_still(engine):
+            thread.start()
+            tool.wait_for_answers(1)
+            tool.process.send_signal(signal.SIGTERM)
+            tool.wait_for("draining: 1 answers")
+            assert tool.get("/health/live").status_code == 200
+            ready, refused = tool.get("/health/ready"), tool.post("/v1/completions", body)
+            assert ready.status_code == refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+        thread.join()
+        assert found["answer"].status_code == 200 and "Answer: A = 1550" in found["answer"].text
+        assert tool.process.wait(PATIENCE_S) == 0
+        tool.reader.join()
+        faults = ("Traceback", "ERROR", "WARNING")  # the engine ends by itself, or a warning says that it was killed
+        assert not [line for line in tool.log if any(fault in line for fault in faults)], "".join(tool.log)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -195,28 +220,24 @@ def test_a_killed_engine_fails_those_that_wait_and_a_signal_ends_the_rest(ranks:
             ("resume_memory_occupation", {}),
             ("update_weights_from_disk", {"model_path": "model"}),
         ):
-            response = httpx2.post(f"{tool.url}/{path}", json=fields, timeout=60)
+            response = tool.post(f"/{path}", fields)
             assert response.status_code == 200, response.text
         body = {"prompt": PROMPT, "max_tokens": 700, "temperature": 0}
-        text = httpx2.post(tool.url + "/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+        text = tool.post("/v1/completions", body).json()["choices"][0]["text"]
         assert text.endswith("Answer: A = 1550; B = 124")
         found: dict[str, Any] = {}
-
-        def ask() -> None:
-            found["answer"] = httpx2.post(tool.url + "/v1/completions", json=LONG, timeout=60)
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        tool.wait_for_answers(1)
-        start = time.monotonic()
-        killed.kill()
-        thread.join()
-        assert found["answer"].status_code == 503 and time.monotonic() - start < 10
+        thread = threading.Thread(target=lambda: found.update(answer=tool.post("/v1/completions", LONG)))
+        with standing_still(killed):
+            thread.start()
+            tool.wait_for_answers(1)
+            killed.kill()
+            thread.join()
+        assert found["answer"].status_code == 503
         assert tool.children() == [], "no rank is left behind"
-        assert httpx2.get(tool.url + "/health/ready").status_code == 503
+        assert tool.get("/health/ready").status_code == 503
         tool.wait_for("the engine has ended")
         tool.process.send_signal(signal.SIGINT)
-        assert tool.process.wait(20) == 0
+        assert tool.process.wait(PATIENCE_S) == 0
 
 
 @pytest.mark.parametrize(
@@ -232,7 +253,7 @@ def test_a_killed_engine_fails_those_that_wait_and_a_signal_ends_the_rest(ranks:
 def test_what_cannot_work_is_one_line(options: list[str], message: str) -> None:
     command = [sys.executable, str(TOOL), "--load", str(MODEL), "--port", "0", *options]
     environment = {name: value for name, value in os.environ.items() if name != "MULTIVERSE_API_KEY"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
@@ -241,7 +262,7 @@ def test_an_engine_that_cannot_start_ends_the_server_with_its_reason(tmp_path: P
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         (tmp_path / name).write_bytes((MODEL / name).read_bytes())
     command = [sys.executable, str(TOOL), "--load", str(tmp_path), "--port", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1 and str(tmp_path) in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr
 
@@ -254,17 +275,17 @@ def test_the_slurm_script_and_its_client(tmp_path: Path) -> None:
     command = ["bash", str(script), "--served-model-name", "of the script's words"]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as process:
         try:
-            while not (tmp_path / "url").exists():
-                time.sleep(0.05)
+            wait_until(lambda: (tmp_path / "url").exists() or process.poll() is not None, "the script has the address")
             done = subprocess.run(
-                [sys.executable, str(client), str(tmp_path)], capture_output=True, text=True, timeout=200
+                [sys.executable, str(client), str(tmp_path)], capture_output=True, text=True, timeout=PATIENCE_S
             )
             assert "Answer: A = 1550; B = 124" in done.stdout, done.stderr
             assert (tmp_path / "key").stat().st_mode & 0o077 == 0
             models = (tmp_path / "url").read_text().strip() + "/v1/models"
-            assert httpx2.get(models).status_code == 401
+            assert httpx2.get(models, timeout=PATIENCE_S).status_code == 401
             key = {"Authorization": f"Bearer {(tmp_path / 'key').read_text().strip()}"}
-            assert httpx2.get(models, headers=key).json()["data"][0]["id"] == "of the script's words"
+            served = httpx2.get(models, headers=key, timeout=PATIENCE_S).json()["data"][0]["id"]
+            assert served == "of the script's words"
         finally:
             process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE_S) == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import socket
-import time
 
 from megatron_multiverse.inference.record import from_values, to_values
 from megatron_multiverse.inference.text.result import Result
@@ -41,10 +40,9 @@ def test_bytes_may_come_in_any_pieces() -> None:
 def test_nobody_waits_for_a_slow_reader() -> None:
     one, other = socket.socketpair()
     sender, receiver = Channel(one), Channel(other)
-    start = time.monotonic()
-    for k in range(50):
+    for k in range(50):  # more than the socket holds: to wait for the reader would be to wait for ever
         sender.send({"k": k, "data": b"x" * 100_000})
-    assert sender.is_behind and time.monotonic() - start < 5
+    assert sender.is_behind
     found: list[dict[str, object]] = []
     while len(found) < 50:
         found += receiver.receive()
