@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 PATIENCE_S = 200.0
 """Nothing that a test waits for takes so long, not even on a machine that is many times slower or stands still for
-seconds: the limit only ends a test that would wait for ever, and says what it waited for. pytest's own is 300 s."""
+seconds: the limit only ends a test that would wait for ever, and says what it waited for. pytest's own is 900 s."""
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:

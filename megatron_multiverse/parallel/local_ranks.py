@@ -19,6 +19,8 @@ import torch
 
 from megatron_multiverse.errors import RankError
 
+_LATER_S = 60.0
+"""How much later than the caller a rank gives up waiting for the others, so that the caller's error is the one told."""
 # Importing these takes seconds: it is done once, in the process that the ranks are forked from.
 _PRELOAD = [
     "megatron_multiverse.model.gpt",
@@ -115,7 +117,7 @@ def _rank(
             init_method=f"file://{rendezvous}",
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout),
+            timeout=datetime.timedelta(seconds=timeout + _LATER_S),
         )
         result = function(*args)
     except Exception:

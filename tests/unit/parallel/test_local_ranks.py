@@ -10,6 +10,7 @@ import torch
 
 from megatron_multiverse.errors import RankError
 from megatron_multiverse.parallel.local_ranks import _collect, run_ranks
+from tests.waiting import PATIENCE_S
 
 
 def sum_of_ranks() -> int:
@@ -31,7 +32,7 @@ def die_on_rank_1() -> None:
 
 
 def sleep() -> None:
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_results_come_in_the_order_of_ranks_and_groups_work() -> None:
@@ -44,15 +45,14 @@ def test_of_several_failures_the_first_is_reported() -> None:
     for (_, writer), when in zip(pipes, (7.0, 3.0, 5.0), strict=True):
         writer.send_bytes(pickle.dumps((when, f"failed at {when}", None)))
     with pytest.raises(RankError, match=r"rank 1 of 3 failed at 3\.0"):
-        _collect([reader for reader, _ in pipes], timeout=5)
+        _collect([reader for reader, _ in pipes], timeout=PATIENCE_S)
 
 
 def test_a_failing_dying_or_hanging_rank_is_reported_at_once() -> None:
-    start = time.monotonic()
+    """Not when time is up for those that wait for it, which is later than pytest's own limit."""
     with pytest.raises(RankError, match=r"rank 1 of 2 failed:(.|\n)*ValueError: this one"):
         run_ranks(fail_on_rank_1, 2)
     with pytest.raises(RankError, match=r"rank . of 2"):
         run_ranks(die_on_rank_1, 2)
     with pytest.raises(RankError, match=r"ranks \[0, 1\] of 2 did not finish within 2 s"):
         run_ranks(sleep, 2, timeout=2)
-    assert time.monotonic() - start < 30

@@ -14,6 +14,7 @@ import torch
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.parallel.local_ranks import forking_context, run_ranks
 from megatron_multiverse.parallel.ranks import Ranks, current_ranks, joined_ranks
+from tests.waiting import PATIENCE_S
 
 
 def one_of_two(rank: int, rendezvous_url: str, said: Path) -> None:
@@ -25,7 +26,7 @@ def one_of_two(rank: int, rendezvous_url: str, said: Path) -> None:
         assert ranks.sum([ranks.rank, 1]) == [1, 2]
         if ranks.rank == 1:
             raise ValueError("a fault of rank 1")
-        time.sleep(60)
+        time.sleep(600)
 
 
 def test_ranks_end_together_and_the_one_that_failed_says_why(tmp_path: Path) -> None:
@@ -36,7 +37,7 @@ def test_ranks_end_together_and_the_one_that_failed_says_why(tmp_path: Path) -> 
         for process in processes:
             process.start()
         for process in processes:
-            process.join(timeout=40)
+            process.join(timeout=PATIENCE_S / 2)
         codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
@@ -63,7 +64,7 @@ def test_torchrun_can_start_ranks_again(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "--max-restarts", "1", str(tmp_path / "restarted.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert "ValueError: a fault of the first start" in done.stderr
 
