@@ -12,6 +12,9 @@ from typing import Any
 from megatron_multiverse.config import TrainConfig
 from megatron_multiverse.parallel.local_ranks import run_ranks
 
+LIMIT_S = 600.0
+"""Seconds after which ranks are taken to hang: far more than they need on a busy machine, less than pytest's limit."""
+
 STEPS = int(os.environ.get("MULTIVERSE_STEPS", "4"))
 """Length of a run; `MULTIVERSE_STEPS=20` is the thorough test."""
 TOKENIZER = Path(__file__).parents[2] / "examples/quickstart/model"
@@ -72,7 +75,7 @@ def train_rank(data: Path, save: Path, world_size: int, changes: Mapping[str, An
 
 def train_on(world_size: int, data: Path, save: Path, **changes: Any) -> dict[str, list[float]]:
     """Train on so many gloo ranks; loss, grad norm and validation loss of each step, as metrics.jsonl has them."""
-    run_ranks(train_rank, world_size, data, save, world_size, changes, timeout=240)
+    run_ranks(train_rank, world_size, data, save, world_size, changes, timeout=LIMIT_S)
     return numbers(save)
 
 

@@ -21,6 +21,8 @@ from megatron_multiverse.model.weights import save_model
 from megatron_multiverse.parallel.local_ranks import run_ranks
 from tests.unit.inference import toy
 
+from .runs import LIMIT_S
+
 SHAPE: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2,
     "kv_channels": 8, "vocab_size": toy.VOCAB_SIZE + 1, "max_sequence_length": 4096, "add_qkv_bias": True,
@@ -84,7 +86,7 @@ def test_ranks_answer_as_one_does(
 ) -> None:
     """With the forward pass of decoding and with the model's own; four ranks share two key/value heads."""
     want = play(folders[tied], 1, 1, True)
-    got = run_ranks(play, tensor * pipeline, folders[tied], tensor, pipeline, own_forward, timeout=300)[0]
+    got = run_ranks(play, tensor * pipeline, folders[tied], tensor, pipeline, own_forward, timeout=LIMIT_S)[0]
     for mine, reference in zip(got, want, strict=True):
         assert [ids for ids, _ in mine] == [ids for ids, _ in reference]
         for (_, logprobs), (_, others) in zip(mine, reference, strict=True):

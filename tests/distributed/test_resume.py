@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from megatron_multiverse.errors import RankError
 from megatron_multiverse.parallel.local_ranks import run_ranks
 
-from .runs import numbers, train_on, train_rank
+from .runs import LIMIT_S, numbers, train_on, train_rank
 
 SETTINGS: dict[str, Any] = {"train_iters": 8, "checkpoint.save_interval": 1}
 KILLS = int(os.environ.get("MULTIVERSE_KILLS", "1"))
@@ -27,7 +27,7 @@ KILLS = int(os.environ.get("MULTIVERSE_KILLS", "1"))
 
 
 def train_until_killed(data: Path, save: Path, changes: Mapping[str, Any], after_s: float) -> None:
-    """Train, and be killed so long after the first new step; a save takes most of that time."""
+    """Train, and be killed so long after the first new step, or at the end; a save takes most of that time."""
     before = (save / "metrics.jsonl").stat().st_size if (save / "metrics.jsonl").exists() else 0
 
     def kill() -> None:
@@ -36,9 +36,12 @@ def train_until_killed(data: Path, save: Path, changes: Mapping[str, Any], after
         time.sleep(after_s)
         os.kill(os.getpid(), signal.SIGKILL)
 
+    killing = threading.Thread(target=kill, daemon=True)
     if torch.distributed.get_rank() == 1:
-        threading.Thread(target=kill, daemon=True).start()
+        killing.start()
     train_rank(data, save, 2, changes)
+    if torch.distributed.get_rank() == 1:
+        killing.join()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,8 @@ def test_a_run_that_is_killed_at_random_moments_ends_with_the_same_bits(
     killed = 0
     for _ in range(KILLS):
         try:
-            run_ranks(train_until_killed, 2, data, tmp_path, settings, rng.uniform(0.05, 0.6), timeout=240)
+            after_s = rng.uniform(0.05, 0.6)
+            run_ranks(train_until_killed, 2, data, tmp_path, settings, after_s, timeout=LIMIT_S)
         except RankError:
             killed += 1
     train_on(2, data, tmp_path, **settings)
@@ -107,7 +111,7 @@ def test_a_run_that_is_killed_in_the_middle_of_a_write_beside_it_does_not_load_t
 ) -> None:
     """Not even where nothing else is there."""
     with pytest.raises(RankError):
-        run_ranks(die_in_a_write, 2, data, tmp_path, timeout=240)
+        run_ranks(die_in_a_write, 2, data, tmp_path, timeout=LIMIT_S)
     (partial,) = tmp_path.glob("iter_*")
     assert partial.name == "iter_0000003.partial" and b"half" in [file.read_bytes() for file in partial.iterdir()]
     assert not (tmp_path / "latest_checkpointed_iteration.txt").exists() and 5 in newest_rows(tmp_path)
@@ -129,7 +133,7 @@ def fail_on_one_rank(data: Path, save: Path) -> None:
 
 def test_a_rank_that_cannot_write_stops_the_run_and_nothing_is_in_force(data: Path, tmp_path: Path) -> None:
     with pytest.raises(RankError, match="no space left"):
-        run_ranks(fail_on_one_rank, 2, data, tmp_path, timeout=120)
+        run_ranks(fail_on_one_rank, 2, data, tmp_path, timeout=LIMIT_S)
     assert not (tmp_path / "latest_checkpointed_iteration.txt").exists()
     assert numbers(tmp_path)["loss"]
 
@@ -159,7 +163,7 @@ def fail_in_the_background(data: Path, save: Path) -> str:
 def test_a_rank_that_cannot_write_in_the_background_stops_all_and_the_last_checkpoint_stays(
     data: Path, tmp_path: Path
 ) -> None:
-    first, second = run_ranks(fail_in_the_background, 2, data, tmp_path, timeout=120)
+    first, second = run_ranks(fail_in_the_background, 2, data, tmp_path, timeout=LIMIT_S)
     assert "iter_0000004 cannot be written" in first and "no space left" in first
     assert "iter_0000004 cannot be written" in second
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2\n"

@@ -18,6 +18,8 @@ from megatron_multiverse.parallel.local_ranks import run_ranks
 from megatron_multiverse.rl.trainer import train
 from tests.unit.rl.runs import SHAPE, make_start, metrics, run_config
 
+from .runs import LIMIT_S
+
 ANSWERS = (
     "reward",
     "accuracy",
@@ -72,7 +74,7 @@ def test_ranks_learn_what_one_process_learns(
     start: Path, tmp_path: Path, one_process: Outcome, tensor: int, ranks: int
 ) -> None:
     """Two replicas of one rank, and two of two tensor parallel ranks each."""
-    run_ranks(run, ranks, start, tmp_path, tensor, ranks, timeout=240)
+    run_ranks(run, ranks, start, tmp_path, tensor, ranks, timeout=LIMIT_S)
     records, weights = outcome(tmp_path)
     wanted_records, wanted = one_process
     assert len(records) == len(wanted_records) == 3

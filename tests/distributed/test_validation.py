@@ -15,7 +15,7 @@ from megatron_multiverse.evaluation.free_running import FreeRunning
 from megatron_multiverse.parallel.local_ranks import run_ranks
 from megatron_multiverse.training.trainer import train
 
-from .runs import LAYOUTS, TOKENIZER, config
+from .runs import LAYOUTS, LIMIT_S, TOKENIZER, config
 
 RUN: dict[str, Any] = {
     "model": None, "init_from": str(TOKENIZER), "train_iters": 1, "optim.lr": 1e-6, "optim.lr_warmup_iters": 0,
@@ -56,7 +56,7 @@ def test_ranks_validate_and_answer_as_one_process_does(data: Path, tmp_path: Pat
     if importlib.util.find_spec("deepspeed") is not None:
         layouts |= ZERO
     validate(data, tmp_path, {"one": {"engine": "one_process"}})
-    run_ranks(validate_on_two, 2, data, tmp_path, layouts, timeout=240)
+    run_ranks(validate_on_two, 2, data, tmp_path, layouts, timeout=LIMIT_S)
     valid, answers = found(tmp_path / "one")
     assert valid["tags"] > 30 and valid["tag_accuracy"] == valid["correct_tags"] / valid["tags"] > 0.9
     assert len(answers) == 3 and any(answer["blocks"] for answer in answers)

@@ -20,7 +20,7 @@ from megatron_multiverse.parallel.local_ranks import run_ranks
 from megatron_multiverse.training.engine import TrainEngine
 from megatron_multiverse.training.trainer import build_engine, train
 
-from .runs import MODEL, STEPS, config, numbers, train_on, train_rank
+from .runs import LIMIT_S, MODEL, STEPS, config, numbers, train_on, train_rank
 from .test_layouts import TOLERANCE
 from .test_resume import train_until_killed
 
@@ -81,7 +81,7 @@ def with_a_bad_gradient(data: Path, save: Path, settings: dict[str, Any]) -> str
 @pytest.fixture(scope="module")
 def played(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
-    (folder / "stopped.json").write_text(json.dumps(run_ranks(play, 2, data, folder, timeout=280)))
+    (folder / "stopped.json").write_text(json.dumps(run_ranks(play, 2, data, folder, timeout=LIMIT_S)))
     return folder
 
 
@@ -106,8 +106,8 @@ def test_a_run_goes_on_bit_for_bit(played: Path) -> None:
 def test_a_run_that_is_killed_goes_on_bit_for_bit(played: Path, data: Path, tmp_path: Path) -> None:
     beside = {**BF16, "checkpoint.async_save": True}
     with pytest.raises(RankError):
-        run_ranks(train_until_killed, 2, data, tmp_path, beside, random.Random(1).uniform(0, 0.4), timeout=120)
-    run_ranks(train_rank, 2, data, tmp_path, 2, beside, timeout=120)
+        run_ranks(train_until_killed, 2, data, tmp_path, beside, random.Random(1).uniform(0, 0.4), timeout=LIMIT_S)
+    run_ranks(train_rank, 2, data, tmp_path, 2, beside, timeout=LIMIT_S)
     straight, resumed = numbers(played / "straight 3"), numbers(tmp_path)
     count = len(straight["loss"])
     assert resumed["loss"][-1:] == straight["loss"][-1:] and len(resumed["loss"]) >= count
