@@ -15,7 +15,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -28,6 +28,7 @@ from tests.unit.curation.http_wire import head, read_request, send, send_error, 
 from tests.unit.curation.messages import Messages, digest_of, events, stage_of
 from tests.unit.curation.scripted import Script
 from tests.unit.curation.sdk_types import check_type
+from tests.waiting import PATIENCE_S, wait_until
 
 KEY = "sk-ant-secret-of-the-tests"
 VERSION = "2026-10-21"
@@ -104,12 +105,14 @@ class AnthropicServer:
         self._connections = 0
         self._port = port
         self._loop = asyncio.new_event_loop()
+        self._answers = asyncio.Event()
+        self._answers.set()
         self._ready = threading.Event()
 
     def __enter__(self) -> AnthropicServer:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(PATIENCE_S)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,10 +125,16 @@ class AnthropicServer:
 
     def wait_until_clients_have_left(self) -> None:
         """A killed client's requests are under way here until they are answered; a next client's are not to add up."""
-        end = time.monotonic() + 20
-        while self._connections:
-            assert time.monotonic() < end, f"{self._connections} connections are still open"
-            time.sleep(0.01)
+        wait_until(lambda: not self._connections, "all connections are closed")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """In the block single requests arrive as ever, and none is answered: whoever asks is still at it at the end."""
+        self._loop.call_soon_threadsafe(self._answers.clear)
+        try:
+            yield
+        finally:
+            self._loop.call_soon_threadsafe(self._answers.set)
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -186,6 +195,7 @@ class AnthropicServer:
         self._count_busy(+1)
         try:
             await asyncio.sleep(self.latency_s)
+            await self._answers.wait()
             return await self._answer(body, digest, fault, writer)
         finally:
             self._count_busy(-1)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
@@ -194,6 +194,17 @@ def chat() -> Iterator[str]:
     server.server_close()
 
 
+class PacedLoop(asyncio.SelectorEventLoop):
+    """Its clock goes on by five seconds with each answer, however long that takes."""
+
+    def __init__(self, answered: Callable[[], int]) -> None:
+        self._answered = answered
+        super().__init__()
+
+    def time(self) -> float:
+        return 5.0 * self._answered()
+
+
 async def ask_at_once(provider: Provider, count: int) -> list[Answer | Failure]:
     try:
         return await asyncio.gather(*(provider.complete(request) for request in [OUTLINE, STREAMED] * (count // 2)))
@@ -202,16 +213,19 @@ async def ask_at_once(provider: Provider, count: int) -> list[Answer | Failure]:
 
 
 def test_no_more_requests_are_on_the_wire_than_allowed(chat: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with AnthropicServer(SCRIPTS, latency_s=0.4) as server:
-        # Most of them wait for a connection for longer than an answer may take.
-        answers = asyncio.run(ask_at_once(anthropic(server, concurrency=2, timeout_s=1.6), 12))
+    """Most of them wait for a connection for longer than an answer may take."""
+    limits = {"concurrency": 2, "timeout_s": 20.0, "max_retries": 0}
+    with AnthropicServer(SCRIPTS, latency_s=0.2) as server:
+        with asyncio.Runner(loop_factory=lambda: PacedLoop(lambda: sum(server.delivered.values()))) as runner:
+            answers = runner.run(ask_at_once(anthropic(server, **limits), 12))
         assert all(isinstance(answer, Answer) for answer in answers)
         assert max(count for _, count in server.busy) == 2
     monkeypatch.setattr(_Chat, "answer", completion("stop"))
     monkeypatch.setattr(_Chat, "status", 200)
-    monkeypatch.setattr(_Chat, "latency_s", 0.4)
+    monkeypatch.setattr(_Chat, "latency_s", 0.2)
     monkeypatch.setattr(_Chat, "under_way", changes := [])
-    answers = asyncio.run(ask_at_once(OpenAIProvider("m", base_url=chat, concurrency=2, timeout_s=1.6), 12))
+    with asyncio.Runner(loop_factory=lambda: PacedLoop(lambda: changes.count(-1))) as runner:
+        answers = runner.run(ask_at_once(OpenAIProvider("m", base_url=chat, **limits), 12))
     assert all(isinstance(answer, Answer) for answer in answers)
     assert max(accumulate(changes)) == 2
 

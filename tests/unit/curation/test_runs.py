@@ -26,6 +26,7 @@ from megatron_multiverse.errors import ConfigError, DataError
 from tests.unit.curation.anthropic_server import KEY, AnthropicServer, Faults
 from tests.unit.curation.conftest import Run, random_scripts
 from tests.unit.curation.scripted import Script
+from tests.waiting import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = random_scripts(8)
@@ -117,14 +118,17 @@ def start(run: Run, server: AnthropicServer, *options: str) -> subprocess.Popen[
     return subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def wait_for_calls(server: AnthropicServer, process: subprocess.Popen[str], count: int) -> None:
+    wait_until(lambda: server.calls.total() >= count or process.poll() is not None, f"{count} calls have been made")
+
+
 @pytest.mark.parametrize("batch", [False, True], ids=["live", "batch"])
 def test_killed_runs_go_on_and_pay_for_no_answer_twice(run: Run, batch: bool) -> None:
     with AnthropicServer(SCRIPTS, latency_s=0.05, batch_s=0.3) as server:
         for number in range(2):
             process = start(run, server, *(["--batch"] if batch else []))
-            calls = server.calls.total()
-            while server.calls.total() < calls + 3 + 2 * number and process.poll() is None:
-                time.sleep(0.01)
+            calls = server.calls.total() + 3 + 2 * number
+            wait_for_calls(server, process, calls)
             process.kill()
             process.communicate()
             server.wait_until_clients_have_left()
@@ -162,12 +166,14 @@ def test_a_batch_that_was_handed_over_but_not_noted_is_found_by_the_next_start(r
 
 
 def test_sigterm_waits_for_the_answers_that_are_paid(run: Run) -> None:
-    with AnthropicServer(SCRIPTS, latency_s=0.3) as server:
-        process = start(run, server)
-        while not server.calls.total():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+    with AnthropicServer(SCRIPTS) as server:
+        with server.held():
+            process = start(run, server)
+            wait_for_calls(server, process, 1)
+            process.send_signal(signal.SIGTERM)
+            assert process.stderr is not None
+            assert any("waiting for the answers that are under way" in line for line in process.stderr)
+        _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 1 and "stopped by SIGTERM; the same command goes on" in errors
         delivered = Counter(server.delivered)
         run(server)
@@ -199,14 +205,14 @@ def _spent(run: Run) -> float:
 
 
 def test_one_run_at_a_time_and_with_the_same_settings(run: Run) -> None:
-    with AnthropicServer(SCRIPTS, latency_s=0.5) as server:
-        process = start(run, server)
-        while not server.calls.total():
-            time.sleep(0.01)
-        with pytest.raises(DataError, match="another run works in"):
-            run(server)
-        process.kill()
-        process.communicate()
+    with AnthropicServer(SCRIPTS) as server:
+        with server.held():
+            process = start(run, server)
+            wait_for_calls(server, process, 1)
+            with pytest.raises(DataError, match="another run works in"):
+                run(server)
+            process.kill()
+            process.communicate()
         with pytest.raises(ConfigError, match="effort was 'medium' and is 'high' now"):
             run(server, effort="high")
     (run.folder / "other").mkdir()

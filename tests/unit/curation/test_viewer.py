@@ -14,6 +14,7 @@ from megatron_multiverse.curation.trees import think, walk
 from megatron_multiverse.curation.viewer import write_view
 from megatron_multiverse.structure import Parts
 from tests.unit.curation.random_trees import trajectory
+from tests.waiting import PATIENCE_S
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "</script><script>document.title='broken'</script> <!-- <b>x</b> & \u2028"
@@ -40,7 +41,7 @@ def test_a_browser_shows_every_block_and_path(tmp_path: Path) -> None:
     parts = trajectory(3)
     assert CHROMIUM is not None
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page(tmp_path, parts).as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
     assert "<title>Curated sample, row 1</title>" in dom
     blocks = [block for _, block in walk(parts)]
     assert dom.count('<details class="block"') == len(blocks)
