@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -11,6 +12,14 @@ from tests.real_tokenizers import PACKAGES, real_tokenizer_folder
 
 # Small tensors: one thread is fastest. Set before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+with contextlib.suppress(ImportError):  # some environments run the few tests that need it not
+    from hypothesis import HealthCheck, settings
+
+    # How long it takes to draw or to run an example says how busy the machine is.
+    patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("patient", settings.get_profile(settings.get_current_profile_name()), **patient)
+    settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -158,20 +158,17 @@ def test_relative_imports_are_resolved(file: str, line: str, found: str) -> None
     assert f"{source_of(node, ROOT / file)}.{node.names[0].name}" == found
 
 
-def test_importing_the_package_is_light_and_quick() -> None:
-    """A fresh process; the best of three, so that a busy machine does not fail it."""
+def test_importing_the_package_is_light() -> None:
+    """A fresh process: the package alone imports nothing, its structure numpy."""
     code = (
-        "import sys, time; start = time.perf_counter(); import megatron_multiverse; "
-        "seconds = time.perf_counter() - start; import megatron_multiverse.structure; "
-        "print('torch' in sys.modules, seconds)"
+        "import sys; before = set(sys.modules); "
+        "import megatron_multiverse; print(*set(sys.modules) - before); "
+        "import megatron_multiverse.structure; print(*set(sys.modules) - before)"
     )
-    seconds = []
-    for _ in range(3):
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        has_torch, taken = result.stdout.split()
-        assert has_torch == "False"
-        seconds.append(float(taken))
-    assert min(seconds) < 0.2
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    alone, structure = ({name.split(".")[0] for name in line.split()} for line in done.stdout.splitlines())
+    assert alone == {"megatron_multiverse"}
+    assert structure - set(sys.stdlib_module_names) == {"megatron_multiverse", "numpy"}
 
 
 def module_name(path: Path) -> str:

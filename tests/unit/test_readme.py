@@ -42,7 +42,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     assert words[0] == PYTHON
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
 
 

@@ -21,7 +21,6 @@ __all__ = ["checkout"]
 IN_PROCESS = ("tools/convert_checkpoint.py", "tools/verify_checkpoint.py", "tools/generate.py")
 
 
-@pytest.mark.timeout(240)
 def test_commands_run_in_the_order_written(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.structure import Block, Tag, render
 from tests.unit.data.conftest import SEQUENTIAL, TRAJECTORY, train_sentencepiece
+from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "preprocess_data.py"
@@ -217,13 +218,13 @@ def test_tool_reports_and_fails_when_too_many_rows_are_rejected(tmp_path, hf_fol
         "--json-keys", "prompt", "response", "--workers", "1",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
     assert "1 rows rejected, --max-rejected allows 0" in done.stderr
     assert "documents   3 of 4 rows" in done.stdout and "docs/s" in done.stdout
     assert (tmp_path / "out.idx").exists()
     done = subprocess.run(
-        [*command, "--max-rejected", "1"], env=environment, capture_output=True, text=True, timeout=120
+        [*command, "--max-rejected", "1"], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 0, done.stderr
 
@@ -253,7 +254,9 @@ def test_help_teaches_without_torch(tmp_path):
         f"sys.argv = ['preprocess_data.py', '--help']; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 0, done.stderr
     for flag in ("--input", "--output-prefix", "--tokenizer-type", "--workers", "--append-eod", "--max-rejected"):
         assert flag in done.stdout

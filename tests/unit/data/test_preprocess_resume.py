@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -16,6 +15,7 @@ from megatron_multiverse.data import worker_pool
 from megatron_multiverse.data.preprocess import preprocess_data
 from megatron_multiverse.errors import DataError
 from tests.unit.data.test_preprocess import ROOT, TOOL, _bytes, _config, _rows, _write_rows
+from tests.waiting import PATIENCE_S, wait_until
 
 
 @pytest.mark.parametrize("damage", ["", '{"key": "ab', "[]", "{}"])
@@ -106,23 +106,41 @@ def test_changed_run_begins_anew(tmp_path, hf_folder, monkeypatch, change):
     assert result.reused_shards == 0
 
 
+STANDS_STILL = """
+import runpy, sys, time
+from megatron_multiverse.data import worker_pool
+process_shard = worker_pool.process_shard
+
+def first_alone(shard, *args, **kwargs):
+    if shard.start > 0:
+        time.sleep(3600)
+    process_shard(shard, *args, **kwargs)
+
+worker_pool.process_shard = first_alone
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""The tool named by the first argument, which never gets beyond the first shard."""
+
+
 def test_killed_run_resumes_to_the_same_bytes(tmp_path, hf_folder):
     source = _write_rows(tmp_path / "rows.jsonl", _rows(9000))  # several shards of 1 MiB
     command = [
-        sys.executable, str(TOOL), "--input", str(source), "--output-prefix", str(tmp_path / "out"),
+        str(TOOL), "--input", str(source), "--output-prefix", str(tmp_path / "out"),
         "--tokenizer-model", str(hf_folder), "--workers", "1",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out.shards" / "00000.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = subprocess.Popen([sys.executable, "-c", STANDS_STILL, *command], env=environment)
+    first = tmp_path / "out.shards" / "00000.json"
+    wait_until(lambda: first.exists() or process.poll() is not None, "the first shard is finished")
     workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert workers and not psutil.wait_procs(workers, timeout=10)[1]
-    assert not (tmp_path / "out.bin").exists(), "the run was over before it could be killed"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert workers and not psutil.wait_procs(workers, timeout=PATIENCE_S)[1]
+    assert not (tmp_path / "out.bin").exists()
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert done.returncode == 0, done.stderr
     assert "going on: " in done.stderr
     preprocess_data(_config(source, tmp_path / "whole", hf_folder, workers=2))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "examples/evaluate/evaluate_32b.sbatch"
@@ -19,11 +20,11 @@ case $1 in
     echo "server on $CUDA_VISIBLE_DEVICES: $*" >> "$LOG"
     if [[ $SERVER_FAILS ]]; then echo "error: no such checkpoint" >&2; exit 1; fi
     echo "INFO ready: http://127.0.0.1:900${CUDA_VISIBLE_DEVICES::1}" >&2
-    exec sleep 60 ;;
-  *) echo "evaluate with $MULTIVERSE_API_KEY: $*" >> "$LOG"
-    for ((k = 0; k < ANSWERS; k++)); do echo '{}' >> "$OUTPUT/samples.jsonl"; done
+    exec sleep 600 ;;
+  *) for ((k = 0; k < ANSWERS; k++)); do echo '{}' >> "$OUTPUT/samples.jsonl"; done
+    echo "evaluate with $MULTIVERSE_API_KEY: $*" >> "$LOG"
     if [[ $CODE ]]; then exit "$CODE"; fi
-    exec sleep 60 ;;
+    exec sleep 600 ;;
 esac
 """
 
@@ -48,7 +49,7 @@ def start(folder: Path, **settings: str) -> tuple[subprocess.Popen[str], Path]:
 @pytest.mark.parametrize("code", ["0", "1"])
 def test_four_servers_share_the_answers(tmp_path: Path, code: str) -> None:
     process, log = start(tmp_path, CODE=code)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == int(code), errors
     lines = log.read_text().splitlines()
     assert sorted(line.split(":")[0] for line in lines[:4]) == [f"server on {k},{k + 1}" for k in (0, 2, 4, 6)]
@@ -64,11 +65,9 @@ def test_before_the_time_limit_the_job_goes_back_into_the_queue_if_it_got_somewh
     tmp_path: Path, answers: str, requeued: bool
 ) -> None:
     process, log = start(tmp_path, ANSWERS=answers)
-    while "evaluate" not in log.read_text():
-        time.sleep(0.02)
-    time.sleep(0.2)  # the answers are written, and the script waits
+    wait_until(lambda: "evaluate" in log.read_text() or process.poll() is not None, "the answers are written")
     process.send_signal(signal.SIGUSR1)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert ("scontrol requeue 7" in log.read_text()) is requeued, errors
     assert process.returncode == (0 if requeued else 1)
     assert requeued or "no answer was finished" in errors
@@ -76,5 +75,5 @@ def test_before_the_time_limit_the_job_goes_back_into_the_queue_if_it_got_somewh
 
 def test_a_server_that_does_not_start_ends_the_job_with_its_error(tmp_path: Path) -> None:
     process, log = start(tmp_path, SERVER_FAILS="1")
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1 and "no such checkpoint" in errors and "evaluate" not in log.read_text()

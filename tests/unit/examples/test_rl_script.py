@@ -6,13 +6,15 @@ import os
 import subprocess
 from pathlib import Path
 
+from tests.waiting import PATIENCE_S
+
 SCRIPT = Path(__file__).parents[3] / "examples" / "rl" / "run.sh"
 PYTHON = """#!/bin/bash
 # Stands in for python: two GPUs are visible, each call is noted. If seed 2 fails, seed 1 runs until it is stopped.
 if [ "$1" = -c ]; then echo 2; exit; fi
 trap 'echo "stopped $*" >> "$CALLS"; exit 75' TERM
 echo "${CUDA_VISIBLE_DEVICES-} $*" >> "$CALLS"
-if [[ "$FAILS" = 2 && "$*" == *"--seed 1 "* ]]; then for _ in $(seq 400); do sleep 0.05; done; fi
+if [[ "$FAILS" = 2 && "$*" == *"--seed 1 "* ]]; then for _ in $(seq 4000); do sleep 0.05; done; fi
 if [[ "$FAILS" = 2 && "$*" == *"--seed 2 "* ]]; then
   until grep -q -e "--seed 1 " "$CALLS"; do sleep 0.05; done
   exit 9
@@ -33,7 +35,7 @@ def run_script(folder: Path, fails: int = 0) -> tuple[int, list[str]]:
         "CUDA_VISIBLE_DEVICES": "5,7",
         "FAILS": str(fails),
     }
-    done = subprocess.run(["bash", SCRIPT, "--train_iters", "9"], env=os.environ | given, timeout=60)
+    done = subprocess.run(["bash", SCRIPT, "--train_iters", "9"], env=os.environ | given, timeout=PATIENCE_S)
     return done.returncode, calls.read_text(encoding="utf-8").splitlines()
 
 

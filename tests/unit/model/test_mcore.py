@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron_multiverse.model import mcore
+from tests.waiting import PATIENCE_S
 
 OURS = "mcore.ensure_parallel_state()"
 THEIRS = "torch.distributed.init_process_group('gloo', store=HashStore(), rank=0, world_size=1)"
@@ -27,7 +28,7 @@ def test_our_group_is_destroyed_at_exit(code: str, initialized: list[str]) -> No
         "atexit.register(lambda: print(torch.distributed.is_initialized(), flush=True))\n"  # runs last
         "from megatron_multiverse.model import mcore\n" + code
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == initialized
     assert "destroy_process_group() was not called" not in done.stderr
@@ -37,7 +38,7 @@ def test_groups_of_ranks_that_are_gone_are_made_anew() -> None:
     """A model can be built after a dry run, or a run of several ranks, has taken its process group along."""
     code = f"{OURS}; torch.distributed.destroy_process_group(); print(mcore.tensor_parallel_place())"
     program = f"import torch\nfrom megatron_multiverse.model import mcore\n{code}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[0] == "(1, 0)"
 

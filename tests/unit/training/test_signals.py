@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -17,10 +16,11 @@ from megatron_multiverse.training import one_process
 from megatron_multiverse.training.run_folder import RunFolder
 from megatron_multiverse.training.signals import EXIT_CODE_STOPPED, StopSignals, hold_signals
 from megatron_multiverse.training.trainer import train
+from tests.waiting import PATIENCE_S, wait_until
 
 from .synthetic import SyntheticLoader, config
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 class WorkerLoader(SyntheticLoader):
@@ -38,24 +38,27 @@ class WorkerLoader(SyntheticLoader):
 
 
 def train_until_stopped(save: str) -> None:
-    """What the process of the test below does."""
+    """What the process of the tests below does."""
     torch.set_num_threads(1)
     result = train(config(Path(save), train_iters=10**6, **{"checkpoint.save_interval": 3}), WorkerLoader())
     sys.exit(EXIT_CODE_STOPPED if result.model_folder is None else 0)
 
 
+def start(save: Path) -> subprocess.Popen[bytes]:
+    """A run that trains until it is stopped, leader of a process group of its own."""
+    code = f"from tests.unit.training.test_signals import train_until_stopped; train_until_stopped({str(save)!r})"
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
+
+
 def test_a_signal_to_every_process_of_the_job_saves_and_stops(tmp_path: Path) -> None:
     """The loader's worker and the process that saves get the signal too, as under SLURM, and must survive it."""
-    code = f"from training.test_signals import train_until_stopped; train_until_stopped({str(tmp_path)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=TESTS, start_new_session=True)
+    process = start(tmp_path)
     try:
         pointer = tmp_path / "latest_checkpointed_iteration.txt"
-        deadline = time.monotonic() + 120
-        while not pointer.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(lambda: pointer.exists() or process.poll() is not None, "a checkpoint is there")
         first = int(pointer.read_text())
         os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait(60) == EXIT_CODE_STOPPED
+        assert process.wait(PATIENCE_S) == EXIT_CODE_STOPPED
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -65,17 +68,19 @@ def test_a_signal_to_every_process_of_the_job_saves_and_stops(tmp_path: Path) ->
 
 def test_nothing_outlives_a_run_that_is_killed(tmp_path: Path) -> None:
     """As the kernel does when memory is short. The folder can be used again at once."""
-    code = f"from training.test_signals import train_until_stopped; train_until_stopped({str(tmp_path)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=TESTS, start_new_session=True)
+    process = start(tmp_path)
+    pointer = tmp_path / "latest_checkpointed_iteration.txt"
     try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "iter_0000006").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+
+        def is_far() -> bool:
+            return pointer.exists() and int(pointer.read_text()) >= 6
+
+        wait_until(lambda: is_far() or process.poll() is not None, "two checkpoints have been written")
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= 1  # the loader's worker; Python's resource tracker; while saving, the writers
         process.kill()
-        process.wait(60)
-        assert not psutil.wait_procs(children, timeout=10)[1]
+        process.wait(PATIENCE_S)
+        assert not psutil.wait_procs(children, timeout=PATIENCE_S)[1]
         with RunFolder(CheckpointConfig(save=str(tmp_path))) as run:
             assert run.start_step is not None
     finally:
