@@ -53,6 +53,8 @@ def models():
 
 def test_loss_and_gradients_equal_our_model(models) -> None:
     hf, ours = models
+    hf.zero_grad()
+    ours.zero_grad()
     inputs = model_inputs([0, 0], response(), VOCAB)
     got = hf(**inputs)
     got.loss.backward()

@@ -108,26 +108,32 @@ def test_answers_are_aborted_by_their_name(server: Running, pool: ThreadPoolExec
     assert server.post("/abort_request", {}).status_code == 400
 
 
-def test_other_weights_change_answers_and_the_version_says_so(server: Running, pool: ThreadPoolExecutor) -> None:
-    before = server.post("/generate", SHORT).json()
-    assert before["meta_info"]["weight_version"] == "default"
-    assert before["meta_info"]["finish_reason"]["matched"] in server.app.state.model.end_ids
-    with asked(server, pool, LONG) as waiting:
-        update = {"model_path": "changed", "weight_version": "step 1"}
-        answer = act(server, "/update_weights_from_disk", update).json()
-    assert answer["success"] and answer["num_paused_requests"] == 1
-    both = waiting.result(PATIENCE_S).json()
-    assert both["meta_info"]["weight_version_names"] == {"0": "default", "1": "step 1"}
-    versions = both["multiverse"]["tree"]["weight_versions"]
-    assert len(versions) == len(both["output_ids"]) and set(versions) == {0, 1}
-    after = server.post("/generate", SHORT).json()
-    assert after["text"] != before["text"] and after["meta_info"]["weight_version"] == "step 1"
-    assert server.http.get("/model_info").json()["weight_version"] == "step 1"
-    act(server, "/update_weights_from_disk", {"model_path": "original", "abort_all_requests": True, "keep_pause": True})
-    assert server.http.get("/server_info").json()["paused"]
-    act(server, "/continue_generation")
-    again = server.post("/generate", SHORT).json()
-    assert again["text"] == before["text"] and again["meta_info"]["weight_version"] == "2"
+def test_other_weights_change_answers_and_the_version_says_so(root: Path, pool: ThreadPoolExecutor) -> None:
+    """On a server of its own, whose first weights are in use."""
+    with running(weights_root=root) as server:
+        before = server.post("/generate", SHORT).json()
+        assert before["meta_info"]["weight_version"] == "default"
+        assert before["meta_info"]["finish_reason"]["matched"] in server.app.state.model.end_ids
+        with asked(server, pool, LONG) as waiting:
+            update = {"model_path": "changed", "weight_version": "step 1"}
+            answer = act(server, "/update_weights_from_disk", update).json()
+        assert answer["success"] and answer["num_paused_requests"] == 1
+        both = waiting.result(PATIENCE_S).json()
+        assert both["meta_info"]["weight_version_names"] == {"0": "default", "1": "step 1"}
+        versions = both["multiverse"]["tree"]["weight_versions"]
+        assert len(versions) == len(both["output_ids"]) and set(versions) == {0, 1}
+        after = server.post("/generate", SHORT).json()
+        assert after["text"] != before["text"] and after["meta_info"]["weight_version"] == "step 1"
+        assert server.http.get("/model_info").json()["weight_version"] == "step 1"
+        act(
+            server,
+            "/update_weights_from_disk",
+            {"model_path": "original", "abort_all_requests": True, "keep_pause": True},
+        )
+        assert server.http.get("/server_info").json()["paused"]
+        act(server, "/continue_generation")
+        again = server.post("/generate", SHORT).json()
+        assert again["text"] == before["text"] and again["meta_info"]["weight_version"] == "2"
 
 
 def test_weights_come_from_below_the_root_and_from_nowhere_else(server: Running, root: Path) -> None:

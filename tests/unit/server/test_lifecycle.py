@@ -80,14 +80,16 @@ def test_a_full_queue_asks_to_come_later() -> None:
 
 def test_requests_that_wait_are_in_the_order_of_their_priority() -> None:
     with running(engine=EngineConfig(max_rows=1)) as server, contextlib.ExitStack() as streams:
+        streams.enter_context(server.held_after(30))  # the first one stays where it is
+        scheduler = server.engine.scheduler
         readers = []  # a reader that is not kept would close its stream
         for number, priority in enumerate((None, 3, 0, -3), 1):
             body = LONG | {"stream": True, "priority": priority}
-            stream = streams.enter_context(httpx2.stream("POST", server.url + "/v1/completions", json=body))
+            stream = streams.enter_context(server.http.stream("POST", "/v1/completions", json=body))
             readers.append(stream.iter_raw())
             next(readers[-1])
-            wait_for_work(server, number)
-        assert [state.request.priority for state in server.engine.scheduler.waiting] == [-3, 0, 3]
+            wait_until(lambda n=number: len(scheduler.active) + len(scheduler.waiting) == n, f"{number} are there")
+        assert [state.request.priority for state in scheduler.waiting] == [-3, 0, 3]
 
 
 def test_an_answer_that_takes_too_long_is_cut() -> None:

@@ -15,7 +15,9 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.training import saver
 from megatron_multiverse.training.trainer import train
+from tests.clocks import TestClock
 
 from .synthetic import SyntheticLoader, config
 from .test_trainer import records
@@ -107,10 +109,14 @@ def test_a_run_goes_on_from_it_bit_for_bit(tmp_path: Path) -> None:
     assert [row["resumed"] for row in records(tmp_path / "cut", "start")] == [False, True]
 
 
-def test_times_are_told_and_are_no_time_of_steps(tmp_path: Path, gate: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_times_are_told_and_are_no_time_of_steps(
+    tmp_path: Path, gate: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(saver, "time", clock := TestClock(tick=0.001))
+
     def release(number: int) -> None:
         if number == 10:
-            time.sleep(0.5)
+            clock.sleep(0.5)
             gate.unlink()
 
     with caplog.at_level(logging.INFO):
@@ -123,9 +129,15 @@ def test_times_are_told_and_are_no_time_of_steps(tmp_path: Path, gate: Path, cap
 
 
 def test_a_save_that_comes_too_soon_waits_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, gate: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before_writing(monkeypatch, lambda path: time.sleep(0.3))
+    warn = saver.logger.warning
+
+    def release(*args: Any) -> None:
+        warn(*args)
+        gate.unlink(missing_ok=True)
+
+    monkeypatch.setattr(saver.logger, "warning", release)
     settings = {"checkpoint.save_interval": 1, "checkpoint.keep_last": 1, "train_iters": 3}
     train(config(tmp_path, **BESIDE | settings), SyntheticLoader())
     assert sorted(file.name for file in tmp_path.glob("iter_*")) == ["iter_0000003"]
