@@ -34,6 +34,8 @@ WITHOUT_EFFECT = (
     "optim.lr_decay_iters",
 )
 """Settings, or groups of them, in which a resumed run may differ without a warning from here."""
+_ABSENT = "nothing"
+"""The value of a setting that is not there, in a warning."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class RunDescription:
                 "another folder in checkpoint.save"
             )
         for name, was, now in _differences(_read(folder / TRAIN_CONFIG_FILE), self.config.to_dict()):
-            if not any(f"{name}.".startswith(f"{known}.") for known in WITHOUT_EFFECT):
+            is_newer = was == _ABSENT and _is_default(self.config, name)  # than the version that wrote the checkpoint
+            if not is_newer and not any(f"{name}.".startswith(f"{known}.") for known in WITHOUT_EFFECT):
                 logger.warning(
                     "the steps so far ran with %s %s, this run goes on with %s: its numbers are not those of a run "
                     "that was never interrupted",
@@ -100,8 +103,17 @@ def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, An
     """(dotted name, saved value, present value) of all that differs, as JSON would write it."""
     flat_was, flat_now = _flat(was), _flat(json.loads(json.dumps(now)))
     names = {**flat_now, **flat_was}
-    pairs = ((name, flat_was.get(name, "nothing"), flat_now.get(name, "nothing")) for name in names)
+    pairs = ((name, flat_was.get(name, _ABSENT), flat_now.get(name, _ABSENT)) for name in names)
     return [(name, before, after) for name, before, after in pairs if before != after]
+
+
+def _is_default(config: Any, name: str) -> bool:
+    """Whether a setting, by its dotted name, has the value that it has where nobody names it."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        config = getattr(config, parent, None)
+    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    return any(field.name == last and getattr(config, last) == field.default for field in fields)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

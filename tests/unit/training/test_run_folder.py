@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import shutil
@@ -282,6 +283,21 @@ def test_settings_that_change_numbers_are_warned_of_and_others_are_not(
     assert len(caplog.messages) == len(loud)
     for name, value in loud.items():
         assert any(f"ran with {name} " in line and f"goes on with {value}" in line for line in caplog.messages)
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_is_warned_of_only_where_it_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    DESCRIPTION.write(tmp_path)
+    file = tmp_path / "train_config.json"
+    saved = json.loads(file.read_text())
+    del saved["optim"]["implementation"], saved["deterministic"]
+    file.write_text(json.dumps(saved))
+    DESCRIPTION.check(tmp_path)
+    assert not caplog.messages
+    RunDescription(RUN.model, config(tmp_path, **{"optim.implementation": "apex"})).check(tmp_path)
+    (line,) = caplog.messages
+    assert "ran with optim.implementation nothing, this run goes on with apex" in line
 
 
 def test_a_flipped_bit_is_noticed_before_anything_is_loaded(tmp_path: Path) -> None:
