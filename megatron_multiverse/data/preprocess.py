@@ -40,6 +40,7 @@ from megatron_multiverse.data.work_folder import (
     has_key,
     read_object,
     refuse_foreign_outputs,
+    warn_of_old_index,
 )
 from megatron_multiverse.data.worker_pool import run_workers
 from megatron_multiverse.errors import ConfigError, DataError
@@ -158,6 +159,7 @@ def preprocess_data(config: PreprocessConfig) -> PreprocessResult:
                 logger.info("going on: %d of %d shards are finished", reused, len(source.shards))
             _write_shards(folder, source, recipe, tokenizer, config)
             totals = _join(folder, source, config, tokenizer)
+        warn_of_old_index(config.output_prefix)
     except OSError as error:
         raise DataError(
             f"cannot write {error.filename or config.output_prefix}: {error.strerror or error}. Shards that are "

@@ -167,6 +167,20 @@ def refuse_foreign_outputs(output_prefix: str, key: str) -> None:
         )  # fmt: skip
 
 
+def warn_of_old_index(output_prefix: str) -> None:
+    """Name the index of samples that megatron-core's GPTDataset keeps for these outputs, after they were written anew.
+
+    megatron-core finds it by the path and the settings alone, and would read the new data through it.
+    """
+    index = Path(output_prefix) / "cache" / "GPTDataset_indices"
+    if index.is_dir():
+        logger.warning(
+            "%s: Megatron made this index from the data that stood here before, and would read the new ones by it "
+            "without a word. Delete it before training with Megatron's own GPTDataset",
+            index,
+        )
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file that a run wrote; {} if there is none or it is damaged."""
     if not path.is_file():
