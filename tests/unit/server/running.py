@@ -9,13 +9,14 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 import uvicorn
 from fastapi import FastAPI
 
@@ -43,9 +44,13 @@ class SteppedHost(EngineHost):
     """Takes as many steps as tests allow; in between it hears messages as ever, and ends what is cancelled."""
 
     steps_left = math.inf
+    is_passed_on: Callable[[], bool] | None = None
+    """Whether all that was said to the HTTP side has been passed on; if given, each step waits for it."""
 
     def _step(self) -> None:
-        if self.steps_left > 0:
+        if self.is_passed_on is not None and not self.is_passed_on():
+            time.sleep(0.0005)
+        elif self.steps_left > 0:
             self.steps_left -= 1
             super()._step()
         else:
@@ -90,6 +95,32 @@ class Running:
             yield
         finally:
             self.host.steps_left = math.inf
+
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """In the block the engine takes each step after the HTTP side has passed the one before on. So streams have a
+        chunk for each of them; else a busy HTTP side passes several on at once."""
+        said = heard = 0
+        send, handle = self.host.channel.send, self.client._handle
+
+        def counted_send(message: dict[str, Any]) -> None:
+            nonlocal said
+            said += message["op"] == "step"
+            send(message)
+
+        def counted_handle(message: dict[str, Any]) -> None:
+            nonlocal heard
+            handle(message)
+            heard += message["op"] == "step"
+
+        def is_passed_on() -> bool:
+            return heard == said and not any(one.writes for one in list(self.client._generations.values()))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.host.channel, "send", counted_send)
+            patch.setattr(self.client, "_handle", counted_handle)
+            patch.setattr(self.host, "is_passed_on", is_passed_on)
+            yield
 
     def wait_until_held(self) -> None:
         """Until the engine has taken the steps of `held_after`."""

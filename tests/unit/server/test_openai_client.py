@@ -30,28 +30,29 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("some/other")
 
 
-def test_completions_whole_and_streamed_are_the_same(client: openai.OpenAI) -> None:
+def test_completions_whole_and_streamed_are_the_same(client: openai.OpenAI, server: Running) -> None:
     whole = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=900, temperature=0)
     text, usage = whole.choices[0].text, whole.usage
     assert "Answer: A = 1550; B = 124" in text and whole.choices[0].finish_reason == "stop" and usage is not None
     assert usage.num_parallel > 1 and usage.critical_tokens < usage.completion_tokens  # type: ignore[attr-defined]
-    chunks = list(
-        client.completions.create(
-            model=NAME,
-            prompt=PROMPT,
-            max_tokens=900,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
+    with server.in_step():
+        chunks = list(
+            client.completions.create(
+                model=NAME,
+                prompt=PROMPT,
+                max_tokens=900,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
         )
-    )
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == text
     again = chunks[-1].usage
     assert chunks[-1].choices == [] and again is not None and again.prompt_tokens_details is not None
     assert again.prompt_tokens_details.cached_tokens > 0, "the first answer computed this prompt"
     assert again == usage.model_copy(update={"prompt_tokens_details": again.prompt_tokens_details})
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
-    assert len(chunks) > 3, "a busy machine tells of many tokens at once"
+    assert len(chunks) > 50
 
 
 def test_cached_tokens_count_once_for_a_prompt_like_its_tokens(client: openai.OpenAI) -> None:
@@ -65,18 +66,19 @@ def test_cached_tokens_count_once_for_a_prompt_like_its_tokens(client: openai.Op
 
 
 @pytest.mark.parametrize("mode", ["linear", "branches"])
-def test_every_chunk_says_what_was_used_so_far_if_asked(client: openai.OpenAI, mode: str) -> None:
-    *chunks, last = client.completions.create(
-        model=NAME,
-        prompt=PROMPT,
-        max_tokens=900,
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
-        extra_body={"multiverse": {"stream_mode": mode}},
-    )
+def test_every_chunk_says_what_was_used_so_far_if_asked(client: openai.OpenAI, server: Running, mode: str) -> None:
+    with server.in_step():
+        *chunks, last = client.completions.create(
+            model=NAME,
+            prompt=PROMPT,
+            max_tokens=900,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
+            extra_body={"multiverse": {"stream_mode": mode}},
+        )
     used = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
-    assert len(used) == len(chunks) and used[0] == 0 and used == sorted(used) and len(set(used)) > 3
+    assert len(used) == len(chunks) and used[0] == 0 and used == sorted(used) and len(set(used)) > 50
     assert last.usage is not None and used[-1] == last.usage.completion_tokens
 
 
@@ -129,14 +131,16 @@ def test_thoughts_apart_whole_and_streamed(client: openai.OpenAI) -> None:
     assert (content, thought) == (message.content, message.reasoning_content)
 
 
-def test_branches_side_by_side(client: openai.OpenAI) -> None:
+def test_branches_side_by_side(client: openai.OpenAI, server: Running) -> None:
     """Labels stand beside the text, not in it; the pieces of each branch are its text."""
     options = {"model": NAME, "messages": [{"role": "user", "content": PROMPT}], "temperature": 0}
     whole = client.chat.completions.create(**options).choices[0].message.content  # type: ignore[call-overload]
     texts: dict[str, str] = defaultdict(str)
     order, marks = [], []
     extra = {"multiverse": {"stream_mode": "branches"}}
-    for chunk in client.chat.completions.create(**options, stream=True, extra_body=extra):  # type: ignore[call-overload]
+    with server.in_step():
+        chunks = list(client.chat.completions.create(**options, stream=True, extra_body=extra))  # type: ignore[call-overload]
+    for chunk in chunks:
         (choice,) = chunk.choices
         assert not choice.delta.model_extra
         label = getattr(choice, "multiverse", None)
