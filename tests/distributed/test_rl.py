@@ -65,7 +65,9 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one_process(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("one")
-    run(start, folder, 1, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "1")  # which the run sets
+        run(start, folder, 1, 1)
     return outcome(folder)
 
 
