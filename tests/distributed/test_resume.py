@@ -30,8 +30,13 @@ def train_until_killed(data: Path, save: Path, changes: Mapping[str, Any], after
     """Train, and be killed so long after the first new step, or at the end; a save takes most of that time."""
     before = (save / "metrics.jsonl").stat().st_size if (save / "metrics.jsonl").exists() else 0
 
+    ended = threading.Event()  # a run that was killed at its end has no step left
+
+    def has_trained() -> bool:
+        return (save / "metrics.jsonl").exists() and b'"train"' in (save / "metrics.jsonl").read_bytes()[before:]
+
     def kill() -> None:
-        while not (save / "metrics.jsonl").exists() or b'"train"' not in (save / "metrics.jsonl").read_bytes()[before:]:
+        while not has_trained() and not ended.is_set():
             time.sleep(0.01)
         time.sleep(after_s)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -40,6 +45,7 @@ def train_until_killed(data: Path, save: Path, changes: Mapping[str, Any], after
     if torch.distributed.get_rank() == 1:
         killing.start()
     train_rank(data, save, 2, changes)
+    ended.set()
     if torch.distributed.get_rank() == 1:
         killing.join()
 
