@@ -207,6 +207,12 @@ class RLConfig:
             f"policy.updates_per_step ({parts}) must not exceed rollout.prompts_per_step ({groups}): each update takes "
             "whole groups",
         )
+        engine = self.rollout.engine
+        check(
+            engine.quantization == "none" or self.parallel.tensor_model_parallel_size == 1,
+            f"rollout.engine.quantization {engine.quantization} runs on one rank, "
+            f"parallel.tensor_model_parallel_size is {self.parallel.tensor_model_parallel_size}: leave one of them out",
+        )
         self._check_parallel()
         self.train_config()  # checks what the parts have in common
 

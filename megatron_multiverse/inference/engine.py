@@ -170,10 +170,8 @@ class Engine:
             version: what the new weights are called in results.
 
         Raises:
-            GenerationError: called from within a step, or the engine has quantised weights of its own.
+            GenerationError: called from within a step.
         """
-        if self.config.quantization != "none":
-            raise GenerationError(f"weights in {self.config.quantization} cannot be exchanged: leave quantization out")
         with self._guard():
             self._land_early()  # what runs was launched before the change
             restart(self.scheduler)

@@ -16,6 +16,7 @@ from megatron_multiverse.checksums import CHECKSUMS_FILE, checksum, write_checks
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.files import flush
+from megatron_multiverse.kernels.fused_linear import FP8, quantize_rows
 from megatron_multiverse.model.mcore import pipeline_parallel_size, tensor_parallel_place
 from megatron_multiverse.weight_names import is_extra_state, plain_name
 
@@ -31,20 +32,28 @@ def weight_state(model: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Copy the weights of a model into another of the same shape, in place, each in the dtype and on the device of the
-    target: tensors that an engine holds stay the ones it holds.
+    target: tensors that an engine holds stay the ones it holds. Those that an engine has rounded to FP8 are rounded
+    anew, from the format of the target's other weights, as when the engine was made.
 
     Raises:
         ConfigError: the models have different weights.
     """
     given, wanted = weight_state(source), weight_state(target)
+    scales = {name: wanted.pop(name) for name in wanted.keys() - given.keys() if name.endswith(".weight_scale")}
     misfits = given.keys() ^ wanted.keys()
     misfits |= {name for name in given.keys() & wanted.keys() if given[name].shape != wanted[name].shape}
     if misfits:
         raise ConfigError(
             f"the models differ in {len(misfits)} weights, e.g. {min(misfits)}: copy between models of one shape"
         )
+    format_of_others = next(tensor.dtype for tensor in wanted.values() if tensor.dtype != FP8)
     for name, tensor in wanted.items():
-        tensor.copy_(given[name])
+        if (scale := scales.get(f"{name}_scale")) is None:
+            tensor.copy_(given[name])
+        else:
+            rounded, new_scale = quantize_rows(given[name].to(tensor.device, format_of_others))
+            tensor.copy_(rounded)
+            scale.copy_(new_scale)
 
 
 def save_model(model: nn.Module, config: ModelConfig, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

@@ -78,7 +78,8 @@ class Rollouts:
     """Draws the answers of a run.
 
     The engine runs the very model that is trained, so an optimizer's step is all the hand-over there is. Where the
-    trained weights are float32 and dtype is bf16, which is so on one rank, it runs a bf16 copy of them.
+    trained weights are float32 and dtype is bf16, which is so on one rank, it runs a bf16 copy of them; with
+    `engine.quantization` a copy, too, whose products are rounded anew after every step.
 
     Over several ranks each replica draws answers to its share of the prompts. The noise of an answer follows from the
     seed and the number of its prompt in the run, so they are the answers of one process.
@@ -111,10 +112,11 @@ class Rollouts:
         self._sizes = engine_config(config, check_length(config, model_config, prompts.longest), replica.count)
         self._played = model
         weight = next(model.parameters())
-        if config.dtype == "bf16" and weight.dtype != torch.bfloat16:
+        played = torch.bfloat16 if config.dtype == "bf16" else weight.dtype
+        if played != weight.dtype or self._sizes.quantization != "none":
             layers = LayerConfig(transformer_impl=layers.transformer_impl)
             self._played = build_gpt_model(
-                model_config, dtype=torch.bfloat16, device=weight.device, initialize=False, layers=layers
+                model_config, dtype=played, device=weight.device, initialize=False, layers=layers
             )
         # The end tokens that generation_config.json names end answers too, as they do where the model is served.
         ends = end_ids(Path(config.init_from), tokenizer)

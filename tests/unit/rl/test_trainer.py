@@ -14,7 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_multiverse.config import CheckpointConfig, OptimConfig, PolicyConfig, RewardConfig, TaskConfig
+from megatron_multiverse.config import (
+    CheckpointConfig,
+    OptimConfig,
+    ParallelConfig,
+    PolicyConfig,
+    RewardConfig,
+    TaskConfig,
+)
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, TrainingError
 from megatron_multiverse.inference import from_record
 from megatron_multiverse.model.gpt import build_gpt_model
@@ -135,6 +142,24 @@ def test_a_bf16_run_hands_its_weights_to_the_engine(start: Path, tmp_path: Path)
     train(run_config(start, tmp_path, dtype="bf16", rollout=rollout))
     drift = [record["logprob_drift"] for record in metrics(tmp_path)]
     assert max(drift) < 0.05, "the engine's copy follows the trained weights"
+
+
+@pytest.mark.parametrize(("dtype", "free_cache"), [("float32", False), ("bf16", True)])
+def test_rollouts_in_fp8_follow_the_weights_and_leave_them_as_they_are(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, free_cache: bool
+) -> None:
+    plain = run_config(start, tmp_path).rollout
+    engine = dataclasses.replace(plain.engine, quantization="fp8")
+    rollout = dataclasses.replace(plain, engine=engine, free_cache=free_cache)
+    train(run_config(start, tmp_path, dtype=dtype, rollout=rollout))
+    drift = [record["logprob_drift"] for record in metrics(tmp_path)]
+    assert min(drift) > 1e-4 and max(drift) < 0.1, "rounded, and rounded anew after each step"
+    begun, trained = (load_file(folder / "model" / "model.safetensors") for folder in (start, tmp_path))
+    for name, weight in trained.items():
+        assert weight.dtype == begun[name].dtype == torch.float32 and not torch.equal(weight, begun[name]), name
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="quantization fp8 runs on one rank"):
+        run_config(start, tmp_path, rollout=rollout, parallel=ParallelConfig(tensor_model_parallel_size=2))
 
 
 def test_an_engine_that_rounds_as_the_trainer_agrees_better_in_bf16(tmp_path: Path) -> None:

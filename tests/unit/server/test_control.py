@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.config import EngineConfig
 from megatron_multiverse.model.weights import save_model
 from tests.unit.server.running import MODEL, PROMPT, Running, running
 from tests.waiting import PATIENCE_S, wait_until
@@ -173,6 +174,19 @@ def test_memory_is_given_back_and_taken_again(server: Running, pool: ThreadPoolE
     assert server.post("/generate", SHORT).json()["text"] != expected
     act(server, "/update_weights_from_disk", {"model_path": "original"})
     assert server.post("/generate", SHORT).json()["text"] == expected
+
+
+def test_a_server_in_fp8_takes_other_weights_and_gives_memory_back(root: Path) -> None:
+    engine = EngineConfig(max_rows=16, quantization="fp8")
+    with running(weights_root=root, engine=engine) as server:
+        before = server.post("/generate", SHORT).json()["text"]
+        act(server, "/update_weights_from_disk", {"model_path": "changed"})
+        changed = server.post("/generate", SHORT).json()["text"]
+        act(server, "/release_memory_occupation")
+        act(server, "/resume_memory_occupation")
+        assert server.post("/generate", SHORT).json()["text"] == changed != before
+        act(server, "/update_weights_from_disk", {"model_path": "original"})
+        assert server.post("/generate", SHORT).json()["text"] == before
 
 
 def test_a_fault_of_the_engine_is_an_answer_too(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
