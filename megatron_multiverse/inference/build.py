@@ -20,6 +20,8 @@ from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.step.forward import KVStore
+from megatron_multiverse.inference.step.model_ranks import ModelRanks
+from megatron_multiverse.inference.step.quantize import quantize_products
 from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.model.mcore import set_parallel_sizes
 from megatron_multiverse.parallel.ranks import Ranks, joined_ranks
@@ -58,6 +60,8 @@ def build_engine(
     _check_tokenizer(source, tokenizer)
     check_source(source)
     model, model_config = model_from_source(source, dtype=dtype, device=device)
+    if config.quantization != "none":  # before the cache is measured, which gets what the weights give free
+        quantize_products(model, ModelRanks.current())
     if not config.num_pages:
         longest = longest or model_config.max_sequence_length
         page_bytes = KVStore.page_bytes(model, config.page_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference import build
 from megatron_multiverse.inference.build import fitting_pages
 from megatron_multiverse.inference.step.forward import KVStore
+from megatron_multiverse.inference.step.quantize import quantize_products
 
 from .toy import ToyModel, ask, toy_engine
 
@@ -58,6 +60,24 @@ def test_an_engine_of_a_checkpoint_fits_its_cache(monkeypatch: pytest.MonkeyPatc
     assert 0.85 * (3 << 20) - page < engine.book.num_pages * page <= 0.85 * (3 << 20)
     asked = build.build_engine(model, tokenizer, EngineConfig(page_size=16, num_pages=500))
     assert asked.book.num_pages == 500
+
+
+def test_an_engine_in_fp8_measures_its_cache_beside_weights_that_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ROOT / "examples" / "quickstart" / "model"
+    order = []
+
+    def round_weights(*args: Any) -> None:
+        order.append("rounded")
+        quantize_products(*args)
+
+    def measure(device: torch.device) -> int:
+        order.append("measured")
+        return 3 << 20
+
+    monkeypatch.setattr(build, "quantize_products", round_weights)
+    monkeypatch.setattr(build, "free_bytes", measure)
+    build.build_engine(model, build_tokenizer("HuggingFaceTokenizer", model), EngineConfig(quantization="fp8"))
+    assert order == ["rounded", "measured"]
 
 
 def test_the_format_of_an_engine_is_that_of_its_device() -> None:
