@@ -23,6 +23,10 @@ from .reference import (
 MAX_ROWS = 32
 """With more, cuBLAS is faster (64 rows of Qwen2.5-7B on an H200: 5.97 ms per step instead of 7.1)."""
 
+MAX_SPLIT_ROWS = 512
+"""With more, widening a weight in FP8 once costs less than multiplying both parts of all rows (an H200,
+benchmarks/kernels/results/fp8_products_h200.md)."""
+
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of x [n, width] with a learned scale [width], computed in float32 or better."""
@@ -36,7 +40,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """x [n, in] weight^T (+ bias) -> [n, out]; `scale` [out] of a weight in FP8, see `quantize_rows`."""
     if not _few_rows(x, weight, scale):
-        return F.linear(x, dequantize_rows(weight, scale, x.dtype), bias)
+        return _many_rows(x, weight, bias, scale)
     from .triton_skinny import skinny_linear
 
     return skinny_linear(x, weight, bias=bias, scale=scale)
@@ -48,12 +52,11 @@ def linear_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: 
         from .triton_skinny import skinny_linear
 
         return skinny_linear(x, weight, bias=bias, scale=scale, swiglu=True)
-    weight = dequantize_rows(weight, scale, x.dtype)
-    if not _on_gpu(x, weight):
-        return linear_swiglu_reference(x, weight, bias)
+    if not (x.is_cuda and x.dtype.itemsize == 2):
+        return linear_swiglu_reference(x, dequantize_rows(weight, scale, x.dtype), bias)
     from .triton_rows import swiglu_rows
 
-    return swiglu_rows(F.linear(x, weight, bias))
+    return swiglu_rows(_many_rows(x, weight, bias, scale))
 
 
 def linear_add(
@@ -64,7 +67,19 @@ def linear_add(
         from .triton_skinny import skinny_linear
 
         return skinny_linear(x, weight, residual=residual, bias=bias, scale=scale)
+    if _some_rows(x, scale):
+        return residual.add_(_many_rows(x, weight, bias, scale))
     return linear_add_reference(x, dequantize_rows(weight, scale, x.dtype), residual, bias)
+
+
+def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    """`linear` by torch's products."""
+    if scale is None or not _some_rows(x, scale):
+        return F.linear(x, dequantize_rows(weight, scale, x.dtype), bias)
+    from .scaled import split_linear
+
+    out = split_linear(x, weight, scale)
+    return out if bias is None else out.add_(bias)
 
 
 def _few_rows(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
@@ -72,6 +87,11 @@ def _few_rows(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
     if scale is not None:
         return x.is_cuda and x.dtype == torch.bfloat16 and len(x) <= MAX_ROWS
     return _on_gpu(x, weight) and len(x) <= MAX_ROWS
+
+
+def _some_rows(x: Tensor, scale: Tensor | None) -> bool:
+    """Whether torch's kernel for FP8 multiplies, if that for few rows does not."""
+    return scale is not None and x.is_cuda and x.dtype == torch.bfloat16 and len(x) <= MAX_SPLIT_ROWS
 
 
 def _on_gpu(x: Tensor, weight: Tensor) -> bool:
