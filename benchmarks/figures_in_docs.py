@@ -28,7 +28,6 @@ BENCHMARKS = ROOT / "benchmarks"
 LINK = re.compile(r"\]\([./]*(benchmarks/[\w/.]*results/[\w.]+)\.(?:json|jsonl|md)\)")
 ONLY_LINKED = {
     ("docs/data.md", "benchmarks/results/preprocess_cpu"),
-    ("docs/engine.md", "benchmarks/results/engine_h200"),
     ("docs/engine.md", "benchmarks/results/host_step_cpu"),
 }
 """Documents, and results that they name without quoting a figure."""
@@ -119,6 +118,22 @@ def engine() -> Iterator[str]:
         f"takes {fp8[0]['ms_per_step']:.2f} ms at batch 1 and {fp8[-1]['ms_per_step']:.2f} at 32, in bf16 "
         f"{bf16[0]['ms_per_step']:.2f} and {bf16[2]['ms_per_step']:.2f}"
     )
+    layer = results("kernels/results/fp8_products_h200")
+    faster = [_sum_of(layer, "widened_us", n) / _sum_of(layer, "scaled_mm_us", n) for n in (48, 128, 2048)]
+    yield (
+        f"{faster[0]:.1f} times as fast as widening the weights in each call at 48 rows, {faster[1]:.1f} times at "
+        f"128 and {faster[2]:.1f} times at 2,048"
+    )
+    many = results("results/engine_fp8_h200")["fp8_many_rows"]["rows"][0]
+    (plain,) = (
+        row["ms_per_step"]
+        for row in results("results/engine_h200")["decode"]
+        if (row["model"], row["batch"]) == ("qwen2.5-7b", 128)
+    )
+    yield (
+        f"at batch 128 a step takes {many['ms_per_step']:.2f} ms ({many['tokens_per_second']:,.0f} tokens/s), with "
+        f"bf16 weights [{plain:.2f}](../benchmarks/results/engine_h200.json)"
+    )
     rows = results("results/engine_blocks_h200")["rows"]
     joints = [row["fork_and_join_ms"] for row in rows if "fork_and_join_ms" in row]
     yield f"took {joints[0]:.1f} ms with overlap and {joints[1]:.1f} in turn"
@@ -177,6 +192,12 @@ def engine() -> Iterator[str]:
     low, high = times(goodput, always)
     yield f"{low:.1f} to {high:.1f} times those of always"
     yield f"at most {max(times('serial_gap_p99_ms', never)):.2f} times that of never"
+
+
+def _sum_of(rows: list[dict[str, Any]], name: str, count: int) -> float:
+    """Of all products with so many rows."""
+    total: float = sum(row[name] for row in rows if row["rows"] == count)
+    return total
 
 
 def _ideal_share(batch: int) -> str:

@@ -1,7 +1,7 @@
 """The linear layers of decoding, each with the activation or the residual that stands beside it, and their norm.
 
 On a GPU a kernel of ours multiplies up to 32 rows in half precision; more rows, and everything on a CPU, take torch's
-products.
+products. For weights in FP8 those are torch's scaled ones up to `MAX_SPLIT_ROWS` rows; beyond, the weights are widened.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from .reference import (
 MAX_ROWS = 32
 """With more, cuBLAS is faster (64 rows of Qwen2.5-7B on an H200: 5.97 ms per step instead of 7.1)."""
 
-MAX_SPLIT_ROWS = 512
-"""With more, widening a weight in FP8 once costs less than multiplying both parts of all rows (an H200,
-benchmarks/kernels/results/fp8_products_h200.md)."""
+MAX_SPLIT_ROWS = 2048
+"""The most that were measured: both parts of so many rows, multiplied by a weight in FP8, still take less time than the
+rows by a weight that is widened first (an H200, benchmarks/kernels/results/fp8_products_h200.md). What widening saves
+grows with the rows, what it costs does not, so it wins at some point beyond."""
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -67,14 +68,14 @@ def linear_add(
         from .triton_skinny import skinny_linear
 
         return skinny_linear(x, weight, residual=residual, bias=bias, scale=scale)
-    if _some_rows(x, scale):
+    if _some_rows(x, weight, scale):
         return residual.add_(_many_rows(x, weight, bias, scale))
     return linear_add_reference(x, dequantize_rows(weight, scale, x.dtype), residual, bias)
 
 
 def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     """`linear` by torch's products."""
-    if scale is None or not _some_rows(x, scale):
+    if scale is None or not _some_rows(x, weight, scale):
         return F.linear(x, dequantize_rows(weight, scale, x.dtype), bias)
     from .scaled import split_linear
 
@@ -89,9 +90,11 @@ def _few_rows(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
     return _on_gpu(x, weight) and len(x) <= MAX_ROWS
 
 
-def _some_rows(x: Tensor, scale: Tensor | None) -> bool:
-    """Whether torch's kernel for FP8 multiplies, if that for few rows does not."""
-    return scale is not None and x.is_cuda and x.dtype == torch.bfloat16 and len(x) <= MAX_SPLIT_ROWS
+def _some_rows(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether torch's kernel for FP8 multiplies, if that for few rows does not. It takes multiples of 16."""
+    if scale is None or not x.is_cuda or x.dtype != torch.bfloat16 or weight.shape[0] % 16 or weight.shape[1] % 16:
+        return False
+    return len(x) <= MAX_SPLIT_ROWS
 
 
 def _on_gpu(x: Tensor, weight: Tensor) -> bool:

@@ -67,7 +67,7 @@ def test_products_equal_float64(rows, depth, width):
         assert got.data_ptr() == kept.data_ptr() and relative(got, want) < 6e-3
 
 
-@pytest.mark.parametrize("rows", [1, 8, 17, 32, 40, 513])
+@pytest.mark.parametrize("rows", [1, 8, 17, 32, 40, 513, 2049])
 @pytest.mark.parametrize(("depth", "width"), [(256, 384), (3584, 3584), (3584, 18944), (8960, 1536), (1536, 8960)])
 def test_products_of_weights_in_fp8_equal_float64(rows, depth, width):
     generator = torch.Generator("cuda").manual_seed(rows + depth)
