@@ -49,9 +49,9 @@ class EngineConfig:
     a kernel does several of them: log-probabilities come closer to the trainer's, steps take a little longer."""
     quantization: Quantization = "none"
     """fp8: the weights of attention and MLP are rounded to eight bits, with a scale for each row, when the engine is
-    made, which halves their memory; activations and cache keep their format. Steps of up to 32 rows take less time
-    (docs/engine.md), larger ones widen the weights first. One rank; the model serves engines alone then, and new
-    weights are copied into it (`model.weights.copy_weights`)."""
+    made, which halves their memory; activations and cache keep their format. Steps of up to 32 rows take less time,
+    larger ones more (docs/engine.md). One rank; the model serves engines alone then, and new weights are copied into it
+    (`model.weights.copy_weights`)."""
     debug: bool = False
     """Fill freed pages with NaN and check the page books after every step."""
 

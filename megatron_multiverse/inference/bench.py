@@ -75,6 +75,14 @@ class BenchConfig:
     output: Path | None = None
     """JSON file for all figures."""
 
+    def __post_init__(self) -> None:
+        sizes = ("prompts", "batch", "context", "new_tokens", "fork_prefix", "fork_branches", "fork_tokens")
+        for name in (*sizes, "num_parallel", "answer_tokens", "repeats"):
+            value = getattr(self, name)
+            least = min(value, default=1) if isinstance(value, tuple) else value
+            if least < 1:
+                raise ConfigError(f"{name} must be at least 1, got {least}")
+
 
 def measure(config: BenchConfig) -> Iterator[dict[str, Any]]:
     """One row of figures per case, on the first rank."""
@@ -227,7 +235,11 @@ def first_tokens(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig
 
 
 def decode_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, batch: int) -> float:
-    """Median seconds per step of `batch` requests that write plain text."""
+    """Median seconds per step of `batch` requests that write plain text.
+
+    Raises:
+        ConfigError: too few steps in which all of them write.
+    """
     if follows(model, config):
         return 0.0
     tokens = config.context + config.new_tokens + 1
@@ -237,11 +249,23 @@ def decode_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig,
         engine.add_request(Request(prompt_ids=random_prompt(config.context, shape, number), sampling=sampling))
     times = list(step_times(engine, batch=batch))
     engine.runner.close()
+    if len(times) <= SETTLE:
+        enough = -(-batch * config.context // engine.config.max_step_tokens) + 2 * SETTLE
+        raise ConfigError(
+            f"decode, batch {batch}: all requests wrote at once in {len(times)} steps, of which the first {SETTLE} do "
+            f"not count. Those that come first have written their {config.new_tokens} tokens while the last prompts of "
+            f"{config.context} are read: try --new-tokens {max(enough, config.new_tokens + SETTLE)}"
+        )
     return statistics.median(times[SETTLE:])
 
 
 def fork_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, *, at_once: bool) -> tuple[float, float]:
-    """(median seconds per step within the paths, seconds from the fork to the end of the conclusion)."""
+    """(median seconds per step within the paths, seconds from the fork to the end of the conclusion); the first is 0
+    for one path after the other.
+
+    Raises:
+        ConfigError: too few steps within the paths.
+    """
     branches, tokens = config.fork_branches, config.fork_tokens
     script = Script(block_script(branches, tokens))
     if follows(model, config, script):
@@ -266,7 +290,12 @@ def fork_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, *
             inside.append(seconds)
     engine.runner.close()
     assert len(done[0].blocks) == 1 and done[0].finish_reason == "stop", "the script did not play as written"
-    return statistics.median(inside[SETTLE:] or [0.0]), sum(times)
+    if at_once and len(inside) <= SETTLE:
+        raise ConfigError(
+            f"fork: {len(inside)} steps within the paths, of which the first {SETTLE} do not count, with --fork-tokens "
+            f"{tokens}: try {tokens + 2 * SETTLE}"
+        )
+    return statistics.median(inside[SETTLE:]) if at_once else 0.0, sum(times)
 
 
 def make_engine(

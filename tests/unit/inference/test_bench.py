@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import bench_host_step, report_blocks
 from benchmarks.engine_soak import Soak, SoakConfig
-from megatron_multiverse.errors import GenerationError
+from megatron_multiverse.errors import ConfigError, GenerationError
 from megatron_multiverse.inference.bench import BenchConfig, measure
 from megatron_multiverse.inference.bench_blocks import excess, fit_law, work_for
 from megatron_multiverse.model.families import preset
@@ -40,6 +40,29 @@ def test_prompts_decode_and_fork_are_timed():
     assert prompt["case"] == "prompt, 20 tokens" and prompt["ms"] > 0
     assert decode["tokens_per_second"] == pytest.approx(2 / decode["ms_per_step"] * 1e3)
     assert fork["ms_per_step"] > 0 and fork["speedup"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": (16,), "context": 1024, "new_tokens": 16}, r"wrote at once in \d steps, .* try --new-tokens (\d+)"),
+        ({"batch": (1,), "context": 16, "new_tokens": 8}, "wrote at once in [78] steps, .* try --new-tokens (17)"),
+        ({"parts": ("fork",), "fork_prefix": 30, "fork_branches": 3, "fork_tokens": 4}, "--fork-tokens 4: try (20)"),
+    ],
+)
+def test_a_measurement_of_too_few_steps_says_what_would_be_enough(options, message):
+    config = BenchConfig(**{"model_preset": "tiny", "dtype": "float32", "num_layers": 1, "repeats": 1} | options)
+    with pytest.raises(ConfigError, match=message) as error:
+        list(measure(config))
+    enough = int(re.search(message, str(error.value))[1])
+    (row,) = measure(dataclasses.replace(config, **{config.parts[0].replace("decode", "new") + "_tokens": enough}))
+    assert row["ms_per_step"] > 0
+
+
+@pytest.mark.parametrize("options", [{"repeats": 0}, {"batch": (8, 0)}, {"num_parallel": (0.5,)}, {"fork_branches": 0}])
+def test_nothing_to_measure_is_refused(options):
+    with pytest.raises(ConfigError, match=f"{next(iter(options))} must be at least 1, got 0"):
+        BenchConfig(**options)
 
 
 def test_what_blocks_cost_and_save_is_counted():
