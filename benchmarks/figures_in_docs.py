@@ -485,7 +485,18 @@ def miniature() -> Iterator[str]:
     for name, run in trials["learning_rate"].items():
         yield f"| {name} | {run['loss']['240']:.3f} | {run['loss']['480']:.3f} |"
     run = results("../examples/paper_in_miniature/results/multiverse-0")
-    yield f"{run['training_s'] + run['evaluation_s']:.0f} s as one of two on a GPU"
+    yield f"{run['training_s'] + run['evaluation_s']:.0f} s as one of four on a GPU"
+    found = results("results/miniature_lookup_h200")
+    for text, loss in found["losses"].items():
+        yield f"| {text} | " + " | ".join(f"{loss[step]:.4f}" for step in ("200", "300", "500", "700"))
+    for number in (6, 8, 12):
+        gaps = found["accuracy without gaps in labels"], {name: run["right"] for name, run in found["accuracy"].items()}
+        seeds = ("multiverse-0", "multiverse-1")
+        yield f"| {number} chains | " + " | ".join(
+            ", ".join(f"{100 * runs[seed][f'chains-{number}'] / 32:.0f}" for seed in seeds) for runs in gaps
+        )
+    plain = results("../examples/paper_in_miniature/results/plain-0")
+    yield f"last loss is {plain['loss']:.4f} instead of {found['accuracy']['plain-0']['loss']:.4f}"
     looks = results("results/miniature_qk_norm_h200")["runs"]
     tied, untied = looks["tied embeddings, no QK norm"], looks["untied embeddings, QK norm"]
     yield f"from {tied['loss']['1300']:.3f} to {untied['loss']['1300']:.3f}"

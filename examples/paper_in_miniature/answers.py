@@ -36,7 +36,7 @@ def problem_sets(count: int, rows: RowConfig) -> dict[str, list[Problem]]:
         if task == "variables":
             return [sample_satisfiability(rng, number) for _ in range(count)]
         drawn = (sample_arithmetic(rng, number) for _ in range(count))
-        found = [replace(one, copies_rest=rows.copies_rest, names_first=rows.names_first) for one in drawn]
+        found = [replace(one, copies_rest=rows.copies_rest) for one in drawn]
         return [problem if rows.links else without_links(problem) for problem in found]
 
     sizes = {

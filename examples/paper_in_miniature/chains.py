@@ -31,7 +31,9 @@ class Chain:
     """What follows the name wherever it stands: which chain is next. Empty where the order of the question says it."""
 
     def __str__(self) -> str:
-        return f"{self.name}{self.link} = {self.first}" + "".join(
+        """The name with its number right behind it. With `` = `` between them a plain model of this size never learned
+        to look numbers up: what it has just written is not what stands before the number then, see README.md."""
+        return f"{self.name}{self.link}{self.first}" + "".join(
             f" {operator} {operand}" for operator, operand in self.steps
         )
 
@@ -57,7 +59,7 @@ class Chain:
         for index, (left, (operator, operand)) in enumerate(zip(self.values, self.steps, strict=False)):
             rest = self.steps[index:] if copies_rest else self.steps[index : index + 1]
             lines += [str(replace(self, first=left, steps=rest)), *column_steps(operator, left, operand)]
-        return "\n".join([*lines, self.result])
+        return "\n".join([*(lines or [str(self)]), self.result])
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,6 @@ class Arithmetic:
     """Otherwise names are single letters, and all that the question defines is asked for, in its order."""
     copies_rest: bool = True
     """See `Chain.work`."""
-    names_first: bool = False
-    """Plain text begins with the names of what it works out, as goals do."""
 
     @property
     def prompt(self) -> str:
@@ -101,13 +101,25 @@ class Arithmetic:
             prefix: what the labels of the outermost block start with.
             labels: its numbers; they do not count from 1 where labels are randomised.
         """
-        names = tuple(chain.name + chain.link for chain in self.chains)
         if text == "plain":
-            work = [chain.work(self.copies_rest) for chain in self.chains]
-            thought = "\n".join([*(names if self.names_first else ()), *work])
+            thought = "\n".join(chain.work(self.copies_rest) for chain in self.chains)
         else:
+            names = tuple(chain.name + chain.link for chain in self.chains)
             block = Block(names, tuple((chain.work(self.copies_rest),) for chain in self.chains), self.answer)
             thought = relabel(render([block], prefix=prefix), prefix, labels, len(names))
+        return f"<Think>\n{thought}\n</Think>\n\nAnswer: {self.answer}"
+
+    def listed(self, prefix: str, labels: Sequence[int], order: Sequence[int]) -> str:
+        """The work and the answer in sequence, with what goals and paths have but without a block: ``LABEL: NAME`` of
+        each chain first, then the chains in some other order, each behind its label.
+
+        Args:
+            prefix, labels: as in `response`.
+            order: of the chains, by their places.
+        """
+        heads = [f"{prefix}{label}: " for label in labels[: len(self.chains)]]
+        names = [f"{head}{chain.name}{chain.link}" for head, chain in zip(heads, self.chains, strict=True)]
+        thought = "\n".join([*names, *(heads[place] + self.chains[place].work(self.copies_rest) for place in order)])
         return f"<Think>\n{thought}\n</Think>\n\nAnswer: {self.answer}"
 
     def is_right(self, answer: str) -> bool:

@@ -60,13 +60,13 @@ def mend_table(results: Results) -> list[str]:
     """Right answers on the sets beyond training, with and without what mends them."""
     names = {
         "multiverse-0": "the whole recipe",
+        "labelled-lists": "lists with labels",
         "no-links": "names without links",
         "looks-back": "steps looked up in the question",
         "no-spare-definitions": "no spare definitions",
         "no-long-lists": "no long lists",
         "fixed-labels": "labels from 1",
-        "label-gaps": "labels with gaps",
-        "names-first": "plain, names first",
+        "no-label-gaps": "labels without gaps",
         "no-position-gaps": "no gaps in positions",
         "no-first-batches": "no first batches",
         "forced-loss": "loss on forced tokens",

@@ -99,12 +99,12 @@ def runs() -> dict[str, RowConfig]:
     training taken away part by part, what may carry it further, the other seeds, and other ablations."""
     found = {f"{kind}-0": RowConfig(kind=kind) for kind in ("multiverse", "plain", "tagged")}
     found["multiverse-1"] = RowConfig(kind="multiverse", seed=1)
+    found["labelled-lists"] = RowConfig(kind="multiverse", labelled_lists=True)
     found["no-links"] = RowConfig(kind="multiverse", links=False)
     found["fixed-labels"] = RowConfig(kind="multiverse", random_labels=False)
     found["no-position-gaps"] = RowConfig(kind="multiverse", position_gaps=False)
     found["looks-back"] = RowConfig(kind="multiverse", copies_rest=False)
-    found["label-gaps"] = RowConfig(kind="multiverse", label_gaps=True)
-    found["names-first"] = RowConfig(kind="plain", names_first=True)
+    found["no-label-gaps"] = RowConfig(kind="multiverse", label_gaps=False)
     found["no-long-lists"] = RowConfig(kind="multiverse", long_lists=False)
     for seed in SEEDS[1:]:
         found |= {f"{kind}-{seed}": RowConfig(kind=kind, seed=seed) for kind in ("multiverse", "plain", "tagged")}

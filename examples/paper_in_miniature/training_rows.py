@@ -21,7 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from chains import STEPS, without_links
+from chains import STEPS, Arithmetic, without_links
+from positions import gapped, official_positions, with_positions
 from tasks import REQUESTS, Problem, sample_arithmetic, sample_satisfiability
 from texts import Text
 from torch.utils.data import DataLoader, Dataset
@@ -31,7 +32,6 @@ from megatron_multiverse.data.sft_dataset import Sample, pack_arrays
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.structure import Document, Layout, Tag, lay_out, parse
-from megatron_multiverse.structure.document import BlockSpan
 
 Kind = Literal["plain", "tagged", "multiverse"]
 """plain: autoregressive on plain text. tagged: autoregressive on the text with tags. multiverse: the same text as
@@ -45,14 +45,14 @@ MOST_VARIABLES = 4
 """Variables of a training search, and so its deepest block; the evaluation goes beyond."""
 MOST_LISTED = 12
 """Names of a row that only looks numbers up, without a block."""
+SHARE_OF_LISTS = 0.4
+"""Of the rows; about an eighth of the tokens once the other problems are long."""
 FEW_STEPS, SHARE_OF_FEW_STEPS = (0, 1), 0.25
 """Fewest and most steps of chains that are little more than looking up; their share of the calculations."""
 LARGEST_START = 12
 """Of labels that do not count from 1."""
 LARGEST_STEP = 4
 """From one label to the next where numbers are left out."""
-LARGEST_GAP = 512
-"""Positions that are left out at once, see `gapped`."""
 SAMPLES_AT_ONCE = 8
 """That are drawn and tokenized together."""
 
@@ -72,20 +72,21 @@ class RowConfig:
     long_lists: bool = True
     """Some rows ask for as many names as the evaluation does, of chains without any step, and have no block: numbers
     are looked up one after the other."""
+    labelled_lists: bool = False
+    """Of rows with tags: the names of such a list stand first, behind labels, and each number behind the label of its
+    name, in another order: so more labels are written and looked up than a block has paths. Plain rows have none."""
     random_labels: bool = True
     """Most blocks have labels that do not count from 1."""
-    label_gaps: bool = False
+    label_gaps: bool = True
     """Numbers are left out between the labels of half of these blocks, so that the distance of two labels does not tell
     how many paths lie between them."""
-    names_first: bool = False
-    """Plain text begins with the names of the chains that it works out, as goals do."""
     position_gaps: bool = True
     """Positions are left out in half of the rows."""
     search_share: float = 0.25
     """Of the problems, after the first batches."""
-    first_batches: int = 400
-    """Batches that have chains without any step, so that all there is to learn is to look up names and numbers. What
-    the longer problems need too is learned so in a small part of the time."""
+    first_batches: int = 300
+    """Batches of chains without any step, so that all there is to learn is to look up names and numbers: what longer
+    problems need too is learned so in a small part of the time. Over as many batches again such rows become fewer."""
     train_forced_tokens: bool = False
     """Loss also on what the engine writes itself."""
     official_positions: bool = False
@@ -111,14 +112,20 @@ class RowMaker:
         self.config = config
         self.tokenizer = tokenizer
 
+    def share_of_first_rows(self, index: int) -> float:
+        """Of the rows of batch `index`: all up to `first_batches`, then fewer from batch to batch, and none from twice
+        as many on. What was learned is needed all the way over to the longer problems."""
+        first = self.config.first_batches
+        return min(1.0, max(0.0, 2 - index / first)) if first else 0.0
+
     def problem(self, rng: random.Random, index: int) -> tuple[Problem, Text]:
         """One problem of batch `index`, and the text in which it is worked out."""
         text, links = text_of(self.config.kind), self.config.links
-        is_first = index < self.config.first_batches
-        if links and self.config.long_lists and rng.random() < (0.4 if is_first else 0.15):
+        is_first = rng.random() < self.share_of_first_rows(index)
+        if links and self.config.long_lists and rng.random() < SHARE_OF_LISTS:
             number = rng.randint(2, MOST_LISTED)
             listed = sample_arithmetic(rng, number, (0, 0), num_spare=rng.randint(0, MOST_LISTED - number))
-            return replace(listed, names_first=self.config.names_first), "plain"
+            return listed, "plain"
         if not is_first and rng.random() < self.config.search_share:
             return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES)), text
         number = rng.choices(range(2, MOST_CHAINS + 1), (4, 3, 2))[0]
@@ -126,20 +133,29 @@ class RowMaker:
         has_spare = links and self.config.spare_definitions
         num_spare = rng.randint(0, MOST_DEFINITIONS - number) if has_spare else 0
         problem = sample_arithmetic(rng, number, steps, num_spare=num_spare)
-        problem = replace(problem, copies_rest=self.config.copies_rest, names_first=self.config.names_first)
+        problem = replace(problem, copies_rest=self.config.copies_rest)
         return problem if links else without_links(problem), text
 
     def text(self, rng: random.Random, index: int) -> tuple[str, str]:
         """Prompt and response of one row of batch `index`."""
         problem, text = self.problem(rng, index)
-        prefix, labels = "", list(range(1, MOST_CHAINS + 1))
-        if self.config.random_labels and rng.random() < 0.9:
-            start = rng.randint(1, LARGEST_START)
-            labels = list(range(start, start + MOST_CHAINS))
-            if self.config.label_gaps and rng.random() < 0.5:
-                labels = list(itertools.accumulate((rng.randint(1, LARGEST_STEP) for _ in labels), initial=start))
-            prefix = "".join(f"{rng.randint(1, 9)}." for _ in range(rng.choice((0, 0, 1, 2, 3, 4))))
-        return problem.prompt + REQUESTS[text], problem.response(text, prefix, labels)
+        prompt = problem.prompt + REQUESTS[text]
+        if self.config.labelled_lists and text != text_of(self.config.kind):
+            assert isinstance(problem, Arithmetic), "only lists are in the other text"
+            prefix, labels = self._labels(rng, MOST_LISTED)
+            return prompt, problem.listed(prefix, labels, rng.sample(range(len(problem.chains)), len(problem.chains)))
+        prefix, labels = self._labels(rng, MOST_CHAINS)
+        return prompt, problem.response(text, prefix, labels)
+
+    def _labels(self, rng: random.Random, count: int) -> tuple[str, list[int]]:
+        """What the labels of the outermost block begin with, and their numbers [count]."""
+        if not self.config.random_labels or rng.random() >= 0.9:
+            return "", list(range(1, count + 1))
+        start = rng.randint(1, LARGEST_START)
+        labels = list(range(start, start + count))
+        if self.config.label_gaps and rng.random() < 0.5:
+            labels = list(itertools.accumulate((rng.randint(1, LARGEST_STEP) for _ in range(count - 1)), initial=start))
+        return "".join(f"{rng.randint(1, 9)}." for _ in range(rng.choice((0, 0, 1, 2, 3, 4)))), labels
 
     def samples(self, rng: random.Random, index: int, count: int) -> list[Sample]:
         """Rows as tokens with their layouts. Many texts are tokenized in one call: a call costs as much as a row."""
@@ -203,55 +219,6 @@ class RowMaker:
         ]
         names = ("input_ids", "labels", "loss_mask", "position_ids", "r")
         return {name: np.stack([row[name] for row in rows]) for name in names}
-
-
-def gapped(positions: npt.NDArray[np.int64], seams: list[int], rng: random.Random) -> npt.NDArray[np.int64]:
-    """Positions [N] with some left out before each seam, up to `LARGEST_GAP`, few more often than many.
-
-    What is equal stays equal and the order stays, so branches still run side by side. Longer problems have their parts
-    further apart; so does such a row (compare randomised positions, arXiv 2305.16843).
-    """
-    moved = positions.copy()
-    for seam in seams:
-        moved[positions >= seam] += round(LARGEST_GAP ** rng.random()) - 1
-    return moved
-
-
-def official_positions(document: Document) -> npt.NDArray[np.int64]:
-    """Positions [N] as the official training code counts them (arXiv 2506.09991, code release, `train/utils.py`).
-
-    With g the position of `</Goal>`, each `<Path>` has g + 1, `<Conclusion>` the largest position of any `</Path>` plus
-    1, and the newline in a gap counts on from what stands before it in the text. Ours are one further in each path, and
-    two after each block.
-    """
-    positions = np.arange(document.num_tokens)
-
-    def place(start: int, end: int, blocks: list[BlockSpan], shift: int) -> int:
-        """Place tokens [start, end), the first at start + shift; returns the position after the last."""
-        for block in blocks:
-            positions[start : block.goal_end] = np.arange(start, block.goal_end) + shift
-            goal_position = block.goal_end - 1 + shift
-            gap_position, longest = goal_position + 1, goal_position
-            for path in block.paths:
-                positions[path.start] = gap_position
-                gap_position = place(path.start + 1, path.end, path.blocks, goal_position - path.start)
-                longest = max(longest, gap_position - 1)
-            positions[block.region_end] = gap_position
-            start = block.region_end + 1
-            shift = longest + 1 - start
-        positions[start:end] = np.arange(start, end) + shift
-        return end + shift
-
-    place(0, document.num_tokens, document.blocks, 0)
-    return positions
-
-
-def with_positions(layout: Layout, positions: npt.NDArray[np.int64]) -> Layout:
-    """The same layout with other positions [N]; visibility and loss stay as they are."""
-    index = np.arange(layout.num_tokens)
-    shifts = np.stack([positions - index, layout.r - index], axis=1)
-    starts = np.flatnonzero(np.any(np.diff(shifts, axis=0, prepend=shifts[:1] - 1) != 0, axis=1))
-    return replace(layout, segments=np.column_stack([starts, shifts[starts]]))
 
 
 class MiniLoader:

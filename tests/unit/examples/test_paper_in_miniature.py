@@ -119,10 +119,11 @@ def test_each_step_of_a_chain_begins_with_what_is_left_of_it() -> None:
         "ones: 5 * 2 + 0 = 10, write 0, carry 1, left 3 * 2",
         "tens: 3 * 2 + 1 = 7, write 7, carry 0, left 0 * 2",
     )
-    assert chain.work().split("\n") == ["M = 20 + 15 * 2", first, second, "M = 35 * 2", third, fourth, "M:70"]
-    assert chain.work(copies_rest=False).split("\n")[0] == "M = 20 + 15"
+    assert chain.work().split("\n") == ["M20 + 15 * 2", first, second, "M35 * 2", third, fourth, "M:70"]
+    assert chain.work(copies_rest=False).split("\n")[0] == "M20 + 15"
     linked = replace(chain, link="k").work().split("\n")
-    assert [linked[0], linked[3], linked[-1]] == ["Mk = 20 + 15 * 2", "Mk = 35 * 2", "Mk:70"]
+    assert [linked[0], linked[3], linked[-1]] == ["Mk20 + 15 * 2", "Mk35 * 2", "Mk:70"]
+    assert Chain("M", 20, (), "k").work() == "Mk20\nMk:20"
 
 
 def test_rows_have_few_paths_and_long_lists_no_block() -> None:
@@ -166,18 +167,36 @@ def test_labels_with_gaps_rise_and_stand_in_goal_and_paths_alike() -> None:
         assert set(steps) == ({1, 2, 3, 4} if gaps else {1})
 
 
-def test_a_plain_text_that_begins_with_names_works_them_out_in_their_order() -> None:
-    problem = sample_arithmetic(random.Random(6), 3)
-    names = [chain.name + chain.link for chain in problem.chains]
-    named = replace(problem, names_first=True)
-    head, _, rest = named.response("plain").partition("\n".join(names) + "\n")
-    assert head + rest == problem.response("plain") and named.response("tagged") == problem.response("tagged")
-    maker = RowMaker(RowConfig(kind="plain", names_first=True), tokenizer())
-    rng = random.Random(7)
-    rows = [maker.text(rng, index) for index in (0, 5000) for _ in range(20)]
+def test_names_of_labelled_lists_are_found_by_their_labels() -> None:
+    maker = RowMaker(RowConfig(kind="multiverse", labelled_lists=True), tokenizer())
+    rng = random.Random(8)
+    rows = [
+        row
+        for row in (maker.text(rng, index) for index in (0, 5000) for _ in range(100))
+        if "in parallel" not in row[0]
+    ]
+    assert len(rows) > 40
+    labels, in_order = set(), 0
     for prompt, text in rows:
-        lines = text.splitlines()[1:]
-        assert "never" in prompt or (lines[0] == prompt[9] + lines[0][1] and " = " not in lines[0])
+        thought, _, answer = text.removeprefix("<Think>\n").partition("\n</Think>\n\nAnswer: ")
+        names = dict(re.findall(r"^((?:\d+\.)*\d+): ([A-Z][a-z.])$", thought, re.MULTILINE))
+        found = re.findall(r"^((?:\d+\.)*\d+): ([A-Z][a-z.])(\d+)\n\2:\3$", thought, re.MULTILINE)
+        assert {label: name for label, name, _ in found} == names and len(found) == len(names)
+        assert all(f"{name}{number}" in prompt for _, name, number in found)
+        assert answer.split("; ") == [
+            f"{name}:{number}" for want in names.values() for _, name, number in found if name == want
+        ]
+        labels |= set(names)
+        in_order += [label for label, *_ in found] == list(names)
+    assert max(int(label.split(".")[-1]) for label in labels) > 20 and in_order < len(rows) / 3
+    plain = RowMaker(RowConfig(kind="plain", labelled_lists=True), tokenizer())
+    assert plain.text(random.Random(1), 0) == RowMaker(RowConfig(kind="plain"), tokenizer()).text(random.Random(1), 0)
+
+
+def test_first_rows_become_fewer_over_as_many_batches_again() -> None:
+    maker = RowMaker(RowConfig(kind="plain", first_batches=100), tokenizer())
+    assert [maker.share_of_first_rows(index) for index in (0, 100, 150, 200, 900)] == [1, 1, 0.5, 0, 0]
+    assert RowMaker(RowConfig(kind="plain", first_batches=0), tokenizer()).share_of_first_rows(0) == 0
 
 
 def test_gaps_keep_branches_side_by_side() -> None:
@@ -285,7 +304,7 @@ def test_tables_and_figures_come_from_results(tmp_path: Path) -> None:
     made = tables(results)
     assert "| 4 | 1 of 1 | 1 of 1 | 3.00 | 800 | 200 | 4.00 | 500 | 2.50 |" in made["alone"]
     assert "| 1 | 1 | 1 | 800 | 200 | 4.00 | 2.50 |" in made["batch"]
-    assert "Not run yet: tagged-0, fixed-labels, " in made["training"]
+    assert "Not run yet: tagged-0, labelled-lists, fixed-labels, " in made["training"]
     assert "| 8 chains, more than trained | 50.0 | 50.0 ± 0.0 |" in made["accuracy"]
     assert (
         filled("a\n<!-- batch -->\nold\n<!-- end -->\nb", results)
