@@ -26,6 +26,7 @@ def transformer_config(
     layers: LayerConfig | None = None,
     transformer_impl: str = "local",
     sequence_parallel: bool = False,
+    on_device: bool = False,
 ) -> TransformerConfig:
     """megatron-core's config for ours: RMSNorm, SwiGLU, no dropout, no fusion that bypasses our parts.
 
@@ -65,7 +66,7 @@ def transformer_config(
         apply_rope_fusion=False,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        use_cpu_initialization=True,  # the same weights from the same seed on every device
+        use_cpu_initialization=not on_device,  # the same weights from the same seed on every device
         perform_initialization=initialize,
         cuda_graph_scope=[],  # the default string warns
         transformer_impl=transformer_impl,
@@ -136,6 +137,7 @@ def build_gpt_model(
     compute_dtype: torch.dtype | None = None,
     sequence_parallel: bool = False,
     vp_stage: int | None = None,
+    on_device: bool = False,
 ) -> ChunkedLossGPT:
     """Build a model with fresh weights, or this rank's part of it under tensor and pipeline parallelism.
 
@@ -154,6 +156,8 @@ def build_gpt_model(
         compute_dtype: dtype of the matrix products if autocast makes it another than `dtype`.
         sequence_parallel: split norms and residuals by tokens over the tensor parallel ranks.
         vp_stage: which chunk of this pipeline stage, if it has several (interleaved schedule).
+        on_device: make the weights on `device` in the first place. Otherwise they lie in host memory and are copied,
+            which takes seconds for each billion of them. Only without random initialisation, which is the host's.
 
     Returns:
         The model in training mode, on `device`.
@@ -161,11 +165,12 @@ def build_gpt_model(
     Raises:
         ConfigError: what `layers` asks for cannot run on `device`.
     """
+    assert not (on_device and initialize), "initial weights are drawn on the host"
     layers, device = layers or LayerConfig(), torch.device(device)
     if layers.attention_backend != "auto":
         check_backend(layers.attention_backend, attention_case(config, device, compute_dtype or dtype))
     impl = choose_transformer_impl(layers, device, compute_dtype or dtype)
-    mcore_config = transformer_config(config, dtype, initialize, layers, impl, sequence_parallel)
+    mcore_config = transformer_config(config, dtype, initialize, layers, impl, sequence_parallel, on_device)
     spec = get_gpt_layer_spec(impl, qk_layernorm=config.qk_layernorm)
     block = TransformerBlockSubmodules(
         layer_specs=[spec] * get_num_layers_to_build(mcore_config, vp_stage=vp_stage), layer_norm=get_final_norm(impl)
@@ -173,8 +178,8 @@ def build_gpt_model(
     if impl == "transformer_engine" or sequence_parallel:
         with cuda_is_cpu(device):
             ensure_cuda_rng_states()
-    # Not cuda_is_cpu: weights are drawn on the CPU, whatever `device` is.
-    with torch.random.fork_rng(devices=[]), device_neutral_cuda():
+    # Not cuda_is_cpu: weights are drawn on the CPU, whatever `device` is; with on_device they are made where it is.
+    with torch.random.fork_rng(devices=[]), device_neutral_cuda(device if on_device else None):
         torch.manual_seed(seed)
         model = ChunkedLossGPT(
             mcore_config,

@@ -15,7 +15,8 @@ from random_layouts import random_labels
 
 pytest.importorskip("megatron.core")
 
-from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.checkpoints.fresh import FreshSource
+from megatron_multiverse.checkpoints.load import load_checkpoint, model_from_source
 from megatron_multiverse.config import LayerConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.model.attention import LayoutParams
@@ -86,6 +87,21 @@ def test_specs_agree_in_float32(family) -> None:
     want = run(build(family, LOCAL, device="cpu"), batch(), backend="dense")
     for layers, logits, grads in ((LOCAL, 1e-4, 1e-4), (TE, 2e-3, 4e-3)):
         assert_close(run(build(family, layers), batch(), backend="dense"), want, logits, grads)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [LOCAL, TE], ids=["local", "te"])
+def test_weights_made_on_the_gpu_are_those_copied_there(family, layers) -> None:
+    source = FreshSource(FAMILIES[family](**SHAPE), 1, "cuda")
+    copied, made = (
+        model_from_source(source, dtype=FP32, device="cuda", layers=layers, compute_dtype=BF16, on_device=on)[0]
+        for on in (False, True)
+    )
+    weights = weight_state(copied)
+    assert weights.keys() == weight_state(made).keys()
+    assert all(torch.equal(weights[name], value) for name, value in weight_state(made).items())
+    assert all(parameter.is_cuda for parameter in made.parameters())
+    assert_close(run(made, batch(), autocast=True), run(copied, batch(), autocast=True), 1e-3, 1e-2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

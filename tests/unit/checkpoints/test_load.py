@@ -10,7 +10,7 @@ import torch
 
 from megatron_multiverse.checkpoints.convert import convert_checkpoint
 from megatron_multiverse.checkpoints.convert_config import ConvertConfig
-from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.checkpoints.load import load_checkpoint, model_from_source
 from megatron_multiverse.checkpoints.reference_logits import pipeline_logits
 from megatron_multiverse.checkpoints.sources import open_checkpoint
 from megatron_multiverse.config import ModelConfig
@@ -149,3 +149,11 @@ def test_a_run_folder_is_a_megatron_checkpoint(tmp_path: Path) -> None:
     convert_checkpoint(ConvertConfig(from_="hf", to="mcore", load=str(tmp_path / "hf"), save=str(tmp_path / "run")))
     (tmp_path / "run" / "config.json").write_text('{"train_iters": 1}')
     assert open_checkpoint(tmp_path / "run").config == open_checkpoint(tmp_path / "hf").config
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_made_on_the_device_are_those_copied_there(tmp_path: Path, tied: bool) -> None:
+    save_hf_model(tmp_path, "qwen2", tie_word_embeddings=tied)
+    source = open_checkpoint(tmp_path)
+    copied, made = (weight_state(model_from_source(source, on_device=on)[0]) for on in (False, True))
+    assert copied.keys() == made.keys() and all(torch.equal(copied[name], made[name]) for name in copied)
