@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cases import CASES, make_labels
+from benchmarks.kernels.cases import CASES, make_r
 from benchmarks.kernels.record import Recorder
 from benchmarks.kernels.timing import Step, in_turns
 from benchmarks.training_layouts import RESULTS
@@ -27,6 +27,7 @@ from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.multiverse_attention import AttentionLayout, multiverse_attention
 from megatron_multiverse.model.context_parallel import split_by_area
+from megatron_multiverse.model.device import choose_device
 
 CPU_RESULTS = "training_balance_cpu.json"
 
@@ -130,10 +131,10 @@ def attention_step(o: Options, layout: AttentionLayout) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(multiverse_attention(q, k, v, layout), (q, k, v), upstream)
 
 
-def rows_of(o: Options, case: str) -> list[dict[str, Any]]:
-    """Both splits of one case over every number of ranks."""
-    r = make_labels(case, o.tokens)[0]
-    seen, rows = visible_keys(r), []
+def rows_of(o: Options, case: str) -> Iterator[dict[str, Any]]:
+    """Both splits of one case over every number of ranks, each as soon as it is known."""
+    r = make_r(case, o.tokens)
+    seen = visible_keys(r.to(choose_device("auto"))).cpu()
     for ranks in o.ranks:
         for name, split in SPLITS.items():
             places = split(r, ranks)
@@ -143,8 +144,7 @@ def rows_of(o: Options, case: str) -> list[dict[str, Any]]:
                 times = rank_times(o, r.cuda(), places)
                 row |= {"time_over_mean": over_mean(times), "slowest_ms": max(times), "mean_ms": statistics.mean(times)}
                 row["rank_ms"] = [round(time, 3) for time in times]
-            rows.append(row)
-    return rows
+            yield row
 
 
 def main() -> None:

@@ -9,6 +9,9 @@ stands what it waits for before its forward pass: the scan of its structure, and
     python -m benchmarks.training_beside_transformers
     python -m benchmarks.training_beside_transformers --case wide --tokens 16384
 
+Each row is written as soon as it is known. The log on stderr says how long each model took to build and each step, the
+first of which compiles: name several lengths and runners in one call, which compiles once.
+
 Without a GPU `--tiny` runs the same on a CPU with a model of a few thousand parameters and records nothing.
 """
 
@@ -49,6 +52,8 @@ from megatron_multiverse.training.one_process import OneProcessEngine
 from megatron_multiverse.training.optim import build_optimizer, clip_gradients
 from megatron_multiverse.training.placement import TokenPlacer
 from megatron_multiverse.training.start import chosen_layers, dtypes
+
+logger = logging.getLogger(__name__)
 
 Train = Callable[[Sequence[Microbatch]], Tensor]
 """One optimizer step on these microbatches; the mean loss over their trained tokens before it."""
@@ -141,7 +146,8 @@ def ours(o: Options, tokens: int, rows: PackedRows, *, causal: bool = False, **l
     dtype, compute_dtype = dtypes(config)
     layers = chosen_layers(config, config.model, device, compute_dtype)
     source = FreshSource(config.model, SEED, device)
-    model, _ = model_from_source(source, dtype=dtype, device=device, layers=layers, compute_dtype=compute_dtype)
+    options: dict[str, Any] = {"layers": layers, "compute_dtype": compute_dtype, "on_device": True}
+    model, _ = model_from_source(source, dtype=dtype, device=device, **options)
     engine = OneProcessEngine(config, model, config.model, layers, rows)
     if causal:
         placer = CausalPlacer(rows, device, layers.attention_backend)
@@ -202,9 +208,12 @@ def measure(o: Options, name: str, tokens: int, batches: Iterator[Microbatch], r
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    losses, times = [], []
+    losses, times, started = [], [], time.perf_counter()
     try:
         step = RUNNERS[name](o, tokens, rows)
+        if on_gpu:
+            torch.cuda.synchronize()
+        logger.info("%s, %d tokens: built in %.1f s", name, tokens, time.perf_counter() - started)
         for batch in islice(batches, o.steps):
             started = time.perf_counter()
             losses.append(step([batch]))
@@ -213,6 +222,7 @@ def measure(o: Options, name: str, tokens: int, batches: Iterator[Microbatch], r
             times.append(time.perf_counter() - started)
     except torch.cuda.OutOfMemoryError:
         return None
+    logger.info("%s, %d tokens: steps of %s s", name, tokens, ", ".join(f"{seconds:.3g}" for seconds in times))
     memory, seconds = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0, statistics.median(times[WARM_UP:])
     placer = TokenPlacer(rows, choose_device("auto"), "auto")
     costs = input_costs(placer, next(batches), seconds) if name == OURS and o.input_costs else {}
@@ -224,9 +234,10 @@ def compare(o: Options, tokens: int, names: list[str], recorder: Recorder | None
     shape = o.run(tokens).model
     assert shape is not None
     first: Measured | None = None
+    rows = PackedRows(o.case, tokens, TAG_IDS[0], 0, 1)
+    labels = next(iter(rows))["r"].to(choose_device("auto"))  # a GPU counts in no time, a CPU takes seconds
+    pairs = int(LayoutParams.from_labels(labels).num_visible_pairs())
     for name in names:
-        rows = PackedRows(o.case, tokens, TAG_IDS[0], 0, 1)
-        pairs = int(LayoutParams.from_labels(next(iter(rows))["r"]).num_visible_pairs())
         rows.load_state_dict({"rows": 0})
         found = measure(o, name, tokens, iter(rows), rows)
         first = first or found
@@ -276,7 +287,8 @@ def main() -> None:
     """Measure all lengths."""
     o = parse_options(Options)
     names = chosen(o)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("megatron").setLevel(logging.WARNING)
     recorder = None
     if torch.cuda.is_available() and not o.tiny:
         command = "python -m benchmarks.training_beside_transformers"

@@ -29,7 +29,7 @@ from benchmarks.kernels.attention_rivals import (
     causal_rivals,
     masked_rivals,
 )
-from benchmarks.kernels.cases import CASES, make_labels
+from benchmarks.kernels.cases import CASES, make_labels, make_r
 from benchmarks.kernels.record import Recorder
 from benchmarks.kernels.timing import Step, in_turns, matmul_rate
 from megatron_multiverse.cli import parse_options, run_tool
@@ -204,7 +204,7 @@ def run_case(inputs: Inputs, layout: str, o: Options, recorder: Recorder, matmul
 def preparation_times(inputs: Inputs) -> dict[str, float]:
     """Times in us of what is done once per microbatch of the realistic layout."""
     n, case = inputs.q.shape[2], case_of(inputs.q)
-    r = make_labels("realistic", n, "cuda")[0]
+    r = make_r("realistic", n, "cuda")
     graph = torch.cuda.CUDAGraph()
     tile_lists(r)
     with torch.cuda.graph(graph):

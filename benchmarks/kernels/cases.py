@@ -169,6 +169,11 @@ def make_ids(name: str, n: int, *, rows: int = 32) -> tuple[Tensor, Tensor]:
 
 
 def make_labels(name: str, n: int, device: str = "cpu") -> tuple[Tensor, int]:
-    """r int32 [1, n] of case `name` on the device, and the number of its visible pairs."""
-    r = structure_scan_reference(*make_ids(name, n), torch.tensor(TAG_IDS)).r.to(device)
+    """r int32 [1, n] of case `name` on the device, and the number of its visible pairs, which a CPU counts slowly."""
+    r = make_r(name, n, device)
     return r, int(count_visible_pairs(r))
+
+
+def make_r(name: str, n: int, device: str = "cpu") -> Tensor:
+    """r int32 [1, n] of case `name` on the device."""
+    return structure_scan_reference(*make_ids(name, n), torch.tensor(TAG_IDS)).r.to(device)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cases import make_labels
+from benchmarks.kernels.cases import make_r
 from benchmarks.kernels.record import Recorder
 from benchmarks.kernels.timing import Step, in_turns
 from megatron_multiverse.cli import parse_options, run_tool
@@ -117,7 +117,7 @@ _MADE: dict[Any, Tensor] = {}
 def labels(layout: str, tokens: int) -> Tensor:
     """r of a layout on the GPU, made once (in training the scan or the loader brings it)."""
     if (layout, tokens) not in _MADE:
-        _MADE[layout, tokens] = make_labels(layout, tokens, "cuda")[0]
+        _MADE[layout, tokens] = make_r(layout, tokens, "cuda")
     return _MADE[layout, tokens]
 
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks.kernels import attention as benchmark
 from benchmarks.kernels import plot
 from benchmarks.kernels.attention_rivals import Rival
-from benchmarks.kernels.cases import make_labels
+from benchmarks.kernels.cases import make_r
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.multiverse_attention import multiverse_attention_reference, visibility
 
@@ -20,7 +20,7 @@ def test_what_results_are_checked_against_is_the_definition_and_its_gradient(mon
     n = 3000
     monkeypatch.setattr(benchmark, "ROWS_TIMES_KEYS", 400 * n)
     inputs = benchmark.Inputs(n, 4, 2, 16, device="cpu")
-    r = make_labels("deep", n)[0]
+    r = make_r("deep", n)
 
     def masked(visible: torch.Tensor) -> benchmark.Attention:
         return lambda q, k, v: multiverse_attention_reference(q.float(), k.float(), v.float(), visible)

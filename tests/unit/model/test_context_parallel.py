@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.kernels.cases import make_labels
+from benchmarks.kernels.cases import make_labels, make_r
 from benchmarks.training_balance import over_mean, visible_keys, zig_zag
 from megatron_multiverse.kernels.multiverse_attention.tiles import (
     FULL,
@@ -40,7 +40,7 @@ def test_every_rank_has_the_same_work(case: str) -> None:
 
 
 def test_partly_visible_tiles_weigh_more() -> None:
-    r, _ = make_labels("packed", 16384)
+    r = make_r("packed", 16384)
     classes = tile_classes(tile_bounds_reference(r), tile_bounds_reference(r))[0]
     for number, work in enumerate(chunk_work(r, TILE)[0].tolist()):
         row = classes[number].tolist()
@@ -48,7 +48,7 @@ def test_partly_visible_tiles_weigh_more() -> None:
 
 
 def test_rows_are_split_by_themselves_and_odd_lengths_in_small_chunks() -> None:
-    r = torch.cat([make_labels(case, 4224)[0] for case in ("wide", "causal")])
+    r = torch.cat([make_r(case, 4224) for case in ("wide", "causal")])
     places = split_by_area(r, 3)
     assert places.shape == (2, 3, 1408)
     for row, own in zip(places, r, strict=True):
