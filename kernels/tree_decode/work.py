@@ -19,11 +19,11 @@ LEAST_PIECE = 2 * BLOCK
 LEAST_SHARED = 4 * BLOCK
 """Shared keys below which rows are never looked at together."""
 PLAIN_TIME, SHARED_TIME = (6.2, 0.012), (8.1, 0.030)
-"""Microseconds (a, b) of attention over u keys per multiprocessor, a + b u, if every row reads all its keys, and if
-shared ones are read once. Keys that are read again come from the L2 cache, and items of several rows have larger tiles,
-of which a row's own keys use little. Fitted on an H200 to 1 to 64 rows of Qwen2.5-7B's heads, each with 256 keys of its
-own, after 512 to 32,768 shared ones (benchmarks/results/decode_tiles_h200.md). The second has a margin of 15 %, so that
-sharing is not the slower way there; rows with many more keys of their own were not measured."""
+"""Microseconds (a, b) of attention over u keys of the busiest multiprocessor, a + b u, if every row reads all its keys,
+and if shared ones are read once. Keys that are read again come from the L2 cache, and items of several rows have larger
+tiles, of which a row's own keys use little. Fitted on an H200 to 1 to 64 rows of Qwen2.5-7B's heads, each with 256 keys
+of its own, after 512 to 32,768 shared ones (benchmarks/results/decode_tiles_h200.md). The second has a margin of 15 %,
+so that sharing is not the slower way there; rows with many more keys of their own were not measured."""
 LEAST_TILE, SHARERS = 16, 8
 """Rows of the tensor cores' smallest tile, and queries for whose heads tiles are made; see `most_sharers`."""
 
@@ -98,11 +98,10 @@ def divide_work(
     counts = np.diff(borders)
     stretches = _stretches(pages, lengths, page_size, least_shared or LEAST_SHARED)
     # Rows of several queries need the larger tiles with and without others.
-    if len(counts) == borders[-1]:
-        if stretches is not None and least_shared is None:
-            stretches = stretches if _pays(stretches, lengths, sharers, kv_heads / processors) else None
-        if stretches is None:
-            return _alone(pages, lengths, kv_heads, processors, slots)
+    if len(counts) == borders[-1] and (stretches is None or least_shared is None):
+        plain = _alone(pages, lengths, kv_heads, processors, slots)
+        if stretches is None or not _pays(stretches, plain, sharers, kv_heads / processors):
+            return plain
     limits = np.repeat(lengths - counts + 1, counts) + np.arange(borders[-1]) - np.repeat(borders[:-1], counts)
     depth = 0 if stretches is None else _depth(stretches, borders)
     if stretches is None or depth > slots // 2:
@@ -113,18 +112,18 @@ def divide_work(
     return _cut(seats, piece, tables, limits.astype(np.int32), slots, sharers)
 
 
-def _pays(
-    stretches: list[Stretch], lengths: npt.NDArray[np.int32], sharers: int, programs_per_processor: float
-) -> bool:
+def _pays(stretches: list[Stretch], plain: Work, sharers: int, programs_per_processor: float) -> bool:
     """Whether rows of one query each read shared keys once in less time than each for itself; see `PLAIN_TIME`.
 
     Args:
+        plain: the list in which each reads all its keys. It ends with its longest item: 24 rows of four key/value heads
+            are not cut, and a quarter of 132 multiprocessors has none of their items.
         programs_per_processor: of one item: key/value heads over multiprocessors.
     """
-    plain = int(lengths.sum())
+    sizes = plain.items[:, 2] - plain.items[:, 1]
     shared = sum(-(-(stretch.last - stretch.first) // sharers) * (stretch.end - stretch.start) for stretch in stretches)
-    times = [a + b * keys * programs_per_processor for (a, b), keys in ((PLAIN_TIME, plain), (SHARED_TIME, shared))]
-    return times[1] < times[0]
+    plain_keys, shared_keys = max(sizes.sum() * programs_per_processor, sizes.max()), shared * programs_per_processor
+    return bool(SHARED_TIME[0] + SHARED_TIME[1] * shared_keys < PLAIN_TIME[0] + PLAIN_TIME[1] * plain_keys)
 
 
 def _tables(pages: Int32s, stretches: list[Stretch], page_size: int) -> tuple[Int32s, list[int]]:
