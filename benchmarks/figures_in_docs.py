@@ -134,16 +134,24 @@ def engine() -> Iterator[str]:
         f"at batch 128 a step takes {many['ms_per_step']:.2f} ms ({many['tokens_per_second']:,.0f} tokens/s), with "
         f"bf16 weights [{plain:.2f}](../benchmarks/results/engine_h200.json)"
     )
-    rows = results("results/engine_blocks_h200")["rows"]
-    joints = [row["fork_and_join_ms"] for row in rows if "fork_and_join_ms" in row]
-    yield f"took {joints[0]:.1f} ms with overlap and {joints[1]:.1f} in turn"
-    again = results("results/engine_blocks_h200")["again"]["rows"]
-    forked = [row for row in again if row.get("branches") and "speedup" in row]
-    shares = {n: [row["speedup_per_parallel"] for row in forked if row["batch"] == n] for n in (1, 8, 32)}
+    blocks = results("results/engine_blocks_h200")
+    rows, before = blocks["rows"], blocks["before"]["rows"]
+    shares = {
+        n: [row["speedup_per_parallel"] for row in rows if row.get("batch") == n and row.get("branches")]
+        for n in (1, 8, 32)
+    }
     yield (
-        f"{min(shares[1]):.2f} at batch 1, {max(shares[8]):.2f} down to {min(shares[8]):.2f} at 8 and "
-        f"{min(shares[32]):.2f} at 32"
+        f"{min(shares[1]):.2f} to {max(shares[1]):.2f} of num_parallel at batch 1, {max(shares[8]):.2f} down to "
+        f"{min(shares[8]):.2f} at 8 and {max(shares[32]):.2f} down to {min(shares[32]):.2f} at 32"
     )
+    yield "take {:.0f} us for 48 rows, {:.0f} for 128 and {:.0f} for 256".format(
+        *(_sum_of(layer, "bf16_us", n) for n in (48, 128, 256))
+    )
+    whole, shared = (
+        next(row["seconds"] for row in found if row["case"] == "speedup, batch 8, num_parallel 2")
+        for found in (rows, before)
+    )
+    yield f"took {whole:.3f} s with num_parallel 2 instead of {shared:.3f}"
     eight, many = (_ideal_share(batch) for batch in (8, 32))
     yield f"would keep {eight} at batch 8 and {many} at 32"
     held = results("results/engine_held_steps_h200")
@@ -154,13 +162,19 @@ def engine() -> Iterator[str]:
         f"turn {min(waits):.1f} to {max(waits):.1f} ms more"
     )
     link = "(../benchmarks/results/engine_held_steps_h200.json)"
-    before, joint, in_turn = (held["fork_and_join"][name] for name in ("held", "alike_once", "in_turn_alike_once"))
+    joints = [[row for row in found if "fork_and_join_ms" in row] for found in (before, rows)]
+    yield "took {:.1f} ms with overlap and {:.1f} in turn".format(*(row["fork_and_join_ms"] for row in joints[0]))
+    joint, in_turn = joints[1]
     yield (
-        f"They take [{joint['fork_and_join_ms']:.1f} ms with overlap]{link}, {joint['in_steps']:.1f} steps, in five "
-        f"runs between {min(joint['runs_ms']):.1f} and {max(joint['runs_ms']):.1f} ms, and "
-        f"{in_turn['fork_and_join_ms']:.1f} in turn, {in_turn['in_steps']:.1f} steps"
+        f"They take {joint['fork_and_join_ms']:.1f} ms with overlap, {joint['in_steps']:.2f} steps, in three runs "
+        f"between {min(joint['runs_ms']):.1f} and {max(joint['runs_ms']):.1f} ms, and "
+        f"{in_turn['fork_and_join_ms']:.1f} in turn, {in_turn['in_steps']:.2f} steps"
     )
-    yield f"it was {before['fork_and_join_ms']:.1f} ms, {before['in_steps']:.1f} steps"
+    apart, once = (held["fork_and_join"][name] for name in ("held", "alike_once"))
+    yield (
+        f"took [{once['fork_and_join_ms']:.1f} ms]{link}, and {apart['fork_and_join_ms']:.1f} until what the paths "
+        "begin with alike was computed once"
+    )
     found = results("results/fp8_logits_cpu")
     right = found["right_answers"]["fp8"] * found["problems"]
     yield (

@@ -2,8 +2,8 @@
 
     python -m benchmarks.report_blocks benchmarks/results/engine_blocks_h100.json
 
-The file has `environment` and the rows that `tools/bench_engine.py --parts joint speedup` wrote; .md and .png go beside
-it.
+The file has `environment`, the rows that `tools/bench_engine.py --parts joint speedup` wrote, each with its commit, and
+date and commands of the run at each commit (`runs`); .md and .png go beside it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ PAPER_SPEEDUPS = {
     1.5: (1.47, 1.46, 1.54, 1.52, 1.51, 1.55),
 }
 """num_parallel -> speedups at batch 4 to 128, read off the paper's Fig. 8b."""
+COLUMNS = "Batch|num_parallel|Paths|Seconds|One by one|Speedup|Speedup / num_parallel|By bytes|ms per token|Commit"
 TEXT = """# What parallel blocks save and cost, one {gpu}
 
 {model}, bf16, random weights, prompts of {context} tokens that are in the prefix cache; {tokens} tokens an answer, of
@@ -36,8 +37,8 @@ which the longest chain has one in num_parallel. Beside each, the same answers w
 is what Speedup / num_parallel would be if every step took the time of reading the weights once, and once each key and
 value that its rows see: more rows would cost nothing but their own keys.
 
-| Batch | num_parallel | Paths | Seconds | One by one | Speedup | Speedup / num_parallel | By bytes | ms per token |
-|---|---|---|---|---|---|---|---|---|
+{columns}
+|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
 Milliseconds per token of an answer, fitted by a / num_parallel + b: {laws}.
@@ -48,11 +49,13 @@ The paper's 32B model: 15.43 / num_parallel + 0.60.
 Fork and join of a block of {branches} paths of {path_tokens} tokens after {prefix:,}, beyond the steps in which its
 tokens are drawn. Steps count beyond one for each token of the longest chain; at most (3B + 2) P tokens are copied:
 
-| | Fork and join, ms | In steps | More steps | Tokens copied (at most) | Tokens fed again |
-|---|---|---|---|---|---|
+| | Fork and join, ms | In steps | More steps | Tokens copied (at most) | Tokens fed again | Commit |
+|---|---|---|---|---|---|---|
 {joints}
 
-{date}, commit {commit}, torch {torch}, Triton {triton}: `{command}`
+torch {torch}, Triton {triton}
+
+{runs}
 """
 
 
@@ -87,7 +90,7 @@ def table_row(row: dict[str, Any], shape: ModelConfig, context: int) -> str:
     return (
         f"| {row['batch']} | {row['num_parallel']:.2f} | {row['branches'] or 'none'} | {row['seconds']:.3f} | "
         f"{row['serial_seconds']:.3f} | {row['speedup']:.2f} | {row['speedup_per_parallel']:.3f} | {ideal:.3f} | "
-        f"{row['ms_per_token']:.2f} |"
+        f"{row['ms_per_token']:.2f} | {row['commit']} |"
     )
 
 
@@ -97,7 +100,7 @@ def joint_row(row: dict[str, Any]) -> str:
     return (
         f"| {'overlapped' if row['overlap'] else 'in turn'}, {row['ms_per_step']:.2f} ms a step | "
         f"{row['fork_and_join_ms']:.1f} [{runs}] | {row['in_steps']:.2f} | {row['more_steps']} | "
-        f"{row['copied_tokens']} ({row['most_copied_tokens']}) | {row['fed_again_tokens']} |"
+        f"{row['copied_tokens']} ({row['most_copied_tokens']}) | {row['fed_again_tokens']} | {row['commit']} |"
     )
 
 
@@ -143,9 +146,13 @@ def main() -> None:
     shape, context = preset(environment["model"]), int(environment["context"].replace(",", ""))
     text = TEXT.format(
         **environment,
+        columns=f"| {' | '.join(COLUMNS.split('|'))} |",
         rows="\n".join(table_row(row, shape, context) for row in rows),
         laws="; ".join(f"batch {batch}: {a:.2f} / num_parallel + {b:.2f}" for batch, (a, b) in laws.items()),
         joints="\n".join(map(joint_row, joints)),
+        runs="\n".join(
+            f"- {name}, {run['date']}: `{'`, `'.join(run['command'])}`" for name, run in data["runs"].items()
+        ),
         image=f"{source.stem}.png",
         **{name: joints[0][name] for name in ("branches", "path_tokens", "prefix")},
     )

@@ -35,8 +35,8 @@ conclusion) took {block:.2f} s once the graphs were captured ({first:.2f} s with
 {speedup:.1f} times as fast. vLLM's {paths} branches alone, without a join, took {rival_wall:.2f} s; {tokens_all:,}
 tokens in one request {rival_serial:.1f} s.
 
-Time to the first token of a prompt, 7B: {prompts} (commit {prompt_commit}, which took FlashAttention 4 for chunks of
-all lengths: `{prompt_command}`). vLLM's, measured apart, were 36 and 442 ms.
+Time to the first token of a prompt, 7B: {prompts} ({prompt_date}, commit {prompt_commit}:
+`{prompt_command}`). vLLM's, measured apart, were 36 and 442 ms.
 
 {date}, commit {commit}, torch {torch}, Triton {triton}: `{command}`
 """
@@ -109,6 +109,7 @@ def main() -> None:
         rival_wall=rival["wall_s"],
         rival_serial=fork["vllm"]["serial_4096_prefix_cached"]["wall_s"],
         prompts=", ".join(f"{case['tokens']:,} tokens {case['ms_to_first_token']:.0f} ms" for case in data["prompt"]),
+        prompt_date=data["prompt"][0]["date"],
         prompt_commit=data["prompt"][0]["commit"],
         prompt_command=data["prompt"][0]["command"],
     )

@@ -95,15 +95,22 @@ def test_the_report_has_every_row(tmp_path, monkeypatch):
     joint |= {"overlap": True, "more_steps": 2, "copied_tokens": 99, "most_copied_tokens": 416, "fed_again_tokens": 0}
     joint |= {"branches": 8, "path_tokens": 128, "prefix": 16384}
     law = {"case": "law, batch 8", "batch": 8, "a": 4.0, "b": 0.5}
-    names = ("gpu", "model", "context", "tokens", "date", "commit", "torch", "triton", "command")
+    names = ("gpu", "model", "context", "tokens", "torch", "triton")
+    runs = {"abc1234": {"date": "2026-01-01", "command": ["bench one", "bench two"]}}
+    rows = [joint | {"commit": "abc1234"}, work | {"commit": "abc1234"}, law]
     source = tmp_path / "blocks.json"
     environment = dict.fromkeys(names, "x") | {"model": "tiny", "context": "1,024"}
-    source.write_text(json.dumps({"environment": environment, "rows": [joint, work, law]}))
+    source.write_text(json.dumps({"environment": environment, "runs": runs, "rows": rows}))
     monkeypatch.setattr("sys.argv", ["report_blocks", str(source)])
     report_blocks.main()
     text = source.with_suffix(".md").read_text()
-    assert re.search(r"\| 8 \| 1\.50 \| 3 \| 1\.000 \| 1\.400 \| 1\.40 \| 0\.930 \| 0\.\d{3} \| 3\.21 \|", text)
-    assert "9.5 [9.4, 9.5] | 2.02 | 2 | 99 (416) | 0 |" in text and "batch 8: 4.00 / num_parallel + 0.50" in text
+    assert re.search(
+        r"\| 8 \| 1\.50 \| 3 \| 1\.000 \| 1\.400 \| 1\.40 \| 0\.930 \| 0\.\d{3} \| 3\.21 \| abc1234 \|", text
+    )
+    assert "- abc1234, 2026-01-01: `bench one`, `bench two`" in text
+    assert (
+        "9.5 [9.4, 9.5] | 2.02 | 2 | 99 (416) | 0 | abc1234 |" in text and "batch 8: 4.00 / num_parallel + 0.50" in text
+    )
     assert source.with_suffix(".png").stat().st_size > 10_000
 
 
