@@ -154,10 +154,11 @@ def start_run(options: MiniatureOptions, name: str, device: int, places: int) ->
 
 
 def time_all(options: MiniatureOptions) -> None:
-    """Wall clock of the first seed's Multiverse and plain models, as far as it is not there yet.
+    """Wall clock of a Multiverse and a plain model, as far as it is not there yet: the first seed of each that lies in
+    models/, since models are large and need not all be kept.
 
     Raises:
-        TrainingError: these models are not trained yet.
+        TrainingError: there is none of a kind.
     """
     import torch
     from answers import Answerer, Mode, time_alone, time_batches
@@ -169,19 +170,32 @@ def time_all(options: MiniatureOptions) -> None:
     missing = [name for name in parts if not (options.output / "results" / f"{name}.json").exists()]
     if not missing:
         return
-    untrained = [name for name in ("multiverse-0", "plain-0") if not (options.output / "models" / name).exists()]
-    if untrained:
-        raise TrainingError(f"the wall clock needs {' and '.join(untrained)}: train first, with --part train")
+    names = {kind: first_trained(options, kind) for kind in ("multiverse", "plain")}
     size = SMOKE if options.smoke else FULL
-    multiverse = Answerer(options.output / "models" / "multiverse-0", "multiverse", size)
-    plain = Answerer(options.output / "models" / "plain-0", "plain", size)
+    multiverse = Answerer(options.output / "models" / names["multiverse"], "multiverse", size)
+    plain = Answerer(options.output / "models" / names["plain"], "plain", size)
     answerers: dict[Mode, Answerer] = {"parallel": multiverse, "one branch at a time": multiverse, "plain": plain}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     for name in missing:
         started = time.monotonic()
-        report = {"device": device, "torch": torch.__version__, "modes": parts[name](answerers, size)}
+        modes = parts[name](answerers, size)
+        report = {"device": device, "torch": torch.__version__, "models": names, "modes": modes}
         logger.info("time: %s took %.0f s", name, time.monotonic() - started)
         write_json_atomic(options.output / "results" / f"{name}.json", report, indent=None)
+
+
+def first_trained(options: MiniatureOptions, kind: str) -> str:
+    """Name of the first model of a kind that is here.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    from settings import SEEDS
+
+    for seed in SEEDS:
+        if (options.output / "models" / f"{kind}-{seed}").exists():
+            return f"{kind}-{seed}"
+    raise TrainingError(f"the wall clock needs a model of kind {kind}: train {kind}-0 first, with --part train")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ sys.path.insert(0, str(MINIATURE))
 
 import miniature  # noqa: E402
 from chains import Chain, without_links  # noqa: E402
-from miniature import STOPPED, MiniatureOptions, estimate, train_all  # noqa: E402
+from miniature import STOPPED, MiniatureOptions, estimate, first_trained, train_all  # noqa: E402
 from paper_figures import fit_latency  # noqa: E402
 from paper_report import draw, filled, read_results, tables  # noqa: E402
 from search import Satisfiability  # noqa: E402
@@ -273,6 +273,15 @@ def test_runs_that_fail_are_told_from_runs_that_were_stopped(tmp_path: Path, mon
     assert train_all(MiniatureOptions(runs=["no-links"], output=tmp_path)) is True
     with pytest.raises(ConfigError, match="known are multiverse-0"):
         train_all(MiniatureOptions(runs=["none"], output=tmp_path))
+
+
+def test_what_is_timed_is_the_first_model_of_a_kind_that_is_there(tmp_path: Path) -> None:
+    options = MiniatureOptions(output=tmp_path)
+    (tmp_path / "models" / "plain-1").mkdir(parents=True)
+    (tmp_path / "models" / "plain-2").mkdir()
+    assert first_trained(options, "plain") == "plain-1"
+    with pytest.raises(TrainingError, match="a model of kind multiverse: train multiverse-0 first"):
+        first_trained(options, "multiverse")
 
 
 def test_the_time_of_missing_runs_is_told_from_those_that_are_done(tmp_path: Path) -> None:
