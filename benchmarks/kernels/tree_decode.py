@@ -1,16 +1,19 @@
 """Attention of a decode step whose rows share a prefix, on one GPU: the prefix read once by as many rows as fill a
 tile, as the engine does, beside plain paged decoding of the same rows by the same kernel.
 
-Every row also has tokens of its own. Calls are replayed as a CUDA graph, as in a decode step. The caches of several
+Every row also has tokens of its own. In further cases several requests have paths of their own, which share the prompt
+of their request alone; these also try tiles for just the paths of one request (`small`), and rows that are cut as for
+twice as many multiprocessors (`cut`). Calls are replayed as a CUDA graph, as in a decode step. The caches of several
 layers take turns, so that none is left in the L2 cache from the call before. What counts as moved are the keys and
 values of the prefix, once, and those of the rows.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +41,18 @@ TOLERANCE = 6e-3
 """Relative error in bfloat16 against float64."""
 
 
+class Case(NamedTuple):
+    """Rows of a step."""
+
+    requests: int
+    paths: int
+    """Of each request."""
+    prefix: int
+    """Tokens that the paths of a request share."""
+    own: int
+    """Tokens of each path alone."""
+
+
 @dataclass
 class Options:
     """What to measure."""
@@ -48,6 +63,10 @@ class Options:
     """Tokens that all of them share."""
     longest: tuple[int, int] | None = (8, 65536)
     """Rows and prefix of one more case."""
+    blocks: tuple[tuple[int, int], ...] = ((8, 3), (10, 3), (8, 5), (32, 3), (32, 5), (24, 1), (40, 1))
+    """(requests, paths of each), each request after 1,024 tokens of its own."""
+    blocks_own: tuple[int, ...] = (16, 128)
+    """Tokens of each path alone, in those cases."""
     own: int = 256
     """Tokens of each branch alone."""
     heads: int = 28
@@ -65,28 +84,40 @@ class Options:
 def main() -> None:
     """Run all cases."""
     o = parse_options(Options)
-    recorder = Recorder("tree_decode", o.output, o.commit, key=("rows", "prefix", "own", "heads", "kv_heads"))
+    key = ("rows", "prefix", "own", "heads", "kv_heads", "requests")
+    recorder = Recorder("tree_decode", o.output, o.commit, key=key)
     read = read_rate()
     cases = [(rows, prefix) for prefix in o.prefixes for rows in o.rows]
     for rows, prefix in [*cases, *([o.longest] if o.longest else [])]:
-        measure(recorder, o, rows, prefix, read)
+        measure(recorder, o, Case(1, rows, prefix, o.own), read)
+    for own, (requests, paths) in itertools.product(o.blocks_own, o.blocks):
+        measure(recorder, o, Case(requests, paths, 1024, own), read)
     recorder.table(
         "Microseconds of one layer: `shared_us` by a list of work that reads a shared prefix once for as many rows as "
         "fill a tile, `plain_us` by a list in which each row reads all its pages, `engine_us` by the one that the "
-        "engine takes. `share`: of the rate at which this GPU reads a large tensor, with a shared prefix counted once."
+        "engine takes; `requests`: how many have a prefix and their part of the rows each, one where it is left out. "
+        "`small_us`: shared, by tiles for the rows of one request; `cut_us`: plain, cut as for twice as many "
+        "multiprocessors. `share`: of the rate at which this GPU reads a large tensor, with shared prefixes counted "
+        "once."
     )
 
 
-def measure(recorder: Recorder, o: Options, rows: int, prefix: int, read: float) -> None:
-    """Check one case against float64, time both ways in turns, and record it."""
-    pages, lengths, num_pages = tables(rows, prefix, o.own, o.page_size)
+def measure(recorder: Recorder, o: Options, case: Case, read: float) -> None:
+    """Check one case against float64, time all ways in turns, and record it."""
+    pages, lengths, num_pages = tables(case, o.page_size)
+    rows = len(lengths)
     borders = np.arange(rows + 1, dtype=np.int64)
+    there, sharers = processors(torch.device("cuda")), most_sharers(o.heads, o.kv_heads)
     divide = partial(
-        divide_work, pages, lengths, borders, page_size=o.page_size, kv_heads=o.kv_heads,
-        processors=processors(torch.device("cuda")), slots=most_parts(rows),
-        sharers=most_sharers(o.heads, o.kv_heads),
+        divide_work, pages, lengths, borders, page_size=o.page_size, kv_heads=o.kv_heads, processors=there,
+        slots=most_parts(rows), sharers=sharers,
     )  # fmt: skip
     works = {"shared": divide(least_shared=o.page_size), "plain": divide(least_shared=1 << 30)}
+    if case.requests > 1:
+        works["cut"] = divide(least_shared=1 << 30, processors=2 * there)
+        tile = 1 << (case.paths * o.heads // o.kv_heads - 1).bit_length()
+        if 1 < (few := tile * o.kv_heads // o.heads) < sharers:
+            works["small"] = divide(least_shared=o.page_size, sharers=few)
     size = 2 * num_pages * o.page_size * o.kv_heads * o.dim * 2
     layers = max(1, -(-L2_BYTES // size))
     cache = torch.randn(layers, 2, num_pages, o.page_size, o.kv_heads, o.dim, device="cuda", dtype=torch.bfloat16)
@@ -94,30 +125,32 @@ def measure(recorder: Recorder, o: Options, rows: int, prefix: int, read: float)
     calls = {name: attend(work, query, cache) for name, work in works.items()}
     errors = {name: error(call(0), query, cache[0], pages, lengths, borders) for name, call in calls.items()}
     if max(errors.values()) > TOLERANCE:
-        raise SystemExit(f"{rows} rows after {prefix} tokens: wrong by {errors}")
+        raise SystemExit(f"{case}: wrong by {errors}")
     graphs = {
         name: captured([partial(call, number % layers) for number in range(CALLS)]) for name, call in calls.items()
     }
     replays = in_turns({name: Step.of(graph.replay) for name, graph in graphs.items()}, o.rounds)
     times = {name: time / CALLS for name, time in replays.items()}
     way = "shared" if divide().tokens.shape[1] > 1 else "plain"
-    row: dict[str, Any] = {"rows": rows, "prefix": prefix, "own": o.own, "heads": o.heads, "kv_heads": o.kv_heads}
+    row: dict[str, Any] = {"rows": rows, "prefix": case.prefix, "own": case.own}
+    row |= {"heads": o.heads, "kv_heads": o.kv_heads}
+    if case.requests > 1:
+        row["requests"] = case.requests
     row |= {f"{name}_us": 1e3 * time for name, time in times.items()}
     row |= {"engine": way, "engine_us": 1e3 * times[way], "engine_over_plain": times[way] / times["plain"]}
-    moved = 2 * o.kv_heads * o.dim * 2 * (prefix + rows * o.own)
+    moved = 2 * o.kv_heads * o.dim * 2 * (case.requests * case.prefix + rows * case.own)
     recorder.add(**row, moved_mb=moved / 1e6, share=moved / times[way] / 1e-3 / read, error=max(errors.values()))
 
 
-def tables(
-    rows: int, prefix: int, own: int, page_size: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], int]:
+def tables(case: Case, page_size: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], int]:
     """Page table [rows, p], lengths [rows] and pages in all, which lie in the cache in random order."""
-    shared, each = prefix // page_size, own // page_size
-    order = np.random.default_rng(0).permutation(shared + rows * each).astype(np.int32)
+    rows, shared, each = case.requests * case.paths, case.prefix // page_size, case.own // page_size
+    common = case.requests * shared
+    order = np.random.default_rng(0).permutation(common + rows * each).astype(np.int32)
     pages = np.empty((rows, shared + each), dtype=np.int32)
-    pages[:, :shared] = order[:shared]
-    pages[:, shared:] = order[shared:].reshape(rows, each)
-    return pages, np.full(rows, prefix + own, dtype=np.int32), len(order)
+    pages[:, :shared] = order[:common].reshape(case.requests, shared).repeat(case.paths, axis=0)
+    pages[:, shared:] = order[common:].reshape(rows, each)
+    return pages, np.full(rows, case.prefix + case.own, dtype=np.int32), len(order)
 
 
 def attend(work: Work, query: Tensor, cache: Tensor) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.kernels.tree_decode import Case, tables
 from megatron_multiverse.kernels.kv_copy import copy_slots
 from megatron_multiverse.kernels.tree_decode import (
     divide_work,
@@ -119,11 +120,9 @@ def test_rows_read_shared_keys_together_where_that_is_faster(rows, prefix, toget
 )
 def test_paths_of_several_requests_share_where_that_is_faster_and_read_every_key_once(requests, paths, own, together):
     """24 rows of 8 requests were slower each for itself (Qwen2.5-7B: 1.24 s for their answers instead of 1.18)."""
-    rows, own_pages = requests * paths, own // 16
-    pages = np.empty((rows, 64 + own_pages), dtype=np.int32)
-    pages[:, :64] = np.repeat(np.arange(requests * 64).reshape(requests, 64), paths, axis=0)
-    pages[:, 64:] = 10_000 + np.arange(rows * own_pages).reshape(rows, own_pages)
-    lengths, borders = np.full(rows, 1024 + own, dtype=np.int32), np.arange(rows + 1)
+    pages, lengths, num_pages = tables(Case(requests, paths, 1024, own), 16)
+    rows, borders = len(lengths), np.arange(len(lengths) + 1)
+    assert rows == requests * paths and num_pages == len(np.unique(pages)) == (1024 * requests + own * rows) // 16
     work = divide_work(
         pages, lengths, borders, page_size=16, kv_heads=4, processors=132, slots=most_parts(rows), sharers=9
     )
