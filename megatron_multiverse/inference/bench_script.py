@@ -59,5 +59,6 @@ class Script:
         pairs = zip(sampling.keys.tolist(), sampling.indices.tolist(), strict=True)
         # A step that was planned before the end was known asks for one more, which is dropped.
         ids = [self.script[key][index] if index < len(self.script[key]) else TEXT for key, index in pairs]
-        tokens = torch.tensor(ids, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
+        # Of a step that reads part of a prompt, none are asked for.
+        tokens = torch.tensor(ids, dtype=torch.int64, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
         return tokens, token_logprobs(logits, tokens)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks import bench_host_step, report_blocks
 from benchmarks.engine_soak import Soak, SoakConfig
 from megatron_multiverse.errors import ConfigError, GenerationError
 from megatron_multiverse.inference.bench import BenchConfig, measure
 from megatron_multiverse.inference.bench_blocks import excess, fit_law, work_for
+from megatron_multiverse.inference.bench_script import Script
 from megatron_multiverse.model.families import preset
 
 
@@ -142,6 +146,12 @@ def test_the_law_and_the_excess_are_found_again():
     times[80] += 0.5
     times[60] += 9.0  # far from both
     assert excess(times, inside) == pytest.approx(3.5)
+
+
+def test_a_step_that_reads_part_of_a_prompt_asks_a_script_for_nothing():
+    nothing = SimpleNamespace(keys=np.zeros(0, dtype=np.int64), indices=np.zeros(0, dtype=np.int64))
+    tokens, logprobs = Script({})(torch.zeros(0, 9), nothing)
+    assert len(tokens) == len(logprobs) == 0 and tokens.dtype == torch.int64
 
 
 def test_the_soak_checks_every_answer():
