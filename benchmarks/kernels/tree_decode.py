@@ -63,7 +63,7 @@ class Options:
     """Tokens that all of them share."""
     longest: tuple[int, int] | None = (8, 65536)
     """Rows and prefix of one more case."""
-    blocks: tuple[tuple[int, int], ...] = ((8, 3), (10, 3), (8, 5), (32, 3), (32, 5), (24, 1), (40, 1))
+    blocks: tuple[tuple[int, int], ...] = ((8, 3), (10, 3), (8, 5), (32, 3), (32, 5), (24, 1), (32, 1), (40, 1))
     """(requests, paths of each), each request after 1,024 tokens of its own."""
     blocks_own: tuple[int, ...] = (16, 128)
     """Tokens of each path alone, in those cases."""
