@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import figures_in_docs
 from benchmarks.figures_in_docs import LINK, ONLY_LINKED, STATEMENTS, missing
+from benchmarks.quoted import source
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,12 +29,10 @@ def test_another_figure_is_noticed(document: str) -> None:
 
 
 def test_results_that_a_document_links_are_those_of_its_statements(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = figures_in_docs.results
+    real = source.results
     for document in ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]:
         used: set[str] = set()
-        monkeypatch.setattr(
-            figures_in_docs, "results", lambda name, used=used: used.add(f"benchmarks/{name}") or real(name)
-        )
+        monkeypatch.setattr(source, "results", lambda name, used=used: used.add(f"benchmarks/{name}") or real(name))
         list(STATEMENTS.get(document, lambda: iter(()))())
         linked = {name for name in LINK.findall(read(document)) if (document, name) not in ONLY_LINKED}
-        assert linked <= used, f"{document}: add a statement to benchmarks/figures_in_docs.py"
+        assert linked <= used, f"{document}: add a statement to benchmarks/quoted/"

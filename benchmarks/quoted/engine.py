@@ -1,0 +1,191 @@
+"""What docs/engine.md, docs/layers.md and docs/serving.md quote from results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+from benchmarks.quoted import source
+from benchmarks.report_blocks import ideal_speedup
+from megatron_multiverse.model.families import preset
+
+
+def engine() -> Iterator[str]:
+    """docs/engine.md."""
+    soak = source.results("results/engine_soak_h200")
+    assert soak["missing_pages"] == 0 and soak["logprob_off"] < soak["tolerance"]
+    yield f"{soak['answers']:,} answers, {soak['checked_tokens']:,} tokens checked"
+    bf16, fp8 = (source.results("results/engine_fp8_h200")[name]["rows"] for name in ("decode", "fp8"))
+    yield (
+        f"takes {fp8[0]['ms_per_step']:.2f} ms at batch 1 and {fp8[-1]['ms_per_step']:.2f} at 32, in bf16 "
+        f"{bf16[0]['ms_per_step']:.2f} and {bf16[2]['ms_per_step']:.2f}"
+    )
+    layer = source.results("kernels/results/fp8_products_h200")
+    faster = [_sum_of(layer, "widened_us", n) / _sum_of(layer, "scaled_mm_us", n) for n in (48, 128, 2048)]
+    yield (
+        f"{faster[0]:.1f} times as fast as widening the weights in each call at 48 rows, {faster[1]:.1f} times at "
+        f"128 and {faster[2]:.1f} times at 2,048"
+    )
+    many = source.results("results/engine_fp8_h200")["fp8_many_rows"]["rows"][0]
+    (plain,) = (
+        row["ms_per_step"]
+        for row in source.results("results/engine_h200")["decode"]
+        if (row["model"], row["batch"]) == ("qwen2.5-7b", 128)
+    )
+    yield (
+        f"at batch 128 a step takes {many['ms_per_step']:.2f} ms ({many['tokens_per_second']:,.0f} tokens/s), with "
+        f"bf16 weights [{plain:.2f}](../benchmarks/results/engine_h200.json)"
+    )
+    blocks = source.results("results/engine_blocks_h200")
+    rows, before = blocks["rows"], blocks["before"]["rows"]
+    shares = {
+        n: [row["speedup_per_parallel"] for row in rows if row.get("batch") == n and row.get("branches")]
+        for n in (1, 8, 32)
+    }
+    yield (
+        f"{min(shares[1]):.2f} to {max(shares[1]):.2f} of num_parallel at batch 1, {max(shares[8]):.2f} down to "
+        f"{min(shares[8]):.2f} at 8 and {max(shares[32]):.2f} down to {min(shares[32]):.2f} at 32"
+    )
+    yield "take {:.0f} us for 48 rows, {:.0f} for 128 and {:.0f} for 256".format(
+        *(_sum_of(layer, "bf16_us", n) for n in (48, 128, 256))
+    )
+    whole, shared = (
+        next(row["seconds"] for row in found if row["case"] == "speedup, batch 8, num_parallel 2")
+        for found in (rows, before)
+    )
+    yield f"took {whole:.3f} s with num_parallel 2 instead of {shared:.3f}"
+    eight, many = (_ideal_share(batch) for batch in (8, 32))
+    yield f"would keep {eight} at batch 8 and {many} at 32"
+    held = source.results("results/engine_held_steps_h200")
+    more = [min(row["held"]) - min(row["ahead"]) for row in held["decode"]["rows"]]
+    waits = [min(row["in_turn"]) - min(row["ahead"]) for row in held["decode"]["rows"]]
+    yield (
+        f"Qwen2.5-7B takes {more[0]:.2f} ms more at batch 1 and at most {max(more[1:]):.2f} at 8 and 32, a step in "
+        f"turn {min(waits):.1f} to {max(waits):.1f} ms more"
+    )
+    link = "(../benchmarks/results/engine_held_steps_h200.json)"
+    joints = [[row for row in found if "fork_and_join_ms" in row] for found in (before, rows)]
+    yield "took {:.1f} ms with overlap and {:.1f} in turn".format(*(row["fork_and_join_ms"] for row in joints[0]))
+    joint, in_turn = joints[1]
+    yield (
+        f"They take {joint['fork_and_join_ms']:.1f} ms with overlap, {joint['in_steps']:.2f} steps, in three runs "
+        f"between {min(joint['runs_ms']):.1f} and {max(joint['runs_ms']):.1f} ms, and "
+        f"{in_turn['fork_and_join_ms']:.1f} in turn, {in_turn['in_steps']:.2f} steps"
+    )
+    apart, once = (held["fork_and_join"][name] for name in ("held", "alike_once"))
+    yield (
+        f"took [{once['fork_and_join_ms']:.1f} ms]{link}, and {apart['fork_and_join_ms']:.1f} until what the paths "
+        "begin with alike was computed once"
+    )
+    found = source.results("results/fp8_logits_cpu")
+    right = found["right_answers"]["fp8"] * found["problems"]
+    yield (
+        f"model logits move by {100 * found['fp8']['relative']:.1f} % of their spread, where bf16 moves them by "
+        f"{100 * found['bf16']['relative']:.1f} %, and {right:.0f} of {found['problems']} held-out problems stay right"
+    )
+    fuzz = source.results("results/fuzz_cpu")
+    yield f"{fuzz['distinct_trees']:,} different trees and {fuzz['soup_engines']:,} engines of tag soup"
+    row = next(
+        row for row in source.results("results/small_sums_h200") if row["rows"] == 1 and row["hidden_size"] == 3584
+    )
+    yield f"{row['sum_norm_us']:.1f} us for one row of Qwen2.5-7B on two H200"
+    torch_us, nccl_us = row["symmetric_memory_us"], row["nccl_us"]
+    yield f"symmetric memory up to 512 KiB ({torch_us:.1f} us), and larger ones NCCL ({nccl_us:.1f} us"
+    alone = source.results("results/engine_tp2_h200")["decode"][0]
+    yield (
+        f"Qwen2.5-7B takes {alone['tp2_ms']:.2f} ms a step on two H200 and {alone['one_gpu_ms']:.2f} on one, with sum "
+        f"and norm apart {alone['tp2_with_sum_and_norm_apart_ms']:.2f}"
+    )
+    mixed = source.results("load/results/load_h200_7b")["traces"]["mixed"]
+    never, always, ours = (mixed[policy]["summaries"] for policy in ("never fork", "always fork", "by step time"))
+
+    def times(name: str, others: dict[str, Any]) -> list[float]:
+        """Smallest and largest of ours over theirs, seed by seed."""
+        ratios = [ours[seed][name] / others[seed][name] for seed in ours]
+        return [min(ratios), max(ratios)]
+
+    goodput = "goodput_tokens_per_second"
+    low, high = times(goodput, never)
+    yield f"three seeds give {low:.2f} to {high:.2f} times the tokens of never forking within 50 ms of each other"
+    low, high = times(goodput, always)
+    yield f"{low:.1f} to {high:.1f} times those of always"
+    yield f"at most {max(times('serial_gap_p99_ms', never)):.2f} times that of never"
+
+
+def _sum_of(rows: list[dict[str, Any]], name: str, count: int) -> float:
+    """Of all products with so many rows."""
+    total: float = sum(row[name] for row in rows if row["rows"] == count)
+    return total
+
+
+def _ideal_share(batch: int) -> str:
+    """What would be left of num_parallel at this batch if only bytes counted, over all cases that fork."""
+    found = source.results("results/engine_blocks_h200")
+    shape, context = preset(found["environment"]["model"]), int(found["environment"]["context"].replace(",", ""))
+    rows = [row for row in found["rows"] if row.get("batch") == batch and row.get("branches")]
+    shares = [ideal_speedup(row, shape, context) / row["num_parallel"] for row in rows]
+    return f"{min(shares):.2f} to {max(shares):.2f}"
+
+
+def layers() -> Iterator[str]:
+    """docs/layers.md: its table of one layer beside megatron-core's stock one."""
+    cases = [("bf16", "bf16, megatron-core 0.16.1", "0.16.1"), ("bf16", "bf16, megatron-core 0.19.2", "0.19.2")]
+    cases += [
+        (mode, mode.replace("fp8", "FP8"), "0.16.1")
+        for mode in ("bf16, full recompute", "fp8 tensorwise", "fp8 blockwise")
+    ]
+    for mode, title, version in cases:
+        rows = [row for row in source.results(f"kernels/results/layer_mcore_{version}_h200") if row["mode"] == mode]
+        stock = min((row for row in rows if row["layer"].startswith("stock")), key=lambda row: row["ms"])
+        (ours,) = (row for row in rows if row["layer"].startswith("ours") and row["layout"] == "realistic")
+        yield (
+            f"| {title} | {source.rounded(stock['ms'], 1)} ms | {source.rounded(ours['ms'], 1)} ms | "
+            f"{ours['time_ratio']:.2f} | +{100 * (ours['memory_ratio'] - 1):.1f} % |"
+        )
+
+
+def serving() -> Iterator[str]:
+    """docs/serving.md."""
+    overhead = source.results("results/server_h200")["overhead"]
+    one, many = (median(row["server_whole"]) / median(row["engine"]) for row in overhead["tokens_per_second"])
+    first = {name: median(overhead["first_token_ms"][name]) for name in ("server", "engine")}
+    yield f"tokens at {one:.3f} (batch 1) and {many:.3f} (32) of the engine's own rate"
+    yield f"comes after {first['server']:.0f} ms, {first['engine']:.0f} of them the engine's"
+    found = source.results("results/server_soak_cpu")
+    assert found["ok"] and not found["hangs"] + found["num_wrong"] + found["pages_missing_in_the_end"]
+    engine_killed, rank_killed = (
+        found[name]["seconds_until_all_heard"] for name in ("engine_killed", "one_of_two_ranks_killed")
+    )
+    yield f"One run of {found['seconds'] / 60:.0f} minutes"
+    yield (
+        f"{found['requests']:,} requests, {found['kinds']['malformed']:,} of them malformed, "
+        f"{found['answers_compared']:,} answers compared, {found['preemptions']} preemptions; no hang, no wrong "
+        "status, no other answer, no page missing"
+    )
+    yield f"killed engine within {engine_killed + 0.05:.1f} s, of the killed rank within {rank_killed + 0.05:.1f} s"
+    stalls = source.results("results/server_stalls_cpu")["stalls"]
+    alone, disturbed = ([turn for turn in stalls["turns"] if turn["kind"] == kind] for kind in ("alone", "disturbed"))
+    rate = sum(turn["disturbances"] for turn in disturbed) / (len(disturbed) * stalls["seconds"])
+    before, after = (median(turn["p50_ms"] for turn in turns) for turns in (alone, disturbed))
+    late_before, late_after = (median(turn["p99_ms"] for turn in turns) for turns in (alone, disturbed))
+    yield f"on {stalls['cores']} cores some {round(rate, -1):.0f} disturbances a second"
+    yield (
+        f"median step from {before:.0f} to {after:.0f} ms, the 99th percentile from {late_before:.0f} to "
+        f"{late_after:.0f} ms"
+    )
+    steps, longest = sum(turn["steps"] for turn in disturbed), max(turn["longest_ms"] for turn in disturbed)
+    yield f"the longest of {steps:,} steps was {longest:.0f} ms"
+    found = source.results("results/server_reprefill_cpu")["reprefill"]
+    ours, theirs, moved = found["engine"], found["reprefill"], found["moved"]
+    assert ours["right"] == theirs["right"] == 1
+    later = moved["later paths"]
+    yield f"largest move {max(moved[name]['largest'] for name in ('first paths', 'after the join')):.3f}"
+    yield (
+        f"move by {later['mean']:.2f} on average, and by {later['largest']:.1f} at most; "
+        f"{100 * later['still_likeliest']:.1f} % of them stay the likeliest. All {found['problems']} answers are right"
+    )
+    yield (
+        f"An answer takes {theirs['requests']} requests that read {theirs['prompt_tokens']:.0f} tokens of prompts in "
+        f"all, where the engine reads {ours['prompt_tokens']:.0f}"
+    )

@@ -1,0 +1,118 @@
+"""What the examples and docs/rl.md quote from results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.quoted import source
+
+
+def rl() -> Iterator[str]:
+    """docs/rl.md."""
+    toy = source.results("results/rl_toy_cpu")
+    assert {name.rpartition("_")[0] for name in toy} == {"learns", "control"} and len(toy) == 6, "from three seeds"
+    assert all(rewards[-1] > 0.99 for name, rewards in toy.items() if name.startswith("learns"))
+    steps = [row for row in source.results("results/rl_quickstart_h200") if row["kind"] == "train"]
+    models = source.results("results/rl_quickstart_h200_compared")["models"]
+    before, after = models["runs/rl/sft/model"], models["runs/rl/seed_1/model"]
+
+    def forks(family: str) -> list[float]:
+        return [100 * of["by_family"][family]["forks"] for of in (before, after)]
+
+    yield f"{len(steps)} steps of {steps[0]['answers']} answers, one seed"
+    yield "fork in {1:.0f} % of held-out answers instead of {0:.0f} %".format(*forks("narrow"))
+    yield "wide ones in {1:.0f} % instead of {0:.0f} %; they take".format(*forks("wide"))
+    steps_less, time_less = after["net_speedup_steps"], after["net_speedup"]
+    yield f"they take {steps_less:.2f} times fewer steps and {time_less:.2f} times less wall clock"
+    yield f"and {100 * after['accuracy']:.0f} % instead of {100 * before['accuracy']:.0f} % are right"
+    models = source.results("results/rl_quickstart_seeds_h200_compared")["models"]
+    before, *seeds = models.values()
+    trained = {row["seed"] for row in source.results("results/rl_quickstart_seeds_h200") if row["kind"] == "train"}
+    assert len(seeds) == len(trained) == 3 and all(of["by_family"]["narrow"]["forks"] == 0 for of in seeds)
+    clock, steps_less = ([of[name] for of in seeds] for name in ("net_speedup", "net_speedup_steps"))
+    yield f"{min(clock):.2f} to {max(clock):.2f} times less wall clock per right answer"
+    yield f"{min(steps_less):.2f} to {max(steps_less):.2f} times fewer steps; "
+    yield f"{100 * min(of['accuracy'] for of in seeds):.0f} % are right instead of {100 * before['accuracy']:.0f} %"
+    steps = [row for row in source.results("results/rl_quickstart_cpu") if row["kind"] == "train"]
+    drawn = {
+        family: [100 * row[name] for row in steps if (name := f"trigger_ratio/{family}") in row]
+        for family in ("narrow", "wide")
+    }
+    yield f"fork in {drawn['narrow'][-1]:.0f} % of answers instead of {drawn['narrow'][0]:.0f} %"
+    yield f"wide ones in {drawn['wide'][-1]:.0f} % instead of {drawn['wide'][0]:.0f} %"
+    models = source.results("results/rl_quickstart_cpu_compared")["models"]
+    before, after = models["before"], models["after"]
+    yield f"take {after['net_speedup_steps']:.2f} times fewer steps per right answer"
+    yield f"and {after['net_speedup']:.2f} times less wall clock"
+    yield f"right are {100 * after['accuracy']:.0f} % instead of {100 * before['accuracy']:.0f} %"
+    usual, rounded = source.results("results/rl_rounding_h200")["runs"]
+    yield f"[{100 * rounded['ratio_far']:.2f} %](../benchmarks/results/rl_rounding_h200.json)"
+    yield f"have such a ratio instead of {100 * usual['ratio_far']:.2f} %"
+    first = [100 * run["first_step_ratio_far"] for run in (rounded, usual)]
+    yield "in the first step {:.3f} % instead of {:.3f} %".format(*first)
+    rows, tree = source.results("results/rl_shared_prefix_h200")
+    yield f"[{tree['speedup']:.1f} times](../benchmarks/results/rl_shared_prefix_h200.md) as fast"
+    yield f"it takes {tree['peak_gib']:.0f} GiB, where rows one after the other take {rows['peak_gib']:.0f}"
+    (drawn,) = source.results("results/rl_rollouts_h200")
+    yield f"[{drawn['tokens_per_s_drawing']:,.0f} tokens/s](../benchmarks/results/rl_rollouts_h200.md)"
+    yield f"the bare engine's {drawn['tokens_per_s_bare']:,.0f}; with the hand-over"
+    yield f"grades it is {drawn['whole_over_bare']:.2f} of that"
+
+
+def quickstart() -> Iterator[str]:
+    """examples/quickstart/README.md."""
+    report = source.results("results/quickstart_cpu")
+    modes = ("parallel", "sequential", "autoregressive")
+    yield (
+        f"packages installed: {report['total_seconds']:.0f} seconds, the first answer after "
+        f"{report['first_answer_seconds']:.0f}."
+    )
+    right = [f"{100 * report[name]:.0f} %" for name in ("accuracy", "accuracy_sequential", "accuracy_autoregressive")]
+    rows = {
+        "right answers": right,
+        "tokens per answer": [f"{report[f'tokens_per_answer_{mode}']:.0f}" for mode in modes],
+        "decode steps per answer": [f"{report[f'decode_steps_per_answer_{mode}']:.0f}" for mode in modes],
+        "seconds per answer, one at a time": [f"{report[f'seconds_per_answer_{mode}']:.2f}" for mode in modes],
+        "seconds for all 100, batched": [f"{report[f'batch_seconds_{mode}']:.1f}" for mode in modes],
+    }
+    for name, cells in rows.items():
+        yield f"| {name} | {' | '.join(cells)} |"
+    (steps, clock), (plain_steps, plain_clock) = (
+        [report[f"net_speedup_{unit}{rival}"] for unit in ("steps", "wall_clock")]
+        for rival in ("", "_over_autoregressive")
+    )
+    yield f"num_parallel is {report['num_parallel']:.2f}."
+    yield f"{steps:.2f} in steps and {clock:.2f} in wall clock over one branch at a time"
+    yield f"and {plain_steps:.2f} and {plain_clock:.2f} over thinking without blocks"
+    yield f"one teacher-forced forward pass by at most {source.short(report['max_abs_logit_difference'], 1)}."
+    assert report["accuracy_5_to_6_expressions"] == report["accuracy_depth_3"] == 0, "or say how many are right"
+
+
+def miniature() -> Iterator[str]:
+    """examples/paper_in_miniature/README.md, whose other tables are made by its paper_report.py."""
+    trials = source.results("results/miniature_trials_h200")
+    runs = trials["1600_steps"]
+    columns = ("multiverse-0", "multiverse-1", "no-links", "fixed-labels", "no-position-gaps", "looks-back")
+    for name in runs["multiverse-0"]["right"]:
+        task, number = name.split("-")[0], name.split("-")[1]
+        yield f"| {number} {task} | " + " | ".join(
+            f"{100 * runs[run]['right'][name] / trials['problems']:.0f}" for run in columns
+        )
+    for name, run in trials["learning_rate"].items():
+        yield f"| {name} | {run['loss']['240']:.3f} | {run['loss']['480']:.3f} |"
+    run = source.results("../examples/paper_in_miniature/results/multiverse-0")
+    yield f"{run['training_s'] + run['evaluation_s']:.0f} s as one of four on a GPU"
+    found = source.results("results/miniature_lookup_h200")
+    for text, loss in found["losses"].items():
+        yield f"| {text} | " + " | ".join(f"{loss[step]:.4f}" for step in ("200", "300", "500", "700"))
+    for number in (6, 8, 12):
+        gaps = found["accuracy without gaps in labels"], {name: run["right"] for name, run in found["accuracy"].items()}
+        seeds = ("multiverse-0", "multiverse-1")
+        yield f"| {number} chains | " + " | ".join(
+            ", ".join(f"{100 * runs[seed][f'chains-{number}'] / 32:.0f}" for seed in seeds) for runs in gaps
+        )
+    plain = source.results("../examples/paper_in_miniature/results/plain-0")
+    yield f"last loss is {plain['loss']:.4f} instead of {found['accuracy']['plain-0']['loss']:.4f}"
+    looks = source.results("results/miniature_qk_norm_h200")["runs"]
+    tied, untied = looks["tied embeddings, no QK norm"], looks["untied embeddings, QK norm"]
+    yield f"from {tied['loss']['1300']:.3f} to {untied['loss']['1300']:.3f}"

@@ -1,0 +1,149 @@
+"""What docs/training.md quotes from results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.quoted import source
+from benchmarks.report_training import LENGTHS, recomputed, two_gpus
+
+
+def training() -> Iterator[str]:
+    """docs/training.md: its tables of shares of the mask, of layouts of two GPUs, of rivals and of FP8."""
+    for name, column in (("cpu", "area_over_mean"), ("h200", "time_over_mean")):
+        rows = source.results(f"results/training_balance_{name}")
+        for case in ("packed", "wide", "deep", "realistic"):
+            cells = [source.rounded(row[column], 3) for row in rows if row["case"] == case]
+            yield f"| {' | '.join(cells)} |"
+    yield from _training_layouts()
+    yield from _training_beside_others()
+    yield from beside_fsdp_rows()
+    yield from _training_fp8()
+    yield from _checkpoints()
+
+
+def _checkpoints() -> Iterator[str]:
+    """What a checkpoint holds up, waited for and written beside the training."""
+    found = source.results("results/checkpoint_cpu")
+    yield f"{found['parameters'] / 1e6:.0f} million parameters ({found['gigabytes']:.2f} GB a checkpoint)"
+    for name in ("wait_s", "next_step_s"):
+        for engine in ("one_process", "megatron"):
+            beside, waiting = (source.rounded(found[f"{engine}_{way}"][name], 1) for way in ("beside", "waiting"))
+            yield f"{beside} s instead of {waiting} s"
+
+
+def _training_fp8() -> Iterator[str]:
+    """Two tables: what FP8 saves of a step, and its loss beside the noise of bf16."""
+    for row in source.results("results/training_fp8_h200"):
+        mean, largest = (f"{100 * row[f'{name}_distance']:.1f} %" for name in ("mean", "largest"))
+        if row["rows"] == "1 x 8192 packed" and row["way"] != "bf16":
+            yield f"| {row['way'].replace('fp8', 'FP8')} | {row['last_loss']:.3f} | {mean} | {largest} |"
+        elif row["way"].startswith("fp8"):
+            yield f"| {row['way'].replace('fp8', 'FP8')} | {row['time_beside_first']:.2f} |"
+
+
+def _training_layouts() -> Iterator[str]:
+    """Rows of the table of layouts, and of longer rows beside it."""
+    titles = {
+        "DP2": "DP2, distributed optimizer",
+        "TP2+SP": "TP2 + SP",
+        "CP2 a2a": "CP2, all-to-all",
+        "CP2 all_gather": "CP2, all-gather",
+        "PP2 interleaved": "PP2, interleaved",
+        "ZeRO-3 DP2": "ZeRO 3, DP2",
+        "ZeRO-3 CP2": "ZeRO 3, CP2",
+    }
+    every = [
+        row
+        for row in source.results("results/training_layouts_h200")
+        if row["gpus"] == 2 and row["model"] == "qwen2.5-7b, 4 layers"
+    ]
+    for row in (row for row in every if row["rows"] == "2 x 65536 packed"):
+        yield f"{row['tokens_per_s_per_gpu']:,.0f}"
+    rows = [row for row in every if row["rows"] == "4 x 32768 packed"]
+    for row in sorted(rows, key=lambda row: -row["tokens_per_s_per_gpu"]):
+        title = titles.get(row["layout"], row["layout"])
+        yield f"| {title} | {row['tokens_per_s_per_gpu']:,.0f} | {row['mfu_visible']:.2f} | {row['peak_gib']:.1f} |"
+    yield f"differ by {source.short(max(row['loss_difference'] for row in rows), 0)} of their value at most"
+
+
+def beside_fsdp_rows() -> Iterator[str]:
+    """docs/training.md: half of a model on two GPUs, fastest first for each length of rows."""
+    rows = two_gpus(source.results("results/training_layouts_h200"))
+    for length in LENGTHS:
+        of_length = [row for row in rows if f"x {length} " in row["rows"] and "result" not in row]
+        for row in sorted(of_length, key=lambda row: -row["tokens_per_s_per_gpu"]):
+            yield (
+                f"| {length:,} | {row['layout']} | {recomputed(row)} | {row['tokens_per_s_per_gpu']:,.0f} | "
+                f"{row['mfu_visible']:.2f} | {row['peak_gib']:.1f} |"
+            )
+    yield f"is {beside_fsdp():.1f} times as fast as transformers under FSDP2 at 32K"
+    one, two = (
+        next(
+            row
+            for row in source.results("results/training_layouts_h200")
+            if row["gpus"] == gpus and "16384" in row["model"]
+        )
+        for gpus in (1, 2)
+    )
+    yield f"CP2 takes {two['s_per_step']:.3f} s a step and one GPU {one['s_per_step']:.3f} s"
+    yield f"two GPUs are {one['s_per_step'] / two['s_per_step']:.2f} times as fast as one"
+
+
+def beside_fsdp() -> float:
+    """How many times as fast as transformers under FSDP2 the fastest layout of two GPUs is at 32K tokens."""
+    rows = [row for row in two_gpus(source.results("results/training_layouts_h200")) if "x 32768 " in row["rows"]]
+    ours, theirs = (
+        max(row["tokens_per_s_per_gpu"] for row in rows if ("transformers" in row["layout"]) == is_theirs)
+        for is_theirs in (False, True)
+    )
+    return float(ours / theirs)
+
+
+def _training_beside_others() -> Iterator[str]:
+    """The table of what others take, longer rows last, and of one wide row."""
+    rows = source.results("results/training_beside_transformers_h200")
+    four = [row for row in rows if row["model"] == "qwen2.5-7b, 4 layers"]
+    runs = {(row["case"], row["tokens"], row["runner"]): row for row in four}
+    for tokens, times in ((8192, " times as long"), (16384, ""), (32768, "")):
+        ours, theirs, causal = (
+            runs["packed", tokens, name]
+            for name in ("ours", "transformers, dense mask, checkpointing", "ours with TE causal attention")
+        )
+        yield (
+            f"| {tokens:,} | {ours['tokens_per_s']:,.0f} | {theirs['time_beside_ours']:.2f}{times} | "
+            f"{causal['time_beside_ours']:.2f} | {ours['peak_gib']:.1f}, {theirs['peak_gib']:.1f} | "
+            f"{100 * ours['scan_and_data_share']:.1f} % |"
+        )
+    wide = runs["wide", 16384, "ours with TE causal attention"]
+    yield f"On one wide row of 16,384 tokens plain causal attention takes {wide['time_beside_ours']:.2f} times as long"
+    ten = {(row["tokens"], row["runner"]): row for row in rows if row["model"] == "qwen2.5-7b, 10 layers"}
+    ours, at_once = ten[16384, "ours"], ten[16384, "ours, loss of all tokens at once"]
+    theirs = ten[16384, "transformers, dense mask, checkpointing"]
+    yield (
+        f"at 16,384 tokens: {ours['tokens_per_s']:,.0f} tokens/s, {theirs['time_beside_ours']:.1f} times as many as "
+        "theirs"
+    )
+    yield f"scan and loader take {100 * ours['scan_and_data_share']:.1f} % of a step"
+    yield (
+        f"takes {at_once['s_per_step'] / ours['s_per_step']:.3f} times as long and "
+        f"{at_once['peak_gib'] - ours['peak_gib']:.1f} GiB more"
+    )
+    yield from _memory_with_recompute(ten)
+    peaks = [f"{runs['packed', tokens, 'ours, full recompute']['peak_gib']:.1f}" for tokens in (8192, 16384, 32768)]
+    yield f"all layers recomputed took {peaks[0]}, {peaks[1]} and {peaks[2]} GiB at 8,192, 16,384 and 32,768 tokens"
+
+
+def _memory_with_recompute(runs: dict[tuple[int, str], dict[str, Any]]) -> Iterator[str]:
+    """The table of ours without and with recompute and of theirs; runs by tokens and runner."""
+    names = ("ours", "ours, full recompute", "transformers, dense mask, checkpointing")
+    _, again, theirs = (runs[16384, name] for name in names)
+    assert again["peak_gib"] < theirs["peak_gib"]
+    yield f"is still {theirs['s_per_step'] / again['s_per_step']:.1f} times as fast"
+    for tokens in sorted({tokens for tokens, _ in runs}):
+        cells = [
+            f"{run['tokens_per_s']:,.0f} tokens/s, {run['peak_gib']:.1f} GiB" if run else "not measured"
+            for run in (runs.get((tokens, name)) for name in names)
+        ]
+        yield f"| {tokens:,} | {' | '.join(cells)} |"
