@@ -28,6 +28,7 @@ LEAST_TILE, SHARERS = 16, 8
 """Rows of the tensor cores' smallest tile, and queries for whose heads tiles are made; see `most_sharers`."""
 
 Int32s = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
 
 
 class Work(NamedTuple):
@@ -48,13 +49,17 @@ class Work(NamedTuple):
     """Most parts a query may have; 1 if all have one, so that nothing is to be merged."""
 
 
-class Stretch(NamedTuple):
-    """Keys [start, end) of the rows [first, last), which list the same pages for them."""
+class Seats(NamedTuple):
+    """Queries that look at a stretch of keys together; each [seats]."""
 
-    first: int
-    last: int
-    start: int
-    end: int
+    base: Ints
+    """Where in the pages the one of key 0 would stand."""
+    start: Ints
+    end: Ints
+    """Keys [start, end)."""
+    first: Ints
+    last: Ints
+    """Queries [first, last)."""
 
 
 def most_parts(queries: int) -> int:
@@ -96,57 +101,64 @@ def divide_work(
             (`PLAIN_TIME`, `SHARED_TIME`).
     """
     counts = np.diff(borders)
+    rows, tokens = len(counts), int(borders[-1])
     stretches = _stretches(pages, lengths, page_size, least_shared or LEAST_SHARED)
     # Rows of several queries need the larger tiles with and without others.
-    if len(counts) == borders[-1] and (stretches is None or least_shared is None):
-        plain = _alone(pages, lengths, kv_heads, processors, slots)
-        if stretches is None or not _pays(stretches, plain, sharers, kv_heads / processors):
-            return plain
-    limits = np.repeat(lengths - counts + 1, counts) + np.arange(borders[-1]) - np.repeat(borders[:-1], counts)
+    if rows == tokens and (stretches is None or least_shared is None):
+        pieces = _pieces_alone(lengths, kv_heads, processors, slots)
+        if stretches is None or not _pays(stretches, lengths, pieces, sharers, kv_heads / processors):
+            return _alone(pages, lengths, pieces, slots)
+    limits = lengths if rows == tokens else np.repeat(lengths - counts + 1 - borders[:-1], counts) + np.arange(tokens)
     depth = 0 if stretches is None else _depth(stretches, borders)
     if stretches is None or depth > slots // 2:
-        stretches, depth = [Stretch(row, row + 1, 0, int(length)) for row, length in enumerate(lengths)], 1
-    tables, bases = _tables(pages, stretches, page_size)
+        stretches, depth = np.zeros((rows, 4), dtype=np.int64), 1
+        stretches[:, 0] = np.arange(rows)
+        stretches[:, 1], stretches[:, 3] = stretches[:, 0] + 1, lengths
+    listed, bases = _tables(pages, stretches, page_size)
     seats = _seats(stretches, bases, borders, sharers)
-    piece = _piece(seats[:, 2] - seats[:, 1], int(lengths.max()), kv_heads, 2 * processors, slots - depth)
-    return _cut(seats, piece, tables, limits.astype(np.int32), slots, sharers)
+    piece = _piece(seats.end - seats.start, int(lengths.max()), kv_heads, 2 * processors, slots - depth)
+    return _cut(seats, piece, listed, limits.astype(np.int32), slots, sharers)
 
 
-def _pays(stretches: list[Stretch], plain: Work, sharers: int, programs_per_processor: float) -> bool:
+def _pays(stretches: Ints, lengths: Int32s, pieces: Ints, sharers: int, programs_per_processor: float) -> bool:
     """Whether rows of one query each read shared keys once in less time than each for itself; see `PLAIN_TIME`.
 
     Args:
-        plain: the list in which each reads all its keys. It ends with its longest item: 24 rows of four key/value heads
-            are not cut, and a quarter of 132 multiprocessors has none of their items.
+        stretches: see `_stretches`.
+        lengths: keys of each row.
+        pieces: keys of its items where it reads all of them itself. That ends with the longest item: 24 rows of four
+            key/value heads are not cut, and a quarter of 132 multiprocessors has none of their items.
         programs_per_processor: of one item: key/value heads over multiprocessors.
     """
-    sizes = plain.items[:, 2] - plain.items[:, 1]
-    shared = sum(-(-(stretch.last - stretch.first) // sharers) * (stretch.end - stretch.start) for stretch in stretches)
-    plain_keys, shared_keys = max(sizes.sum() * programs_per_processor, sizes.max()), shared * programs_per_processor
+    first, last, start, end = stretches.T
+    shared = int((-(-(last - first) // sharers) * (end - start)).sum())
+    longest = int(np.minimum(pieces, lengths).max())
+    plain_keys, shared_keys = max(lengths.sum() * programs_per_processor, longest), shared * programs_per_processor
     return bool(SHARED_TIME[0] + SHARED_TIME[1] * shared_keys < PLAIN_TIME[0] + PLAIN_TIME[1] * plain_keys)
 
 
-def _tables(pages: Int32s, stretches: list[Stretch], page_size: int) -> tuple[Int32s, list[int]]:
+def _counted(counts: Ints) -> tuple[Ints, Ints]:
+    """For as many things of each owner as `counts` says: [sum], whose each one is, and its number among the owner's."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
+
+
+def _tables(pages: Int32s, stretches: Ints, page_size: int) -> tuple[Int32s, Ints]:
     """The pages of the stretches, flat, and where among them the page of each one's key 0 would stand."""
-    parts = [pages[stretch.first, stretch.start // page_size : -(-stretch.end // page_size)] for stretch in stretches]
-    begins = np.cumsum([0, *map(len, parts)])
-    bases = [int(begin) - stretch.start // page_size for begin, stretch in zip(begins[:-1], stretches, strict=True)]
-    return np.concatenate(parts), bases
+    begins = stretches[:, 2] // page_size
+    counts = -(-stretches[:, 3] // page_size) - begins
+    owner, index = _counted(counts)
+    there = (stretches[:, 0] * pages.shape[1] + begins)[owner] + index
+    return pages.reshape(-1)[there], np.cumsum(counts) - counts - begins
 
 
-def _seats(
-    stretches: list[Stretch], bases: list[int], borders: npt.NDArray[np.int64], sharers: int
-) -> npt.NDArray[np.int64]:
-    """One for every stretch and group of queries that look at it together, [seats, 5]: where its page of key 0 would
-    stand, first key, end of the keys, first query, end of the queries."""
-    return np.array(
-        [
-            (base, stretch.start, stretch.end, token, min(token + sharers, int(borders[stretch.last])))
-            for base, stretch in zip(bases, stretches, strict=True)
-            for token in range(int(borders[stretch.first]), int(borders[stretch.last]), sharers)
-        ],
-        dtype=np.int64,
-    )
+def _seats(stretches: Ints, bases: Ints, borders: Ints, sharers: int) -> Seats:
+    """One for every stretch and group of queries that look at it together."""
+    first, last, start, end = stretches.T
+    query, border = borders[first], borders[last]
+    owner, index = _counted(-(-(border - query) // sharers))
+    query = query[owner] + index * sharers
+    return Seats(bases[owner], start[owner], end[owner], query, np.minimum(query + sharers, border[owner]))
 
 
 def _piece(sizes: npt.NDArray[np.signedinteger], longest: int, kv_heads: int, programs: int, most: int) -> int:
@@ -161,13 +173,16 @@ def _even_pieces(sizes: npt.NDArray[np.signedinteger], piece: int) -> npt.NDArra
     return -(-sizes // (parts * BLOCK)) * BLOCK
 
 
-def _alone(pages: Int32s, lengths: npt.NDArray[np.int32], kv_heads: int, processors: int, slots: int) -> Work:
-    """The work of rows with one query each that share nothing: what most decode steps are."""
+def _pieces_alone(lengths: Int32s, kv_heads: int, processors: int, slots: int) -> Ints:
+    """Keys of the items of each row, if rows of one query each share nothing."""
     # Two programs for every multiprocessor hide each other's waits; where there is about one anyway, a second part and
     # the merge would cost more than that.
     programs = 2 * processors if 2 * len(lengths) * kv_heads <= processors else processors
-    piece = _piece(lengths, int(lengths.max()), kv_heads, programs, slots - 1)
-    pieces = _even_pieces(lengths, piece)
+    return _even_pieces(lengths, _piece(lengths, int(lengths.max()), kv_heads, programs, slots - 1))
+
+
+def _alone(pages: Int32s, lengths: Int32s, pieces: Ints, slots: int) -> Work:
+    """The work of rows with one query each that share nothing: what most decode steps are."""
     counts = -(-lengths // pieces)
     rows = np.arange(len(lengths), dtype=np.int32)
     owner = np.repeat(rows, counts)
@@ -181,75 +196,73 @@ def _alone(pages: Int32s, lengths: npt.NDArray[np.int32], kv_heads: int, process
     return Work(items, owner[:, None], limits[:, None], counts, pages.reshape(-1), most)
 
 
-def _depth(stretches: list[Stretch], borders: npt.NDArray[np.int64]) -> int:
+def _depth(stretches: Ints, borders: Ints) -> int:
     """Most stretches that one query is in."""
-    depth = np.zeros(int(borders[-1]), dtype=np.int64)
-    for stretch in stretches:
-        depth[borders[stretch.first] : borders[stretch.last]] += 1
-    return int(depth.max())
+    size = int(borders[-1]) + 1
+    begun, ended = (np.bincount(borders[stretches[:, row]], minlength=size) for row in (0, 1))
+    return int(np.cumsum(begun - ended).max())
 
 
-def _cut(seats: npt.NDArray[np.int64], piece: int, pages: Int32s, limits: Int32s, slots: int, sharers: int) -> Work:
+def _cut(seats: Seats, piece: int, pages: Int32s, limits: Int32s, slots: int, sharers: int) -> Work:
     """Cut every stretch into pieces and number the parts of each query."""
-    sizes = seats[:, 2] - seats[:, 1]
-    each = _even_pieces(sizes, piece)
-    pieces = -(-sizes // each)
-    owner = np.repeat(np.arange(len(seats)), pieces)
-    index = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    start = seats[owner, 1] + index * each[owner]
-    counts = np.zeros(len(limits), dtype=np.int32)
-    base = np.zeros(len(seats), dtype=np.int64)
-    for seat, (number, begin, end) in enumerate(zip(pieces, seats[:, 3], seats[:, 4], strict=True)):
+    base, start, end, first, last = seats
+    each = _even_pieces(end - start, piece)
+    pieces = -(-(end - start) // each)
+    owner, index = _counted(pieces)
+    counts = [0] * len(limits)
+    before = []
+    for number, query, border in zip(pieces.tolist(), first.tolist(), last.tolist(), strict=True):
         # All queries of a stretch have been in the same stretches before, so they have as many parts so far.
-        base[seat] = counts[begin]
-        counts[begin:end] = base[seat] + number
+        parts = counts[query]
+        before.append(parts)
+        counts[query:border] = [parts + number] * (border - query)
     items = np.empty((len(owner), 4), dtype=np.int32)
-    items[:, 0], items[:, 1] = seats[owner, 0], start
-    items[:, 2], items[:, 3] = np.minimum(start + each[owner], seats[owner, 2]), base[owner] + index
-    tokens = seats[owner, 3, None] + np.arange(sharers)
-    tokens = np.where(tokens < seats[owner, 4, None], tokens, -1).astype(np.int32)
-    limits = np.where(tokens >= 0, limits[tokens], 0).astype(np.int32)
-    return Work(items, tokens, limits, counts, pages, slots if counts.max() > 1 else 1)
+    begin = start[owner] + index * each[owner]
+    items[:, 0], items[:, 1] = base[owner], begin
+    items[:, 2] = np.minimum(begin + each[owner], end[owner])
+    items[:, 3] = np.array(before)[owner] + index
+    tokens = first[:, None] + np.arange(sharers)
+    tokens[tokens >= last[:, None]] = -1
+    seen = limits[tokens]
+    seen[tokens < 0] = 0
+    most = slots if max(counts) > 1 else 1
+    return Work(items, tokens.astype(np.int32)[owner], seen[owner], np.array(counts, dtype=np.int32), pages, most)
 
 
-def _stretches(pages: Int32s, lengths: npt.NDArray[np.int32], page_size: int, least: int) -> list[Stretch] | None:
-    """Every row's keys, as stretches; what neighbours share comes before what is each one's own. None: they share
-    nothing worth it."""
-    rows = len(lengths)
-    if rows == 1 or not (pages[1:, 0] == pages[:-1, 0]).any():
+def _stretches(pages: Int32s, lengths: Int32s, page_size: int, least: int) -> Ints | None:
+    """Every row's keys, as stretches, [stretches, 4]: rows [first, second), which list the same pages for the keys
+    [third, fourth). What neighbours share comes before what is each one's own. None: they share nothing worth it."""
+    if len(lengths) == 1 or not (pages[1:, 0] == pages[:-1, 0]).any():
         return None
-    same = np.logical_and.accumulate(pages[1:] == pages[:-1], axis=1).sum(1) * page_size
-    common = np.minimum(same, np.minimum(lengths[1:], lengths[:-1]) // page_size * page_size)
+    other = pages[1:] != pages[:-1]
+    same = other.argmax(1)  # 0, too, where none differs
+    same[~other[np.arange(len(same)), same]] = pages.shape[1]
+    common = np.minimum(same * page_size, np.minimum(lengths[1:], lengths[:-1]) // page_size * page_size)
     if not (common >= least).any():
         return None
-    found: list[Stretch] = []
-    _split(0, rows, 0, common, lengths, least, found)
-    return found
+    found: list[int] = []
+    # Lists, since numpy takes longer for a few numbers.
+    _split(0, len(lengths), 0, common.tolist(), lengths.tolist(), least, found)
+    return np.array(found, dtype=np.int64).reshape(-1, 4)
 
 
 def _split(
-    first: int,
-    last: int,
-    start: int,
-    common: npt.NDArray[np.int64],
-    lengths: npt.NDArray[np.int32],
-    least: int,
-    found: list[Stretch],
+    first: int, last: int, start: int, common: list[int], lengths: list[int], least: int, found: list[int]
 ) -> None:
     """Add the stretches of the rows [first, last) from `start` on, where all of them have been equal so far."""
     if last - first == 1:
         if start < lengths[first]:
-            found.append(Stretch(first, last, start, int(lengths[first])))
+            found += (first, last, start, lengths[first])
         return
     inner = common[first : last - 1]
-    end = int(inner.min())
+    end = min(inner)
     if end - start >= least:
-        found.append(Stretch(first, last, start, end))
+        found += (first, last, start, end)
         start = end
     # Where two neighbours share little more, the rows part.
-    parts = np.flatnonzero(inner - start < least) + first + 1
-    if not len(parts):
+    parts = [row for row, keys in enumerate(inner, first + 1) if keys - start < least]
+    if not parts:
         # All share enough more than nothing, but `end` was short of it: part at the least of them.
-        parts = np.array([first + int(inner.argmin()) + 1])
+        parts = [first + inner.index(end) + 1]
     for low, high in zip([first, *parts], [*parts, last], strict=True):
-        _split(int(low), int(high), start, common, lengths, least, found)
+        _split(low, high, start, common, lengths, least, found)

@@ -136,6 +136,40 @@ def test_paths_of_several_requests_share_where_that_is_faster_and_read_every_key
     assert (seen == 1).all()
 
 
+@pytest.mark.parametrize("least_shared", [None, 64])
+@pytest.mark.parametrize("seed", range(20))
+def test_every_query_reads_each_of_its_keys_once_however_rows_share_them(seed, least_shared):
+    """Beside the plain way to say it: key by key. Rows share whatever beginning of their neighbour's pages."""
+    rng = np.random.default_rng(seed)
+    rows, width = int(rng.integers(1, 24)), int(rng.integers(1, 60))
+    pages = np.arange(rows * width, dtype=np.int32).reshape(rows, width)
+    for row in range(1, rows):
+        shared = rng.choice([0, width // 3, width // 2, width])
+        pages[row, :shared] = pages[row - 1, :shared]
+    lengths = (width * 16 - rng.integers(0, 16, rows)).astype(np.int32)
+    counts = rng.integers(1, 4, rows) if seed % 2 else np.ones(rows, dtype=np.int64)
+    borders = np.concatenate(([0], np.cumsum(counts)))
+    slots = most_parts(int(borders[-1]))
+    work = divide_work(
+        pages, lengths, borders, page_size=16, kv_heads=4, processors=132, slots=slots, sharers=9,
+        least_shared=least_shared,
+    )  # fmt: skip
+    read = np.zeros((borders[-1], width * 16), dtype=int)
+    parts: list[list[int]] = [[] for _ in read]
+    for (base, start, end, part), tokens, limits in zip(work.items, work.tokens, work.limits, strict=True):
+        for token, limit in zip(tokens[tokens >= 0], limits[tokens >= 0], strict=True):
+            row = int(np.searchsorted(borders, token, side="right")) - 1
+            assert limit == lengths[row] - borders[row + 1] + token + 1
+            keys = np.arange(start, end)
+            assert (work.pages[base + keys // 16] == pages[row, keys // 16]).all()
+            read[token, keys] += 1
+            parts[token].append(int(part))
+    assert [sorted(numbers) for numbers in parts] == [list(range(count)) for count in work.counts]
+    assert work.counts.max() <= work.slots <= slots
+    for row, length in enumerate(lengths):
+        assert (read[borders[row] : borders[row + 1], :length] == 1).all() and not read[borders[row], length:].any()
+
+
 def test_the_order_of_full_pages_and_what_follows_the_last_one_do_not_matter():
     query, keys, values, pages, lengths, borders = make_case([1], [18])
     expected = tree_decode(query, keys, values, pages, lengths, borders, 1.0)
