@@ -134,11 +134,10 @@ class Draft:
         """What a path that is not fed yet begins with like a sibling, as far as that one is fed, is computed only
         there: the same tokens at the same positions after the same text have the same keys."""
         most = min(first.fed, branch.feed_end - 1)  # its last token is fed, to draw the next one
-        ids, positions = zip(branch.ids, first.ids, strict=False), zip(branch.positions, first.positions, strict=False)
         alike = 0
-        for (token, other), (position, at), _ in zip(ids, positions, range(most), strict=False):
-            if token != other or position != at:
-                break
+        while (
+            alike < most and branch.ids[alike] == first.ids[alike] and branch.positions[alike] == first.positions[alike]
+        ):
             alike += 1
         if alike and self.tree.append_like(node, first_node, alike):
             branch.fed = alike

@@ -50,6 +50,14 @@ class PageTable:
         while self.lines.shape[1] < width:
             self.lines = np.concatenate((self.lines, np.full_like(self.lines, self.padding)), axis=1)
 
+    def fill(self, lines: list[int], pages: PageList, last: list[int]) -> None:
+        """Let these empty lines list the same pages, and behind them one of `last` each, if there are any."""
+        count = len(pages)
+        self.widen(count + bool(last))
+        self.lines[lines, :count] = pages
+        if last:
+            self.lines[lines, count] = last
+
     def gather(self, lines: Slots, width: int) -> npt.NDArray[np.int32]:
         """The first `width` pages of these lines (`Node.line`, int64 [nodes]): int32 [nodes, width], a copy."""
         return self.lines[lines, :width]
@@ -134,7 +142,6 @@ class PageTree:
         self.book = book
         self.page_size = book.page_size
         self.table = PageTable(padding=book.num_pages)
-        self._offsets = np.arange(book.page_size, dtype=np.int64)
         # Where the content of a slot comes from: another slot as it is before the pass, or ~k, the pass's token k.
         self._source: dict[int, int] = {}
         self._num_tokens = 0
@@ -152,12 +159,16 @@ class PageTree:
         """Pages that forking `count` children will take."""
         return count if node.length % self.page_size else 0
 
-    def slots(self, node: Node, start: int, end: int) -> Slots:
-        """Slots of the tokens [start, end) of a node, int64."""
-        first = start // self.page_size
-        pages = node.pages[first : -(-end // self.page_size)]
-        grid = pages[:, None].astype(np.int64) * self.page_size + self._offsets
-        return grid.reshape(-1)[start - first * self.page_size : end - first * self.page_size]
+    def slots(self, node: Node, start: int, end: int) -> list[int]:
+        """Slots of the tokens [start, end) of a node."""
+        size = self.page_size
+        first, last = start // size, -(-end // size)
+        if last == first + 1:  # as nearly always where paths begin and end
+            shift = (int(self.table.lines[node.line, first]) - first) * size
+            return list(range(start + shift, end + shift))
+        pages = node.pages[first:last].tolist()
+        found = [slot for page in pages for slot in range(page * size, page * size + size)]
+        return found[start - first * size : end - first * size]
 
     def append(self, node: Node, count: int) -> bool:
         """Make room for the next `count` tokens of the pass at the end of a node; False, and nothing, if pages are
@@ -172,9 +183,9 @@ class PageTree:
         if self.append_cost(node, count) > self.book.available:
             return False
         self._grow(node, count)
-        for slot in self.slots(node, start, node.length).tolist():
-            self._source[slot] = ~self._num_tokens
-            self._num_tokens += 1
+        last = ~self._num_tokens - count
+        self._source.update(zip(self.slots(node, start, node.length), range(~self._num_tokens, last, -1), strict=True))
+        self._num_tokens += count
         return True
 
     def append_like(self, node: Node, other: Node, count: int) -> bool:
@@ -247,17 +258,18 @@ class PageTree:
         ragged = node.length % self.page_size
         full = node.pages[: node.length // self.page_size]
         tails = self.book.allocate(self.fork_cost(node, count))
-        open_slots = self.slots(node, node.length - ragged, node.length)
+        open_slots = self._origins(self.slots(node, node.length - ragged, node.length))
         self.book.retain(full, count)
-        kids = []
-        for k in range(count):
-            kid = Node(self.table, node)
-            kid.add_pages(full)
-            if ragged:
-                kid.add_pages(tails[k : k + 1])
-                self._copy(open_slots, tails[k] * self.page_size + self._offsets[:ragged])
+        kids = [Node(self.table, node) for _ in range(count)]
+        self.table.fill([kid.line for kid in kids], full, tails)
+        for kid in kids:
             kid.base = kid.length = node.length
-            kids.append(kid)
+            kid.num_pages, kid.last_page = len(full), int(full[-1]) if len(full) else -1
+        for kid, tail in zip(kids, tails, strict=False):  # all or none have an open page
+            kid.num_pages, kid.last_page = len(full) + 1, tail
+            first = tail * self.page_size
+            self._source.update(zip(range(first, first + ragged), open_slots, strict=True))
+        self._has_copies = self._has_copies or bool(tails)
         node.children += kids
         return kids
 
@@ -283,35 +295,43 @@ class PageTree:
             self._copy(source[before:], self.slots(parent, start, parent.length))
         return True
 
-    def _compaction(self, parent: Node, kids: list[Node]) -> tuple[Slots, list[int], int]:
+    def _compaction(self, parent: Node, kids: list[Node]) -> tuple[list[int], list[int], int]:
         """What a join does: slots to copy, pages to take over, how many of the slots go before those pages."""
         size = self.page_size
-        ragged: list[Slots] = []
+        source: list[int] = []
         whole: list[int] = []
         for kid in kids:
             # [head, tail): the kid's own tokens that fill whole pages. What lies before shares a page with tokens of
             # the parent, what lies after does not fill the kid's last page.
             head = min(-(-kid.base // size) * size, kid.length)
             tail = max(head, kid.length // size * size)
-            ragged += [self.slots(kid, kid.base, head), self.slots(kid, tail, kid.length)]
-            whole += kid.pages[head // size : tail // size].tolist()
-        if whole and sum(map(len, ragged)) < -parent.length % size:
+            if head > kid.base:
+                source += self.slots(kid, kid.base, head)
+            if tail < kid.length:
+                source += self.slots(kid, tail, kid.length)
+            if head < tail:
+                whole += kid.pages[head // size : tail // size].tolist()
+        if whole and len(source) < -parent.length % size:
             # Too few ragged tokens to fill the parent's open page: one whole page is copied there instead.
-            ragged.append(whole.pop() * size + self._offsets)
-        source = np.concatenate(ragged)
+            page = whole.pop()
+            source += range(page * size, page * size + size)
         # Whole pages can follow only where a page begins, so the tokens before them must end on a page border.
         before = len(source) - (parent.length + len(source)) % size if whole else len(source)
         return source, whole, before
 
-    def _copy(self, source: Slots, target: Slots) -> None:
-        """Note that the targets receive what the sources hold, or will hold once the pass has written them.
-
-        A source may be the target of a copy noted before (a join and the fork after it can be planned in one step):
-        the new copy then follows the first one to its origin, so the order of copies does not matter.
-        """
+    def _copy(self, source: list[int], target: list[int]) -> None:
+        """Note that the targets receive what the sources hold, or will hold once the pass has written them."""
         self._has_copies = True
-        for here, there in zip(source.tolist(), target.tolist(), strict=True):
-            self._source[there] = self._source.get(here, here)
+        self._source.update(zip(target, self._origins(source), strict=True))
+
+    def _origins(self, slots: list[int]) -> list[int]:
+        """Where what these slots will hold comes from.
+
+        A slot may be the target of a copy noted before (a join and the fork after it can be planned in one step): what
+        is copied from it comes from the first copy's origin, so the order of copies does not matter.
+        """
+        noted = self._source.get
+        return [noted(slot, slot) for slot in slots]
 
     def take_ledger(self) -> Ledger:
         """What the pass has to do with slots; the next pass starts with an empty ledger."""
@@ -322,8 +342,10 @@ class PageTree:
         if only_tokens:
             return Ledger(_NO_COPIES, slots, np.arange(len(source)))
         origins = np.fromiter(source.values(), dtype=np.int64, count=len(source))
-        copied, written = origins >= 0, origins < 0
-        return Ledger(np.stack((origins[copied], slots[copied]), axis=1), slots[written], ~origins[written])
+        copied, written = (origins >= 0).nonzero()[0], (origins < 0).nonzero()[0]
+        copies = np.empty((len(copied), 2), dtype=np.int64)
+        copies[:, 0], copies[:, 1] = origins[copied], slots[copied]
+        return Ledger(copies, slots[written], ~origins[written])
 
     def clear_ledger(self) -> None:
         """Forget what was noted: the pass will not happen."""

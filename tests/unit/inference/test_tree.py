@@ -198,7 +198,7 @@ def test_what_siblings_begin_with_alike_is_written_to_slots_of_each(page_size, l
             tree.take_ledger()
         assert tree.append_like(other, first, 3) and tree.append(other, 1)
         copies, write_slots, write_tokens = tree.take_ledger()
-        theirs, mine = (tree.slots(node, length, length + 3).tolist() for node in (first, other))
+        theirs, mine = (tree.slots(node, length, length + 3) for node in (first, other))
         written = list(zip(write_slots.tolist(), write_tokens.tolist(), strict=True))
         last = int(tree.slots(other, length + 3, length + 4)[0])
         if before:
@@ -218,7 +218,7 @@ def test_a_copy_of_a_copy_reads_what_was_there_before_the_pass():
     (kid,) = oracle.fork(root, 1, at_once=False)
     (grandkid,) = oracle.fork(kid, 1, at_once=False)
     copies = oracle.tree._source
-    assert set(copies.values()) == set(oracle.tree.slots(root, 4, 6).tolist())
+    assert set(copies.values()) == set(oracle.tree.slots(root, 4, 6))
     assert len(copies) == 4
     oracle.check_contents()
     assert oracle.read(grandkid) == oracle.want[root]
