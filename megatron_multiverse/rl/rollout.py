@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +18,7 @@ from megatron_multiverse.config import LayerConfig, ModelConfig, RLConfig
 from megatron_multiverse.data.generation_config import end_ids
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import ConfigError, TrainingError
-from megatron_multiverse.files import naming, write_line
-from megatron_multiverse.inference import Engine, EngineConfig, Request, Result, answer_text, to_record
+from megatron_multiverse.inference import Engine, EngineConfig, Request, Result, answer_text
 from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import copy_weights
@@ -31,8 +28,6 @@ from megatron_multiverse.rl.replica import Replica
 from megatron_multiverse.rl.rewards import Graded, Grader
 
 logger = logging.getLogger(__name__)
-
-ROLLOUTS_FILE = "rollouts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -264,16 +259,3 @@ def engine_config(config: RLConfig, longest: int, replicas: int) -> EngineConfig
         return engine
     at_once = min(-(-rollout.prompts_per_step // replicas) * rollout.group_size, engine.max_rows)
     return dataclasses.replace(engine, num_pages=at_once * (-(-longest // engine.page_size) + 16))
-
-
-def write_records(file: Path, batch: Batch, step: int, count: int) -> None:
-    """Append the first `count` answers of a step to a file of records, each with what it earned."""
-    lines: list[dict[str, Any]] = []
-    for group in batch.groups[:count]:
-        for k, result in enumerate(group.results):
-            earned = {"correct": group.correct[k], "reward": group.rewards[k], "advantage": group.advantages[k]}
-            about = {"step": step, "prompt": group.prompt.text, "gold": group.prompt.gold, "text": group.texts[k]}
-            lines.append({**about, **earned, **to_record(result)})
-    with naming(file), open(file, "a", encoding="utf-8") as stream:
-        for line in lines[:count]:
-            write_line(stream, json.dumps(line, ensure_ascii=False))

@@ -22,9 +22,10 @@ from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_token
 from megatron_multiverse.model.device import choose_device
 from megatron_multiverse.rl.loss import PolicyLoss
 from megatron_multiverse.rl.prompts import Prompts
+from megatron_multiverse.rl.records import ROLLOUTS_FILE, keep_records_until, write_records
 from megatron_multiverse.rl.replica import Replica
 from megatron_multiverse.rl.report import log_line, step_numbers, update_numbers
-from megatron_multiverse.rl.rollout import ROLLOUTS_FILE, Batch, Group, Rollouts, write_records
+from megatron_multiverse.rl.rollout import Batch, Group, Rollouts
 from megatron_multiverse.rl.trees import Tree, answer_tree, join_trees, microbatches
 from megatron_multiverse.training.checkpoint import TrainState
 from megatron_multiverse.training.description import RunDescription
@@ -84,6 +85,8 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
             contextlib.closing(Rollouts(config, model, model_config, engine.layers, tokenizer, prompts, replica))
         )
         metrics = start_record(description, run.folder if ranks.is_first else None, state.step, resumed)
+        if ranks.is_first:
+            keep_records_until(run.folder / ROLLOUTS_FILE, state.step)
         saver, saved = Saver(run, state, description, metrics), state.step
 
         stop = closing.enter_context(listening(stop))

@@ -137,6 +137,19 @@ def test_engine_and_trainer_agree_on_every_token_in_float64(start: Path, tmp_pat
         assert {"reward", "correct", "advantage", "text", "gold"} <= record.keys()
 
 
+def test_a_run_that_goes_on_keeps_each_answer_once(start: Path, tmp_path: Path) -> None:
+    """A run that was killed after step 4 goes on from step 2, and what it kept of steps 3 and 4 is drawn again."""
+    rollout = dataclasses.replace(run_config(start, tmp_path).rollout, keep_records=2)
+    checkpoint = CheckpointConfig(save=str(tmp_path), save_interval=2)
+    train(run_config(start, tmp_path, rollout=rollout, checkpoint=checkpoint))
+    kept = tmp_path / "rollouts.jsonl"
+    kept.write_text(kept.read_text(encoding="utf-8") + '{"step": 5, "prom', encoding="utf-8")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2\n", encoding="utf-8")
+    train(run_config(start, tmp_path, rollout=rollout, checkpoint=checkpoint))
+    steps = [json.loads(line)["step"] for line in kept.read_text(encoding="utf-8").splitlines()]
+    assert steps == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
 def test_a_bf16_run_hands_its_weights_to_the_engine(start: Path, tmp_path: Path) -> None:
     rollout = dataclasses.replace(run_config(start, tmp_path).rollout, free_cache=True)
     train(run_config(start, tmp_path, dtype="bf16", rollout=rollout))
