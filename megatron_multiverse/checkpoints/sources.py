@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megatron_multiverse.checkpoints.run_files import (
     iteration_folder,
     step_of,
 )
-from megatron_multiverse.checksums import check_files
+from megatron_multiverse.checksums import check_files, is_checked, quick_checksum
 from megatron_multiverse.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,18 @@ def check_source(source: Source) -> None:
     """
     for folder in sorted({folder for file in source.files for folder in (file.parent, file.parent.parent)}):
         check_files(folder)
+
+
+def weights_fingerprint(folder: str | Path) -> str:
+    """A hash of a checkpoint's shape and weights: training that went on leaves another model under the same name. Of
+    files above 64 MiB it sees what stands at 64 places.
+
+    Raises:
+        CheckpointError, ConfigError: see `open_checkpoint`.
+    """
+    source = open_checkpoint(folder)
+    parts = [repr(source.config), *sorted(quick_checksum(file) for file in source.files if is_checked(file))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _in_run_folder(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -54,6 +55,7 @@ class EngineBackend:
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
+        from megatron_multiverse.checkpoints.sources import weights_fingerprint
         from megatron_multiverse.data.generation_config import end_ids
         from megatron_multiverse.data.tokenizers import build_tokenizer
         from megatron_multiverse.dtypes import engine_dtype
@@ -71,6 +73,12 @@ class EngineBackend:
         self._config = config
         self._tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model or config.load)
         self._ends = tuple(end_ids(config.load, self._tokenizer))
+        texts = self._tokenizer.id_to_text, self._tokenizer.chat_template if config.chat else None
+        self.settings |= {
+            "weights": weights_fingerprint(config.load),
+            "tokenizer": hashlib.sha256(repr(texts).encode(errors="surrogatepass")).hexdigest()[:16],
+            "end_tokens": list(self._ends),
+        }
 
     def answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
         """See `Backend`."""

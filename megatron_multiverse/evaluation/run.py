@@ -56,6 +56,7 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
     }
     with LockedFolder(config.output, settings, "an evaluation"):
         log = SampleLog(config.output / SAMPLES)
+        log.hold_against(jobs)
         errors = _answer(backend, [job for job in jobs if job.key not in log.samples], log, config.concurrency)
         chosen = [log.samples[job.key] for job in jobs if job.key in log.samples]
         if not chosen:

@@ -6,14 +6,14 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_multiverse.errors import DataError
 from megatron_multiverse.evaluation.tasks import Problem, Thinking
-from megatron_multiverse.files import naming, write_line
+from megatron_multiverse.files import naming, write_line, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,32 @@ class SampleLog:
             if whole < len(content):
                 os.truncate(path, whole)
         self.samples = {sample.key: sample for sample in read_samples(path)} if path.is_file() else {}
+
+    def hold_against(self, jobs: Sequence[Job]) -> None:
+        """Grade answers anew whose right answer is another one now, as after a correction of --data.
+
+        In the main thread only.
+
+        Raises:
+            DataError: a problem is asked in other words now; the message names it.
+        """
+        changed = 0
+        for job in jobs:
+            sample = self.samples.get(job.key)
+            if sample is None or (sample.prompt, sample.gold) == (job.prompt, job.problem.gold):
+                continue
+            if sample.prompt != job.prompt:
+                raise DataError(
+                    f"{self._path} has answers to {sample.prompt[:300]!r}, which --tasks and --data ask as "
+                    f"{job.prompt[:300]!r} now: choose another --output, or the data of then"
+                )
+            answer, correct = job.problem.grade(sample.text)
+            self.samples[job.key] = replace(sample, gold=job.problem.gold, answer=answer, correct=correct)
+            changed += 1
+        if changed:
+            lines = (json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in self.samples.values())
+            write_text_atomic(self._path, "".join(lines))
+            logger.warning("%d answers are graded anew: their right answer is another one now", changed)
 
     def append(self, sample: Sample) -> None:
         """Add one."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_multiverse.config import EngineConfig
-from megatron_multiverse.errors import ConfigError, GenerationError
+from megatron_multiverse.errors import ConfigError, DataError, GenerationError
 from megatron_multiverse.evaluation.config import DrawConfig, EvaluateConfig
 from megatron_multiverse.evaluation.run import compare, evaluate
 from megatron_multiverse.evaluation.samples import SAMPLES, Sample, read_samples
@@ -18,7 +20,7 @@ from tests.unit.server.running import MODEL, running
 
 QUESTIONS = {
     "Work out A = 583 + 967; B = 48 + 76.": "A = 1550; B = 124",
-    "Work out A = 12 + 13; B = 40 + 2.": "A = 25; B = 43",  # wrong on purpose: the model says 42
+    "Work out A = 12 + 13; B = 40 + 2.": "A = 25; B = 43",  # neither the model (62) nor right
 }
 
 
@@ -96,6 +98,39 @@ def test_a_run_goes_on_where_it_was_killed(config: EvaluateConfig) -> None:
     engine = dataclasses.replace(config.engine, quantization="fp8", max_depth=1, page_size=64)
     with pytest.raises(ConfigError, match=r"other settings \(max_depth was 8 and is 1 now, quantization was"):
         evaluate(dataclasses.replace(config, engine=engine))
+
+
+def test_a_run_goes_on_with_the_same_weights_and_tokenizer(config: EvaluateConfig, tmp_path: Path) -> None:
+    """Training that goes on leaves another model under the name of the one that was evaluated."""
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    config = dataclasses.replace(config, load=model, draw=DrawConfig(temperature=0, max_tokens=8))
+    evaluate(config)
+    kept = measured(config.output)
+    settings = model / "generation_config.json"
+    settings.write_text(json.dumps({"eos_token_id": [0, 5]}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"other settings \(end_tokens was"):
+        evaluate(config)
+    shutil.copyfile(MODEL / settings.name, settings)
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, model / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"other settings \(weights was .* choose a new folder"):
+        evaluate(config)
+    assert measured(config.output) == kept
+
+
+def test_a_corrected_right_answer_grades_the_finished_answers_anew(config: EvaluateConfig) -> None:
+    evaluate(config)
+    file = Path(config.data[0].partition("=")[2])
+    rows = file.read_text()
+    file.write_text(rows.replace("B = 43", "B = 62"))
+    (score,) = evaluate(config).scores.values()
+    assert score.accuracy == 1.0
+    assert {sample.gold for sample in read_samples(config.output / SAMPLES)} == {"A = 1550; B = 124", "A = 25; B = 62"}
+    choices = '"correct answer": "A = 25; B = 62", ' + ", ".join(f'"incorrect answer {k}": "{k}"' for k in (1, 2, 3))
+    file.write_text(file.read_text().replace('"answer": "A = 25; B = 62"', choices))
+    with pytest.raises(DataError, match="choose another --output"):
+        evaluate(config)
 
 
 def test_an_answer_that_cannot_be_had_is_missing_and_the_others_are_kept(config: EvaluateConfig) -> None:
