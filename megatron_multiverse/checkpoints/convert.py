@@ -40,12 +40,12 @@ from megatron_multiverse.checkpoints.formats.hf_assets import (
     write_model_card,
 )
 from megatron_multiverse.checkpoints.formats.legacy import LegacyTarget
-from megatron_multiverse.checkpoints.formats.raw import check_finite
+from megatron_multiverse.checkpoints.formats.raw import check_finite, check_range
 from megatron_multiverse.checkpoints.formats.torch_dist import TorchDistTarget
 from megatron_multiverse.checkpoints.manifest import Manifest
 from megatron_multiverse.checkpoints.names.rules import check_divisible
 from megatron_multiverse.checkpoints.names.table import Entry
-from megatron_multiverse.checkpoints.protocols import Source, Stream, Target
+from megatron_multiverse.checkpoints.protocols import Source, Stream, Target, target_dtype
 from megatron_multiverse.checkpoints.recycled import recycling
 from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, POINTER_FILE, RECORD_FILE, RELEASE
 from megatron_multiverse.checkpoints.sources import open_checkpoint
@@ -243,6 +243,8 @@ def _checked_read(config: ConvertConfig, source: Source, entry: Entry) -> Tensor
     tensor = source.read(entry)
     if not config.allow_non_finite:
         check_finite(tensor, file=source.where(entry), name=_name(config, entry))
+        dtype = target_dtype(source, entry, config.dtype)
+        check_range(tensor, dtype, file=source.where(entry), name=_name(config, entry))
     return tensor
 
 

@@ -59,6 +59,22 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
+def check_range(tensor: Tensor, dtype: torch.dtype, *, file: Path, name: str) -> None:
+    """Raise CheckpointError if a value of the tensor is too large for the dtype it is about to get, as many are for
+    float16: it would become infinite."""
+    if not tensor.numel() or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return
+    for part in torch.split(tensor.reshape(-1), 1 << 22):
+        ends = torch.stack(torch.aminmax(part))
+        if bool((torch.isinf(ends.to(dtype)) & torch.isfinite(ends)).any()):
+            short = str(dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{file}: tensor {name} has values of {float(ends.abs().max()):.4g}, {short} ends at "
+                f"{torch.finfo(dtype).max:.4g} and would make them infinite: choose another --dtype (bf16 has the "
+                "range of float32; --allow-non-finite converts it all the same)"
+            )
+
+
 def check_finite(tensor: Tensor, *, file: Path, name: str) -> None:
     """Raise CheckpointError if the tensor holds NaN or infinity.
 

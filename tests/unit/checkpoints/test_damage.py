@@ -110,6 +110,16 @@ def test_large_finite_values_are_no_damage(hf: Path) -> None:
     run(hf, hf.parent / "out")
 
 
+def test_a_value_beyond_the_range_of_the_dtype_is_refused(hf: Path) -> None:
+    values = torch.full((36, 48), 1.0)
+    values[1, 2] = -1e5
+    change(hf, "model.layers.1.mlp.down_proj.weight", values)
+    with pytest.raises(CheckpointError, match=r"down_proj.weight has values of 1e\+05, float16 ends at 6.55e\+04"):
+        run(hf, hf.parent / "half", dtype="float16")
+    run(hf, hf.parent / "bf16", dtype="bf16")
+    run(hf, hf.parent / "allowed", dtype="float16", allow_non_finite=True)
+
+
 def test_a_tied_embedding_with_another_head_is_refused(tmp_path: Path) -> None:
     """transformers would use the head of the file; a copy of the embedding is dropped."""
     folder = hf_folder(tmp_path / "hf", tied=True)
