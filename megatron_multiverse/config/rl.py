@@ -7,6 +7,7 @@ shares.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -68,6 +69,8 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         check_finite(self, "reward.")
+        for name, weight in self.extra.items():
+            check(math.isfinite(weight), f"reward.extra {name} must be finite, got {weight}")
         check(self.speed >= 0, f"reward.speed must not be negative, got {self.speed}")
         check(0 < self.speed_cap < 1, f"reward.speed_cap must lie between 0 and 1, got {self.speed_cap}")
         check(

@@ -227,6 +227,7 @@ class TrainConfig:
             self.init_from is not None or not self.add_control_tokens,
             "add_control_tokens has no effect without init_from: a fresh model has random rows for all tokens alike",
         )
+        check(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         check(self.train_iters >= 1, f"train_iters must be at least 1, got {self.train_iters}")
         check(self.eval_interval >= 0, f"eval_interval must not be negative, got {self.eval_interval}")
         check(self.eval_iters >= 1, f"eval_iters must be at least 1, got {self.eval_iters}")

@@ -15,7 +15,7 @@ from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
 from megatron_multiverse.data.readers import read_rows
 from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
-from megatron_multiverse.errors import CheckpointError, DataError
+from megatron_multiverse.errors import CheckpointError, ConfigError, DataError
 
 _SUFFIXES = {"none": "", "parallel": PARALLEL_SUFFIX, "sequential": SEQUENTIAL_SUFFIX}
 
@@ -103,6 +103,7 @@ def read_prompts(config: TaskConfig, tokenizer: MultiverseTokenizer) -> list[Pro
     """All rows of a task, tokenized.
 
     Raises:
+        ConfigError: they are to be wrapped in a chat template, and the tokenizer has none.
         DataError: see `Prompts`.
     """
     rows: list[Mapping[str, Any]] = []
@@ -121,6 +122,11 @@ def read_prompts(config: TaskConfig, tokenizer: MultiverseTokenizer) -> list[Pro
     if not rows:
         raise DataError(f"{config.input} holds no rows; give rows with {config.prompt_key} and {config.answer_key}")
     texts = [_text(row[config.prompt_key]) + _SUFFIXES[config.prompt_suffix] for row in rows]
+    if config.chat and tokenizer.chat_template is None:
+        raise ConfigError(
+            "task.chat is true, but the tokenizer has no default chat template: set it false, or name a tokenizer that "
+            "has one in task.tokenizer_model"
+        )
     if config.chat:
         texts = [tokenizer.render_chat(text, date=parse_date(DEFAULT_DATE)) for text in texts]
     ids = tokenizer.tokenize_batch(texts)

@@ -113,9 +113,10 @@ def log_line(step: int, train_iters: int, numbers: dict[str, Any]) -> str:
     if families:
         shares = (f"{name.partition('/')[2]} {numbers[name]:.0%}" for name in families)
         forks = f"{forks} ({', '.join(shares)})"
+    cut = f" | {numbers['truncated']:.0%} cut off by a budget" if numbers["truncated"] else ""
     text = (
         "step {step}/{train_iters} | reward {reward:.3f} | right {accuracy:.1%} | {critical_length:.0f} of "
-        f"{{length:.0f}} tokens on the longest chain | parallel {{num_parallel:.2f}} | {forks} | "
+        f"{{length:.0f}} tokens on the longest chain | parallel {{num_parallel:.2f}} | {forks}{cut} | "
         "{rollout_s:.1f} s rollouts, {train_s:.1f} s training"
     ).format(step=step, train_iters=train_iters, **numbers)
     if not numbers["targets"]:

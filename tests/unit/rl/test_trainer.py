@@ -87,6 +87,16 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(start: Path, tmp_pa
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
+def test_the_log_says_how_many_answers_a_budget_cut_off(
+    start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Answers without room earn nothing, and look like those of a model that has learned nothing."""
+    with caplog.at_level("INFO"):
+        train(run_config(start, tmp_path, train_iters=1))
+    share = metrics(tmp_path)[0]["truncated"]
+    assert share > 0 and f" | {share:.0%} cut off by a budget | " in caplog.text
+
+
 def test_a_step_tells_where_its_time_went(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each phase lasts 0.1 s longer than it takes here, so that it shows in its own number. The fourth step draws
     answers that all earn the same, and does not update."""
@@ -207,6 +217,14 @@ def test_what_cannot_work_is_refused(start: Path, tmp_path: Path) -> None:
         "row 1: no text in column 'gold'",
         task=TaskConfig(input=str(start / "rows.jsonl"), answer_key="gold"),
     )
+    refuse(
+        ConfigError,
+        "no default chat template: set it false",
+        task=TaskConfig(input=str(start / "rows.jsonl"), chat=True),
+    )
+    refuse(ConfigError, "seed must not be negative, got -1", seed=-1)
+    with pytest.raises(ConfigError, match=r"reward.extra format must be finite, got nan"):
+        RewardConfig(extra={"format": float("nan")})
     train(run_config(start, tmp_path / "run", train_iters=1))
     with pytest.raises(CheckpointError, match="other prompts"):
         train(run_config(start, tmp_path / "run", train_iters=2, seed=99))
