@@ -51,6 +51,11 @@ class LockedFolder:
         if self._lock is not None:
             self._lock.close()
 
+    def is_unused(self) -> bool:
+        """Whether nothing has been made here yet, so that other settings do no harm: an earlier start ended at once, as
+        where a key is missing."""
+        return all(file.name in (_SETTINGS, _LOCK) for file in self.path.iterdir())
+
     def _take_lock(self, lock: IO[str]) -> None:
         deadline = time.monotonic() + _PATIENCE_S
         while True:
@@ -65,7 +70,7 @@ class LockedFolder:
 
     def _check_settings(self) -> None:
         file = self.path / _SETTINGS
-        if not file.is_file():
+        if not file.is_file() or self.is_unused():
             write_json_atomic(file, self._settings)
             return
         earlier = json.loads(file.read_text(encoding="utf-8"))

@@ -114,7 +114,10 @@ class _Run:
         finally:
             await provider.close()
             # Also after an error: what has been finished is worth a report.
-            tally = write_report(self._outcomes(), self.config, self.folder.path, provider.label, self.desk.rules)
+            priced = self.config.dry_run or self.desk.prices is not None
+            tally = write_report(
+                self._outcomes(), self.config, self.folder.path, provider.label, self.desk.rules, is_priced=priced
+            )
         return CurateResult(tally, stopped)
 
     def _samples(self) -> Iterator[Sample]:
@@ -181,7 +184,8 @@ class _Run:
         if end.unfinished is not None:
             self.unfinished[sample.name] = end.unfinished
         if self.progress is not None:
-            self.progress.show(self.counts["passed"], self.counts["set_aside"], spending.budget.spent)
+            spent = spending.budget.spent if spending.prices is not None else None
+            self.progress.show(self.counts["passed"], self.counts["set_aside"], spent)
 
     def _outcomes(self) -> Iterator[tuple[Sample, dict[str, Any] | None]]:
         for sample in self._samples():

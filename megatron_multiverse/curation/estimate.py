@@ -68,11 +68,11 @@ class Estimate:
         lines.append(f"{'stage':<10}{'input tokens':>16}{'output tokens':>16}{'live':>12}{'batch':>12}")
         for stage, used in self.usage.items():
             costs = [self.dollars(is_batch=batch, is_cached=is_cached, stage=stage) for batch in (False, True)]
-            lines.append(f"{stage:<10}{used.input:>16,}{used.output:>16,}{costs[0]:>12,.2f}{costs[1]:>12,.2f}")
+            lines.append(f"{stage:<10}{used.input:>16,}{used.output:>16,}{self._shown(costs)}")
         for cached in (False, True):
             costs = [self.dollars(is_batch=batch, is_cached=cached) for batch in (False, True)]
             name = "all, with prompt cache" if cached else "all, without cache"
-            lines.append(f"{name:<42}{costs[0]:>12,.2f}{costs[1]:>12,.2f}")
+            lines.append(f"{name:<42}{self._shown(costs)}")
         if self.prices is None:
             lines.append("The prices of this model are not known; --prices adds them.")
         else:
@@ -81,6 +81,9 @@ class Estimate:
             lines.append(f"This run ({how}): about ${chosen:,.2f} (prices of {self.prices.dated}).")
         lines.append("Thinking is billed as output and is a guess here; a run with --limit 5 tells what it really is.")
         return "\n".join(lines)
+
+    def _shown(self, costs: list[float]) -> str:
+        return "".join(f"{'-' if self.prices is None else f'{cost:,.2f}':>12}" for cost in costs)
 
 
 async def estimate_run(samples: Iterable[Sample], provider: Provider, prices: Prices | None, rules: Rules) -> Estimate:

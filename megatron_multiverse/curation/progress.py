@@ -25,25 +25,26 @@ class SampleProgress:
         self._bar = tqdm(total=total, initial=done, unit="sample", disable=None, desc="curating")
         self._started = self._printed = time.monotonic()
 
-    def show(self, passed: int, set_aside: int, dollars: float) -> None:
+    def show(self, passed: int, set_aside: int, dollars: float | None) -> None:
         """One more sample is finished.
 
         Args:
             passed: samples that have passed, earlier starts included.
             set_aside: those that have not.
-            dollars: spent by now.
+            dollars: spent by now; None where prices are not known.
         """
         self._done += 1
         now = time.monotonic()
+        cost = "" if dollars is None else f", ${dollars:.2f}"
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"{set_aside} set aside, ${dollars:.2f}", refresh=False)
+            self._bar.set_postfix_str(f"{set_aside} set aside{cost}", refresh=False)
             self._bar.update()
         elif now - self._printed >= _PLAIN_LINE_EVERY_S:
             self._printed = now
             left = (self._total - self._done) * (now - self._started) / (self._done - self._before)
             logger.info(
-                "%d of %d samples: %d passed, %d set aside, $%.2f, ETA %.0f s",
-                self._done, self._total, passed, set_aside, dollars, left,
+                "%d of %d samples: %d passed, %d set aside%s, ETA %.0f s",
+                self._done, self._total, passed, set_aside, cost, left,
             )  # fmt: skip
 
     def close(self) -> None:

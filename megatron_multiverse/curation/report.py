@@ -32,6 +32,8 @@ class Tally:
     set_aside: Counter[str] = field(default_factory=Counter)
     """By code."""
     dollars: float = 0.0
+    is_priced: bool = True
+    """Whether the prices were known; dollars are 0 without."""
     usage: dict[str, Usage] = field(default_factory=dict)
     """By stage."""
     questions: Counter[str] = field(default_factory=Counter)
@@ -108,12 +110,20 @@ class Tally:
             f"blocks      {self.kinds.total()} kept, {self.flattened.total()} turned back into text",
             f"steps       {self.share('critical_tokens', 'plain_tokens'):.3f} of the plain text's "
             f"({self.share('critical_tokens_before', 'plain_tokens'):.3f} before blocks without gain were flattened)",
-            f"cost        ${self.dollars:.2f}",
+            f"cost        ${self.dollars:.2f}"
+            if self.is_priced
+            else "cost        not counted: the prices of the model are not known (--prices adds them)",
         ]
 
 
 def write_report(
-    outcomes: Iterable[tuple[Sample, Outcome | None]], config: CurateConfig, folder: Path, made_by: str, rules: Rules
+    outcomes: Iterable[tuple[Sample, Outcome | None]],
+    config: CurateConfig,
+    folder: Path,
+    made_by: str,
+    rules: Rules,
+    *,
+    is_priced: bool = True,
 ) -> Tally:
     """Write all outputs of a run.
 
@@ -123,8 +133,9 @@ def write_report(
         folder: the folder of the run.
         made_by: the label of the provider.
         rules: of the run.
+        is_priced: whether the prices of the model are known.
     """
-    tally = Tally()
+    tally = Tally(is_priced=is_priced)
     with ExitStack() as stack:
         rows = stack.enter_context(_whole_file(folder / "rows.jsonl"))
         aside = stack.enter_context(_whole_file(folder / "set_aside.jsonl"))
@@ -164,7 +175,7 @@ def _as_json(tally: Tally, made_by: str, rules: Rules) -> dict[str, Any]:
         "passed": tally.passed,
         "set_aside": dict(tally.set_aside),
         "left": tally.open,
-        "dollars": round(tally.dollars, 4),
+        "dollars": round(tally.dollars, 4) if tally.is_priced else None,
         "usage": {stage: vars(usage) for stage, usage in tally.usage.items()},
         "questions": dict(tally.questions),
         "unusable_answers": dict(+tally.problems),

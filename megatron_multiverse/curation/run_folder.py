@@ -43,6 +43,10 @@ class RunFolder(LockedFolder):
             (self.path / name).mkdir(exist_ok=True)
         return self
 
+    def is_unused(self) -> bool:
+        """Whether nothing has been asked for yet; see `LockedFolder`."""
+        return not any(any((self.path / name).glob("*")) for name in ("samples", "batches"))
+
     def sample(self, name: str) -> SampleState:
         """What is known of one sample."""
         return sample_state(self.path, name)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from megatron_multiverse.curation import report, run_folder
-from megatron_multiverse.curation.curate import curate_data
+from megatron_multiverse.curation.curate import CurateResult, curate_data
 from megatron_multiverse.curation.estimate import Estimate
 from megatron_multiverse.curation.inputs import PARALLEL
 from megatron_multiverse.curation.live import PREPARED
@@ -314,6 +314,22 @@ def test_nothing_is_asked_without_confirmation(run: Run) -> None:
         with pytest.raises(ConfigError, match="not confirmed"):
             curate_data(run.config(server, yes=False), lambda text: bool(shown.append(text)))
         assert not server.bodies and "about $" in shown[0]
+        # Nothing has been asked for yet, so the folder is free for other settings.
+        assert run(server, effort="low").tally.passed == len(SCRIPTS)
+        with pytest.raises(ConfigError, match="other settings"):
+            run(server, effort="high")
+
+
+def test_a_cost_that_is_not_known_is_not_shown_as_nothing(run: Run) -> None:
+    shown: list[str] = []
+    with AnthropicServer(SCRIPTS) as server:
+        result = curate_data(
+            run.config(server, model="unknown-1", yes=False), lambda text: bool(shown.append(text)) or True
+        )
+    assert "0.00" not in shown[0] and "--prices adds them" in shown[0]
+    assert isinstance(result, CurateResult) and "cost        not counted" in "\n".join(result.tally.lines())
+    assert "$0.00" not in (run.output / "report.md").read_text()
+    assert json.loads((run.output / "report.json").read_text())["dollars"] is None
 
 
 @pytest.mark.parametrize(
