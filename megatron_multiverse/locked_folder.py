@@ -11,7 +11,7 @@ from typing import IO, Any
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.files import write_json_atomic
 
-_SETTINGS, _LOCK = "run.json", "lock"
+NAMES = _SETTINGS, _LOCK = "run.json", "lock"
 _PATIENCE_S = 2.0  # a killed run takes a moment to let go
 
 
@@ -54,7 +54,7 @@ class LockedFolder:
     def is_unused(self) -> bool:
         """Whether nothing has been made here yet, so that other settings do no harm: an earlier start ended at once, as
         where a key is missing."""
-        return all(file.name in (_SETTINGS, _LOCK) for file in self.path.iterdir())
+        return all(file.name in NAMES for file in self.path.iterdir())
 
     def _take_lock(self, lock: IO[str]) -> None:
         deadline = time.monotonic() + _PATIENCE_S

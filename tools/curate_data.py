@@ -30,6 +30,11 @@ def main() -> None:
     print(f"report      {config.output}/report.md")
     if result.stopped is not None:
         sys.exit(f"error: {result.tally.open} samples are left: {result.stopped}; the same command goes on with them")
+    if result.unanswered:
+        sys.exit(
+            f"error: {result.tally.set_aside['provider']} samples got no answer, the first because "
+            f"{result.unanswered}; the same command asks for them again"
+        )
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ class CurateResult:
     tally: Tally
     stopped: str | None
     """Why samples are left; None if none are."""
+    unanswered: str = ""
+    """Why the first of the samples that the provider gave no answer to got none, after several tries; empty if there
+    are no such samples. They count as set aside with the code provider, and the next start takes them up again."""
 
 
 def curate_data(config: CurateConfig, confirm: Callable[[str], bool]) -> CurateResult | Estimate:
@@ -118,7 +121,7 @@ class _Run:
             tally = write_report(
                 self._outcomes(), self.config, self.folder.path, provider.label, self.desk.rules, is_priced=priced
             )
-        return CurateResult(tally, stopped)
+        return CurateResult(tally, stopped, next((entry["reason"] for entry in self.unfinished.values()), ""))
 
     def _samples(self) -> Iterator[Sample]:
         return read_samples(self.source, self.desk.columns, self.config.limit)

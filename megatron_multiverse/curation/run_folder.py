@@ -20,10 +20,12 @@ from typing import Any
 
 from megatron_multiverse.curation.exchange import Answer, Request
 from megatron_multiverse.files import write_json_atomic
-from megatron_multiverse.locked_folder import LockedFolder
+from megatron_multiverse.locked_folder import NAMES, LockedFolder
 
 _FORMAT = 1
 _OUTCOME = "outcome.json"
+REPORTS = ("rows.jsonl", "set_aside.jsonl", "report.json", "report.md")
+"""What a start writes that has asked for nothing, too."""
 
 
 class RunFolder(LockedFolder):
@@ -45,7 +47,11 @@ class RunFolder(LockedFolder):
 
     def is_unused(self) -> bool:
         """Whether nothing has been asked for yet; see `LockedFolder`."""
-        return not any(any((self.path / name).glob("*")) for name in ("samples", "batches"))
+        empty = ("samples", "batches")
+        known = {*empty, *NAMES, *REPORTS}
+        return all(file.name in known for file in self.path.iterdir()) and not any(
+            any((self.path / name).glob("*")) for name in empty
+        )
 
     def sample(self, name: str) -> SampleState:
         """What is known of one sample."""

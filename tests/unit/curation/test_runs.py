@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import runpy
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from megatron_multiverse.curation.providers.protocol import ProviderError
 from megatron_multiverse.curation.trees import parse_think, think
 from megatron_multiverse.errors import ConfigError, DataError
 from tests.unit.curation.anthropic_server import KEY, AnthropicServer, Faults
-from tests.unit.curation.conftest import Run, random_scripts
+from tests.unit.curation.conftest import MODEL, Run, random_scripts
 from tests.unit.curation.scripted import Script
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -213,6 +214,7 @@ def test_one_run_at_a_time_and_with_the_same_settings(run: Run) -> None:
                 run(server)
             process.kill()
             process.communicate()
+        run(server, limit=1)  # a folder without an answer takes other settings
         with pytest.raises(ConfigError, match="effort was 'medium' and is 'high' now"):
             run(server, effort="high")
     (run.folder / "other").mkdir()
@@ -318,6 +320,21 @@ def test_nothing_is_asked_without_confirmation(run: Run) -> None:
         assert run(server, effort="low").tally.passed == len(SCRIPTS)
         with pytest.raises(ConfigError, match="other settings"):
             run(server, effort="high")
+        (run.output / "run.json").write_text(json.dumps({"draw": 1}))  # another tool's
+        shutil.rmtree(run.output / "samples")
+        (run.output / "samples.jsonl").write_text("")
+        with pytest.raises(ConfigError, match="other settings"):
+            run(server, effort="low")
+
+
+def test_samples_without_an_answer_end_the_command_with_the_reason(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with AnthropicServer(SCRIPTS[:-1]) as server:
+        assert run(server, limit=7).unanswered == ""
+        words = ["curate_data.py", "--input", run.input, "--output", run.output, "--model", MODEL, "--yes"]
+        words += ["--independence", "report", "--min-net-gain", 0, "--workers", 0, "--base-url", server.url]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        with pytest.raises(SystemExit, match=r"1 samples got no answer, the first because .*400"):
+            runpy.run_path(str(ROOT / "tools" / "curate_data.py"), run_name="__main__")
 
 
 def test_a_cost_that_is_not_known_is_not_shown_as_nothing(run: Run) -> None:
