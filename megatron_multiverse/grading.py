@@ -65,6 +65,12 @@ def stated_answer(text: str) -> str | None:
     return stated[-1].strip() if stated else None
 
 
+def gold_answer(text: str) -> str:
+    """The right answer of a row: what stands in its last boxes, as `stated_answer` reads them, else all of it."""
+    stated = stated_answer(text) if boxes(text) else None
+    return (stated or text).strip()
+
+
 def stated_letter(text: str, letters: str) -> str | None:
     """The letter that a response to a multiple-choice question states last, one of `letters`; None without one."""
     found = [letter for letter in _LETTER.findall(_with_capital(text.rpartition("</Think>")[2])) if letter in letters]

@@ -14,7 +14,7 @@ from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
 from megatron_multiverse.data.readers import load_dataset, read_rows
 from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.errors import ConfigError, DataError
-from megatron_multiverse.grading import boxes, is_right, stated_answer, stated_letter
+from megatron_multiverse.grading import boxes, gold_answer, is_right, stated_answer, stated_letter
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +128,13 @@ def _hub_rows(task: Task) -> Iterator[Mapping[str, Any]]:
 
 def _local_rows(source: str, task: Task | None) -> Iterator[Mapping[str, Any]]:
     if source.endswith(".csv"):
-        with open(source, encoding="utf-8-sig", newline="") as stream:
-            yield from csv.DictReader(stream)
+        try:
+            with open(source, encoding="utf-8-sig", newline="") as stream:
+                yield from csv.DictReader(stream)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{source} is not UTF-8 (byte {error.object[error.start]:#04x}): save it as UTF-8"
+            ) from error
         return
     if not Path(source).exists():
         raise ConfigError(f"--data: {source} does not exist; name a .jsonl, .parquet or .csv file, or a folder of them")
@@ -150,12 +155,11 @@ def _problem(task: str, instruction: str, row: Mapping[str, Any], where: str) ->
         return _choice(task, name, question, instruction or _CHOICE, fields, where)
     if any(column in fields for column in _GOLD):
         gold = _text(fields, _GOLD, where)
-        found = boxes(gold)
     else:
-        found = boxes(_text(fields, _SOLUTION, where, asked=_GOLD))
-        if not found:
+        gold = _text(fields, _SOLUTION, where, asked=_GOLD)
+        if not boxes(gold):
             raise DataError(f"{where}: no answer, and no \\boxed{{}} in the solution")
-    gold = found[-1].content.strip() if found else gold
+    gold = gold_answer(gold)
     return Problem(task, name, f"{question}\n\n{instruction}" if instruction else question, gold)
 
 

@@ -16,6 +16,7 @@ from megatron_multiverse.data.readers import read_rows
 from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError
+from megatron_multiverse.grading import gold_answer
 
 _SUFFIXES = {"none": "", "parallel": PARALLEL_SUFFIX, "sequential": SEQUENTIAL_SUFFIX}
 
@@ -130,7 +131,7 @@ def read_prompts(config: TaskConfig, tokenizer: MultiverseTokenizer) -> list[Pro
     if config.chat:
         texts = [tokenizer.render_chat(text, date=parse_date(DEFAULT_DATE)) for text in texts]
     ids = tokenizer.tokenize_batch(texts)
-    golds = [_text(row[config.answer_key]).strip() for row in rows]
+    golds = [gold_answer(_text(row[config.answer_key])) for row in rows]
     families = [_text(row[config.family_key]) if config.family_key else "" for row in rows]
     return [Prompt(*parts) for parts in zip(texts, ids, golds, rows, families, strict=True)]
 
@@ -138,4 +139,6 @@ def read_prompts(config: TaskConfig, tokenizer: MultiverseTokenizer) -> list[Pro
 def _text(value: Any) -> str:
     """A cell as text: some data sets have numbers for answers. Empty where there is none."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of whole numbers with gaps comes as floats, and no model answers 5.0
     return str(value) if is_number else value if isinstance(value, str) and value.strip() else ""

@@ -25,6 +25,8 @@ def rows(tmp_path: Path, *fields: dict[str, Any]) -> str:
         ({"id": 60, "problem": "q", "solution": "s", "answer": "204", "url": "u", "year": "2024"}, "204"),
         ({"ID": "2024-I-1", "Problem": "q", "Solution": "s", "Answer": 204}, "204"),
         ({"problem": "q", "solution": r"\boxed{204}", "id": 1}, "204"),
+        ({"problem": "q", "solution": r"\boxed{1}? No: $\boxed{3}$ and $\boxed{4}$."}, "3, 4"),
+        ({"problem": "q", "answer": r"$\boxed{3}$, $\boxed{4}$"}, "3, 4"),
         ({"problem_idx": 1, "problem": "q", "answer": 204}, "204"),
         ({"problem": "q", "solution": "s", "answer": r"\left(3, \pi\right)", "unique_id": "x"}, r"\left(3, \pi\right)"),
     ],
@@ -74,6 +76,13 @@ def test_limit_and_repeated_questions(tmp_path: Path) -> None:
 def test_rows_that_are_no_problem(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_problems("own", rows(tmp_path, fields), None)
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b"problem,answer\n\xfcber,1\n")
+    with pytest.raises(DataError, match=r"rows.csv is not UTF-8 \(byte 0xfc\): save it as UTF-8"):
+        load_problems("mine", str(file), None)
 
 
 def test_tasks_that_are_not_there(tmp_path: Path) -> None:

@@ -57,6 +57,13 @@ def test_each_epoch_has_all_prompts_in_another_order_and_goes_on_where_it_stood(
             Prompts(rows_file(tmp_path, rows), tokenizer, seed=1)
 
 
+def test_right_answers_are_what_responses_state(tmp_path: Path, tokenizer: MultiverseTokenizer) -> None:
+    answers = [r"$\boxed{5}$", r"\boxed{3} and \boxed{4}", 5.0, 0.5, 7, " x = 2 "]
+    task = rows_file(tmp_path, [{"question": f"{k}?", "answer": answer} for k, answer in enumerate(answers)])
+    found = [prompt.gold for prompt in read_prompts(task, tokenizer)]
+    assert found == ["5", "3, 4", "5", "0.5", "7", "x = 2"]
+
+
 def test_prompts_have_families_where_a_column_says_so(tmp_path: Path, tokenizer: MultiverseTokenizer) -> None:
     rows = [{"question": "1 + 1?", "answer": 2, "kind": "short"}, {"question": "2 + 2?", "answer": 4, "kind": 7}]
     task = dataclasses.replace(rows_file(tmp_path, rows), family_key="kind")
