@@ -89,12 +89,13 @@ def score_lines(scores: Mapping[Setting, Score]) -> list[str]:
 
 def comparison_lines(comparisons: Sequence[Comparison]) -> list[str]:
     """The comparison for a terminal."""
-    return [
+    lines = [
         f"{one.label}: "
         f"{_percent(one.accuracy[0])} % -> {_percent(one.accuracy[1])} % (p {one.p_value:.3f}, {one.problems} "
         f"problems), net speed-up {_shown(one.speedup)}, longest chain {_shown(one.step_speedup)}"
         for one in comparisons
     ]
+    return lines + [warning.strip() for one in comparisons for warning in _warnings(one)]
 
 
 def _plus_minus(score: Score) -> str:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron_multiverse.config import EngineConfig
 from megatron_multiverse.errors import ConfigError, DataError, GenerationError
 from megatron_multiverse.evaluation.config import DrawConfig, EvaluateConfig
+from megatron_multiverse.evaluation.report import comparison_lines
 from megatron_multiverse.evaluation.run import compare, evaluate
 from megatron_multiverse.evaluation.samples import SAMPLES, Sample, read_samples
 from tests.unit.server.running import MODEL, running
@@ -149,11 +150,13 @@ def test_two_runs_are_compared(config: EvaluateConfig, tmp_path: Path) -> None:
         dataclasses.replace(sample, seconds=3 * sample.seconds, thinking="sequential", correct=False)
         for sample in read_samples(config.output / SAMPLES)
     ]
+    slow[0] = dataclasses.replace(slow[0], concurrency=1)
     (tmp_path / "slow").mkdir()
     write(tmp_path / "slow" / SAMPLES, slow)
     (found,) = compare(EvaluateConfig(compare=[tmp_path / "slow", config.output], output=tmp_path / "comparison"))
     assert found.accuracy == (0.0, 0.5) and found.difference.low >= 0
     assert found.speedup.value == pytest.approx(3) and found.step_speedup.value == 1
+    assert "so their seconds do not compare" in comparison_lines([found])[-1]
     assert {"comparison.md", "comparison.json", "comparison.png"} == {
         file.name for file in (tmp_path / "comparison").iterdir()
     }
