@@ -52,12 +52,12 @@ class Options:
 class NoModel(nn.Module):
     """Attends to nothing and always says the same; counts the time spent in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int = VOCAB_SIZE) -> None:
         super().__init__()
         self.config = SimpleNamespace(num_layers=1, num_query_groups=1, kv_channels=1)
-        self.max_sequence_length, self.vocab_size = 1 << 20, VOCAB_SIZE
+        self.max_sequence_length, self.vocab_size = 1 << 20, vocab_size
         self.weight = nn.Parameter(torch.zeros(1))
-        self.row = torch.zeros(VOCAB_SIZE)
+        self.row = torch.zeros(vocab_size)
         self.row[100] = 1.0  # plain text
         self.seconds = 0.0
 

@@ -137,8 +137,10 @@ class KVStore:
         return 2 * num_layers * page_size * kv_heads * config.kv_channels * next(model.parameters()).dtype.itemsize
 
     def copy(self, copies: Ints) -> None:
-        """Copy slots [c, 2] (from, to) in all layers; all are read before any is written."""
-        source, target = torch.from_numpy(copies.T.copy()).to(self.keys.device)
+        """Copy slots [c, 2] (from, to) in all layers; all are read before any is written. A GPU is not waited for."""
+        pairs = torch.empty((2, len(copies)), dtype=torch.int64, pin_memory=self.keys.is_cuda)
+        pairs.numpy()[:] = copies.T
+        source, target = pairs.to(self.keys.device, non_blocking=True)
         copy_slots(self.keys.flatten(1, 2), self.values.flatten(1, 2), source, target)
 
     def poison(self, pages: Ints) -> None:

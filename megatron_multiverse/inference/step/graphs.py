@@ -17,18 +17,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from megatron_multiverse.inference.step.forward import KVStore, PagedForward, StepTensors, known_ids
 from megatron_multiverse.inference.step.plan import StepPlan
+from megatron_multiverse.inference.step.plan_buffer import MOST_PAGES, PlanBuffer, most_items, most_writes
 from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, choose, pack
 from megatron_multiverse.kernels.device import processors
 from megatron_multiverse.kernels.tree_decode import (
     LONGEST_LISTED,
     DeviceWork,
-    Work,
     divide_work,
     most_parts,
     most_sharers,
@@ -41,8 +40,6 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 MOST_MIXED = 128
 """Tokens of a step beyond which a row that brings more than `LONGEST_LISTED` of them keeps it from being a graph: call
 by call, flash attention reads its keys less often."""
-MOST_PAGES = 4096
-"""Pages per token that a graph has room for, those that rows share counted once; steps that need more run without."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class StepGraphs:
         """
         n = len(plan.ids)
         size = next((size for size in SIZES if size >= n), None)
-        if size is None or len(plan.write_slots) > _writes(size):
+        if size is None or len(plan.write_slots) > most_writes(size):
             return None
         if n > MOST_MIXED and np.diff(plan.borders).max() > LONGEST_LISTED:
             return None
@@ -100,11 +97,11 @@ class StepGraphs:
             slots=most_parts(size),
             sharers=self.sharers,
         )
-        if len(work.items) > self._items(size) or work.pages.size > size * MOST_PAGES:
+        if len(work.items) > most_items(size, self.processors, self.kv_heads) or work.pages.size > size * MOST_PAGES:
             return None
         kind = _Kind(size, work.tokens.shape[1], work.slots, _draw(plan, sampler))
         graph = self.graphs.get(kind) or self._capture(kind)
-        graph.fill(plan, work)
+        graph.buffer.fill(plan, work)
         return partial(self._replay, graph, plan, sampler)
 
     def _replay(self, graph: _Graph, plan: StepPlan, sampler: Sampler) -> Tensor:
@@ -114,12 +111,10 @@ class StepGraphs:
             return graph.result
         return choose(graph.result[: len(plan.sample), : self.vocab_size], plan.sampling, sampler, self.last_tokens)
 
-    def _items(self, size: int) -> int:
-        return 3 * size + 2 * self.processors // self.kv_heads + 8
-
     def _capture(self, kind: _Kind) -> _Graph:
         start, before = time.perf_counter(), torch.cuda.mem_get_info()[0]
-        graph = _Graph(kind, self._items(kind.size), self._step(kind), self.pool, self.store.keys.device)
+        items = most_items(kind.size, self.processors, self.kv_heads)
+        graph = _Graph(kind, items, self._step(kind), self.pool, self.store.keys.device)
         self.graphs[kind] = graph
         logger.info(
             "CUDA graph for %d tokens (%s) in %.2f s, %.0f MiB",
@@ -150,11 +145,6 @@ def _draw(plan: StepPlan, sampler: Sampler) -> str:
     return "noise" if sampling.temperature.any() else "greedy"
 
 
-def _writes(size: int) -> int:
-    """Slots that a step of a graph may write: some tokens are written to several, most where paths begin."""
-    return 3 * size + 16
-
-
 class _Graph:
     """One captured graph and the tensors it reads."""
 
@@ -167,25 +157,7 @@ class _Graph:
         device: torch.device,
     ) -> None:
         self.kind, size = kind, kind.size
-        buffer = _Buffer(
-            {
-                "ids": (np.int64, (size,)),
-                "sources": (np.int64, (size,)),
-                "positions": (np.int64, (size,)),
-                "logit_tokens": (np.int64, (size,)),
-                "write_slots": (np.int64, (_writes(size),)),
-                "write_tokens": (np.int64, (_writes(size),)),
-                "keys": (np.int64, (size,)),
-                "indices": (np.int64, (size,)),
-                "temperature": (np.float64, (size,)),
-                "items": (np.int32, (items, 4)),
-                "tokens": (np.int32, (items, kind.sharers)),
-                "limits": (np.int32, (items, kind.sharers)),
-                "counts": (np.int32, (size,)),
-                "pages": (np.int32, (size * MOST_PAGES,)),
-            },
-            device,
-        )
+        buffer = PlanBuffer(size, items, kind.sharers, device)
         self.buffer, there = buffer, buffer.device
         work = DeviceWork(there["pages"], there["items"], there["tokens"], there["limits"], there["counts"], kind.slots)
         tensors = StepTensors(
@@ -209,58 +181,3 @@ class _Graph:
         # Other threads go on meanwhile: NCCL's asks whether earlier sums are done, which must not end the capture.
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.result = step(tensors, there["sources"], sampling)
-
-    def fill(self, plan: StepPlan, work: Work) -> None:
-        """Write a plan where the graph reads it."""
-        host = self.buffer.host
-        for name in ("ids", "positions", "write_tokens"):
-            _pad(host[name], getattr(plan, name), 0)
-        _pad(host["sources"], plan.sources, -1)
-        _pad(host["write_slots"], plan.write_slots, -1)
-        _pad(host["logit_tokens"], plan.borders[1:][plan.sample] - 1, 0)
-        for name in ("keys", "indices", "temperature"):
-            _pad(host[name], getattr(plan.sampling, name), 0)
-        for name in ("items", "tokens", "limits", "counts"):
-            _pad(host[name], getattr(work, name), 0)
-        host["pages"][: work.pages.size] = work.pages
-        self.buffer.upload(leave_out=host["pages"].nbytes - work.pages.nbytes)
-
-
-def _pad(target: npt.NDArray[np.generic], values: npt.NDArray[np.generic], fill: int) -> None:
-    target[: len(values)] = values
-    target[len(values) :] = fill
-
-
-class _Buffer:
-    """Arrays side by side, on the host (pinned) and on the device; one copy brings all of them over.
-
-    There are two on the host, in turns: the copy of one step may still wait for the GPU when the next one is written.
-    """
-
-    def __init__(self, fields: dict[str, tuple[type[np.generic], tuple[int, ...]]], device: torch.device) -> None:
-        parts: dict[str, slice] = {}
-        total = 0
-        for name, (dtype, shape) in fields.items():
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            parts[name] = slice(total, total + size)
-            total += -(-size // 8) * 8  # so that every array begins where its numbers may stand
-        self._hosts = [torch.zeros(total, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self._device = torch.zeros(total, dtype=torch.uint8, device=device)
-        self._turn = 0
-        self._views: list[dict[str, npt.NDArray[np.generic]]] = [{}, {}]
-        self.device: dict[str, Tensor] = {}
-        for name, (dtype, shape) in fields.items():
-            for views, host in zip(self._views, self._hosts, strict=True):
-                views[name] = host[parts[name]].numpy().view(dtype).reshape(shape)
-            self.device[name] = self._device[parts[name]].view(torch.from_numpy(np.empty(0, dtype)).dtype).view(shape)
-
-    @property
-    def host(self) -> dict[str, npt.NDArray[np.generic]]:
-        """The arrays that the next `upload` brings over."""
-        return self._views[self._turn]
-
-    def upload(self, leave_out: int = 0) -> None:
-        """Copy to the device, without the last `leave_out` bytes."""
-        end = len(self._device) - leave_out
-        self._device[:end].copy_(self._hosts[self._turn][:end], non_blocking=True)
-        self._turn = 1 - self._turn

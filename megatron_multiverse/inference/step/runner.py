@@ -38,13 +38,14 @@ class PendingOutput:
         self._packed = self._pinned.view(2, -1)
         self._rows = 0
         self._scores: Tensor | None = None
+        self._output: StepOutput | None = None
 
     def fetch(self, packed: Tensor, rows: int, scores: Tensor | None = None) -> PendingOutput:
         """Begin to bring over the first `rows` of what `pack` made; what was fetched before is gone.
 
         `scores` are packed likewise; they are rare, and brought over by `wait`.
         """
-        self._packed, self._rows, self._scores = packed, rows, scores
+        self._packed, self._rows, self._scores, self._output = packed, rows, scores, None
         if self._event is not None:
             if packed.numel() > len(self._pinned):
                 self._pinned = torch.empty(2 * packed.numel(), dtype=torch.int64, pin_memory=True)
@@ -54,7 +55,12 @@ class PendingOutput:
         return self
 
     def wait(self) -> StepOutput:
-        """The tokens and what is told about them."""
+        """The tokens and what is told about them; the same object when it is asked again."""
+        if self._output is None:
+            self._output = self._read()
+        return self._output
+
+    def _read(self) -> StepOutput:
         packed = self._packed.numpy()
         if self._event is not None:
             self._event.synchronize()
@@ -189,12 +195,12 @@ class Runner:
         """
         if self._channel is not None and self.ranks.is_first:
             self._channel.send(plan)
-        if replay is None and self.graphs is not None and not len(plan.scored):
-            replay = self.graphs.prepare(plan, self.sampler)
         if len(plan.copies):
             self.store.copy(plan.copies)
         if len(plan.freed):
             self.store.poison(plan.freed)
+        if replay is None and self.graphs is not None and not len(plan.scored):
+            replay = self.graphs.prepare(plan, self.sampler)  # while the GPU copies
         device, rows, has_scores = self.store.keys.device, len(plan.sample), len(plan.scored) > 0
         packed = None if replay is None else replay()
         scores: Tensor | None = None

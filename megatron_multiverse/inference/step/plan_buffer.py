@@ -1,0 +1,101 @@
+"""A step's plan as one stretch of bytes, which a CUDA graph reads at an address that stays."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megatron_multiverse.inference.step.plan import StepPlan
+from megatron_multiverse.kernels.tree_decode import Work
+
+MOST_PAGES = 4096
+"""Pages per token that a graph has room for, those that rows share counted once; steps that need more run without."""
+
+
+def most_writes(size: int) -> int:
+    """Slots that a step of `size` tokens may write: some tokens are written to several, most where paths begin."""
+    return 3 * size + 16
+
+
+def most_items(size: int, processors: int, kv_heads: int) -> int:
+    """Items that the list of work of `size` tokens may have."""
+    return 3 * size + 2 * processors // kv_heads + 8
+
+
+class PlanBuffer:
+    """Arrays side by side, on the host (pinned for a GPU) and on the device; one copy brings all of them over.
+
+    There are two on the host, in turns: the copy of one step may still wait for the GPU when the next one is written.
+
+    Args:
+        size: tokens.
+        items: of the list of work.
+        sharers: queries of an item.
+        device: where the graph reads.
+    """
+
+    def __init__(self, size: int, items: int, sharers: int, device: torch.device) -> None:
+        fields: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+            "ids": (np.int64, (size,)),
+            "sources": (np.int64, (size,)),
+            "positions": (np.int64, (size,)),
+            "logit_tokens": (np.int64, (size,)),
+            "write_slots": (np.int64, (most_writes(size),)),
+            "write_tokens": (np.int64, (most_writes(size),)),
+            "keys": (np.int64, (size,)),
+            "indices": (np.int64, (size,)),
+            "temperature": (np.float64, (size,)),
+            "items": (np.int32, (items, 4)),
+            "tokens": (np.int32, (items, sharers)),
+            "limits": (np.int32, (items, sharers)),
+            "counts": (np.int32, (size,)),
+            "pages": (np.int32, (size * MOST_PAGES,)),
+        }
+        parts: dict[str, slice] = {}
+        total = 0
+        for name, (dtype, shape) in fields.items():
+            length = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            parts[name] = slice(total, total + length)
+            total += -(-length // 8) * 8  # so that every array begins where its numbers may stand
+        self._hosts = [torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(2)]
+        self._device = torch.zeros(total, dtype=torch.uint8, device=device)
+        self._turn = 0
+        self._views: list[dict[str, npt.NDArray[np.generic]]] = [{}, {}]
+        self.device: dict[str, Tensor] = {}
+        for name, (dtype, shape) in fields.items():
+            for views, host in zip(self._views, self._hosts, strict=True):
+                views[name] = host[parts[name]].numpy().view(dtype).reshape(shape)
+            self.device[name] = self._device[parts[name]].view(torch.from_numpy(np.empty(0, dtype)).dtype).view(shape)
+
+    @property
+    def host(self) -> dict[str, npt.NDArray[np.generic]]:
+        """The arrays that the next `upload` brings over."""
+        return self._views[self._turn]
+
+    def fill(self, plan: StepPlan, work: Work) -> None:
+        """Write a plan and its list of work, and bring them to the device."""
+        host = self.host
+        for name in ("ids", "positions", "write_tokens"):
+            _pad(host[name], getattr(plan, name), 0)
+        _pad(host["sources"], plan.sources, -1)
+        _pad(host["write_slots"], plan.write_slots, -1)
+        _pad(host["logit_tokens"], plan.borders[1:][plan.sample] - 1, 0)
+        for name in ("keys", "indices", "temperature"):
+            _pad(host[name], getattr(plan.sampling, name), 0)
+        for name in ("items", "tokens", "limits", "counts"):
+            _pad(host[name], getattr(work, name), 0)
+        host["pages"][: work.pages.size] = work.pages
+        self.upload(leave_out=host["pages"].nbytes - work.pages.nbytes)
+
+    def upload(self, leave_out: int = 0) -> None:
+        """Copy to the device, without the last `leave_out` bytes."""
+        end = len(self._device) - leave_out
+        self._device[:end].copy_(self._hosts[self._turn][:end], non_blocking=True)
+        self._turn = 1 - self._turn
+
+
+def _pad(target: npt.NDArray[np.generic], values: npt.NDArray[np.generic], fill: int) -> None:
+    target[: len(values)] = values
+    target[len(values) :] = fill
