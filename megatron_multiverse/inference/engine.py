@@ -26,7 +26,7 @@ from megatron_multiverse.inference.scheduler import Scheduler
 from megatron_multiverse.inference.step.runner import PendingOutput, Runner
 from megatron_multiverse.inference.step.sampler import Sampler
 from megatron_multiverse.inference.text.answer import make_result
-from megatron_multiverse.inference.text.commit import begin_answer, close_all, commit_text, commit_token
+from megatron_multiverse.inference.text.commit import begin_answer, close_all, commit_text, commit_token, foresee_fork
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, Written
@@ -260,8 +260,11 @@ class Engine:
         scheduler, flight = self.scheduler, self._flight
         step = scheduler.go_on()
         if flight is not None and self._turns.may_come(flight.step, len(scheduler.active)):
-            if step is not None:
-                launch = partial(self.runner.launch, step.plan, self.runner.prepare(step.plan))
+            launch = None if step is None else partial(self.runner.launch, step.plan, self.runner.prepare(step.plan))
+            for state, branch, _ in flight.step.sampled:
+                if branch.machine.may_fork:
+                    foresee_fork(state, branch)
+            if step is not None and launch is not None:
                 tokens = flight.output.wait().tokens.tolist()
                 if not self._turns.came(flight.step, tokens, len(scheduler.active)):
                     return step, launch

@@ -4,7 +4,8 @@ With overlap a step is launched before the tokens of the one before it are known
 the last path of a block, that step has run for nothing, since nothing but the paths, or the conclusion, goes on. Tags
 stand on lines of their own, so this can be foreseen: after most tokens no tag can come, and their steps are launched
 ahead; after the end of a line one may, and then the step is made ready and held back until the tokens are here, which
-takes some microseconds. If they turn what comes next, it is taken back and planned again.
+takes some microseconds. If they turn what comes next, it is taken back and planned again. What the paths of a block
+would begin with is made while the host waits (`commit.foresee_fork`).
 
 Whether a step waits changes no token; a tag in the middle of a line is found a step later.
 """

@@ -62,6 +62,18 @@ class Block:
     """Paths that were given a place in the cache, in their order."""
 
 
+class PathStart(NamedTuple):
+    """What a path begins with."""
+
+    path: BranchPath
+    machine: StructureMachine
+    """Its grammar, after `prefix`."""
+    prefix: list[int]
+    """The forced tokens."""
+    key: int
+    """See `Branch.key`."""
+
+
 @dataclass(eq=False, slots=True)
 class Branch:
     """One sequence: the root of a request, or a path of a block."""
@@ -111,6 +123,8 @@ class Branch:
     """Whether nothing is kept of its tokens but what every branch keeps, and nothing is looked for in them."""
     seen: TokenCounts | None = None
     """Tokens that the next one sees, kept where the request has penalties."""
+    foreseen: tuple[int, list[PathStart]] | None = None
+    """(length of `ids`, what the paths of its next block begin with if the token after that length is `</Goal>`)."""
     fed: int = 0
     """How many of its tokens have their keys in the cache, those of the step being planned included."""
     blocks: list[Block] = field(default_factory=list)

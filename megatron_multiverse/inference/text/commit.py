@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from megatron_multiverse.inference.text.branch import Block, Branch, Cut, branch_key
+from megatron_multiverse.inference.text.branch import Block, Branch, Cut, PathStart, branch_key
 from megatron_multiverse.inference.text.budget import MOST_CLOSERS, exhausted, fits, shares
 from megatron_multiverse.inference.text.result import BranchFinish, FinishReason, StopMatch, TopLogprobs
 from megatron_multiverse.inference.text.scanner import StopScanner
@@ -160,6 +160,14 @@ def _force(
     event = Event.TEXT
     for token in ids:
         event = branch.machine.push(token)
+    _append_forced(state, branch, ids, heard=heard, stop=stop)
+    return event
+
+
+def _append_forced(
+    state: RequestState, branch: Branch, ids: Sequence[int], *, heard: bool = True, stop: StopMatch | None = None
+) -> None:
+    """The part of `_force` that is left once the branch's grammar has read the tokens."""
     count = len(ids)
     branch.ids += ids
     branch.positions += range(branch.next_position, branch.next_position + count)
@@ -171,7 +179,6 @@ def _force(
     branch.room -= count
     if heard and state.on_token is not None:
         state.unheard.append((branch.name, Written.forced(ids, stop)))
-    return event
 
 
 def _check_forced(state: RequestState, branch: Branch, count: int) -> None:
@@ -191,27 +198,51 @@ def _stops(state: RequestState, branch: Branch, scanner: StopScanner, count: int
     return True
 
 
+def foresee_fork(state: RequestState, branch: Branch) -> None:
+    """Make what the paths begin with, in case that the next token, still to come, is `</Goal>`: where
+    `StructureMachine.may_fork` says that it may be."""
+    machine = branch.machine
+    if machine.max_paths is None or len(machine.outlines) <= machine.max_paths:
+        branch.foreseen = (len(branch.ids), _path_starts(state, branch))
+
+
+def _path_starts(state: RequestState, branch: Branch) -> list[PathStart]:
+    """What the paths of the block announced last begin with. `</Goal>` changes none of it."""
+    machine, sampling, starts = branch.machine, state.request.sampling, []
+    ordinal = len(branch.blocks) - branch.prompt_blocks
+    for k, outline in enumerate(machine.outlines):
+        path, own = (*branch.path, (ordinal, k)), machine.fork(k)
+        prefix = machine.vocab.path_prefix(outline.label_ids)
+        for token in prefix:
+            own.push(token)
+        starts.append(PathStart(path, own, prefix, branch_key(sampling.seed, state.request.sample, path)))
+    return starts
+
+
 def _fork(state: RequestState, branch: Branch) -> None:
     """Begin the paths of the block just announced; if their forced tokens do not fit, close the branch instead."""
     machine = branch.machine
-    prefixes = [machine.vocab.path_prefix(outline.label_ids) for outline in machine.outlines]
+    foreseen_at, starts = branch.foreseen or (-1, [])
+    branch.foreseen = None
+    if foreseen_at != len(branch.ids) - 1:
+        starts = _path_starts(state, branch)
+    prefixes = [start.prefix for start in starts]
     budgets = shares(branch, prefixes, state.request.sampling.branch_max_tokens)
     if budgets is None:
         state.counts["fork_refused"] += 1
         _close(state, branch, "length")
         return
-    sampling, ordinal = state.request.sampling, len(branch.blocks) - branch.prompt_blocks
+    sampling = state.request.sampling
     state.num_blocks += 1
     block = Block(state.num_blocks, len(branch.ids), [])
-    for k, (outline, budget) in enumerate(zip(machine.outlines, budgets, strict=True)):
-        path = (*branch.path, (ordinal, k))
+    for k, (outline, budget, start) in enumerate(zip(machine.outlines, budgets, starts, strict=True)):
         kid = Branch(
-            machine=machine.fork(k),
+            machine=start.machine,
             next_position=branch.next_position,
             budget=budget,
-            key=branch_key(sampling.seed, state.request.sample, path),
+            key=start.key,
             parent=branch,
-            path=path,
+            path=start.path,
             name=f"{branch.name}.{k + 1}" if branch.name else str(k + 1),
             outline=outline.label,
             block=block.number,
@@ -227,7 +258,7 @@ def _fork(state: RequestState, branch: Branch) -> None:
     branch.blocks.append(block)
     state.end_span(branch, state.step + 1)
     for kid, prefix in zip(block.kids, prefixes, strict=True):
-        _force(state, kid, prefix)
+        _append_forced(state, kid, prefix)
     for kid, prefix in zip(block.kids, prefixes, strict=True):
         _check_forced(state, kid, len(prefix))
 

@@ -8,6 +8,8 @@ import pytest
 
 from megatron_multiverse.inference.scheduler import Scheduler
 from megatron_multiverse.inference.step.runner import Runner
+from megatron_multiverse.inference.text.commit import commit_token, foresee_fork
+from megatron_multiverse.inference.text.state import RequestState, new_state
 from megatron_multiverse.inference.turns import Turns
 from megatron_multiverse.structure import StructureMachine, Tag
 from tests.unit.inference import toy
@@ -72,3 +74,48 @@ def test_a_fork_may_come_after_a_whole_outline_and_a_newline():
         machine.push(int(token))
         found.append(machine.may_fork)
     assert found == [False] * (len(header) + 2) + [True, False]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_is_foreseen_of_a_fork_is_what_it_begins_with(depth):
+    """Foreseen at every line's end, and so too early as well, beside a fork that nobody foresaw."""
+
+    def header(prefix: str, paths: int) -> list[int]:
+        ids = [Tag.PARALLEL, toy.NEWLINE, Tag.GOAL]
+        for path in range(paths):
+            ids += [toy.NEWLINE, Tag.OUTLINE, toy.NEWLINE, *toy.label_ids(f"{prefix}{path + 1}:"), Tag.END_OUTLINE]
+        return [int(token) for token in (*ids, toy.NEWLINE, Tag.END_GOAL)]
+
+    def write(*, foresee: bool) -> RequestState:
+        request = toy.ask([toy.TEXT] * 3, max_tokens=2000, sample=5)
+        state = new_state(0, request, StructureMachine(toy.VOCAB), 4000)
+        branch = state.root
+        for level in range(depth):
+            for token in header("" if level == 0 else "2.", 3):
+                if foresee and branch.machine.may_fork:
+                    foresee_fork(state, branch)
+                commit_token(state, branch, token, -1.0)
+            assert branch.foreseen is None
+            branch = branch.blocks[-1].kids[1]
+        return state
+
+    plain, foreseen = write(foresee=False), write(foresee=True)
+    for expected, branch in zip(plain.branches(), foreseen.branches(), strict=True):
+        for name in (
+            "name",
+            "ids",
+            "positions",
+            "logprobs",
+            "key",
+            "path",
+            "budget",
+            "room",
+            "outline",
+            "next_position",
+        ):
+            assert getattr(branch, name) == getattr(expected, name), name
+        machines = (
+            {**vars(one.machine), "vocab": None, "_stack": repr(one.machine._stack)} for one in (branch, expected)
+        )
+        assert next(machines) == next(machines)
+    assert sum(1 for _ in plain.branches()) == 1 + 3 * depth
