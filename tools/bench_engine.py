@@ -10,10 +10,11 @@ prompt: the time to the first token of a request that is alone. decode: `batch` 
 tokens write `new-tokens` each; the figure is the median time between two answers of the engine, everything that a user
 waits for included. fork: one request with a long prompt opens a block whose paths write `fork-tokens` each, joins them
 and writes a conclusion, as a script says; beside it the same paths one after the other. joint: what fork and join of
-that block take beyond the steps in which its tokens are drawn. speedup: answers of `answer-tokens` tokens, of which the
-longest chain has one in `num-parallel`, beside the same answers with one path after the other; and the law
-a / num_parallel + b that milliseconds per token follow. Bytes are what a step must read: all weights but the embedding,
-and the cached keys and values, those that siblings share once. They are compared with a plain copy on the same GPU.
+that block take beyond the steps in which its tokens are drawn, and where that time goes. speedup: answers of
+`answer-tokens` tokens, of which the longest chain has one in `num-parallel`, beside the same answers with one path
+after the other; and the law a / num_parallel + b that milliseconds per token follow. Bytes are what a step must read:
+all weights but the embedding, and the cached keys and values, those that siblings share once. They are compared with a
+plain copy on the same GPU.
 """
 
 from __future__ import annotations

@@ -177,6 +177,11 @@ def report_joint(runs: list[dict[str, Any]]) -> dict[str, Any]:
         f"{row['copied_tokens']} tokens (at most {row['most_copied_tokens']}), fed again {row['fed_again_tokens']}",
         flush=True,
     )
+    turns = (
+        f"{kind} " + ", ".join(f"{part.removesuffix('_ms')} {ms:.2f}" for part, ms in figures.items())
+        for kind, figures in row["turns"].items()
+    )
+    print(f"  ms of {'; '.join(turns)}", flush=True)
     return row
 
 

@@ -22,6 +22,7 @@ from megatron_multiverse.inference.bench_script import (
     block_header,
     block_script,
 )
+from megatron_multiverse.inference.bench_turns import TurnWatch
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
@@ -128,7 +129,9 @@ def joint(engine: Engine, prompt: Sequence[int], branches: int, tokens: int) -> 
     """A row: what fork and join of a block take beyond the steps in which its tokens are drawn.
 
     A script draws the whole answer, header included. Each token of the longest chain needs a step; steps beyond that,
-    and what the steps near fork and join take longer than their neighbours, are due to fork and join.
+    and what the steps near fork and join take longer than their neighbours, are due to fork and join. `turns` says
+    where their time goes on the host, and on a GPU how long that has nothing to do, and how long it takes for them;
+    `excess_ms` which of the steps near them take longer, in their order.
     """
     script = block_script(branches, tokens)
     engine.runner.sampler = Script(script)
@@ -143,19 +146,21 @@ def joint(engine: Engine, prompt: Sequence[int], branches: int, tokens: int) -> 
     done: list[Result] = []
     ahead = int(engine.overlap)  # the last step is launched before the end is known; it feeds one token
     steps = -ahead
-    while not done:
-        steps += 1
-        live, begun = len(engine.scheduler.places.nodes), _has_begun(engine)
-        start = time.perf_counter()
-        done = engine.step()
-        if begun:
-            times.append(time.perf_counter() - start)
-            inside.append(live > branches)
+    with TurnWatch(engine) as watch:
+        while not done:
+            steps += 1
+            live, begun = len(engine.scheduler.places.nodes), _has_begun(engine)
+            start = time.perf_counter()
+            done = engine.step()
+            if begun:
+                times.append(time.perf_counter() - start)
+                inside.append(live > branches)
     (result,) = done
     root, *paths = (len(ids) for ids in script.values())
     step = statistics.median(itertools.compress(times, inside))
     more_steps = steps - root - max(paths)
-    extra = more_steps * step + excess(times, inside)
+    near = excess(times, inside)
+    extra = more_steps * step + sum(map(sum, near))
     needed = len(result.prompt_ids) - result.cached_tokens + len(result.token_ids) - alike_tokens(branches)
     return {
         "case": f"fork and join of {branches}, {'overlapped' if engine.overlap else 'in turn'}",
@@ -170,18 +175,21 @@ def joint(engine: Engine, prompt: Sequence[int], branches: int, tokens: int) -> 
         "copied_tokens": engine.copied_tokens - copied,
         "most_copied_tokens": (3 * branches + 2) * engine.config.page_size,
         "fed_again_tokens": engine.fed_tokens - fed - needed - ahead,
+        "turns": {turn.kind: turn.figures() for turn in watch.turns},
+        "excess_ms": dict(zip(("fork", "join"), ([1e3 * seconds for seconds in steps] for steps in near), strict=True)),
     }
 
 
-def excess(times: Sequence[float], inside: Sequence[bool]) -> float:
-    """Seconds that the steps near the changes of `inside` take longer than the median of their kind around them."""
-    total = 0.0
+def excess(times: Sequence[float], inside: Sequence[bool]) -> list[list[float]]:
+    """Seconds that each of the steps near a change of `inside` takes longer than the median of its kind around it; a
+    list for each change, from `NEAR` steps before it to `NEAR` after it."""
+    found = []
     for change in (k for k in range(1, len(inside)) if inside[k] != inside[k - 1]):
         around = range(max(change - AROUND, 0), min(change + AROUND, len(times)))
         usual = {kind: statistics.median(times[k] for k in around if inside[k] == kind) for kind in (True, False)}
         near = range(max(change - NEAR, 0), min(change + NEAR, len(times)))
-        total += sum(times[k] - usual[inside[k]] for k in near)
-    return total
+        found.append([times[k] - usual[inside[k]] for k in near])
+    return found
 
 
 def _has_begun(engine: Engine) -> bool:

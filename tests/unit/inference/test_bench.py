@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_host_step, report_blocks
+from benchmarks import bench_host_step, bench_host_turn, report_blocks
 from benchmarks.engine_soak import Soak, SoakConfig
 from megatron_multiverse.errors import ConfigError, GenerationError
 from megatron_multiverse.inference.bench import BenchConfig, measure
 from megatron_multiverse.inference.bench_blocks import excess, fit_law, work_for
 from megatron_multiverse.inference.bench_script import Script
+from megatron_multiverse.inference.bench_turns import Turn, TurnWatch
 from megatron_multiverse.model.families import preset
 
 
@@ -24,6 +25,30 @@ from megatron_multiverse.model.families import preset
 def test_the_host_step_is_timed(prepare):
     options = bench_host_step.Options(rows=2, context=20, steps=3)
     assert bench_host_step.measure(options, prepare) > 0
+
+
+def test_the_host_time_of_turns_is_measured():
+    options = bench_host_turn.Options(branches=3, prefix=40, path_tokens=12, answers=2, rows=(2, 6))
+    times = bench_host_turn.measure_lists(options)
+    assert list(times) == [2, 6] and min(times.values()) > 0
+    for figures in bench_host_turn.measure(options).values():
+        assert list(figures) == ["commit_ms", "plan_ms", "prepare_ms", "turn_ms"] and min(figures.values()) > 0
+
+
+def test_a_turn_on_a_gpu_says_how_long_that_had_nothing_to_do():
+    events = [SimpleNamespace(at=at, elapsed_time=lambda other, at=at: other.at - at) for at in (3.0, 4.5, 7.0, 7.5)]
+    figures = Turn("fork", 0.001, 0.002, 0.003, 0.004, 0.005, events=events).figures()
+    assert list(figures.values()) == pytest.approx([1, 2, 3, 4, 5, 1.5, 2.5, 0.5])
+    assert list(figures)[5:] == ["gpu_idle_ms", "gpu_copy_ms", "gpu_run_ms"]
+
+
+def test_an_engine_is_as_before_once_nobody_watches_it():
+    engine = bench_host_turn.make_engine(bench_host_turn.Options(branches=2, prefix=20, path_tokens=12))
+    parts = (engine.runner, engine.runner.graphs, engine.scheduler, *engine.runner._outputs)
+    plain = [dict(vars(part)) for part in parts]
+    with TurnWatch(engine):
+        assert all(vars(part) != before for part, before in zip(parts, plain, strict=True))
+    assert [vars(part) for part in parts] == plain
 
 
 def test_prompts_decode_and_fork_are_timed():
@@ -69,7 +94,7 @@ def test_nothing_to_measure_is_refused(options):
         BenchConfig(**options)
 
 
-def test_what_blocks_cost_and_save_is_counted():
+def test_what_blocks_cost_and_save_is_counted(capsys):
     config = BenchConfig(
         model_preset="tiny",
         dtype="float32",
@@ -87,6 +112,16 @@ def test_what_blocks_cost_and_save_is_counted():
     assert 0 < joint["copied_tokens"] <= joint["most_copied_tokens"] == 11 * 16
     assert in_turn["more_steps"] == 0, "in turn neither fork nor join costs a step"
     assert joint["fed_again_tokens"] == 0
+    parts = ["commit_ms", "plan_ms", "copy_ms", "prepare_ms", "launch_ms"]
+    for row in (joint, in_turn):
+        assert list(row["turns"]) == list(row["excess_ms"]) == ["fork", "join"]
+        for figures in row["turns"].values():  # those of a GPU are absent
+            assert list(figures) == parts and min(figures.values()) >= 0 and max(figures.values()) > 0
+        assert row["fork_and_join_ms"] == pytest.approx(
+            sum(map(sum, row["excess_ms"].values())) + row["more_steps"] * row["ms_per_step"]
+        )
+    one = r"{} commit [\d.]+, plan [\d.]+, copy [\d.]+, prepare [\d.]+, launch [\d.]+"
+    assert len(re.findall(f"  ms of {one.format('fork')}; {one.format('join')}\n", capsys.readouterr().out)) == 2
     assert plain["num_parallel"] == plain["speedup"] == 1.0 and plain["tokens"] == pytest.approx(60)
     assert forked["num_parallel"] == pytest.approx(2, rel=0.15) and forked["speedup"] > 0
     assert law["a"] + law["b"] == pytest.approx(plain["ms_per_token"])
@@ -141,11 +176,12 @@ def test_the_law_and_the_excess_are_found_again():
     assert fit_law(rows) == pytest.approx((15.43, 0.6))
     inside = [False] * 40 + [True] * 40 + [False] * 40
     times = [2.0 if x else 1.0 for x in inside]
-    assert excess(times, inside) == 0
+    assert not np.any(excess(times, inside))
     times[41] += 3.0
     times[80] += 0.5
     times[60] += 9.0  # far from both
-    assert excess(times, inside) == pytest.approx(3.5)
+    fork, join = excess(times, inside)
+    assert fork == pytest.approx([0] * 7 + [3.0] + [0] * 4) and join == pytest.approx([0] * 6 + [0.5] + [0] * 5)
 
 
 def test_a_step_that_reads_part_of_a_prompt_asks_a_script_for_nothing():
