@@ -6,14 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_multiverse.config import EngineConfig, EngineDType, TokenizerType
-from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.config import EngineConfig, EngineDType, SamplingParams, TokenizerType
+from megatron_multiverse.errors import ConfigError, GenerationError
 from megatron_multiverse.evaluation.tasks import Thinking
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawConfig:
-    """How answers are drawn. The defaults are those of the field for models that reason."""
+    """How answers are drawn. The defaults are those of the field for models that reason.
+
+    Raises:
+        ConfigError: a value that nothing can be drawn with.
+    """
 
     temperature: float = 0.6
     """0 is greedy."""
@@ -25,6 +29,12 @@ class DrawConfig:
     """0 is off."""
     max_tokens: int = 32768
     """Most tokens of an answer, those of all its branches together."""
+
+    def __post_init__(self) -> None:
+        try:  # now, not when the model has been loaded
+            SamplingParams(**vars(self))
+        except GenerationError as error:
+            raise ConfigError(f"--draw: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

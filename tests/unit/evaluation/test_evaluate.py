@@ -179,5 +179,7 @@ def write(file: Path, samples: list[Sample]) -> None:
     ],
 )
 def test_options_that_cannot_work(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=r"--draw: top_p must lie in \(0, 1\], got 2.0"):
+        DrawConfig(top_p=2.0)
     with pytest.raises(ConfigError, match=message):
         EvaluateConfig(**options)
