@@ -1,6 +1,6 @@
 """Host time of the turns of a block: the steps that wait for `</Goal>`, or for the last `</Path>`, to be known.
 
-    python benchmarks/bench_host_turn.py --branches 8 --prefix 16384 --answers 200
+    python -m benchmarks.bench_host_turn --branches 8 --prefix 16384 --answers 200
 
 Everything else is planned while the GPU runs; here it has nothing to do from the arrival of the tokens until the next
 step is launched. A script stands in for the model, which computes nothing, so what is left is the engine: writing the

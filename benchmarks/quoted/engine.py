@@ -16,6 +16,32 @@ def engine() -> Iterator[str]:
     soak = source.results("results/engine_soak_h200")
     assert soak["missing_pages"] == 0 and soak["logprob_off"] < soak["tolerance"]
     yield f"{soak['answers']:,} answers, {soak['checked_tokens']:,} tokens checked"
+    yield from _fp8()
+    yield from _blocks()
+    found = source.results("results/fp8_logits_cpu")
+    right = found["right_answers"]["fp8"] * found["problems"]
+    yield (
+        f"model logits move by {100 * found['fp8']['relative']:.1f} % of their spread, where bf16 moves them by "
+        f"{100 * found['bf16']['relative']:.1f} %, and {right:.0f} of {found['problems']} held-out problems stay right"
+    )
+    fuzz = source.results("results/fuzz_cpu")
+    yield f"{fuzz['distinct_trees']:,} different trees and {fuzz['soup_engines']:,} engines of tag soup"
+    row = next(
+        row for row in source.results("results/small_sums_h200") if row["rows"] == 1 and row["hidden_size"] == 3584
+    )
+    yield f"{row['sum_norm_us']:.1f} us for one row of Qwen2.5-7B on two H200"
+    torch_us, nccl_us = row["symmetric_memory_us"], row["nccl_us"]
+    yield f"symmetric memory up to 512 KiB ({torch_us:.1f} us), and larger ones NCCL ({nccl_us:.1f} us"
+    alone = source.results("results/engine_tp2_h200")["decode"][0]
+    yield (
+        f"Qwen2.5-7B takes {alone['tp2_ms']:.2f} ms a step on two H200 and {alone['one_gpu_ms']:.2f} on one, with sum "
+        f"and norm apart {alone['tp2_with_sum_and_norm_apart_ms']:.2f}"
+    )
+    yield from _forks_under_load()
+
+
+def _fp8() -> Iterator[str]:
+    """Weights in FP8."""
     bf16, fp8 = (source.results("results/engine_fp8_h200")[name]["rows"] for name in ("decode", "fp8"))
     yield (
         f"takes {fp8[0]['ms_per_step']:.2f} ms at batch 1 and {fp8[-1]['ms_per_step']:.2f} at 32, in bf16 "
@@ -37,6 +63,11 @@ def engine() -> Iterator[str]:
         f"at batch 128 a step takes {many['ms_per_step']:.2f} ms ({many['tokens_per_second']:,.0f} tokens/s), with "
         f"bf16 weights [{plain:.2f}](../benchmarks/results/engine_h200.json)"
     )
+
+
+def _blocks() -> Iterator[str]:
+    """What blocks save and cost, and steps that are held for them."""
+    layer = source.results("kernels/results/fp8_products_h200")
     blocks = source.results("results/engine_blocks_h200")
     rows, before = blocks["rows"], blocks["before"]["rows"]
     shares = {
@@ -78,25 +109,10 @@ def engine() -> Iterator[str]:
         f"took [{once['fork_and_join_ms']:.1f} ms]{link}, and {apart['fork_and_join_ms']:.1f} until what the paths "
         "begin with alike was computed once"
     )
-    found = source.results("results/fp8_logits_cpu")
-    right = found["right_answers"]["fp8"] * found["problems"]
-    yield (
-        f"model logits move by {100 * found['fp8']['relative']:.1f} % of their spread, where bf16 moves them by "
-        f"{100 * found['bf16']['relative']:.1f} %, and {right:.0f} of {found['problems']} held-out problems stay right"
-    )
-    fuzz = source.results("results/fuzz_cpu")
-    yield f"{fuzz['distinct_trees']:,} different trees and {fuzz['soup_engines']:,} engines of tag soup"
-    row = next(
-        row for row in source.results("results/small_sums_h200") if row["rows"] == 1 and row["hidden_size"] == 3584
-    )
-    yield f"{row['sum_norm_us']:.1f} us for one row of Qwen2.5-7B on two H200"
-    torch_us, nccl_us = row["symmetric_memory_us"], row["nccl_us"]
-    yield f"symmetric memory up to 512 KiB ({torch_us:.1f} us), and larger ones NCCL ({nccl_us:.1f} us"
-    alone = source.results("results/engine_tp2_h200")["decode"][0]
-    yield (
-        f"Qwen2.5-7B takes {alone['tp2_ms']:.2f} ms a step on two H200 and {alone['one_gpu_ms']:.2f} on one, with sum "
-        f"and norm apart {alone['tp2_with_sum_and_norm_apart_ms']:.2f}"
-    )
+
+
+def _forks_under_load() -> Iterator[str]:
+    """Whether forks pay under load."""
     mixed = source.results("load/results/load_h200_7b")["traces"]["mixed"]
     never, always, ours = (mixed[policy]["summaries"] for policy in ("never fork", "always fork", "by step time"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -279,3 +280,11 @@ def test_the_rooms_of_inference_do_not_know_each_other(room: str, forbidden: tup
         for module in imported_modules(path):
             first = module.removeprefix(own).split(".")[0]
             assert first not in forbidden, f"{path} imports {module}"
+
+
+def test_a_benchmark_that_imports_others_is_started_as_a_module() -> None:
+    """`python benchmarks/NAME.py` does not find them: only the folder of the file itself is on the path."""
+    for file in sorted((ROOT / "benchmarks").rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        if re.search(r"^from benchmarks\b", text, re.MULTILINE):
+            assert f"python {file.relative_to(ROOT)}" not in text, f"{file}: name python -m in its docstring"
