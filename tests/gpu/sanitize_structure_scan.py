@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from random_tags import TAG_IDS, random_pack
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megatron_multiverse.kernels.structure_scan import structure_scan, structure_scan_reference
+from tests.random_tags import TAG_IDS, random_pack
 
 TAGS = torch.tensor(TAG_IDS)
 

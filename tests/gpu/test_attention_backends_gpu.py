@@ -11,8 +11,6 @@ import random
 
 import pytest
 import torch
-from random_layouts import random_labels
-from random_tags import TAG_IDS, random_pack
 
 from megatron_multiverse.kernels.multiverse_attention import (
     BACKENDS,
@@ -27,6 +25,8 @@ from megatron_multiverse.kernels.multiverse_attention import (
     visibility,
 )
 from megatron_multiverse.kernels.structure_scan import structure_scan
+from tests.random_layouts import random_labels
+from tests.random_tags import TAG_IDS, random_pack
 
 if torch.cuda.is_available():
     # Before torch loads its cuDNN: megatron-core imports TransformerEngine, which fails on symbols of another one then.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from tests.unit.inference import toy
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 BF16 = torch.bfloat16
 DEVICE = "cuda"
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "num_layers": 3, "hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 8, "num_query_groups": 2,
     "kv_channels": 64, "max_sequence_length": 4096,
 }  # fmt: skip
@@ -121,7 +122,8 @@ def test_attention_over_random_trees_equals_its_reference(dtype, seed, monkeypat
     rng = np.random.default_rng(seed)
     page, groups = int(rng.choice([1, 16, 64])), int(rng.choice([1, 4]))
     heads, dim = groups * int(rng.choice([1, 5, 7])), int(rng.choice([64, 128]))
-    lists, fresh = [], iter(range(1 << 20))
+    lists: list[list[int]] = []
+    fresh = iter(range(1 << 20))
     for _ in range(int(rng.integers(1, 12))):
         kept = lists[-1][: int(rng.integers(0, len(lists[-1]) + 1))] if lists and rng.random() < 0.8 else []
         lists.append([*kept, *(next(fresh) for _ in range(-(-int(rng.integers(1, 3000)) // page)))])
@@ -170,7 +172,7 @@ def test_random_trees_by_graphs_equal_one_forward(overlap, page_size, group, mon
         model, page_size=page_size, num_pages=24_000 // page_size, sampler=sampler, max_position=10**9
     )
     results = engine.generate(requests)
-    assert engine.runner.graphs.replays > 100
+    assert engine.runner.graphs is not None and engine.runner.graphs.replays > 100
     assert toy.largest_difference(model, sampler, requests, results, logprob_atol=1e-3) < 1e-3
     toy.assert_drained(engine)
     engine.runner.close()

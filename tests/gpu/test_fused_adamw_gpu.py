@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,15 +14,16 @@ from megatron_multiverse.config import OptimConfig
 from megatron_multiverse.training.optim import build_optimizer
 from megatron_multiverse.training.sharded_state import adamw_steps, set_adamw_steps
 from megatron_multiverse.training.trainer import train
-from tests.gpu.test_training_gpu import Loader, config
+
+from .test_training_gpu import Loader, config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed")
 
-TE = "transformer_engine"
+TE: Literal["transformer_engine"] = "transformer_engine"
 
 
-def updated(implementation: str, steps: int) -> tuple[Any, list[torch.Tensor]]:
+def updated(implementation: Literal["torch", "transformer_engine"], steps: int) -> tuple[Any, list[torch.Tensor]]:
     """The optimizer and all it has changed, after so many updates and one that is skipped."""
     torch.manual_seed(0)
     model = torch.nn.Linear(300, 500, device="cuda")

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from copied_weights import copy_weights
-from random_layouts import random_labels
+
+from tests.copied_weights import copy_weights
+from tests.random_layouts import random_labels
 
 pytest.importorskip("megatron.core")
 
@@ -135,16 +138,24 @@ def test_recompute_gives_the_same_gradients(layers, recompute, monkeypatch) -> N
 
     if layers != LOCAL and "recompute_modules" in recompute:  # TransformerEngine has no norms of their own
         recompute = {**recompute, "recompute_modules": ("core_attn", "mlp")}
-    calls, products = [], []
+    calls: list[str] = []
     attend, forward = LayoutParams.attend, MLP.forward
-    monkeypatch.setattr(LayoutParams, "attend", lambda self, *a, **k: calls.append(1) or attend(self, *a, **k))
-    monkeypatch.setattr(MLP, "forward", lambda self, *a, **k: products.append(1) or forward(self, *a, **k))
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(LayoutParams, "attend", counted("attention", attend))
+    monkeypatch.setattr(MLP, "forward", counted("mlp", forward))
     want = run(build("qwen2", layers, compute_dtype=BF16), batch(), autocast=True)
-    assert len(calls) == len(products) == 4  # two layers, once for the logits and once for the loss
+    assert calls.count("attention") == calls.count("mlp") == 4  # two layers, once for the logits and once for the loss
     model = build("qwen2", dataclasses.replace(layers, **recompute), compute_dtype=BF16)
     got = run(model, batch(), autocast=True)
     again = 1 if recompute.get("recompute_method") == "block" else 2
-    assert len(calls) == len(products) == 8 + again
+    assert calls.count("attention") == calls.count("mlp") == 8 + again
     assert_close(got, want, 1e-6, 1e-2)  # flash4 adds dQ in varying order
 
 
@@ -345,7 +356,7 @@ def test_decoding_over_pages_equals_one_forward() -> None:
             write_slots=slots,
             write_tokens=slots - start,
             sample=one,
-            sampling=SamplingArrays(keys=one, indices=one, temperature=one * 0.0),
+            sampling=SamplingArrays(keys=one, indices=one, temperature=np.zeros(1)),
             scored=none,
             targets=none,
             num_scores=none,

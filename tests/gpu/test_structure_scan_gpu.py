@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_multiverse.checkpoints.run_files import METRICS_FILE
 from megatron_multiverse.data.loader import SFTLoader
 from megatron_multiverse.data.sft_dataset import SFTDataset
 from megatron_multiverse.kernels.structure_scan import structure_scan, structure_scan_reference
@@ -186,5 +187,5 @@ def test_the_trainer_takes_the_scan_and_names_what_it_cannot_read(tmp_path: Path
     assert torch.equal(position_ids.cpu(), batch["position_ids"]) and torch.equal(params.layout.r.cpu(), batch["r"])
     metrics = MetricsWriter(tmp_path, 1)
     placer.report(3, metrics)
-    lines = metrics.path.read_text().splitlines()
+    lines = (tmp_path / METRICS_FILE).read_text().splitlines()
     assert len(lines) == 1 and f'"set document {70 + bad}"' in lines[0] and '"step": 3' in lines[0]
