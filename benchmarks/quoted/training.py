@@ -21,6 +21,7 @@ def training() -> Iterator[str]:
     yield from beside_fsdp_rows()
     yield from _training_fp8()
     yield from _checkpoints()
+    yield from _resumed()
 
 
 def _checkpoints() -> Iterator[str]:
@@ -31,6 +32,14 @@ def _checkpoints() -> Iterator[str]:
         for engine in ("one_process", "megatron"):
             beside, waiting = (source.rounded(found[f"{engine}_{way}"][name], 1) for way in ("beside", "waiting"))
             yield f"{beside} s instead of {waiting} s"
+
+
+def _resumed() -> Iterator[str]:
+    """A run over NCCL that was stopped half way beside one that was not."""
+    (found,) = source.results("results/training_resume_h200")
+    assert found["losses_equal"] and found["grad_norms_equal"] and found["weights_differing"] == 0
+    assert found["gpus"] == 2 and found["model"] == "qwen2.5-7b, 1 layers"
+    yield f"two H200, {found['layout']}, one layer of Qwen2.5-7B: after {found['steps'] // 2} of {found['steps']} steps"
 
 
 def _training_fp8() -> Iterator[str]:
@@ -118,6 +127,15 @@ def _training_beside_others() -> Iterator[str]:
         )
     wide = runs["wide", 16384, "ours with TE causal attention"]
     yield f"On one wide row of 16,384 tokens plain causal attention takes {wide['time_beside_ours']:.2f} times as long"
+    ours, causal = (
+        next(row for row in rows if (row["model"], row["runner"]) == ("qwen2.5-7b, 13 layers", name))
+        for name in ("ours", "ours with TE causal attention")
+    )
+    assert ours["case"] == causal["case"] == "wide" and ours["tokens"] == causal["tokens"] == 32768
+    yield (
+        f"and 13 layers, plain causal attention takes {causal['s_per_step'] / ours['s_per_step']:.2f} times as long as "
+        f"ours ({causal['s_per_step']:.3f} s and {ours['s_per_step']:.3f} s a step)"
+    )
     ten = {(row["tokens"], row["runner"]): row for row in rows if row["model"] == "qwen2.5-7b, 10 layers"}
     ours, at_once = ten[16384, "ours"], ten[16384, "ours, loss of all tokens at once"]
     theirs = ten[16384, "transformers, dense mask, checkpointing"]
@@ -138,9 +156,16 @@ def _training_beside_others() -> Iterator[str]:
 def _memory_with_recompute(runs: dict[tuple[int, str], dict[str, Any]]) -> Iterator[str]:
     """The table of ours without and with recompute and of theirs; runs by tokens and runner."""
     names = ("ours", "ours, full recompute", "transformers, dense mask, checkpointing")
-    _, again, theirs = (runs[16384, name] for name in names)
-    assert again["peak_gib"] < theirs["peak_gib"]
+    ours, again, theirs = (runs[16384, name] for name in names)
+    assert again["peak_gib"] < theirs["peak_gib"] < ours["peak_gib"]
     yield f"is still {theirs['s_per_step'] / again['s_per_step']:.1f} times as fast"
+    ours, again, theirs = (runs[32768, name] for name in names)
+    assert ours["peak_gib"] < theirs["peak_gib"]
+    yield (
+        f"below theirs without it and is {theirs['s_per_step'] / ours['s_per_step']:.1f} times as fast; with it, it "
+        f"takes {again['peak_gib'] / theirs['peak_gib']:.2f} of their memory and is "
+        f"{theirs['s_per_step'] / again['s_per_step']:.1f} times as fast"
+    )
     for tokens in sorted({tokens for tokens, _ in runs}):
         cells = [
             f"{run['tokens_per_s']:,.0f} tokens/s, {run['peak_gib']:.1f} GiB" if run else "not measured"
