@@ -1,4 +1,4 @@
-"""Training on one GPU: same numbers as on the CPU, bit-exact resume, bf16."""
+"""Training on one GPU: same numbers as on the CPU, bit-exact resume, bf16, and where the time of a step goes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.families import qwen3
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import weight_state
+from megatron_multiverse.training.forward import LossFunction, masked_loss_sum
+from megatron_multiverse.training.one_process import OneProcessEngine
+from megatron_multiverse.training.start import create_model
 from megatron_multiverse.training.trainer import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -103,3 +106,81 @@ def test_a_resumed_deterministic_run_is_bit_equal(tmp_path: Path, dtype, kv_chan
     a, b = (weight_state(load_checkpoint(tmp_path / run / "model")[0]) for run in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert f'"attention_backend": "{backend}"' in (tmp_path / "a" / "metrics.jsonl").read_text()
+
+
+class Pause:
+    """Keeps the device busy for about 20 ms, and knows how long it was."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __call__(self) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.cuda._sleep(30_000_000)
+        end.record()
+        self.marks.append((start, end))
+
+    def seconds(self) -> float:
+        return sum(start.elapsed_time(end) for start, end in self.marks) / 1e3
+
+
+def engine_of(save: Path, loss: LossFunction = masked_loss_sum, dtype="float32", kv_channels=16) -> OneProcessEngine:
+    run = config(save, dtype=dtype, model=dataclasses.replace(MODEL, kv_channels=kv_channels))
+    assert run.model is not None
+    model, layers = create_model(run, run.model, torch.device("cuda"))
+    return OneProcessEngine(run, model, run.model, layers, Loader(), loss=loss)
+
+
+@pytest.mark.parametrize(("dtype", "kv_channels", "backend"), [("float32", 16, "dense"), ("bf16", 64, "flash4")])
+def test_a_step_waits_for_nothing(tmp_path: Path, dtype, kv_channels, backend) -> None:
+    if backend == "flash4" and (problem := BACKENDS["flash4"].problem(AttentionCase("cuda", torch.bfloat16, 64))):
+        pytest.skip(problem)
+    engine, batches = engine_of(tmp_path, dtype=dtype, kv_channels=kv_channels), iter(Loader())
+    assert engine.layers.attention_backend == backend
+    with engine.running():
+        engine.step([next(batches), next(batches)])
+        microbatches = [next(batches), next(batches)]
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            engine.step(microbatches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_phases_are_timed_on_the_device_and_only_reading_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each phase lasts at least as long as the device was kept busy in it, and all of them fit into the steps."""
+    in_forward, in_backward, waits = Pause(), Pause(), []
+
+    class Event(torch.cuda.Event):
+        def synchronize(self) -> None:
+            waits.append(self)
+            super().synchronize()
+
+    def slow_loss(model, batch, placer):
+        loss_sum, pairs = masked_loss_sum(model, batch, placer)
+        in_forward()
+        loss_sum.register_hook(lambda gradient: in_backward())
+        return loss_sum, pairs
+
+    engine, batches = engine_of(tmp_path, slow_loss), iter(Loader())
+    with engine.running():
+        engine.step([next(batches), next(batches)])
+        engine.clock.read(1)
+        in_forward.marks, in_backward.marks = [], []
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        for _ in range(2):
+            engine.step([next(batches), next(batches)])
+        ended.record()
+        assert not waits
+        phases = engine.clock.read(1)
+    ended.synchronize()
+    assert len(in_forward.marks) == len(in_backward.marks) == 4
+    tolerance = 1e-5  # events count half microseconds
+    forward, backward, optimizer = (phases[f"{name}_s"] or 0.0 for name in ("forward", "backward", "optimizer"))
+    assert len(phases) == 3 and forward > in_forward.seconds() - tolerance
+    assert backward > in_backward.seconds() - tolerance and optimizer > 0
+    assert forward + backward + optimizer < began.elapsed_time(ended) / 1e3 + tolerance
