@@ -62,6 +62,12 @@ class BenchConfig:
     """speedup: tokens of an answer per token of its longest chain."""
     answer_tokens: int = 512
     """speedup: tokens of each answer."""
+    temperature: float = 0.0
+    """decode: how tokens are drawn; 0 is greedy."""
+    top_k: int = 0
+    """decode: most likely tokens to draw from; 0 is off."""
+    top_p: float = 1.0
+    """decode: their probability in sum; 1 is off."""
     repeats: int = 3
     """Measurements of each case; the median counts, all are printed."""
     cuda_graphs: bool = True
@@ -249,7 +255,13 @@ def decode_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig,
         return 0.0
     tokens = config.context + config.new_tokens + 1
     engine = make_engine(model, shape, config, pages=batch * (-(-tokens // config.page_size) + 1), rows=batch)
-    sampling = SamplingParams(max_tokens=config.new_tokens, ignore_eos=True)
+    sampling = SamplingParams(
+        max_tokens=config.new_tokens,
+        ignore_eos=True,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
     for number in range(batch):
         engine.add_request(Request(prompt_ids=random_prompt(config.context, shape, number), sampling=sampling))
     times = list(step_times(engine, batch=batch))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_multiverse.inference.step.plan import SamplingArrays
 from megatron_multiverse.inference.text.branch import BranchPath, branch_key
-from megatron_multiverse.kernels.greedy import greedy, token_logprobs
+from megatron_multiverse.kernels.sampling import greedy, token_logprobs
 from megatron_multiverse.structure import TAGS, StructureVocab, Tag
 
 PIECES = [*TAGS, "\n", *"0123456789", ".", ":"]

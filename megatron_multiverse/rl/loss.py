@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_multiverse.config import PolicyConfig
-from megatron_multiverse.kernels.greedy import token_logprobs
+from megatron_multiverse.kernels.sampling import token_logprobs
 from megatron_multiverse.model.device import to_device
 from megatron_multiverse.model.mcore import parallel_state, tensor_parallel, tensor_parallel_place
 from megatron_multiverse.training.microbatches import Microbatch

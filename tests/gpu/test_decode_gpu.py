@@ -24,9 +24,16 @@ from megatron_multiverse.kernels.fused_linear import (
     split_rows,
 )
 from megatron_multiverse.kernels.fused_linear.triton_rows import split_rows_triton
-from megatron_multiverse.kernels.greedy import greedy, greedy_reference
 from megatron_multiverse.kernels.kv_write import write_kv, write_kv_reference
 from megatron_multiverse.kernels.rope import inverse_frequencies, rope_table
+from megatron_multiverse.kernels.sampling import (
+    Filters,
+    draw,
+    draw_reference,
+    greedy,
+    greedy_reference,
+    token_logprobs,
+)
 from megatron_multiverse.kernels.tree_decode import TreeDecode, tree_decode_reference
 from megatron_multiverse.model.families import qwen2, qwen3
 from megatron_multiverse.model.gpt import build_gpt_model
@@ -152,6 +159,26 @@ def test_greedy_equals_its_reference():
     torch.testing.assert_close(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spread", [0.02, 1.0, 6.0])
+def test_drawn_tokens_are_those_of_the_reference(dtype, spread):
+    """Flat, usual and peaked logits; where the mass before a token is top-p up to rounding, either side is right."""
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    logits = (spread * torch.randn(96, 152064, device=DEVICE, generator=generator)).to(dtype)[:, :151665]
+    keys = torch.randint(-(2**63), 2**63 - 1, (96,), device=DEVICE, generator=generator)
+    indices = torch.arange(96, device=DEVICE)
+    temperature = torch.tensor([0.6, 1.0, 1.5, 0.0], device=DEVICE).double().repeat(24)
+    top_k = torch.tensor([0, 20, 0, 0, 50, 5, 0, 0], device=DEVICE)[indices % 8]
+    top_p = torch.tensor([1.0, 1.0, 0.3, 1.0, 0.8, 0.5, 0.95, 0.95], device=DEVICE).double()[indices % 8]
+    min_p = torch.tensor([0.0, 0.0, 0.0, 0.2, 0.0, 0.05, 0.1, 0.0], device=DEVICE).double()[indices % 8]
+    for filters in (None, Filters(top_k, top_p, min_p)):
+        tokens, logprobs = draw(logits, keys, indices, temperature, filters)
+        want, _ = draw_reference(logits, keys, indices, temperature, filters)
+        assert (tokens != want).sum() <= 1, f"{int((tokens != want).sum())} rows differ"
+        torch.testing.assert_close(logprobs, token_logprobs(logits, tokens), rtol=1e-5, atol=1e-5)
+        assert torch.equal(tokens, draw(logits, keys, indices, temperature, filters)[0])
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("group", range(4))
@@ -240,13 +267,16 @@ def largest(got, want):
 
 
 @pytest.mark.parametrize("family", [qwen2, qwen3])
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_graphs_draw_what_single_calls_draw(family, temperature):
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"temperature": 0.9}, {"temperature": 0.9, "top_k": 40, "top_p": 0.8}, {"temperature": 1.5, "min_p": 0.1}],
+)
+def test_graphs_draw_what_single_calls_draw(family, asked):
     model = build_gpt_model(family(**SHAPE, vocab_size=1000), dtype=BF16, device="cuda").eval()
     requests = [
         Request(
             prompt_ids=[100 + (7 * k + i) % 800 for i in range(200)],
-            sampling=SamplingParams(max_tokens=60, ignore_eos=True, temperature=temperature, seed=k),
+            sampling=SamplingParams(max_tokens=60, ignore_eos=True, seed=k, **asked if k % 3 else {}),
         )
         for k in range(6)
     ]
@@ -256,5 +286,7 @@ def test_graphs_draw_what_single_calls_draw(family, temperature):
         engine = Engine(model, toy.VOCAB, config, vocab_size=990)
         answers.append([(result.token_ids, result.logprobs) for result in engine.generate(requests)])
         assert (engine.runner.graphs is not None) == cuda_graphs
+        if cuda_graphs:
+            assert all(kind.draw != "logits" for kind in engine.runner.graphs.graphs), "filters act inside of graphs"
         engine.runner.close()
     assert answers[0] == answers[1]

@@ -25,6 +25,7 @@ from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.inference.step.plan_buffer import MOST_PAGES, PlanBuffer, most_items, most_writes
 from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, choose, pack
 from megatron_multiverse.kernels.device import processors
+from megatron_multiverse.kernels.sampling import Filters
 from megatron_multiverse.kernels.tree_decode import (
     LONGEST_LISTED,
     DeviceWork,
@@ -79,7 +80,7 @@ class StepGraphs:
         Returns:
             What replays it and gives tokens and log-probabilities as `pack` puts them, of at least the sampled rows.
 
-        A `CounterSampler` draws inside of the graph, unless a row asks for more than a temperature (`Shaping`).
+        A `CounterSampler` draws inside of the graph, unless a row asks for more than a temperature and filters.
         """
         n = len(plan.ids)
         size = next((size for size in SIZES if size >= n), None)
@@ -140,7 +141,7 @@ class StepGraphs:
 def _draw(plan: StepPlan, sampler: Sampler) -> str:
     """See `_Kind.draw`."""
     sampling = plan.sampling
-    if type(sampler) is not CounterSampler or sampling.shaping is not None:
+    if type(sampler) is not CounterSampler or not (sampling.shaping is None or sampling.shaping.only_filters):
         return "logits"
     return "noise" if sampling.temperature.any() else "greedy"
 
@@ -168,7 +169,8 @@ class _Graph:
             there["write_tokens"],
             work,
         )
-        sampling = DeviceSampling(there["keys"], there["indices"], there["temperature"])
+        filters = Filters(there["top_k"], there["top_p"], there["min_p"])
+        sampling = DeviceSampling(there["keys"], there["indices"], there["temperature"], filters)
         buffer.host["write_slots"][:] = -1
         buffer.upload()
         # The first call compiles and chooses; it must not be recorded.

@@ -68,6 +68,16 @@ class Shaping:
     exempt: Ints
     """Ids that are never penalised."""
 
+    @property
+    def has_filters(self) -> bool:
+        """Whether a row leaves tokens out."""
+        return bool(((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)).any())
+
+    @property
+    def only_filters(self) -> bool:
+        """Whether logits are drawn from as they are and nothing is told but the token."""
+        return not (len(self.bias_rows) or len(self.penalised) or self.num_logprobs.any())
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StepPlan:

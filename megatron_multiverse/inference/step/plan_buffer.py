@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.kernels.tree_decode import Work
 
+_NONE = np.zeros(0)
 MOST_PAGES = 4096
 """Pages per token that a graph has room for, those that rows share counted once; steps that need more run without."""
 
@@ -47,6 +48,9 @@ class PlanBuffer:
             "keys": (np.int64, (size,)),
             "indices": (np.int64, (size,)),
             "temperature": (np.float64, (size,)),
+            "top_k": (np.int64, (size,)),
+            "top_p": (np.float64, (size,)),
+            "min_p": (np.float64, (size,)),
             "items": (np.int32, (items, 4)),
             "tokens": (np.int32, (items, sharers)),
             "limits": (np.int32, (items, sharers)),
@@ -84,6 +88,9 @@ class PlanBuffer:
         _pad(host["logit_tokens"], plan.borders[1:][plan.sample] - 1, 0)
         for name in ("keys", "indices", "temperature"):
             _pad(host[name], getattr(plan.sampling, name), 0)
+        shaping = plan.sampling.shaping
+        for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+            _pad(host[name], _NONE if shaping is None else getattr(shaping, name), off)
         for name in ("items", "tokens", "limits", "counts"):
             _pad(host[name], getattr(work, name), 0)
         host["pages"][: work.pages.size] = work.pages

@@ -1,9 +1,4 @@
-"""Choosing the next token of each row.
-
-The noise is a function, not a state: Gumbel noise for vocabulary entry v is hashed from (key of the branch, index of
-the token in the branch, v), the key from (seed, sample, branch path). So a token does not depend on the other rows
-of the batch, on how many branches ran at once, or on preemption.
-"""
+"""Choosing the next token of each row, as `kernels/sampling` draws it, and what is told about it."""
 
 from __future__ import annotations
 
@@ -15,12 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.inference.step.plan import SamplingArrays
-from megatron_multiverse.inference.step.shaping import edit_logits, filter_logits, top_logprobs
-from megatron_multiverse.kernels.greedy import greedy, token_logprobs
+from megatron_multiverse.inference.step.shaping import edit_logits, top_logprobs
+from megatron_multiverse.kernels.sampling import Filters, draw, greedy, token_logprobs
 
 _SCORED_AT_ONCE = 64
 """Rows of a wide vocabulary that stand in float32 at once."""
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64: splitmix64's increment
 
 
 class Sampler(Protocol):
@@ -30,57 +24,17 @@ class Sampler(Protocol):
         """logits [rows, vocab] -> tokens int64 [rows] and their log-probabilities [rows], see `token_logprobs`."""
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's on int64 keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser; int64 multiplication wraps, as it must."""
-    x = (x ^ _shift_right(x, 30)) * -4658895280553007687
-    x = (x ^ _shift_right(x, 27)) * -7723592293110705685
-    return x ^ _shift_right(x, 31)
-
-
-def gumbel_noise(keys: Tensor, indices: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise.
-
-    Args:
-        keys: int64 [rows].
-        indices: int64 [rows], index of the token in its branch.
-        vocab_size: number of entries.
-
-    Returns:
-        float64 [rows, vocab_size], a function of the arguments alone.
-    """
-    state = _mix(keys ^ _mix(indices * _GOLDEN))
-    counter = torch.arange(1, vocab_size + 1, device=keys.device) * _GOLDEN
-    uniform = (_shift_right(_mix(state[:, None] + counter), 11).double() + 0.5) * 2.0**-53
-    return -torch.log(-torch.log(uniform))
-
-
 class DeviceSampling(NamedTuple):
-    """`SamplingArrays` on the device, without what `Shaping` holds."""
+    """`SamplingArrays` on the device, and of `Shaping` the filters."""
 
     keys: Tensor
     indices: Tensor
     temperature: Tensor
+    filters: Filters | None
 
     def draw(self, logits: Tensor, *, noise: bool = True) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities as `Sampler` gives them; `noise` false takes every row for greedy."""
-        return self._draw(logits, logits.double() / self._divisor()) if noise else greedy(logits)
-
-    def draw_filtered(self, logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, Tensor]:
-        """The same among what `filter_logits` leaves."""
-        return self._draw(logits, filter_logits(logits.double() / self._divisor(), top_k, top_p, min_p))
-
-    def _divisor(self) -> Tensor:
-        return self.temperature.clamp(min=1e-6)[:, None]
-
-    def _draw(self, logits: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        drawn = (scaled + gumbel_noise(self.keys, self.indices, logits.shape[-1])).argmax(-1)
-        tokens = torch.where(self.temperature == 0, logits.argmax(-1), drawn)
-        return tokens, token_logprobs(logits, tokens)
+        return draw(logits, *self) if noise else greedy(logits)
 
 
 class CounterSampler:
@@ -94,11 +48,12 @@ class CounterSampler:
 
         if not sampling.temperature.any():
             return greedy(logits)
-        there = DeviceSampling(*map(column, (sampling.keys, sampling.indices, sampling.temperature)))
         shaping = sampling.shaping
-        if shaping is not None and ((shaping.top_k > 0) | (shaping.top_p < 1) | (shaping.min_p > 0)).any():
-            return there.draw_filtered(logits, *map(column, (shaping.top_k, shaping.top_p, shaping.min_p)))
-        return there.draw(logits)
+        filters = None
+        if shaping is not None and shaping.has_filters:
+            filters = Filters(*map(column, (shaping.top_k, shaping.top_p, shaping.min_p)))
+        keys, indices, temperature = map(column, (sampling.keys, sampling.indices, sampling.temperature))
+        return draw(logits, keys, indices, temperature, filters)
 
 
 def choose(logits: Tensor, sampling: SamplingArrays, sampler: Sampler, last_tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What changes a distribution before a token is drawn: biases, penalties, and the tokens that filters leave.
+"""What changes a distribution before a token is drawn, biases and penalties, and what is told about it.
 
 All rows of a step at once, on the device, in float64; `reference.py` is the same for one row in plain numpy.
 """
@@ -64,28 +64,6 @@ def _penalise(logits: Tensor, counts: Tensor, shaping: Shaping) -> Tensor:
     logits = torch.where(counts >= 0, repeated, logits)
     drawn = counts.clamp(min=0)
     return logits - frequency * drawn - presence * (drawn > 0)
-
-
-def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Set to -inf what min-p (0: off), then top-k (0: off), then top-p (1: off) leave out; ties at the border stay in.
-
-    Args:
-        logits: [rows, vocab], divided by the temperature.
-        top_k: int64 [rows].
-        top_p: float64 [rows].
-        min_p: float64 [rows].
-    """
-    logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + min_p.log()[:, None], float("-inf"))
-    ordered = logits.sort(dim=-1, descending=True).values
-    vocab = logits.shape[-1]
-    rank = torch.arange(vocab, device=logits.device)
-    limit = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)
-    smallest = ordered.gather(-1, limit[:, None] - 1)
-    ordered = ordered.masked_fill(ordered < smallest, float("-inf"))
-    before = ordered.double().softmax(-1).cumsum(-1).roll(1, -1)
-    before[:, 0] = 0.0
-    kept = ordered.masked_fill((before >= top_p[:, None]) & (rank > 0) | ordered.isneginf(), float("inf"))
-    return logits.masked_fill(logits < kept.amin(-1, keepdim=True), float("-inf"))
 
 
 def top_logprobs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

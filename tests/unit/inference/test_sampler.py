@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from megatron_multiverse.inference import CounterSampler, IncrementalDetokenizer, SamplingArrays, Shaping
-from megatron_multiverse.inference.step.sampler import gumbel_noise
-from megatron_multiverse.inference.step.shaping import filter_logits
 from megatron_multiverse.inference.text.branch import branch_key
-from megatron_multiverse.kernels.greedy import token_logprobs
+from megatron_multiverse.kernels.sampling import Filters, filter_logits, gumbel_noise, token_logprobs
 
 FIELDS = fields(Shaping)
 
@@ -88,9 +86,11 @@ def test_top_k_and_top_p_keep_what_they_should():
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]])).double().expand(5, 4)
     kept = filter_logits(
         logits,
-        torch.tensor([2, 0, 0, 0, 3]),
-        torch.tensor([1.0, 0.65, 0.01, 1.0, 0.7], dtype=torch.float64),
-        torch.zeros(5, dtype=torch.float64),
+        Filters(
+            torch.tensor([2, 0, 0, 0, 3]),
+            torch.tensor([1.0, 0.65, 0.01, 1.0, 0.7], dtype=torch.float64),
+            torch.zeros(5, dtype=torch.float64),
+        ),
     ).isfinite()
     assert kept.tolist() == [
         [False, True, False, True],

@@ -15,7 +15,7 @@ from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.inference import Engine, Request, Result, SamplingArrays, drawn_from
 from megatron_multiverse.inference.preemption import preempt
 from megatron_multiverse.inference.text.branch import BranchPath, branch_key
-from megatron_multiverse.kernels.greedy import token_logprobs
+from megatron_multiverse.kernels.sampling import token_logprobs
 from megatron_multiverse.model.attention import AttentionParams, LayoutParams
 from megatron_multiverse.structure import TAGS, StructureVocab, Tag, lay_out, parse
 

@@ -20,11 +20,12 @@ from megatron_multiverse.kernels.fused_linear import (
 )
 from megatron_multiverse.kernels.fused_linear.triton_rows import norm_rows, split_rows_triton, swiglu_rows
 from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear
-from megatron_multiverse.kernels.greedy import greedy_reference
-from megatron_multiverse.kernels.greedy.triton_greedy import greedy_triton
 from megatron_multiverse.kernels.kv_write import write_kv_reference
 from megatron_multiverse.kernels.kv_write.triton_write import write_kv_triton
 from megatron_multiverse.kernels.rope import inverse_frequencies, rope_table
+from megatron_multiverse.kernels.sampling import Filters, draw_reference, greedy_reference
+from megatron_multiverse.kernels.sampling.triton_draw import draw_triton
+from megatron_multiverse.kernels.sampling.triton_greedy import greedy_triton
 from megatron_multiverse.kernels.sum_norm import sum_norm_reference
 from megatron_multiverse.kernels.sum_norm.triton_push import Exchange, sum_norm_push
 from megatron_multiverse.kernels.tree_decode import divide_work, tree_decode_reference
@@ -152,6 +153,31 @@ def check_greedy() -> None:
     assert logprobs.isfinite().tolist() == [False, True] and 0 <= tokens[0] < vocab
 
 
+def check_draw() -> None:
+    """Rows with and without each filter and all of them, greedy rows between them, ties, -inf, and NaN, which shows."""
+    generator = torch.Generator().manual_seed(1)
+    for rows, vocab, dtype in ((24, 300, torch.float32), (24, 300, torch.bfloat16), (8, 9001, torch.float32)):
+        logits = (3 * torch.randn(rows, vocab + 3, generator=generator)).to(dtype)[:, :vocab]
+        logits[1, ::3] = logits[1, 0]  # many ties
+        logits[2, 1:-5] = float("-inf")
+        keys = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator)
+        indices = torch.arange(rows)
+        temperature = torch.tensor([0.6, 1.0, 1.5, 0.0]).double().repeat(rows // 4)
+        top_k = torch.tensor([0, 5, 0, 0, 50, 5, 0, 400])[indices % 8]
+        top_p = torch.tensor([1.0, 1.0, 0.3, 1.0, 0.8, 0.5, 0.9, 0.95]).double()[indices % 8]
+        min_p = torch.tensor([0.0, 0.0, 0.0, 0.2, 0.0, 0.05, 0.1, 0.0]).double()[indices % 8]
+        off = Filters(torch.zeros_like(top_k), torch.ones_like(top_p), torch.zeros_like(min_p))
+        for filters in (None, off, Filters(top_k, top_p, min_p)):
+            tokens, logprobs = draw_triton(logits, keys, indices, temperature, filters, pdl=False)
+            want, want_logprobs = draw_reference(logits, keys, indices, temperature, filters)
+            assert torch.equal(tokens, want)
+            torch.testing.assert_close(logprobs, want_logprobs, rtol=1e-5, atol=1e-5)
+    logits[0, 4500] = float("nan")
+    for filters in (None, Filters(top_k, top_p, min_p)):
+        tokens, logprobs = draw_triton(logits, keys, indices, temperature, filters, pdl=False)
+        assert logprobs.isfinite().tolist() == [False] + [True] * 7 and 0 <= tokens[0] < vocab
+
+
 def check_write() -> None:
     """Queries, keys and values; a token written twice, a slot of -1 that writes nothing, with and without norms."""
     generator = torch.Generator().manual_seed(0)
@@ -218,6 +244,7 @@ def random_rows(rng: np.random.Generator, page_size: int, *, shared: bool) -> tu
 
 
 if __name__ == "__main__":
-    for check in (check_skinny, check_skinny_fp8, check_rows, check_write, check_greedy, check_decode, check_sum_norm):
+    choices = check_greedy, check_draw
+    for check in (check_skinny, check_skinny_fp8, check_rows, check_write, *choices, check_decode, check_sum_norm):
         check()
         print(check.__name__)

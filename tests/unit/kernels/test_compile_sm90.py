@@ -132,9 +132,19 @@ def launch_decode() -> None:
 
 
 def launch_greedy() -> None:
-    from megatron_multiverse.kernels.greedy.triton_greedy import greedy_triton
+    from megatron_multiverse.kernels.sampling.triton_greedy import greedy_triton
 
     greedy_triton(torch.zeros(8, 152064, dtype=torch.bfloat16))
+
+
+def launch_draw() -> None:
+    from megatron_multiverse.kernels.sampling.reference import Filters
+    from megatron_multiverse.kernels.sampling.triton_draw import draw_triton
+
+    keys, temperature = torch.zeros(8, dtype=torch.int64), torch.ones(8, dtype=torch.float64)
+    for dtype in (torch.bfloat16, torch.float32):
+        for filters in (None, Filters(keys, temperature, temperature)):
+            draw_triton(torch.zeros(8, 152064, dtype=dtype), keys, keys, temperature, filters)
 
 
 def launch_sum_norm() -> None:
@@ -174,6 +184,7 @@ LAUNCHES: dict[Callable[[], None], set[str]] = {
     launch_rope_qkv: {"_qkv_kernel"},
     launch_skinny: {"_skinny_kernel", "_norm_kernel", "_split_kernel", "_swiglu_kernel"},
     launch_greedy: {"_piece_kernel", "_merge_kernel"},
+    launch_draw: {"_piece_kernel", "_settle_kernel"},
     launch_sum_norm: {"_sum_norm_kernel"},
     launch_decode: {"_write_kernel", "_decode_kernel", "_merge_kernel"},
     launch_structure_scan: {"tags_kernel", "documents_kernel", "expand_kernel", "_lists_kernel"},
