@@ -82,7 +82,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench_preprocess
 
 bench-gpu:
-	for name in attention tree_decode structure_scan rope layer fp8_products plot; do \
+	for name in attention tree_decode structure_scan rope layer fp8_products draw plot; do \
 		$(PYTHON) -m benchmarks.kernels.$$name || exit 1; \
 	done
 

@@ -18,6 +18,7 @@ def engine() -> Iterator[str]:
     yield f"{soak['answers']:,} answers, {soak['checked_tokens']:,} tokens checked"
     yield from _fp8()
     yield from _blocks()
+    yield from _drawing()
     found = source.results("results/fp8_logits_cpu")
     right = found["right_answers"]["fp8"] * found["problems"]
     yield (
@@ -108,6 +109,37 @@ def _blocks() -> Iterator[str]:
     yield (
         f"took [{once['fork_and_join_ms']:.1f} ms]{link}, and {apart['fork_and_join_ms']:.1f} until what the paths "
         "begin with alike was computed once"
+    )
+
+
+def _drawing() -> Iterator[str]:
+    """What drawing tokens with filters costs."""
+    found = source.results("kernels/results/draw_h200")
+
+    def shown(rows: int, logits: str, asked: str, way: str = "ours_us") -> str:
+        """Microseconds of one case."""
+        (row,) = (row for row in found if (row["rows"], row["logits"], row["asked"]) == (rows, logits, asked))
+        return f"{row[way]:,.0f}"
+
+    three = ("top-p 0.95", "top-k 20", "top-k 20, top-p 0.8")
+    ours = [shown(32, "peaked", asked) for asked in three]
+    sorting = [shown(32, "peaked", asked, "plain_us") for asked in three]
+    yield f"at commit {found[0]['commit']}, 32 rows"
+    yield f"temperature alone takes {shown(32, 'flat', 'temperature')} us"
+    yield (
+        f"nearly all of the mass, {ours[0]} us (top-p 0.95), {ours[1]} (top-k 20) and {ours[2]} (both: top-k 20, top-p "
+        f"0.8), where torch, which sorts, takes {sorting[0]}, {sorting[1]} and {sorting[2]}"
+    )
+    yield (
+        f"top-k 20 takes {shown(32, 'flat', three[1])} us, with top-p 0.8 {shown(32, 'flat', three[2])}; at one row "
+        f"{shown(1, 'flat', three[1])} and {shown(1, 'flat', three[2])}, which is more than the "
+        f"{shown(1, 'flat', three[1], 'plain_us')} of sorting"
+    )
+    yield f"{sum(row['tokens_that_differ'] for row in found)} of {sum(row['tokens'] for row in found):,} tokens differ"
+    greedy, warm, _, both = (row["ms_per_step"] for row in source.results("results/engine_draw_h200")["decode"])
+    yield (
+        f"take {warm['1']:.2f} ms at batch 1 with a temperature and {warm['32']:.2f} at 32, greedy {greedy['1']:.2f} "
+        f"and {greedy['32']:.2f}, with top-k 20 and top-p 0.8 {both['1']:.2f} and {both['32']:.2f}"
     )
 
 
