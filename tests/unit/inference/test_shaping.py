@@ -14,8 +14,8 @@ from megatron_multiverse.config import SamplingParams
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference import CounterSampler, Request, Result, SamplingArrays
 from megatron_multiverse.inference.step.reference import draw, edited_logits, gumbel
-from megatron_multiverse.inference.step.sampler import gumbel_noise
 from megatron_multiverse.inference.text.branch import BranchPath, branch_key
+from megatron_multiverse.kernels.sampling import gumbel_noise
 from megatron_multiverse.structure import Tag
 
 from .test_engine import goal
