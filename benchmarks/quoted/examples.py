@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from benchmarks.quoted import source
+
+OWN = "../examples/paper_in_miniature/results/"
+"""Results of the miniature, from this folder."""
 
 
 def rl() -> Iterator[str]:
@@ -100,7 +103,7 @@ def miniature() -> Iterator[str]:
         )
     for name, run in trials["learning_rate"].items():
         yield f"| {name} | {run['loss']['240']:.3f} | {run['loss']['480']:.3f} |"
-    run = source.results("../examples/paper_in_miniature/results/multiverse-0")
+    run = source.results(f"{OWN}multiverse-0")
     yield f"{run['training_s'] + run['evaluation_s']:.0f} s as one of four on a GPU"
     found = source.results("results/miniature_lookup_h200")
     for text, loss in found["losses"].items():
@@ -111,8 +114,35 @@ def miniature() -> Iterator[str]:
         yield f"| {number} chains | " + " | ".join(
             ", ".join(f"{100 * runs[seed][f'chains-{number}'] / 32:.0f}" for seed in seeds) for runs in gaps
         )
-    plain = source.results("../examples/paper_in_miniature/results/plain-0")
-    yield f"last loss is {plain['loss']:.4f} instead of {found['accuracy']['plain-0']['loss']:.4f}"
+    first, *others = (f"{source.results(f'{OWN}plain-{seed}')['loss']:.4f}" for seed in range(3))
+    yield f"are {first}, {' and '.join(others)} instead of {found['accuracy']['plain-0']['loss']:.4f}"
+    yield from _labelled_lists()
     looks = source.results("results/miniature_qk_norm_h200")["runs"]
     tied, untied = looks["tied embeddings, no QK norm"], looks["untied embeddings, QK norm"]
     yield f"from {tied['loss']['1300']:.3f} to {untied['loss']['1300']:.3f}"
+
+
+def _labelled_lists() -> Iterator[str]:
+    """What lists with labels have changed, and what training once more changes."""
+    found = source.results("results/miniature_labelled_lists_h200")
+
+    def now(kind: str, name: str) -> list[int]:
+        runs = (source.results(f"{OWN}{kind}-{seed}") for seed in range(3))
+        return [sum(run["sets"][name]["right"]) for run in runs]
+
+    def percent(right: Sequence[int]) -> str:
+        return ", ".join(f"{100 * count / found['problems']:.0f}" for count in right)
+
+    for name in ("chains-6", "chains-8", "chains-12", "variables-4"):
+        task, number = name.split("-")
+        before = [found["right"][f"multiverse-{seed}"][name] for seed in (0, 1)]
+        yield f"| {number} {task} | {percent(before)} | {percent(now('multiverse', name))} |"
+    twice = {kind: now(kind, "chains-8") for kind in ("multiverse", "tagged", "plain")}
+    least = f"right in {min(twice['multiverse'])} of 32 problems or more"
+    yield f"{least}, the best tagged one in {max(twice['tagged'])}, the best plain one in {max(twice['plain'])}."
+    again = found["again"]["right"]["multiverse-0"]
+    for name, title in (("chains-12", "12 chains"), ("variables-5", "5 variables")):
+        yield f"{percent([again[name]])} % of {title}"
+        yield f"instead of {percent(now('multiverse', name)[:1])}"
+    times = {row["batch"]: row["seconds"] for row in source.results(f"{OWN}batched")["modes"]["parallel"]}
+    yield "took {:.0f}, {:.0f} and {:.0f} ms".format(*(1000 * times[batch] for batch in (1, 2, 4)))

@@ -154,8 +154,8 @@ def start_run(options: MiniatureOptions, name: str, device: int, places: int) ->
 
 
 def time_all(options: MiniatureOptions) -> None:
-    """Wall clock of a Multiverse and a plain model, as far as it is not there yet: the first seed of each that lies in
-    models/, since models are large and need not all be kept.
+    """Wall clock of a Multiverse and a plain model, as far as it is not there yet: of each kind the one in models/ that
+    answers most calculations right, since only answers that are right can be compared.
 
     Raises:
         TrainingError: there is none of a kind.
@@ -170,7 +170,7 @@ def time_all(options: MiniatureOptions) -> None:
     missing = [name for name in parts if not (options.output / "results" / f"{name}.json").exists()]
     if not missing:
         return
-    names = {kind: first_trained(options, kind) for kind in ("multiverse", "plain")}
+    names = {kind: most_accurate(options, kind) for kind in ("multiverse", "plain")}
     size = SMOKE if options.smoke else FULL
     multiverse = Answerer(options.output / "models" / names["multiverse"], "multiverse", size)
     plain = Answerer(options.output / "models" / names["plain"], "plain", size)
@@ -184,18 +184,23 @@ def time_all(options: MiniatureOptions) -> None:
         write_json_atomic(options.output / "results" / f"{name}.json", report, indent=None)
 
 
-def first_trained(options: MiniatureOptions, kind: str) -> str:
-    """Name of the first model of a kind that is here.
+def most_accurate(options: MiniatureOptions, kind: str) -> str:
+    """Name of the evaluated model of a kind in models/ that answers most calculations right, the first of several.
 
     Raises:
         TrainingError: there is none.
     """
     from settings import SEEDS
 
-    for seed in SEEDS:
-        if (options.output / "models" / f"{kind}-{seed}").exists():
-            return f"{kind}-{seed}"
-    raise TrainingError(f"the wall clock needs a model of kind {kind}: train {kind}-0 first, with --part train")
+    right = {}
+    for name in (f"{kind}-{seed}" for seed in SEEDS):
+        report = options.output / "results" / f"{name}.json"
+        if report.exists() and (options.output / "models" / name).exists():
+            sets = json.loads(report.read_text(encoding="utf-8"))["sets"]
+            right[name] = sum(sum(found["right"]) for task, found in sets.items() if task.startswith("chains"))
+    if not right:
+        raise TrainingError(f"the wall clock needs a model of kind {kind}: train {kind}-0 first, with --part train")
+    return max(right, key=right.__getitem__)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def mend_table(results: Results) -> list[str]:
     """Right answers on the sets beyond training, with and without what mends them."""
     names = {
         "multiverse-0": "the whole recipe",
-        "labelled-lists": "lists with labels",
+        "unlabelled-lists": "lists without labels",
         "no-links": "names without links",
         "looks-back": "steps looked up in the question",
         "no-spare-definitions": "no spare definitions",

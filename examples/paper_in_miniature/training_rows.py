@@ -72,7 +72,7 @@ class RowConfig:
     long_lists: bool = True
     """Some rows ask for as many names as the evaluation does, of chains without any step, and have no block: numbers
     are looked up one after the other."""
-    labelled_lists: bool = False
+    labelled_lists: bool = True
     """Of rows with tags: the names of such a list stand first, behind labels, and each number behind the label of its
     name, in another order: so more labels are written and looked up than a block has paths. Plain rows have none."""
     random_labels: bool = True
@@ -82,7 +82,7 @@ class RowConfig:
     how many paths lie between them."""
     position_gaps: bool = True
     """Positions are left out in half of the rows."""
-    search_share: float = 0.25
+    search_share: float = 0.35
     """Of the problems, after the first batches."""
     first_batches: int = 300
     """Batches of chains without any step, so that all there is to learn is to look up names and numbers: what longer
