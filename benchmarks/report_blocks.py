@@ -29,16 +29,23 @@ PAPER_SPEEDUPS = {
     1.5: (1.47, 1.46, 1.54, 1.52, 1.51, 1.55),
 }
 """num_parallel -> speedups at batch 4 to 128, read off the paper's Fig. 8b."""
-COLUMNS = "Batch|num_parallel|Paths|Seconds|One by one|Speedup|Speedup / num_parallel|By bytes|ms per token|Commit"
+COLUMNS = (
+    "Batch|num_parallel|Paths|Seconds|One by one|Speedup|Speedup / num_parallel|By step times|"
+    "By bytes|ms per token|Commit"
+)
 TEXT = """# What parallel blocks save and cost, one {gpu}
 
 {model}, bf16, random weights, prompts of {context} tokens that are in the prefix cache; {tokens} tokens an answer, of
 which the longest chain has one in num_parallel. Beside each, the same answers with one path after the other. "By bytes"
 is what Speedup / num_parallel would be if every step took the time of reading the weights once, and once each key and
-value that its rows see: more rows would cost nothing but their own keys.
+value that its rows see: more rows would cost nothing but their own keys. "By step times" is what it would be if fork
+and join took no time and a step of so many paths took as long as one of this engine with as many rows that share nothing
+({steps} ms with {step_rows} rows; straight lines between them and beyond the last).
+What is missing to 1 there is the price of more rows in a step; what is missing beyond it, forks, joins and all else.
+Paths read the keys of their prompt once, so some are above it.
 
 {columns}
-|---|---|---|---|---|---|---|---|---|---|
+|---|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
 Milliseconds per token of an answer, fitted by a / num_parallel + b: {laws}.
@@ -84,13 +91,44 @@ def ideal_speedup(row: dict[str, Any], shape: ModelConfig, context: int) -> floa
     return (one_by_one + text) / (at_once + text)
 
 
-def table_row(row: dict[str, Any], shape: ModelConfig, context: int) -> str:
+def decode_steps(model: str) -> dict[int, float]:
+    """Milliseconds of a decode step by its rows, of requests that share nothing; see report_engine.py."""
+    found = json.loads((Path(__file__).parent / "results/engine_h200.json").read_text(encoding="utf-8"))
+    return {row["batch"]: row["ms_per_step"] for row in found["decode"] if row["model"] == model}
+
+
+def speedup_by_steps(row: dict[str, Any], steps: dict[int, float]) -> float:
+    """Speedup over one path after the other if forks and joins took no time.
+
+    Args:
+        row: see `ideal_speedup`.
+        steps: milliseconds of a step by its rows; in between and beyond, straight lines.
+    """
+    branches: int = row["branches"]
+    if not branches:
+        return 1.0
+    chain = row["tokens"] / row["num_parallel"]
+    path = round((row["tokens"] - chain) / (branches - 1))
+    known = sorted(steps)
+
+    def time(rows: int) -> float:
+        """Of one step."""
+        after = min((known.index(n) for n in known if n >= rows), default=len(known) - 1) or 1
+        (a, b) = known[after - 1], known[after]
+        return steps[a] + (steps[b] - steps[a]) * (rows - a) / (b - a)
+
+    alone, together = time(row["batch"]), time(row["batch"] * branches)
+    return row["tokens"] * alone / (path * together + (chain - path) * alone)
+
+
+def table_row(row: dict[str, Any], shape: ModelConfig, context: int, steps: dict[int, float]) -> str:
     """One line of the first table."""
     ideal = ideal_speedup(row, shape, context) / row["num_parallel"]
+    by_steps = speedup_by_steps(row, steps) / row["num_parallel"]
     return (
         f"| {row['batch']} | {row['num_parallel']:.2f} | {row['branches'] or 'none'} | {row['seconds']:.3f} | "
-        f"{row['serial_seconds']:.3f} | {row['speedup']:.2f} | {row['speedup_per_parallel']:.3f} | {ideal:.3f} | "
-        f"{row['ms_per_token']:.2f} | {row['commit']} |"
+        f"{row['serial_seconds']:.3f} | {row['speedup']:.2f} | {row['speedup_per_parallel']:.3f} | {by_steps:.3f} | "
+        f"{ideal:.3f} | {row['ms_per_token']:.2f} | {row['commit']} |"
     )
 
 
@@ -144,10 +182,13 @@ def main() -> None:
     laws = {row["batch"]: (row["a"], row["b"]) for row in data["rows"] if row["case"].startswith("law")}
     environment = data["environment"]
     shape, context = preset(environment["model"]), int(environment["context"].replace(",", ""))
+    steps = decode_steps(environment["model"])
     text = TEXT.format(
         **environment,
         columns=f"| {' | '.join(COLUMNS.split('|'))} |",
-        rows="\n".join(table_row(row, shape, context) for row in rows),
+        rows="\n".join(table_row(row, shape, context, steps) for row in rows),
+        steps=", ".join(f"{ms:.2f}" for ms in steps.values()),
+        step_rows=", ".join(map(str, steps)),
         laws="; ".join(f"batch {batch}: {a:.2f} / num_parallel + {b:.2f}" for batch, (a, b) in laws.items()),
         joints="\n".join(map(joint_row, joints)),
         runs="\n".join(

@@ -2,10 +2,9 @@
 tile, as the engine does, beside plain paged decoding of the same rows by the same kernel.
 
 Every row also has tokens of its own. In further cases several requests have paths of their own, which share the prompt
-of their request alone; these also try tiles for just the paths of one request (`small`), and rows that are cut as for
-twice as many multiprocessors (`cut`). Calls are replayed as a CUDA graph, as in a decode step. The caches of several
-layers take turns, so that none is left in the L2 cache from the call before. What counts as moved are the keys and
-values of the prefix, once, and those of the rows.
+of their request alone. Calls are replayed as a CUDA graph, as in a decode step. The caches of several layers take
+turns, so that none is left in the L2 cache from the call before. What counts as moved are the keys and values of the
+prefix, once, and those of the rows.
 """
 
 from __future__ import annotations
@@ -96,9 +95,9 @@ def main() -> None:
         "Microseconds of one layer: `shared_us` by a list of work that reads a shared prefix once for as many rows as "
         "fill a tile, `plain_us` by a list in which each row reads all its pages, `engine_us` by the one that the "
         "engine takes; `requests`: how many have a prefix and their part of the rows each, one where it is left out. "
-        "`small_us`: shared, by tiles for the rows of one request; `cut_us`: plain, cut as for twice as many "
-        "multiprocessors. `share`: of the rate at which this GPU reads a large tensor, with shared prefixes counted "
-        "once."
+        "`share`: of the rate at which this GPU reads a large tensor, with shared prefixes counted once. Tried at "
+        "4ea50de alone: `small_us`, shared, by tiles for the rows of one request; `cut_us`, plain, cut as for twice as "
+        "many multiprocessors."
     )
 
 
@@ -113,11 +112,6 @@ def measure(recorder: Recorder, o: Options, case: Case, read: float) -> None:
         slots=most_parts(rows), sharers=sharers,
     )  # fmt: skip
     works = {"shared": divide(least_shared=o.page_size), "plain": divide(least_shared=1 << 30)}
-    if case.requests > 1:
-        works["cut"] = divide(least_shared=1 << 30, processors=2 * there)
-        tile = 1 << (case.paths * o.heads // o.kv_heads - 1).bit_length()
-        if 1 < (few := tile * o.kv_heads // o.heads) < sharers:
-            works["small"] = divide(least_shared=o.page_size, sharers=few)
     size = 2 * num_pages * o.page_size * o.kv_heads * o.dim * 2
     layers = max(1, -(-L2_BYTES // size))
     cache = torch.randn(layers, 2, num_pages, o.page_size, o.kv_heads, o.dim, device="cuda", dtype=torch.bfloat16)

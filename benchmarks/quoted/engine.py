@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.quoted import source
-from benchmarks.report_blocks import ideal_speedup
+from benchmarks.report_blocks import decode_steps, ideal_speedup, speedup_by_steps
 from megatron_multiverse.model.families import preset
 
 
@@ -82,11 +82,15 @@ def _blocks() -> Iterator[str]:
     yield "take {:.0f} us for 48 rows, {:.0f} for 128 and {:.0f} for 256".format(
         *(_sum_of(layer, "bf16_us", n) for n in (48, 128, 256))
     )
-    whole, shared = (
+    shared, whole = (
         next(row["seconds"] for row in found if row["case"] == "speedup, batch 8, num_parallel 2")
-        for found in (rows, before)
+        for found in (rows, blocks["keys_read_by_each_row"]["rows"])
     )
-    yield f"took {whole:.3f} s with num_parallel 2 instead of {shared:.3f}"
+    yield (
+        f"those figures are of {shared:.3f} s, and a commit that let each of the 24 rows read all of its keys took "
+        f"{whole:.3f}"
+    )
+    yield from _step_shares(rows)
     eight, many = (_ideal_share(batch) for batch in (8, 32))
     yield f"would keep {eight} at batch 8 and {many} at 32"
     held = source.results("results/engine_held_steps_h200")
@@ -100,16 +104,39 @@ def _blocks() -> Iterator[str]:
     joints = [[row for row in found if "fork_and_join_ms" in row] for found in (before, rows)]
     yield "took {:.1f} ms with overlap and {:.1f} in turn".format(*(row["fork_and_join_ms"] for row in joints[0]))
     joint, in_turn = joints[1]
+    assert (len(joint["runs_ms"]), len(in_turn["runs_ms"])) == (7, 3)
     yield (
-        f"They take {joint['fork_and_join_ms']:.1f} ms with overlap, {joint['in_steps']:.2f} steps, in three runs "
-        f"between {min(joint['runs_ms']):.1f} and {max(joint['runs_ms']):.1f} ms, and "
-        f"{in_turn['fork_and_join_ms']:.1f} in turn, {in_turn['in_steps']:.2f} steps"
+        f"They take {joint['fork_and_join_ms']:.1f} ms with overlap, {joint['in_steps']:.2f} steps, in seven runs "
+        f"between {min(joint['runs_ms']):.1f} and {max(joint['runs_ms']):.1f} ms (commit {joint['commit']}), and "
+        f"{in_turn['fork_and_join_ms']:.1f} in turn, {in_turn['in_steps']:.2f} steps ({in_turn['commit']}, three runs)"
     )
+    waits = [[joint["turns"][kind][f"gpu_{part}_ms"] for kind in ("fork", "join")] for part in ("idle", "copy")]
+    yield "{:.1f} ms at the fork and {:.1f} at the join until its copies are known".format(*waits[0])
+    yield "another {:.1f} and {:.1f} until the list of work is made".format(*waits[1])
     apart, once = (held["fork_and_join"][name] for name in ("held", "alike_once"))
     yield (
         f"took [{once['fork_and_join_ms']:.1f} ms]{link}, and {apart['fork_and_join_ms']:.1f} until what the paths "
         "begin with alike was computed once"
     )
+
+
+def _step_shares(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What the times of steps alone would leave of num_parallel, and how much of that is kept."""
+    steps = decode_steps("qwen2.5-7b")
+    forked = {n: [row for row in rows if row.get("batch") == n and row.get("branches")] for n in (8, 32)}
+    bound = {n: [speedup_by_steps(row, steps) / row["num_parallel"] for row in forked[n]] for n in forked}
+    kept = {
+        n: [100 * row["speedup_per_parallel"] / share for row, share in zip(forked[n], bound[n], strict=True)]
+        for n in forked
+    }
+    yield (
+        f"would give {bound[8][0]:.2f} down to {bound[8][-1]:.2f} at batch 8 and {bound[32][0]:.2f} down to "
+        f"{bound[32][-1]:.2f} at 32"
+    )
+    yield f"keeps {min(kept[8]):.0f} to {max(kept[8]):.0f} % of that"
+    yield f"at 32 {min(kept[32]):.0f} to {max(kept[32]):.0f} %"
+    lost = bound[32][-1] - forked[32][-1]["speedup_per_parallel"]
+    yield f"160 rows in place of 32 cost {1 - bound[32][-1]:.2f}, and forks, joins and all else {lost:.2f}"
 
 
 def _drawing() -> Iterator[str]:
