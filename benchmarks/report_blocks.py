@@ -39,8 +39,8 @@ TEXT = """# What parallel blocks save and cost, one {gpu}
 which the longest chain has one in num_parallel. Beside each, the same answers with one path after the other. "By bytes"
 is what Speedup / num_parallel would be if every step took the time of reading the weights once, and once each key and
 value that its rows see: more rows would cost nothing but their own keys. "By step times" is what it would be if fork
-and join took no time and a step of so many paths took as long as one of this engine with as many rows that share nothing
-({steps} ms with {step_rows} rows; straight lines between them and beyond the last).
+and join took no time and a step of so many paths took as long as one of this engine with as many rows that share
+nothing ({steps}; straight lines between them and beyond the last).
 What is missing to 1 there is the price of more rows in a step; what is missing beyond it, forks, joins and all else.
 Paths read the keys of their prompt once, so some are above it.
 
@@ -92,7 +92,7 @@ def ideal_speedup(row: dict[str, Any], shape: ModelConfig, context: int) -> floa
 
 
 def decode_steps(model: str) -> dict[int, float]:
-    """Milliseconds of a decode step by its rows, of requests that share nothing; see report_engine.py."""
+    """Milliseconds of a decode step by its rows, of requests that share nothing; empty if none are recorded."""
     found = json.loads((Path(__file__).parent / "results/engine_h200.json").read_text(encoding="utf-8"))
     return {row["batch"]: row["ms_per_step"] for row in found["decode"] if row["model"] == model}
 
@@ -118,16 +118,17 @@ def speedup_by_steps(row: dict[str, Any], steps: dict[int, float]) -> float:
         return steps[a] + (steps[b] - steps[a]) * (rows - a) / (b - a)
 
     alone, together = time(row["batch"]), time(row["batch"] * branches)
-    return row["tokens"] * alone / (path * together + (chain - path) * alone)
+    speedup: float = row["tokens"] * alone / (path * together + (chain - path) * alone)
+    return speedup
 
 
 def table_row(row: dict[str, Any], shape: ModelConfig, context: int, steps: dict[int, float]) -> str:
     """One line of the first table."""
     ideal = ideal_speedup(row, shape, context) / row["num_parallel"]
-    by_steps = speedup_by_steps(row, steps) / row["num_parallel"]
+    by_steps = f"{speedup_by_steps(row, steps) / row['num_parallel']:.3f}" if steps else ""
     return (
         f"| {row['batch']} | {row['num_parallel']:.2f} | {row['branches'] or 'none'} | {row['seconds']:.3f} | "
-        f"{row['serial_seconds']:.3f} | {row['speedup']:.2f} | {row['speedup_per_parallel']:.3f} | {by_steps:.3f} | "
+        f"{row['serial_seconds']:.3f} | {row['speedup']:.2f} | {row['speedup_per_parallel']:.3f} | {by_steps} | "
         f"{ideal:.3f} | {row['ms_per_token']:.2f} | {row['commit']} |"
     )
 
@@ -187,8 +188,9 @@ def main() -> None:
         **environment,
         columns=f"| {' | '.join(COLUMNS.split('|'))} |",
         rows="\n".join(table_row(row, shape, context, steps) for row in rows),
-        steps=", ".join(f"{ms:.2f}" for ms in steps.values()),
-        step_rows=", ".join(map(str, steps)),
+        steps=f"{', '.join(f'{ms:.2f}' for ms in steps.values())} ms with {', '.join(map(str, steps))} rows"
+        if steps
+        else "not recorded for this model",
         laws="; ".join(f"batch {batch}: {a:.2f} / num_parallel + {b:.2f}" for batch, (a, b) in laws.items()),
         joints="\n".join(map(joint_row, joints)),
         runs="\n".join(

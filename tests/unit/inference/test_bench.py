@@ -144,7 +144,7 @@ def test_the_report_has_every_row(tmp_path, monkeypatch):
     report_blocks.main()
     text = source.with_suffix(".md").read_text()
     assert re.search(
-        r"\| 8 \| 1\.50 \| 3 \| 1\.000 \| 1\.400 \| 1\.40 \| 0\.930 \| 0\.\d{3} \| 3\.21 \| abc1234 \|", text
+        r"\| 8 \| 1\.50 \| 3 \| 1\.000 \| 1\.400 \| 1\.40 \| 0\.930 \|  \| 0\.\d{3} \| 3\.21 \| abc1234 \|", text
     )
     assert "- abc1234, 2026-01-01: `bench one`, `bench two`" in text
     assert (
@@ -161,6 +161,16 @@ def test_only_keys_keep_an_ideal_engine_from_the_whole_speedup():
     alone, together = (report_blocks.ideal_speedup(row | {"batch": batch}, shape, 1024) for batch in (1, 256))
     assert together < alone < row["num_parallel"]
     assert report_blocks.ideal_speedup(row | {"branches": 0}, shape, 1024) == 1.0
+
+
+def test_what_step_times_leave_of_a_speedup() -> None:
+    """Where rows cost nothing, all; where a row costs what it would alone, nothing; on straight lines between."""
+    row = {"batch": 8, "branches": 3, "tokens": 536, "num_parallel": 536 / 270}
+    assert report_blocks.speedup_by_steps(row, {1: 4.0, 8: 4.0, 32: 4.0}) == pytest.approx(536 / 270)
+    assert report_blocks.speedup_by_steps(row, {1: 1.0, 8: 8.0, 16: 16.0}) == pytest.approx(1)
+    between = report_blocks.speedup_by_steps(row, {8: 4.0, 40: 6.0})  # 24 rows take 5.0
+    assert between == pytest.approx(536 * 4 / (133 * 5 + 137 * 4))
+    assert report_blocks.speedup_by_steps(row | {"branches": 0}, {1: 4.0, 8: 4.0}) == 1.0
 
 
 @pytest.mark.parametrize("num_parallel", [1.2, 1.5, 2.0, 4.0])
