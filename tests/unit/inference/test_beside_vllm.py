@@ -1,0 +1,117 @@
+"""The engine beside vLLM: two processes measure in turn; a stand-in for vLLM answers with a token per step."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.beside_vllm.__main__ import BesideConfig, cases_of, longest, measure, show, sides_of, vllm_config
+from benchmarks.beside_vllm.process import WorkerProcess
+from benchmarks.beside_vllm.theirs import OWN, Client
+from benchmarks.beside_vllm.worker import step_figures
+from megatron_multiverse.errors import ConfigError
+
+STAND_IN = """
+from types import SimpleNamespace
+
+__version__ = "stand-in"
+SamplingParams = SimpleNamespace
+PROMPTS = []
+
+
+class Engine:
+    def __init__(self):
+        self.left = {}
+
+    def add_request(self, key, prompt, sampling):
+        PROMPTS.append(prompt["prompt_token_ids"])
+        self.left[key] = sampling.max_tokens
+
+    def has_unfinished_requests(self):
+        return bool(self.left)
+
+    def step(self):
+        found = [SimpleNamespace(request_id=key, outputs=[SimpleNamespace(token_ids=[7])]) for key in self.left]
+        self.left = {key: left - 1 for key, left in self.left.items() if left > 1}
+        return found
+
+
+class LLM:
+    def __init__(self, **options):
+        self.llm_engine = Engine()
+"""
+
+
+@pytest.fixture
+def vllm_path(tmp_path: Path) -> Path:
+    folder = tmp_path / "site" / "vllm"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(STAND_IN, encoding="utf-8")
+    (folder / "sampling_params.py").write_text("class RequestOutputKind:\n    DELTA = 1\n", encoding="utf-8")
+    return folder.parent
+
+
+def test_both_engines_measure_in_turn(vllm_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = BesideConfig(
+        vllm_path=vllm_path,
+        parts=("block", "decode-7b"),
+        block_preset="tiny",
+        dtype="float32",
+        prefix=32,
+        path_tokens=20,
+        batch=(2,),
+        context=16,
+        new_tokens=16,
+        rounds=2,
+    )
+    begun, *rows = measure(config, tmp_path)
+    assert begun["vllm"]["vllm"] == "stand-in" and begun["ours"]["gpu"] == "cpu"
+    assert [(row["part"], row["side"], row["round"]) for row in rows] == [
+        (part, side, number) for part in ("block", "decode-7b") for number in (0, 1) for side in ("ours", "vllm")
+    ]
+    assert all(row["ms_per_step"] > 0 and row["seconds"] > 0 for row in rows)
+    assert rows[0]["cached_tokens"] == 16  # the page that holds the last token is read again
+    show(rows)
+    assert "prefix 32" in capfd.readouterr().out
+
+
+def test_a_join_reads_what_the_paths_wrote(vllm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(vllm_path)
+    client = Client({"config": {"vocab_size": 512}, "options": {}})
+    figures = client.measure({"kind": "block", "prefix": 32, "paths": 3, "tokens": 20, "conclusion": 4})
+    prefix, *paths, join = sys.modules["vllm"].PROMPTS
+    assert all(len(path) == 32 + OWN and path[:32] == prefix for path in paths)
+    assert join == prefix + [token for path in paths for token in [*path[32:], *[7] * 20]]
+    assert figures["steps"] == 20 - 1 - 8  # the first one begins the answers, eight settle
+    assert figures["join_to_first_token_seconds"] <= figures["seconds"]
+    for name in ("vllm", "vllm.sampling_params"):
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_an_engine_that_ends_or_is_late_costs_its_own_figures_alone(tmp_path: Path) -> None:
+    ended = WorkerProcess("ended", "no_such_module", {}, {}, tmp_path)
+    late = WorkerProcess("late", "timeit", {}, {}, tmp_path)  # says nothing before it ends
+    late.wait_until_ready(time.monotonic())
+    ended.wait_until_ready(time.monotonic() + 60)
+    assert ended.failed == "it has ended: see its log" and late.failed == "it was not ready in time"
+    assert ended.measure({}, time.monotonic() + 60) is None and late.measure({}, time.monotonic() + 60) is None
+    assert "no_such_module" in (tmp_path / "ended.log").read_text(encoding="utf-8")
+
+
+def test_what_vllm_is_told(vllm_path: Path, tmp_path: Path) -> None:
+    config = BesideConfig(vllm_path=vllm_path)
+    (short,), (long,) = cases_of(config, "block"), cases_of(config, "long")
+    assert 16384 + 8 * (512 + OWN) + 64 < longest(short) < longest(long) - 3 * 16384 + 1
+    assert {side for part in config.parts for side in sides_of(part)} >= {"vllm small earlier runner", "vllm long"}
+    shape = vllm_config("qwen2.5-1.5b")
+    assert shape["architectures"] == ["Qwen2ForCausalLM"] and json.dumps(shape)
+    with pytest.raises(ConfigError, match="has no vllm"):
+        BesideConfig(vllm_path=tmp_path)
+    with pytest.raises(ConfigError, match="rounds must be at least 1"):
+        BesideConfig(vllm_path=vllm_path, rounds=0)
+    with pytest.raises(ValueError, match="ask for more tokens"):
+        step_figures([0.1] * 8)
