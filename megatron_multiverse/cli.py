@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import json
@@ -17,12 +16,34 @@ from typing import Any, TypeVar
 
 import yaml
 
+from megatron_multiverse.cli_files import part_of, refuse_unknown_part_keys, refuse_wrong_file
 from megatron_multiverse.errors import ConfigError, MultiverseError
 
 T = TypeVar("T")
 
 DEBUG_FLAG = "--debug"
 EXIT_CODE_INTERRUPTED = 130
+
+_ELSEWHERE = {
+    "load": ("init_from",),
+    "model": ("load", "init_from"),
+    "model_path": ("load", "init_from"),
+    "pretrained_checkpoint": ("init_from",),
+    "data_path": ("data_prefixes",),
+    "train_data_path": ("data_prefixes",),
+    "valid_data_path": ("valid_prefixes",),
+    "tokenizer": ("tokenizer_model",),
+    "tokenizer_path": ("tokenizer_model",),
+    "tp": ("tensor_model_parallel_size",),
+    "tp_size": ("tensor_model_parallel_size",),
+    "pp": ("pipeline_model_parallel_size",),
+    "pp_size": ("pipeline_model_parallel_size",),
+    "max_num_seqs": ("max_rows",),
+    "max_num_batched_tokens": ("max_step_tokens",),
+    "block_size": ("page_size",),
+    "enable_prefix_caching": ("prefix_cache",),
+}
+"""What Megatron-LM, vLLM and SGLang call settings that have another name here; the first one that a tool has."""
 
 
 def run_tool(main: Callable[[], None]) -> None:
@@ -72,7 +93,7 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
         args: the command line; default `sys.argv[1:]`.
 
     Raises:
-        ConfigError: an unknown or shortened flag, or a YAML file with a key that is unknown or stands twice.
+        ConfigError: an unknown or shortened flag, or a YAML file that `cli_files.refuse_wrong_file` refuses.
     """
     from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -108,7 +129,11 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
 def _told(message: str) -> str:
     """What jsonargparse says of a wrong value, with flags as people write them and types in short."""
     text = " ".join(message.split())
+    text = re.sub(r"^unrecognized arguments: (.*)", r"no flag takes \1: flags begin with --, values follow them", text)
     text = re.sub(r'Parser key "([^"]+)":', lambda key: _hyphenated(f"--{key[1]}") + ":", text)
+    text = re.sub(
+        r"^(\S+): Unable to load config '(.*?)' .*", r"\1 takes a YAML file (\1.NAME one setting), got \2", text
+    )
     text = re.sub(r"\. Got value: ", ", got ", text)
     text = re.sub(r"Expected an? typing\.Literal\[([^]]*)\]", r"expected one of \1", text)
     text = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", text)
@@ -130,53 +155,41 @@ def _build(cls: type[T], values: Any) -> T:
     hints = typing.get_type_hints(cls)
     built = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        value, part = values[field.name], _part(hints[field.name])
+        value, part = values[field.name], part_of(hints[field.name])
         built[field.name] = _build(part, value) if part and isinstance(value, Namespace) else value
     return cls(**built)
-
-
-def _part(hint: Any) -> type[Any] | None:
-    """The dataclass among the types that a field may have."""
-    types = (part for part in (hint, *typing.get_args(hint)) if isinstance(part, type))
-    return next((part for part in types if dataclasses.is_dataclass(part)), None)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping: YAML would take the last one without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                raise ConfigError(
-                    f"{self.name}, line {line}: {key.value!r} stands twice, first in line {seen[key.value]}: remove one"
-                )
-            seen[key.value] = line
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
 
 
 def _refuse_unknown_flags(cls: type[Any], args: list[str]) -> None:
     """Name an unknown flag with its nearest match. jsonargparse would show all flags and none in particular."""
     known = [*_every_flag(cls, "--"), "--config", DEBUG_FLAG, "--help", "--print_config"]
-    ends = {flag.rpartition(".")[2].removeprefix("--"): flag for flag in reversed(known)}
     for flag, _ in _flags_with_words(args):
         name = flag.removesuffix("+")  # jsonargparse's way to append to a list
-        if not name.startswith("--") or name in known or _is_in_mapping(name, known):
-            continue
-        end = name.rpartition(".")[2].removeprefix("--")  # people leave out the part before the dot, or mistake it
-        close = [ends[end]] if end in ends else difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-        close = close or [ends[near] for near in difflib.get_close_matches(end, ends, n=1, cutoff=0.75)]
-        hint = f"did you mean {_hyphenated(close[0])}?" if close else "--help shows those that there are"
-        raise ConfigError(f"unknown flag {_hyphenated(flag)}; {hint}")
+        if name.startswith("--") and name not in known and not _is_in_mapping(name, known):
+            raise ConfigError(f"unknown flag {_hyphenated(flag)}; {_hyphenated(_advice(name, known))}")
+
+
+def _advice(name: str, known: list[str]) -> str:
+    """Which of the known flags may be meant by `name`."""
+    ends = {flag.rpartition(".")[2].removeprefix("--"): flag for flag in reversed(known)}
+    section, _, end = name.rpartition(".")
+    end = end.removeprefix("--")
+    siblings = {flag.rpartition(".")[2]: flag for flag in known if section and flag.rpartition(".")[0] == section}
+    # People leave out the part before the dot, or mistake it.
+    close = [ends[near] for near in (end, *_ELSEWHERE.get(end, ())) if near in ends]
+    close = close or [siblings[near] for near in difflib.get_close_matches(end, siblings, n=1)]
+    close = close or ([] if siblings else difflib.get_close_matches(name, known, n=1, cutoff=0.75))
+    close = close or [ends[near] for near in difflib.get_close_matches(end, ends, n=1, cutoff=0.75)]
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"there are {', '.join(siblings.values())}" if siblings else "--help shows those that there are"
 
 
 def _every_flag(cls: type[Any], prefix: str) -> list[str]:
     """The flags of a dataclass, with those of its parts and optional parts."""
     flags = []
     for name, hint in typing.get_type_hints(cls).items():
-        part = _part(hint)
+        part = part_of(hint)
         flags += [f"{prefix}{name}", *(_every_flag(part, f"{prefix}{name}.") if part else [])]
     return flags
 
@@ -188,35 +201,17 @@ def _is_in_mapping(name: str, known: list[str]) -> bool:
 
 
 def _refuse_wrong_keys(cls: type[Any], args: list[str]) -> None:
-    """Keys that stand twice in a YAML file of --config, and unknown keys of optional parts.
-
-    jsonargparse says the rest, but of an optional part it says only that no type of a union fits.
-    """
+    """Files that --config or the flag of a part (``--sampling FILE``) names, and unknown keys of optional parts."""
     for flag, words in _flags_with_words(args):
         if "." in flag:
             nested: Any = None
             for name in reversed(flag[2:].split(".")):
                 nested = {name: nested}
-            _refuse_unknown_keys(cls, nested)
-        for file in words if flag == "--config" else []:
-            if Path(file).is_file():
-                with open(file, encoding="utf-8", errors="replace") as stream, contextlib.suppress(yaml.YAMLError):
-                    _refuse_unknown_keys(cls, yaml.load(stream, Loader=_UniqueKeys), f"{file}: ")
-
-
-def _refuse_unknown_keys(cls: type[Any], values: Any, where: str = "") -> None:
-    hints = typing.get_type_hints(cls)
-    for name, inner in values.items() if isinstance(values, dict) else ():
-        part = _part(hints.get(name))
-        if part is None or not isinstance(inner, dict):
-            continue
-        allowed = [field.name for field in dataclasses.fields(part)]
-        for key in inner if part is not hints[name] else ():  # jsonargparse says it well where there is no union
-            if str(key).split(".")[0] not in allowed:
-                close = difflib.get_close_matches(str(key), allowed, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(allowed)}"
-                raise ConfigError(f"{where}{name} has no setting {key!r}; {hint}")
-        _refuse_unknown_keys(part, inner, f"{where}{name}.")
+            refuse_unknown_part_keys(cls, nested)
+        part = cls if flag == "--config" else part_of(typing.get_type_hints(cls).get(flag[2:]))
+        for file in words if part else []:
+            if part and Path(file).is_file():
+                refuse_wrong_file(part, Path(file))
 
 
 def _hyphenated(text: str) -> str:

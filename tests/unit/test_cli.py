@@ -52,6 +52,69 @@ def test_the_nearest_match_of_an_unknown_flag_is_named() -> None:
         parse_options(WithOptionalPart, ["--page-size", "3"])
 
 
+def test_names_of_other_tools_and_of_sections_lead_to_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass
+    class Tool:
+        load: Path | None = None
+        """A folder."""
+        part: Nested = field(default_factory=Nested)
+        """A part."""
+
+    with pytest.raises(ConfigError, match=r"^unknown flag --model; did you mean --load\?$"):
+        parse_options(Tool, ["--model", "x"])
+    with pytest.raises(ConfigError, match=r"^unknown flag --block-size; did you mean --part.page-size\?$"):
+        parse_options(Tool, ["--block-size", "x"])
+    with pytest.raises(
+        ConfigError, match=r"^unknown flag --part.zzz; there are --part.page-size, --part.debug, --part.stop-ids$"
+    ):
+        parse_options(Tool, ["--part.zzz", "x"])
+    for words, told in (
+        (["folder"], "error: no flag takes folder: flags begin with --, values follow them; --help"),
+        (["--part", "x"], "error: --part takes a YAML file (--part.NAME one setting), got x; --help"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_options(Tool, words)
+        assert capsys.readouterr().err.startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", r"run\.yaml is empty: write settings into it"),
+        ("# nothing\n", r"run\.yaml is empty"),
+        ("- 3\n", r"run\.yaml holds a list: write settings"),
+        ("a: [1\n", r"run\.yaml, line 2, column 1: no YAML \(expected"),
+        ("apend_eod: true\n", r"run\.yaml: no setting is called 'apend_eod'; did you mean append_eod\?$"),
+        ("page_size: 3\n", r"run\.yaml: no setting is called 'page_size'; did you mean engine\.page_size\?$"),
+        ("engine:\n  page_sise: 3\n", r"run\.yaml: engine has no setting 'page_sise'; did you mean page_size\?$"),
+        ("engine:\n  zzz: 3\n", r"run\.yaml: engine has no setting 'zzz'; allowed are page_size, debug, stop_ids$"),
+        ("engine:\nname: a\n", r"run\.yaml: nothing stands below engine: write its settings there, or remove it$"),
+        ("name:\n", r"run\.yaml: nothing stands beside name: write its settings there, or remove it$"),
+    ],
+)
+def test_a_file_that_does_not_fill_the_options_is_named(tmp_path: Path, text: str, told: str) -> None:
+    @dataclass
+    class Tool:
+        append_eod: bool = False
+        """A switch."""
+        name: str | None = None
+        """A text."""
+        engine: Nested = field(default_factory=Nested)
+        """A part."""
+
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        parse_options(Tool, ["--config", str(file)])
+    file.write_text("engine.page_size: 3\nname: null\n")
+    assert parse_options(Tool, ["--config", str(file)]).engine.page_size == 3
+    file.write_text("page_size: 4\n")
+    assert parse_options(Tool, ["--engine", str(file)]).engine.page_size == 4
+    file.write_text("page_sise: 4\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: no setting is called 'page_sise'; did you mean page_size\?$"):
+        parse_options(Tool, ["--engine", str(file)])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Nested:
     """A part."""
