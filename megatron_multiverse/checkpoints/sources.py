@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_multiverse.checkpoints.formats.hf import HFSource
 from megatron_multiverse.checkpoints.formats.json_files import read_json_object
-from megatron_multiverse.checkpoints.formats.megatron import McoreSource, is_megatron
+from megatron_multiverse.checkpoints.formats.megatron import McoreSource, checkpoint_folder, is_megatron
 from megatron_multiverse.checkpoints.formats.model_folder import ModelFolderSource, is_model_folder
 from megatron_multiverse.checkpoints.protocols import Side, Source
 from megatron_multiverse.checkpoints.run_files import (
@@ -22,6 +22,9 @@ from megatron_multiverse.checksums import check_files, is_checked, quick_checksu
 from megatron_multiverse.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
+
+_FETCH = "A model of the Hugging Face hub is fetched into one first: hf download OWNER/NAME --local-dir FOLDER"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def open_checkpoint(
@@ -51,18 +54,9 @@ def open_checkpoint(
         ConfigError: the model it holds is not supported, or an option has no effect on it.
     """
     path = _in_run_folder(Path(folder))
+    _refuse_no_checkpoint(path)
     megatron = is_megatron(path)  # asked first: a run folder of the trainer has a config.json too
     ours = not megatron and is_model_folder(path)
-    if not megatron and not (path / "config.json").is_file():
-        raise CheckpointError(
-            f"{path} is no checkpoint: it has neither config.json (Hugging Face, model folder) nor {POINTER_FILE}, "
-            ".metadata or mp_rank folders (Megatron); give the folder that has one of them"
-        )
-    if not megatron and not _describes_a_model(path / "config.json"):
-        raise CheckpointError(
-            f"{path / 'config.json'} describes no model (it has neither model_type nor num_layers); if this is the "
-            "folder of a run, give a checkpoint in it"
-        )
     found: Side = "mcore" if ours or megatron else "hf"
     if side not in (None, found):
         kind = {"hf": "a Hugging Face model", "mcore": "a megatron-core checkpoint or a model folder"}[found]
@@ -76,6 +70,28 @@ def open_checkpoint(
                 f"{name} out, or correct that file"
             )
     return ModelFolderSource(path, family) if ours else HFSource(path, family)
+
+
+def loadable(load: Path) -> Path:
+    """The folder that a tool's --load stands for, where model and tokenizer lie; no file of the model is opened.
+
+    Of a training run this is the checkpoint in force, where the tokenizer lies; other folders are returned as they are.
+
+    Raises:
+        CheckpointError: it is no folder, or holds no checkpoint.
+    """
+    if not load.exists():
+        raise CheckpointError(f"--load {load}: no such folder; name a folder with a model. {_FETCH}")
+    try:
+        path = _in_run_folder(load)
+        _refuse_no_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"--load: {error}") from error
+    inner = checkpoint_folder(path) if is_megatron(path) else path
+    if any((inner / name).is_file() and not (path / name).is_file() for name in _TOKENIZER_FILES):
+        logger.info("--load %s is the folder of a run: taking %s", load, inner)
+        return inner
+    return path
 
 
 def check_source(source: Source) -> None:
@@ -100,6 +116,23 @@ def weights_fingerprint(folder: str | Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+def _refuse_no_checkpoint(path: Path) -> None:
+    if is_megatron(path):
+        return
+    if not (path / "config.json").is_file():
+        inner = sorted(file.parent for file in path.glob("*/config.json") if _describes_a_model(file))
+        hint = f"; {inner[0]} is one" if inner else "; give the folder that has one of them"
+        raise CheckpointError(
+            f"{path} is no checkpoint: it has neither config.json (Hugging Face, model folder) nor {POINTER_FILE}, "
+            f".metadata or mp_rank folders (Megatron){hint}"
+        )
+    if not _describes_a_model(path / "config.json"):
+        raise CheckpointError(
+            f"{path / 'config.json'} describes no model (it has neither model_type nor num_layers); if this is the "
+            "folder of a run, give a checkpoint in it"
+        )
+
+
 def _in_run_folder(path: Path) -> Path:
     """The final weights of a run whose folder has no checkpoint; any other folder is returned as it is.
 
@@ -107,7 +140,10 @@ def _in_run_folder(path: Path) -> Path:
         CheckpointError: it is no folder, or the folder of a run where nobody can tell which checkpoint is meant.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder; give the folder of a checkpoint")
+        hint = "" if path.exists() else f". {_FETCH}"
+        if path.is_file() and (path.parent / "config.json").is_file():
+            hint = f": {path.parent} is one"
+        raise CheckpointError(f"{path} is no folder; give the folder of a checkpoint{hint}")
     if is_megatron(path):
         return path
     steps = sorted(step for step in (step_of(file.name) for file in path.glob(ITERATION_GLOB)) if step is not None)

@@ -11,6 +11,8 @@ from megatron_multiverse.data.input_files import refuse_lfs_pointer
 from megatron_multiverse.errors import ConfigError
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+_OF_TOKENIZERS = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""What transformers makes a tokenizer of where there is no tokenizer.json."""
 _ADDED_TOKEN = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
@@ -21,6 +23,9 @@ def load_hf_backend(model: Path) -> tuple[Any, dict[str, Any]]:
         ConfigError: there is no tokenizer, or its files are damaged.
     """
     file = model / "tokenizer.json" if model.is_dir() else model
+    whole = model.with_name("tokenizer.json")
+    if file == model != whole and file.suffix == ".json" and whole.is_file():
+        raise ConfigError(f"{model} is no tokenizer: give its folder, {model.parent}")
     if file.is_file() and file.suffix == ".json":
         return _load_tokenizer_json(file), _read_config(file)
     return _load_by_transformers(model)
@@ -74,6 +79,10 @@ def _read_text(file: Path) -> str:
 
 
 def _load_by_transformers(model: Path) -> tuple[Any, dict[str, Any]]:
+    if model.is_dir() and not any((model / name).is_file() for name in _OF_TOKENIZERS):
+        inner = sorted(file.parent for file in model.glob("*/tokenizer.json"))
+        hint = f"{inner[-1]} has one" if inner else "give a folder with tokenizer.json, or a hub name"
+        raise ConfigError(f"no Hugging Face tokenizer at {model}, a folder without tokenizer.json: {hint}")
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 

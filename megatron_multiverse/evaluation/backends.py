@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -55,27 +56,26 @@ class EngineBackend:
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
-        from megatron_multiverse.checkpoints.sources import weights_fingerprint
+        from megatron_multiverse.checkpoints.sources import loadable, weights_fingerprint
         from megatron_multiverse.data.generation_config import end_ids
         from megatron_multiverse.data.tokenizers import build_tokenizer
         from megatron_multiverse.dtypes import engine_dtype
         from megatron_multiverse.model.device import choose_device
 
         assert config.load is not None
-        if not config.load.exists():
-            raise ConfigError(f"--load {config.load}: no such folder; name a folder with a model")
         self.name = str(config.load)
+        config = dataclasses.replace(config, load=(load := loadable(config.load)))
         self._device = choose_device(config.device)
         self._dtype = engine_dtype(config.dtype, self._device)
         names = ("round_as_trained", "quantization", "max_paths", "max_depth")
         self.settings: dict[str, Any] = {name: getattr(config.engine, name) for name in names}
         self.settings["dtype"] = str(self._dtype).removeprefix("torch.")
         self._config = config
-        self._tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model or config.load)
-        self._ends = tuple(end_ids(config.load, self._tokenizer))
+        self._tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model or load)
+        self._ends = tuple(end_ids(load, self._tokenizer))
         texts = self._tokenizer.id_to_text, self._tokenizer.chat_template if config.chat else None
         self.settings |= {
-            "weights": weights_fingerprint(config.load),
+            "weights": weights_fingerprint(load),
             "tokenizer": hashlib.sha256(repr(texts).encode(errors="surrogatepass")).hexdigest()[:16],
             "end_tokens": list(self._ends),
         }

@@ -14,6 +14,7 @@ from typing import Any, Literal, TextIO, TypeAlias
 
 from tqdm import tqdm
 
+from megatron_multiverse.checkpoints.sources import loadable
 from megatron_multiverse.config import EngineConfig, EngineDType, SamplingParams, TokenizerType
 from megatron_multiverse.data.chat_templates import DEFAULT_DATE, parse_date
 from megatron_multiverse.data.generation_config import end_ids
@@ -22,7 +23,7 @@ from megatron_multiverse.data.readers import read_rows
 from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.dtypes import engine_dtype
-from megatron_multiverse.errors import CheckpointError, DataError, GenerationError, MultiverseError
+from megatron_multiverse.errors import DataError, GenerationError, MultiverseError
 from megatron_multiverse.files import is_same_file, naming, write_line
 from megatron_multiverse.inference.build import build_engine, follow_engine
 from megatron_multiverse.inference.conversation import Prompts, check_messages, encode, render_prompt
@@ -145,6 +146,7 @@ def generate_answers(config: GenerateConfig, *, watch: Watch | None = None) -> I
     prompts = _prompts(config)
     if watch is not None and (len(prompts) > 1 or config.sampling.n > 1):
         raise GenerationError("--live shows one answer; give one prompt and leave --sampling.n at 1")
+    config = dataclasses.replace(config, load=loadable(config.load))
     tokenizer = _tokenizer(config)
     date = parse_date(config.template_date or DEFAULT_DATE) if config.chat else None
     suffix, replay = _SUFFIXES[config.prompt_suffix], config.replay_structure
@@ -207,8 +209,6 @@ def follow_answers(config: GenerateConfig) -> None:
 
 def _tokenizer(config: GenerateConfig) -> MultiverseTokenizer:
     """The tokenizer named, or the one in the folder of the model."""
-    if not config.load.exists():
-        raise CheckpointError(f"--load {config.load}: no such folder; name a folder with a model")
     tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model or config.load)
     if config.chat and tokenizer.chat_template is None:
         raise GenerationError("--chat: the tokenizer has no chat template; leave --chat out, or add a template to it")

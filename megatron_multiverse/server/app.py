@@ -166,8 +166,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
         404: f"no route {request.url.path[:SHOWN_CHARACTERS]}; docs/serving.md lists them all",
         405: f"{request.method} is not what {request.url.path[:SHOWN_CHARACTERS]} takes",
     }
-    converted = ApiError(error.status_code, messages.get(error.status_code, "the request cannot be served"))
-    converted.headers |= dict(error.headers or {})
+    headers = dict(error.headers or {})
+    message = messages.get(error.status_code, "the request cannot be served")
+    if error.status_code == 405 and "Allow" in headers:
+        message += f"; it takes {headers['Allow']}"
+    converted = ApiError(error.status_code, message)
+    converted.headers |= headers
     return await _api_error(request, converted)
 
 

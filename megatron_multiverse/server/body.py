@@ -149,6 +149,8 @@ def _place(loc: tuple[int | str, ...]) -> list[str]:
 
 
 def _told(fault: Any) -> str:
+    if fault["type"] == "extra_forbidden":
+        return "no such field; docs/serving.md lists them"
     return "Input should be an object" if fault["type"] in ("model_type", "dict_type") else str(fault["msg"])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from megatron_multiverse.config import SamplingParams
 from megatron_multiverse.config.sampling import LEAST_PATH_TOKENS, OnMalformed
@@ -77,7 +77,9 @@ class StreamOptions(Fields):
 
 
 class MultiverseFields(Fields):
-    """The object `multiverse` of a request."""
+    """The object `multiverse` of a request. Only clients of this server send it, so an unknown field is a typo."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
 
     enabled: bool = True
     """Whether `</Goal>` forks. If not, the whole answer is one sequence."""

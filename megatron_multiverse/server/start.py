@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -13,8 +14,9 @@ from collections.abc import Iterator
 import uvicorn
 from fastapi import FastAPI
 
+from megatron_multiverse.checkpoints.sources import loadable
 from megatron_multiverse.data.tokenizers import build_tokenizer
-from megatron_multiverse.errors import CheckpointError, ConfigError
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.server.app import build_app, is_loopback
 from megatron_multiverse.server.config import ServerConfig
 from megatron_multiverse.server.engine_client import EngineClient
@@ -32,12 +34,11 @@ def serve(config: ServerConfig) -> None:
     """Serve until SIGTERM or SIGINT, then let running answers finish.
 
     Raises:
-        CheckpointError: no such folder.
+        CheckpointError: no folder with a checkpoint.
         ConfigError: options that cannot work, or the engine did not start.
         OSError: the address cannot be listened at.
     """
-    if not config.load.is_dir():
-        raise CheckpointError(f"--load {config.load}: no such folder; name a folder with a model")
+    config = dataclasses.replace(config, load=loadable(config.load), served_model_name=config.model_name)
     keys = read_keys(config)
     if not keys and not is_loopback(config.host):
         raise ConfigError(

@@ -12,7 +12,7 @@ from megatron_multiverse.checkpoints.convert import convert_checkpoint
 from megatron_multiverse.checkpoints.convert_config import ConvertConfig
 from megatron_multiverse.checkpoints.load import load_checkpoint, model_from_source
 from megatron_multiverse.checkpoints.reference_logits import pipeline_logits
-from megatron_multiverse.checkpoints.sources import open_checkpoint
+from megatron_multiverse.checkpoints.sources import loadable, open_checkpoint
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError, RankError
 from megatron_multiverse.model.attention import LayoutParams
@@ -84,6 +84,32 @@ def test_a_folder_of_another_kind_is_named(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "empty")
     with pytest.raises(CheckpointError, match="is no folder"):
         open_checkpoint(tmp_path / "missing")
+
+
+def test_what_a_tool_loads_is_a_checkpoint_or_the_one_in_force(tmp_path: Path) -> None:
+    save_hf_model(tmp_path / "hf", "qwen2")
+    assert loadable(tmp_path / "hf") == tmp_path / "hf"
+    run = tmp_path / "run"
+    (run / "iter_0000012").mkdir(parents=True)
+    (run / "latest_checkpointed_iteration.txt").write_text("12")
+    assert loadable(run) == run, "a converted one may have no tokenizer anywhere"
+    (run / "iter_0000012" / "tokenizer.json").write_text("{}")
+    assert loadable(run) == run / "iter_0000012", "where the trainer puts the tokenizer"
+    (run / "tokenizer.json").write_text("{}")
+    assert loadable(run) == run, "where the converter puts it"
+
+
+def test_a_folder_that_cannot_be_loaded_says_what_to_give(tmp_path: Path) -> None:
+    save_hf_model(tmp_path / "hf", "qwen2")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"^--load: {tmp_path} is no checkpoint: .*; {tmp_path / 'hf'} is one$"):
+        loadable(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"config\.json is no folder; .*: {tmp_path / 'hf'} is one$"):
+        loadable(tmp_path / "hf" / "config.json")
+    with pytest.raises(CheckpointError, match=r"^--load Qwen/Qwen3-8B: no such folder; .* hf download OWNER/NAME"):
+        loadable(Path("Qwen/Qwen3-8B"))
+    with pytest.raises(CheckpointError, match=r"^Qwen/Qwen3-8B is no folder; .* hf download OWNER/NAME"):
+        open_checkpoint("Qwen/Qwen3-8B")
 
 
 @pytest.mark.parametrize("name", ["model_config", "vocab_size"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,17 @@ def test_a_damaged_sentencepiece_model_is_named(tmp_path, content, message):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(ConfigError, match=rf"tokenizer\.model.*{message}"):
         SentencePieceTokenizer(tmp_path)
+
+
+def test_a_folder_above_and_a_file_beside_a_tokenizer_lead_to_it(hf_folder, tmp_path):
+    shutil.copytree(hf_folder, tmp_path / "model")
+    inner = tmp_path / "model"
+    with pytest.raises(ConfigError, match=f"^no Hugging Face tokenizer at {tmp_path}, a folder .*: {inner} has one$"):
+        build_tokenizer("HuggingFaceTokenizer", tmp_path)
+    file = inner / "config.json"
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match=f"^{file} is no tokenizer: give its folder, {inner}$"):
+        build_tokenizer("HuggingFaceTokenizer", file)
 
 
 def test_a_folder_with_a_sentencepiece_model_alone_names_the_option(tmp_path, sentencepiece_file):

@@ -292,8 +292,20 @@ def test_errors_that_ask_to_come_later_do_so_within_two_minutes() -> None:
 
 
 def test_unknown_fields_are_ignored(server: Running) -> None:
-    body = {"prompt": "1 + 1", "max_tokens": 1, "frobnicate": {"deep": [1]}, "multiverse": {"later": 1}, "user": "me"}
+    body = {"prompt": "1 + 1", "max_tokens": 1, "frobnicate": {"deep": [1]}, "user": "me"}
     assert server.post(TEXT, body).status_code == 200
+
+
+def test_unknown_fields_of_our_own_object_are_refused(server: Running) -> None:
+    """A typo there would change an answer without a word."""
+    response = server.post(TEXT, {"prompt": "1 + 1", "max_tokens": 1, "multiverse": {"max_branch": 1}})
+    assert response.status_code == 400 and error_of(response)["param"] == "multiverse"
+    assert error_of(response)["message"] == "multiverse.max_branch: no such field; docs/serving.md lists them (got 1)"
+
+
+def test_another_method_is_told_the_right_one(server: Running) -> None:
+    response = server.post("/api", {"prompts": ["a"]})
+    assert response.status_code == 405 and error_of(response)["message"] == "POST is not what /api takes; it takes PUT"
 
 
 def test_large_bodies_are_cut_off_with_and_without_a_length() -> None:
