@@ -74,8 +74,17 @@ class LockedFolder:
             write_json_atomic(file, self._settings)
             return
         earlier = json.loads(file.read_text(encoding="utf-8"))
-        names = sorted(earlier.keys() | self._settings.keys())
-        changed = [name for name in names if earlier.get(name) != self._settings.get(name)]
-        if changed:
-            lines = ", ".join(f"{n} was {earlier.get(n)!r} and is {self._settings.get(n)!r} now" for n in changed)
+        now = self._settings
+        told = [
+            f"{name} was {earlier[name]!r} and is {now[name]!r} now"
+            for name in sorted(earlier.keys() & now.keys())
+            if earlier[name] != now[name]
+        ]
+        # As where a server was asked before, and a model in this process is now.
+        told += [f"{name} was not recorded" for name in sorted(now.keys() - earlier.keys()) if now[name] is not None]
+        told += [
+            f"{name} is not known now" for name in sorted(earlier.keys() - now.keys()) if earlier[name] is not None
+        ]
+        if told:
+            lines = ", ".join(told)
             raise ConfigError(f"--output {self.path} holds a run with other settings ({lines}): choose a new folder")

@@ -229,6 +229,9 @@ def _open(prefix: str) -> Any:
     for suffix in (".bin", ".idx"):
         file = Path(prefix + suffix)
         if not file.is_file():
+            named = Path(prefix)
+            if named.suffix in (".bin", ".idx") and named.is_file():
+                raise DataError(f"no {file}: {prefix} is a file; name it without its ending, {named.with_suffix('')}")
             raise DataError(f"no {file}; make it with tools/preprocess_data.py --output-prefix {prefix}")
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty: preprocessing rejected every row, see {prefix}_rejected.jsonl")

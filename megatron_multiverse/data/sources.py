@@ -94,7 +94,7 @@ def column_names(source: Source) -> list[str]:
         ConfigError: there is no readable row.
     """
     names: dict[str, None] = {}
-    problem = None
+    problem, where = None, ""
     for shard in [shard for shard in source.shards if shard.start == 0][:_SAMPLED_FILES]:
         if shard.kind == "parquet":
             import pyarrow.parquet as pq
@@ -105,9 +105,12 @@ def column_names(source: Source) -> list[str]:
         elif shard.kind == "jsonl":
             for row in islice(read_rows(shard), _SAMPLED_ROWS):
                 names |= dict.fromkeys(row.fields)
-                problem = problem or row.error
+                if problem is None and row.error:
+                    problem, where = row.error, str(shard.path)
     if not names:
-        raise ConfigError("the input holds no readable row" + (f"; the first one is {problem}" if problem else ""))
+        files = ", ".join([str(file) for part in source.inputs for file in part.files][:_SAMPLED_FILES])
+        told = f"; the first one is {problem}" if problem else ": empty"
+        raise ConfigError(f"{where or files}: the input holds no readable row{told}")
     return list(names)
 
 

@@ -65,8 +65,8 @@ def write_comparison(folder: Path, runs: Sequence[Path], comparisons: Sequence[C
     lines += [
         "",
         "Over the problems that both have answered, each the mean of its seeds. In brackets the 95 % interval of "
-        f"{RESAMPLES:,} resamples of problems. Net speed-up is the mean wall clock of an answer of the first run over "
-        "that of the second.",
+        f"{RESAMPLES:,} resamples of problems, p how often they show no difference, or one of the other sign "
+        "(two-sided). Net speed-up is the mean wall clock of an answer of the first run over that of the second.",
         *(line for one in comparisons for line in _warnings(one)),
         "",
         "![Difference and speed-up](comparison.png)",

@@ -152,7 +152,8 @@ def read_samples(path: Path) -> Iterator[Sample]:
         DataError: no such file, or a line that is no sample.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file; name the --output folder of tools/evaluate.py")
+        hint = f", such as {path.parent.parent}" if path.parent.is_file() else ""
+        raise DataError(f"{path}: no such file; name the --output folder of tools/evaluate.py{hint}")
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:

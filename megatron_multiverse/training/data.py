@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_multiverse.config import TrainConfig
 from megatron_multiverse.data.loader import SFTLoader
@@ -56,6 +57,8 @@ def check_tokenizer(prefix: str, tokenizer: MultiverseTokenizer, tokenizer_model
     """
     manifest = read_manifest(prefix)
     if manifest is None:
+        if not Path(prefix + ".bin").is_file():
+            return  # the data set will say so
         logger.warning("no %s_manifest.json: cannot tell whether %s was made with this tokenizer", prefix, prefix)
         return
     try:

@@ -23,3 +23,8 @@ def test_other_settings_are_refused_once_something_has_been_made(tmp_path: Path)
         LockedFolder(folder, {"model": "c"}, "an evaluation"),
     ):
         pass
+    with (  # as where a server was asked before, which does not say its dtype
+        pytest.raises(ConfigError, match=r"other settings \(dtype was not recorded, model is not known now\)"),
+        LockedFolder(folder, {"dtype": "bf16"}, "an evaluation"),
+    ):
+        pass

@@ -233,5 +233,8 @@ def test_missing_and_unknown_files_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"expected \.jsonl"):
         open_source(str(tmp_path / "a.csv"))
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ConfigError, match="no readable row"):
+    with pytest.raises(ConfigError, match=r"empty\.jsonl: the input holds no readable row: empty$"):
         column_names(open_source(str(tmp_path / "empty.jsonl")))
+    (tmp_path / "broken.jsonl").write_text("{\n")
+    with pytest.raises(ConfigError, match=r"broken\.jsonl: the input holds no readable row; the first one is not JSON"):
+        column_names(open_source(str(tmp_path / "broken.jsonl")))

@@ -71,7 +71,17 @@ def test_a_damaged_manifest_is_named_and_a_missing_one_is_told(
     with pytest.raises(DataError, match=r"set_manifest\.json is damaged \(it has no 'tokenizer_sha256'\)"):
         check_tokenizer(str(tmp_path / "set"), tokenizer, "x")
     check_tokenizer(str(tmp_path / "none"), tokenizer, "x")
+    assert "cannot tell whether" not in caplog.text, "where there is no data, that is what is told"
+    (tmp_path / "none.bin").touch()
+    check_tokenizer(str(tmp_path / "none"), tokenizer, "x")
     assert "cannot tell whether" in caplog.text
+
+
+def test_a_file_in_place_of_its_prefix_is_told_from_a_missing_one(prefix: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"no {prefix}\.bin\.bin: .* name it without its ending, {prefix}$"):
+        build_loaders(run_config(f"{prefix}.bin", TOKENIZER), 320)
+    with pytest.raises(DataError, match=r"no .*absent\.bin; make it with tools/preprocess_data\.py"):
+        build_loaders(run_config(str(tmp_path / "absent"), TOKENIZER), 320)
 
 
 def test_the_log_says_how_many_steps_an_epoch_or_the_mixture_is(
