@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_multiverse.views.canvas import DEPTH_COLORS, grid, save
+from megatron_multiverse.views.canvas import DEPTH_COLORS, from_zero, grid, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ def _draw_net(axis: Axes, alone: Mapping[str, list[Any]]) -> None:
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set(title="wall clock of one answer", xlabel="paths", ylabel="speedup")
     axis.set_xticks(sorted({row["chains"] for row in alone["parallel"]}))
-    axis.set_ylim(bottom=0)
+    from_zero(axis)
     axis.legend(frameon=False, fontsize=8)
 
 
@@ -85,7 +85,7 @@ def _draw_latency(axis: Axes, rows: list[Any]) -> None:
         axis.plot(line, scale * (PAPER_FIT[0] / line + PAPER_FIT[1]), ":", color=DEPTH_COLORS[0], label=label)
         axis.legend(frameon=False, fontsize=8)
     axis.set(title="latency of a token, batch 1", xlabel="# parallel", ylabel="milliseconds per token")
-    axis.set_ylim(bottom=0)
+    from_zero(axis)
 
 
 def _draw_batch(axis: Axes, batched: Mapping[str, list[Any]]) -> None:
@@ -105,7 +105,7 @@ def _draw_batch(axis: Axes, batched: Mapping[str, list[Any]]) -> None:
     axis.set_xscale("log", base=2)
     axis.set(title="wall clock of a batch, four paths each", xlabel="answers at once", ylabel="speedup")
     axis.set_xticks(batches, [str(batch) for batch in batches])
-    axis.set_ylim(bottom=0)
+    from_zero(axis)
     axis.legend(frameon=False, fontsize=8)
 
 
@@ -124,7 +124,7 @@ def draw_lengths(lengths: Mapping[str, Any], path: Path) -> None:
         ):
             axis.plot(sizes, [row[key] for row in lengths[name]], form, color=color, label=label)
         axis.set(title=f"right answers over {what}", xlabel=what, ylabel="tokens, mean", xticks=sizes)
-        axis.set_ylim(bottom=0)
+        from_zero(axis)
         axis.legend(frameon=False, fontsize=8)
     save(figure, path)
 
@@ -195,5 +195,5 @@ def _draw_search(axis: Axes, results: Mapping[str, Any]) -> None:
         axis.plot(list(points), list(points.values()), "o-", color=color, label=label)
     sizes = list(_sizes(results["multiverse-0"], "variables"))
     axis.set(title="search: length of right answers", xlabel="variables", ylabel="tokens", xticks=sizes)
-    axis.set_ylim(bottom=0)
+    from_zero(axis)
     axis.legend(frameon=False, fontsize=8)

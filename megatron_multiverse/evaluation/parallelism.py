@@ -27,7 +27,7 @@ from megatron_multiverse.errors import DataError
 from megatron_multiverse.evaluation.text_pages import MostParallel
 from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.structure import Statistics, measure, measure_blocks
-from megatron_multiverse.views.canvas import DEPTH_COLORS, count_whole, grid, save
+from megatron_multiverse.views.canvas import DEPTH_COLORS, count_whole, grid, log_horizontally, save
 from megatron_multiverse.views.figures import draw_timeline
 from megatron_multiverse.views.sample_view import SampleView, ideal_timeline, sequential_timeline, view_ids, view_text
 
@@ -249,7 +249,7 @@ def _histogram(
 ) -> None:
     if logarithmic and values:
         axis.hist(values, bins=np.geomspace(min(values), max(values) + 1, 25).tolist(), color=DEPTH_COLORS[1])
-        axis.set_xscale("log")
+        log_horizontally(axis)
     elif values:
         low, high = min(values), max(values)
         axis.hist(values, bins=np.linspace(low, max(high, low + 0.1), 25).tolist(), color=DEPTH_COLORS[1])

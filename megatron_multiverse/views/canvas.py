@@ -63,6 +63,22 @@ def count_whole(axis: Axes) -> None:
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+def from_zero(axis: Axes) -> None:
+    """Let the vertical axis begin at 0, with room for markers above the largest value, however near the others are."""
+    top = axis.get_ylim()[1]
+    axis.set_ylim(0, 1.05 * top if top > 0 else 1)
+
+
+def log_horizontally(axis: Axes) -> None:
+    """A logarithmic horizontal axis with numbers as people write them: 60, not 6 x 10^1."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write the figure as PNG, making the folder if need be, and free it."""
     save_figure(figure, path, dpi=110)
