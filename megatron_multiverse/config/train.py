@@ -238,7 +238,7 @@ class TrainConfig:
             "optim.lr_decay_iters" if self.optim.lr_decay_iters else "train_iters",
         )
         end = self.optim.lr_decay_iters or self.train_iters
-        check(warmup < end, f"optim.lr_warmup_iters ({warmup}) must be below {name} ({end})")
+        check(warmup < end, f"optim.lr_warmup_iters ({warmup}) must be below {name} ({end}): lower it, or raise that")
         tokens = self.data.micro_batch_size * self.data.seq_length
         parts = self.parallel.token_parts
         check(

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.files import save_figure
 from megatron_multiverse.views.loss_curves import RunHistory, column, pyplot_for, read_history, running_mean
 
@@ -38,12 +38,17 @@ def plot_rl(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
 
     Raises:
         ConfigError: `smooth` is below 1, or the name of `output` says no format that can be drawn.
-        DataError: a run has no readable metrics.
+        DataError: a run has no readable metrics, or is none of reinforcement learning.
     """
     if smooth < 1:
         raise ConfigError(f"smooth is {smooth}, but a running mean needs at least 1 step (1 draws them as they are)")
     plt = pyplot_for(output)
     histories = [read_history(folder) for folder in folders]
+    for folder, history in zip(folders, histories, strict=True):
+        if history.train and not any("reward" in record for record in history.train.values()):
+            raise DataError(
+                f"{folder} is no run of reinforcement learning (no reward): tools/plot_loss.py draws its loss"
+            )
     figure, axes = plt.subplots(2, 3, sharex=True, figsize=(13, 6.5), layout="constrained")
     for axis, (panel, unit) in zip(axes.flat, PANELS, strict=True):
         names = [name for known in panel for name in by_family(known, histories)]

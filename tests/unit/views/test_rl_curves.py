@@ -28,6 +28,12 @@ def test_runs_are_drawn_with_steps_that_trained_nothing(tmp_path: Path) -> None:
         plot_rl([tmp_path / "none"], tmp_path / "rl.png")
 
 
+def test_a_run_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 5, "loss": 1.0, "lr": 0.1}\n')
+    with pytest.raises(DataError, match=r"is no run of reinforcement learning .* tools/plot_loss\.py"):
+        plot_rl([tmp_path], tmp_path / "rl.png")
+
+
 def test_families_take_the_place_of_what_is_reported_of_all() -> None:
     record = {"accuracy": 1.0, "accuracy/wide": 1.0, "accuracy/narrow": 1.0, "reward": 1.0}
     histories = [RunHistory("a", {1: record}, {}, []), RunHistory("b", {1: {"accuracy": 0.5}}, {}, [])]
