@@ -168,9 +168,8 @@ def export_records(source: Path, target: Path, kind: Literal["linear", "expanded
 def _records(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The records of a file with their line numbers, from 1."""
     if not source.is_file():
-        raise ConfigError(
-            f"{source}: no such file; name rollouts.jsonl of a run, or a file of tools/generate.py --records"
-        )
+        what = "a folder" if source.is_dir() else "no such file"
+        raise ConfigError(f"{source}: {what}; name rollouts.jsonl of a run, or a file of tools/generate.py --records")
     with open(source, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:

@@ -22,7 +22,8 @@ def read_records(file: Path) -> list[dict[str, Any]]:
         DataError: a line is no record; the message names it.
     """
     if not file.is_file():
-        raise ConfigError(f"{file}: no such file; name rollouts.jsonl of a run (rollout.keep_records must be above 0)")
+        what = "a folder" if file.is_dir() else "no such file"
+        raise ConfigError(f"{file}: {what}; name rollouts.jsonl of a run (rollout.keep_records must be above 0)")
     records = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:

@@ -98,6 +98,8 @@ def test_records_become_rows_in_a_file(model: nn.Module, tmp_path: Path) -> None
         export_records(source, target, "linear")
     with pytest.raises(ConfigError, match="no such file"):
         export_records(tmp_path / "none", target, "linear")
+    with pytest.raises(ConfigError, match=": a folder; name rollouts"):
+        export_records(tmp_path, target, "linear")
 
 
 def test_records_are_not_written_over(tmp_path: Path) -> None:

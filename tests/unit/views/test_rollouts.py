@@ -40,3 +40,5 @@ def test_answers_are_listed_and_shown_segment_by_segment(tmp_path: Path) -> None
         read_records(file)
     with pytest.raises(ConfigError, match="no such file"):
         read_records(tmp_path / "none")
+    with pytest.raises(ConfigError, match=": a folder; name rollouts"):
+        read_records(tmp_path)
