@@ -32,7 +32,7 @@ from megatron_multiverse.inference.step.graphs import SIZES
 from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.inference.step.plan_buffer import PlanBuffer, most_items
 from megatron_multiverse.inference.step.sampler import Sampler
-from megatron_multiverse.kernels.tree_decode import Work, divide_work, most_parts, most_sharers
+from megatron_multiverse.kernels.tree_decode import SuccessiveWork, Work, divide_work, most_parts, most_sharers
 
 VOCAB_SIZE = 512
 
@@ -61,7 +61,9 @@ class HostGraphs:
     """What `step/graphs.py` does on the host: the list of work, and a plan's integers side by side."""
 
     def __init__(self, page_size: int) -> None:
-        self.page_size = page_size
+        self.work = SuccessiveWork(
+            page_size=page_size, kv_heads=KV_HEADS, processors=PROCESSORS, sharers=most_sharers(HEADS, KV_HEADS)
+        )
         self.buffers: dict[tuple[int, int], PlanBuffer] = {}
 
     def prepare(self, plan: StepPlan, sampler: Sampler) -> None:
@@ -69,7 +71,7 @@ class HostGraphs:
         size = next((size for size in SIZES if size >= len(plan.ids)), None)
         if size is None:
             return
-        work = list_work(plan.pages, plan.lengths, plan.borders, self.page_size, size)
+        work = self.work.divide(plan.pages, plan.lengths, plan.borders, most_parts(size))
         kind = (size, work.tokens.shape[1])
         if kind not in self.buffers:
             items = most_items(size, PROCESSORS, KV_HEADS)

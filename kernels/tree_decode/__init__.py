@@ -17,6 +17,7 @@ from torch import Tensor
 from ..device import processors
 from .prompt import Prompt, attend_prompt
 from .reference import RowGroup, attend_groups, group_rows, tree_decode_reference
+from .successive import SuccessiveWork
 from .work import Work, divide_work, most_parts, most_sharers
 
 tree_decode = tree_decode_reference
@@ -146,6 +147,7 @@ __all__ = [
     "Attention",
     "DeviceWork",
     "RowGroup",
+    "SuccessiveWork",
     "TreeDecode",
     "Work",
     "divide_work",

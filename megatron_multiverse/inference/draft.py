@@ -217,11 +217,13 @@ def follow_up(last: Step, tree: PageTree, *, in_flight: bool) -> Step | None:
     sampled = [(state, branch, length + 1) for state, branch, length in last.sampled]
     for _, branch, length in sampled:
         branch.fed = length
-    rows, lengths = np.arange(len(sampled)), plan.lengths + np.int32(1)
+    # Every row draws. Arrays that stay the same are handed on, so that what has uploaded them sees that.
+    rows, lengths = plan.sample, plan.lengths + np.int32(1)
+    unknown = plan.ids if plan.sources is rows else np.zeros_like(rows)
     coming = {branch: (row, length) for row, (_, branch, length) in enumerate(last.sampled)} if drawn.shaping else {}
     following = StepPlan(
         copies=plan.copies[:0],
-        ids=np.zeros_like(rows) if in_flight else np.array([branch.ids[-1] for _, branch, _ in sampled]),
+        ids=unknown if in_flight else np.array([branch.ids[-1] for _, branch, _ in sampled]),
         sources=rows if in_flight else np.full_like(rows, -1),
         positions=plan.positions + 1,
         borders=plan.borders,

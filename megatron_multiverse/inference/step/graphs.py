@@ -29,14 +29,14 @@ from megatron_multiverse.kernels.sampling import Filters
 from megatron_multiverse.kernels.tree_decode import (
     LONGEST_LISTED,
     DeviceWork,
-    divide_work,
+    SuccessiveWork,
     most_parts,
     most_sharers,
 )
 
 logger = logging.getLogger(__name__)
 
-SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Tokens of the graphs; a step takes the next larger one."""
 MOST_MIXED = 128
 """Tokens of a step beyond which a row that brings more than `LONGEST_LISTED` of them keeps it from being a graph: call
@@ -67,9 +67,14 @@ class StepGraphs:
     def __init__(self, forward: PagedForward, store: KVStore, last_tokens: Tensor, vocab_size: int | None) -> None:
         self.forward, self.store, self.vocab_size = forward, store, vocab_size
         self.last_tokens = last_tokens
-        self.page_size, self.kv_heads = store.keys.shape[2:4]
-        self.sharers = most_sharers(forward.num_heads, self.kv_heads)
+        page_size, self.kv_heads = store.keys.shape[2:4]
         self.processors = processors(store.keys.device)
+        self.work = SuccessiveWork(
+            page_size=page_size,
+            kv_heads=self.kv_heads,
+            processors=self.processors,
+            sharers=most_sharers(forward.num_heads, self.kv_heads),
+        )
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[_Kind, _Graph] = {}
         self.replays = 0
@@ -88,16 +93,7 @@ class StepGraphs:
             return None
         if n > MOST_MIXED and np.diff(plan.borders).max() > LONGEST_LISTED:
             return None
-        work = divide_work(
-            plan.pages,
-            plan.lengths,
-            plan.borders,
-            page_size=self.page_size,
-            kv_heads=self.kv_heads,
-            processors=self.processors,
-            slots=most_parts(size),
-            sharers=self.sharers,
-        )
+        work = self.work.divide(plan.pages, plan.lengths, plan.borders, most_parts(size))
         if len(work.items) > most_items(size, self.processors, self.kv_heads) or work.pages.size > size * MOST_PAGES:
             return None
         kind = _Kind(size, work.tokens.shape[1], work.slots, _draw(plan, sampler))

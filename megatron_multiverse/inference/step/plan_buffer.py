@@ -66,6 +66,12 @@ class PlanBuffer:
         self._hosts = [torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(total, dtype=torch.uint8, device=device)
         self._turn = 0
+        self._logits: tuple[npt.NDArray[np.generic], ...] = (
+            _NONE,
+            _NONE,
+            _NONE,
+        )  # of which borders and sampled rows what was made
+        self._written: list[dict[str, npt.NDArray[np.generic]]] = [{}, {}]  # whose copies stand in each
         self._views: list[dict[str, npt.NDArray[np.generic]]] = [{}, {}]
         self.device: dict[str, Tensor] = {}
         for name, (dtype, shape) in fields.items():
@@ -79,22 +85,23 @@ class PlanBuffer:
         return self._views[self._turn]
 
     def fill(self, plan: StepPlan, work: Work) -> None:
-        """Write a plan and its list of work, and bring them to the device."""
-        host = self.host
+        """Write a plan and its list of work, and bring them to the device. Their arrays must not change later: what
+        already stands there is not written again, which is most of a step that only adds a token to each row."""
+        sampling, shaping = plan.sampling, plan.sampling.shaping
         for name in ("ids", "positions", "write_tokens"):
-            _pad(host[name], getattr(plan, name), 0)
-        _pad(host["sources"], plan.sources, -1)
-        _pad(host["write_slots"], plan.write_slots, -1)
-        _pad(host["logit_tokens"], plan.borders[1:][plan.sample] - 1, 0)
+            self._put(name, getattr(plan, name), 0)
+        self._put("sources", plan.sources, -1)
+        self._put("write_slots", plan.write_slots, -1)
+        self._put("logit_tokens", self._logit_tokens(plan), 0)
         for name in ("keys", "indices", "temperature"):
-            _pad(host[name], getattr(plan.sampling, name), 0)
-        shaping = plan.sampling.shaping
+            self._put(name, getattr(sampling, name), 0)
         for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
-            _pad(host[name], _NONE if shaping is None else getattr(shaping, name), off)
+            self._put(name, _NONE if shaping is None else getattr(shaping, name), off)
         for name in ("items", "tokens", "limits", "counts"):
-            _pad(host[name], getattr(work, name), 0)
-        host["pages"][: work.pages.size] = work.pages
-        self.upload(leave_out=host["pages"].nbytes - work.pages.nbytes)
+            self._put(name, getattr(work, name), 0)
+        pages = self.host["pages"]
+        pages[: work.pages.size] = work.pages
+        self.upload(leave_out=pages.nbytes - work.pages.nbytes)
 
     def upload(self, leave_out: int = 0) -> None:
         """Copy to the device, without the last `leave_out` bytes."""
@@ -102,7 +109,22 @@ class PlanBuffer:
         self._device[:end].copy_(self._hosts[self._turn][:end], non_blocking=True)
         self._turn = 1 - self._turn
 
+    def _logit_tokens(self, plan: StepPlan) -> npt.NDArray[np.generic]:
+        """The last tokens of the rows that want one; the same array as long as the plan's are the same."""
+        borders, sample, tokens = self._logits
+        if borders is not plan.borders or sample is not plan.sample:
+            tokens = plan.borders[1:][plan.sample] - 1
+            self._logits = plan.borders, plan.sample, tokens
+        return tokens
 
-def _pad(target: npt.NDArray[np.generic], values: npt.NDArray[np.generic], fill: int) -> None:
-    target[: len(values)] = values
-    target[len(values) :] = fill
+    def _put(self, name: str, values: npt.NDArray[np.generic], rest: int) -> None:
+        """Write `values`, and `rest` behind them, where they do not stand yet."""
+        written, target = self._written[self._turn], self.host[name]
+        before = written.get(name)
+        if before is values:
+            return
+        length = len(values)
+        target[:length] = values
+        if before is None or len(before) > length:
+            target[length:] = rest
+        written[name] = values

@@ -9,6 +9,7 @@ import torch
 from benchmarks.kernels.tree_decode import Case, tables
 from megatron_multiverse.kernels.kv_copy import copy_slots
 from megatron_multiverse.kernels.tree_decode import (
+    SuccessiveWork,
     divide_work,
     group_rows,
     most_parts,
@@ -136,6 +137,24 @@ def test_paths_of_several_requests_share_where_that_is_faster_and_read_every_key
     assert (seen == 1).all()
 
 
+def check_reads(work, pages, lengths, borders):
+    """Every query reads each key that it sees once, from the page where its row has it, and its parts are numbered."""
+    read = np.zeros((borders[-1], int(lengths.max())), dtype=int)
+    parts: list[list[int]] = [[] for _ in read]
+    for (base, start, end, part), tokens, limits in zip(work.items, work.tokens, work.limits, strict=True):
+        for token, limit in zip(tokens[tokens >= 0], limits[tokens >= 0], strict=True):
+            row = int(np.searchsorted(borders, token, side="right")) - 1
+            assert limit == lengths[row] - borders[row + 1] + token + 1
+            keys = np.arange(start, end)
+            assert (work.pages[base + keys // 16] == pages[row, keys // 16]).all()
+            read[token, keys] += 1
+            parts[token].append(int(part))
+    assert [sorted(numbers) for numbers in parts] == [list(range(count)) for count in work.counts]
+    assert work.counts.max() <= work.slots
+    for row, length in enumerate(lengths):
+        assert (read[borders[row] : borders[row + 1], :length] == 1).all() and not read[borders[row], length:].any()
+
+
 @pytest.mark.parametrize("least_shared", [None, 64])
 @pytest.mark.parametrize("seed", range(20))
 def test_every_query_reads_each_of_its_keys_once_however_rows_share_them(seed, least_shared):
@@ -154,20 +173,37 @@ def test_every_query_reads_each_of_its_keys_once_however_rows_share_them(seed, l
         pages, lengths, borders, page_size=16, kv_heads=4, processors=132, slots=slots, sharers=9,
         least_shared=least_shared,
     )  # fmt: skip
-    read = np.zeros((borders[-1], width * 16), dtype=int)
-    parts: list[list[int]] = [[] for _ in read]
-    for (base, start, end, part), tokens, limits in zip(work.items, work.tokens, work.limits, strict=True):
-        for token, limit in zip(tokens[tokens >= 0], limits[tokens >= 0], strict=True):
-            row = int(np.searchsorted(borders, token, side="right")) - 1
-            assert limit == lengths[row] - borders[row + 1] + token + 1
-            keys = np.arange(start, end)
-            assert (work.pages[base + keys // 16] == pages[row, keys // 16]).all()
-            read[token, keys] += 1
-            parts[token].append(int(part))
-    assert [sorted(numbers) for numbers in parts] == [list(range(count)) for count in work.counts]
-    assert work.counts.max() <= work.slots <= slots
-    for row, length in enumerate(lengths):
-        assert (read[borders[row] : borders[row + 1], :length] == 1).all() and not read[borders[row], length:].any()
+    check_reads(work, pages, lengths, borders)
+    assert work.slots <= slots
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_list_that_is_moved_on_still_reads_every_key_once(seed):
+    """Over steps in which rows mostly just go on; some fork, end, or bring several tokens."""
+    rng = np.random.default_rng(seed)
+    rows, prefix, own = int(rng.integers(1, 12)), 16 * int(rng.choice([0, 20, 200])), int(rng.integers(1, 40))
+    pages = np.tile(np.arange(prefix // 16 + 12, dtype=np.int32), (rows, 1))
+    pages[:, prefix // 16 :] += 1000 * np.arange(1, rows + 1, dtype=np.int32)[:, None]
+    lengths = (prefix + rng.integers(1, own + 1, rows)).astype(np.int32)
+    divider = SuccessiveWork(page_size=16, kv_heads=4, processors=132, sharers=9)
+    moved = 0
+    for step in range(60):
+        if step % 17 == 16:  # one row ends, or begins anew
+            lengths = lengths[1:] if len(lengths) > 1 and step % 2 else lengths
+            lengths = np.append(lengths, np.int32(prefix + 1))
+        counts = np.ones(len(lengths), dtype=np.int64)
+        counts[0] += step % 17 == 8 and lengths[0] > 4
+        borders = np.concatenate(([0], np.cumsum(counts)))
+        listed = pages[np.arange(len(lengths)) % rows, : -(-int(lengths.max()) // 16)]
+        before = divider._last and divider._last.work
+        copies = before and [np.copy(array) for array in before[:5]]
+        work = divider.divide(listed, lengths, borders, most_parts(int(borders[-1])))
+        check_reads(work, listed, lengths, borders)
+        if before:  # a step in flight may still read the list before
+            assert all(np.array_equal(array, copy) for array, copy in zip(before[:5], copies, strict=True))
+            moved += work.tokens is before.tokens
+        lengths = lengths + np.int32(1)
+    assert moved >= 30
 
 
 def test_the_order_of_full_pages_and_what_follows_the_last_one_do_not_matter():
