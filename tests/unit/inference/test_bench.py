@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_host_step, bench_host_turn, report_blocks
+from benchmarks import bench_host_step, bench_host_turn, report_blocks, small_steps
 from benchmarks.engine_soak import Soak, SoakConfig
 from megatron_multiverse.errors import ConfigError, GenerationError
 from megatron_multiverse.inference.bench import BenchConfig, measure
@@ -33,6 +33,17 @@ def test_the_host_time_of_turns_is_measured():
     assert list(times) == [2, 6] and min(times.values()) > 0
     for figures in bench_host_turn.measure(options).values():
         assert list(figures) == ["commit_ms", "plan_ms", "prepare_ms", "turn_ms"] and min(figures.values()) > 0
+
+
+def test_steps_of_a_small_model_are_timed_with_all_paths_at_once(monkeypatch):
+    monkeypatch.setattr(small_steps, "MINIATURE", dataclasses.replace(small_steps.MINIATURE, num_layers=1))
+    options = small_steps.Options(cases=("2x0", "1x3"), context=20, new_tokens=12, rounds=1)
+    text, block = small_steps.measure(options)
+    assert (text["case"], block["case"]) == ("2x0", "1x3")
+    for row in (text, block):
+        assert 0 < row["host_ms"] <= row["ms_per_step"] and 6 < row["steps_of_all_branches"] < row["steps"]
+    with pytest.raises(ConfigError, match="REQUESTSxPATHS"):
+        small_steps.Options(cases=("4",))
 
 
 def test_a_turn_on_a_gpu_says_how_long_that_had_nothing_to_do():
