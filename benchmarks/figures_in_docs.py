@@ -35,6 +35,7 @@ STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {
     "docs/training.md": training.training,
     "examples/paper_in_miniature/README.md": examples.miniature,
     "examples/quickstart/README.md": examples.quickstart,
+    "examples/quickstart/model/README.md": examples.quickstart_model,
 }
 
 

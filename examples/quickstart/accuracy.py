@@ -16,8 +16,8 @@ class EvaluateOptions:
     """JSON file for the figures."""
     num_problems: int = 1000
     """Fresh held-out problems."""
-    beyond_problems: int = 100
-    """Problems with more paths, and with deeper nesting, than trained."""
+    larger_problems: int = 100
+    """Problems of each larger kind: 6 expressions, 8 expressions, nested to depth 3."""
     seed: int = 1
     """Other seeds give other problems."""
 
@@ -25,7 +25,7 @@ class EvaluateOptions:
 def main() -> None:
     import torch
     from decode import Decoder
-    from measure import fresh_problems, measure_answers, measure_beyond_training
+    from measure import fresh_problems, measure_answers, measure_larger_problems
     from report import write_report
 
     from megatron_multiverse.cli import parse_options
@@ -36,7 +36,7 @@ def main() -> None:
     rows = 512 if device == "cuda" else 64
     decoder = Decoder(options.model, device=device, max_rows=rows, num_pages=128 * rows)
     report = measure_answers(decoder, fresh_problems(options.num_problems, seed=options.seed))
-    report |= measure_beyond_training(decoder, options.beyond_problems, seed=options.seed)
+    report |= measure_larger_problems(decoder, options.larger_problems, seed=options.seed)
     write_report(report, options.output)
     print(options.output.read_text(encoding="utf-8"))
 

@@ -16,6 +16,8 @@ from megatron_multiverse.views.figures import draw_timeline
 from megatron_multiverse.views.terminal import LiveBranches
 
 MODES: tuple[Mode, ...] = ("parallel", "sequential", "autoregressive")
+SHOWN = ((3, 2), (6, 1))
+"""Expressions and depth of the problems on the screen: a nested block, and as many paths as 80 columns hold."""
 Report = dict[str, Any]
 
 
@@ -34,16 +36,16 @@ def fresh_problems(count: int, *, seed: int, fewest: int = 2, most: int = 4, max
     ]
 
 
-def show_live(decoder: Decoder, count: int, *, seed: int) -> float:
-    """Decode a few problems on the screen; every second one at least has a nested block.
+def show_live(decoder: Decoder, *, seed: int) -> float:
+    """Decode the problems that SHOWN asks for on the screen, one after the other.
 
     Returns:
         `time.perf_counter()` at the end of the first.
     """
     rng = random.Random(f"live:{seed}")
     ends = []
-    for number in range(count):
-        problem = sample_problem(rng, num_expressions=3, max_depth=2 - number % 2, exact_depth=True, split="held_out")
+    for paths, depth in SHOWN:
+        problem = sample_problem(rng, num_expressions=paths, max_depth=depth, exact_depth=True, split="held_out")
         title = render_parallel(problem)[0]
         with LiveBranches(decoder.tokenizer.detokenize, title=title) as live:
             answers = decoder.answer([problem], "parallel", on_token=live.on_token)
@@ -101,15 +103,22 @@ def measure_logits(decoder: Decoder, problems: list[Problem]) -> Report:
     return {"max_abs_logit_difference": worst, "logit_rows_compared": compared}
 
 
-def measure_beyond_training(decoder: Decoder, count: int, *, seed: int) -> Report:
-    """Accuracy with more paths and with deeper nesting than the model was trained on."""
-    wide = fresh_problems(count, seed=seed, fewest=5, most=6)
-    deep = fresh_problems(count, seed=seed, fewest=2, most=3, max_depth=3)
-    return {
-        "beyond_training_problems": count,
-        "accuracy_5_to_6_expressions": decoder.answer(wide, "parallel").accuracy,
-        "accuracy_depth_3": decoder.answer(deep, "parallel").accuracy,
+def measure_larger_problems(decoder: Decoder, count: int, *, seed: int) -> Report:
+    """Accuracy in parallel with more paths and with deeper nesting than `fresh_problems` has by default.
+
+    Args:
+        decoder: the model.
+        count: problems of each of the three kinds.
+        seed: other seeds give other problems.
+    """
+    kinds = {
+        "6_expressions": fresh_problems(count, seed=seed, fewest=6, most=6),
+        "8_expressions": fresh_problems(count, seed=seed, fewest=8, most=8),
+        "depth_3": fresh_problems(count, seed=seed, most=3, max_depth=3),
     }
+    # Each kind is a batch of its own: so few answers take one thread, and training on the other core keeps its own.
+    found = {f"accuracy_{kind}": decoder.answer(problems, "parallel").accuracy for kind, problems in kinds.items()}
+    return {"larger_problems": count, **found}
 
 
 def draw_answer(problem: Problem, alone: Mapping[Mode, Answers], path: Path) -> None:

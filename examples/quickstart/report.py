@@ -9,6 +9,12 @@ from typing import Any
 
 MAX_LOGIT_DIFFERENCE = 1e-3
 """Far above what rounding in float32 gives (2e-5), far below what a wrong mask or position does."""
+LARGER = {
+    "accuracy_6_expressions": "6 expressions",
+    "accuracy_8_expressions": "8 expressions",
+    "accuracy_depth_3": "2 or 3 expressions of depth 3",
+}
+"""The kinds of larger problems."""
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:
@@ -20,13 +26,15 @@ def write_report(report: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(report | {"measured_on": machine}, indent=2) + "\n", encoding="utf-8")
 
 
-def shortfalls(report: dict[str, Any], *, least_accuracy: float = 0.98) -> list[str]:
+def shortfalls(report: dict[str, Any], *, least_accuracy: float = 0.98, least_larger: float = 0.75) -> list[str]:
     """What is wrong with the figures of a run, in words; empty if all is well.
 
     Args:
         report: the figures; those of the training run may be missing.
-        least_accuracy: share of right answers asked for. With few problems one wrong answer may miss it: the shipped
-            model is right in 99.9 % of 1,000.
+        least_accuracy: share of right answers asked for. With few problems one wrong answer may miss it;
+            model/README.md has the share of 1,000.
+        least_larger: the same for each kind of larger problems. Two of eight may be wrong: a model that is right in
+            95 % of a kind passes in 99.4 % of runs, one that is right in half of them in 14 %.
     """
     found = []
     if not report["parallel_equals_sequential"]:
@@ -34,6 +42,10 @@ def shortfalls(report: dict[str, Any], *, least_accuracy: float = 0.98) -> list[
     for name in ("accuracy", "accuracy_sequential", "accuracy_autoregressive"):
         if not report[name] >= least_accuracy:
             found.append(f"{name} is {report[name]:.3f}, at least {least_accuracy} is expected")
+    for name, kind in LARGER.items():
+        if not report[name] >= least_larger:
+            share = f"{report[name]:.0%} of problems with {kind} are right"
+            found.append(f"{share}, at least {least_larger:.0%} is expected")
     if not report["max_abs_logit_difference"] < MAX_LOGIT_DIFFERENCE:
         difference = report["max_abs_logit_difference"]
         found.append(f"decode logits differ from one forward pass by {difference:.1e}, allowed: {MAX_LOGIT_DIFFERENCE}")
@@ -70,14 +82,12 @@ def print_modes(report: dict[str, Any]) -> None:
 
 
 def print_checks(report: dict[str, Any]) -> None:
-    """How far logits lie from one forward pass, and what becomes of problems unlike those trained on."""
+    """How far logits lie from one forward pass, and how many of the larger problems are right."""
     difference, rows_compared = report["max_abs_logit_difference"], report["logit_rows_compared"]
     print(f"decode logits against one forward pass, {rows_compared:>5} rows  {difference:.1e} at most")
-    count = report["beyond_training_problems"]
-    print(
-        f"5 to 6 expressions (trained: 2 to 4), {count} problems    {report['accuracy_5_to_6_expressions']:.0%} right"
-    )
-    print(f"nesting depth 3 (trained: 1 to 2), {count} problems       {report['accuracy_depth_3']:.0%} right")
+    for name, kind in LARGER.items():
+        title = f"{report['larger_problems']} problems with {kind}"
+        print(f"{title:<51} {report[name]:.0%} right")
 
 
 def _by_mode(name: str) -> tuple[str, str, str]:

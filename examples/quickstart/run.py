@@ -26,8 +26,8 @@ class QuickstartOptions:
     """Fresh problems to measure on."""
     latency_problems: int = 5
     """Problems answered one at a time for the wall clock."""
-    beyond_problems: int = 8
-    """Problems with more paths, and with deeper nesting, than trained."""
+    larger_problems: int = 8
+    """Problems of each larger kind: 6 expressions, 8 expressions, nested to depth 3."""
     train_iters: int = 300
     """Steps of the training run."""
     seed: int = 0
@@ -90,7 +90,7 @@ def decode_and_measure(
         draw_answer,
         fresh_problems,
         measure_answers,
-        measure_beyond_training,
+        measure_larger_problems,
         measure_latency,
         measure_logits,
         show_live,
@@ -100,7 +100,7 @@ def decode_and_measure(
     decoder = Decoder(model)
     print(f"{decoder.config.num_parameters:,} parameters from {model}")
     heading("Fresh problems, decoded in parallel branches")
-    first_answer = show_live(decoder, 2, seed=options.seed) - started
+    first_answer = show_live(decoder, seed=options.seed) - started
     heading(f"{options.num_problems} fresh problems: in parallel, one branch at a time, without blocks")
     problems = fresh_problems(options.num_problems, seed=options.seed)
     alone = answer_one_at_a_time(decoder, problems[: options.latency_problems])
@@ -113,8 +113,8 @@ def decode_and_measure(
     print_modes(report)
 
     def untimed() -> dict[str, object]:
-        beyond = measure_beyond_training(decoder, options.beyond_problems, seed=options.seed)
-        return measure_logits(decoder, problems[:3]) | beyond
+        larger = measure_larger_problems(decoder, options.larger_problems, seed=options.seed)
+        return measure_logits(decoder, problems[:3]) | larger
 
     return report, untimed
 

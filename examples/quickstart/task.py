@@ -105,7 +105,7 @@ def sample_problem(
 
     Args:
         rng: source of randomness.
-        num_expressions: how many expressions, 1 to 8 (the quickstart's model is trained on 2 to 4).
+        num_expressions: how many expressions, 1 to 8; the quickstart's model is trained on 2 to 8, 2 to 4 at depth 3.
         max_depth: 1 = plain numbers only, 2 = sub-expressions, 3 = sub-expressions of sub-expressions.
         nested_share: probability that an expression has sub-expressions where max_depth allows it.
         exact_depth: draw again until the deepest expression has max_depth.

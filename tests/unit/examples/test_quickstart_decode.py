@@ -20,6 +20,7 @@ from measure import (  # noqa: E402
     draw_answer,
     fresh_problems,
     measure_answers,
+    measure_larger_problems,
     measure_latency,
     measure_logits,
     show_live,
@@ -69,20 +70,36 @@ def test_fresh_problems_are_held_out_and_reproducible() -> None:
     assert all(problem.depth == 3 for problem in fresh_problems(5, seed=1, max_depth=3))
 
 
+def test_more_paths_and_deeper_nesting_are_answered(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answer = [], decoder.answer
+    monkeypatch.setattr(decoder, "answer", lambda problems, mode: asked.append(problems) or answer(problems, mode))
+    report = measure_larger_problems(decoder, 2, seed=3)
+    assert [[len(problem.expressions) for problem in problems] for problems in asked[:2]] == [[6, 6], [8, 8]]
+    assert all(problem.depth == 3 and 2 <= len(problem.expressions) <= 3 for problem in asked[2])
+    assert all(problem.split == "held_out" for problems in asked for problem in problems)
+    kinds = ("6_expressions", "8_expressions", "depth_3")
+    assert report == {"larger_problems": 2} | {f"accuracy_{kind}": 1.0 for kind in kinds}
+
+
 def test_what_is_shown_and_drawn(decoder: Decoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show_live(decoder, 1, seed=0)
+    show_live(decoder, seed=0)
     shown = capsys.readouterr().out
     assert "path 1.1" in shown or "path 2.1" in shown or "path 3.1" in shown
-    assert "-> right" in shown
+    assert "path 6 " in shown
+    assert shown.count("-> right") == 2
     problem = fresh_problems(1, seed=6, most=2, max_depth=1)
     alone = answer_one_at_a_time(decoder, problem)
     draw_answer(problem[0], alone[0], tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
     report = measure_answers(decoder, problem) | measure_latency(alone) | measure_logits(decoder, problem)
-    report |= {"beyond_training_problems": 0, "accuracy_5_to_6_expressions": 0.0, "accuracy_depth_3": 0.0}
+    larger = {"accuracy_6_expressions": 0.75, "accuracy_8_expressions": 0.5, "accuracy_depth_3": 1.0}
+    report |= {"larger_problems": 8} | larger
     print_modes(report)
     print_checks(report)
-    assert "in parallel" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "in parallel" in shown
+    lines = [line.split() for line in shown.splitlines() if line.startswith("8 problems with")]
+    assert [line[-2] for line in lines] == ["75%", "50%", "100%"]
 
 
 def test_a_step_goes_through_few_files() -> None:

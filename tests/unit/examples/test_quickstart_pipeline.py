@@ -72,8 +72,8 @@ def altered(model: Path) -> Path:
 GOOD = {
     "parallel_equals_sequential": True, "accuracy": 1.0, "accuracy_sequential": 1.0, "accuracy_autoregressive": 0.98,
     "max_abs_logit_difference": 1.9e-5, "resume_bit_exact": True, "loss_first": 5.0, "loss_last": 1.0,
-    "logit_rows_compared": 1, "beyond_training_problems": 8, "accuracy_5_to_6_expressions": 0.0,
-    "accuracy_depth_3": 0.0,
+    "logit_rows_compared": 1, "larger_problems": 8, "accuracy_6_expressions": 1.0,
+    "accuracy_8_expressions": 0.75, "accuracy_depth_3": 0.875,
 }  # fmt: skip
 
 
@@ -89,6 +89,9 @@ def test_good_figures_pass_with_and_without_the_training_run() -> None:
         ({"accuracy": 0.97}, "accuracy is 0.970"),
         ({"accuracy_sequential": 0.5}, "accuracy_sequential is 0.500"),
         ({"accuracy_autoregressive": float("nan")}, "accuracy_autoregressive is nan"),
+        ({"accuracy_6_expressions": 0.625}, "62% of problems with 6 expressions are right, at least 75%"),
+        ({"accuracy_8_expressions": float("nan")}, "nan% of problems with 8 expressions are right"),
+        ({"accuracy_depth_3": 0.0}, "0% of problems with 2 or 3 expressions of depth 3 are right"),
         ({"max_abs_logit_difference": 1e-3}, "decode logits differ"),
         ({"max_abs_logit_difference": float("nan")}, "decode logits differ"),
         ({"resume_bit_exact": False}, "the resumed training run differs"),
