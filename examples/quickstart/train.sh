@@ -35,5 +35,5 @@ rm -rf "$RUN/export"
 "$PYTHON" tools/convert_checkpoint.py --from mcore --to hf --load "$RUN/checkpoints/model" --save "$RUN/export" \
   --tokenizer-model "$MODEL" --dtype bf16
 cp "$RUN/export"/{config.json,generation_config.json,model.safetensors} "$MODEL"
-"$PYTHON" tools/plot_loss.py --runs "$RUN/checkpoints" --output "$MODEL/loss.png"
+"$PYTHON" tools/plot_loss.py --runs "$RUN/checkpoints" --output "$MODEL/loss.png" --log-scale true
 "$PYTHON" examples/quickstart/accuracy.py --model "$MODEL" --num-problems 1000 --output "$MODEL/accuracy.json"
