@@ -22,7 +22,10 @@ PLAIN = {"temperature": 0, "multiverse": {"enabled": False}}
 NESTED = "Work out A = 583 + 967; B = (48 + 76) - (13 * 4). Think step by step and in parallel before answering."
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, NESTED, "Work out A = 5 + 6."])
+SEQUENTIAL = "Work out A = 57 + 68; B = 91 - 27. Think step by step before answering."
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, NESTED, SEQUENTIAL])
 def test_paths_are_those_of_the_engine(server: Running, prompt: str) -> None:
     """What a path reads is the same in both ways, so it writes the same; the rest is well-formed, and adds up."""
 
@@ -54,14 +57,14 @@ def test_the_budget_holds_and_structure_is_closed_where_it_ends(server: Running)
 
 
 def test_the_tool_prints_an_answer_and_writes_many(server: Running, tmp_path: Path) -> None:
-    lines = [json.dumps({"prompt": PROMPT}), json.dumps({"prompt": "Work out A = 5 + 6."})]
+    lines = [json.dumps({"prompt": PROMPT}), json.dumps({"prompt": SEQUENTIAL})]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     command = [sys.executable, str(TOOL), "--url", server.url, "--extra-body", json.dumps(PLAIN)]
     files = ["--input", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out" / "answers.jsonl")]
     subprocess.run([*command, *files], check=True, timeout=PATIENCE_S)
     rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [json.loads(line)["prompt"] for line in lines]
-    assert "<Conclusion>" in rows[0]["text"] and "Answer: A = 11" in rows[1]["text"]
+    assert "<Conclusion>" in rows[0]["text"] and "Answer: A = 125; B = 64" in rows[1]["text"]
 
 
 def test_what_cannot_be_asked_is_named(tmp_path: Path) -> None:
