@@ -14,6 +14,8 @@ import sys
 # Huge pages for large tensors; with small ones most of the time goes into page faults. Must come before torch.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+from tqdm import tqdm
+
 from megatron_multiverse.checkpoints.convert import convert_checkpoint
 from megatron_multiverse.checkpoints.convert_config import ConvertConfig
 from megatron_multiverse.cli import parse_options, run_tool
@@ -22,9 +24,11 @@ from megatron_multiverse.cli import parse_options, run_tool
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     result = convert_checkpoint(parse_options(ConvertConfig))
-    rate = (result.num_bytes - result.resumed_bytes) / max(result.seconds, 1e-9) / 1e9
-    done = f"{result.units} units" + (f", {result.resumed_units} of an earlier run" if result.resumed_units else "")
-    print(f"wrote {result.folder}: {result.num_bytes / 1e9:.2f} GB, {done}, {result.seconds:.1f} s ({rate:.2f} GB/s)")
+    size = tqdm.format_sizeof(result.num_bytes, "B")
+    rate = tqdm.format_sizeof((result.num_bytes - result.resumed_bytes) / max(result.seconds, 1e-9), "B/s")
+    done = f"{result.units} unit{'s' * (result.units != 1)}"
+    done += f", {result.resumed_units} of an earlier run" if result.resumed_units else ""
+    print(f"wrote {result.folder}: {size}, {done}, {result.seconds:.1f} s ({rate})")
 
 
 if __name__ == "__main__":
