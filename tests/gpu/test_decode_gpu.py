@@ -232,6 +232,27 @@ def test_large_steps_by_graphs_equal_one_forward(monkeypatch):
     assert toy.largest_difference(model, sampler, requests, results, logprob_atol=1e-3) < 1e-3
 
 
+def test_short_prompts_by_graphs_equal_one_forward():
+    """Each alone, so that it is one step: up to 512 tokens see few keys, those of a longer prompt run call by call."""
+    config = ModelConfig(**SHAPE | {"vocab_size": toy.VOCAB_SIZE})
+    model = build_gpt_model(config, dtype=torch.float32, device="cuda", seed=0).eval()
+    scripts, requests = [], []
+    for k, length in enumerate((150, 256, 300, 511, 700)):
+        rng = random.Random(k)
+        scripts.append(toy.random_script(rng, depth=1, blocks=1, most_paths=3, text=8))
+        prompt = [rng.randrange(toy.TEXT, toy.VOCAB_SIZE) for _ in range(length)]
+        requests.append(toy.ask(prompt, max_tokens=3000, sample=k))
+    sampler = toy.ScriptedSampler(scripts)
+    engine = toy.toy_engine(
+        model, page_size=16, num_pages=8000, sampler=sampler, max_position=10**9, max_step_tokens=2048
+    )
+    results = [engine.generate([request])[0] for request in requests]
+    graphs = engine.runner.graphs
+    assert graphs is not None and {kind.size for kind in graphs.graphs} >= {192, 256, 384, 512}
+    assert toy.largest_difference(model, sampler, requests, results, logprob_atol=1e-3) < 1e-3
+    engine.runner.close()
+
+
 def test_random_trees_in_bf16_are_as_close_to_one_forward_as_plain_text_is():
     """Rounding makes any two ways to cut a text into passes differ: tokens one by one, and all at once. 120 trees may
     not differ more than 120 plain texts do, and choose the same tokens wherever nothing is as close as that."""

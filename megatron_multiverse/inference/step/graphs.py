@@ -38,9 +38,10 @@ logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Tokens of the graphs; a step takes the next larger one."""
-MOST_MIXED = 128
-"""Tokens of a step beyond which a row that brings more than `LONGEST_LISTED` of them keeps it from being a graph: call
-by call, flash attention reads its keys less often."""
+MOST_MIXED, MOST_SEEN = 128, 1 << 18
+"""A step of more tokens than the first, some of whose rows bring more than `LONGEST_LISTED`, is a graph if those see
+at most so many keys, added up over their tokens. Call by call, flash attention reads the keys of a long prompt less
+often; a short one is done before the host has launched it so."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,10 @@ class StepGraphs:
         size = next((size for size in SIZES if size >= n), None)
         if size is None or len(plan.write_slots) > most_writes(size):
             return None
-        if n > MOST_MIXED and np.diff(plan.borders).max() > LONGEST_LISTED:
-            return None
+        if n > MOST_MIXED:
+            counts = np.diff(plan.borders)
+            if (counts * plan.lengths)[counts > LONGEST_LISTED].sum() > MOST_SEEN:
+                return None
         work = self.work.divide(plan.pages, plan.lengths, plan.borders, most_parts(size))
         if len(work.items) > most_items(size, self.processors, self.kv_heads) or work.pages.size > size * MOST_PAGES:
             return None
