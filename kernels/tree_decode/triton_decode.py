@@ -26,7 +26,7 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
 
     With PDL it reads the list before it waits: no kernel writes it.
     """
-    item, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    group, item = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first_page, start = tl.load(items + 4 * item), tl.load(items + 4 * item + 1)
     end, slot = tl.load(items + 4 * item + 2), tl.load(items + 4 * item + 3)
     per_group: tl.constexpr = HEADS // GROUPS
@@ -160,7 +160,8 @@ def tree_decode_triton(
     out = query.new_empty(tokens, heads, dim)
     options = {"launch_pdl": True} if pdl else {}
     blocks = blocks or _blocks(m, tokens * groups)
-    _decode_kernel[(len(items), groups)](
+    # The heads of an item stand next to each other, so that the padding of the list comes after all of its work.
+    _decode_kernel[(groups, len(items))](
         query, keys, values, pages, items, item_tokens, item_limits, counts, parts, logs, out,
         softmax_scale, query.stride(0), query.stride(1), HEADS=heads, GROUPS=groups, SHARERS=sharers, M=m, DIM=dim,
         LANES=lanes, PAGE=page, SLOTS=slots, PDL=pdl, **blocks, **options,
