@@ -30,7 +30,7 @@ from megatron_multiverse.inference.bench_script import TEXT, VOCAB, Script, bloc
 from megatron_multiverse.inference.bench_turns import TurnWatch
 from megatron_multiverse.inference.step.graphs import SIZES
 from megatron_multiverse.inference.step.plan import StepPlan
-from megatron_multiverse.inference.step.plan_buffer import PlanBuffer, most_items
+from megatron_multiverse.inference.step.plan_buffer import PlanBuffer, room_for_items
 from megatron_multiverse.inference.step.sampler import Sampler
 from megatron_multiverse.kernels.tree_decode import SuccessiveWork, Work, divide_work, most_parts, most_sharers
 
@@ -64,7 +64,7 @@ class HostGraphs:
         self.work = SuccessiveWork(
             page_size=page_size, kv_heads=KV_HEADS, processors=PROCESSORS, sharers=most_sharers(HEADS, KV_HEADS)
         )
-        self.buffers: dict[tuple[int, int], PlanBuffer] = {}
+        self.buffers: dict[tuple[int, int, int], PlanBuffer] = {}
 
     def prepare(self, plan: StepPlan, sampler: Sampler) -> None:
         """Make a plan ready for a graph that is not there, so that the step runs without."""
@@ -72,10 +72,12 @@ class HostGraphs:
         if size is None:
             return
         work = self.work.divide(plan.pages, plan.lengths, plan.borders, most_parts(size))
-        kind = (size, work.tokens.shape[1])
+        items = room_for_items(work, size, PROCESSORS, KV_HEADS)
+        if items is None:
+            return
+        kind = (size, items, work.tokens.shape[1])
         if kind not in self.buffers:
-            items = most_items(size, PROCESSORS, KV_HEADS)
-            self.buffers[kind] = PlanBuffer(size, items, kind[1], torch.device("cpu"))
+            self.buffers[kind] = PlanBuffer(*kind, torch.device("cpu"))
         self.buffers[kind].fill(plan, work)
 
 

@@ -18,7 +18,7 @@ from ..device import processors
 from .prompt import Prompt, attend_prompt
 from .reference import RowGroup, attend_groups, group_rows, tree_decode_reference
 from .successive import SuccessiveWork
-from .work import Work, divide_work, most_parts, most_sharers
+from .work import Work, divide_work, most_cut, most_parts, most_sharers
 
 tree_decode = tree_decode_reference
 
@@ -152,6 +152,7 @@ __all__ = [
     "Work",
     "divide_work",
     "group_rows",
+    "most_cut",
     "most_parts",
     "most_sharers",
     "tree_decode",

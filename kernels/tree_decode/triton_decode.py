@@ -26,7 +26,7 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
 
     With PDL it reads the list before it waits: no kernel writes it.
     """
-    group, item = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    group, item = tl.program_id(0), tl.program_id(1)
     first_page, start = tl.load(items + 4 * item), tl.load(items + 4 * item + 1)
     end, slot = tl.load(items + 4 * item + 2), tl.load(items + 4 * item + 3)
     per_group: tl.constexpr = HEADS // GROUPS
@@ -35,9 +35,10 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
     token = tl.load(item_tokens + item * SHARERS + sharer, mask=sharer < SHARERS, other=-1).to(tl.int64)
     limit = tl.load(item_limits + item * SHARERS + sharer, mask=sharer < SHARERS, other=0)
     in_dim, asked = lane < DIM, token >= 0
-    count = tl.load(counts + token, mask=asked & (start < end), other=0)
-    # Padding of the list ends at once: it would keep a place that a program of the next launch could have.
+    # Padding of the list ends at once: it would keep a place that a program of the next launch could have. It waits for
+    # its item alone: the queries come in the same round trip to memory.
     if start < end:
+        count = tl.load(counts + token, mask=asked, other=0)
         if PDL:
             gdc_wait()
             gdc_launch_dependents()

@@ -24,6 +24,9 @@ and if shared ones are read once. Keys that are read again come from the L2 cach
 tiles, of which a row's own keys use little. Fitted on an H200 to 1 to 64 rows of Qwen2.5-7B's heads, each with 256 keys
 of its own, after 512 to 32,768 shared ones (benchmarks/results/decode_tiles_h200.md). The second has a margin of 15 %,
 so that sharing is not the slower way there; rows with many more keys of their own were not measured."""
+LONG = 4096
+"""Keys of a row from which two programs for every multiprocessor are worth a merge where there is one without: 32 rows
+of 8,192 keys take 128 us instead of 149 on an H200, 32 of 1,083 keys 24.0 instead of 23.3."""
 LEAST_TILE, SHARERS = 16, 8
 """Rows of the tensor cores' smallest tile, and queries for whose heads tiles are made; see `most_sharers`."""
 
@@ -65,6 +68,11 @@ class Seats(NamedTuple):
 def most_parts(queries: int) -> int:
     """Parts a query may have in a step of `queries`: many where few queries must keep the whole GPU busy."""
     return 8 if queries > 64 else max(16, min(64, 512 // queries))
+
+
+def most_cut(processors: int, kv_heads: int) -> int:
+    """Items into which rows are cut that would be fewer: two programs for every multiprocessor."""
+    return max(2 * processors // kv_heads, 1)
 
 
 def most_sharers(heads: int, kv_heads: int) -> int:
@@ -176,9 +184,16 @@ def _even_pieces(sizes: npt.NDArray[np.signedinteger], piece: int) -> npt.NDArra
 def _pieces_alone(lengths: Int32s, kv_heads: int, processors: int, slots: int) -> Ints:
     """Keys of the items of each row, if rows of one query each share nothing."""
     # Two programs for every multiprocessor hide each other's waits; where there is about one anyway, a second part and
-    # the merge would cost more than that.
-    programs = 2 * processors if 2 * len(lengths) * kv_heads <= processors else processors
-    return _even_pieces(lengths, _piece(lengths, int(lengths.max()), kv_heads, programs, slots - 1))
+    # the merge cost more than that unless the rows are long.
+    rows, longest = len(lengths), int(lengths.max())
+    twice = 2 * rows * kv_heads <= processors or int(lengths.sum()) >= LONG * rows
+    programs = 2 * processors if twice else processors
+    piece = _piece(lengths, longest, kv_heads, programs, slots - 1)
+    # More programs than may run at once would leave a rest that runs alone.
+    most = max(rows, most_cut(processors, kv_heads))
+    while int((-(-lengths // (pieces := _even_pieces(lengths, piece)))).sum()) > most:
+        piece += -(-piece // (8 * BLOCK)) * BLOCK
+    return pieces
 
 
 def _alone(pages: Int32s, lengths: Int32s, pieces: Ints, slots: int) -> Work:

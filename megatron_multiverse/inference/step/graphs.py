@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_multiverse.inference.step.forward import KVStore, PagedForward, StepTensors, known_ids
 from megatron_multiverse.inference.step.plan import StepPlan
-from megatron_multiverse.inference.step.plan_buffer import MOST_PAGES, PlanBuffer, most_items, most_writes
+from megatron_multiverse.inference.step.plan_buffer import MOST_PAGES, PlanBuffer, most_writes, room_for_items
 from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, choose, pack
 from megatron_multiverse.kernels.device import processors
 from megatron_multiverse.kernels.sampling import Filters
@@ -46,9 +46,10 @@ often; a short one is done before the host has launched it so."""
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a graph is made for: tokens, attention's queries per item and parts per query, how tokens are drawn."""
+    """What a graph is made for: tokens, items of attention, their queries and parts per query, how tokens are drawn."""
 
     size: int
+    items: int
     sharers: int
     slots: int
     draw: str
@@ -97,9 +98,10 @@ class StepGraphs:
             if (counts * plan.lengths)[counts > LONGEST_LISTED].sum() > MOST_SEEN:
                 return None
         work = self.work.divide(plan.pages, plan.lengths, plan.borders, most_parts(size))
-        if len(work.items) > most_items(size, self.processors, self.kv_heads) or work.pages.size > size * MOST_PAGES:
+        items = room_for_items(work, size, self.processors, self.kv_heads)
+        if items is None or work.pages.size > size * MOST_PAGES:
             return None
-        kind = _Kind(size, work.tokens.shape[1], work.slots, _draw(plan, sampler))
+        kind = _Kind(size, items, work.tokens.shape[1], work.slots, _draw(plan, sampler))
         graph = self.graphs.get(kind) or self._capture(kind)
         graph.buffer.fill(plan, work)
         return partial(self._replay, graph, plan, sampler)
@@ -113,8 +115,7 @@ class StepGraphs:
 
     def _capture(self, kind: _Kind) -> _Graph:
         start, before = time.perf_counter(), torch.cuda.mem_get_info()[0]
-        items = most_items(kind.size, self.processors, self.kv_heads)
-        graph = _Graph(kind, items, self._step(kind), self.pool, self.store.keys.device)
+        graph = _Graph(kind, self._step(kind), self.pool, self.store.keys.device)
         self.graphs[kind] = graph
         logger.info(
             "CUDA graph for %d tokens (%s) in %.2f s, %.0f MiB",
@@ -151,13 +152,12 @@ class _Graph:
     def __init__(
         self,
         kind: _Kind,
-        items: int,
         step: Callable[[StepTensors, Tensor, DeviceSampling], Tensor],
         pool: Any,
         device: torch.device,
     ) -> None:
         self.kind, size = kind, kind.size
-        buffer = PlanBuffer(size, items, kind.sharers, device)
+        buffer = PlanBuffer(size, kind.items, kind.sharers, device)
         self.buffer, there = buffer, buffer.device
         work = DeviceWork(there["pages"], there["items"], there["tokens"], there["limits"], there["counts"], kind.slots)
         tensors = StepTensors(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.inference.step.plan import StepPlan
-from megatron_multiverse.kernels.tree_decode import Work
+from megatron_multiverse.kernels.tree_decode import Work, most_cut
 
 _NONE = np.zeros(0)
 MOST_PAGES = 4096
@@ -20,9 +20,15 @@ def most_writes(size: int) -> int:
     return 3 * size + 16
 
 
-def most_items(size: int, processors: int, kv_heads: int) -> int:
-    """Items that the list of work of `size` tokens may have."""
-    return 3 * size + 2 * processors // kv_heads + 8
+def room_for_items(work: Work, size: int, processors: int, kv_heads: int) -> int | None:
+    """Items that a graph of `size` tokens has room for, of those graphs that this list fits; None: it fits none.
+
+    What stands behind the list is padding, for which programs start that do nothing. Most lists need none: rows that
+    are not cut have an item each, and rows that share nothing are cut into no more than keep the GPU busy.
+    """
+    cut = max(size, most_cut(processors, kv_heads))
+    rooms = (size,) if work.slots == 1 else (cut,)
+    return next((room for room in (*rooms, 3 * size + cut) if room >= len(work.items)), None)
 
 
 class PlanBuffer:

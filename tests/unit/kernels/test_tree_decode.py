@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from benchmarks.kernels.tree_decode import Case, tables
+from megatron_multiverse.inference.step.graphs import SIZES
+from megatron_multiverse.inference.step.plan_buffer import room_for_items
 from megatron_multiverse.kernels.kv_copy import copy_slots
 from megatron_multiverse.kernels.tree_decode import (
     SuccessiveWork,
@@ -135,6 +137,32 @@ def test_paths_of_several_requests_share_where_that_is_faster_and_read_every_key
             assert (work.pages[base + keys // 16] == pages[row, keys // 16]).all() and limit == lengths[row]
             seen[row, keys] += 1
     assert (seen == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "items"),
+    [(8, 16384, 64), (32, 8192, 64), (32, 4096, 64), (32, 1083, 32), (34, 8192, 34), (96, 8192, 96)],
+)
+def test_rows_alone_are_cut_for_as_many_programs_as_run_at_once(rows, keys, items):
+    pages, lengths = np.arange(rows * 1024, dtype=np.int32).reshape(rows, 1024), np.full(rows, keys, dtype=np.int32)
+    borders, slots = np.arange(rows + 1), most_parts(rows)
+    work = divide_work(pages, lengths, borders, page_size=16, kv_heads=4, processors=132, slots=slots, sharers=9)
+    assert len(work.items) == items and (work.slots == 1) == (items == rows)
+    check_reads(work, pages, lengths, borders)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_graph_has_hardly_more_room_than_rows_alone_have_items(seed):
+    """Padding beyond what runs at once took half as long again as the work itself (32 rows of 8,192 keys)."""
+    rng = np.random.default_rng(seed)
+    rows = int(rng.integers(1, 97))
+    lengths = np.exp(rng.uniform(0, 10, rows)).astype(np.int32) + 1
+    pages = np.arange(rows * 1400, dtype=np.int32).reshape(rows, 1400)
+    size = next(size for size in SIZES if size >= rows)
+    work = divide_work(
+        pages, lengths, np.arange(rows + 1), page_size=16, kv_heads=4, processors=132, slots=most_parts(size), sharers=9
+    )
+    assert len(work.items) <= room_for_items(work, size, 132, 4) <= (size if work.slots == 1 else max(size, 66))
 
 
 def check_reads(work, pages, lengths, borders):
