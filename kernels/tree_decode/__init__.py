@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..device import processors
+from .pieces import Work, most_cut, most_parts, most_sharers
 from .prompt import Prompt, attend_prompt
 from .reference import RowGroup, attend_groups, group_rows, tree_decode_reference
 from .successive import SuccessiveWork
-from .work import Work, divide_work, most_cut, most_parts, most_sharers
+from .work import divide_work
 
 tree_decode = tree_decode_reference
 
@@ -115,13 +116,20 @@ class Mixed:
 
 
 class DeviceWork:
-    """A list of work on the GPU, see `work.Work`."""
+    """A list of work on the GPU, see `pieces.Work`."""
 
     def __init__(
-        self, pages: Tensor, items: Tensor, tokens: Tensor, limits: Tensor, counts: Tensor, slots: int
+        self,
+        pages: Tensor,
+        items: Tensor,
+        tokens: Tensor,
+        limits: Tensor,
+        tails: Tensor,
+        counts: Tensor,
+        slots: int,
     ) -> None:
         self.pages, self.items, self.tokens, self.limits = pages, items, tokens, limits
-        self.counts, self.slots = counts, slots
+        self.tails, self.counts, self.slots = tails, counts, slots
 
     @classmethod
     def upload(cls, work: Work, device: torch.device) -> DeviceWork:
@@ -130,15 +138,23 @@ class DeviceWork:
         def up(array: npt.NDArray[np.int32]) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        return cls(up(work.pages), up(work.items), up(work.tokens), up(work.limits), up(work.counts), work.slots)
+        return cls(
+            up(work.pages),
+            up(work.items),
+            up(work.tokens),
+            up(work.limits),
+            up(work.tails),
+            up(work.counts),
+            work.slots,
+        )
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, softmax_scale: float) -> Tensor:
         """See `TreeDecode`."""
         from .triton_decode import tree_decode_triton
 
         return tree_decode_triton(
-            query, keys, values, self.pages, self.items, self.tokens, self.limits, self.counts, softmax_scale,
-            slots=self.slots,
+            query, keys, values, self.pages, self.items, self.tokens, self.limits, self.tails, self.counts,
+            softmax_scale, slots=self.slots,
         )  # fmt: skip
 
 

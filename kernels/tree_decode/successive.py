@@ -1,8 +1,8 @@
 """The list of work of one step after another.
 
 Most steps only add a token to each row. Then the list of the step before still holds but for the ends: each row's last
-item reaches one key further, and each query sees one more. Moving those takes a tenth of the time of dividing anew, for
-which a GPU that runs a small model would wait.
+item reaches one key further, or one more slot of its last page may be read, and each query sees one more. Moving those
+takes a tenth of the time of dividing anew, for which a GPU that runs a small model would wait.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .work import Int32s, Work, divide_work
+from .pieces import Int32s, Work
+from .work import divide_work
 
 
 class SuccessiveWork:
@@ -67,11 +68,14 @@ class _Divided:
         self.slots, self.page_size = slots, page_size
         self.shares = work.tokens.shape[1] > 1
         self.per_query = (work.tokens >= 0).astype(np.int32)
-        # The item that ends where its row does, with the token that the row brings.
-        self.at_end = (work.items[:, 2] == work.limits[:, 0]).astype(np.int32)
-        if self.shares:
-            self.at_end *= self.per_query.sum(1) == 1
-        self.can_move = int(self.at_end.sum()) == len(lengths) == borders[-1]
+        # The item that ends where its row does, with the token that the row brings. Tiles have room for that.
+        self.at_end = np.zeros(len(work.items), dtype=np.int32)
+        if work.ends is None:
+            self.at_end += work.items[:, 2] == work.limits[:, 0]
+            if self.shares:
+                self.at_end *= self.per_query.sum(1) == 1
+        ends = len(work.ends) if work.ends is not None else int(self.at_end.sum())
+        self.can_move = ends == len(lengths) == borders[-1]
 
     def goes_on(self, pages: Int32s, lengths: npt.NDArray[np.int32], borders: npt.NDArray[np.int64]) -> bool:
         """Whether a step differs from this one in that each row has one key more, by the token that it brings."""
@@ -86,8 +90,12 @@ class _Divided:
 
     def move_on(self, pages: Int32s, lengths: npt.NDArray[np.int32]) -> None:
         """Make the list that of such a step. The arrays of the list before stay as they are."""
-        work, items = self.work, self.work.items.copy()
+        work, items, flat = self.work, self.work.items.copy(), self.work.pages
         items[:, 2] += self.at_end
-        flat = work.pages if self.shares else pages.reshape(-1)
+        if not self.shares:
+            flat = pages.reshape(-1)
+        elif work.ends is not None:
+            flat = flat.copy()
+            flat[work.ends] += 1
         self.work = work._replace(items=items, limits=work.limits + self.per_query, pages=flat)
         self.pages, self.lengths = pages, lengths

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, counts, parts, logs, out,
+def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, tails, counts, parts, logs, out,
                    scale, q_token, q_head,
                  HEADS: tl.constexpr, GROUPS: tl.constexpr, SHARERS: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr,
                  LANES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
@@ -32,8 +32,16 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
     per_group: tl.constexpr = HEADS // GROUPS
     m, lane = tl.arange(0, M), tl.arange(0, LANES)
     sharer, head = m // per_group, group * per_group + m % per_group
-    token = tl.load(item_tokens + item * SHARERS + sharer, mask=sharer < SHARERS, other=-1).to(tl.int64)
-    limit = tl.load(item_limits + item * SHARERS + sharer, mask=sharer < SHARERS, other=0)
+    known = sharer < SHARERS
+    token = tl.load(item_tokens + item * SHARERS + sharer, mask=known, other=-1).to(tl.int64)
+    limit = tl.load(item_limits + item * SHARERS + sharer, mask=known, other=0)
+    if SHARERS > 1:
+        tail = tails + 3 * item * SHARERS + sharer
+        shared = tl.load(tail, mask=known, other=0)
+        begin = tl.load(tail + SHARERS, mask=known, other=0)
+        slot = tl.load(tail + 2 * SHARERS, mask=known, other=0)
+        shared = tl.minimum(shared, end)
+        size = tl.maximum(tl.minimum(limit, end) - begin, 0).to(tl.uint32)
     in_dim, asked = lane < DIM, token >= 0
     # Padding of the list ends at once: it would keep a place that a program of the next launch could have. It waits for
     # its item alone: the queries come in the same round trip to memory.
@@ -54,12 +62,21 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
             key = block + tl.arange(0, BLOCK)
             # What lies after the end may be anything, NaN included, so it is never read.
             inside = key < end
+            if SHARERS > 1:
+                # Nor what lies between the last key of one row and the first of the next.
+                inside &= key % PAGE <= page % PAGE
+                page = page // PAGE
             place = ((page.to(tl.int64) * PAGE + key % PAGE) * GROUPS + group) * DIM
             page = tl.load(pages + (first_page + (key + BLOCK) // PAGE), mask=key + BLOCK < end, other=0)
             loaded = inside[:, None] & in_dim[None, :]
             k = tl.load(keys + place[:, None] + lane[None, :], mask=loaded, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
-            scores = tl.where(inside[None, :] & (key[None, :] < limit[:, None]), scores, float("-inf"))
+            if SHARERS > 1:
+                own = (key[None, :] - begin[:, None]).to(tl.uint32) < size[:, None]
+                visible = (key[None, :] < shared[:, None]) | own
+            else:
+                visible = inside[None, :] & (key[None, :] < limit[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
             safe = tl.where(new_top == float("-inf"), 0.0, new_top)
             weights = tl.exp2(scores - safe[:, None])
@@ -109,12 +126,12 @@ def _merge_kernel(parts, logs, counts, out, HEADS: tl.constexpr, DIM: tl.constex
         tl.store(out + (token * HEADS + head) * DIM + lane, result.to(out.dtype.element_ty), mask=in_dim)
 
 
-def _blocks(m: int, programs: int) -> dict[str, int]:
+def _blocks(m: int, sharers: int, programs: int) -> dict[str, int]:
     """Tile sizes for products of m rows: the fastest on an H200 (benchmarks/results/decode_tiles_h200.md)."""
     if m >= 64:
         return {"BLOCK": 32, "num_warps": 4, "num_stages": 4}
-    # Many programs hide each other's waits if they are small enough to be resident together.
-    return {"BLOCK": 64, "num_warps": 4, "num_stages": 2 if programs > 256 else 3}
+    # Many programs hide each other's waits if they are small enough to be resident together. Tiles are never many.
+    return {"BLOCK": 64, "num_warps": 4, "num_stages": 2 if sharers == 1 and programs > 256 else 3}
 
 
 def tree_decode_triton(
@@ -125,6 +142,7 @@ def tree_decode_triton(
     items: Tensor,
     item_tokens: Tensor,
     item_limits: Tensor,
+    tails: Tensor,
     counts: Tensor,
     softmax_scale: float,
     *,
@@ -132,7 +150,7 @@ def tree_decode_triton(
     pdl: bool = True,
     blocks: dict[str, int] | None = None,
 ) -> Tensor:
-    """Attend from new tokens over a paged cache by a list of work, see `work.Work`.
+    """Attend from new tokens over a paged cache by a list of work, see `pieces.Work`.
 
     Args:
         query: ``[tokens, heads, head dim]``, rotary applied; last axis contiguous.
@@ -142,6 +160,7 @@ def tree_decode_triton(
         items: int32 ``[items, 4]``.
         item_tokens: int32 ``[items, sharers]``.
         item_limits: int32 ``[items, sharers]``.
+        tails: int32 ``[items, 3, sharers]``, or empty with one sharer.
         counts: int32 ``[tokens]``.
         softmax_scale: factor on the scores.
         slots: most parts of a query.
@@ -160,10 +179,10 @@ def tree_decode_triton(
     logs = query.new_empty((tokens, slots, heads), dtype=torch.float32)
     out = query.new_empty(tokens, heads, dim)
     options = {"launch_pdl": True} if pdl else {}
-    blocks = blocks or _blocks(m, tokens * groups)
+    blocks = blocks or _blocks(m, sharers, tokens * groups)
     # The heads of an item stand next to each other, so that the padding of the list comes after all of its work.
     _decode_kernel[(groups, len(items))](
-        query, keys, values, pages, items, item_tokens, item_limits, counts, parts, logs, out,
+        query, keys, values, pages, items, item_tokens, item_limits, tails, counts, parts, logs, out,
         softmax_scale, query.stride(0), query.stride(1), HEADS=heads, GROUPS=groups, SHARERS=sharers, M=m, DIM=dim,
         LANES=lanes, PAGE=page, SLOTS=slots, PDL=pdl, **blocks, **options,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """What the kernels of tree_decode read in a step: which stretch of whose keys, for which queries.
 
 The list is made on the host, once per step for all layers. It knows the exact lengths, so it cuts long rows into
-pieces of equal size until all multiprocessors have work, and it sees where neighbouring rows list the same pages: that
-stretch becomes one item for all of them and is read once. Siblings of a fork are neighbours in a step.
+pieces of equal size until all multiprocessors have work, and it sees where neighbouring rows list the same pages: they
+are read once for all of them. Siblings of a fork are neighbours in a step. Rows of one query each share tiles, see
+`tiles.py`; where rows bring several, each stretch of pages that some of them list becomes items of its own.
 """
 
 from __future__ import annotations
@@ -12,44 +13,24 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-BLOCK = 64
-"""Keys a program looks at at once; pieces are multiples of it."""
-LEAST_PIECE = 2 * BLOCK
-"""Fewer keys are not worth a program and a part of their own."""
-LEAST_SHARED = 4 * BLOCK
-"""Shared keys below which rows are never looked at together."""
-PLAIN_TIME, SHARED_TIME = (6.2, 0.012), (8.1, 0.030)
-"""Microseconds (a, b) of attention over u keys of the busiest multiprocessor, a + b u, if every row reads all its keys,
-and if shared ones are read once. Keys that are read again come from the L2 cache, and items of several rows have larger
-tiles, of which a row's own keys use little. Fitted on an H200 to 1 to 64 rows of Qwen2.5-7B's heads, each with 256 keys
-of its own, after 512 to 32,768 shared ones (benchmarks/results/decode_tiles_h200.md). The second has a margin of 15 %,
-so that sharing is not the slower way there; rows with many more keys of their own were not measured."""
+from .pieces import (
+    LEAST_SHARED,
+    NO_TAILS,
+    Int32s,
+    Ints,
+    Work,
+    counted,
+    cut_evenly,
+    even_pieces,
+    most_cut,
+    page_tables,
+    piece_of,
+)
+from .tiles import choose_tiles, list_tiles
+
 LONG = 4096
 """Keys of a row from which two programs for every multiprocessor are worth a merge where there is one without: 32 rows
 of 8,192 keys take 128 us instead of 149 on an H200, 32 of 1,083 keys 24.0 instead of 23.3."""
-LEAST_TILE, SHARERS = 16, 8
-"""Rows of the tensor cores' smallest tile, and queries for whose heads tiles are made; see `most_sharers`."""
-
-Int32s = npt.NDArray[np.int32]
-Ints = npt.NDArray[np.int64]
-
-
-class Work(NamedTuple):
-    """The list for `triton_decode.tree_decode_triton`."""
-
-    items: Int32s
-    """[items, 4]: where in `pages` the page of key 0 would stand, first key, end of the keys, and which part of its
-    queries this is. A stretch from 0 to 0 is padding."""
-    tokens: Int32s
-    """[items, sharers], the queries; -1 is none."""
-    limits: Int32s
-    """[items, sharers], keys of the row that each query sees."""
-    counts: Int32s
-    """[tokens], parts of each query."""
-    pages: Int32s
-    """Flat: the pages of every stretch, one after the other."""
-    slots: int
-    """Most parts a query may have; 1 if all have one, so that nothing is to be merged."""
 
 
 class Seats(NamedTuple):
@@ -63,23 +44,6 @@ class Seats(NamedTuple):
     first: Ints
     last: Ints
     """Queries [first, last)."""
-
-
-def most_parts(queries: int) -> int:
-    """Parts a query may have in a step of `queries`: many where few queries must keep the whole GPU busy."""
-    return 8 if queries > 64 else max(16, min(64, 512 // queries))
-
-
-def most_cut(processors: int, kv_heads: int) -> int:
-    """Items into which rows are cut that would be fewer: two programs for every multiprocessor."""
-    return max(2 * processors // kv_heads, 1)
-
-
-def most_sharers(heads: int, kv_heads: int) -> int:
-    """Queries that may share an item, with so many query heads over so many key/value heads: as many as the tile for
-    the heads of eight has rows for."""
-    rows = max(LEAST_TILE, 1 << (SHARERS * heads // kv_heads - 1).bit_length())
-    return rows * kv_heads // heads
 
 
 def divide_work(
@@ -105,102 +69,55 @@ def divide_work(
         processors: multiprocessors to be kept busy.
         slots: most parts a query may have.
         sharers: queries that may share an item, see `most_sharers`.
-        least_shared: keys that neighbouring rows must share to be looked at together; None: where that takes less time
-            (`PLAIN_TIME`, `SHARED_TIME`).
+        least_shared: keys that neighbouring rows must share to be looked at together; None: where that takes less time,
+            see `tiles.choose_tiles`.
     """
     counts = np.diff(borders)
     rows, tokens = len(counts), int(borders[-1])
-    stretches = _stretches(pages, lengths, page_size, least_shared or LEAST_SHARED)
+    common = _common(pages, lengths, page_size, least_shared or LEAST_SHARED)
+    if rows == tokens:
+        tiles = None if common is None else choose_tiles(common, lengths, sharers, least_shared)
+        if tiles is None:
+            return _alone(pages, lengths, kv_heads, processors, slots)
+        if not tiles.is_one_over_many_keys(sharers):
+            return list_tiles(
+                pages, lengths, tiles, page_size=page_size, kv_heads=kv_heads, processors=processors, slots=slots
+            )
     # Rows of several queries need the larger tiles with and without others.
-    if rows == tokens and (stretches is None or least_shared is None):
-        pieces = _pieces_alone(lengths, kv_heads, processors, slots)
-        if stretches is None or not _pays(stretches, lengths, pieces, sharers, kv_heads / processors):
-            return _alone(pages, lengths, pieces, slots)
+    stretches = None if common is None else _stretches(common, lengths, least_shared or LEAST_SHARED)
     limits = lengths if rows == tokens else np.repeat(lengths - counts + 1 - borders[:-1], counts) + np.arange(tokens)
     depth = 0 if stretches is None else _depth(stretches, borders)
     if stretches is None or depth > slots // 2:
         stretches, depth = np.zeros((rows, 4), dtype=np.int64), 1
         stretches[:, 0] = np.arange(rows)
         stretches[:, 1], stretches[:, 3] = stretches[:, 0] + 1, lengths
-    listed, bases = _tables(pages, stretches, page_size)
+    listed, bases = page_tables(pages, stretches, page_size)
+    if sharers > 1:  # all of a page may be read: items end where their rows do
+        listed = listed * np.int32(page_size) + np.int32(page_size - 1)
     seats = _seats(stretches, bases, borders, sharers)
-    piece = _piece(seats.end - seats.start, int(lengths.max()), kv_heads, 2 * processors, slots - depth)
+    piece = piece_of(seats.end - seats.start, int(lengths.max()), kv_heads, 2 * processors, slots - depth)
     return _cut(seats, piece, listed, limits.astype(np.int32), slots, sharers)
-
-
-def _pays(stretches: Ints, lengths: Int32s, pieces: Ints, sharers: int, programs_per_processor: float) -> bool:
-    """Whether rows of one query each read shared keys once in less time than each for itself; see `PLAIN_TIME`.
-
-    Args:
-        stretches: see `_stretches`.
-        lengths: keys of each row.
-        pieces: keys of its items where it reads all of them itself. That ends with the longest item: 24 rows of four
-            key/value heads are not cut, and a quarter of 132 multiprocessors has none of their items.
-        programs_per_processor: of one item: key/value heads over multiprocessors.
-    """
-    first, last, start, end = stretches.T
-    shared = int((-(-(last - first) // sharers) * (end - start)).sum())
-    longest = int(np.minimum(pieces, lengths).max())
-    plain_keys, shared_keys = max(lengths.sum() * programs_per_processor, longest), shared * programs_per_processor
-    return bool(SHARED_TIME[0] + SHARED_TIME[1] * shared_keys < PLAIN_TIME[0] + PLAIN_TIME[1] * plain_keys)
-
-
-def _counted(counts: Ints) -> tuple[Ints, Ints]:
-    """For as many things of each owner as `counts` says: [sum], whose each one is, and its number among the owner's."""
-    owner = np.repeat(np.arange(len(counts)), counts)
-    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
-
-
-def _tables(pages: Int32s, stretches: Ints, page_size: int) -> tuple[Int32s, Ints]:
-    """The pages of the stretches, flat, and where among them the page of each one's key 0 would stand."""
-    begins = stretches[:, 2] // page_size
-    counts = -(-stretches[:, 3] // page_size) - begins
-    owner, index = _counted(counts)
-    there = (stretches[:, 0] * pages.shape[1] + begins)[owner] + index
-    return pages.reshape(-1)[there], np.cumsum(counts) - counts - begins
 
 
 def _seats(stretches: Ints, bases: Ints, borders: Ints, sharers: int) -> Seats:
     """One for every stretch and group of queries that look at it together."""
     first, last, start, end = stretches.T
     query, border = borders[first], borders[last]
-    owner, index = _counted(-(-(border - query) // sharers))
+    owner, index = counted(-(-(border - query) // sharers))
     query = query[owner] + index * sharers
     return Seats(bases[owner], start[owner], end[owner], query, np.minimum(query + sharers, border[owner]))
 
 
-def _piece(sizes: npt.NDArray[np.signedinteger], longest: int, kv_heads: int, programs: int, most: int) -> int:
-    """Keys of an item, for about so many programs, but no more than `most` parts for a query."""
-    even = -(-int(sizes.sum()) * kv_heads // programs)
-    return -(-max(even, -(-longest // most), LEAST_PIECE) // BLOCK) * BLOCK
-
-
-def _even_pieces(sizes: npt.NDArray[np.signedinteger], piece: int) -> npt.NDArray[np.signedinteger]:
-    """Keys per item of each stretch: about `piece`, but so that the last one is not a small rest."""
-    parts = np.maximum((sizes + piece // 2) // piece, 1)
-    return -(-sizes // (parts * BLOCK)) * BLOCK
-
-
-def _pieces_alone(lengths: Int32s, kv_heads: int, processors: int, slots: int) -> Ints:
-    """Keys of the items of each row, if rows of one query each share nothing."""
+def _alone(pages: Int32s, lengths: Int32s, kv_heads: int, processors: int, slots: int) -> Work:
+    """The work of rows with one query each that share nothing: what most decode steps are."""
     # Two programs for every multiprocessor hide each other's waits; where there is about one anyway, a second part and
     # the merge cost more than that unless the rows are long.
     rows, longest = len(lengths), int(lengths.max())
     twice = 2 * rows * kv_heads <= processors or int(lengths.sum()) >= LONG * rows
     programs = 2 * processors if twice else processors
-    piece = _piece(lengths, longest, kv_heads, programs, slots - 1)
-    # More programs than may run at once would leave a rest that runs alone.
-    most = max(rows, most_cut(processors, kv_heads))
-    while int((-(-lengths // (pieces := _even_pieces(lengths, piece)))).sum()) > most:
-        piece += -(-piece // (8 * BLOCK)) * BLOCK
-    return pieces
-
-
-def _alone(pages: Int32s, lengths: Int32s, pieces: Ints, slots: int) -> Work:
-    """The work of rows with one query each that share nothing: what most decode steps are."""
-    counts = -(-lengths // pieces)
-    rows = np.arange(len(lengths), dtype=np.int32)
-    owner = np.repeat(rows, counts)
+    piece = piece_of(lengths, longest, kv_heads, programs, slots - 1)
+    pieces, counts = cut_evenly(lengths, piece, most_cut(processors, kv_heads))
+    owner = np.repeat(np.arange(rows, dtype=np.int32), counts)
     part = np.arange(len(owner), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
     items = np.empty((len(owner), 4), dtype=np.int32)
     pieces = pieces[owner]
@@ -208,7 +125,7 @@ def _alone(pages: Int32s, lengths: Int32s, pieces: Ints, slots: int) -> Work:
     limits = lengths[owner]
     np.minimum(items[:, 1] + pieces, limits, out=items[:, 2])
     most = slots if len(owner) > len(lengths) else 1
-    return Work(items, owner[:, None], limits[:, None], counts, pages.reshape(-1), most)
+    return Work(items, owner[:, None], limits[:, None], NO_TAILS, counts, pages.reshape(-1), most)
 
 
 def _depth(stretches: Ints, borders: Ints) -> int:
@@ -221,9 +138,9 @@ def _depth(stretches: Ints, borders: Ints) -> int:
 def _cut(seats: Seats, piece: int, pages: Int32s, limits: Int32s, slots: int, sharers: int) -> Work:
     """Cut every stretch into pieces and number the parts of each query."""
     base, start, end, first, last = seats
-    each = _even_pieces(end - start, piece)
+    each = even_pieces(end - start, piece)
     pieces = -(-(end - start) // each)
-    owner, index = _counted(pieces)
+    owner, index = counted(pieces)
     counts = [0] * len(limits)
     before = []
     for number, query, border in zip(pieces.tolist(), first.tolist(), last.tolist(), strict=True):
@@ -241,20 +158,29 @@ def _cut(seats: Seats, piece: int, pages: Int32s, limits: Int32s, slots: int, sh
     seen = limits[tokens]
     seen[tokens < 0] = 0
     most = slots if max(counts) > 1 else 1
-    return Work(items, tokens.astype(np.int32)[owner], seen[owner], np.array(counts, dtype=np.int32), pages, most)
+    tails = NO_TAILS
+    if sharers > 1:
+        tails = np.zeros((len(owner), 3, sharers), dtype=np.int32)
+        tails[:, 2] = items[:, 3:]
+    return Work(
+        items, tokens.astype(np.int32)[owner], seen[owner], tails, np.array(counts, dtype=np.int32), pages, most
+    )
 
 
-def _stretches(pages: Int32s, lengths: Int32s, page_size: int, least: int) -> Ints | None:
-    """Every row's keys, as stretches, [stretches, 4]: rows [first, second), which list the same pages for the keys
-    [third, fourth). What neighbours share comes before what is each one's own. None: they share nothing worth it."""
+def _common(pages: Int32s, lengths: Int32s, page_size: int, least: int) -> Ints | None:
+    """[rows - 1], keys in whole pages that each row shares with the next; None: nowhere as many as `least`."""
     if len(lengths) == 1 or not (pages[1:, 0] == pages[:-1, 0]).any():
         return None
     other = pages[1:] != pages[:-1]
     same = other.argmax(1)  # 0, too, where none differs
     same[~other[np.arange(len(same)), same]] = pages.shape[1]
     common = np.minimum(same * page_size, np.minimum(lengths[1:], lengths[:-1]) // page_size * page_size)
-    if not (common >= least).any():
-        return None
+    return common if (common >= least).any() else None
+
+
+def _stretches(common: Ints, lengths: Int32s, least: int) -> Ints:
+    """Every row's keys, as stretches, [stretches, 4]: rows [first, second), which list the same pages for the keys
+    [third, fourth). What neighbours share comes before what is each one's own."""
     found: list[int] = []
     # Lists, since numpy takes longer for a few numbers.
     _split(0, len(lengths), 0, common.tolist(), lengths.tolist(), least, found)

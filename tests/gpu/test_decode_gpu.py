@@ -124,8 +124,10 @@ def test_the_write_equals_its_reference(norms):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("seed", range(20))
 def test_attention_over_random_trees_equals_its_reference(dtype, seed, monkeypatch):
-    if seed % 4:  # rows read what they share together, whether that takes less time or not
-        monkeypatch.setattr("megatron_multiverse.kernels.tree_decode.work._pays", lambda *args: True)
+    if seed % 4:  # rows read what they share together, whether that takes less time or not, in tiles of any width
+        tiles = "megatron_multiverse.kernels.tree_decode.tiles"
+        monkeypatch.setattr(f"{tiles}.PLAIN_TIME", float("inf"))
+        monkeypatch.setattr(f"{tiles}.TIMES", ((1, 9, 9), (9, 1, 9), (9, 9, 1))[seed % 3])
     rng = np.random.default_rng(seed)
     page, groups = int(rng.choice([1, 16, 64])), int(rng.choice([1, 4]))
     heads, dim = groups * int(rng.choice([1, 5, 7])), int(rng.choice([64, 128]))
@@ -142,6 +144,10 @@ def test_attention_over_random_trees_equals_its_reference(dtype, seed, monkeypat
     generator = torch.Generator("cuda").manual_seed(seed)
     shape = (2, pages.max() + 1, page, groups, dim)
     keys, values = torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+    unseen = torch.ones(*shape[1:3], dtype=torch.bool)
+    for numbers, length in zip(pages, lengths.tolist(), strict=True):
+        unseen[numbers[np.arange(length) // page], np.arange(length) % page] = False
+    keys[unseen.cuda()], values[unseen.cuda()] = float("nan"), float("nan")
     query = torch.randn(int(borders[-1]), heads, dim, device="cuda", generator=generator).to(dtype)
     arrays = [torch.from_numpy(x).cuda() for x in (pages, lengths, borders)]
     want = tree_decode_reference(query.double(), keys.double(), values.double(), *arrays, dim**-0.5)

@@ -159,7 +159,15 @@ class _Graph:
         self.kind, size = kind, kind.size
         buffer = PlanBuffer(size, kind.items, kind.sharers, device)
         self.buffer, there = buffer, buffer.device
-        work = DeviceWork(there["pages"], there["items"], there["tokens"], there["limits"], there["counts"], kind.slots)
+        work = DeviceWork(
+            there["pages"],
+            there["items"],
+            there["tokens"],
+            there["limits"],
+            there["tails"],
+            there["counts"],
+            kind.slots,
+        )
         tensors = StepTensors(
             there["ids"],
             there["positions"],

@@ -60,6 +60,7 @@ class PlanBuffer:
             "items": (np.int32, (items, 4)),
             "tokens": (np.int32, (items, sharers)),
             "limits": (np.int32, (items, sharers)),
+            "tails": (np.int32, (items if sharers > 1 else 0, 3, sharers)),
             "counts": (np.int32, (size,)),
             "pages": (np.int32, (size * MOST_PAGES,)),
         }
@@ -103,7 +104,7 @@ class PlanBuffer:
             self._put(name, getattr(sampling, name), 0)
         for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
             self._put(name, _NONE if shaping is None else getattr(shaping, name), off)
-        for name in ("items", "tokens", "limits", "counts"):
+        for name in ("items", "tokens", "limits", "tails", "counts"):
             self._put(name, getattr(work, name), 0)
         pages = self.host["pages"]
         pages[: work.pages.size] = work.pages

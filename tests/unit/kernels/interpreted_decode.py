@@ -216,6 +216,8 @@ def check_decode() -> None:
         for processors, slots, sharers, least in (
             (1, 64, 8, 256),
             (64, 16, 9, 16),
+            (64, 16, 4, 4),
+            (1, 8, 2, 16),
             (64, 16, 1, 256),
             (64, 16, 8, None),
         ):
@@ -223,7 +225,7 @@ def check_decode() -> None:
                 pages, lengths, borders, page_size=page_size, kv_heads=groups, processors=processors, slots=slots,
                 sharers=sharers, least_shared=least,
             )  # fmt: skip
-            tensors = (torch.from_numpy(x) for x in (work.pages, *work[:4]))
+            tensors = (torch.from_numpy(x) for x in (work.pages, *work[:5]))
             got = tree_decode_triton(query, keys, values, *tensors, 0.3, slots=work.slots, pdl=False)
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 

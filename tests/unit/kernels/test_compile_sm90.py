@@ -126,9 +126,10 @@ def launch_decode() -> None:
     slots = torch.arange(8)
     for norms in ({}, {"query_norm": norm, "key_norm": norm}):
         query = write_kv_triton(mixed, torch.zeros(1, 8, 128), *cache.flatten(1, 2), slots, slots, **norms)
-    for sharers in (1, 9):
+    for sharers in (1, 2, 4, 9):
         items, tokens = torch.zeros(8, 4, dtype=torch.int32), torch.zeros(8, sharers, dtype=torch.int32)
-        tree_decode_triton(query, *cache, items[0], items, tokens, tokens, tokens[:, 0], 1.0, slots=8)
+        tails = torch.zeros(8, 3, sharers, dtype=torch.int32)
+        tree_decode_triton(query, *cache, items[0], items, tokens, tokens, tails, tokens[:, 0], 1.0, slots=8)
 
 
 def launch_greedy() -> None:
@@ -209,7 +210,7 @@ def test_four_programs_of_many_rows_alone_fit_a_multiprocessor(compiled: Compile
 
     query, cache = torch.zeros(128, 28, 128, dtype=torch.bfloat16), torch.zeros(2, 9, 16, 4, 128, dtype=torch.bfloat16)
     items, tokens = torch.zeros(128, 4, dtype=torch.int32), torch.zeros(128, 1, dtype=torch.int32)
-    tree_decode_triton(query, *cache, items[0], items, tokens, tokens, tokens[:, 0], 1.0, slots=1)
+    tree_decode_triton(query, *cache, items[0], items, tokens, tokens, tokens, tokens[:, 0], 1.0, slots=1)
     assert resources(dict(compiled)["_decode_kernel"], tmp_path)[0] <= 128
 
 

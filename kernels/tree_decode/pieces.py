@@ -1,0 +1,110 @@
+"""What all lists of work are made of: tables of pages, and stretches of keys cut into pieces of about one size."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+BLOCK = 64
+"""Keys a program looks at at once; pieces are multiples of it."""
+LEAST_PIECE = 2 * BLOCK
+"""Fewer keys are not worth a program and a part of their own."""
+LEAST_SHARED = 4 * BLOCK
+"""Shared keys below which rows are never looked at together."""
+LEAST_TILE, SHARERS = 16, 8
+"""Rows of the tensor cores' smallest tile, and queries for whose heads tiles are made; see `most_sharers`."""
+
+Int32s = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
+
+
+class Work(NamedTuple):
+    """The list for `triton_decode.tree_decode_triton`.
+
+    Where an item has one query, that sees the keys of a row up to its limit. Where it may have several, its keys are
+    those that they share and then each one's own: a query sees the keys below the first number of its tail, and those
+    from the second to its limit.
+    """
+
+    items: Int32s
+    """[items, 4]: where in `pages` the page of key 0 would stand, first key, end of the keys, and which part of its
+    query this is, where items have one. A stretch from 0 to 0 is padding."""
+    tokens: Int32s
+    """[items, sharers], the queries; -1 is none."""
+    limits: Int32s
+    """[items, sharers], the end of the keys that each query sees."""
+    tails: Int32s
+    """[items, 3, sharers], where items may have several queries: the end of the keys that they share, the begin of each
+    one's own, and which part of the query this is. Else [0, 3, 1]."""
+    counts: Int32s
+    """[tokens], parts of each query."""
+    pages: Int32s
+    """Flat: the pages of every stretch, one after the other; where items may have several queries, the last slot that
+    may be read of each, page * page size + offset."""
+    slots: int
+    """Most parts a query may have; 1 if all have one, so that nothing is to be merged."""
+    ends: Ints | None = None
+    """[rows], where in `pages` the page of each row's last key stands, if that holds an offset of the row's own."""
+
+
+NO_TAILS = np.zeros((0, 3, 1), dtype=np.int32)
+
+
+def most_parts(queries: int) -> int:
+    """Parts a query may have in a step of `queries`: many where few queries must keep the whole GPU busy."""
+    return 8 if queries > 64 else max(16, min(64, 512 // queries))
+
+
+def most_cut(processors: int, kv_heads: int) -> int:
+    """Items into which rows are cut that would be fewer: two programs for every multiprocessor."""
+    return max(2 * processors // kv_heads, 1)
+
+
+def most_sharers(heads: int, kv_heads: int) -> int:
+    """Queries that may share an item, with so many query heads over so many key/value heads: as many as the tile for
+    the heads of eight has rows for."""
+    rows = max(LEAST_TILE, 1 << (SHARERS * heads // kv_heads - 1).bit_length())
+    return rows * kv_heads // heads
+
+
+def counted(counts: Ints) -> tuple[Ints, Ints]:
+    """For as many things of each owner as `counts` says: [sum], whose each one is, and its number among the owner's."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
+
+
+def page_tables(pages: Int32s, stretches: Ints, page_size: int) -> tuple[Int32s, Ints]:
+    """The pages of the stretches, flat, and where among them the page of each one's key 0 would stand."""
+    begins = stretches[:, 2] // page_size
+    counts = -(-stretches[:, 3] // page_size) - begins
+    owner, index = counted(counts)
+    there = (stretches[:, 0] * pages.shape[1] + begins)[owner] + index
+    return pages.reshape(-1)[there], np.cumsum(counts) - counts - begins
+
+
+def piece_of(sizes: npt.NDArray[np.signedinteger], longest: int, kv_heads: int, programs: int, most: int) -> int:
+    """Keys of an item, for about so many programs, but no more than `most` parts for a query."""
+    even = -(-int(sizes.sum()) * kv_heads // programs)
+    return -(-max(even, -(-longest // most), LEAST_PIECE) // BLOCK) * BLOCK
+
+
+def even_pieces(sizes: npt.NDArray[np.signedinteger], piece: int) -> npt.NDArray[np.signedinteger]:
+    """Keys per item of each stretch: about `piece`, but so that the last one is not a small rest."""
+    parts = np.maximum((sizes + piece // 2) // piece, 1)
+    return -(-sizes // (parts * BLOCK)) * BLOCK
+
+
+def cut_evenly(
+    sizes: npt.NDArray[np.signedinteger], piece: int, most: int
+) -> tuple[npt.NDArray[np.signedinteger], npt.NDArray[np.signedinteger]]:
+    """Keys per item and items of each stretch, cut into about `piece` keys, but into no more than `most` items where
+    there are fewer stretches: what cannot run at once would leave a rest that runs alone."""
+    most = max(most, len(sizes))
+    while True:
+        each = even_pieces(sizes, piece)
+        counts = -(-sizes // each)
+        if int(counts.sum()) <= most:
+            return each, counts
+        piece += -(-piece // (8 * BLOCK)) * BLOCK

@@ -1,0 +1,143 @@
+"""The list of work of rows that share pages, by tiles: what some rows share, and then each one's own keys.
+
+A tile is looked at by all of its rows at once, so the tensor cores' rows that a row's own keys leave empty are few, and
+what is shared is read once. Nobody's own keys stand in items of their own: where a tile is not cut, nothing is merged.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from .pieces import LEAST_SHARED, Int32s, Ints, Work, counted, cut_evenly, most_cut, page_tables, piece_of
+
+TIMES = 1.35, 1.0, 0.9
+"""Time per key of tiles for as many queries as may share an item, half and a quarter as many, over that of half: they
+choose the fastest, or nearly so, in the measured cases of 8 to 160 rows (H200, 28 query heads over 4)."""
+PLAIN_TIME = 0.85
+"""The same for rows that each read all of their keys. A key that is read again can come from the L2 cache."""
+HUGE = 8192
+"""Shared keys from which the rows of one tile read them in items of several rows, and their own in items of one: 8 rows
+over 16,384 take 21.9 us so on an H200 and 24.4 by a tile, over 8,192 tiles win."""
+
+
+class Tiles(NamedTuple):
+    """Tiles that have every row once, in order; each [tiles]."""
+
+    first: Ints
+    last: Ints
+    """Rows [first, last)."""
+    shared: Ints
+    """Keys that they share, in whole pages."""
+    sharers: int
+    """Rows that a tile has room for."""
+
+    def is_one_over_many_keys(self, most: int) -> bool:
+        """Whether all rows are in one tile as large as `most` rows need, over more than `HUGE` shared keys."""
+        return len(self.first) == 1 and self.sharers == most and bool(self.shared[0] > HUGE)
+
+
+def choose_tiles(common: Ints, lengths: Int32s, sharers: int, least: int | None) -> Tiles | None:
+    """Tiles of the rows; None: it is faster if each reads all of its keys.
+
+    Args:
+        common: [rows - 1], keys in whole pages that rows share with the next.
+        lengths: [rows], keys of each.
+        sharers: most queries of an item.
+        least: keys that are worth a tile, however long it takes; None: where it takes less time.
+    """
+    # Lists, since numpy takes longer for a few numbers.
+    shared, keys = common.tolist(), lengths.tolist()
+    widths = [width for width in (sharers, sharers // 2, sharers // 4) if width > 1]
+    found = [_tiles(0, len(keys), shared, keys, width, least or LEAST_SHARED) for width in widths]
+    times = [read * time for (read, _), time in zip(found, TIMES, strict=False)]
+    best = int(np.argmin(times)) if times else 0
+    if not times or (least is None and times[best] > PLAIN_TIME * sum(keys)):
+        return None
+    first, last, head = np.array(found[best][1], dtype=np.int64).T
+    return Tiles(first, last, head, widths[best])
+
+
+def _tiles(
+    first: int, last: int, common: list[int], lengths: list[int], sharers: int, least: int
+) -> tuple[int, list[tuple[int, int, int]]]:
+    """Keys that are read, and (first row, last, shared keys) of the tiles of the rows [first, last)."""
+    if last - first == 1:
+        return lengths[first], [(first, last, 0)]
+    inner = common[first : last - 1]
+    shared = min(inner)
+    count = -(-(last - first) // sharers)
+    together = sum(lengths[first:last]) - (last - first - count) * shared
+    if shared < least or max(inner) > shared:
+        # They part where neighbours share least.
+        limit = max(shared, least - 1)
+        borders = [first, *(row for row, keys in enumerate(inner, first + 1) if keys <= limit), last]
+        apart = [_tiles(low, high, common, lengths, sharers, least) for low, high in pairwise(borders)]
+        keys = sum(read for read, _ in apart)
+        if shared < least or together > keys:
+            return keys, [tile for _, tiles in apart for tile in tiles]
+    ends = [first + (last - first) * number // count for number in range(count + 1)]
+    return together, [(low, high, shared if high - low > 1 else 0) for low, high in pairwise(ends)]
+
+
+def list_tiles(
+    pages: Int32s,
+    lengths: Int32s,
+    tiles: Tiles,
+    *,
+    page_size: int,
+    kv_heads: int,
+    processors: int,
+    slots: int,
+) -> Work:
+    """The list of rows of one query each; arguments as of `work.divide_work`."""
+    first, last, shared, sharers = tiles
+    table, ends = _table(pages, lengths, tiles, page_size)
+    # [tiles, sharers]: keys below `a` and in [b, c) are those that a row sees, and [b, `room`) is kept for it.
+    rows = first[:, None] + np.arange(sharers)
+    there = rows < last[:, None]
+    own = np.where(there, lengths[np.where(there, rows, 0)] - shared[:, None], 0)
+    own_pages = -(-own // page_size)
+    room = shared[:, None] + np.cumsum(own_pages, 1) * page_size
+    b = room - own_pages * page_size
+    sizes = room[:, -1]
+    base = (np.cumsum(sizes) - sizes) // page_size
+    piece = piece_of(sizes, int(sizes.max()), kv_heads, 2 * processors, slots - 1)
+    each, count = cut_evenly(sizes, piece, most_cut(processors, kv_heads))
+    owner, index = counted(count)
+    items = np.zeros((len(owner), 4), dtype=np.int32)
+    items[:, 0], items[:, 1] = base[owner], index * each[owner]
+    items[:, 2] = np.minimum(items[:, 1] + each[owner], sizes[owner])
+    begin, end = items[:, 1:2], items[:, 2:3]
+    # Also rows whose next keys come there, so that the list can be moved on.
+    seen = there[owner] & ((begin < shared[owner, None]) | ((b[owner] < end) & (begin < room[owner])))
+    before = np.cumsum(seen, 0) - seen
+    part = before - before[(np.cumsum(count) - count)[owner]]
+    shared_end = np.repeat(shared[:, None], sharers, 1)
+    tails = np.stack((shared_end[owner], b[owner], part), 1) * seen[:, None]
+    tokens = np.where(seen, rows[owner], -1).astype(np.int32)
+    counts = np.bincount(tokens[seen], minlength=len(lengths)).astype(np.int32)
+    most = slots if counts.max() > 1 else 1
+    limits = ((b + own)[owner] * seen).astype(np.int32)
+    return Work(items, tokens, limits, tails.astype(np.int32), counts, table, most, ends)
+
+
+def _table(pages: Int32s, lengths: Int32s, tiles: Tiles, page_size: int) -> tuple[Int32s, Ints]:
+    """Last slots of the pages of every tile, flat, and where among them the last page of each row stands."""
+    rows = np.arange(len(lengths))
+    heads = np.stack((tiles.first, tiles.last, np.zeros_like(tiles.first), tiles.shared), 1)
+    shared = np.repeat(tiles.shared, tiles.last - tiles.first)
+    own = np.stack((rows, rows + 1, shared, lengths), 1)
+    # The head of a tile, then the rows that have it.
+    places = np.concatenate((tiles.first + np.arange(len(tiles.first)), rows + 1 + np.repeat(
+        np.arange(len(tiles.first)), tiles.last - tiles.first)))  # fmt: skip
+    stretches = np.empty((len(places), 4), dtype=np.int64)
+    stretches[places] = np.concatenate((heads, own))
+    numbers, bases = page_tables(pages, stretches, page_size)
+    table = numbers * np.int32(page_size) + np.int32(page_size - 1)
+    ends = (bases + -(-stretches[:, 3] // page_size) - 1)[places[len(heads) :]]
+    some = lengths > shared
+    table[ends[some]] -= (-lengths[some]) % page_size
+    return table, ends
