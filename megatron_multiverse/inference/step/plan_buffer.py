@@ -24,11 +24,15 @@ def room_for_items(work: Work, size: int, processors: int, kv_heads: int) -> int
     """Items that a graph of `size` tokens has room for, of those graphs that this list fits; None: it fits none.
 
     What stands behind the list is padding, for which programs start that do nothing. Most lists need none: rows that
-    are not cut have an item each, and rows that share nothing are cut into no more than keep the GPU busy.
+    are not cut have an item each, those that are cut no more together than keep the GPU busy, and most tiles have two
+    rows or more.
     """
-    cut = max(size, most_cut(processors, kv_heads))
-    rooms = (size,) if work.slots == 1 else (cut,)
-    return next((room for room in (*rooms, 3 * size + cut) if room >= len(work.items)), None)
+    busy = most_cut(processors, kv_heads)
+    if work.tokens.shape[1] > 1:
+        rooms = [max(size // 2, busy), max(size, busy), 3 * size + busy]
+    else:
+        rooms = [size if work.slots == 1 else max(size, busy), 3 * size + busy]
+    return next((room for room in rooms if room >= len(work.items)), None)
 
 
 class PlanBuffer:

@@ -205,6 +205,15 @@ def reads(work, page_size=16):
             yield token, (pages * page_size + keys % page_size)[seen], part
 
 
+def test_a_graph_has_hardly_more_room_than_tiles_have_items():
+    for requests, paths, room in ((32, 5, 96), (32, 3, 66), (10, 3, 66), (1, 8, 66), (170, 3, 256)):
+        pages, lengths, _ = tables(Case(requests, paths, 1024, 128), 16)
+        size = next(size for size in SIZES if size >= len(lengths))
+        borders, slots = np.arange(len(lengths) + 1), most_parts(size)
+        work = divide_work(pages, lengths, borders, page_size=16, kv_heads=4, processors=132, slots=slots, sharers=9)
+        assert room_for_items(work, size, 132, 4) == room
+
+
 def check_reads(work, pages, lengths, borders):
     """Every query reads each key that it sees once, from the slot where its row has it, its parts are numbered, and of
     a page that rows have for themselves nothing is loaded behind the last key of the row."""
