@@ -48,16 +48,49 @@ def choose_tiles(common: Ints, lengths: Int32s, sharers: int, least: int | None)
         sharers: most queries of an item.
         least: keys that are worth a tile, however long it takes; None: where it takes less time.
     """
-    # Lists, since numpy takes longer for a few numbers.
-    shared, keys = common.tolist(), lengths.tolist()
     widths = [width for width in (sharers, sharers // 2, sharers // 4) if width > 1]
-    found = [_tiles(0, len(keys), shared, keys, width, least or LEAST_SHARED) for width in widths]
-    times = [read * time for (read, _), time in zip(found, TIMES, strict=False)]
+    least_shared, total = least or LEAST_SHARED, int(lengths.sum())
+    groups = _flat_groups(common, least_shared)
+    nested: list[list[tuple[int, int, int]]] = []
+    if groups is not None:
+        rows, shared = groups[1] - groups[0], groups[2]
+        reads = [total - int(((rows - -(-rows // width)) * shared).sum()) for width in widths]
+    else:
+        # Lists, since numpy takes longer for a few numbers.
+        heads, keys = common.tolist(), lengths.tolist()
+        found = [_tiles(0, len(keys), heads, keys, width, least_shared) for width in widths]
+        reads, nested = [read for read, _ in found], [tiles for _, tiles in found]
+    times = [read * time for read, time in zip(reads, TIMES, strict=False)]
     best = int(np.argmin(times)) if times else 0
-    if not times or (least is None and times[best] > PLAIN_TIME * sum(keys)):
+    if not times or (least is None and times[best] > PLAIN_TIME * total):
         return None
-    first, last, head = np.array(found[best][1], dtype=np.int64).T
+    if groups is not None:
+        return _even_tiles(*groups, widths[best])
+    first, last, head = np.array(nested[best], dtype=np.int64).T
     return Tiles(first, last, head, widths[best])
+
+
+def _flat_groups(common: Ints, least: int) -> tuple[Ints, Ints, Ints] | None:
+    """(first row, row after the last, shared keys) of the groups in which neighbours share at least `least` keys; None
+    if the rows of one share more with some than with all."""
+    first = np.concatenate(([0], np.flatnonzero(common < least) + 1))
+    last = np.append(first[1:], len(common) + 1)
+    inner = np.append(common, 0)
+    inner[last - 1] = -1  # what is shared with the next group
+    high = np.maximum.reduceat(inner, first)
+    inner[last - 1] = np.iinfo(inner.dtype).max
+    low = np.minimum.reduceat(inner, first)
+    alone = last - first == 1
+    return None if ((high != low) & ~alone).any() else (first, last, np.where(alone, 0, low))
+
+
+def _even_tiles(first: Ints, last: Ints, shared: Ints, sharers: int) -> Tiles:
+    """Groups in tiles of about as many rows."""
+    rows = last - first
+    count = -(-rows // sharers)
+    owner, index = counted(count)
+    begin, end = (first[owner] + rows[owner] * number // count[owner] for number in (index, index + 1))
+    return Tiles(begin, end, np.where(end - begin > 1, shared[owner], 0), sharers)
 
 
 def _tiles(
