@@ -145,8 +145,8 @@ def test_attention_over_random_trees_equals_its_reference(dtype, seed, monkeypat
     shape = (2, pages.max() + 1, page, groups, dim)
     keys, values = torch.randn(*shape, device="cuda", generator=generator).to(dtype)
     unseen = torch.ones(*shape[1:3], dtype=torch.bool)
-    for numbers, length in zip(pages, lengths.tolist(), strict=True):
-        unseen[numbers[np.arange(length) // page], np.arange(length) % page] = False
+    for listed, length in zip(pages, lengths.tolist(), strict=True):
+        unseen[listed[np.arange(length) // page], np.arange(length) % page] = False
     keys[unseen.cuda()], values[unseen.cuda()] = float("nan"), float("nan")
     query = torch.randn(int(borders[-1]), heads, dim, device="cuda", generator=generator).to(dtype)
     arrays = [torch.from_numpy(x).cuda() for x in (pages, lengths, borders)]
