@@ -230,7 +230,7 @@ def check_reads(work, pages, lengths, borders):
         for token in range(borders[row], borders[row + 1]):
             seen = length - borders[row + 1] + token + 1
             assert np.array_equal(np.sort(np.concatenate(found[token])), np.sort(slots[:seen]))
-        if work.ends is not None:
+        if work.ends is not None and length % 16:  # else the next key needs another page
             assert work.pages[work.ends[row]] == slots[-1]
 
 
