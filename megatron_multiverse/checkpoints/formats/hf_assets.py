@@ -37,6 +37,10 @@ TOKENIZER_FILES = (
 TEMPLATE_FOLDER = "additional_chat_templates"
 """Where transformers keeps the further ones of several chat templates."""
 CARD_FILE = "README.md"
+_SAMPLE = (
+    "In the year 1234, Mr. Lee's 56 things   were\n\tf(x) = [7.89, -x] + 'caf\u00e9'  # 100%\n\nGo! It isn't in there."
+)
+"""Text whose pieces depend on how a tokenizer cuts words, digits, blanks and signs."""
 
 
 def copy_assets(tokenizer: Path | None, folders: Iterable[Path], target: Path) -> list[str]:
@@ -136,6 +140,32 @@ def check_tags(folder: str | Path, ids: Mapping[str, int]) -> None:
         )
 
 
+def class_that_reads_otherwise(folder: str | Path) -> str | None:
+    """The class that AutoTokenizer makes of the tokenizer in `folder`, if it gives other ids than tokenizer.json.
+
+    Beside the config.json of some architectures transformers 5 takes their own class whatever the files say, and such a
+    class cuts text in its own way (findings/transformers_5_qwen2_config_replaces_own_tokenizer.sh).
+
+    Returns:
+        The name of the class; None if it reads a sample of text as tokenizer.json does, if there is no tokenizer.json,
+        or if it cannot be opened, which `check_tags` reports.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    file = Path(folder) / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        own, opened = Tokenizer.from_file(str(file)), AutoTokenizer.from_pretrained(str(folder))
+        own.no_truncation()
+        own.no_padding()
+        found = opened(_SAMPLE, add_special_tokens=False)["input_ids"]
+    except Exception:  # whatever the class of the tokenizer raises
+        return None
+    return None if found == own.encode(_SAMPLE, add_special_tokens=False).ids else type(opened).__name__
+
+
 def write_generation_config(folder: str | Path) -> None:
     """Write generation_config.json from the tokenizer in `folder`, unless there is one or the tokenizer is missing.
 
@@ -159,6 +189,9 @@ def write_model_card(
 ) -> None:
     """Write README.md: what the model is, how to use it, where it comes from.
 
+    Its example opens the tokenizer with the class that reads it as tokenizer.json says; a warning says so where this is
+    not AutoTokenizer.
+
     Args:
         folder: the export.
         name: title.
@@ -174,8 +207,23 @@ def write_model_card(
         name=name, architecture=architecture, parameters=f"{config.num_parameters:,}", layers=config.num_layers,
         hidden=config.hidden_size, vocab=config.vocab_size, context=config.max_sequence_length, origin=origin,
         structure=_TAGGED.format(architecture=architecture) if tag_ids(folder) else _UNTAGGED,
+        opener=_opener(folder, name),
     )  # fmt: skip
     (Path(folder) / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def _opener(folder: str | Path, name: str) -> str:
+    """The class of transformers whose from_pretrained reads the tokenizer in `folder` as its tokenizer.json says."""
+    found = class_that_reads_otherwise(folder)
+    if found is None:
+        return "AutoTokenizer"
+    logger.warning(
+        "%s: AutoTokenizer makes a %s of its tokenizer, which cuts text otherwise than tokenizer.json says: open it by "
+        "PreTrainedTokenizerFast.from_pretrained, as its README.md does, and give servers that use AutoTokenizer token "
+        "ids instead of text",
+        name, found,
+    )  # fmt: skip
+    return "PreTrainedTokenizerFast"
 
 
 def _cell(value: Any) -> str:
@@ -206,10 +254,10 @@ tags:
 {structure}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, {opener}
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = {opener}.from_pretrained("FOLDER")
 ```
 
 | Shape | |

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_multiverse.checkpoints.convert import convert_checkpoint
 from megatron_multiverse.checkpoints.convert_config import ConvertConfig
+from megatron_multiverse.checkpoints.formats.hf_assets import class_that_reads_otherwise
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.checkpoints.verify import VerifyOptions, verify_checkpoints
 from megatron_multiverse.data.tokenizers import HuggingFaceTokenizer
@@ -127,6 +129,36 @@ def test_files_that_contradict_each_other_are_not_exported(tmp_path: Path) -> No
         assert not (tmp_path / "again").exists()
     mended = convert(broken, tmp_path / "mended", "hf", "hf", add_control_tokens=True)
     assert len(AutoTokenizer.from_pretrained(mended)) == len(AutoTokenizer.from_pretrained(plain)) + len(TAGS)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_a_tokenizer_that_auto_tokenizer_reads_otherwise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, model_type: str
+) -> None:
+    """transformers 5 makes a Qwen2Tokenizer of any beside a Qwen2: the export warns, and its card opens it rightly."""
+    plain = published(tmp_path / "plain", model_type)
+    (plain / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    content = json.loads((plain / "tokenizer.json").read_text())
+    letters = {"type": "Split", "pattern": {"Regex": "\\p{L}"}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"]["pretokenizers"][0] = letters
+    (plain / "tokenizer.json").write_text(json.dumps(content))
+    export = convert(plain, tmp_path / "export", "hf", "hf", add_control_tokens=True)
+
+    ids = HuggingFaceTokenizer(export).tokenize(TEXTS[0])
+    differs = AutoTokenizer.from_pretrained(export)(TEXTS[0], add_special_tokens=False)["input_ids"] != ids
+    assert differs == (model_type == "qwen2" and int(transformers.__version__.split(".")[0]) >= 5)
+    opener = "PreTrainedTokenizerFast" if differs else "AutoTokenizer"
+    assert f'tokenizer = {opener}.from_pretrained("FOLDER")' in (export / "README.md").read_text()
+    opened = getattr(transformers, opener).from_pretrained(export)
+    assert opened(TEXTS[0], add_special_tokens=False)["input_ids"] == ids
+    warned = "AutoTokenizer makes a Qwen2Tokenizer of its tokenizer, which cuts text otherwise" in caplog.text
+    assert warned == differs
+
+
+def test_published_tokenizers_are_not_warned_of(folders: dict[str, Path]) -> None:
+    assert [class_that_reads_otherwise(folder) for folder in folders.values()] == [None] * len(folders)
+    for name in ("tagged", "direct", "untagged"):
+        assert 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")' in (folders[name] / "README.md").read_text()
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
