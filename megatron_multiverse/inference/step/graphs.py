@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_multiverse.inference.step.forward import KVStore, PagedForward, StepTensors, known_ids
 from megatron_multiverse.inference.step.plan import StepPlan
-from megatron_multiverse.inference.step.plan_buffer import MOST_PAGES, PlanBuffer, most_writes, room_for_items
+from megatron_multiverse.inference.step.plan_buffer import PlanBuffer, most_pages, most_writes, room_for_items
 from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, choose, pack
 from megatron_multiverse.kernels.device import processors
 from megatron_multiverse.kernels.sampling import Filters
@@ -99,7 +99,7 @@ class StepGraphs:
                 return None
         work = self.work.divide(plan.pages, plan.lengths, plan.borders, most_parts(size))
         items = room_for_items(work, size, self.processors, self.kv_heads)
-        if items is None or work.pages.size > size * MOST_PAGES:
+        if items is None or work.pages.size > most_pages(size):
             return None
         kind = _Kind(size, items, work.tokens.shape[1], work.slots, _draw(plan, sampler))
         graph = self.graphs.get(kind) or self._capture(kind)

@@ -11,8 +11,12 @@ from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.kernels.tree_decode import Work, most_cut
 
 _NONE = np.zeros(0)
-MOST_PAGES = 4096
-"""Pages per token that a graph has room for, those that rows share counted once; steps that need more run without."""
+
+
+def most_pages(size: int) -> int:
+    """Pages that a graph of `size` tokens has room for, those that rows share counted once; steps that need more run
+    without. Each token has room for 65,536 keys of pages of 16, and few tokens together for a million."""
+    return max(4096 * size, 1 << 16)
 
 
 def most_writes(size: int) -> int:
@@ -66,7 +70,7 @@ class PlanBuffer:
             "limits": (np.int32, (items, sharers)),
             "tails": (np.int32, (items if sharers > 1 else 0, 3, sharers)),
             "counts": (np.int32, (size,)),
-            "pages": (np.int32, (size * MOST_PAGES,)),
+            "pages": (np.int32, (most_pages(size),)),
         }
         parts: dict[str, slice] = {}
         total = 0

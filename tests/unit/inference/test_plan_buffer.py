@@ -14,8 +14,8 @@ from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.inference import Engine, Request
 from megatron_multiverse.inference.bench_script import TEXT, VOCAB, Script, block_script
 from megatron_multiverse.inference.step.plan import StepPlan
-from megatron_multiverse.inference.step.plan_buffer import PlanBuffer
-from megatron_multiverse.kernels.tree_decode import Work
+from megatron_multiverse.inference.step.plan_buffer import PlanBuffer, most_pages
+from megatron_multiverse.kernels.tree_decode import Work, divide_work, most_parts
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -54,3 +54,13 @@ def test_a_buffer_holds_what_an_unused_one_would(
         [Request(prompt_ids=[TEXT] * 20, sampling=sampling) for sampling in ends]
     )  # fewer rows, step by step
     assert set(range(1, 9)) <= set(sizes)
+
+
+def test_a_graph_of_a_single_token_has_room_for_a_long_text() -> None:
+    """After 64K tokens a step by calls takes five times as long; a block's conclusion there is one row."""
+    pages = np.arange(1 << 16, dtype=np.int32)[None]
+    lengths = np.array([1 << 20], dtype=np.int32)
+    work = divide_work(
+        pages, lengths, np.arange(2), page_size=16, kv_heads=4, processors=132, slots=most_parts(1), sharers=9
+    )
+    assert work.pages.size <= most_pages(1) and most_pages(128) == 128 * 4096
