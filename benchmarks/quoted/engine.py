@@ -19,6 +19,9 @@ def engine() -> Iterator[str]:
     yield from _fp8()
     yield from _blocks()
     yield from _drawing()
+    yield from _small_and_short()
+    yield from _beside_vllm()
+    yield from _tiles()
     found = source.results("results/fp8_logits_cpu")
     right = found["right_answers"]["fp8"] * found["problems"]
     yield (
@@ -137,6 +140,74 @@ def _step_shares(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield f"at 32 {min(kept[32]):.0f} to {max(kept[32]):.0f} %"
     lost = bound[32][-1] - forked[32][-1]["speedup_per_parallel"]
     yield f"160 rows in place of 32 cost {1 - bound[32][-1]:.2f}, and forks, joins and all else {lost:.2f}"
+
+
+def _small_and_short() -> Iterator[str]:
+    """Steps that the host decides: small models, and prompts call by call."""
+    cases = {case["case"]: case for case in source.results("results/engine_small_steps_h200")["cases"]}
+    text, block = cases["1x0"], cases["1x4"]
+    yield (
+        f"a step takes {text['after_again']['ms_per_step']:.3f} ms instead of {text['before']['ms_per_step']:.3f}, one "
+        f"of a block's four paths {block['after']['ms_per_step']:.3f} instead of {block['before']['ms_per_step']:.3f}, "
+        f"with graphs of {text['after']['graph_ms']['1/1/64/greedy']:.3f} and "
+        f"{block['after']['graph_ms']['4/1/64/greedy']:.3f}"
+    )
+    prompts = source.results("results/engine_short_prompts_h200")["rows"]
+    calls = [ms for row in prompts if row["by"] == "calls" and row["model"] != "miniature" for ms in row["runs_ms"]]
+    yield f"takes the host {min(calls):.0f} to {max(calls):.0f} ms for Qwen2.5 whatever they hold"
+    of = {(row["model"], row["by"]): row["ms"] for row in prompts if row["tokens"] == 300}
+    small, large = ([of[f"qwen2.5-{size}", by] for by in ("graph", "calls")] for size in ("1.5b", "7b"))
+    yield (
+        f"prompt of 300 tokens after {small[0]:.1f} ms by a graph and {small[1]:.1f} call by call, 7B after "
+        f"{large[0]:.1f} and {large[1]:.1f}"
+    )
+
+
+def _beside_vllm() -> Iterator[str]:
+    """Blocks with their join, and text with its prompts, beside vLLM in one run."""
+    runs = source.results("results/beside_vllm_h200")["runs"]
+
+    def of(part: str, side: str, name: str, batch: int | None = None) -> float:
+        found = [
+            run[name] for run in runs if (run["part"], run["side"], run["case"].get("batch")) == (part, side, batch)
+        ]
+        return float(median(found))
+
+    for part, rival, words in (
+        (
+            "block",
+            "vllm",
+            "within the paths takes {:.2f} ms and vLLM's {:.2f} ({:.2f}), the whole block {} s and {} ({})",
+        ),
+        ("long", "vllm long", "after 65,536 tokens {:.2f} ms and {:.2f} ({:.2f}), and {} s and {} ({})"),
+    ):
+        step, whole = ([of(part, side, name) for side in ("ours", rival)] for name in ("ms_per_step", "seconds"))
+        yield words.format(
+            *step, step[0] / step[1], *(source.rounded(value, 2) for value in (*whole, whole[0] / whole[1]))
+        )
+    sides = ("ours small", "vllm small", "vllm small earlier runner")
+    (ours, *theirs), (our_step, *their_steps) = (
+        [of("decode", side, name, 128) for side in sides] for name in ("seconds", "ms_per_step")
+    )
+    yield f"take {ours:.2f} s, in vLLM {min(theirs):.2f}, although their steps take {our_step:.2f} ms"
+    yield f"and vLLM's {min(their_steps):.2f}:"
+
+
+def _tiles() -> Iterator[str]:
+    """Attention of paths that share their prompt."""
+    found = source.results("kernels/results/tree_decode_tiles_h200")["cases"]
+    cases = {case["case"]: (case["new_padded_us"], case["old_padded_us"]) for case in found}
+    three, five, three_long, five_long = (
+        cases[f"32 trees x {paths}, {keys}K + 123"] for keys in (1, 4) for paths in (3, 5)
+    )
+    yield "{:.1f} us instead of {:.1f} for 32 requests of three paths after 1,024 tokens and {:.1f}".format(
+        *three, five[0]
+    )
+    yield "instead of {:.1f} for five, {:.1f} instead of {:.1f} and {:.1f} instead of {:.1f} after 4,096".format(
+        five[1], *three_long, *five_long
+    )
+    longer = [name for name, (new, old) in cases.items() if new > old]
+    assert longer == ["8 rows, 512 + 256", "8 rows, 512 + 251"], f"kernels/tree_decode/README.md names others: {longer}"
 
 
 def _drawing() -> Iterator[str]:

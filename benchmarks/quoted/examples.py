@@ -172,5 +172,22 @@ def _labelled_lists() -> Iterator[str]:
     for name, title in (("chains-12", "12 chains"), ("variables-5", "5 variables")):
         yield f"{percent([again[name]])} % of {title}"
         yield f"instead of {percent(now('multiverse', name)[:1])}"
-    times = {row["batch"]: row["seconds"] for row in source.results(f"{OWN}batched")["modes"]["parallel"]}
-    yield "took {:.0f}, {:.0f} and {:.0f} ms".format(*(1000 * times[batch] for batch in (1, 2, 4)))
+    yield from _wall_clock()
+
+
+def _wall_clock() -> Iterator[str]:
+    """How far the times of single answers lie apart."""
+    modes = source.results(f"{OWN}alone")["modes"]
+    ours, plain = ([row for row in modes[mode] if row["chains"] == 4] for mode in ("parallel", "plain"))
+    net = [theirs["seconds"] / row["seconds"] for row, theirs in zip(ours, plain, strict=True)]
+    yield f"the net speedup at 4 paths is between {min(net):.2f} and {max(net):.2f}"
+    # In milliseconds: the shortest time per step of each, over as many steps as the answers have.
+    of_four = [min(1000 * row["seconds"] / row["critical"] for row in rows) for rows in (plain, ours)]
+    shortest = of_four[0] * sum(row["tokens"] for row in plain) / (of_four[1] * sum(row["critical"] for row in ours))
+    yield f"by the shortest times per step of both it would be {shortest:.2f}"
+    yield f"where these took {of_four[0]:.2f} and {of_four[1]:.2f} at best"
+    cases = {case["case"]: case for case in source.results("results/engine_small_steps_h200")["cases"]}
+    yield (
+        f"a step of the plain model takes {cases['1x0']['after_again']['ms_per_step']:.3f} ms and one of four paths "
+        f"{cases['1x4']['after']['ms_per_step']:.3f}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 
 from benchmarks.quoted import source
 from benchmarks.quoted.training import beside_fsdp
@@ -13,6 +14,9 @@ def readme() -> Iterator[str]:
     fork = source.results("results/engine_h200")["fork"]
     speedup = fork["serial_seconds"] / min(fork["block_seconds_runs"])
     yield f"a block of {fork['paths']} paths ends {speedup:.1f} times as soon as the same paths one by one"
+    runs = [run for run in source.results("results/beside_vllm_h200")["runs"] if run["part"] == "block"]
+    ours, theirs = (median(run["seconds"] for run in runs if run["side"] == side) for side in ("ours", "vllm"))
+    yield f"[{ours / theirs:.2f} of the time](benchmarks/results/beside_vllm_h200.json) of paths and join in vLLM"
     alone = source.results("results/engine_tp2_h200")["decode"][0]
     yield f"[{alone['speedup']:.1f} times as fast](benchmarks/results/engine_tp2_h200.json)"
     (theirs,) = (
