@@ -57,8 +57,8 @@ def choose_tiles(common: Ints, lengths: Int32s, sharers: int, least: int | None)
         reads = [total - int(((rows - -(-rows // width)) * shared).sum()) for width in widths]
     else:
         # Lists, since numpy takes longer for a few numbers.
-        heads, keys = common.tolist(), lengths.tolist()
-        found = [_tiles(0, len(keys), heads, keys, width, least_shared) for width in widths]
+        ranges = _ranges(common.tolist(), lengths.tolist(), least_shared)
+        found = [_tiles(ranges, width) for width in widths]
         reads, nested = [read for read, _ in found], [tiles for _, tiles in found]
     times = [read * time for read, time in zip(reads, TIMES, strict=False)]
     best = int(np.argmin(times)) if times else 0
@@ -93,26 +93,55 @@ def _even_tiles(first: Ints, last: Ints, shared: Ints, sharers: int) -> Tiles:
     return Tiles(begin, end, np.where(end - begin > 1, shared[owner], 0), sharers)
 
 
-def _tiles(
-    first: int, last: int, common: list[int], lengths: list[int], sharers: int, least: int
-) -> tuple[int, list[tuple[int, int, int]]]:
-    """Keys that are read, and (first row, last, shared keys) of the tiles of the rows [first, last)."""
-    if last - first == 1:
-        return lengths[first], [(first, last, 0)]
-    inner = common[first : last - 1]
-    shared = min(inner)
-    count = -(-(last - first) // sharers)
-    together = sum(lengths[first:last]) - (last - first - count) * shared
-    if shared < least or max(inner) > shared:
-        # They part where neighbours share least.
-        limit = max(shared, least - 1)
-        borders = [first, *(row for row, keys in enumerate(inner, first + 1) if keys <= limit), last]
-        apart = [_tiles(low, high, common, lengths, sharers, least) for low, high in pairwise(borders)]
-        keys = sum(read for read, _ in apart)
-        if shared < least or together > keys:
-            return keys, [tile for _, tiles in apart for tile in tiles]
-    ends = [first + (last - first) * number // count for number in range(count + 1)]
-    return together, [(low, high, shared if high - low > 1 else 0) for low, high in pairwise(ends)]
+class _Range(NamedTuple):
+    """Rows [first, last), which may be read together or as the ranges that they part into."""
+
+    first: int
+    last: int
+    shared: int
+    """Keys that all of them share; 0 where those are not worth a tile."""
+    keys: int
+    """Of all of them, added up."""
+    parts: range
+    """Which ranges of the list they part into, where neighbours share least; empty if they share one length."""
+
+
+def _ranges(common: list[int], lengths: list[int], least: int) -> list[_Range]:
+    """All rows and what they part into, step by step, each before its parts. Without recursion: where every row shares
+    more with the next, there are as many steps as rows."""
+    found: list[_Range] = []
+    borders = [(0, len(lengths))]
+    for first, last in borders:  # parts are put behind
+        inner = common[first : last - 1]
+        shared, parts = min(inner, default=0), range(0)
+        if inner and (shared < least or max(inner) > shared):
+            limit = max(shared, least - 1)
+            ends = [first, *(row for row, keys in enumerate(inner, first + 1) if keys <= limit), last]
+            parts = range(len(borders), len(borders) + len(ends) - 1)
+            borders += pairwise(ends)
+        found.append(_Range(first, last, shared if shared >= least else 0, sum(lengths[first:last]), parts))
+    return found
+
+
+def _tiles(ranges: list[_Range], sharers: int) -> tuple[int, list[tuple[int, int, int]]]:
+    """Keys that are read, and (first row, last, shared keys) of the tiles that read least."""
+    reads, together = [0] * len(ranges), [True] * len(ranges)
+    for number, (first, last, shared, keys, parts) in reversed(list(enumerate(ranges))):
+        rows = last - first
+        reads[number] = keys - (rows - -(-rows // sharers)) * shared
+        if parts and (not shared or reads[number] > sum([reads[part] for part in parts])):
+            reads[number], together[number] = sum([reads[part] for part in parts]), False
+    tiles, waiting = [], [0]
+    while waiting:
+        number = waiting.pop()
+        first, last, shared, _, parts = ranges[number]
+        if not together[number]:
+            waiting += reversed(parts)
+            continue
+        count = -(-(last - first) // sharers)
+        ends = [first + (last - first) * number // count for number in range(count + 1)]
+        tiles += [(low, high, shared if high - low > 1 else 0) for low, high in pairwise(ends)]
+    return reads[0], tiles
 
 
 def list_tiles(

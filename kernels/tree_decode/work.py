@@ -8,6 +8,7 @@ are read once for all of them. Siblings of a fork are neighbours in a step. Rows
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -183,27 +184,21 @@ def _stretches(common: Ints, lengths: Int32s, least: int) -> Ints:
     [third, fourth). What neighbours share comes before what is each one's own."""
     found: list[int] = []
     # Lists, since numpy takes longer for a few numbers.
-    _split(0, len(lengths), 0, common.tolist(), lengths.tolist(), least, found)
+    shared, ends = common.tolist(), lengths.tolist()
+    waiting = [(0, len(ends), 0)]
+    while waiting:
+        # All of these rows have been equal up to `start`.
+        first, last, start = waiting.pop()
+        if last - first == 1:
+            if start < ends[first]:
+                found += (first, last, start, ends[first])
+            continue
+        inner = shared[first : last - 1]
+        end = min(inner)
+        if end - start >= least:
+            found += (first, last, start, end)
+            start = end
+        # Where two neighbours share little more, the rows part.
+        parts = [row for row, keys in enumerate(inner, first + 1) if keys - start < least]
+        waiting += [(low, high, start) for low, high in pairwise([first, *parts, last])][::-1]
     return np.array(found, dtype=np.int64).reshape(-1, 4)
-
-
-def _split(
-    first: int, last: int, start: int, common: list[int], lengths: list[int], least: int, found: list[int]
-) -> None:
-    """Add the stretches of the rows [first, last) from `start` on, where all of them have been equal so far."""
-    if last - first == 1:
-        if start < lengths[first]:
-            found += (first, last, start, lengths[first])
-        return
-    inner = common[first : last - 1]
-    end = min(inner)
-    if end - start >= least:
-        found += (first, last, start, end)
-        start = end
-    # Where two neighbours share little more, the rows part.
-    parts = [row for row, keys in enumerate(inner, first + 1) if keys - start < least]
-    if not parts:
-        # All share enough more than nothing, but `end` was short of it: part at the least of them.
-        parts = [first + inner.index(end) + 1]
-    for low, high in zip([first, *parts], [*parts, last], strict=True):
-        _split(low, high, start, common, lengths, least, found)

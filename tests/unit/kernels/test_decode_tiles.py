@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_multiverse.kernels.tree_decode import tiles
+from megatron_multiverse.kernels.tree_decode import divide_work, most_parts, tiles
+from tests.unit.kernels.listed_keys import check_reads
 
 
 @pytest.mark.parametrize("levels", [[0, 512], [0, 16, 256, 512]])
@@ -36,3 +37,19 @@ def test_rows_part_where_that_reads_less():
     common[[0, 1, 3, 4, 6, 7]] = 320
     found = tiles.choose_tiles(common, np.full(9, 420, dtype=np.int32), 9, 256)
     assert found is not None and found.shared.tolist() == [304]
+
+
+@pytest.mark.parametrize("tokens_per_row", [1, 2])
+def test_hundreds_of_rows_may_each_share_more_with_the_next(tokens_per_row):
+    """Prompts that end at every page of one text, as of someone who scores all its beginnings."""
+    rows = 512
+    own = np.arange(rows)[:, None] < np.arange(rows) - 17
+    pages = np.where(own, 10_000 + np.arange(rows * rows).reshape(rows, rows), np.arange(rows)).astype(np.int32)
+    pages = np.concatenate((pages, 500_000 + np.arange(rows * 20).reshape(rows, 20)), 1, dtype=np.int32)
+    lengths = (16 * 18 + 5 + 16 * np.arange(rows)).astype(np.int32)
+    borders = tokens_per_row * np.arange(rows + 1)
+    work = divide_work(
+        pages, lengths, borders, page_size=16, kv_heads=4, processors=132, slots=most_parts(int(borders[-1])), sharers=9
+    )
+    assert work.tokens.shape[1] > 1
+    check_reads(work, pages, lengths, borders)

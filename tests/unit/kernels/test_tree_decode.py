@@ -20,6 +20,7 @@ from megatron_multiverse.kernels.tree_decode import (
     tree_decode,
 )
 from megatron_multiverse.kernels.tree_decode.prompt import Prompt, attend_prompt
+from tests.unit.kernels.listed_keys import check_reads
 
 PAGE = 4
 
@@ -186,25 +187,6 @@ def test_rows_that_share_more_with_each_other_than_with_all_have_tiles_of_their_
     assert (work.items[:, 2] - work.items[:, 1]).sum() == 4 * (1024 + 4096 + 5 * 64)
 
 
-def reads(work, page_size=16):
-    """(query, slots that it reads, number of the part) of every item and query."""
-    several = work.tokens.shape[1] > 1
-    for item, (base, start, end, part) in enumerate(work.items.tolist()):
-        keys = np.arange(start, end)
-        listed = work.pages[base + keys // page_size]
-        for seat, (token, limit) in enumerate(zip(work.tokens[item].tolist(), work.limits[item].tolist(), strict=True)):
-            if token < 0:
-                continue
-            seen = keys < limit
-            pages = listed
-            if several:
-                shared, begin, part = work.tails[item, :, seat].tolist()
-                seen &= (keys < shared) | (keys >= begin)
-                assert (keys[seen] % page_size <= listed[seen] % page_size).all(), "a key that is not loaded"
-                pages = listed // page_size
-            yield token, (pages * page_size + keys % page_size)[seen], part
-
-
 def test_a_graph_has_hardly_more_room_than_tiles_have_items():
     for requests, paths, room in ((32, 5, 96), (32, 3, 66), (10, 3, 66), (1, 8, 66), (170, 3, 256)):
         pages, lengths, _ = tables(Case(requests, paths, 1024, 128), 16)
@@ -212,26 +194,6 @@ def test_a_graph_has_hardly_more_room_than_tiles_have_items():
         borders, slots = np.arange(len(lengths) + 1), most_parts(size)
         work = divide_work(pages, lengths, borders, page_size=16, kv_heads=4, processors=132, slots=slots, sharers=9)
         assert room_for_items(work, size, 132, 4) == room
-
-
-def check_reads(work, pages, lengths, borders):
-    """Every query reads each key that it sees once, from the slot where its row has it, its parts are numbered, and of
-    a page that rows have for themselves nothing is loaded behind the last key of the row."""
-    found = [[] for _ in range(borders[-1])]
-    parts = [[] for _ in found]
-    for token, slots, part in reads(work):
-        found[token].append(slots)
-        parts[token].append(part)
-    assert [sorted(numbers) for numbers in parts] == [list(range(count)) for count in work.counts]
-    assert work.counts.max() <= work.slots
-    for row, length in enumerate(lengths.tolist()):
-        keys = np.arange(length)
-        slots = pages[row, keys // 16].astype(np.int64) * 16 + keys % 16
-        for token in range(borders[row], borders[row + 1]):
-            seen = length - borders[row + 1] + token + 1
-            assert np.array_equal(np.sort(np.concatenate(found[token])), np.sort(slots[:seen]))
-        if work.ends is not None and length % 16:  # else the next key needs another page
-            assert work.pages[work.ends[row]] == slots[-1]
 
 
 @pytest.mark.parametrize("least_shared", [None, 64])

@@ -1,0 +1,53 @@
+"""Which keys a list of work reads, said key by key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_multiverse.kernels.tree_decode import Work
+
+Ints = npt.NDArray[np.int64]
+
+
+def reads(work: Work, page_size: int) -> Iterator[tuple[int, Ints, int]]:
+    """(query, slots that it reads, number of the part) of every item and query."""
+    several = work.tokens.shape[1] > 1
+    for item, (base, start, end, part) in enumerate(work.items.tolist()):
+        keys = np.arange(start, end)
+        listed = work.pages[base + keys // page_size]
+        for seat, (token, limit) in enumerate(zip(work.tokens[item].tolist(), work.limits[item].tolist(), strict=True)):
+            if token < 0:
+                continue
+            seen = keys < limit
+            pages = listed
+            if several:
+                shared, begin, part = work.tails[item, :, seat].tolist()
+                seen &= (keys < shared) | (keys >= begin)
+                assert (keys[seen] % page_size <= listed[seen] % page_size).all(), "a key that is not loaded"
+                pages = listed // page_size
+            yield token, (pages * page_size + keys % page_size)[seen], part
+
+
+def check_reads(
+    work: Work, pages: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32], borders: Ints, page_size: int = 16
+) -> None:
+    """Every query reads each key that it sees once, from the slot where its row has it, its parts are numbered, and of
+    a page that rows have for themselves nothing is loaded behind the last key of the row."""
+    found: list[list[Ints]] = [[] for _ in range(borders[-1])]
+    parts: list[list[int]] = [[] for _ in found]
+    for token, slots, part in reads(work, page_size):
+        found[token].append(slots)
+        parts[token].append(part)
+    assert [sorted(numbers) for numbers in parts] == [list(range(count)) for count in work.counts]
+    assert work.counts.max() <= work.slots
+    for row, length in enumerate(lengths.tolist()):
+        keys = np.arange(length)
+        slots = pages[row, keys // page_size].astype(np.int64) * page_size + keys % page_size
+        for token in range(borders[row], borders[row + 1]):
+            seen = length - borders[row + 1] + token + 1
+            assert np.array_equal(np.sort(np.concatenate(found[token])), np.sort(slots[:seen]))
+        if work.ends is not None and length % page_size:  # else the next key needs another page
+            assert work.pages[work.ends[row]] == slots[-1]
