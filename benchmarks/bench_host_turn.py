@@ -28,11 +28,11 @@ from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.inference import Engine, Request
 from megatron_multiverse.inference.bench_script import TEXT, VOCAB, Script, block_script
 from megatron_multiverse.inference.bench_turns import TurnWatch
-from megatron_multiverse.inference.step.graphs import SIZES
+from megatron_multiverse.inference.step.graphs import GraphSizes
 from megatron_multiverse.inference.step.plan import StepPlan
-from megatron_multiverse.inference.step.plan_buffer import PlanBuffer, room_for_items
+from megatron_multiverse.inference.step.plan_buffer import PlanBuffer
 from megatron_multiverse.inference.step.sampler import Sampler
-from megatron_multiverse.kernels.tree_decode import SuccessiveWork, Work, divide_work, most_parts, most_sharers
+from megatron_multiverse.kernels.tree_decode import Work, divide_work, most_parts, most_sharers
 
 VOCAB_SIZE = 512
 
@@ -61,20 +61,15 @@ class HostGraphs:
     """What `step/graphs.py` does on the host: the list of work, and a plan's integers side by side."""
 
     def __init__(self, page_size: int) -> None:
-        self.work = SuccessiveWork(
-            page_size=page_size, kv_heads=KV_HEADS, processors=PROCESSORS, sharers=most_sharers(HEADS, KV_HEADS)
-        )
+        self.sizes = GraphSizes(page_size=page_size, heads=HEADS, kv_heads=KV_HEADS, processors=PROCESSORS)
         self.buffers: dict[tuple[int, int, int], PlanBuffer] = {}
 
     def prepare(self, plan: StepPlan, sampler: Sampler) -> None:
         """Make a plan ready for a graph that is not there, so that the step runs without."""
-        size = next((size for size in SIZES if size >= len(plan.ids)), None)
-        if size is None:
+        found = self.sizes.fit(plan)
+        if found is None:
             return
-        work = self.work.divide(plan.pages, plan.lengths, plan.borders, most_parts(size))
-        items = room_for_items(work, size, PROCESSORS, KV_HEADS)
-        if items is None:
-            return
+        size, items, work = found
         kind = (size, items, work.tokens.shape[1])
         if kind not in self.buffers:
             self.buffers[kind] = PlanBuffer(*kind, torch.device("cpu"))

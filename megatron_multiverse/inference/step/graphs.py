@@ -30,6 +30,7 @@ from megatron_multiverse.kernels.tree_decode import (
     LONGEST_LISTED,
     DeviceWork,
     SuccessiveWork,
+    Work,
     most_parts,
     most_sharers,
 )
@@ -56,6 +57,37 @@ class _Kind:
     """greedy, noise, or logits: the caller draws."""
 
 
+class GraphSizes:
+    """Which graph a step fits; the part of `StepGraphs` that needs no GPU.
+
+    Args:
+        page_size: keys per page.
+        heads: query heads.
+        kv_heads: key/value heads.
+        processors: multiprocessors of the GPU.
+    """
+
+    def __init__(self, *, page_size: int, heads: int, kv_heads: int, processors: int) -> None:
+        self.kv_heads, self.processors = kv_heads, processors
+        self.work = SuccessiveWork(
+            page_size=page_size, kv_heads=kv_heads, processors=processors, sharers=most_sharers(heads, kv_heads)
+        )
+
+    def fit(self, plan: StepPlan) -> tuple[int, int, Work] | None:
+        """(tokens, items, the list of work) of the smallest graph for a step; None: it runs without."""
+        n = len(plan.ids)
+        size = next((size for size in SIZES if size >= n), None)
+        if size is None or len(plan.write_slots) > most_writes(size):
+            return None
+        if n > MOST_MIXED:
+            counts = np.diff(plan.borders)
+            if (counts * plan.lengths)[counts > LONGEST_LISTED].sum() > MOST_SEEN:
+                return None
+        work = self.work.divide(plan.pages, plan.lengths, plan.borders, most_parts(size))
+        items = room_for_items(work, size, self.processors, self.kv_heads)
+        return None if items is None or work.pages.size > most_pages(size) else (size, items, work)
+
+
 class StepGraphs:
     """Runs small steps by graphs, each captured when it is first needed.
 
@@ -69,13 +101,12 @@ class StepGraphs:
     def __init__(self, forward: PagedForward, store: KVStore, last_tokens: Tensor, vocab_size: int | None) -> None:
         self.forward, self.store, self.vocab_size = forward, store, vocab_size
         self.last_tokens = last_tokens
-        page_size, self.kv_heads = store.keys.shape[2:4]
-        self.processors = processors(store.keys.device)
-        self.work = SuccessiveWork(
+        page_size, kv_heads = store.keys.shape[2:4]
+        self.sizes = GraphSizes(
             page_size=page_size,
-            kv_heads=self.kv_heads,
-            processors=self.processors,
-            sharers=most_sharers(forward.num_heads, self.kv_heads),
+            heads=forward.num_heads,
+            kv_heads=kv_heads,
+            processors=processors(store.keys.device),
         )
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[_Kind, _Graph] = {}
@@ -89,18 +120,10 @@ class StepGraphs:
 
         A `CounterSampler` draws inside of the graph, unless a row asks for more than a temperature and filters.
         """
-        n = len(plan.ids)
-        size = next((size for size in SIZES if size >= n), None)
-        if size is None or len(plan.write_slots) > most_writes(size):
+        found = self.sizes.fit(plan)
+        if found is None:
             return None
-        if n > MOST_MIXED:
-            counts = np.diff(plan.borders)
-            if (counts * plan.lengths)[counts > LONGEST_LISTED].sum() > MOST_SEEN:
-                return None
-        work = self.work.divide(plan.pages, plan.lengths, plan.borders, most_parts(size))
-        items = room_for_items(work, size, self.processors, self.kv_heads)
-        if items is None or work.pages.size > most_pages(size):
-            return None
+        size, items, work = found
         kind = _Kind(size, items, work.tokens.shape[1], work.slots, _draw(plan, sampler))
         graph = self.graphs.get(kind) or self._capture(kind)
         graph.buffer.fill(plan, work)
