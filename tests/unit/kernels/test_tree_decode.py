@@ -247,6 +247,19 @@ def test_a_list_that_is_moved_on_still_reads_every_key_once(seed):
     assert moved >= 20
 
 
+@pytest.mark.parametrize("shared", [0, 32])
+def test_a_list_is_moved_on_only_for_the_rows_that_it_has(shared):
+    """Others may follow that are as long as these would be; and a page that is full goes on in another one."""
+    first = np.tile(np.arange(36, dtype=np.int32), (4, 1))
+    first[:, shared:] += 100 * np.arange(1, 5, dtype=np.int32)[:, None]
+    lengths, borders = np.array([535, 540, 550, 559], dtype=np.int32), np.arange(5)
+    for others, longer in ((first + np.int32(1000), 0), (first[[1, 0, 3, 2]], 0), (first, 1)):
+        divider = SuccessiveWork(page_size=16, kv_heads=4, processors=132, sharers=9)
+        assert (divider.divide(first, lengths + longer, borders, 16).tokens.shape[1] > 1) == (shared > 0)
+        work = divider.divide(others, lengths + np.int32(longer + 1), borders, 16)
+        check_reads(work, others, lengths + np.int32(longer + 1), borders)
+
+
 def test_the_order_of_full_pages_and_what_follows_the_last_one_do_not_matter():
     query, keys, values, pages, lengths, borders = make_case([1], [18])
     expected = tree_decode(query, keys, values, pages, lengths, borders, 1.0)
