@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,8 @@ def run_once(engine: Engine, shape: ModelConfig, options: Options, requests: int
 
 
 def graph_times(engine: Engine) -> dict[str, float]:
-    """Milliseconds of each graph by tokens, replayed a hundred times, as the last step left its input."""
+    """Milliseconds of each graph, replayed a hundred times, as the last step left its input. It is named by its tokens,
+    items of attention, queries per item, parts per query and draw, since a case may have several of one size."""
     found: dict[str, float] = {}
     graphs = {} if engine.runner.graphs is None else engine.runner.graphs.graphs
     for kind, graph in graphs.items():
@@ -133,7 +134,7 @@ def graph_times(engine: Engine) -> dict[str, float]:
             graph.graph.replay()
         end.record()
         end.synchronize()
-        found[f"{kind.size}{'' if kind.sharers == 1 else ', shared'}"] = round(begin.elapsed_time(end) / 100, 4)
+        found["/".join(map(str, astuple(kind)))] = round(begin.elapsed_time(end) / 100, 4)
     return found
 
 
