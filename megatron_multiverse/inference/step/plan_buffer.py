@@ -81,12 +81,10 @@ class PlanBuffer:
         self._hosts = [torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(total, dtype=torch.uint8, device=device)
         self._turn = 0
-        self._logits: tuple[npt.NDArray[np.generic], ...] = (
-            _NONE,
-            _NONE,
-            _NONE,
-        )  # of which borders and sampled rows what was made
-        self._written: list[dict[str, npt.NDArray[np.generic]]] = [{}, {}]  # whose copies stand in each
+        # Borders and sampled rows of a plan, and the last tokens of these rows.
+        self._logits: tuple[npt.NDArray[np.generic], ...] = (_NONE, _NONE, _NONE)
+        # For each host buffer and field the array that was written there last.
+        self._written: list[dict[str, npt.NDArray[np.generic]]] = [{}, {}]
         self._views: list[dict[str, npt.NDArray[np.generic]]] = [{}, {}]
         self.device: dict[str, Tensor] = {}
         for name, (dtype, shape) in fields.items():

@@ -50,9 +50,8 @@ def test_a_buffer_holds_what_an_unused_one_would(
     texts = Engine(NoModel(VOCAB_SIZE), VOCAB, config)
     texts.runner.graphs = HostGraphs(16)  # type: ignore[assignment]
     ends = [SamplingParams(max_tokens=length, ignore_eos=True, **filters) for length in range(4, 40, 5)]
-    texts.generate(
-        [Request(prompt_ids=[TEXT] * 20, sampling=sampling) for sampling in ends]
-    )  # fewer rows, step by step
+    # Fewer rows, step by step.
+    texts.generate([Request(prompt_ids=[TEXT] * 20, sampling=sampling) for sampling in ends])
     assert set(range(1, 9)) <= set(sizes)
 
 

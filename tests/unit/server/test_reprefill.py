@@ -20,8 +20,6 @@ from tests.waiting import PATIENCE_S
 TOOL = Path(__file__).parents[3] / "tools" / "serve_by_reprefill.py"
 PLAIN = {"temperature": 0, "multiverse": {"enabled": False}}
 NESTED = "Work out A = 583 + 967; B = (48 + 76) - (13 * 4). Think step by step and in parallel before answering."
-
-
 SEQUENTIAL = "Work out A = 57 + 68; B = 91 - 27. Think step by step before answering."
 
 
