@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 MOST_BYTES = 1 << 19
 """Of one tensor. With more, every GPU reading all of it takes longer than NCCL's ring, which reads each part once."""
 MOST_ROWS = 128
-"""Rows of a sum with a norm: those of the largest CUDA graph."""
+"""Rows of a sum with a norm, in a CUDA graph or not; steps of more tokens sum and norm apart."""
 
 
 class SymmetricSum:
