@@ -46,8 +46,8 @@ class Work(NamedTuple):
     slots: int
     """Most parts a query may have; 1 if all have one, so that nothing is to be merged."""
     ends: Ints | None = None
-    """[rows], where in `pages` the last page of each row stands, if the last slot to be read there is that of its last key;
-    None where items end with their rows, so that all of a page may be read."""
+    """[rows], where in `pages` the last page of each row stands, if the last slot to be read there is that of its last
+    key; None where items end with their rows, so that all of a page may be read."""
 
 
 NO_TAILS = np.zeros((0, 3, 1), dtype=np.int32)
