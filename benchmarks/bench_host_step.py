@@ -69,7 +69,7 @@ class NoModel(nn.Module):
         return logits
 
 
-HEADS, KV_HEADS, PROCESSORS = 28, 4, 132
+HEADS, KV_HEADS, WEIGHTS, PROCESSORS = 28, 4, 6_525_000_000, 132
 """Of Qwen2.5-7B and of an H100: what a list of work is made for."""
 
 

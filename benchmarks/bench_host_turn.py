@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.bench_host_step import HEADS, KV_HEADS, PROCESSORS, NoModel
+from benchmarks.bench_host_step import HEADS, KV_HEADS, PROCESSORS, WEIGHTS, NoModel
 from benchmarks.kernels.tree_decode import Case, tables
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.inference import Engine, Request
 from megatron_multiverse.inference.bench_script import TEXT, VOCAB, Script, block_script
 from megatron_multiverse.inference.bench_turns import TurnWatch
-from megatron_multiverse.inference.step.graphs import GraphSizes
+from megatron_multiverse.inference.step.graph_sizes import GraphSizes, Kind
 from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.inference.step.plan_buffer import PlanBuffer
 from megatron_multiverse.inference.step.sampler import Sampler
@@ -61,19 +61,24 @@ class HostGraphs:
     """What `step/graphs.py` does on the host: the list of work, and a plan's integers side by side."""
 
     def __init__(self, page_size: int) -> None:
-        self.sizes = GraphSizes(page_size=page_size, heads=HEADS, kv_heads=KV_HEADS, processors=PROCESSORS)
-        self.buffers: dict[tuple[int, int, int], PlanBuffer] = {}
+        self.sizes = GraphSizes(
+            page_size=page_size,
+            heads=HEADS,
+            kv_heads=KV_HEADS,
+            processors=PROCESSORS,
+            weights=WEIGHTS,
+            segments=True,
+        )
+        self.buffers: dict[Kind, PlanBuffer] = {}
 
     def prepare(self, plan: StepPlan, sampler: Sampler) -> None:
         """Make a plan ready for a graph that is not there, so that the step runs without."""
-        found = self.sizes.fit(plan)
-        if found is None:
+        fit = self.sizes.fit(plan, "greedy")
+        if fit is None:
             return
-        size, items, work = found
-        kind = (size, items, work.tokens.shape[1])
-        if kind not in self.buffers:
-            self.buffers[kind] = PlanBuffer(*kind, torch.device("cpu"))
-        self.buffers[kind].fill(plan, work)
+        if fit.kind not in self.buffers:
+            self.buffers[fit.kind] = PlanBuffer(fit.kind, torch.device("cpu"))
+        self.buffers[fit.kind].fill(plan, fit)
 
 
 def list_work(pages: Any, lengths: Any, borders: Any, page_size: int, size: int) -> Work:

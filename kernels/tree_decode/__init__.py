@@ -15,19 +15,27 @@ import torch
 from torch import Tensor
 
 from ..device import processors
-from .pieces import Work, most_cut, most_parts, most_sharers
-from .prompt import Prompt, attend_prompt
+from . import prompt
+from .pieces import NO_WORK, Work, most_cut, most_parts, most_sharers
+from .prompt import (
+    LONGEST_LISTED,
+    SEGMENT,
+    DeviceSegments,
+    FarPrompt,
+    Segments,
+    attend_segments,
+    cut_segments,
+    prompt_rows,
+    takes_segments,
+)
 from .reference import RowGroup, attend_groups, group_rows, tree_decode_reference
 from .successive import SuccessiveWork
-from .work import divide_work
+from .work import divide_rows, divide_work
 
 tree_decode = tree_decode_reference
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """(query, keys, values, softmax scale) -> what the new tokens of a step attend to."""
-
-LONGEST_LISTED = 64
-"""Tokens of a row beyond which it is a prompt, whose keys are better read once than once per tile of query heads."""
 
 
 @dataclass(eq=False)
@@ -54,34 +62,42 @@ class TreeDecode:
     def _prepare(self, query: Tensor, keys: Tensor) -> Attention:
         page_size, kv_heads = keys.shape[1:3]
         pages, lengths, borders = self.pages, self.lengths, self.borders
-        long = np.diff(borders) > LONGEST_LISTED
+        prompts = prompt_rows(borders)
         listed = query.is_cuda and (query.dtype == torch.float32 or query.dtype.itemsize == 2)
-        if not listed or (long.any() and query.dtype.itemsize != 2):
+        if not listed or (prompts.any() and not takes_segments(query.dtype, query.shape[2])):
             return Rectangles(group_rows(pages, lengths, borders, page_size, kv_heads, keys.device))
-        prompts = [
-            Prompt.upload(
-                pages[row], int(lengths[row]), int(borders[row]), int(borders[row + 1]), page_size, query.device
+        work = None
+        if not prompts.all():
+            work = divide_rows(
+                pages,
+                lengths,
+                borders,
+                ~prompts,
+                page_size=page_size,
+                kv_heads=kv_heads,
+                processors=processors(query.device),
+                sharers=most_sharers(query.shape[1], kv_heads),
             )
-            for row in np.flatnonzero(long)
-        ]
-        if long.all():
-            return Mixed(prompts, None, None)
-        counts = np.diff(borders)
-        work = divide_work(
-            pages[~long],
-            lengths[~long],
-            np.concatenate(([0], np.cumsum(counts[~long]))),
-            page_size=page_size,
-            kv_heads=kv_heads,
-            processors=processors(query.device),
-            slots=most_parts(int(counts[~long].sum())),
-            sharers=most_sharers(query.shape[1], kv_heads),
-        )
-        device_work = DeviceWork.upload(work, query.device)
-        if not prompts:
+        device_work = None if work is None else DeviceWork.upload(work, query.device)
+        if device_work is not None and not prompts.any():
             return device_work
-        tokens = torch.from_numpy(np.flatnonzero(np.repeat(~long, counts))).to(query.device)
-        return Mixed(prompts, device_work, tokens)
+        far = prompts & (lengths > prompt.MANY_KEYS)
+        if not prompt.has_flash4(query.device.type, query.dtype, query.shape[2]):
+            far[:] = False
+        near = prompts & ~far
+        return Mixed(
+            self._segments(near, page_size, query.device) if near.any() else None,
+            [self._far_prompt(row, page_size, query.device) for row in np.flatnonzero(far).tolist()],
+            device_work,
+        )
+
+    def _segments(self, rows: npt.NDArray[np.bool_], page_size: int, device: torch.device) -> DeviceSegments:
+        cut = cut_segments(self.pages, self.lengths, self.borders, rows, page_size)
+        return DeviceSegments.upload(cut, device)
+
+    def _far_prompt(self, row: int, page_size: int, device: torch.device) -> FarPrompt:
+        slots = self._segments(np.arange(len(self.lengths)) == row, page_size, device).slots
+        return FarPrompt(int(self.borders[row]), int(self.borders[row + 1]), slots)
 
 
 @dataclass(frozen=True)
@@ -97,21 +113,23 @@ class Rectangles:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Prompts one after the other, all other rows by a list of work."""
+    """Prompts by FlashAttention, all other rows by a list of work."""
 
-    prompts: Sequence[Prompt]
+    segments: DeviceSegments | None
+    far: Sequence[FarPrompt]
     work: DeviceWork | None
-    tokens: Tensor | None
-    """int64, the tokens that `work` has."""
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, softmax_scale: float) -> Tensor:
         """See `TreeDecode`."""
-        out = torch.empty_like(query)
-        if self.work is not None and self.tokens is not None:
-            out[self.tokens] = self.work(query[self.tokens], keys, values, softmax_scale)
-        for prompt in self.prompts:
-            mine = slice(prompt.begin, prompt.end)
-            out[mine] = attend_prompt(query[mine], keys, values, prompt, softmax_scale)
+        if self.segments is None:
+            out = torch.empty_like(query)
+        else:
+            out = attend_segments(query, keys, values, self.segments, softmax_scale)
+        for far in self.far:
+            out[far.begin : far.end] = far.attend(query, keys, values, softmax_scale)
+        if self.work is not None:
+            end = len(self.work.counts)
+            self.work(query[:end], keys, values, softmax_scale, out=out[:end])
         return out
 
 
@@ -148,29 +166,40 @@ class DeviceWork:
             work.slots,
         )
 
-    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, softmax_scale: float) -> Tensor:
-        """See `TreeDecode`."""
+    def __call__(
+        self, query: Tensor, keys: Tensor, values: Tensor, softmax_scale: float, *, out: Tensor | None = None
+    ) -> Tensor:
+        """See `TreeDecode`; into `out`, if it is there, and there only what the list's queries attend to."""
         from .triton_decode import tree_decode_triton
 
         return tree_decode_triton(
             query, keys, values, self.pages, self.items, self.tokens, self.limits, self.tails, self.counts,
-            softmax_scale, slots=self.slots,
+            softmax_scale, slots=self.slots, out=out,
         )  # fmt: skip
 
 
 __all__ = [
     "LONGEST_LISTED",
+    "NO_WORK",
+    "SEGMENT",
     "Attention",
+    "DeviceSegments",
     "DeviceWork",
+    "Mixed",
     "RowGroup",
+    "Segments",
     "SuccessiveWork",
     "TreeDecode",
     "Work",
+    "cut_segments",
+    "divide_rows",
     "divide_work",
     "group_rows",
     "most_cut",
     "most_parts",
     "most_sharers",
+    "prompt_rows",
+    "takes_segments",
     "tree_decode",
     "tree_decode_reference",
 ]

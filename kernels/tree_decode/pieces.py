@@ -51,6 +51,16 @@ class Work(NamedTuple):
 
 
 NO_TAILS = np.zeros((0, 3, 1), dtype=np.int32)
+NO_WORK = Work(
+    items=np.zeros((0, 4), dtype=np.int32),
+    tokens=np.zeros((0, 1), dtype=np.int32),
+    limits=np.zeros((0, 1), dtype=np.int32),
+    tails=NO_TAILS,
+    counts=np.zeros(0, dtype=np.int32),
+    pages=np.zeros(0, dtype=np.int32),
+    slots=1,
+)
+"""For no queries."""
 
 
 def most_parts(queries: int) -> int:

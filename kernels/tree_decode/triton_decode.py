@@ -147,6 +147,7 @@ def tree_decode_triton(
     softmax_scale: float,
     *,
     slots: int,
+    out: Tensor | None = None,
     pdl: bool = True,
     blocks: dict[str, int] | None = None,
 ) -> Tensor:
@@ -164,6 +165,7 @@ def tree_decode_triton(
         counts: int32 ``[tokens]``.
         softmax_scale: factor on the scores.
         slots: most parts of a query.
+        out: where the results go, contiguous; rows of queries that no item has stay as they are.
         pdl: start while the preceding kernel ends; False where there is no GPU.
         blocks: tile sizes, for benchmarks.
 
@@ -177,7 +179,7 @@ def tree_decode_triton(
     lanes = max(16, triton.next_power_of_2(dim))
     parts = query.new_empty((tokens, slots, heads, dim), dtype=torch.float32)
     logs = query.new_empty((tokens, slots, heads), dtype=torch.float32)
-    out = query.new_empty(tokens, heads, dim)
+    out = query.new_empty(tokens, heads, dim) if out is None else out
     options = {"launch_pdl": True} if pdl else {}
     blocks = blocks or _blocks(m, sharers, tokens * groups)
     # The heads of an item stand next to each other, so that the padding of the list comes after all of its work.

@@ -24,6 +24,7 @@ from .pieces import (
     cut_evenly,
     even_pieces,
     most_cut,
+    most_parts,
     page_tables,
     piece_of,
 )
@@ -98,6 +99,47 @@ def divide_work(
     seats = _seats(stretches, bases, borders, sharers)
     piece = piece_of(seats.end - seats.start, int(lengths.max()), kv_heads, 2 * processors, slots - depth)
     return _cut(seats, piece, listed, limits.astype(np.int32), slots, sharers)
+
+
+def divide_rows(
+    pages: Int32s,
+    lengths: npt.NDArray[np.int32],
+    borders: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.bool_],
+    *,
+    page_size: int,
+    kv_heads: int,
+    processors: int,
+    sharers: int,
+    slots: int | None = None,
+) -> Work:
+    """The work of some rows of a step; arguments as of `divide_work`.
+
+    Args:
+        rows: [rows], which ones; at least one.
+        slots: by default what suits as many tokens, see `most_parts`.
+
+    Returns:
+        The list, with the step's numbers of the tokens; its `counts` end with the last of them.
+    """
+    counts = np.diff(borders)
+    numbers = np.flatnonzero(np.repeat(rows, counts))
+    work = divide_work(
+        pages[rows],
+        lengths[rows],
+        np.concatenate(([0], np.cumsum(counts[rows]))),
+        page_size=page_size,
+        kv_heads=kv_heads,
+        processors=processors,
+        slots=slots or most_parts(len(numbers)),
+        sharers=sharers,
+    )
+    if numbers[-1] + 1 == len(numbers):
+        return work
+    parts = np.zeros(numbers[-1] + 1, dtype=np.int32)
+    parts[numbers] = work.counts
+    tokens = np.where(work.tokens < 0, -1, numbers[work.tokens]).astype(np.int32)
+    return work._replace(tokens=tokens, counts=parts)
 
 
 def _seats(stretches: Ints, bases: Ints, borders: Ints, sharers: int) -> Seats:

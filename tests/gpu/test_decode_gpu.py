@@ -238,7 +238,7 @@ def test_large_steps_by_graphs_equal_one_forward(monkeypatch):
     assert toy.largest_difference(model, sampler, requests, results, logprob_atol=1e-3) < 1e-3
 
 
-def test_short_prompts_by_graphs_equal_one_forward():
+def test_short_prompts_in_float32_by_graphs_equal_one_forward():
     """Each alone, so that it is one step: up to 512 tokens see few keys, those of a longer prompt run call by call."""
     config = ModelConfig(**SHAPE | {"vocab_size": toy.VOCAB_SIZE})
     model = build_gpt_model(config, dtype=torch.float32, device="cuda", seed=0).eval()
@@ -257,6 +257,32 @@ def test_short_prompts_by_graphs_equal_one_forward():
     assert graphs is not None and {kind.size for kind in graphs.graphs} >= {192, 256, 384, 512}
     assert toy.largest_difference(model, sampler, requests, results, logprob_atol=1e-3) < 1e-3
     engine.runner.close()
+
+
+def test_prompts_by_graphs_are_as_close_to_one_forward_as_call_by_call():
+    """Of all lengths, chunks of those that come one after the other, while others decode."""
+    config = ModelConfig(**SHAPE | {"vocab_size": toy.VOCAB_SIZE})
+    model = build_gpt_model(config, dtype=BF16, device="cuda", seed=0).eval()
+    scripts, requests = [], []
+    for k, length in enumerate((150, 20, 700, 64, 129, 1500, 65, 300, 2900, 1, 400, 90)):
+        rng = random.Random(k)
+        scripts.append(toy.random_script(rng, depth=1, blocks=1, most_paths=3, text=8))
+        requests.append(
+            toy.ask([rng.randrange(toy.TEXT, toy.VOCAB_SIZE) for _ in range(length)], max_tokens=3000, sample=k)
+        )
+    differences = {}
+    for cuda_graphs in (True, False):
+        sampler = toy.ScriptedSampler(scripts)
+        engine = toy.toy_engine(
+            model, page_size=16, num_pages=8000, sampler=sampler, max_position=10**9, max_step_tokens=700, max_rows=64,
+            cuda_graphs=cuda_graphs,
+        )  # fmt: skip
+        results = engine.generate(requests)
+        if (graphs := engine.runner.graphs) is not None:
+            assert len({kind.size for kind in graphs.graphs if kind.keys}) > 2 and graphs.replays == engine.num_steps
+        differences[cuda_graphs] = largest(*logits_in_pairs(model, sampler, requests, results))
+        engine.runner.close()
+    assert differences[True] < 1.3 * differences[False], differences
 
 
 def test_random_trees_in_bf16_are_as_close_to_one_forward_as_plain_text_is():
@@ -302,7 +328,7 @@ def test_graphs_draw_what_single_calls_draw(family, asked):
     model = build_gpt_model(family(**SHAPE, vocab_size=1000), dtype=BF16, device="cuda").eval()
     requests = [
         Request(
-            prompt_ids=[100 + (7 * k + i) % 800 for i in range(200)],
+            prompt_ids=[100 + (7 * k + i) % 800 for i in range(128)],  # 768 in one step, as many as a graph has
             sampling=SamplingParams(max_tokens=60, ignore_eos=True, seed=k, **asked if k % 3 else {}),
         )
         for k in range(6)
@@ -316,5 +342,6 @@ def test_graphs_draw_what_single_calls_draw(family, asked):
         assert (graphs is not None) == cuda_graphs
         if graphs is not None:
             assert all(kind.draw != "logits" for kind in graphs.graphs), "filters act inside of graphs"
+            assert {kind.size for kind in graphs.graphs if kind.keys} == {768}
         engine.runner.close()
     assert answers[0] == answers[1]

@@ -219,6 +219,12 @@ class PagedForward:
         self.final_norm = state.get("decoder.final_layernorm.weight")
         self.output = state.get("output_layer.weight", self.embedding)
 
+    @property
+    def num_product_weights(self) -> int:
+        """Weights that every token is multiplied by, but for the output layer's."""
+        products = [(layer.qkv, layer.proj, layer.fc1, layer.fc2) for layer in self.layers]
+        return sum(product.weight.numel() for each in products for product in each)
+
     @staticmethod
     def runs(model: nn.Module) -> bool:
         """Whether this can stand in for the model: one that `build_gpt_model` made, not in FP8, whose tensor parallel

@@ -7,36 +7,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_multiverse.inference.step.graph_sizes import Fit, Kind
 from megatron_multiverse.inference.step.plan import StepPlan
-from megatron_multiverse.kernels.tree_decode import Work, most_cut
 
 _NONE = np.zeros(0)
-
-
-def most_pages(size: int) -> int:
-    """Pages that a graph of `size` tokens has room for, those that rows share counted once; steps that need more run
-    without. Each token has room for 65,536 keys of pages of 16, and few tokens together for a million."""
-    return max(4096 * size, 1 << 16)
-
-
-def most_writes(size: int) -> int:
-    """Slots that a step of `size` tokens may write: some tokens are written to several, most where paths begin."""
-    return 3 * size + 16
-
-
-def room_for_items(work: Work, size: int, processors: int, kv_heads: int) -> int | None:
-    """Items that a graph of `size` tokens has room for, of those graphs that this list fits; None: it fits none.
-
-    What stands behind the list is padding, for which programs start that do nothing. Most lists need none: rows that
-    are not cut have an item each, those that are cut no more together than keep the GPU busy, and most tiles have two
-    rows or more.
-    """
-    busy = most_cut(processors, kv_heads)
-    if work.tokens.shape[1] > 1:
-        rooms = [max(size // 2, busy), max(size, busy), 3 * size + busy]
-    else:
-        rooms = [size if work.slots == 1 else max(size, busy), 3 * size + busy]
-    return next((room for room in rooms if room >= len(work.items)), None)
 
 
 class PlanBuffer:
@@ -45,32 +19,35 @@ class PlanBuffer:
     There are two on the host, in turns: the copy of one step may still wait for the GPU when the next one is written.
 
     Args:
-        size: tokens.
-        items: of the list of work.
-        sharers: queries of an item.
+        kind: sizes of the arrays.
         device: where the graph reads.
     """
 
-    def __init__(self, size: int, items: int, sharers: int, device: torch.device) -> None:
+    def __init__(self, kind: Kind, device: torch.device) -> None:
+        size, rows, items, sharers = kind.size, kind.rows, kind.items, kind.sharers
         fields: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
             "ids": (np.int64, (size,)),
             "sources": (np.int64, (size,)),
             "positions": (np.int64, (size,)),
-            "logit_tokens": (np.int64, (size,)),
-            "write_slots": (np.int64, (most_writes(size),)),
-            "write_tokens": (np.int64, (most_writes(size),)),
-            "keys": (np.int64, (size,)),
-            "indices": (np.int64, (size,)),
-            "temperature": (np.float64, (size,)),
-            "top_k": (np.int64, (size,)),
-            "top_p": (np.float64, (size,)),
-            "min_p": (np.float64, (size,)),
+            "logit_tokens": (np.int64, (rows,)),
+            "write_slots": (np.int64, (kind.writes,)),
+            "write_tokens": (np.int64, (kind.writes,)),
+            "keys": (np.int64, (rows,)),
+            "indices": (np.int64, (rows,)),
+            "temperature": (np.float64, (rows,)),
+            "top_k": (np.int64, (rows,)),
+            "top_p": (np.float64, (rows,)),
+            "min_p": (np.float64, (rows,)),
             "items": (np.int32, (items, 4)),
             "tokens": (np.int32, (items, sharers)),
             "limits": (np.int32, (items, sharers)),
             "tails": (np.int32, (items if sharers > 1 else 0, 3, sharers)),
-            "counts": (np.int32, (size,)),
-            "pages": (np.int32, (most_pages(size),)),
+            "counts": (np.int32, (rows,)),
+            "segment_borders": (np.int32, (kind.segments + 1,)),
+            "segment_begins": (np.int32, (kind.segments + 1,)),
+            "segment_seen": (np.int32, (kind.segments,)),
+            "prompt_slots": (np.int32, (kind.keys,)),
+            "pages": (np.int32, (kind.pages,)),
         }
         parts: dict[str, slice] = {}
         total = 0
@@ -97,9 +74,10 @@ class PlanBuffer:
         """The arrays that the next `upload` brings over."""
         return self._views[self._turn]
 
-    def fill(self, plan: StepPlan, work: Work) -> None:
-        """Write a plan and its list of work, and bring them to the device. Their arrays must not change later: what
+    def fill(self, plan: StepPlan, fit: Fit) -> None:
+        """Write a plan and what it attends to, and bring them to the device. Their arrays must not change later: what
         already stands there is not written again, which is most of a step that only adds a token to each row."""
+        work, segments = fit.work, fit.segments
         sampling, shaping = plan.sampling, plan.sampling.shaping
         for name in ("ids", "positions", "write_tokens"):
             self._put(name, getattr(plan, name), 0)
@@ -112,6 +90,11 @@ class PlanBuffer:
             self._put(name, _NONE if shaping is None else getattr(shaping, name), off)
         for name in ("items", "tokens", "limits", "tails", "counts"):
             self._put(name, getattr(work, name), 0)
+        if segments is not None:
+            self._put("segment_borders", _filled(segments.borders, len(self.host["segment_borders"])), 0)
+            self._put("segment_begins", segments.begins, 0)
+            self._put("segment_seen", segments.seen, 0)
+            self._put("prompt_slots", segments.slots, 0)
         pages = self.host["pages"]
         pages[: work.pages.size] = work.pages
         self.upload(leave_out=pages.nbytes - work.pages.nbytes)
@@ -141,3 +124,8 @@ class PlanBuffer:
         if before is None or len(before) > length:
             target[length:] = rest
         written[name] = values
+
+
+def _filled(borders: npt.NDArray[np.generic], length: int) -> npt.NDArray[np.generic]:
+    """Borders of as many segments as there is room for; the last ones have no tokens."""
+    return np.concatenate((borders, np.repeat(borders[-1:], length - len(borders))))

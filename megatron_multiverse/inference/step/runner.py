@@ -89,7 +89,7 @@ class Runner:
         page_size: tokens per page.
         vocab_size: ids of the tokenizer; the padding of the output layer above it is never chosen.
         sampler: draws tokens; by default `CounterSampler`.
-        cuda_graphs: replay small steps as graphs where the model lives on a GPU.
+        cuda_graphs: replay steps as graphs, but the largest, where the model lives on a GPU.
         round_as_trained: see `EngineConfig.round_as_trained`; of the first rank like the sizes.
         quantization: see `EngineConfig.quantization`; changes the model in place.
 

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.bench_host_turn import HostGraphs
 from megatron_multiverse.inference import Request
+from megatron_multiverse.inference.step.graph_sizes import Fit
 from megatron_multiverse.inference.step.plan import Shaping, StepPlan
 from megatron_multiverse.inference.step.plan_buffer import PlanBuffer
 from megatron_multiverse.kernels.tree_decode import Work, pieces, tiles, work
@@ -30,28 +31,29 @@ class Compared:
         self.fill = PlanBuffer.fill
         self.sharers: set[int] = set()
         self.parts: set[int] = set()
-        self.moved = 0
+        self.moved = self.with_prompts = 0
         self._last: Work | None = None
         self._frozen: list[tuple[np.ndarray, np.ndarray]] = []
         """Arrays of the steps before, which may still wait for the GPU, and what stood in them."""
 
-    def check(self, buffer: PlanBuffer, plan: StepPlan, work: Work, page_size: int) -> None:
+    def check(self, buffer: PlanBuffer, plan: StepPlan, fit: Fit, page_size: int) -> None:
         """Fill `buffer`, and look at what it has."""
-        check_reads(work, plan.pages, plan.lengths, plan.borders, page_size)
+        work, segments = fit.work, fit.segments
+        check_reads(work, plan.pages, plan.lengths, plan.borders, page_size, segments)
+        self.with_prompts += segments is not None
         self.sharers.add(work.tokens.shape[1])
-        self.parts.add(int(work.counts.max()))
+        self.parts.add(int(work.counts.max(initial=0)))
         self.moved += self._last is not None and work.tokens is self._last.tokens
         self._last = work
-        self.fill(buffer, plan, work)
-        items, sharers = buffer.device["tokens"].shape
-        unused = PlanBuffer(len(buffer.device["ids"]), items, sharers, torch.device("cpu"))
-        self.fill(unused, plan, work)
+        self.fill(buffer, plan, fit)
+        unused = PlanBuffer(fit.kind, torch.device("cpu"))
+        self.fill(unused, plan, fit)
         for name, array in unused.device.items():
             count = work.pages.size if name == "pages" else len(array)  # pages behind those of the list are never read
             assert torch.equal(array[:count], buffer.device[name][:count]), name
         for array, before in self._frozen:
             assert np.array_equal(array, before), "an array was changed after it was handed on"
-        arrays = [*vars(plan).values(), *vars(plan.sampling).values(), *work]
+        arrays = [*vars(plan).values(), *vars(plan.sampling).values(), *work, *(segments or ())]
         if isinstance(plan.sampling.shaping, Shaping):
             arrays += vars(plan.sampling.shaping).values()
         self._frozen = self._frozen[-200:] + [(x, x.copy()) for x in arrays if isinstance(x, np.ndarray)]
@@ -83,8 +85,8 @@ def play(seed: int, monkeypatch: pytest.MonkeyPatch) -> Compared:
     engine.runner.graphs = HostGraphs(page_size)  # type: ignore[assignment]
     compared = Compared()
 
-    def fill(self: PlanBuffer, plan: StepPlan, work: Work) -> None:
-        compared.check(self, plan, work, page_size)
+    def fill(self: PlanBuffer, plan: StepPlan, fit: Fit) -> None:
+        compared.check(self, plan, fit, page_size)
 
     monkeypatch.setattr(PlanBuffer, "fill", fill)
     late = requests.pop()

@@ -13,9 +13,9 @@ from benchmarks.bench_host_turn import VOCAB_SIZE, HostGraphs
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.inference import Engine, Request
 from megatron_multiverse.inference.bench_script import TEXT, VOCAB, Script, block_script
+from megatron_multiverse.inference.step.graph_sizes import Fit
 from megatron_multiverse.inference.step.plan import StepPlan
-from megatron_multiverse.inference.step.plan_buffer import PlanBuffer, most_pages
-from megatron_multiverse.kernels.tree_decode import Work, divide_work, most_parts
+from megatron_multiverse.inference.step.plan_buffer import PlanBuffer
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -26,11 +26,11 @@ def test_a_buffer_holds_what_an_unused_one_would(
     """Over text, forks, paths of other lengths and joins, of one request and of several that come later."""
     fill, sizes = PlanBuffer.fill, []
 
-    def compared(self: PlanBuffer, plan: StepPlan, work: Work) -> None:
-        fill(self, plan, work)
-        items, sharers = self.device["tokens"].shape
-        unused = PlanBuffer(len(self.device["ids"]), items, sharers, torch.device("cpu"))
-        fill(unused, plan, work)
+    def compared(self: PlanBuffer, plan: StepPlan, fit: Fit) -> None:
+        fill(self, plan, fit)
+        work = fit.work
+        unused = PlanBuffer(fit.kind, torch.device("cpu"))
+        fill(unused, plan, fit)
         for name, array in unused.device.items():
             count = work.pages.size if name == "pages" else len(array)  # pages behind those of the list are never read
             assert torch.equal(array[:count], self.device[name][:count]), name
@@ -53,13 +53,3 @@ def test_a_buffer_holds_what_an_unused_one_would(
     # Fewer rows, step by step.
     texts.generate([Request(prompt_ids=[TEXT] * 20, sampling=sampling) for sampling in ends])
     assert set(range(1, 9)) <= set(sizes)
-
-
-def test_a_graph_of_a_single_token_has_room_for_a_long_text() -> None:
-    """After 64K tokens a step by calls takes five times as long; a block's conclusion there is one row."""
-    pages = np.arange(1 << 16, dtype=np.int32)[None]
-    lengths = np.array([1 << 20], dtype=np.int32)
-    work = divide_work(
-        pages, lengths, np.arange(2), page_size=16, kv_heads=4, processors=132, slots=most_parts(1), sharers=9
-    )
-    assert work.pages.size <= most_pages(1) and most_pages(128) == 128 * 4096

@@ -1,4 +1,4 @@
-"""Which keys a list of work reads, said key by key."""
+"""Which keys a list of work reads, and which ones segments of prompts, said key by key."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from megatron_multiverse.kernels.tree_decode import Work
+from megatron_multiverse.kernels.tree_decode import SEGMENT, Segments, Work
 
 Ints = npt.NDArray[np.int64]
 
@@ -31,8 +31,23 @@ def reads(work: Work, page_size: int) -> Iterator[tuple[int, Ints, int]]:
             yield token, (pages * page_size + keys % page_size)[seen], part
 
 
+def prompt_reads(segments: Segments) -> Iterator[tuple[int, Ints]]:
+    """(query, slots that it reads), of all segments that look at keys, as FlashAttention understands them."""
+    assert len(segments.borders) == len(segments.begins) == len(segments.seen) + 1
+    for number, seen in enumerate(segments.seen):
+        first, last, begin = segments.borders[number], segments.borders[number + 1], segments.begins[number]
+        assert first < last and (last - first <= SEGMENT or not seen)
+        for token in range(first, last) if seen else ():
+            yield token, segments.slots[begin : begin + seen - (last - 1 - token)].astype(np.int64)
+
+
 def check_reads(
-    work: Work, pages: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32], borders: Ints, page_size: int = 16
+    work: Work,
+    pages: npt.NDArray[np.int32],
+    lengths: npt.NDArray[np.int32],
+    borders: Ints,
+    page_size: int = 16,
+    segments: Segments | None = None,
 ) -> None:
     """Every query reads each key that it sees once, from the slot where its row has it, its parts are numbered, and of
     a page that rows have for themselves nothing is loaded behind the last key of the row."""
@@ -41,13 +56,19 @@ def check_reads(
     for token, slots, part in reads(work, page_size):
         found[token].append(slots)
         parts[token].append(part)
-    assert [sorted(numbers) for numbers in parts] == [list(range(count)) for count in work.counts]
-    assert work.counts.max() <= work.slots
+    counts = np.zeros(len(found), dtype=np.int32)
+    counts[: len(work.counts)] = work.counts
+    assert [sorted(numbers) for numbers in parts] == [list(range(count)) for count in counts]
+    assert counts.max() <= work.slots
+    for token, slots in () if segments is None else prompt_reads(segments):
+        found[token].append(slots)
     for row, length in enumerate(lengths.tolist()):
         keys = np.arange(length)
         slots = pages[row, keys // page_size].astype(np.int64) * page_size + keys % page_size
         for token in range(borders[row], borders[row + 1]):
             seen = length - borders[row + 1] + token + 1
             assert np.array_equal(np.sort(np.concatenate(found[token])), np.sort(slots[:seen]))
-        if work.ends is not None and length % page_size:  # else the next key needs another page
+        if (
+            work.ends is not None and len(work.ends) == len(lengths) and length % page_size
+        ):  # else the next key needs another page
             assert work.pages[work.ends[row]] == slots[-1]

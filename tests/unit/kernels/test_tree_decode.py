@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from benchmarks.kernels.tree_decode import Case, tables
-from megatron_multiverse.inference.step.graphs import SIZES
-from megatron_multiverse.inference.step.plan_buffer import room_for_items
+from megatron_multiverse.inference.step.graph_sizes import SIZES, room_for_items
 from megatron_multiverse.kernels.kv_copy import copy_slots
 from megatron_multiverse.kernels.tree_decode import (
     SuccessiveWork,
@@ -19,7 +18,6 @@ from megatron_multiverse.kernels.tree_decode import (
     reference,
     tree_decode,
 )
-from megatron_multiverse.kernels.tree_decode.prompt import Prompt, attend_prompt
 from tests.unit.kernels.listed_keys import check_reads
 
 PAGE = 4
@@ -67,14 +65,6 @@ def test_equals_the_formula(heads, kv_heads, counts, padding, monkeypatch):
     torch.testing.assert_close(got, by_loops(*case, 0.3), atol=1e-12, rtol=0)
     groups = group_rows(*(x.numpy() for x in case[3:]), PAGE, kv_heads)
     assert torch.equal(tree_decode(*case, 0.3, groups=groups), got)
-
-
-@pytest.mark.parametrize(("count", "length"), [(9, 9), (9, 20), (1, 7), (16, 18)])
-def test_a_prompt_attends_like_any_row(count, length):
-    query, keys, values, pages, lengths, borders = make_case([count], [length], heads=6)
-    prompt = Prompt.upload(pages[0].numpy(), length, 0, count, PAGE, torch.device("cpu"))
-    got = attend_prompt(query, keys, values, prompt, 0.3)
-    torch.testing.assert_close(got, tree_decode(query, keys, values, pages, lengths, borders, 0.3), atol=1e-12, rtol=0)
 
 
 def test_rows_share_a_rectangle_while_little_is_padded():

@@ -1,0 +1,182 @@
+"""Which CUDA graph a step fits: how many tokens, rows, keys it has room for. Needs no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_multiverse.inference.step.plan import StepPlan
+from megatron_multiverse.kernels.tree_decode import (
+    LONGEST_LISTED,
+    NO_WORK,
+    SEGMENT,
+    Segments,
+    SuccessiveWork,
+    Work,
+    cut_segments,
+    divide_rows,
+    most_cut,
+    most_parts,
+    most_sharers,
+    prompt_rows,
+)
+
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Tokens of the graphs; a step takes the next larger one."""
+PROMPT_SIZES = (192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2176, 2560, 3072, 3584, 4096)
+"""The same where prompts are read, so many tokens that each counts. 2,176: as many as come at once by default, and 128
+rows beside them."""
+ROWS = (32, 128, 512)
+"""Rows that such a graph draws for, and its first tokens, among which all those stand that are not of prompts."""
+KEYS = (4096, 16384, 65536)
+"""Keys that the prompts of such a graph see."""
+SHORT_SEGMENTS = 64
+"""Segments of such a graph beyond those that are full."""
+MOST_SEEN = 1 << 24
+"""Keys that its prompts see, added up over their tokens. Beyond, FlashAttention 4, which no graph has, is worth more."""
+MOST_PRODUCTS = 8 * 10**12
+"""Weights times tokens of such a graph. A GPU multiplies more for longer than the host takes to launch the calls."""
+MOST_MIXED, MOST_LISTED = 128, 1 << 18
+"""A step of no more tokens than the first attends by the list of work alone. So does one of more if FlashAttention 2
+does not take its queries, and the rows of more than `LONGEST_LISTED` tokens see no more keys than the second, added up
+over their tokens."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a graph is made for."""
+
+    size: int
+    """Tokens."""
+    rows: int
+    """See `ROWS`; as many as tokens if there are no prompts."""
+    items: int
+    """Of the list of work."""
+    sharers: int
+    """Queries per item."""
+    slots: int
+    """Parts per query."""
+    keys: int
+    """See `KEYS`; 0 if no prompts are read."""
+    draw: str
+    """greedy, noise, or logits: the caller draws."""
+
+    @property
+    def segments(self) -> int:
+        """Segments of prompts that it has room for."""
+        return self.size // SEGMENT + SHORT_SEGMENTS if self.keys else 0
+
+    @property
+    def pages(self) -> int:
+        """Pages of the list that it has room for, those that rows share counted once: each row has room for 65,536 keys
+        of pages of 16, and few rows together for a million."""
+        return max(4096 * self.rows, 1 << 16)
+
+    @property
+    def writes(self) -> int:
+        """Slots that its steps may write: some tokens are written to several, most where paths begin."""
+        return self.size + min(2 * self.size, 1024) + 16
+
+
+class Fit(NamedTuple):
+    """A graph for a step, and what that attends to."""
+
+    kind: Kind
+    work: Work
+    segments: Segments | None
+
+
+def room_for_items(work: Work, rows: int, processors: int, kv_heads: int) -> int | None:
+    """Items that a graph of `rows` rows has room for, of those graphs that this list fits; None: it fits none.
+
+    What stands behind the list is padding, for which programs start that do nothing. Most lists need none: rows that
+    are not cut have an item each, those that are cut no more together than keep the GPU busy, and most tiles have two
+    rows or more.
+    """
+    busy = most_cut(processors, kv_heads)
+    if work.tokens.shape[1] > 1:
+        rooms = [max(rows // 2, busy), max(rows, busy), 3 * rows + busy]
+    else:
+        rooms = [rows if work.slots == 1 else max(rows, busy), 3 * rows + busy]
+    return next((room for room in rooms if room >= len(work.items)), None)
+
+
+def _next(sizes: tuple[int, ...], least: int) -> int | None:
+    return next((size for size in sizes if size >= least), None)
+
+
+class GraphSizes:
+    """Finds the smallest graph for a step.
+
+    Args:
+        page_size: keys per page.
+        heads: query heads.
+        kv_heads: key/value heads.
+        processors: multiprocessors of the GPU.
+        weights: of all products of a token.
+        segments: FlashAttention 2 takes the queries.
+    """
+
+    def __init__(
+        self, *, page_size: int, heads: int, kv_heads: int, processors: int, weights: int, segments: bool
+    ) -> None:
+        self.page_size, self.kv_heads, self.processors = page_size, kv_heads, processors
+        self.sharers = most_sharers(heads, kv_heads)
+        self.most_prompt_tokens = MOST_PRODUCTS // weights if segments else 0
+        self.work = SuccessiveWork(page_size=page_size, kv_heads=kv_heads, processors=processors, sharers=self.sharers)
+
+    def fit(self, plan: StepPlan, draw: str) -> Fit | None:
+        """The smallest graph for a step that draws so (`Kind.draw`); None: it runs without."""
+        tokens = len(plan.ids)
+        if tokens > MOST_MIXED:
+            prompts = prompt_rows(plan.borders)
+            if self.most_prompt_tokens and prompts.any():
+                return self._with_prompts(plan, draw, prompts)
+            counts = np.diff(plan.borders)
+            if (counts * plan.lengths)[counts > LONGEST_LISTED].sum() > MOST_LISTED:
+                return None
+        size = _next(SIZES, tokens)
+        if size is None:
+            return None
+        work = self.work.divide(plan.pages, plan.lengths, plan.borders, most_parts(size))
+        return self._fitting(plan, work, None, size=size, rows=size, keys=0, draw=draw)
+
+    def _with_prompts(self, plan: StepPlan, draw: str, prompts: np.typing.NDArray[np.bool_]) -> Fit | None:
+        """A graph in which FlashAttention reads the prompts."""
+        size = _next(PROMPT_SIZES, len(plan.ids))
+        counts, lengths = np.diff(plan.borders), plan.lengths.astype(np.int64)
+        keys = _next(KEYS, int(lengths[prompts].sum()))
+        rows = _next(ROWS, max(len(plan.sample), int(plan.borders[1:][~prompts].max(initial=0))))
+        if size is None or size > self.most_prompt_tokens or keys is None or rows is None:
+            return None
+        if int((counts * lengths)[prompts].sum()) > MOST_SEEN:
+            return None
+        segments = cut_segments(plan.pages, plan.lengths, plan.borders, prompts, self.page_size)
+        work = NO_WORK
+        if not prompts.all():
+            work = divide_rows(
+                plan.pages,
+                plan.lengths,
+                plan.borders,
+                ~prompts,
+                page_size=self.page_size,
+                kv_heads=self.kv_heads,
+                processors=self.processors,
+                sharers=self.sharers,
+                slots=most_parts(rows),
+            )
+        work = work._replace(slots=most_parts(rows))  # fewer graphs
+        return self._fitting(plan, work, segments, size=size, rows=min(rows, size), keys=keys, draw=draw)
+
+    def _fitting(
+        self, plan: StepPlan, work: Work, segments: Segments | None, *, size: int, rows: int, keys: int, draw: str
+    ) -> Fit | None:
+        items = room_for_items(work, rows, self.processors, self.kv_heads)
+        if items is None:
+            return None
+        kind = Kind(size, rows, items, work.tokens.shape[1], work.slots, keys, draw)
+        fits = len(plan.write_slots) <= kind.writes and work.pages.size <= kind.pages
+        fits &= segments is None or len(segments.seen) <= kind.segments
+        return Fit(kind, work, segments) if fits else None
