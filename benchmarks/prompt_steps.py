@@ -78,7 +78,7 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
     device = choose_device("auto")
     shape, seeds = preset(options.model_preset), itertools.count()
     model = random_model(shape, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-    sizes = [tuple(map(int, case.split("x"))) for case in options.cases]
+    sizes = [(int(prompts), int(tokens)) for prompts, _, tokens in (case.partition("x") for case in options.cases)]
     engines = {}
     for way in ("graphs", "calls"):
         config = EngineConfig(
@@ -98,8 +98,9 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
         for way, times in runs.items():
             yield {"case": case, "by": way, "ms": round(statistics.median(times), 3), "runs_ms": times}
     if options.profile:
-        profiler = cProfile.Profile()
-        profiler.runcall(first_tokens, engines["calls"], shape, *sizes[-1], seeds)
+        prompts, tokens = sizes[-1]
+        with cProfile.Profile() as profiler:
+            first_tokens(engines["calls"], shape, prompts, tokens, seeds)
         pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
 
 

@@ -10,8 +10,9 @@ would be all of the GPU.
 
 block: eight paths of 512 tokens after a prefix of 16,384 that both have in their prefix caches, the join and a
 conclusion of 64 tokens. long: the same after 65,536. decode: requests that write text, as in tools/bench_engine.py, of
-Qwen2.5-1.5B, also beside vLLM's earlier runner, since either is faster at times; decode-7b: of Qwen2.5-7B. What vLLM
-does for a block: `theirs.py`.
+Qwen2.5-1.5B, also beside vLLM's earlier runner, since either is faster at times; decode-7b: of Qwen2.5-7B. prompts,
+prompts-7b: one request after a prompt of each of some lengths, for the time to its first token (`begun_seconds`). What
+vLLM does for a block: `theirs.py`.
 """
 
 from __future__ import annotations
@@ -50,14 +51,21 @@ class BesideConfig:
 
     vllm_path: Path
     """Folder with vLLM and its packages."""
-    parts: tuple[Literal["block", "decode", "long", "decode-7b"], ...] = ("block", "decode", "long", "decode-7b")
+    parts: tuple[Literal["block", "decode", "long", "decode-7b", "prompts", "prompts-7b"], ...] = (
+        "block",
+        "decode",
+        "long",
+        "decode-7b",
+        "prompts",
+        "prompts-7b",
+    )
     """Measurements to make, in this order."""
     rounds: int = 3
     """Measurements of each case by each engine; the median counts, all are written."""
     block_preset: str = "qwen2.5-7b"
-    """block, long, decode-7b: published shape; model/families.py lists them."""
+    """block, long, decode-7b, prompts-7b: published shape; model/families.py lists them."""
     decode_preset: str = "qwen2.5-1.5b"
-    """decode: published shape."""
+    """decode, prompts: published shape."""
     dtype: DType = "bf16"
     """Of our weights and cache; vLLM's are bf16."""
     prefix: int = 16384
@@ -70,6 +78,8 @@ class BesideConfig:
     """decode: tokens of each prompt."""
     new_tokens: int = 128
     """decode: tokens that each request writes."""
+    prompt_tokens: tuple[int, ...] = (150, 300, 1000, 2000, 4000)
+    """prompts, prompts-7b: tokens of the prompt."""
     vllm_cache_gib: float = 12.0
     """GiB of each vLLM's cache of keys and values."""
     start_seconds: float = 170.0
@@ -98,6 +108,8 @@ def cases_of(config: BesideConfig, part: str) -> list[dict[str, Any]]:
     if part in ("block", "long"):
         prefix = config.prefix * (4 if part == "long" else 1)
         return [{"kind": "block", "prefix": prefix, "paths": 8, "tokens": config.path_tokens, "conclusion": 64}]
+    if part.startswith("prompts"):
+        return [{"kind": "decode", "batch": 1, "context": length, "tokens": 17} for length in config.prompt_tokens]
     return [
         {"kind": "decode", "batch": batch, "context": config.context, "tokens": config.new_tokens}
         for batch in config.batch
@@ -106,7 +118,7 @@ def cases_of(config: BesideConfig, part: str) -> list[dict[str, Any]]:
 
 def sides_of(part: str) -> list[str]:
     """The engines that a part compares, ours first."""
-    if part == "decode":
+    if part in ("decode", "prompts"):
         return ["ours small", "vllm small", "vllm small earlier runner"]
     return ["ours", "vllm long" if part == "long" else "vllm"]
 
@@ -178,9 +190,10 @@ def show(rows: list[dict[str, Any]]) -> None:
     """A line for each case and engine."""
     for key in dict.fromkeys((row["part"], str(row["case"]), row["side"]) for row in rows):
         runs = [row for row in rows if (row["part"], str(row["case"]), row["side"]) == key]
-        listed = {name: [run[name] for run in runs] for name in ("ms_per_step", "seconds")}
         case = runs[0]["case"]
-        what = f"batch {case['batch']}" if case["kind"] == "decode" else f"prefix {case['prefix']}"
+        times = ("ms_per_step", "seconds", "begun_seconds") if case["kind"] == "decode" else ("ms_per_step", "seconds")
+        listed = {name: [run[name] for run in runs] for name in times}
+        what = f"{case['batch']} x {case['context']}" if case["kind"] == "decode" else f"prefix {case['prefix']}"
         figures = "  ".join(f"{name} {statistics.median(values):.3f} {values}" for name, values in listed.items())
         print(f"{key[0]:10} {what:13} {key[2]:26} {figures}", flush=True)
 

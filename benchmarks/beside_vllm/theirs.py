@@ -121,8 +121,9 @@ class Client:
     def decode(self, case: dict[str, Any]) -> dict[str, Any]:
         """`batch` requests with prompts of their own write text."""
         start = time.perf_counter()
-        _, steps, _ = self.drive([self.tokens(case["context"]) for _ in range(case["batch"])], case["tokens"])
-        return {**step_figures(steps), "seconds": round(time.perf_counter() - start, 4)}
+        _, steps, begun = self.drive([self.tokens(case["context"]) for _ in range(case["batch"])], case["tokens"])
+        seconds = time.perf_counter() - start
+        return {**step_figures(steps), "seconds": round(seconds, 4), "begun_seconds": round(begun, 4)}
 
     def measure(self, case: dict[str, Any]) -> dict[str, Any]:
         """Figures of a case."""

@@ -9,7 +9,6 @@ import numpy as np
 
 from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.kernels.tree_decode import (
-    LONGEST_LISTED,
     NO_WORK,
     SEGMENT,
     Segments,
@@ -35,13 +34,12 @@ KEYS = (4096, 16384, 65536)
 SHORT_SEGMENTS = 64
 """Segments of such a graph beyond those that are full."""
 MOST_SEEN = 1 << 24
-"""Keys that its prompts see, added up over their tokens. Beyond, FlashAttention 4, which no graph has, is worth more."""
+"""Keys that its prompts see, added up over their tokens. FlashAttention 4, which no graph has, wins beyond."""
 MOST_PRODUCTS = 8 * 10**12
 """Weights times tokens of such a graph. A GPU multiplies more for longer than the host takes to launch the calls."""
 MOST_MIXED, MOST_LISTED = 128, 1 << 18
-"""A step of no more tokens than the first attends by the list of work alone. So does one of more if FlashAttention 2
-does not take its queries, and the rows of more than `LONGEST_LISTED` tokens see no more keys than the second, added up
-over their tokens."""
+"""A step of no more tokens than the first attends by the list of work alone. So does one of up to 512 whose prompts see
+no more keys than the second, added up over their tokens."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Kind:
     rows: int
     """See `ROWS`; as many as tokens if there are no prompts."""
     items: int
-    """Of the list of work."""
+    """Of the list of work; 0 if all rows are of prompts."""
     sharers: int
     """Queries per item."""
     slots: int
@@ -95,6 +93,8 @@ def room_for_items(work: Work, rows: int, processors: int, kv_heads: int) -> int
     are not cut have an item each, those that are cut no more together than keep the GPU busy, and most tiles have two
     rows or more.
     """
+    if not len(work.items):
+        return 0
     busy = most_cut(processors, kv_heads)
     if work.tokens.shape[1] > 1:
         rooms = [max(rows // 2, busy), max(rows, busy), 3 * rows + busy]
@@ -132,11 +132,9 @@ class GraphSizes:
         tokens = len(plan.ids)
         if tokens > MOST_MIXED:
             prompts = prompt_rows(plan.borders)
-            if self.most_prompt_tokens and prompts.any():
-                return self._with_prompts(plan, draw, prompts)
-            counts = np.diff(plan.borders)
-            if (counts * plan.lengths)[counts > LONGEST_LISTED].sum() > MOST_LISTED:
-                return None
+            seen = int((np.diff(plan.borders) * plan.lengths.astype(np.int64))[prompts].sum())
+            if seen > MOST_LISTED or (seen and tokens > SIZES[-1]):
+                return self._with_prompts(plan, draw, prompts) if seen <= MOST_SEEN else None
         size = _next(SIZES, tokens)
         if size is None:
             return None
@@ -146,12 +144,9 @@ class GraphSizes:
     def _with_prompts(self, plan: StepPlan, draw: str, prompts: np.typing.NDArray[np.bool_]) -> Fit | None:
         """A graph in which FlashAttention reads the prompts."""
         size = _next(PROMPT_SIZES, len(plan.ids))
-        counts, lengths = np.diff(plan.borders), plan.lengths.astype(np.int64)
-        keys = _next(KEYS, int(lengths[prompts].sum()))
+        keys = _next(KEYS, int(plan.lengths[prompts].sum()))
         rows = _next(ROWS, max(len(plan.sample), int(plan.borders[1:][~prompts].max(initial=0))))
         if size is None or size > self.most_prompt_tokens or keys is None or rows is None:
-            return None
-        if int((counts * lengths)[prompts].sum()) > MOST_SEEN:
             return None
         segments = cut_segments(plan.pages, plan.lengths, plan.borders, prompts, self.page_size)
         work = NO_WORK

@@ -158,4 +158,4 @@ def _attention(kind: Kind, there: dict[str, Tensor]) -> Attention:
     if not kind.keys:
         return work
     segments = DeviceSegments(*taken("segment_borders", "segment_begins", "segment_seen", "prompt_slots"))
-    return Mixed(segments, (), work)
+    return Mixed(segments, (), work if kind.items else None)

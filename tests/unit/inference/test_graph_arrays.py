@@ -12,10 +12,11 @@ import torch
 
 from benchmarks.bench_host_turn import HostGraphs
 from megatron_multiverse.inference import Request
+from megatron_multiverse.inference.step import graph_sizes
 from megatron_multiverse.inference.step.graph_sizes import Fit
 from megatron_multiverse.inference.step.plan import Shaping, StepPlan
 from megatron_multiverse.inference.step.plan_buffer import PlanBuffer
-from megatron_multiverse.kernels.tree_decode import Work, pieces, tiles, work
+from megatron_multiverse.kernels.tree_decode import Work, pieces, prompt, tiles, work
 from tests.unit.kernels.listed_keys import check_reads
 
 from .test_fuzz import random_engine, random_request, seeds
@@ -73,6 +74,10 @@ def play(seed: int, monkeypatch: pytest.MonkeyPatch) -> Compared:
     """Tag soup after prompts that begin alike, under every setting, with steps back and a request that is cancelled."""
     rng = random.Random(3_000_000 + seed)
     share_short_prefixes(monkeypatch, rng)
+    if rng.random() < 0.5:  # prompts are short
+        monkeypatch.setattr(graph_sizes, "MOST_LISTED", 0)
+        monkeypatch.setattr(graph_sizes, "MOST_MIXED", 4)
+        monkeypatch.setattr(prompt, "LONGEST_LISTED", 6)
     begin = random_prompt(rng, 1) * rng.choice([0, 70, 400])
     requests: list[Request] = []
     for k in range(4):
@@ -119,3 +124,4 @@ def test_these_steps_share_keys_are_cut_and_go_on() -> None:
             found.append(play(seed, patch))
     assert len(set().union(*(one.sharers for one in found))) >= 3
     assert max(max(one.parts, default=0) for one in found) > 1 and sum(one.moved for one in found) > 100
+    assert sum(one.with_prompts for one in found) > 5

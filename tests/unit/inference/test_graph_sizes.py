@@ -8,6 +8,7 @@ import pytest
 from benchmarks.bench_host_step import HEADS, KV_HEADS, PROCESSORS, WEIGHTS
 from megatron_multiverse.inference.step.graph_sizes import (
     KEYS,
+    MOST_LISTED,
     MOST_SEEN,
     PROMPT_SIZES,
     ROWS,
@@ -70,7 +71,10 @@ def test_every_token_sees_its_keys_once_by_the_list_or_by_a_segment(seed: int) -
     assert found is not None
     kind, work, segments = found
     assert kind.size == next(size for size in (SIZES if segments is None else PROMPT_SIZES) if size >= tokens)
-    assert (segments is None) == (tokens <= 128 or max(counts) <= 64) == (kind.keys == 0)
+    seen = sum(x * y for x, y, alone in zip(counts, lengths, listed, strict=True) if not alone)
+    by_list = tokens <= 128 or not seen or (seen <= MOST_LISTED and tokens <= 512)
+    assert (segments is None) == by_list == (kind.keys == 0)
+    assert (kind.items == 0) == (not by_list and not listed.any())
     plan = plan_of(counts, lengths)
     check_reads(work, plan.pages, plan.lengths, plan.borders, PAGE, segments)
     assert len(work.items) <= kind.items and len(work.counts) <= kind.rows and len(counts) <= kind.rows
@@ -87,7 +91,12 @@ def test_a_graph_of_a_single_token_has_room_for_a_long_text() -> None:
 
 
 def test_prompts_are_a_graph_until_the_gpu_multiplies_longer_than_calls_take() -> None:
-    for count, weights, size in ((1000, WEIGHTS, 1024), (1300, WEIGHTS, None), (1300, WEIGHTS // 5, 1536)):
+    for count, weights, size in (
+        (500, WEIGHTS, 512),
+        (1000, WEIGHTS, 1024),
+        (1300, WEIGHTS, None),
+        (1300, WEIGHTS // 5, 1536),
+    ):
         found = fit([1, count], [3000, count], weights=weights)
         assert (None if found is None else found.kind.size) == size
 
@@ -96,15 +105,16 @@ def test_what_a_graph_has_no_room_for_runs_without() -> None:
     assert fit([1, 1000], [50, MOST_SEEN // 1000]) is not None
     assert fit([1, 1000], [50, MOST_SEEN // 1000 + 1]) is None, "FlashAttention 4 takes half as long"
     assert fit([2] * 300 + [65], [2] * 300 + [65]) is None, "rows that are not of prompts come first"
-    assert fit([65, *[2] * 100], [65, *[2] * 100]) is None, "segments"
-    assert fit([65, *[2] * 60], [65, *[2] * 60]) is not None
+    assert fit([600, *[2] * 100], [600, *[2] * 100]) is None, "segments"
+    assert fit([65, *[2] * 60], [65, *[2] * 60]) is not None, "so few see little enough for the list"
     assert fit([600, 1], [600, 60]) is None, "a row that decodes stands behind a prompt of more tokens than rows"
     sizes = GraphSizes(page_size=PAGE, heads=28, kv_heads=4, processors=132, weights=WEIGHTS, segments=True)
-    assert sizes.fit(plan_of([200], [200], writes=784), "greedy") is not None
-    assert sizes.fit(plan_of([200], [200], writes=785), "greedy") is None
+    for count, most in ((200, 784), (600, 640 + 1024 + 16)):
+        assert sizes.fit(plan_of([count], [count], writes=most), "greedy") is not None
+        assert sizes.fit(plan_of([count], [count], writes=most + 1), "greedy") is None
 
 
-def test_prompts_that_flash_attention_does_not_take_are_listed_if_they_are_short() -> None:
+def test_prompts_that_see_few_keys_are_listed_also_where_flash_attention_does_not_take_them() -> None:
     found = fit([300], [300], segments=False)
     assert found is not None and found.segments is None and found.kind.keys == 0 and found.kind.size == 384
     assert fit([300], [1000], segments=False) is None
