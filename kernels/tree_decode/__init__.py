@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..device import processors
 from . import prompt
-from .pieces import NO_WORK, Work, most_cut, most_parts, most_sharers
+from .pieces import NO_WORK, Work, most_cut, most_parts, most_sharers, widened
 from .prompt import (
     LONGEST_LISTED,
     SEGMENT,
@@ -202,4 +202,5 @@ __all__ = [
     "takes_segments",
     "tree_decode",
     "tree_decode_reference",
+    "widened",
 ]

@@ -63,6 +63,25 @@ NO_WORK = Work(
 """For no queries."""
 
 
+def widened(work: Work, sharers: int, page_size: int) -> Work:
+    """The same list with room for `sharers` queries in every item."""
+    items, width = work.tokens.shape
+    if width == sharers:
+        return work
+    room = ((0, 0), (0, sharers - width))
+    tails, pages = work.tails, work.pages
+    if width == 1:
+        tails = np.zeros((items, 3, 1), dtype=np.int32)
+        tails[:, 2, 0] = work.items[:, 3]
+        pages = pages * np.int32(page_size) + np.int32(page_size - 1)  # items end where their rows do
+    return work._replace(
+        tokens=np.pad(work.tokens, room, constant_values=-1),
+        limits=np.pad(work.limits, room),
+        tails=np.pad(tails, ((0, 0), *room)),
+        pages=pages,
+    )
+
+
 def most_parts(queries: int) -> int:
     """Parts a query may have in a step of `queries`: many where few queries must keep the whole GPU busy."""
     return 8 if queries > 64 else max(16, min(64, 512 // queries))

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .pieces import (
+    LEAST_PIECE,
     LEAST_SHARED,
     NO_TAILS,
     Int32s,
@@ -33,6 +34,11 @@ from .tiles import choose_tiles, list_tiles
 LONG = 4096
 """Keys of a row from which two programs for every multiprocessor are worth a merge where there is one without: 32 rows
 of 8,192 keys take 128 us instead of 149 on an H200, 32 of 1,083 keys 24.0 instead of 23.3."""
+
+
+AT_ONCE = 2
+"""Programs per multiprocessor that run at once. Where all keys of all rows are read by no more than so many, reading
+some of them together saves nothing."""
 
 
 class Seats(NamedTuple):
@@ -78,6 +84,8 @@ def divide_work(
     rows, tokens = len(counts), int(borders[-1])
     common = _common(pages, lengths, page_size, least_shared or LEAST_SHARED)
     if rows == tokens:
+        if least_shared is None and -(-lengths // LEAST_PIECE).sum() * kv_heads <= AT_ONCE * processors:
+            common = None
         tiles = None if common is None else choose_tiles(common, lengths, sharers, least_shared)
         if tiles is None:
             return _alone(pages, lengths, kv_heads, processors, slots)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.kernels.tree_decode import (
@@ -20,6 +21,7 @@ from megatron_multiverse.kernels.tree_decode import (
     most_parts,
     most_sharers,
     prompt_rows,
+    widened,
 )
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -27,10 +29,11 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 PROMPT_SIZES = (192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2176, 2560, 3072, 3584, 4096)
 """The same where prompts are read, so many tokens that each counts. 2,176: as many as come at once by default, and 128
 rows beside them."""
-ROWS = (32, 128, 512)
+ROWS = (64, 512)
 """Rows that such a graph draws for, and its first tokens, among which all those stand that are not of prompts."""
-KEYS = (4096, 16384, 65536)
-"""Keys that the prompts of such a graph see."""
+KEYS = (8192, 65536)
+"""Keys that the prompts of such a graph see. Few sizes, since each needs graphs of its own, for as many as there are of
+tokens; so there is one list of work beside prompts, too, which has room for whatever rows share."""
 SHORT_SEGMENTS = 64
 """Segments of such a graph beyond those that are full."""
 MOST_SEEN = 1 << 24
@@ -93,8 +96,6 @@ def room_for_items(work: Work, rows: int, processors: int, kv_heads: int) -> int
     are not cut have an item each, those that are cut no more together than keep the GPU busy, and most tiles have two
     rows or more.
     """
-    if not len(work.items):
-        return 0
     busy = most_cut(processors, kv_heads)
     if work.tokens.shape[1] > 1:
         rooms = [max(rows // 2, busy), max(rows, busy), 3 * rows + busy]
@@ -139,9 +140,11 @@ class GraphSizes:
         if size is None:
             return None
         work = self.work.divide(plan.pages, plan.lengths, plan.borders, most_parts(size))
-        return self._fitting(plan, work, None, size=size, rows=size, keys=0, draw=draw)
+        items = room_for_items(work, size, self.processors, self.kv_heads)
+        kind = None if items is None else Kind(size, size, items, work.tokens.shape[1], work.slots, 0, draw)
+        return _fitting(plan, kind, work, None)
 
-    def _with_prompts(self, plan: StepPlan, draw: str, prompts: np.typing.NDArray[np.bool_]) -> Fit | None:
+    def _with_prompts(self, plan: StepPlan, draw: str, prompts: npt.NDArray[np.bool_]) -> Fit | None:
         """A graph in which FlashAttention reads the prompts."""
         size = _next(PROMPT_SIZES, len(plan.ids))
         keys = _next(KEYS, int(plan.lengths[prompts].sum()))
@@ -162,16 +165,16 @@ class GraphSizes:
                 sharers=self.sharers,
                 slots=most_parts(rows),
             )
-        work = work._replace(slots=most_parts(rows))  # fewer graphs
-        return self._fitting(plan, work, segments, size=size, rows=min(rows, size), keys=keys, draw=draw)
+        work = widened(work, self.sharers, self.page_size)._replace(slots=most_parts(rows))
+        rows = min(rows, size)
+        items = 3 * rows + most_cut(self.processors, self.kv_heads) if len(work.items) else 0
+        return _fitting(plan, Kind(size, rows, items, self.sharers, work.slots, keys, draw), work, segments)
 
-    def _fitting(
-        self, plan: StepPlan, work: Work, segments: Segments | None, *, size: int, rows: int, keys: int, draw: str
-    ) -> Fit | None:
-        items = room_for_items(work, rows, self.processors, self.kv_heads)
-        if items is None:
-            return None
-        kind = Kind(size, rows, items, work.tokens.shape[1], work.slots, keys, draw)
-        fits = len(plan.write_slots) <= kind.writes and work.pages.size <= kind.pages
-        fits &= segments is None or len(segments.seen) <= kind.segments
-        return Fit(kind, work, segments) if fits else None
+
+def _fitting(plan: StepPlan, kind: Kind | None, work: Work, segments: Segments | None) -> Fit | None:
+    """The graph, if it has room for all that."""
+    if kind is None or len(plan.write_slots) > kind.writes:
+        return None
+    if len(work.items) > kind.items or work.pages.size > kind.pages:
+        return None
+    return None if segments is not None and len(segments.seen) > kind.segments else Fit(kind, work, segments)

@@ -64,6 +64,7 @@ def share_short_prefixes(monkeypatch: pytest.MonkeyPatch, rng: random.Random) ->
     """Rows share what toys have in common, in tiles of any width, and short rows are cut."""
     for module in (work, tiles):
         monkeypatch.setattr(module, "LEAST_SHARED", rng.choice([1, 32, 256]))
+    monkeypatch.setattr(work, "AT_ONCE", 0)
     monkeypatch.setattr(tiles, "PLAIN_TIME", float("inf"))
     monkeypatch.setattr(tiles, "TIMES", rng.choice([(1, 9, 9), (9, 1, 9), (9, 9, 1)]))
     monkeypatch.setattr(tiles, "HUGE", rng.choice([64, 8192]))
