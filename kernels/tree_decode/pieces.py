@@ -42,12 +42,14 @@ class Work(NamedTuple):
     """[tokens], parts of each query."""
     pages: Int32s
     """Flat: the pages of every stretch, one after the other; where items may have several queries, the last slot that
-    may be read of each, page * page size + offset."""
+    may be read of each, page * page size + offset. -1 keeps a place for a page: no slot of it is read."""
     slots: int
     """Most parts a query may have; 1 if all have one, so that nothing is to be merged."""
     ends: Ints | None = None
     """[rows], where in `pages` the last page of each row stands, if the last slot to be read there is that of its last
     key; None where items end with their rows, so that all of a page may be read."""
+    room: int = 0
+    """Keys that every row may have further before its next page has no place in `pages`, where rows share keys."""
 
 
 NO_TAILS = np.zeros((0, 3, 1), dtype=np.int32)
@@ -105,13 +107,25 @@ def counted(counts: Ints) -> tuple[Ints, Ints]:
     return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
 
 
-def page_tables(pages: Int32s, stretches: Ints, page_size: int) -> tuple[Int32s, Ints]:
-    """The pages of the stretches, flat, and where among them the page of each one's key 0 would stand."""
+def page_tables(pages: Int32s, stretches: Ints, page_size: int, ahead: Ints | None = None) -> tuple[Int32s, Ints]:
+    """The pages of the stretches, flat, and where among them the page of each one's key 0 would stand.
+
+    Behind a stretch's pages stands -1 for those that it needs for so many keys more as `ahead` says, [stretches].
+    """
     begins = stretches[:, 2] // page_size
-    counts = -(-stretches[:, 3] // page_size) - begins
+    used = counts = -(-stretches[:, 3] // page_size) - begins
+    if ahead is not None:
+        counts = -(-(stretches[:, 3] + ahead) // page_size) - begins
     owner, index = counted(counts)
     there = (stretches[:, 0] * pages.shape[1] + begins)[owner] + index
-    return pages.reshape(-1)[there], np.cumsum(counts) - counts - begins
+    bases = np.cumsum(counts) - counts - begins
+    if ahead is None:
+        return pages.reshape(-1)[there], bases
+    # What stands behind a row's pages is another's, and behind the last row's nothing.
+    numbers = pages.reshape(-1)[np.minimum(there, pages.size - 1)]
+    owner, index = counted(counts - used)
+    numbers[(bases + begins + used)[owner] + index] = -1
+    return numbers, bases
 
 
 def piece_of(sizes: npt.NDArray[np.signedinteger], longest: int, kv_heads: int, programs: int, most: int) -> int:

@@ -2,7 +2,8 @@
 
 Most steps only add a token to each row. Then the list of the step before still holds but for the ends: each row's last
 item reaches one key further, or one more slot of its last page may be read, and each query sees one more. Moving those
-takes a tenth of the time of dividing anew, for which a GPU that runs a small model would wait.
+takes a tenth of the time of dividing anew, for which a GPU that runs a small model would wait. Of many rows some need
+another page in every step, so where rows share keys there are places for it in the list.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .pieces import Int32s, Work
+from .pieces import Int32s, Ints, Work
 from .work import divide_work
 
 
 class SuccessiveWork:
     """`divide_work` for the steps of an engine.
 
-    A list is moved on until the longest row needs another page, or, where rows are looked at together, any of them
-    does. Items are then at most a page longer than `divide_work` would make them.
+    A list is moved on until the longest row needs another page, or, where rows are looked at together, until any of
+    them needs one that has no place in it: for 4 to 16 steps or a few more, see `tiles.ROOM`.
 
     Args:
         page_size: keys per page.
@@ -47,6 +48,7 @@ class SuccessiveWork:
             processors=self.processors,
             slots=slots,
             sharers=self.sharers,
+            moves=True,
         )
         self._last = _Divided(work, pages, lengths, borders, slots, self.page_size)
         return work
@@ -76,26 +78,64 @@ class _Divided:
                 self.at_end *= self.per_query.sum(1) == 1
         ends = len(work.ends) if work.ends is not None else int(self.at_end.sum())
         self.can_move = ends == len(lengths) == borders[-1]
+        self.ends: Ints | None = None
+        """[rows], where in the list's pages the last one of each row stands, where rows share keys."""
+        if self.shares and self.can_move:
+            self.ends = work.ends if work.ends is not None else self._item_ends()
+
+    def _item_ends(self) -> Ints:
+        """The same where items end with their rows."""
+        last = np.flatnonzero(self.at_end)
+        ends = np.empty(len(last), dtype=np.int64)
+        base, end = self.work.items[last, 0], self.work.items[last, 2]
+        ends[self.work.tokens[last].max(1)] = base + (end - 1) // self.page_size
+        return ends
 
     def goes_on(self, pages: Int32s, lengths: npt.NDArray[np.int32], borders: npt.NDArray[np.int64]) -> bool:
         """Whether a step differs from this one in that each row has one key more, by the token that it brings."""
-        return (
+        if not (
             self.can_move
-            and borders[-1] == len(lengths)
-            and pages.shape == self.pages.shape
+            and borders[-1] == len(lengths) == len(self.lengths)
             and bool((lengths == self.lengths + 1).all())
-            # Where rows share keys the list has the pages that were in use alone.
-            and (not self.shares or bool((self.lengths % self.page_size).all() and (pages == self.pages).all()))
-        )
+        ):
+            return False
+        if not self.shares:
+            return pages.shape == self.pages.shape
+        return self.work.room > 0 and self._lists_more(pages)
+
+    def _lists_more(self, pages: Int32s) -> bool:
+        """Whether rows list the pages that they did, but for those into which full ones go on."""
+        width = min(pages.shape[1], self.pages.shape[1])
+        other = pages[:, :width] != self.pages[:, :width]
+        number = np.count_nonzero(other)
+        if number == 0:
+            return True
+        full = np.flatnonzero(self.lengths % self.page_size == 0)
+        column = self.lengths[full] // self.page_size
+        full, column = full[column < width], column[column < width]
+        return number == np.count_nonzero(other[full, column])
 
     def move_on(self, pages: Int32s, lengths: npt.NDArray[np.int32]) -> None:
         """Make the list that of such a step. The arrays of the list before stay as they are."""
-        work, items, flat = self.work, self.work.items.copy(), self.work.pages
-        items[:, 2] += self.at_end
-        if not self.shares:
-            flat = pages.reshape(-1)
-        elif work.ends is not None:
-            flat = flat.copy()
-            flat[work.ends] += 1
-        self.work = work._replace(items=items, limits=work.limits + self.per_query, pages=flat)
+        work, items = self.work, self.work.items
+        if work.ends is None:
+            items = items.copy()
+            items[:, 2] += self.at_end
+        flat = pages.reshape(-1) if self.ends is None else self._with_last_pages(pages)
+        self.work = work._replace(
+            items=items,
+            limits=work.limits + self.per_query,
+            pages=flat,
+            ends=None if work.ends is None else self.ends,
+            room=max(work.room - 1, 0),
+        )
         self.pages, self.lengths = pages, lengths
+
+    def _with_last_pages(self, pages: Int32s) -> Int32s:
+        """The list's pages for a key more of each row: one more slot of its last page, or the first of the next."""
+        before = self.lengths % self.page_size
+        self.ends = self.ends + (before == 0)
+        flat = self.work.pages.copy()
+        last = pages[np.arange(len(pages)), self.lengths // self.page_size] * np.int32(self.page_size)
+        flat[self.ends] = last + before
+        return flat

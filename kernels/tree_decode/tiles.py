@@ -21,6 +21,12 @@ PLAIN_TIME = 0.85
 HUGE = 8192
 """Shared keys from which the rows of one tile read them in items of several rows, and their own in items of one: 8 rows
 over 16,384 take 21.9 us so on an H200 and 24.4 by a tile, over 8,192 tiles win."""
+ROOM = 50
+"""A list that is to be moved on has places for one key more of each row for every so many keys that are read per row.
+They are looked at, empty or not; half of them are empty on average, a hundredth of all."""
+LEAST_AHEAD, MOST_AHEAD = 4, 16
+"""Bounds of those places: where few keys are read the host takes longer than the GPU, and of 16 steps dividing anew
+takes less of the host's time than moving on."""
 
 
 class Tiles(NamedTuple):
@@ -153,15 +159,19 @@ def list_tiles(
     kv_heads: int,
     processors: int,
     slots: int,
+    moves: bool = False,
 ) -> Work:
     """The list of rows of one query each; arguments as of `work.divide_work`."""
     first, last, shared, sharers = tiles
-    table, ends = _table(pages, lengths, tiles, page_size)
-    # [tiles, sharers]: keys below `a` and in [b, c) are those that a row sees, and [b, `room`) is kept for it.
+    # [tiles, sharers]: keys below `shared` and `own` ones from `b` are those that a row sees, and [b, `room`) is kept
+    # for it.
     rows = first[:, None] + np.arange(sharers)
     there = rows < last[:, None]
     own = np.where(there, lengths[np.where(there, rows, 0)] - shared[:, None], 0)
-    own_pages = -(-own // page_size)
+    ahead = _ahead(int(shared.sum() + own.sum()), len(lengths)) if moves else 0
+    own_pages = -(-(own + ahead * there) // page_size)
+    left = int((own_pages * page_size - own)[there].min())
+    table, ends = _table(pages, lengths, tiles, page_size, ahead)
     room = shared[:, None] + np.cumsum(own_pages, 1) * page_size
     b = room - own_pages * page_size
     sizes = room[:, -1]
@@ -183,11 +193,17 @@ def list_tiles(
     counts = np.bincount(tokens[seen], minlength=len(lengths)).astype(np.int32)
     most = slots if counts.max() > 1 else 1
     limits = ((b + own)[owner] * seen).astype(np.int32)
-    return Work(items, tokens, limits, tails.astype(np.int32), counts, table, most, ends)
+    return Work(items, tokens, limits, tails.astype(np.int32), counts, table, most, ends, left)
 
 
-def _table(pages: Int32s, lengths: Int32s, tiles: Tiles, page_size: int) -> tuple[Int32s, Ints]:
-    """Last slots of the pages of every tile, flat, and where among them the last page of each row stands."""
+def _ahead(keys: int, rows: int) -> int:
+    """Keys that each row is given places for, if all read so many together."""
+    return min(max(keys // (ROOM * rows), LEAST_AHEAD), MOST_AHEAD)
+
+
+def _table(pages: Int32s, lengths: Int32s, tiles: Tiles, page_size: int, ahead: int) -> tuple[Int32s, Ints]:
+    """Last slots of the pages of every tile, flat, and where among them the last page of each row stands. There is a
+    place for the pages of `ahead` more keys of each row."""
     rows = np.arange(len(lengths))
     heads = np.stack((tiles.first, tiles.last, np.zeros_like(tiles.first), tiles.shared), 1)
     shared = np.repeat(tiles.shared, tiles.last - tiles.first)
@@ -197,8 +213,10 @@ def _table(pages: Int32s, lengths: Int32s, tiles: Tiles, page_size: int) -> tupl
         np.arange(len(tiles.first)), tiles.last - tiles.first)))  # fmt: skip
     stretches = np.empty((len(places), 4), dtype=np.int64)
     stretches[places] = np.concatenate((heads, own))
-    numbers, bases = page_tables(pages, stretches, page_size)
-    table = numbers * np.int32(page_size) + np.int32(page_size - 1)
+    further = np.full(len(places), ahead)
+    further[places[: len(heads)]] = 0
+    numbers, bases = page_tables(pages, stretches, page_size, further if ahead else None)
+    table = numbers * np.int32(page_size) + np.int32(page_size - 1)  # -1 of -1
     ends = (bases + -(-stretches[:, 3] // page_size) - 1)[places[len(heads) :]]
     some = lengths > shared
     table[ends[some]] -= (-lengths[some]) % page_size

@@ -63,7 +63,8 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
             # What lies after the end may be anything, NaN included, so it is never read.
             inside = key < end
             if SHARERS > 1:
-                # Nor what lies between the last key of one row and the first of the next.
+                # Nor what lies between the last key of one row and the first of the next. Nothing is read of -1, which
+                # keeps a place for a page: a remainder has the sign of what is divided.
                 inside &= key % PAGE <= page % PAGE
                 page = page // PAGE
             place = ((page.to(tl.int64) * PAGE + key % PAGE) * GROUPS + group) * DIM

@@ -65,6 +65,7 @@ def divide_work(
     slots: int,
     sharers: int,
     least_shared: int | None = None,
+    moves: bool = False,
 ) -> Work:
     """The work of a step, as `tree_decode_reference` describes it.
 
@@ -79,6 +80,8 @@ def divide_work(
         sharers: queries that may share an item, see `most_sharers`.
         least_shared: keys that neighbouring rows must share to be looked at together; None: where that takes less time,
             see `tiles.choose_tiles`.
+        moves: whether there are to be places for further pages, where rows of one query each share keys, so that the
+            list can be moved on; see `successive.py`.
     """
     counts = np.diff(borders)
     rows, tokens = len(counts), int(borders[-1])
@@ -91,8 +94,9 @@ def divide_work(
             return _alone(pages, lengths, kv_heads, processors, slots)
         if not tiles.is_one_over_many_keys(sharers):
             return list_tiles(
-                pages, lengths, tiles, page_size=page_size, kv_heads=kv_heads, processors=processors, slots=slots
-            )
+                pages, lengths, tiles, page_size=page_size, kv_heads=kv_heads, processors=processors, slots=slots,
+                moves=moves,
+            )  # fmt: skip
     # Rows of several queries need the larger tiles with and without others.
     stretches = None if common is None else _stretches(common, lengths, least_shared or LEAST_SHARED)
     limits = lengths if rows == tokens else np.repeat(lengths - counts + 1 - borders[:-1], counts) + np.arange(tokens)
@@ -101,12 +105,16 @@ def divide_work(
         stretches, depth = np.zeros((rows, 4), dtype=np.int64), 1
         stretches[:, 0] = np.arange(rows)
         stretches[:, 1], stretches[:, 3] = stretches[:, 0] + 1, lengths
-    listed, bases = page_tables(pages, stretches, page_size)
+    room, ahead = int(((-lengths) % page_size).min()), None
+    lone = stretches[:, 1] - stretches[:, 0] == 1
+    if moves and lone.sum() == rows == tokens:  # a page more behind every row's own, which no item reaches yet
+        room, ahead = room + page_size, page_size * lone
+    listed, bases = page_tables(pages, stretches, page_size, ahead)
     if sharers > 1:  # all of a page may be read: items end where their rows do
         listed = listed * np.int32(page_size) + np.int32(page_size - 1)
     seats = _seats(stretches, bases, borders, sharers)
     piece = piece_of(seats.end - seats.start, int(lengths.max()), kv_heads, 2 * processors, slots - depth)
-    return _cut(seats, piece, listed, limits.astype(np.int32), slots, sharers)
+    return _cut(seats, piece, listed, limits.astype(np.int32), slots, sharers)._replace(room=room)
 
 
 def divide_rows(

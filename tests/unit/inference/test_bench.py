@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_host_step, bench_host_turn, report_blocks, small_steps
+from benchmarks import bench_host_step, bench_host_turn, bench_work_list, report_blocks, small_steps
 from benchmarks.engine_soak import Soak, SoakConfig
 from megatron_multiverse.errors import ConfigError, GenerationError
 from megatron_multiverse.inference.bench import BenchConfig, measure
@@ -33,6 +34,21 @@ def test_the_host_time_of_turns_is_measured():
     assert list(times) == [2, 6] and min(times.values()) > 0
     for figures in bench_host_turn.measure(options).values():
         assert list(figures) == ["commit_ms", "plan_ms", "prepare_ms", "turn_ms"] and min(figures.values()) > 0
+
+
+def test_the_list_of_work_of_steps_that_go_on_is_timed():
+    options = bench_work_list.Options(rows=(8,), paths=(1, 3), prefixes=(512,), own=40, steps=20, seeds=1, repeats=2)
+    text, paths = bench_work_list.measure(options)
+    assert (text["rows"], text["paths"], paths["rows"], paths["paths"]) == (8, 1, 6, 3)
+    for case in (text, paths):
+        assert 0 < case["ms"] <= case["longest_ms"] and 0 < case["made_anew"] < 0.5
+    # Two requests of three rows read what these share once, rounded up to whole pages.
+    assert 2 * 512 + 6 < paths["keys"] < 2 * 512 + 6 * (40 + 20 + 2 * 16) and text["keys"] > 8 * 512
+    steps = bench_work_list.successive_steps(options, 2, 3, 512, 0)
+    for (pages, lengths, _), (after, longer, _) in pairwise(steps):
+        assert (longer == lengths + 1).all()
+        for row, used in enumerate(-(-lengths // 16)):
+            assert (after[row, :used] == pages[row, :used]).all()
 
 
 def test_steps_of_a_small_model_are_timed_with_all_paths_at_once(monkeypatch):

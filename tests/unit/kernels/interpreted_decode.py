@@ -28,7 +28,7 @@ from megatron_multiverse.kernels.sampling.triton_draw import draw_triton
 from megatron_multiverse.kernels.sampling.triton_greedy import greedy_triton
 from megatron_multiverse.kernels.sum_norm import sum_norm_reference
 from megatron_multiverse.kernels.sum_norm.triton_push import Exchange, sum_norm_push
-from megatron_multiverse.kernels.tree_decode import divide_work, tree_decode_reference
+from megatron_multiverse.kernels.tree_decode import SuccessiveWork, divide_work, tiles, tree_decode_reference
 from megatron_multiverse.kernels.tree_decode.triton_decode import tree_decode_triton
 
 torch.set_num_threads(1)
@@ -230,6 +230,44 @@ def check_decode() -> None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def check_decode_moved() -> None:
+    """Lists that are moved on while rows go on into further pages, of tiles and of items of several rows; what no row
+    sees holds NaN until its key is written: the pages that rows will be given, and page 0, which nobody has."""
+    rng = np.random.default_rng(1)
+    for rows, huge in ((8, 8192), (8, 64), (3, 8192)):
+        tiles.HUGE = huge
+        table = np.tile(np.arange(1, 25, dtype=np.int32), (rows, 1))
+        table[:, 20:] = 21 + rng.permutation(4 * rows).reshape(rows, 4)
+        lengths = (20 * 16 + rng.integers(1, 17, rows)).astype(np.int32)
+        lengths[:2] = 21 * 16, 21 * 16 - 1  # the first steps take these into further pages
+        cache = torch.full((2, table.max() + 1, 16, 1, 8), float("nan"))
+        for row, length in enumerate(lengths.tolist()):
+            for key in range(0 if row == 0 else 20 * 16, length):
+                write_key(rng, cache, table[row], key)
+        divider = SuccessiveWork(page_size=16, kv_heads=1, processors=4, sharers=9)
+        lists = []
+        for _ in range(7):
+            pages = table[:, : -(-int(lengths.max()) // 16)].copy()
+            work = divider.divide(pages, lengths, np.arange(rows + 1), 16)
+            assert work.tokens.shape[1] > 1 and (work.ends is None) == (huge == 64)
+            lists.append(work.tokens)
+            query = torch.from_numpy(rng.standard_normal((rows, 2, 8))).float()
+            arrays = (torch.from_numpy(x) for x in (pages, lengths, np.arange(rows + 1)))
+            want = tree_decode_reference(query, *cache, *arrays, 0.3)
+            tensors = (torch.from_numpy(x) for x in (work.pages, *work[:5]))
+            got = tree_decode_triton(query, *cache, *tensors, 0.3, slots=work.slots, pdl=False)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            for row, length in enumerate(lengths.tolist()):
+                write_key(rng, cache, table[row], length)
+            lengths = lengths + np.int32(1)
+        assert len({id(tokens) for tokens in lists}) <= 2, "made anew where a list can be moved on"
+
+
+def write_key(rng: np.random.Generator, cache: torch.Tensor, pages: np.ndarray, key: int) -> None:
+    """Put a random key and value of a row where its pages have it; `cache` is [2, pages, 16, kv heads, dim]."""
+    cache[:, pages[key // 16], key % 16] = torch.from_numpy(rng.standard_normal((2, *cache.shape[3:]))).float()
+
+
 def random_rows(rng: np.random.Generator, page_size: int, *, shared: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(pages, lengths, new tokens) of rows; neighbours share their first pages if `shared`."""
     lists: list[list[int]] = []
@@ -247,6 +285,7 @@ def random_rows(rng: np.random.Generator, page_size: int, *, shared: bool) -> tu
 
 if __name__ == "__main__":
     choices = check_greedy, check_draw
-    for check in (check_skinny, check_skinny_fp8, check_rows, check_write, *choices, check_decode, check_sum_norm):
+    decodes = check_decode, check_decode_moved
+    for check in (check_skinny, check_skinny_fp8, check_rows, check_write, *choices, *decodes, check_sum_norm):
         check()
         print(check.__name__)

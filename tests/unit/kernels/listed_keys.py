@@ -26,7 +26,7 @@ def reads(work: Work, page_size: int) -> Iterator[tuple[int, Ints, int]]:
             if several:
                 shared, begin, part = work.tails[item, :, seat].tolist()
                 seen &= (keys < shared) | (keys >= begin)
-                assert (keys[seen] % page_size <= listed[seen] % page_size).all(), "a key that is not loaded"
+                assert (keys[seen] % page_size <= np.fmod(listed[seen], page_size)).all(), "a key that is not loaded"
                 pages = listed // page_size
             yield token, (pages * page_size + keys % page_size)[seen], part
 
@@ -41,6 +41,19 @@ def prompt_reads(segments: Segments) -> Iterator[tuple[int, Ints]]:
             yield token, segments.slots[begin : begin + seen - (last - 1 - token)].astype(np.int64)
 
 
+def loaded_slots(work: Work, page_size: int) -> Ints:
+    """Slots that the programs load, for whichever query; those of an item in order."""
+    found = [np.zeros(0, dtype=np.int64)]
+    for base, start, end, _ in work.items.tolist():
+        keys = np.arange(start, end)
+        offsets, listed = keys % page_size, work.pages[base + keys // page_size].astype(np.int64)
+        if work.tokens.shape[1] > 1:
+            there = offsets <= np.fmod(listed, page_size)  # as the kernel's remainder, whose sign is that of the page
+            listed, offsets = listed[there] // page_size, offsets[there]
+        found.append(listed * page_size + offsets)
+    return np.concatenate(found)
+
+
 def check_reads(
     work: Work,
     pages: npt.NDArray[np.int32],
@@ -49,8 +62,8 @@ def check_reads(
     page_size: int = 16,
     segments: Segments | None = None,
 ) -> None:
-    """Every query reads each key that it sees once, from the slot where its row has it, its parts are numbered, and of
-    a page that rows have for themselves nothing is loaded behind the last key of the row."""
+    """Every query reads each key that it sees once, from the slot where its row has it, its parts are numbered, and
+    nothing is loaded that no row sees; nor, of a page that rows have for themselves, behind the last key of the row."""
     found: list[list[Ints]] = [[] for _ in range(borders[-1])]
     parts: list[list[int]] = [[] for _ in found]
     for token, slots, part in reads(work, page_size):
@@ -62,9 +75,11 @@ def check_reads(
     assert counts.max() <= work.slots
     for token, slots in () if segments is None else prompt_reads(segments):
         found[token].append(slots)
+    visible = np.zeros((int(pages.max()) + 1) * page_size, dtype=bool)
     for row, length in enumerate(lengths.tolist()):
         keys = np.arange(length)
         slots = pages[row, keys // page_size].astype(np.int64) * page_size + keys % page_size
+        visible[slots] = True
         for token in range(borders[row], borders[row + 1]):
             seen = length - borders[row + 1] + token + 1
             assert np.array_equal(np.sort(np.concatenate(found[token])), np.sort(slots[:seen]))
@@ -72,3 +87,4 @@ def check_reads(
             work.ends is not None and len(work.ends) == len(lengths) and length % page_size
         ):  # else the next key needs another page
             assert work.pages[work.ends[row]] == slots[-1]
+    assert visible[loaded_slots(work, page_size)].all(), "a slot is loaded that no row sees"
