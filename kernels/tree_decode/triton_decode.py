@@ -63,9 +63,11 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
             # What lies after the end may be anything, NaN included, so it is never read.
             inside = key < end
             if SHARERS > 1:
-                # Nor what lies between the last key of one row and the first of the next. Nothing is read of -1, which
-                # keeps a place for a page: a remainder has the sign of what is divided.
+                # Nor what lies between the last key of one row and the first of the next, nor of -1, which keeps a place
+                # for a page. A remainder has the sign of what is divided, but for pages of one key it is 0.
                 inside &= key % PAGE <= page % PAGE
+                if PAGE == 1:
+                    inside &= page >= 0
                 page = page // PAGE
             place = ((page.to(tl.int64) * PAGE + key % PAGE) * GROUPS + group) * DIM
             page = tl.load(pages + (first_page + (key + BLOCK) // PAGE), mask=key + BLOCK < end, other=0)
