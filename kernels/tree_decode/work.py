@@ -17,6 +17,7 @@ import numpy.typing as npt
 from .pieces import (
     LEAST_PIECE,
     LEAST_SHARED,
+    LEAST_TILE,
     NO_TAILS,
     Int32s,
     Ints,
@@ -37,8 +38,9 @@ of 8,192 keys take 128 us instead of 149 on an H200, 32 of 1,083 keys 24.0 inste
 
 
 AT_ONCE = 2
-"""Programs per multiprocessor that run at once. Where all keys of all rows are read by no more than so many, reading
-some of them together saves nothing."""
+"""Programs per multiprocessor that run at once. Where so few read all keys of all rows, reading some of them together
+saves nothing, and tiles for several queries take longer than those for one (8.6 us instead of 10.5 for 8 rows of 28
+heads over 4 with 512 + 256 keys on an H200), unless both have `LEAST_TILE` rows: one query head per group."""
 
 
 class Seats(NamedTuple):
@@ -87,7 +89,8 @@ def divide_work(
     rows, tokens = len(counts), int(borders[-1])
     common = _common(pages, lengths, page_size, least_shared or LEAST_SHARED)
     if rows == tokens:
-        if least_shared is None and -(-lengths // LEAST_PIECE).sum() * kv_heads <= AT_ONCE * processors:
+        few = -(-lengths // LEAST_PIECE).sum() * kv_heads <= AT_ONCE * processors
+        if few and least_shared is None and sharers < LEAST_TILE:
             common = None
         tiles = None if common is None else choose_tiles(common, lengths, sharers, least_shared)
         if tiles is None:

@@ -96,7 +96,17 @@ def test_a_fork_reads_the_prefix_once_for_as_many_queries_as_fill_a_tile(heads, 
 
 @pytest.mark.parametrize(
     ("rows", "prefix", "together"),
-    [(1, 32768, 1), (8, 0, 1), (8, 512, 4), (16, 1024, 4), (2, 8192, 2), (8, 2048, 9), (4, 8192, 4), (64, 32768, 9)],
+    [
+        (1, 32768, 1),
+        (8, 0, 1),
+        (8, 512, 1),
+        (8, 1024, 4),
+        (16, 1024, 4),
+        (2, 8192, 2),
+        (8, 2048, 9),
+        (4, 8192, 4),
+        (64, 32768, 9),
+    ],
 )
 def test_rows_read_shared_keys_together_where_that_is_faster(rows, prefix, together):
     """As measured on an H200, see `tiles.TIMES`; each row has 256 keys of its own."""
@@ -240,8 +250,9 @@ def test_a_list_that_is_moved_on_still_reads_every_key_once(seed):
 
 
 @pytest.mark.parametrize("shared", [0, 32])
-def test_a_list_is_moved_on_only_for_the_rows_that_it_has(shared):
+def test_a_list_is_moved_on_only_for_the_rows_that_it_has(shared, monkeypatch):
     """Others may follow that are as long as these would be; and a page that is full goes on in another one."""
+    monkeypatch.setattr("megatron_multiverse.kernels.tree_decode.work.AT_ONCE", 0)
     first = np.tile(np.arange(36, dtype=np.int32), (4, 1))
     first[:, shared:] += 100 * np.arange(1, 5, dtype=np.int32)[:, None]
     lengths, borders = np.array([535, 540, 550, 559], dtype=np.int32), np.arange(5)
