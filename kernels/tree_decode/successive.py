@@ -122,12 +122,10 @@ class _Divided:
             items = items.copy()
             items[:, 2] += self.at_end
         flat = pages.reshape(-1) if self.ends is None else self._with_last_pages(pages)
-        self.work = work._replace(
-            items=items,
-            limits=work.limits + self.per_query,
-            pages=flat,
-            ends=None if work.ends is None else self.ends,
-            room=max(work.room - 1, 0),
+        limits, ends = work.limits + self.per_query, None if work.ends is None else self.ends
+        # Not by `_replace`, which takes a tenth of the time of all of this.
+        self.work = Work(
+            items, work.tokens, limits, work.tails, work.counts, flat, work.slots, ends, max(work.room - 1, 0)
         )
         self.pages, self.lengths = pages, lengths
 

@@ -63,8 +63,8 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
             # What lies after the end may be anything, NaN included, so it is never read.
             inside = key < end
             if SHARERS > 1:
-                # Nor what lies between the last key of one row and the first of the next, nor anything of -1, which
-                # keeps a place for a page. A remainder has the sign of what is divided; for pages of one key it is 0.
+                # Nor what lies between the last key of one row and the first of the next, nor of -1, which keeps a
+                # place for a page. A remainder has the sign of what is divided, but for pages of one key it is 0.
                 inside &= key % PAGE <= page % PAGE
                 if PAGE == 1:
                     inside &= page >= 0

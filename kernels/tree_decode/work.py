@@ -30,7 +30,7 @@ from .pieces import (
     page_tables,
     piece_of,
 )
-from .tiles import choose_tiles, list_tiles
+from .tiles import MOST_AHEAD, choose_tiles, list_tiles
 
 LONG = 4096
 """Keys of a row from which two programs for every multiprocessor are worth a merge where there is one without: 32 rows
@@ -108,11 +108,11 @@ def divide_work(
         stretches, depth = np.zeros((rows, 4), dtype=np.int64), 1
         stretches[:, 0] = np.arange(rows)
         stretches[:, 1], stretches[:, 3] = stretches[:, 0] + 1, lengths
-    room, ahead = int(((-lengths) % page_size).min()), None
     lone = stretches[:, 1] - stretches[:, 0] == 1
-    if moves and lone.sum() == rows == tokens:  # a page more behind every row's own, which no item reaches yet
-        room, ahead = room + page_size, page_size * lone
-    listed, bases = page_tables(pages, stretches, page_size, ahead)
+    # Places behind every row's own pages, which no item reaches before they are needed.
+    ahead = MOST_AHEAD if moves and lone.sum() == rows == tokens else 0
+    room = ahead + int((-(lengths + ahead) % page_size).min())
+    listed, bases = page_tables(pages, stretches, page_size, ahead * lone if ahead else None)
     if sharers > 1:  # all of a page may be read: items end where their rows do
         listed = listed * np.int32(page_size) + np.int32(page_size - 1)
     seats = _seats(stretches, bases, borders, sharers)

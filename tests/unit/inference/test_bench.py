@@ -37,14 +37,14 @@ def test_the_host_time_of_turns_is_measured():
 
 
 def test_the_list_of_work_of_steps_that_go_on_is_timed():
-    options = bench_work_list.Options(rows=(8,), paths=(1, 3), prefixes=(512,), own=40, steps=20, seeds=1, repeats=2)
+    options = bench_work_list.Options(rows=(8,), paths=(1, 3), prefixes=(2048,), own=40, steps=20, seeds=1, repeats=2)
     text, paths = bench_work_list.measure(options)
     assert (text["rows"], text["paths"], paths["rows"], paths["paths"]) == (8, 1, 6, 3)
     for case in (text, paths):
         assert 0 < case["ms"] <= case["longest_ms"] and 0 < case["made_anew"] < 0.5
     # Two requests of three rows read what these share once, rounded up to whole pages.
-    assert 2 * 512 + 6 < paths["keys"] < 2 * 512 + 6 * (40 + 20 + 2 * 16) and text["keys"] > 8 * 512
-    steps = bench_work_list.successive_steps(options, 2, 3, 512, 0)
+    assert 2 * 2048 + 6 < paths["keys"] < 2 * 2048 + 6 * (40 + 20 + 2 * 16) and text["keys"] > 8 * 2048
+    steps = bench_work_list.successive_steps(options, 2, 3, 2048, 0)
     for (pages, lengths, _), (after, longer, _) in pairwise(steps):
         assert (longer == lengths + 1).all()
         for row, used in enumerate(-(-lengths // 16)):

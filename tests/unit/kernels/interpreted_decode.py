@@ -234,20 +234,21 @@ def check_decode_moved() -> None:
     """Lists that are moved on while rows go on into further pages, of tiles and of items of several rows; what no row
     sees holds NaN until its key is written: the pages that rows will be given, and page 0, which nobody has."""
     rng = np.random.default_rng(1)
-    for rows, huge in ((8, 8192), (8, 64), (3, 8192)):
+    for rows, huge, page_size in ((8, 8192, 16), (8, 64, 16), (3, 8192, 16), (8, 8192, 1), (8, 64, 1)):
         tiles.HUGE = huge
-        table = np.tile(np.arange(1, 25, dtype=np.int32), (rows, 1))
-        table[:, 20:] = 21 + rng.permutation(4 * rows).reshape(rows, 4)
-        lengths = (20 * 16 + rng.integers(1, 17, rows)).astype(np.int32)
-        lengths[:2] = 21 * 16, 21 * 16 - 1  # the first steps take these into further pages
-        cache = torch.full((2, table.max() + 1, 16, 1, 8), float("nan"))
+        table = np.tile(np.arange(1, 1 + 384 // page_size, dtype=np.int32), (rows, 1))
+        shared, own = 320 // page_size, 64 // page_size
+        table[:, shared:] = 1 + shared + rng.permutation(own * rows).reshape(rows, own)
+        lengths = (320 + rng.integers(1, 17, rows)).astype(np.int32)
+        lengths[:2] = 336, 335  # the first steps take these into further pages of 16
+        cache = torch.full((2, table.max() + 2, page_size, 1, 8), float("nan"))[:, 1:]  # before page 0 is NaN, too
         for row, length in enumerate(lengths.tolist()):
-            for key in range(0 if row == 0 else 20 * 16, length):
+            for key in range(0 if row == 0 else 320, length):
                 write_key(rng, cache, table[row], key)
-        divider = SuccessiveWork(page_size=16, kv_heads=1, processors=4, sharers=9)
+        divider = SuccessiveWork(page_size=page_size, kv_heads=1, processors=4, sharers=9)
         lists = []
         for _ in range(7):
-            pages = table[:, : -(-int(lengths.max()) // 16)].copy()
+            pages = table[:, : -(-int(lengths.max()) // page_size)].copy()
             work = divider.divide(pages, lengths, np.arange(rows + 1), 16)
             assert work.tokens.shape[1] > 1 and (work.ends is None) == (huge == 64)
             lists.append(work.tokens)
@@ -264,8 +265,11 @@ def check_decode_moved() -> None:
 
 
 def write_key(rng: np.random.Generator, cache: torch.Tensor, pages: np.ndarray, key: int) -> None:
-    """Put a random key and value of a row where its pages have it; `cache` is [2, pages, 16, kv heads, dim]."""
-    cache[:, pages[key // 16], key % 16] = torch.from_numpy(rng.standard_normal((2, *cache.shape[3:]))).float()
+    """Put a random key and value of a row where its pages have it; `cache` is [2, pages, page size, kv heads, dim]."""
+    page_size = cache.shape[2]
+    cache[:, pages[key // page_size], key % page_size] = torch.from_numpy(
+        rng.standard_normal((2, *cache.shape[3:]))
+    ).float()
 
 
 def random_rows(rng: np.random.Generator, page_size: int, *, shared: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

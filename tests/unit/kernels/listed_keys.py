@@ -48,7 +48,8 @@ def loaded_slots(work: Work, page_size: int) -> Ints:
         keys = np.arange(start, end)
         offsets, listed = keys % page_size, work.pages[base + keys // page_size].astype(np.int64)
         if work.tokens.shape[1] > 1:
-            there = offsets <= np.fmod(listed, page_size)  # as the kernel's remainder, whose sign is that of the page
+            # The kernel's remainder has the sign of the page.
+            there = (offsets <= np.fmod(listed, page_size)) & (listed >= 0 if page_size == 1 else True)
             listed, offsets = listed[there] // page_size, offsets[there]
         found.append(listed * page_size + offsets)
     return np.concatenate(found)

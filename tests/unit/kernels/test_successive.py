@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,12 @@ from megatron_multiverse.kernels.tree_decode import SuccessiveWork, Work, divide
 from tests.unit.kernels.listed_keys import check_reads, loaded_slots
 
 Int32s = npt.NDArray[np.int32]
+
+
+@pytest.fixture(autouse=True)
+def few_keys_are_shared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is faster or not."""
+    monkeypatch.setattr("megatron_multiverse.kernels.tree_decode.work.AT_ONCE", 0, raising=False)
 
 
 class Cache:
@@ -136,6 +143,23 @@ def test_a_row_that_shares_all_that_it_has_goes_on_into_a_page_of_its_own() -> N
         check_reads(work, pages, lengths, np.arange(4))
         works.append(work)
     assert works[0].tokens.shape[1] > 1 and all(work.tokens is works[0].tokens for work in works)
+
+
+@pytest.mark.parametrize("huge", [300, 8192])
+@pytest.mark.parametrize("page_size", [1, 2])
+def test_rows_need_a_page_in_every_step_where_pages_are_small(
+    huge: int, page_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "HUGE", huge)
+    shared = [list(range(512 // page_size))] * 8
+    cache = Cache(np.random.default_rng(2), page_size, shared, np.arange(40, 48, dtype=np.int32))
+    works = []
+    for work, pages, lengths in play(cache, 20, successive(page_size)):
+        check_reads(work, pages, lengths, np.arange(9), page_size)
+        works.append(work)
+    assert works[0].tokens.shape[1] > 1 and (works[0].ends is None) == (huge == 300)
+    made = 1 + sum(after.tokens is not before.tokens for before, after in pairwise(works))
+    assert made <= 20 // (1 + tiles.LEAST_AHEAD)
 
 
 @pytest.mark.parametrize("huge", [300, 8192])
