@@ -162,14 +162,19 @@ def _small_and_short() -> Iterator[str]:
         "For 96 paths, three of each request after 1,024 tokens, the host takes {} ms per step on average for the list "
         "instead of {}, for 160 in eights after 4,096 tokens {} instead of {}"
     ).format(*lists[96, 3, 1024], *lists[160, 8, 4096])
-    prompts = source.results("results/engine_short_prompts_h200")["rows"]
-    calls = [ms for row in prompts if row["by"] == "calls" and row["model"] != "miniature" for ms in row["runs_ms"]]
-    yield f"takes {min(calls):.0f} to {max(calls):.0f} ms for Qwen2.5, of 1.5B as of 7B, with 150 as with 500 tokens"
-    of = {(row["model"], row["by"]): row["ms"] for row in prompts if row["tokens"] == 300}
-    small, large = ([of[f"qwen2.5-{size}", by] for by in ("graph", "calls")] for size in ("1.5b", "7b"))
+    rows = source.results("results/engine_prompts_h200")["rows"]
+    of = {(row["model"], row["tokens"], row["by"]): row["ms"] for row in rows}
+    graph, by_list = "graph with FlashAttention", "graph with the list of work"
+    small, large = "qwen2.5-1.5b", "qwen2.5-7b"
     yield (
-        f"prompt of 300 tokens after {small[0]:.1f} ms by a graph and {small[1]:.1f} call by call, 7B after "
-        f"{large[0]:.1f} and {large[1]:.1f}"
+        f"of 1,000 tokens after {of[small, 1000, graph]:.1f} ms by a graph and {of[small, 1000, 'calls']:.1f} call by "
+        f"call, of 2,048 after {of[small, 2048, graph]:.1f} and {of[small, 2048, 'calls']:.1f}; 7B of 640 after "
+        f"{of[large, 640, graph]:.1f} and {of[large, 640, 'calls']:.1f}, of 1,000 after {of[large, 1000, graph]:.1f} "
+        f"and {of[large, 1000, 'calls']:.1f}"
+    )
+    yield (
+        f"prompt of 250 tokens takes {of[small, 250, by_list]:.1f} ms by the list and {of[small, 250, graph]:.1f} by "
+        f"FlashAttention, one of 500 {of[small, 500, by_list]:.1f} and {of[small, 500, graph]:.1f}"
     )
 
 
@@ -177,10 +182,10 @@ def _beside_vllm() -> Iterator[str]:
     """Blocks with their join, and text with its prompts, beside vLLM in one run."""
     runs = source.results("results/beside_vllm_h200")["runs"]
 
-    def of(part: str, side: str, name: str, batch: int | None = None) -> float:
-        found = [
-            run[name] for run in runs if (run["part"], run["side"], run["case"].get("batch")) == (part, side, batch)
-        ]
+    def of(part: str, side: str, name: str, size: int | None = None) -> float:
+        """Median; `size`: requests at once, or tokens of a prompt."""
+        key = "context" if part.startswith("prompts") else "batch"
+        found = [run[name] for run in runs if (run["part"], run["side"], run["case"].get(key)) == (part, side, size)]
         return float(median(found))
 
     for part, rival, words in (
@@ -196,11 +201,19 @@ def _beside_vllm() -> Iterator[str]:
             *step, step[0] / step[1], *(source.rounded(value, 2) for value in (*whole, whole[0] / whole[1]))
         )
     sides = ("ours small", "vllm small", "vllm small earlier runner")
-    (ours, *theirs), (our_step, *their_steps) = (
-        [of("decode", side, name, 128) for side in sides] for name in ("seconds", "ms_per_step")
+    (ours, *theirs), (our_first, *first), (our_step, *their_steps) = (
+        [of("decode", side, name, 128) for side in sides] for name in ("seconds", "begun_seconds", "ms_per_step")
     )
-    yield f"take {ours:.2f} s, in vLLM {min(theirs):.2f}, although their steps take {our_step:.2f} ms"
-    yield f"and vLLM's {min(their_steps):.2f}:"
+    yield (
+        f"take {ours:.2f} s, in vLLM {min(theirs):.2f}: {our_first:.2f} until the last has begun (vLLM "
+        f"{min(first):.2f}), then {our_step:.2f} ms a step ({min(their_steps):.2f})"
+    )
+    for part, names in (("prompts", sides), ("prompts-7b", ("ours", "vllm"))):
+        times = []
+        for tokens in (300, 1000, 4000):
+            mine, *others = (1e3 * of(part, side, "begun_seconds", tokens) for side in names)
+            times.append(f"{mine:.0f} ms ({min(others):.0f})")
+        yield ", ".join(times[:-1]) + f" and {times[-1]}"
 
 
 def _tiles() -> Iterator[str]:
