@@ -48,11 +48,11 @@ def moved(model: nn.Module, scale: float) -> nn.Module:
 
 
 def update(
-    model: nn.Module, trees: list[Tree], policy: PolicyConfig, reference: nn.Module | None = None
+    model: nn.Module, trees: list[Tree], policy: PolicyConfig, reference: nn.Module | None = None, *, rows: int = 2
 ) -> tuple[float, list[torch.Tensor], PolicyNumbers]:
-    """Loss, gradients and numbers of one update over the trees."""
+    """Loss, gradients and numbers of one update over the trees, in microbatches of `rows` rows."""
     loss = PolicyLoss(policy, VOCAB_SIZE, torch.device("cpu"), reference)
-    batches = microbatches(trees, SEQ_LENGTH, 2, 0, seed=3, step=1)
+    batches = microbatches(trees, SEQ_LENGTH, rows, 0, seed=3, step=1)
     placer = TokenPlacer(NoTags(), torch.device("cpu"), "dense")  # type: ignore[arg-type]
     model.zero_grad()
     sums = forward_backward(model, batches, placer, "float64", loss)
@@ -127,6 +127,17 @@ def test_a_reference_model_holds_the_policy_back_as_the_plain_term_does(model: n
     for ours, parameter in zip(gradients, (p for p in current.parameters() if p.grad is not None), strict=True):
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-7, atol=1e-10)
     assert update(frozen.requires_grad_(True), trees, policy, frozen)[2].kl == 0
+
+
+def test_the_term_of_the_reference_weighs_the_same_in_any_number_of_microbatches(model: nn.Module) -> None:
+    results = [result for seed in (7, 8, 9, 10) for result in answer_group(model, seed)]
+    trees = [answer_tree(result, 0.5, VOCAB) for result in results]
+    policy, frozen = PolicyConfig(kl_coef=0.3), moved(model, 0.0).requires_grad_(False)
+    assert len(microbatches(trees, SEQ_LENGTH, 1, 0, seed=3, step=1)) >= 3
+    one, many = (update(moved(model, 0.05), trees, policy, frozen, rows=rows) for rows in (len(trees), 1))
+    assert one[0] == pytest.approx(many[0], rel=1e-6) and one[2].kl == pytest.approx(many[2].kl, rel=1e-6)
+    for whole, cut in zip(one[1], many[1], strict=True):
+        torch.testing.assert_close(whole, cut, rtol=1e-7, atol=1e-10)
 
 
 def test_a_rank_without_trees_takes_part_with_a_row_of_padding(model: nn.Module) -> None:
