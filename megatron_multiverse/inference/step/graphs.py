@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +29,36 @@ from megatron_multiverse.kernels.tree_decode import Attention, DeviceSegments, D
 logger = logging.getLogger(__name__)
 
 
+class Recorder:
+    """Records a call as a CUDA graph; all graphs of one recorder share the memory of what is not kept.
+
+    Args:
+        device: of the tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def record(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What replays the call, over the same tensors, and where its result stands then."""
+        # The first call compiles and chooses; it must not be recorded.
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on meanwhile: NCCL's asks whether earlier sums are done, which must not end the capture.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            result = call()
+        return graph.replay, result
+
+    def free_bytes(self) -> int:
+        """Memory of the device that nothing uses."""
+        return torch.cuda.mem_get_info(self.device)[0]
+
+
 class StepGraphs:
     """Runs steps by graphs, each captured when it is first needed.
 
@@ -38,9 +67,17 @@ class StepGraphs:
         store: its cache, on a CUDA device.
         last_tokens: int64, the tokens that the previous step drew, at an address that stays.
         vocab_size: ids of the tokenizer, or None for all the model has.
+        recorder: of graphs; by default one for the store's device.
     """
 
-    def __init__(self, forward: PagedForward, store: KVStore, last_tokens: Tensor, vocab_size: int | None) -> None:
+    def __init__(
+        self,
+        forward: PagedForward,
+        store: KVStore,
+        last_tokens: Tensor,
+        vocab_size: int | None,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.forward, self.store, self.vocab_size = forward, store, vocab_size
         self.last_tokens = last_tokens
         page_size, kv_heads, head_dim = store.keys.shape[2:]
@@ -52,7 +89,7 @@ class StepGraphs:
             weights=forward.num_product_weights,
             segments=takes_segments(store.keys.dtype, head_dim),
         )
-        self.pool = torch.cuda.graph_pool_handle()
+        self.recorder = recorder or Recorder(store.keys.device)
         self.graphs: dict[Kind, _Graph] = {}
         self.replays = 0
 
@@ -61,6 +98,7 @@ class StepGraphs:
 
         Returns:
             What replays it and gives tokens and log-probabilities as `pack` puts them, of at least the sampled rows.
+            The tokens are also written to `last_tokens`.
 
         A `CounterSampler` draws inside of the graph, unless a row asks for more than a temperature and filters.
         """
@@ -72,22 +110,27 @@ class StepGraphs:
         return partial(self._replay, graph, plan, sampler)
 
     def _replay(self, graph: _Graph, plan: StepPlan, sampler: Sampler) -> Tensor:
-        graph.graph.replay()
+        graph.replay()
         self.replays += 1
         if graph.kind.draw != "logits":
             return graph.result
-        return choose(graph.result[: len(plan.sample), : self.vocab_size], plan.sampling, sampler, self.last_tokens)
+        rows = len(plan.sample)
+        packed = choose(graph.result[:rows, : self.vocab_size], plan.sampling, sampler, self.last_tokens)
+        self.last_tokens[:rows] = packed[0]
+        return packed
 
     def _capture(self, kind: Kind) -> _Graph:
-        start, before = time.perf_counter(), torch.cuda.mem_get_info()[0]
-        graph = _Graph(kind, self._step(kind), self.pool, self.store.keys.device)
+        start, before = time.perf_counter(), self.recorder.free_bytes()
+        drawn = self.last_tokens[: kind.rows].clone()  # the first call writes there
+        graph = _Graph(kind, self._step(kind), self.recorder)
+        self.last_tokens[: kind.rows] = drawn
         self.graphs[kind] = graph
         logger.info(
             "CUDA graph for %d tokens (%s) in %.2f s, %.0f MiB",
             kind.size,
             kind.draw + ", prompts" * (kind.keys > 0) + ", shared prefixes" * (kind.sharers > 1),
             time.perf_counter() - start,
-            (before - torch.cuda.mem_get_info()[0]) / 2**20,
+            (before - self.recorder.free_bytes()) / 2**20,
         )
         return graph
 
@@ -98,7 +141,9 @@ class StepGraphs:
             assert logits is not None  # pipeline stages run without graphs
             if kind.draw == "logits":
                 return logits
-            return pack(*sampling.draw(logits[:, : self.vocab_size], noise=kind.draw == "noise"))
+            packed = pack(*sampling.draw(logits[:, : self.vocab_size], noise=kind.draw == "noise"))
+            self.last_tokens[: kind.rows] = packed[0]
+            return packed
 
         return step
 
@@ -118,11 +163,10 @@ class _Graph:
         self,
         kind: Kind,
         step: Callable[[StepTensors, Tensor, DeviceSampling], Tensor],
-        pool: Any,
-        device: torch.device,
+        recorder: Recorder,
     ) -> None:
         self.kind = kind
-        self.buffer = buffer = PlanBuffer(kind, device)
+        self.buffer = buffer = PlanBuffer(kind, recorder.device)
         there = buffer.device
         tensors = StepTensors(
             there["ids"],
@@ -136,16 +180,7 @@ class _Graph:
         sampling = DeviceSampling(there["keys"], there["indices"], there["temperature"], filters)
         buffer.host["write_slots"][:] = -1
         buffer.upload()
-        # The first call compiles and chooses; it must not be recorded.
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            step(tensors, there["sources"], sampling)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads go on meanwhile: NCCL's asks whether earlier sums are done, which must not end the capture.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.result = step(tensors, there["sources"], sampling)
+        self.replay, self.result = recorder.record(lambda: step(tensors, there["sources"], sampling))
 
 
 def _attention(kind: Kind, there: dict[str, Tensor]) -> Attention:

@@ -216,10 +216,10 @@ class Runner:
             if self.ranks.stages > 1:
                 packed = self.ranks.from_last_stage(packed, device)
                 scores = self.ranks.from_last_stage(scores, device) if has_scores else None
-        assert packed is not None, "logits come out on the only stage"
-        if self.graphs is None:
-            self.last_tokens = packed[0]
-        else:  # graphs read them at the address where they were captured
-            self.last_tokens[:rows] = packed[0, :rows]
+            assert packed is not None, "logits come out on the only stage"
+            if self.graphs is None:
+                self.last_tokens = packed[0]
+            else:  # graphs read them at the address where they were captured
+                self.last_tokens[:rows] = packed[0]
         self._turn = 1 - self._turn
         return self._outputs[self._turn].fetch(packed, rows, scores)

@@ -1,0 +1,95 @@
+"""Steps as CUDA graphs run them, without a GPU: padded, over arrays that keep their place, with prompts among them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from megatron_multiverse.config import EngineConfig, ModelConfig, SamplingParams
+from megatron_multiverse.inference import Engine, Request
+from megatron_multiverse.inference.step import graph_sizes
+from megatron_multiverse.kernels.tree_decode import prompt, work
+from megatron_multiverse.model.gpt import build_gpt_model
+
+from . import toy
+from .recorded import record_steps
+
+SHAPE = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=toy.VOCAB_SIZE,
+    max_sequence_length=4096,
+)
+
+
+def short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of more than six tokens are read apart from the other rows, which share tiles however short they are."""
+    monkeypatch.setattr(graph_sizes, "MOST_LISTED", 0)
+    monkeypatch.setattr(graph_sizes, "MOST_MIXED", 8)
+    monkeypatch.setattr(prompt, "LONGEST_LISTED", 6)
+    monkeypatch.setattr(work, "AT_ONCE", 0)
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("seed", range(4))
+def test_random_trees_by_recorded_steps_equal_one_forward(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forks, joins and nested blocks beside prompts that come in chunks: every logit, in float64."""
+    short_prompts(monkeypatch)
+    model = build_gpt_model(SHAPE, dtype=torch.float64, seed=seed).eval()
+    scripts, requests = [], []
+    for k in range(5):
+        rng = random.Random(100 * seed + k)
+        depth, blocks, most_paths = rng.choice([(1, 2, 5), (2, 1, 3), (2, 2, 2)])
+        script = toy.random_script(rng, depth=depth, blocks=blocks, most_paths=most_paths, text=6)
+        scripts.append(toy.tags_on_own_lines(script))
+        ids = [rng.randrange(toy.TEXT, toy.VOCAB_SIZE) for _ in range(rng.choice([3, 30, 90, 200]))]
+        requests.append(toy.ask(ids, max_tokens=2000, sample=k))
+    sampler = toy.ScriptedSampler(scripts)
+    engine = toy.toy_engine(
+        model, page_size=4, num_pages=4000, sampler=sampler, max_position=10**9, max_step_tokens=70, max_rows=24
+    )
+    graphs = record_steps(engine, monkeypatch)
+    results = engine.generate(requests)
+    assert graphs.replays >= engine.num_steps > 40  # the last step may be one too many
+    assert {kind.keys > 0 for kind in graphs.graphs} == {True, False}
+    assert toy.largest_difference(model, sampler, requests, results) < 1e-9
+    toy.assert_drained(engine)
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"temperature": 0.9}, {"temperature": 1.5, "top_k": 9, "min_p": 0.05}, {"repetition_penalty": 1.3}]
+)
+def test_recorded_steps_draw_what_single_calls_draw(asked: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that come one after the other, so that sizes change while tokens are still to come; some draw without
+    noise, and those with penalties outside of the graph."""
+    short_prompts(monkeypatch)
+    model = build_gpt_model(SHAPE, dtype=torch.float64, seed=9).eval()
+    requests = [
+        Request(
+            prompt_ids=[toy.TEXT + (7 * k + i) % (toy.VOCAB_SIZE - 2 - toy.TEXT) for i in range(5 + 20 * k)],
+            sampling=SamplingParams(max_tokens=20 + 5 * k, ignore_eos=True, seed=k, **asked if k % 3 else {}),
+        )
+        for k in range(6)
+    ]
+    answers = []
+    for recorded in (False, True):
+        config = EngineConfig(num_pages=800, page_size=4, max_step_tokens=50, max_rows=8, overlap=recorded)
+        engine = Engine(model, toy.VOCAB, config, vocab_size=toy.VOCAB_SIZE - 2)
+        graphs = record_steps(engine, monkeypatch) if recorded else None
+        for request in requests:
+            engine.add_request(request)
+            engine.step()
+            engine.step()
+        results = []
+        while engine.has_work:
+            results += engine.step()
+        answers.append(sorted((result.request_id, result.token_ids) for result in results))
+        if graphs is not None:
+            assert graphs.replays >= engine.num_steps and len(graphs.graphs) > 4
+    assert answers[0] == answers[1]
