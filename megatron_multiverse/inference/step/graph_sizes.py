@@ -126,12 +126,13 @@ class GraphSizes:
         self.page_size, self.kv_heads, self.processors = page_size, kv_heads, processors
         self.sharers = most_sharers(heads, kv_heads)
         self.most_prompt_tokens = MOST_PRODUCTS // weights if segments else 0
+        self._last: tuple[Kind | None, object] = None, None  # the last graph without prompts, and its list's queries
         self.work = SuccessiveWork(page_size=page_size, kv_heads=kv_heads, processors=processors, sharers=self.sharers)
 
     def fit(self, plan: StepPlan, draw: str) -> Fit | None:
         """The smallest graph for a step that draws so (`Kind.draw`); None: it runs without."""
         tokens = len(plan.ids)
-        if tokens > MOST_MIXED:
+        if tokens > MOST_MIXED and tokens > len(plan.lengths):
             prompts = prompt_rows(plan.borders)
             seen = int((np.diff(plan.borders) * plan.lengths.astype(np.int64))[prompts].sum())
             if seen > MOST_LISTED or (seen and tokens > SIZES[-1]):
@@ -140,9 +141,13 @@ class GraphSizes:
         if size is None:
             return None
         work = self.work.divide(plan.pages, plan.lengths, plan.borders, most_parts(size))
-        items = room_for_items(work, size, self.processors, self.kv_heads)
-        kind = None if items is None else Kind(size, size, items, work.tokens.shape[1], work.slots, 0, draw)
-        return _fitting(plan, kind, work, None)
+        kind, last = self._last
+        if work.tokens is not last or kind is None or (kind.size, kind.draw) != (size, draw):
+            # Else the list was moved on, so that the graph is that of the step before.
+            items = room_for_items(work, size, self.processors, self.kv_heads)
+            kind = None if items is None else Kind(size, size, items, work.tokens.shape[1], work.slots, 0, draw)
+            self._last = kind, work.tokens
+        return None if kind is None else _fitting(plan, kind, work, None)
 
     def _with_prompts(self, plan: StepPlan, draw: str, prompts: npt.NDArray[np.bool_]) -> Fit | None:
         """A graph in which FlashAttention reads the prompts."""
@@ -171,9 +176,9 @@ class GraphSizes:
         return _fitting(plan, Kind(size, rows, items, self.sharers, work.slots, keys, draw), work, segments)
 
 
-def _fitting(plan: StepPlan, kind: Kind | None, work: Work, segments: Segments | None) -> Fit | None:
+def _fitting(plan: StepPlan, kind: Kind, work: Work, segments: Segments | None) -> Fit | None:
     """The graph, if it has room for all that."""
-    if kind is None or len(plan.write_slots) > kind.writes:
+    if len(plan.write_slots) > kind.writes:
         return None
     if len(work.items) > kind.items or work.pages.size > kind.pages:
         return None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_multiverse.inference.step.forward import KVStore, PagedForward, StepTensors, known_ids
 from megatron_multiverse.inference.step.graph_sizes import GraphSizes, Kind
-from megatron_multiverse.inference.step.plan import StepPlan
+from megatron_multiverse.inference.step.plan import Floats, StepPlan
 from megatron_multiverse.inference.step.plan_buffer import PlanBuffer
 from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, choose, pack
 from megatron_multiverse.kernels.device import processors
@@ -92,6 +92,8 @@ class StepGraphs:
         self.recorder = recorder or Recorder(store.keys.device)
         self.graphs: dict[Kind, _Graph] = {}
         self.replays = 0
+        self._temperature: Floats | None = None
+        self._noise = False
 
     def prepare(self, plan: StepPlan, sampler: Sampler) -> Callable[[], Tensor] | None:
         """Upload a step; None if it does not fit a graph.
@@ -102,12 +104,21 @@ class StepGraphs:
 
         A `CounterSampler` draws inside of the graph, unless a row asks for more than a temperature and filters.
         """
-        fit = self.sizes.fit(plan, _draw(plan, sampler))
+        fit = self.sizes.fit(plan, self._draw(plan, sampler))
         if fit is None:
             return None
         graph = self.graphs.get(fit.kind) or self._capture(fit.kind)
         graph.buffer.fill(plan, fit)
         return partial(self._replay, graph, plan, sampler)
+
+    def _draw(self, plan: StepPlan, sampler: Sampler) -> str:
+        """See `Kind.draw`."""
+        sampling = plan.sampling
+        if type(sampler) is not CounterSampler or not (sampling.shaping is None or sampling.shaping.only_filters):
+            return "logits"
+        if sampling.temperature is not self._temperature:  # most steps have that of the one before
+            self._temperature, self._noise = sampling.temperature, bool(sampling.temperature.any())
+        return "noise" if self._noise else "greedy"
 
     def _replay(self, graph: _Graph, plan: StepPlan, sampler: Sampler) -> Tensor:
         graph.replay()
@@ -146,14 +157,6 @@ class StepGraphs:
             return packed
 
         return step
-
-
-def _draw(plan: StepPlan, sampler: Sampler) -> str:
-    """See `Kind.draw`."""
-    sampling = plan.sampling
-    if type(sampler) is not CounterSampler or not (sampling.shaping is None or sampling.shaping.only_filters):
-        return "logits"
-    return "noise" if sampling.temperature.any() else "greedy"
 
 
 class _Graph:

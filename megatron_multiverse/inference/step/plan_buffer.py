@@ -11,6 +11,8 @@ from megatron_multiverse.inference.step.graph_sizes import Fit, Kind
 from megatron_multiverse.inference.step.plan import StepPlan
 
 _NONE = np.zeros(0)
+UPLOAD_UNIT = 8192
+"""Bytes of which so many more are uploaded as make a multiple."""
 
 
 class PlanBuffer:
@@ -57,6 +59,8 @@ class PlanBuffer:
             total += -(-length // 8) * 8  # so that every array begins where its numbers may stand
         self._hosts = [torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(2)]
         self._device = torch.zeros(total, dtype=torch.uint8, device=device)
+        # By their length, since making slices takes as long as the copy that is launched.
+        self._slices: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._turn = 0
         # Borders and sampled rows of a plan, and the last tokens of these rows.
         self._logits: tuple[npt.NDArray[np.generic], ...] = (_NONE, _NONE, _NONE)
@@ -100,9 +104,14 @@ class PlanBuffer:
         self.upload(leave_out=pages.nbytes - work.pages.nbytes)
 
     def upload(self, leave_out: int = 0) -> None:
-        """Copy to the device, without the last `leave_out` bytes."""
-        end = len(self._device) - leave_out
-        self._device[:end].copy_(self._hosts[self._turn][:end], non_blocking=True)
+        """Copy to the device, but for the last `leave_out` bytes or some less."""
+        total = len(self._device)
+        end = min(-(-(total - leave_out) // UPLOAD_UNIT) * UPLOAD_UNIT, total)
+        slices = self._slices.get(end)
+        if slices is None:
+            slices = self._slices[end] = [(self._device[:end], host[:end]) for host in self._hosts]
+        there, here = slices[self._turn]
+        there.copy_(here, non_blocking=True)
         self._turn = 1 - self._turn
 
     def _logit_tokens(self, plan: StepPlan) -> npt.NDArray[np.generic]:

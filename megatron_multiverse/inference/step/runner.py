@@ -35,7 +35,9 @@ class PendingOutput:
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         self._pinned = torch.empty(256, dtype=torch.int64, pin_memory=self._event is not None)
-        self._packed = self._pinned.view(2, -1)
+        # By shape, since making them takes as long as the copy that is launched.
+        self._views: dict[torch.Size, tuple[Tensor, Ints]] = {}
+        self._packed: Ints = np.empty((2, 0), dtype=np.int64)
         self._rows = 0
         self._scores: Tensor | None = None
         self._output: StepOutput | None = None
@@ -45,14 +47,23 @@ class PendingOutput:
 
         `scores` are packed likewise; they are rare, and brought over by `wait`.
         """
-        self._packed, self._rows, self._scores, self._output = packed, rows, scores, None
-        if self._event is not None:
-            if packed.numel() > len(self._pinned):
-                self._pinned = torch.empty(2 * packed.numel(), dtype=torch.int64, pin_memory=True)
-            self._packed = self._pinned[: packed.numel()].view(packed.shape)
-            self._packed.copy_(packed, non_blocking=True)
-            self._event.record()
+        self._rows, self._scores, self._output = rows, scores, None
+        if self._event is None:
+            self._packed = packed.numpy()
+            return self
+        there, self._packed = self._views.get(packed.shape) or self._view(packed)
+        there.copy_(packed, non_blocking=True)
+        self._event.record()
         return self
+
+    def _view(self, packed: Tensor) -> tuple[Tensor, Ints]:
+        """Where something of that shape is fetched to, as a tensor and an array."""
+        if packed.numel() > len(self._pinned):
+            self._pinned = torch.empty(2 * packed.numel(), dtype=torch.int64, pin_memory=True)
+            self._views.clear()
+        view = self._pinned[: packed.numel()].view(packed.shape)
+        self._views[packed.shape] = view, view.numpy()
+        return self._views[packed.shape]
 
     def wait(self) -> StepOutput:
         """The tokens and what is told about them; the same object when it is asked again."""
@@ -61,11 +72,11 @@ class PendingOutput:
         return self._output
 
     def _read(self) -> StepOutput:
-        packed = self._packed.numpy()
+        packed = self._packed[:, : self._rows]
         if self._event is not None:
             self._event.synchronize()
             packed = packed.copy()  # the step after the next one is fetched to the same place
-        tokens, logprobs, top_ids, top_logprobs = _unpack(packed[:, : self._rows])
+        tokens, logprobs, top_ids, top_logprobs = _unpack(packed)
         of_targets = _NO_SCORES if self._scores is None else _unpack(self._scores.cpu().numpy())
         return StepOutput(tokens, logprobs, np.isfinite(logprobs), top_ids, top_logprobs, *of_targets[1:])
 
