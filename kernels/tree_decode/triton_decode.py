@@ -16,12 +16,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
-@triton.jit
+# `slots` differs with the number of tokens; compiled once for all of them, a new one takes no second while others wait.
+@triton.jit(do_not_specialize=["slots"])
 def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, tails, counts, parts, logs, out,
-                   scale, q_token, q_head,
+                   scale, q_token, q_head, slots,
                  HEADS: tl.constexpr, GROUPS: tl.constexpr, SHARERS: tl.constexpr, M: tl.constexpr, DIM: tl.constexpr,
-                 LANES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
+                 LANES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program per item and key/value head; the query heads of all its tokens are the M rows of its products.
 
     With PDL it reads the list before it waits: no kernel writes it.
@@ -94,14 +94,14 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
         into = out + (token * HEADS + head)[:, None] * DIM + lane[None, :]
         tl.store(into, mean.to(out.dtype.element_ty), mask=(count == 1)[:, None] & in_dim[None, :])
         several = count > 1
-        part = (token * SLOTS + slot) * HEADS + head
+        part = (token * slots + slot) * HEADS + head
         tl.store(parts + part[:, None] * DIM + lane[None, :], mean, mask=several[:, None] & in_dim[None, :])
         tl.store(logs + part, log, mask=several)
 
 
-@triton.jit
-def _merge_kernel(parts, logs, counts, out, HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
-                  SLOTS: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["slots"])
+def _merge_kernel(parts, logs, counts, out, slots, HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr,
+                  TOGETHER: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program per token and query head adds up the parts, TOGETHER at once; nothing for a token with one part."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     count = tl.load(counts + token)
@@ -113,7 +113,7 @@ def _merge_kernel(parts, logs, counts, out, HEADS: tl.constexpr, DIM: tl.constex
     if count > 1:
         top, total, sums = float("-inf"), 0.0, tl.zeros((LANES,), tl.float32)
         for first in range(0, count, TOGETHER):
-            part = (token * SLOTS + first + number) * HEADS + head
+            part = (token * slots + first + number) * HEADS + head
             there = first + number < count
             log = tl.load(logs + part, mask=there, other=float("-inf"))
             mean = tl.load(
@@ -188,13 +188,13 @@ def tree_decode_triton(
     # The heads of an item stand next to each other, so that the padding of the list comes after all of its work.
     _decode_kernel[(groups, len(items))](
         query, keys, values, pages, items, item_tokens, item_limits, tails, counts, parts, logs, out,
-        softmax_scale, query.stride(0), query.stride(1), HEADS=heads, GROUPS=groups, SHARERS=sharers, M=m, DIM=dim,
-        LANES=lanes, PAGE=page, SLOTS=slots, PDL=pdl, **blocks, **options,
+        softmax_scale, query.stride(0), query.stride(1), slots, HEADS=heads, GROUPS=groups, SHARERS=sharers, M=m,
+        DIM=dim, LANES=lanes, PAGE=page, PDL=pdl, **blocks, **options,
     )  # fmt: skip
     if slots > 1:
         together = min(32, triton.next_power_of_2(slots))
         _merge_kernel[(tokens, heads)](
-            parts, logs, counts, out, HEADS=heads, DIM=dim, LANES=lanes, SLOTS=slots, TOGETHER=together,
-            PDL=pdl, num_warps=max(1, together // 8), **options,
+            parts, logs, counts, out, slots, HEADS=heads, DIM=dim, LANES=lanes, TOGETHER=together, PDL=pdl,
+            num_warps=max(1, together // 8), **options,
         )  # fmt: skip
     return out
