@@ -35,6 +35,7 @@ from megatron_multiverse.inference.record import to_values
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.inference.text.state import Written
+from megatron_multiverse.inference.warm_up import warm_up
 from megatron_multiverse.model.device import choose_device
 from megatron_multiverse.server.engine_control import EngineControl, follow_control
 from megatron_multiverse.server.wire import STEP_SECONDS, Channel, Message
@@ -74,7 +75,7 @@ class EngineHost:
 
     def run(self) -> None:
         """Serve until the other side closes."""
-        self._warm_up()
+        warm_up(self.engine)
         self.channel.send({"op": "ready", "facts": self._facts()})
         while not self.channel.closed:
             busy = self.control.has_work and not self._paused
@@ -210,12 +211,6 @@ class EngineHost:
             done.append((number, to_values(result)))
         self.channel.send({"op": "step", "writes": self._writes, "done": done})
         self._writes = []
-
-    def _warm_up(self) -> None:
-        """Read a prompt and write a token before anybody waits for it: the first steps compile what the others use."""
-        engine, book = self.engine, self.engine.book
-        length = min(engine.runner.warm_up_tokens, engine.max_position - 2, book.num_pages * book.page_size // 2)
-        engine.generate([Request(prompt_ids=[0] * max(length, 1), sampling=SamplingParams(max_tokens=2))])
 
     def _facts(self) -> dict[str, Any]:
         """What the other side needs to know of the engine to check requests by itself."""

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from megatron_multiverse.config.choices import Quantization
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference.step.forward import KVStore, PagedForward, StepTensors
+from megatron_multiverse.inference.step.graph_sizes import MOST_SEEN
 from megatron_multiverse.inference.step.graphs import StepGraphs
 from megatron_multiverse.inference.step.model_forward import ModelForward
 from megatron_multiverse.inference.step.model_ranks import ModelRanks, PlanChannel
 from megatron_multiverse.inference.step.plan import Floats, Ints, StepOutput, StepPlan
 from megatron_multiverse.inference.step.quantize import quantize_products
 from megatron_multiverse.inference.step.sampler import CounterSampler, Sampler, choose, score
-from megatron_multiverse.kernels.tree_decode.prompt import MANY_KEYS
 
 MOST_ROWS = 1 << 16
 """Sampled rows of a step."""
@@ -151,10 +151,14 @@ class Runner:
         else:
             self.forward = ModelForward(model, self.ranks)
 
-    @property
-    def warm_up_tokens(self) -> int:
-        """Length of a prompt that uses what any prompt uses: a GPU has kernels of its own for long ones."""
-        return MANY_KEYS + 1 if self.store.keys.is_cuda else 16
+    def long_prompt(self, chunk: int) -> int:
+        """Length of a prompt whose last chunk is read call by call, by other kernels than graphs have, however small
+        the model; on a CPU a short one, since all are read alike.
+
+        Args:
+            chunk: tokens of prompts per step.
+        """
+        return chunk * (MOST_SEEN // chunk**2 + 2) if self.store.keys.is_cuda else 16
 
     def close(self, *, release: bool = True) -> None:
         """Let go of the model, which stays usable for anything else; the ranks that follow this one stop.
