@@ -31,11 +31,11 @@ from megatron_multiverse.dtypes import engine_dtype
 from megatron_multiverse.errors import GenerationError, MultiverseError
 from megatron_multiverse.inference.build import build_engine, engine_ranks
 from megatron_multiverse.inference.engine import Engine
+from megatron_multiverse.inference.first_requests import warm_up
 from megatron_multiverse.inference.record import to_values
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.inference.text.state import Written
-from megatron_multiverse.inference.warm_up import warm_up
 from megatron_multiverse.model.device import choose_device
 from megatron_multiverse.server.engine_control import EngineControl, follow_control
 from megatron_multiverse.server.wire import STEP_SECONDS, Channel, Message

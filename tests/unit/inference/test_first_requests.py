@@ -7,9 +7,9 @@ import torch
 
 from megatron_multiverse.config import EngineConfig
 from megatron_multiverse.inference import Engine
+from megatron_multiverse.inference.first_requests import warm_up
 from megatron_multiverse.inference.step import graph_sizes
 from megatron_multiverse.inference.step.runner import Runner
-from megatron_multiverse.inference.warm_up import warm_up
 from megatron_multiverse.kernels.tree_decode import prompt_rows
 from megatron_multiverse.model.gpt import build_gpt_model
 
