@@ -72,8 +72,10 @@ class Kind:
     @property
     def pages(self) -> int:
         """Pages of the list that it has room for, those that rows share counted once: each row has room for 65,536 keys
-        of pages of 16, and few rows together for a million."""
-        return max(4096 * self.rows, 1 << 16)
+        of pages of 16, and few rows together for a million; beside prompts, where there are many graphs, all rows
+        together for four millions."""
+        most = max(4096 * self.rows, 1 << 16)
+        return min(most, 1 << 18) if self.keys else most
 
     @property
     def writes(self) -> int:
