@@ -119,8 +119,8 @@ def attend_segments(
     """
     # Reading page tables would save little: copying keys is nothing beside looking at them many times.
     row_keys, row_values = (x.flatten(0, 1).index_select(0, segments.slots) for x in (keys, values))
-    # torch.nn.attention.varlen calls the same, but before torch 2.12 without `seqused_k`, and `begins` is not
-    # cumulative: segments of a row look at the same keys.
+    # torch.nn.attention.varlen calls the same, but in torch 2.11 without `seqused_k`. `begins` is not cumulative: segments
+    # of a row look at the same keys.
     out: Tensor = torch.ops.aten._flash_attention_forward(
         query, row_keys, row_values, segments.borders, segments.begins, SEGMENT, len(segments.slots), 0.0, True, False,
         scale=softmax_scale, seqused_k=segments.seen,
