@@ -119,8 +119,8 @@ def attend_segments(
     """
     # Reading page tables would save little: copying keys is nothing beside looking at them many times.
     row_keys, row_values = (x.flatten(0, 1).index_select(0, segments.slots) for x in (keys, values))
-    # torch.nn.attention.varlen calls the same, but in torch 2.11 without `seqused_k`. `begins` is not cumulative: segments
-    # of a row look at the same keys.
+    # torch.nn.attention.varlen calls the same, but in torch 2.11 without `seqused_k`. `begins` is not cumulative, since
+    # segments of a row look at the same keys.
     out: Tensor = torch.ops.aten._flash_attention_forward(
         query, row_keys, row_values, segments.borders, segments.begins, SEGMENT, len(segments.slots), 0.0, True, False,
         scale=softmax_scale, seqused_k=segments.seen,
@@ -145,8 +145,15 @@ class FarPrompt(NamedTuple):
 
 
 def takes_segments(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether torch's FlashAttention 2 takes such queries, on a GPU that it takes."""
-    return dtype.itemsize == 2 and head_dim <= 256 and head_dim % 8 == 0
+    """Whether torch's FlashAttention 2 takes such queries on this GPU."""
+    return dtype.itemsize == 2 and head_dim <= 256 and head_dim % 8 == 0 and _has_flash2()
+
+
+@functools.cache
+def _has_flash2() -> bool:
+    if not (torch.cuda.is_available() and torch.backends.cuda.is_flash_attention_available()):
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 @functools.cache
