@@ -37,10 +37,11 @@ LONG = 4096
 of 8,192 keys take 128 us instead of 149 on an H200, 32 of 1,083 keys 24.0 instead of 23.3."""
 
 
-AT_ONCE = 2
-"""Programs per multiprocessor that run at once. Where so few read all keys of all rows, reading some of them together
-saves nothing, and tiles for several queries take longer than those for one (8.6 us instead of 10.5 for 8 rows of 28
-heads over 4 with 512 + 256 keys on an H200), unless both have `LEAST_TILE` rows: one query head per group."""
+AT_ONCE = 2.5
+"""Programs per multiprocessor up to which reading all keys of all rows, row by row, takes less time than tiles for more
+than two queries (an H200, benchmarks/kernels/results/tree_decode_few_keys_h200.json). It reads more, but what few
+programs read takes no longer for that, and products for one query are smaller, unless both have `LEAST_TILE` rows, as
+with one query head per group."""
 
 
 class Seats(NamedTuple):
@@ -89,10 +90,10 @@ def divide_work(
     rows, tokens = len(counts), int(borders[-1])
     common = _common(pages, lengths, page_size, least_shared or LEAST_SHARED)
     if rows == tokens:
-        few = -(-lengths // LEAST_PIECE).sum() * kv_heads <= AT_ONCE * processors
-        if few and least_shared is None and sharers < LEAST_TILE:
-            common = None
         tiles = None if common is None else choose_tiles(common, lengths, sharers, least_shared)
+        if tiles is not None and least_shared is None and tiles.sharers > 2 and sharers < LEAST_TILE:
+            programs = -(-lengths // LEAST_PIECE).sum() * kv_heads
+            tiles = None if programs <= AT_ONCE * processors else tiles
         if tiles is None:
             return _alone(pages, lengths, kv_heads, processors, slots)
         if not tiles.is_one_over_many_keys(sharers):
