@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_multiverse.data.hub import asking_hub
 from megatron_multiverse.data.input_files import refuse_lfs_pointer
 from megatron_multiverse.errors import ConfigError
 
@@ -41,19 +42,32 @@ def load_hf_backend(model: Path) -> tuple[Any, dict[str, Any]]:
         return _load_tokenizer_json(file), _read_config(file)
     if model.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
         return _load_by_transformers(model, model)
-    snapshot = _fetch(str(model))
-    file = snapshot / "tokenizer.json"
-    return (
-        (_load_tokenizer_json(file), _read_config(file)) if file.is_file() else _load_by_transformers(model, snapshot)
-    )
+    with asking_hub() as why_not:
+        snapshot = _fetch(str(model), why_not)
+        file = snapshot / "tokenizer.json"
+        if file.is_file():
+            return _load_tokenizer_json(file), _read_config(file)
+        return _load_by_transformers(model, snapshot)
 
 
-def _fetch(name: str) -> Path:
-    """The folder of a model on the hub in the cache of the hub, with the files that are read here, if it has them."""
+def _fetch(name: str, why_not: str) -> Path:
+    """The folder of a model on the hub in the cache of the hub, with the files that are read here, if it has them.
+
+    Args:
+        name: of the model.
+        why_not: why the hub is not asked; empty where it is.
+    """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(_READ)))
+    except LocalEntryNotFoundError as error:
+        reason = why_not or str(error).splitlines()[0]
+        raise ConfigError(
+            f"no Hugging Face tokenizer at {name}: it is no folder here, and the hub's cache does not hold it, while "
+            f"{reason}: give a folder with tokenizer.json, or run `hf download {name}` where there is a network"
+        ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no Hugging Face tokenizer at {name}: give a folder with tokenizer.json or a hub name ({error})"
