@@ -45,6 +45,7 @@ setup(
     },
     install_requires=[
         "torch>=2.6",
+        "huggingface_hub>=0.26",  # as transformers; names on the hub
         "jsonargparse[signatures]>=4.40",  # every tool's options
         "PyYAML>=6.0",
         "megatron-core>=0.16.1,<0.20",

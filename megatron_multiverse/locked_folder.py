@@ -11,7 +11,7 @@ from typing import IO, Any
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.files import write_json_atomic
 
-NAMES = _SETTINGS, _LOCK = "run.json", "lock"
+NAMES = RECORD, _LOCK = "run.json", "lock"
 _PATIENCE_S = 2.0  # a killed run takes a moment to let go
 
 
@@ -69,7 +69,7 @@ class LockedFolder:
                 time.sleep(0.05)
 
     def _check_settings(self) -> None:
-        file = self.path / _SETTINGS
+        file = self.path / RECORD
         if not file.is_file() or self.is_unused():
             write_json_atomic(file, self._settings)
             return

@@ -159,7 +159,7 @@ def start(config: BesideConfig, side: str, folder: Path) -> WorkerProcess:
     environment = {**OFFLINE, **caches, "PYTHONPATH": str(config.vllm_path)}
     if "earlier" in side:
         environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    setup = {"config": shape, "options": options, "cases": cases}
+    setup = {"config": shape, "folder": str(own / "model"), "options": options, "cases": cases}
     return WorkerProcess(side, "benchmarks.beside_vllm.theirs", setup, environment, folder)
 
 

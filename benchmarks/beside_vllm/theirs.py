@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,22 @@ class Client:
     """Drives vLLM's engine with ids, all answers streamed.
 
     Args:
-        setup: `config` for config.json, `options` of `vllm.LLM`.
+        setup: `config` for a config.json in `folder`, `options` of `vllm.LLM`.
     """
 
     def __init__(self, setup: dict[str, Any]) -> None:
         import vllm
 
-        folder = tempfile.mkdtemp()
-        Path(folder, "config.json").write_text(json.dumps(setup["config"]), encoding="utf-8")
+        folder = Path(setup["folder"])  # among what the run keeps: the process is killed, and clears nothing away
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(setup["config"]), encoding="utf-8")
         options = {
             "load_format": "dummy",
             "skip_tokenizer_init": True,
             "dtype": "bfloat16",
             "generation_config": "vllm",
         }
-        self.engine = vllm.LLM(model=folder, **options, **setup["options"]).llm_engine
+        self.engine = vllm.LLM(model=str(folder), **options, **setup["options"]).llm_engine
         self.version: str = vllm.__version__
         self.rng = random.Random(0)
         self.vocab_size: int = setup["config"]["vocab_size"]

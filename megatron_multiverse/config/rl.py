@@ -217,6 +217,13 @@ class RLConfig:
             f"parallel.tensor_model_parallel_size is {self.parallel.tensor_model_parallel_size}: leave one of them out",
         )
         self._check_parallel()
+        if not self.optim.lr_decay_iters:
+            steps, warmup = self.train_iters * parts, self.optim.lr_warmup_iters
+            check(
+                warmup < steps,
+                f"optim.lr_warmup_iters ({warmup}) counts optimizer steps and must be below train_iters x "
+                f"policy.updates_per_step ({self.train_iters} x {parts}): lower it, or raise those",
+            )
         self.train_config()  # checks what the parts have in common
 
     def _check_parallel(self) -> None:

@@ -361,9 +361,9 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
-def check_sequence_length(data: DataConfig, model: ModelConfig) -> None:
-    """Raise ConfigError if the packed rows are longer than the model allows."""
+def check_sequence_length(data: DataConfig, model: ModelConfig, setting: str = "data.seq_length") -> None:
+    """Raise ConfigError if the packed rows are longer than the model allows; `setting`: what the user calls theirs."""
     check(
         data.seq_length <= model.max_sequence_length,
-        f"data.seq_length ({data.seq_length}) must not exceed model.max_sequence_length ({model.max_sequence_length})",
+        f"{setting} ({data.seq_length}) must not exceed the model's max_sequence_length ({model.max_sequence_length})",
     )

@@ -1,18 +1,30 @@
-"""Reading a Hugging Face tokenizer: the files of a folder, or a hub name through transformers."""
+"""Reading a Hugging Face tokenizer: the files of a folder, or those of a name on the hub.
+
+Where there is a tokenizer.json it is read as it is. transformers is asked only where there is none: beside the
+config.json of some models its AutoTokenizer makes a tokenizer of the model's class, which cuts text otherwise.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_multiverse.data.hub import asking_hub
 from megatron_multiverse.data.input_files import refuse_lfs_pointer
 from megatron_multiverse.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 _OF_TOKENIZERS = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """What transformers makes a tokenizer of where there is no tokenizer.json."""
+_READ = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_GENERAL_CLASSES = ("", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
+"""Classes in tokenizer_config.json, without the ending "Fast", that do not say how text is cut."""
 _ADDED_TOKEN = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
@@ -28,7 +40,38 @@ def load_hf_backend(model: Path) -> tuple[Any, dict[str, Any]]:
         raise ConfigError(f"{model} is no tokenizer: give its folder, {model.parent}")
     if file.is_file() and file.suffix == ".json":
         return _load_tokenizer_json(file), _read_config(file)
-    return _load_by_transformers(model)
+    if model.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
+        return _load_by_transformers(model, model)
+    with asking_hub() as why_not:
+        snapshot = _fetch(str(model), why_not)
+        file = snapshot / "tokenizer.json"
+        if file.is_file():
+            return _load_tokenizer_json(file), _read_config(file)
+        return _load_by_transformers(model, snapshot)
+
+
+def _fetch(name: str, why_not: str) -> Path:
+    """The folder of a model on the hub in the cache of the hub, with the files that are read here, if it has them.
+
+    Args:
+        name: of the model.
+        why_not: why the hub is not asked; empty where it is.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_READ)))
+    except LocalEntryNotFoundError as error:
+        reason = why_not or str(error).splitlines()[0]
+        raise ConfigError(
+            f"no Hugging Face tokenizer at {name}: it is no folder here, and the hub's cache does not hold it, while "
+            f"{reason}: give a folder with tokenizer.json, or run `hf download {name}` where there is a network"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no Hugging Face tokenizer at {name}: give a folder with tokenizer.json or a hub name ({error})"
+        ) from error
 
 
 def _load_tokenizer_json(file: Path) -> Any:
@@ -78,7 +121,8 @@ def _read_text(file: Path) -> str:
         raise ConfigError(f"{file} is not UTF-8 text ({error}): fetch it again") from error
 
 
-def _load_by_transformers(model: Path) -> tuple[Any, dict[str, Any]]:
+def _load_by_transformers(model: Path, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """What transformers makes of `model`, a folder, a file or a hub name; `folder` has its tokenizer_config.json."""
     if model.is_dir() and not any((model / name).is_file() for name in _OF_TOKENIZERS):
         inner = sorted(file.parent for file in model.glob("*/tokenizer.json"))
         hint = f"{inner[-1]} has one" if inner else "give a folder with tokenizer.json, or a hub name"
@@ -98,10 +142,24 @@ def _load_by_transformers(model: Path) -> tuple[Any, dict[str, Any]]:
         ) from error
     if not getattr(loaded, "is_fast", False):
         raise ConfigError(f"{model} has no fast tokenizer; convert it to a tokenizer.json first")
+    _warn_of_another_class(model, loaded, _read_object(folder / "tokenizer_config.json").get("tokenizer_class"))
     config = {name: getattr(loaded, name) for name in SPECIAL_TOKENS if getattr(loaded, name, None) is not None}
     config["chat_template"] = loaded.chat_template
     # A copy: adding our tags must not change the object that transformers may share.
     return Tokenizer.from_str(loaded.backend_tokenizer.to_str()), config
+
+
+def _warn_of_another_class(model: Path, loaded: Any, declared: Any) -> None:
+    """Without a tokenizer.json the class says how text is cut; transformers 5 does not always take the declared one."""
+    named, made = (str(name or "").removesuffix("Fast") for name in (declared, type(loaded).__name__))
+    if named in (*_GENERAL_CLASSES, made) or made in _GENERAL_CLASSES:
+        return
+    logger.warning(
+        "%s: transformers takes the tokenizer of its config.json, %s, in place of %s, which its tokenizer_config.json "
+        "names; they may cut text differently. If %s is right, write its tokenizer.json and give that folder: "
+        "transformers.%s.from_pretrained(%r).save_pretrained(FOLDER)",
+        model, made, named, named, named, str(model),
+    )  # fmt: skip
 
 
 def completed_config(config: Mapping[str, Any], added: Mapping[int, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_multiverse.data.hub import asking_hub
 from megatron_multiverse.data.input_files import PROMPT_SUFFIX, Kind, is_compressed, open_bytes
 from megatron_multiverse.data.prompts import RowError
 from megatron_multiverse.errors import DataError
@@ -157,13 +158,26 @@ def _read_dataset(shard: Shard, columns: list[str] | None) -> Iterator[RawRow]:
             yield RawRow(number + 1, "", {}, ASSUMED_ROW_BYTES, RowError("unreadable", f"cannot be read: {error}"))
 
 
-def load_dataset(name: str) -> Any:
-    """The Hugging Face data set "NAME@SPLIT": a folder saved by `datasets`, or a name on the hub."""
+def load_dataset(name: str, config: str | None = None) -> Any:
+    """The Hugging Face data set "NAME@SPLIT": a folder saved by `datasets`, or a name on the hub.
+
+    Args:
+        name: of data set and split.
+        config: which one of the data set's configurations, on the hub.
+
+    Raises:
+        DataError: the hub cannot be reached, and its cache has no such data set.
+        Exception: what the library `datasets` raises.
+    """
     import datasets
 
     path, _, split = name.rpartition("@")
     if not Path(path).is_dir():
-        return datasets.load_dataset(path, split=split)
+        with asking_hub() as why_not:
+            try:
+                return datasets.load_dataset(path, config, split=split)
+            except ConnectionError as error:
+                raise DataError(f"the hub's cache does not hold {path}, while {why_not or error}") from error
     loaded = datasets.load_from_disk(path)
     return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
 

@@ -155,7 +155,7 @@ class ServerBackend:
     """Running servers of one model, which share the answers.
 
     Raises:
-        ConfigError: they serve models of different names.
+        ConfigError: they serve models of different names, or of different weights.
         GenerationError: nobody answers there, or the key is refused.
     """
 
@@ -167,7 +167,13 @@ class ServerBackend:
             served = ", ".join(f"{server.url} serves {server.name}" for server in self._servers)
             raise ConfigError(f"--url: {served}; servers that share an evaluation serve the same model")
         (self.name,) = names
-        self.settings: dict[str, Any] = {}
+        hashes = {server.weights for server in self._servers if server.weights is not None}
+        if len(hashes) > 1:
+            have = ", ".join(f"{server.url} has {server.weights or 'untold ones'}" for server in self._servers)
+            raise ConfigError(
+                f"--url: the servers have other weights under the same name ({have}); give each the same checkpoint"
+            )
+        self.settings: dict[str, Any] = {"weights": hashes.pop()} if hashes else {}
 
     def answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
         """See `Backend`. Threads wait for the servers; grades are given by the caller's thread."""
@@ -192,7 +198,7 @@ class ServerBackend:
 
 
 class _Server:
-    """One server, over HTTP; `name` is that of its model."""
+    """One server, over HTTP; `name` is that of its model, `weights` a hash of its weights, None if it tells none."""
 
     def __init__(self, config: EvaluateConfig, url: str) -> None:
         import httpx2
@@ -211,6 +217,14 @@ class _Server:
             self.name = str(models["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
             raise GenerationError(f"--url {url}: /v1/models names no model; is this our server?") from error
+        try:
+            weights = self._ask("GET", "/model_info", None).get("weights")
+        except (
+            _Refused,
+            _Unknown,
+        ):  # an older server, or something in between that passes on what asks for answers alone
+            weights = None
+        self.weights = weights if isinstance(weights, str) and weights else None
 
     def close(self) -> None:
         self._client.close()
@@ -266,7 +280,13 @@ class _Server:
         message = f"--url {self.url}: {error_text(response.status_code, response.text)}"
         if response.status_code in (400, 500):
             raise _Refused(message)
+        if response.status_code in (401, 403, 404, 405):
+            raise _Unknown(message)
         raise GenerationError(message)
+
+
+class _Unknown(GenerationError):
+    """There is no such route, or not for us."""
 
 
 class _Refused(GenerationError):

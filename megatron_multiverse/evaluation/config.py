@@ -89,6 +89,8 @@ class EvaluateConfig:
     """With --load: auto takes CUDA when there is a GPU."""
     timeout: float = 3600.0
     """With --url: seconds to wait for an answer."""
+    allow_other_weights: bool = False
+    """With --url: go on with a run although the server has other weights now than those of the answers in it."""
 
     def __post_init__(self) -> None:
         names = [name for word in self.tasks for name in word.split(",") if name]

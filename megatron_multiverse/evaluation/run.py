@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_multiverse.errors import DataError
+from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.evaluation.backends import Backend, EngineBackend, ServerBackend
 from megatron_multiverse.evaluation.compare import Comparison, compare_runs
 from megatron_multiverse.evaluation.config import EvaluateConfig
@@ -15,7 +16,7 @@ from megatron_multiverse.evaluation.report import write_comparison, write_report
 from megatron_multiverse.evaluation.samples import SAMPLES, Job, Sample, SampleLog, make_jobs, read_samples
 from megatron_multiverse.evaluation.scores import Score, Setting, score_settings
 from megatron_multiverse.evaluation.tasks import load_problems
-from megatron_multiverse.locked_folder import LockedFolder
+from megatron_multiverse.locked_folder import RECORD, LockedFolder
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,11 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
         "draw": dict(vars(config.draw)),
         **backend.settings,
     }
+    weights = now = settings.pop("weights", None)
+    if config.url:
+        weights = _recorded_weights(config, now)
+    if weights is not None:
+        settings["weights"] = weights
     with LockedFolder(config.output, settings, "an evaluation"):
         log = SampleLog(config.output / SAMPLES)
         log.hold_against(jobs)
@@ -62,9 +68,40 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
         if not chosen:
             raise DataError(f"no answer could be had; the first one failed because {errors[0]}")
         scores = score_settings(chosen)
+        if weights is not None and now not in (None, weights):
+            settings["weights"] = f"{weights}, then {now}"
         facts = {**settings, "tasks": config.tasks, "problems": len(problems), "seeds": config.num_seeds}
         write_report(config.output, {**facts, "missing answers": len(errors)}, scores, chosen)
     return Evaluated(scores, len(errors), errors[0] if errors else "")
+
+
+def _recorded_weights(config: EvaluateConfig, now: str | None) -> str | None:
+    """What run.json is to say of the weights: those that the first answers in the folder are of.
+
+    Args:
+        config: the run.
+        now: a hash of the weights that the servers have; None if they tell none.
+
+    Returns:
+        `now` for a new run; else what it recorded, None if it was not told.
+
+    Raises:
+        ConfigError: the answers in the folder are of other weights.
+    """
+    file, answers = config.output / RECORD, config.output / SAMPLES
+    if not (file.is_file() and answers.is_file() and answers.stat().st_size):
+        return now
+    before = json.loads(file.read_text(encoding="utf-8")).get("weights")
+    if before is not None and now is None:
+        logger.warning("%s: the server does not tell whether its weights are still those of the answers", config.output)
+    elif before not in (None, now):
+        told = f"--output {config.output} holds answers of other weights ({before}) than the server has now ({now})"
+        if not config.allow_other_weights:
+            raise ConfigError(
+                f"{told}: serve those again, choose a new folder, or mix them with --allow-other-weights true"
+            )
+        logger.warning("%s: their scores are put together, as --allow-other-weights says", told)
+    return str(before) if before is not None else None
 
 
 def _answer(backend: Backend, jobs: list[Job], log: SampleLog, concurrency: int) -> list[str]:

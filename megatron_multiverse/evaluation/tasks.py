@@ -113,12 +113,7 @@ def load_problems(task: str, source: str | None, limit: int | None) -> list[Prob
 
 def _hub_rows(task: Task) -> Iterator[Mapping[str, Any]]:
     try:
-        if task.config is None:
-            yield from load_dataset(f"{task.dataset}@{task.split}")
-        else:
-            import datasets
-
-            yield from datasets.load_dataset(task.dataset, task.config, split=task.split)
+        yield from load_dataset(f"{task.dataset}@{task.split}", task.config)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{task.dataset} cannot be loaded from the hub ({error}); where there is no network, or no access to a "

@@ -38,6 +38,8 @@ class EngineState:
     """Kinds of memory that it has given back; there is no engine until it has them again."""
     versions: tuple[str, ...] = ("default",)
     """Names of the weights that were in use, by their number; the last ones are now."""
+    weights: str = ""
+    """A hash of those that are in use now; empty until the engine is ready."""
 
 
 class EngineClient:
@@ -264,14 +266,14 @@ class EngineClient:
             for number in message["ids"]:
                 self._finish(number, error=error)
         elif op == "controlled":
-            self.control = EngineState(**{name: _frozen(value) for name, value in message["control"].items()})
+            self.control = _state(message["control"])
             if (future := self._controls.get(message["number"])) is not None and not future.done():
                 error = message["error"]
                 future.set_exception(ApiError(400, error, code="refused")) if error else future.set_result(None)
         elif op == "beat":
             self.stats = message["stats"]
         elif op == "ready":
-            self.facts, self.state = message["facts"], "ready"
+            self.facts, self.control, self.state = message["facts"], _state(message["control"]), "ready"
             self._settled.set()
         elif op == "failed":
             self.failure = message["message"]
@@ -303,5 +305,6 @@ class EngineClient:
                 future.set_exception(unavailable("dead"))
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _state(values: Message) -> EngineState:
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return EngineState(**fields)

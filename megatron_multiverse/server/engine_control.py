@@ -12,6 +12,7 @@ import torch
 from torch import distributed, nn
 
 from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.checkpoints.sources import weights_fingerprint
 from megatron_multiverse.config import LayerConfig
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference.engine import Engine
@@ -75,9 +76,10 @@ class EngineControl:
 
     Args:
         engine: nobody else may keep it, or its memory is never given back.
+        folder: the checkpoint that its weights are from.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, folder: str) -> None:
         self._engine: Engine | None = engine
         self._part = RankModel(engine.runner.model)
         self._options = {"vocab_size": engine.runner.vocab_size, "detokenize": engine.intake.detokenize}
@@ -87,6 +89,8 @@ class EngineControl:
         """Of `REGIONS`."""
         self.versions = ["default"]
         """Names of the weights that were in use, by `Engine.weight_version`."""
+        self.weights = weights_fingerprint(folder)
+        """A hash of those that are in use, which their name need not tell from others."""
 
     @property
     def engine(self) -> Engine:
@@ -124,6 +128,7 @@ class EngineControl:
         finally:
             if self._engine is not None:
                 tell({"op": "follow"})
+        self.weights = weights_fingerprint(folder)
         self.versions.append(version or str(len(self.versions)))
         if self._engine is not None:
             self._engine.use_weights(len(self.versions) - 1)

@@ -53,10 +53,11 @@ class EngineHost:
     Args:
         engine: nobody else may step it.
         channel: to the HTTP process.
+        folder: the checkpoint that the engine's weights are from.
     """
 
-    def __init__(self, engine: Engine, channel: Channel) -> None:
-        self.control = EngineControl(engine)
+    def __init__(self, engine: Engine, channel: Channel, folder: str) -> None:
+        self.control = EngineControl(engine, folder)
         self.channel = channel
         self._paused = False
         self._engine_ids: dict[int, int] = {}  # their number of an answer -> the engine's
@@ -76,7 +77,7 @@ class EngineHost:
     def run(self) -> None:
         """Serve until the other side closes."""
         warm_up(self.engine)
-        self.channel.send({"op": "ready", "facts": self._facts()})
+        self.channel.send({"op": "ready", "facts": self._facts(), "control": self._control_state()})
         while not self.channel.closed:
             busy = self.control.has_work and not self._paused
             waits_to_send = [self.channel] if self.channel.is_behind else []
@@ -119,8 +120,14 @@ class EngineHost:
         except Exception:  # whatever it is, somebody waits for the answer
             logger.exception("%s failed", message["op"])
             error = f"{message['op']} failed in the engine; its log says why"
-        control = {"paused": self._paused, "released": sorted(self.control.released), "versions": self.control.versions}
-        self.channel.send({"op": "controlled", "number": message["number"], "error": error, "control": control})
+        told = {"error": error, "control": self._control_state()}
+        self.channel.send({"op": "controlled", "number": message["number"]} | told)
+
+    def _control_state(self) -> dict[str, Any]:
+        """What the other side keeps as its `EngineState`."""
+        control = self.control
+        facts = {"released": sorted(control.released), "versions": control.versions, "weights": control.weights}
+        return {"paused": self._paused, **facts}
 
     def _act(self, message: Message) -> None:
         op = message["op"]
@@ -270,7 +277,9 @@ def _serve(channel: Channel, options: Message) -> None:
             return
         tokenizer = build_tokenizer(options["tokenizer_type"], options["tokenizer_model"])
         config = EngineConfig(**options["engine"])
-        host = EngineHost(build_engine(options["load"], tokenizer, config, dtype=dtype, device=device), channel)
+        engine = build_engine(options["load"], tokenizer, config, dtype=dtype, device=device)
+        host = EngineHost(engine, channel, options["load"])
+        del engine  # whoever keeps it keeps its memory
         host.run()
         host.control.close()
 

@@ -29,11 +29,14 @@ class EngineProcesses:
 
         Args:
             count: of ranks.
-            message: the first one, for each; where they meet is added to it.
+            message: the first one, for each; where they meet, if there are several, is added to it.
 
         Yields:
             This end of the connection to each, in the order of ranks.
         """
+        if count == 1:  # meets nobody, and needs no folder, which would stay where this process is killed
+            yield [self._start(0, 1, message | {"rendezvous_url": ""})]
+            return
         with tempfile.TemporaryDirectory(prefix="multiverse-engine-") as folder:
             message = message | {"rendezvous_url": f"file://{folder}/ranks"}
             yield [self._start(rank, count, message) for rank in range(count)]

@@ -48,8 +48,12 @@ def joined_groups(config: TrainConfig) -> Iterator[Ranks]:
         yield ranks
 
 
-def describe_model(config: TrainConfig) -> ModelConfig:
+def describe_model(config: TrainConfig, row_setting: str = "data.seq_length") -> ModelConfig:
     """Shape of the model to train: `config.model`, `config.model_preset`, or the saved one's of `config.init_from`.
+
+    Args:
+        config: the run.
+        row_setting: what the user sets the length of rows with, for the error.
 
     Raises:
         CheckpointError: `config.init_from` is no checkpoint.
@@ -62,7 +66,7 @@ def describe_model(config: TrainConfig) -> ModelConfig:
         model_config = open_start(config.init_from, config).config
     else:
         model_config = config.model or preset(config.model_preset or "")  # TrainConfig checks that there is one
-    check_sequence_length(config.data, model_config)
+    check_sequence_length(config.data, model_config, row_setting)
     config.parallel.check_model(model_config)
     return model_config
 
@@ -79,11 +83,16 @@ def open_start(folder: str, config: TrainConfig) -> Source:
     return ControlTokenSource(source, tokenizer_folder(source) or config.data.tokenizer_model)
 
 
-def check_start(config: TrainConfig, tokenizer: MultiverseTokenizer) -> None:
+def check_start(config: TrainConfig, tokenizer: MultiverseTokenizer, *, learns_from_answers: bool = False) -> None:
     """Hold the tokenizer of the data against the model that the run starts from.
 
     Rows of tags that the model's own tokenizer lacks were never trained; often there are spare rows at these ids, so
     that nothing else would notice.
+
+    Args:
+        config: the run.
+        tokenizer: the one that is used.
+        learns_from_answers: it is reinforcement learning, whose user has other settings, for the error.
 
     Raises:
         ConfigError: the ids mean other text in the model's tokenizer, or the model has no rows for the tags and
@@ -91,23 +100,29 @@ def check_start(config: TrainConfig, tokenizer: MultiverseTokenizer) -> None:
     """
     if config.init_from is None:
         return
+    if learns_from_answers:
+        named, remedy = "task.tokenizer_model", "leave that out, so that the one of the model is taken"
+        mend = "Train it on Multiverse data first, with pretrain_scripts/sft_multiverse.py and its add_control_tokens"
+    else:
+        named, remedy = "data.tokenizer_model", "preprocess with the tokenizer of the model"
+        mend = "Set add_control_tokens to true, which makes them from the rows of the pieces of their text"
+    named = f"{named} ({config.data.tokenizer_model})"
     own = tokenizer_of(open_checkpoint(config.init_from), tokenizer)
     clash = differing_id(own, tokenizer) if own is not None else None
     # One of them may have further tokens: rows that data never names, or that are made for it.
     if own is not None and clash is not None and None not in clash:
         number, theirs, ours = clash
         raise ConfigError(
-            f"token {number} is {theirs!r} in the tokenizer of init_from ({own.path}), but {ours!r} in the one of the "
-            f"data ({config.data.tokenizer_model}): preprocess with the tokenizer of the model"
+            f"token {number} is {theirs!r} in the tokenizer of init_from ({own.path}), but {ours!r} in {named}: "
+            f"{remedy}"
         )
     lacking = own or tokenizer
     if lacking.added_tags and not config.add_control_tokens:
-        where = f"init_from ({own.path})" if own else f"data.tokenizer_model ({config.data.tokenizer_model})"
+        where = f"init_from ({own.path})" if own else named
         raise ConfigError(
             f"the tokenizer of {where} lacks {len(lacking.added_tags)} of {len(TAGS)} structure tags, "
-            f"{lacking.added_tags[0]} for one: their rows in the model were never trained. Set add_control_tokens to "
-            "true, which makes them from the rows of the pieces of their text, or name a model whose tokenizer has the "
-            "tags"
+            f"{lacking.added_tags[0]} for one: their rows in the model were never trained. {mend}, or name a model "
+            "whose tokenizer has the tags"
         )
 
 

@@ -55,7 +55,7 @@ def test_round_trip_through_plain_values_and_json(tmp_path: Path) -> None:
         ("optim.learning_rate", 1.0, r"optim\.learning_rate: unknown key"),
         ("optim.warmup_iters", 1, r"did you mean 'lr_warmup_iters'"),
         ("data.global_batch_size", 9, r"global_batch_size \(9\) must be divisible by data.micro_batch_size \(2\)"),
-        ("data.seq_length", 1024, r"seq_length \(1024\) must not exceed model.max_sequence_length \(512\)"),
+        ("data.seq_length", 1024, r"seq_length \(1024\) must not exceed the model's max_sequence_length \(512\)"),
         ("data.seq_length", "long", r"config\.data\.seq_length: expected int, got 'long'"),
         ("data.num_workers", True, r"expected int, got True"),
         ("data.data_prefixes", [], r"data_prefixes is empty"),

@@ -129,10 +129,11 @@ async def server_info(request: Request) -> Response:
 @router.get("/model_info")
 @router.get("/get_model_info")
 async def model_info(request: Request) -> Response:
-    """The model and the version of its weights."""
+    """The model, the version of its weights, and a hash that tells them from others of the same name."""
     state = request.app.state
-    version = state.client.control.versions[-1]
-    return JSONResponse({"model_path": state.model.name, "is_generation": True, "weight_version": version})
+    control = state.client.control
+    weights = {"weight_version": control.versions[-1], "weights": control.weights}
+    return JSONResponse({"model_path": state.model.name, "is_generation": True, **weights})
 
 
 def _answer(

@@ -8,15 +8,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import EngineConfig
 from megatron_multiverse.errors import ConfigError, DataError, GenerationError
 from megatron_multiverse.evaluation.config import DrawConfig, EvaluateConfig
 from megatron_multiverse.evaluation.report import comparison_lines
 from megatron_multiverse.evaluation.run import compare, evaluate
 from megatron_multiverse.evaluation.samples import SAMPLES, Sample, read_samples
+from megatron_multiverse.model.weights import save_model
 from tests.unit.server.running import MODEL, running
 
 QUESTIONS = {
@@ -78,6 +82,51 @@ def test_engine_and_server_answer_alike(config: EvaluateConfig, tmp_path: Path) 
     assert {"report.md", "report.json", "report.png"} <= {file.name for file in (tmp_path / "http").iterdir()}
     with pytest.raises(GenerationError, match="start tools"):
         evaluate(over_http)  # nobody is there any more
+
+
+def test_a_run_does_not_go_on_with_other_weights_of_a_server(config: EvaluateConfig, tmp_path: Path) -> None:
+    model, shape = load_checkpoint(MODEL)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.001)
+    save_model(model, shape, tmp_path / "weights" / "later")
+    with running(engine=config.engine, weights_root=tmp_path / "weights") as server, running() as other:
+        over_http = dataclasses.replace(config, load=None, url=[server.url], limit=1)
+        evaluate(over_http)
+        first, second = (one.http.get("/model_info").json()["weights"] for one in (server, other))
+        assert first == second == json.loads((config.output / "run.json").read_text())["weights"]
+        assert server.post("/update_weights_from_disk", {"model_path": "later"}).status_code == 200
+        later = server.http.get("/model_info").json()["weights"]
+        with pytest.raises(ConfigError, match="the servers have other weights under the same name"):
+            evaluate(dataclasses.replace(over_http, url=[server.url, other.url], output=tmp_path / "two"))
+        more = dataclasses.replace(over_http, limit=None)
+        with pytest.raises(ConfigError, match=rf"of other weights \({first}\) than the server has now \({later}\)"):
+            evaluate(more)
+        assert len(measured(config.output)) == 1
+        evaluate(dataclasses.replace(more, allow_other_weights=True))
+        assert len(measured(config.output)) == 2
+        assert json.loads((config.output / "report.json").read_text())["weights"] == f"{first}, then {later}"
+        evaluate(dataclasses.replace(over_http, url=[other.url]))  # those of the first answers are served there
+
+
+@pytest.mark.parametrize("answer", [httpx2.Response(404), httpx2.Response(500), httpx2.Response(200, json={})])
+def test_a_server_that_tells_nothing_of_its_weights_goes_on(
+    config: EvaluateConfig, answer: httpx2.Response, caplog: Any, monkeypatch: Any
+) -> None:
+    request = httpx2.Client.request
+
+    def untelling(client: httpx2.Client, method: str, url: str, **options: Any) -> httpx2.Response:
+        return answer if url == "/model_info" else request(client, method, url, **options)
+
+    with running(engine=config.engine) as server:
+        over_http = dataclasses.replace(config, load=None, url=[server.url], limit=1)
+        evaluate(over_http)
+        monkeypatch.setattr(httpx2.Client, "request", untelling)
+        evaluate(dataclasses.replace(over_http, limit=None))
+        assert "does not tell whether its weights are still those of the answers" in caplog.text
+        untold = dataclasses.replace(over_http, output=config.output.with_name("untold"))
+        evaluate(untold)
+        assert "weights" not in json.loads((untold.output / "run.json").read_text())
 
 
 def test_a_run_goes_on_where_it_was_killed(config: EvaluateConfig) -> None:

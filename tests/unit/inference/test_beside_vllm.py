@@ -55,7 +55,11 @@ def vllm_path(tmp_path: Path) -> Path:
     return folder.parent
 
 
-def test_both_engines_measure_in_turn(vllm_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_both_engines_measure_in_turn(
+    vllm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     config = BesideConfig(
         vllm_path=vllm_path,
         parts=("block", "decode-7b"),
@@ -75,13 +79,15 @@ def test_both_engines_measure_in_turn(vllm_path: Path, tmp_path: Path, capfd: py
     ]
     assert all(row["ms_per_step"] > 0 and row["seconds"] > 0 for row in rows)
     assert rows[0]["cached_tokens"] == 16  # the page that holds the last token is read again
+    assert list(temporary.glob("*/config.json")) == [], "what killed processes wrote is in the folder of the run"
     show(rows)
     assert "prefix 32" in capfd.readouterr().out
 
 
-def test_a_join_reads_what_the_paths_wrote(vllm_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_join_reads_what_the_paths_wrote(vllm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(vllm_path)
-    client = Client({"config": {"vocab_size": 512}, "options": {}})
+    client = Client({"config": {"vocab_size": 512}, "folder": str(tmp_path / "model"), "options": {}})
+    assert json.loads((tmp_path / "model" / "config.json").read_text()) == {"vocab_size": 512}
     figures = client.measure({"kind": "block", "prefix": 32, "paths": 3, "tokens": 20, "conclusion": 4})
     prefix, *paths, join = sys.modules["vllm"].PROMPTS
     assert all(len(path) == 32 + OWN and path[:32] == prefix for path in paths)

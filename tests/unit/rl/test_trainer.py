@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -203,12 +204,36 @@ def test_an_engine_that_rounds_as_the_trainer_agrees_better_in_bf16(tmp_path: Pa
     assert max(drift[True]) < 0.9 * min(drift[False])
 
 
+def test_errors_name_the_settings_of_reinforcement_learning(start: Path, tmp_path: Path) -> None:
+    """Its machinery is that of supervised training, whose `data.` and `add_control_tokens` it does not have."""
+    with pytest.raises(ConfigError, match=r"^policy\.seq_length \(300\) must not exceed the model's .*\(256\)"):
+        train(run_config(start, tmp_path / "run", policy=PolicyConfig(seq_length=300)))
+
+    model, other = tmp_path / "model", tmp_path / "other"
+    shutil.copytree(start / "model", model)
+    backend = json.loads((model / "tokenizer.json").read_text())
+    first, second = (token for token in backend["added_tokens"] if "Conclusion" in token["content"])
+    first["content"], second["content"] = second["content"], first["content"]
+    (shutil.copytree(model, other) / "tokenizer.json").write_text(json.dumps(backend))
+    task = TaskConfig(input=str(start / "rows.jsonl"), tokenizer_model=str(other))
+    with pytest.raises(ConfigError, match=r"in task\.tokenizer_model \(.*/other\): leave that out"):
+        train(run_config(start, tmp_path / "run", task=task))
+
+    first["content"], second["content"] = "<other>", "</other>"
+    (model / "tokenizer.json").write_text(json.dumps(backend))
+    with pytest.raises(ConfigError, match=r"lacks 2 of 12 structure tags.*Train it on Multiverse data first, with pre"):
+        train(run_config(start, tmp_path / "run", init_from=str(model)))
+
+
 def test_what_cannot_work_is_refused(start: Path, tmp_path: Path) -> None:
     def refuse(error: type[Exception], words: str, **changes: Any) -> None:
         with pytest.raises(error, match=words):
             train(run_config(start, tmp_path / "refused", **changes))
 
     refuse(ConfigError, "longest prompt", policy=PolicyConfig(seq_length=20))
+    with pytest.raises(ConfigError, match=r"below train_iters x policy.updates_per_step \(4 x 2\)"):
+        changes = {"optim": OptimConfig(lr_warmup_iters=8), "policy": PolicyConfig(updates_per_step=2)}
+        run_config(start, tmp_path, **changes)
     refuse(ConfigError, "no reward 'exakt'", reward=RewardConfig(correct="exakt"))
     refuse(ConfigError, "cannot be imported", reward=RewardConfig(correct="tests.unit.rl.runs:nothing"))
     refuse(TrainingError, "raised ZeroDivisionError", reward=RewardConfig(correct="tests.unit.rl.test_trainer:broken"))

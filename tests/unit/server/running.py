@@ -149,7 +149,7 @@ def running(*, keys: Sequence[str] = (), engine: EngineConfig | None = None, **o
     config = ServerConfig(load=MODEL, engine=engine or EngineConfig(max_rows=16), **options)
     built = build_engine(MODEL, tokenizer(), config.engine)
     own, theirs = socket.socketpair()
-    host = SteppedHost(built, Channel(theirs))
+    host = SteppedHost(built, Channel(theirs), str(config.load))
     stepping = threading.Thread(target=host.run, daemon=True)
     stepping.start()
     client = EngineClient(config)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.checkpoints.sources import weights_fingerprint
 from megatron_multiverse.config import EngineConfig
 from megatron_multiverse.model.weights import save_model
 from tests.unit.server.running import MODEL, PROMPT, Running, running
@@ -112,6 +113,7 @@ def test_answers_are_aborted_by_their_name(server: Running, pool: ThreadPoolExec
 def test_other_weights_change_answers_and_the_version_says_so(root: Path, pool: ThreadPoolExecutor) -> None:
     """On a server of its own, whose first weights are in use."""
     with running(weights_root=root) as server:
+        assert server.http.get("/model_info").json()["weights"] == weights_fingerprint(MODEL)
         before = server.post("/generate", SHORT).json()
         assert before["meta_info"]["weight_version"] == "default"
         assert before["meta_info"]["finish_reason"]["matched"] in server.app.state.model.end_ids
@@ -125,7 +127,8 @@ def test_other_weights_change_answers_and_the_version_says_so(root: Path, pool: 
         assert len(versions) == len(both["output_ids"]) and set(versions) == {0, 1}
         after = server.post("/generate", SHORT).json()
         assert after["text"] != before["text"] and after["meta_info"]["weight_version"] == "step 1"
-        assert server.http.get("/model_info").json()["weight_version"] == "step 1"
+        info = server.http.get("/model_info").json()
+        assert (info["weight_version"], info["weights"]) == ("step 1", weights_fingerprint(root / "changed"))
         act(
             server,
             "/update_weights_from_disk",

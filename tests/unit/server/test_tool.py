@@ -201,6 +201,15 @@ def test_sigterm_lets_answers_finish_and_says_no_to_new_ones() -> None:
         assert not [line for line in tool.log if any(fault in line for fault in faults)], "".join(tool.log)
 
 
+def test_a_killed_server_of_one_rank_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with started() as tool:
+        engine = tool.children()
+        tool.process.kill()
+        psutil.wait_procs(engine, timeout=PATIENCE_S)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_engine_fails_those_that_wait_and_a_signal_ends_the_rest(ranks: int) -> None:
     """With two tensor parallel ranks the other one is killed, not the one that talks to HTTP. Before, all of
