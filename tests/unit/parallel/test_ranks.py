@@ -62,6 +62,7 @@ def test_torchrun_can_start_ranks_again(tmp_path: Path) -> None:
     """What the processes of the first start left in the store is not read by those of the second one."""
     (tmp_path / "restarted.py").write_text(RESTARTED)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun += ["--log-dir", str(tmp_path / "logs")]  # else a folder among the system's temporary ones, which stays
     command = [*torchrun, "--max-restarts", "1", str(tmp_path / "restarted.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -44,15 +46,24 @@ def train_until_stopped(save: str) -> None:
     sys.exit(EXIT_CODE_STOPPED if result.model_folder is None else 0)
 
 
-def start(save: Path) -> subprocess.Popen[bytes]:
+@pytest.fixture
+def temporary() -> Iterator[str]:
+    """For the temporary files of processes that are killed. Not below tmp_path: names of sockets must be short."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
+def start(save: Path, temporary: str) -> subprocess.Popen[bytes]:
     """A run that trains until it is stopped, leader of a process group of its own."""
     code = f"from tests.unit.training.test_signals import train_until_stopped; train_until_stopped({str(save)!r})"
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"TMPDIR": temporary}, start_new_session=True
+    )
 
 
-def test_a_signal_to_every_process_of_the_job_saves_and_stops(tmp_path: Path) -> None:
+def test_a_signal_to_every_process_of_the_job_saves_and_stops(tmp_path: Path, temporary: str) -> None:
     """The loader's worker and the process that saves get the signal too, as under SLURM, and must survive it."""
-    process = start(tmp_path)
+    process = start(tmp_path, temporary)
     try:
         pointer = tmp_path / "latest_checkpointed_iteration.txt"
         wait_until(lambda: pointer.exists() or process.poll() is not None, "a checkpoint is there")
@@ -66,9 +77,9 @@ def test_a_signal_to_every_process_of_the_job_saves_and_stops(tmp_path: Path) ->
     assert last >= first and (tmp_path / f"iter_{last:07d}" / "metadata.json").is_file()
 
 
-def test_nothing_outlives_a_run_that_is_killed(tmp_path: Path) -> None:
+def test_nothing_outlives_a_run_that_is_killed(tmp_path: Path, temporary: str) -> None:
     """As the kernel does when memory is short. The folder can be used again at once."""
-    process = start(tmp_path)
+    process = start(tmp_path, temporary)
     pointer = tmp_path / "latest_checkpointed_iteration.txt"
     try:
 
