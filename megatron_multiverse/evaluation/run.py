@@ -98,7 +98,7 @@ def _recorded_weights(config: EvaluateConfig, now: str | None) -> str | None:
         told = f"--output {config.output} holds answers of other weights ({before}) than the server has now ({now})"
         if not config.allow_other_weights:
             raise ConfigError(
-                f"{told}: serve those again, choose a new folder, or mix them with --allow-other-weights true"
+                f"{told}: serve the earlier ones, choose a new folder, or mix them with --allow-other-weights true"
             )
         logger.warning("%s: their scores are put together, as --allow-other-weights says", told)
     return str(before) if before is not None else None
