@@ -263,7 +263,7 @@ def test_a_preset_is_reached_by_its_name(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "model")[1] == preset("tiny")
     with pytest.raises(ConfigError, match=r"unknown model preset 'qwen9', allowed: .*qwen2\.5-7b"):
         train(config(tmp_path / "b", **changes | {"model_preset": "qwen9"}), SyntheticLoader())
-    with pytest.raises(ConfigError, match=r"seq_length \(2048\) must not exceed model\.max_sequence_length \(1024\)"):
+    with pytest.raises(ConfigError, match=r"\(2048\) must not exceed the model's max_sequence_length \(1024\)"):
         train(config(tmp_path / "c", **changes, **{"data.seq_length": 2048}), SyntheticLoader())
     with pytest.raises(ConfigError, match="exactly one of `model` and `model_preset`"):
         config(tmp_path, model_preset="tiny")
