@@ -115,6 +115,15 @@ def test_recorded_steps_draw_what_single_calls_draw(asked: dict[str, float], mon
     assert graphs.replays >= recorded.num_steps and len(graphs.graphs) > 4
 
 
+def test_graphs_read_what_steps_draw_that_run_call_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that score prompts, between others, while what all others draw is still to come."""
+    short_prompts(monkeypatch)
+    plain, recorded, graphs = engines(monkeypatch)
+    requests = requests_with(prompt_logprobs=2)
+    assert come_one_by_one(plain, requests) == come_one_by_one(recorded, requests)
+    assert 4 <= recorded.num_steps - graphs.replays < graphs.replays
+
+
 def test_few_graphs_are_kept_and_their_logits_stand_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many kinds of steps a server sees, its memory is enough."""
     short_prompts(monkeypatch)
