@@ -168,7 +168,7 @@ class StepGraphs:
     def _kept(self, logits: Tensor) -> Tensor:
         """The logits where those of all graphs stand, one step's after another's: each graph's own would be 150 MiB for
         512 rows of 152,000 ids."""
-        room = next(rows for rows in ROWS if rows >= len(logits))
+        room = next((rows for rows in ROWS if rows >= len(logits)), len(logits))
         if room not in self._logits:  # in the first call, which is not recorded
             self._logits[room] = logits.new_empty(room, logits.shape[1])
         return self._logits[room][: len(logits)].copy_(logits)
