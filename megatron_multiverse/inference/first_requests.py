@@ -10,8 +10,10 @@ from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.structure import StructureVocab, Tag
 
-PROMPT, PATHS, LONGEST_PROMPT = 80, 3, 1 << 14
-"""Tokens of a prompt that is long enough to be read as one, paths of the block, and most tokens of the long prompt."""
+PROMPT, PATHS = 80, 3
+"""Tokens of a prompt that is long enough to be read as one, and paths of the block."""
+LONGEST_PROMPT, MOST_CHUNKS = 1 << 14, 64
+"""Most tokens of the long prompt, and most steps in which it is read, however few tokens a step may bring."""
 
 
 def warm_up(engine: Engine) -> None:
@@ -40,7 +42,8 @@ def _requests(engine: Engine) -> Iterator[Request]:
         critical = len(header) + 64
         sampling = SamplingParams(max_tokens=8 * critical, max_critical_tokens=critical, branch_max_tokens=16)
         yield Request(prompt_ids=prompt, sampling=sampling, answer_start=header)
-    long = min(engine.runner.long_prompt(engine.config.max_step_tokens), LONGEST_PROMPT, most)
+    chunk = engine.config.max_step_tokens
+    long = min(engine.runner.long_prompt(chunk), LONGEST_PROMPT, MOST_CHUNKS * chunk, most)
     yield Request(prompt_ids=[0] * long, sampling=SamplingParams(max_tokens=2))
 
 

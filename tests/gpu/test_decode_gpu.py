@@ -14,6 +14,7 @@ pytest.importorskip("megatron.core")
 
 from megatron_multiverse.config import EngineConfig, ModelConfig, SamplingParams
 from megatron_multiverse.inference import Engine, Request, drawn_from
+from megatron_multiverse.inference.step import graphs as step_graphs
 from megatron_multiverse.kernels.fused_linear import (
     dequantize_rows,
     linear,
@@ -228,13 +229,16 @@ def answers_of_random_trees(model, count, *, blocks=None, most_paths=5, **settin
     return sampler, requests, results, engine.runner.graphs
 
 
-def test_large_steps_by_graphs_equal_one_forward(monkeypatch):
-    """More rows than 128, as many requests that fork have."""
+@pytest.mark.parametrize("most_graphs", [256, 2])
+def test_large_steps_by_graphs_equal_one_forward(most_graphs, monkeypatch):
+    """More rows than 128, as many requests that fork have; also where graphs are dropped and captured again."""
     monkeypatch.setattr(toy, "OVERLAP", True)
+    monkeypatch.setattr(step_graphs, "MOST_GRAPHS", most_graphs)
     config = ModelConfig(**SHAPE | {"vocab_size": toy.VOCAB_SIZE})
     model = build_gpt_model(config, dtype=torch.float32, device="cuda", seed=0).eval()
     sampler, requests, results, graphs = answers_of_random_trees(model, 90, max_rows=256)
-    assert {kind.size for kind in graphs.graphs} & {192, 256}
+    assert len(graphs.graphs) <= most_graphs
+    assert most_graphs < 256 or {kind.size for kind in graphs.graphs} & {192, 256}
     assert toy.largest_difference(model, sampler, requests, results, logprob_atol=1e-3) < 1e-3
 
 

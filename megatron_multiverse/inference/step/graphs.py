@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.inference.step.forward import KVStore, PagedForward, StepTensors, known_ids
-from megatron_multiverse.inference.step.graph_sizes import GraphSizes, Kind
+from megatron_multiverse.inference.step.graph_sizes import ROWS, GraphSizes, Kind
 from megatron_multiverse.inference.step.plan import Floats, StepPlan
 from megatron_multiverse.inference.step.plan_buffer import PlanBuffer
 from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, choose, pack
@@ -27,6 +27,10 @@ from megatron_multiverse.kernels.sampling import Filters
 from megatron_multiverse.kernels.tree_decode import Attention, DeviceSegments, DeviceWork, Mixed, takes_segments
 
 logger = logging.getLogger(__name__)
+
+MOST_GRAPHS = 256
+"""Graphs that are kept; beyond them the one that was not used for longest is dropped, and captured again when it is
+needed. Each takes some MiB, and what a server is asked over weeks comes to several times as many."""
 
 
 class Recorder:
@@ -92,6 +96,7 @@ class StepGraphs:
         self.recorder = recorder or Recorder(store.keys.device)
         self.graphs: dict[Kind, _Graph] = {}
         self.replays = 0
+        self._logits: dict[int, Tensor] = {}
         self._temperature: Floats | None = None
         self._noise = False
 
@@ -122,7 +127,7 @@ class StepGraphs:
 
     def _replay(self, graph: _Graph, plan: StepPlan, sampler: Sampler) -> Tensor:
         graph.replay()
-        self.replays += 1
+        graph.last_use = self.replays = self.replays + 1
         if graph.kind.draw != "logits":
             return graph.result
         rows = len(plan.sample)
@@ -131,6 +136,8 @@ class StepGraphs:
         return packed
 
     def _capture(self, kind: Kind) -> _Graph:
+        if len(self.graphs) >= MOST_GRAPHS:  # not by free memory, which ranks that share a model have each its own of
+            del self.graphs[min(self.graphs, key=lambda old: self.graphs[old].last_use)]
         start, before = time.perf_counter(), self.recorder.free_bytes()
         drawn = self.last_tokens[: kind.rows].clone()  # the first call writes there
         graph = _Graph(kind, self._step(kind), self.recorder)
@@ -151,12 +158,20 @@ class StepGraphs:
             logits = self.forward(dataclasses.replace(tensors, ids=ids), self.store)
             assert logits is not None  # pipeline stages run without graphs
             if kind.draw == "logits":
-                return logits
+                return self._kept(logits)
             packed = pack(*sampling.draw(logits[:, : self.vocab_size], noise=kind.draw == "noise"))
             self.last_tokens[: kind.rows] = packed[0]
             return packed
 
         return step
+
+    def _kept(self, logits: Tensor) -> Tensor:
+        """The logits where those of all graphs stand, one step's after another's: each graph's own would be 150 MiB for
+        512 rows of 152,000 ids."""
+        room = next((rows for rows in ROWS if rows >= len(logits)), len(logits))
+        if room not in self._logits:  # in the first call, which is not recorded
+            self._logits[room] = logits.new_empty(room, logits.shape[1])
+        return self._logits[room][: len(logits)].copy_(logits)
 
 
 class _Graph:
@@ -169,6 +184,8 @@ class _Graph:
         recorder: Recorder,
     ) -> None:
         self.kind = kind
+        self.last_use = 0
+        """Replays of all graphs when this one was replayed last."""
         self.buffer = buffer = PlanBuffer(kind, recorder.device)
         there = buffer.device
         tensors = StepTensors(

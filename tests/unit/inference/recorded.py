@@ -82,8 +82,10 @@ def _attend_by_segments(
 
 
 def _write_kv(
-    mixed: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor, tokens: Tensor, **norms: Any
+    mixed: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor, tokens: Tensor | None, **norms: Any
 ) -> Tensor:
+    if tokens is None:  # a step that fits no graph
+        return write_kv_reference(mixed, table, keys, values, slots, tokens, **norms)
     there = slots >= 0
     return write_kv_reference(mixed, table, keys, values, slots[there], tokens[there], **norms)
 

@@ -50,6 +50,13 @@ def test_what_an_engine_cannot_serve_is_left_out() -> None:
         assert not engine.has_work and engine.num_steps > 0
 
 
+def test_small_chunks_do_not_keep_a_server_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner, "long_prompt", lambda self, chunk: 16_384)
+    engine = toy.toy_engine(toy.NullModel(), page_size=16, num_pages=4000, max_step_tokens=4, max_position=10**9)
+    warm_up(engine)
+    assert 64 <= engine.num_steps < 500
+
+
 def test_the_last_chunk_of_the_long_prompt_is_no_graphs() -> None:
     """Its tokens see more keys than those of any graph's prompts."""
 

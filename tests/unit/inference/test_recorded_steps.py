@@ -10,6 +10,9 @@ import torch
 from megatron_multiverse.config import EngineConfig, ModelConfig, SamplingParams
 from megatron_multiverse.inference import Engine, Request
 from megatron_multiverse.inference.step import graph_sizes
+from megatron_multiverse.inference.step import graphs as graphs_module
+from megatron_multiverse.inference.step.graph_sizes import Kind
+from megatron_multiverse.inference.step.graphs import StepGraphs
 from megatron_multiverse.kernels.tree_decode import prompt, work
 from megatron_multiverse.model.gpt import build_gpt_model
 
@@ -62,6 +65,43 @@ def test_random_trees_by_recorded_steps_equal_one_forward(seed: int, monkeypatch
     toy.assert_drained(engine)
 
 
+def requests_with(**asked: float) -> list[Request]:
+    """Six prompts of other lengths; all but every third request ask for that."""
+    return [
+        Request(
+            prompt_ids=[toy.TEXT + (7 * k + i) % (toy.VOCAB_SIZE - 2 - toy.TEXT) for i in range(5 + 20 * k)],
+            sampling=SamplingParams(max_tokens=20 + 5 * k, ignore_eos=True, seed=k, **asked if k % 3 else {}),
+        )
+        for k in range(6)
+    ]
+
+
+def come_one_by_one(engine: Engine, requests: list[Request]) -> list[tuple[int, list[int]]]:
+    """The answers to requests that come while others are served, by their ids."""
+    results = []
+    for request in requests:
+        engine.add_request(request)
+        results += engine.step() + engine.step()
+    while engine.has_work:
+        results += engine.step()
+    return sorted((result.request_id, result.token_ids) for result in results)
+
+
+def engines(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Engine, StepGraphs]:
+    """Two over one model: one that runs its steps call by call and in turn, one that has graphs, and these."""
+    model = build_gpt_model(SHAPE, dtype=torch.float64, seed=9).eval()
+    plain, recorded = (
+        Engine(
+            model,
+            toy.VOCAB,
+            EngineConfig(num_pages=800, page_size=4, max_step_tokens=50, max_rows=8, overlap=overlap),
+            vocab_size=toy.VOCAB_SIZE - 2,
+        )
+        for overlap in (False, True)
+    )
+    return plain, recorded, record_steps(recorded, monkeypatch)
+
+
 @pytest.mark.parametrize(
     "asked", [{}, {"temperature": 0.9}, {"temperature": 1.5, "top_k": 9, "min_p": 0.05}, {"repetition_penalty": 1.3}]
 )
@@ -69,27 +109,33 @@ def test_recorded_steps_draw_what_single_calls_draw(asked: dict[str, float], mon
     """Requests that come one after the other, so that sizes change while tokens are still to come; some draw without
     noise, and those with penalties outside of the graph."""
     short_prompts(monkeypatch)
-    model = build_gpt_model(SHAPE, dtype=torch.float64, seed=9).eval()
-    requests = [
-        Request(
-            prompt_ids=[toy.TEXT + (7 * k + i) % (toy.VOCAB_SIZE - 2 - toy.TEXT) for i in range(5 + 20 * k)],
-            sampling=SamplingParams(max_tokens=20 + 5 * k, ignore_eos=True, seed=k, **asked if k % 3 else {}),
-        )
-        for k in range(6)
-    ]
-    answers = []
-    for recorded in (False, True):
-        config = EngineConfig(num_pages=800, page_size=4, max_step_tokens=50, max_rows=8, overlap=recorded)
-        engine = Engine(model, toy.VOCAB, config, vocab_size=toy.VOCAB_SIZE - 2)
-        graphs = record_steps(engine, monkeypatch) if recorded else None
-        for request in requests:
-            engine.add_request(request)
-            engine.step()
-            engine.step()
-        results = []
-        while engine.has_work:
-            results += engine.step()
-        answers.append(sorted((result.request_id, result.token_ids) for result in results))
-        if graphs is not None:
-            assert graphs.replays >= engine.num_steps and len(graphs.graphs) > 4
-    assert answers[0] == answers[1]
+    plain, recorded, graphs = engines(monkeypatch)
+    requests = requests_with(**asked)
+    assert come_one_by_one(plain, requests) == come_one_by_one(recorded, requests)
+    assert graphs.replays >= recorded.num_steps and len(graphs.graphs) > 4
+
+
+def test_graphs_read_what_steps_draw_that_run_call_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that score prompts, between others, while what all others draw is still to come."""
+    short_prompts(monkeypatch)
+    plain, recorded, graphs = engines(monkeypatch)
+    requests = requests_with(prompt_logprobs=2)
+    assert come_one_by_one(plain, requests) == come_one_by_one(recorded, requests)
+    assert 4 <= recorded.num_steps - graphs.replays < graphs.replays
+
+
+def test_few_graphs_are_kept_and_their_logits_stand_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many kinds of steps a server sees, its memory is enough."""
+    short_prompts(monkeypatch)
+    monkeypatch.setattr(graphs_module, "MOST_GRAPHS", 4)
+    plain, recorded, graphs = engines(monkeypatch)
+    captured: list[Kind] = []
+    capture = graphs._capture
+    monkeypatch.setattr(graphs, "_capture", lambda kind: captured.append(kind) or capture(kind))
+    for asked in ({"repetition_penalty": 1.3}, {}, {"repetition_penalty": 1.3}):
+        requests = requests_with(**asked)
+        assert come_one_by_one(plain, requests) == come_one_by_one(recorded, requests)
+        assert len(graphs.graphs) == 4 and max(graph.last_use for graph in graphs.graphs.values()) == graphs.replays
+    assert len(captured) > len(set(captured)) > 8
+    own = [graph.result.data_ptr() for kind, graph in graphs.graphs.items() if kind.draw == "logits"]
+    assert len(own) > 1 and len(set(own)) == 1
