@@ -142,6 +142,7 @@ class StepGraphs:
         drawn = self.last_tokens[: kind.rows].clone()  # the first call writes there
         graph = _Graph(kind, self._step(kind), self.recorder)
         self.last_tokens[: kind.rows] = drawn
+        graph.last_use = self.replays
         self.graphs[kind] = graph
         logger.info(
             "CUDA graph for %d tokens (%s) in %.2f s, %.0f MiB",
