@@ -29,6 +29,7 @@ from megatron_multiverse.kernels.sampling.triton_greedy import greedy_triton
 from megatron_multiverse.kernels.sum_norm import sum_norm_reference
 from megatron_multiverse.kernels.sum_norm.triton_push import Exchange, sum_norm_push
 from megatron_multiverse.kernels.tree_decode import SuccessiveWork, divide_work, tiles, tree_decode_reference
+from megatron_multiverse.kernels.tree_decode import work as dividing
 from megatron_multiverse.kernels.tree_decode.triton_decode import tree_decode_triton
 
 torch.set_num_threads(1)
@@ -234,6 +235,7 @@ def check_decode_moved() -> None:
     """Lists that are moved on while rows go on into further pages, of tiles and of items of several rows; what no row
     sees holds NaN until its key is written: the pages that rows will be given, and page 0, which nobody has."""
     rng = np.random.default_rng(1)
+    dividing.AT_ONCE = 0  # rows with so few keys would be read one by one
     for rows, huge, page_size in ((8, 8192, 16), (8, 64, 16), (3, 8192, 16), (8, 8192, 1), (8, 64, 1)):
         tiles.HUGE = huge
         table = np.tile(np.arange(1, 1 + 384 // page_size, dtype=np.int32), (rows, 1))
