@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ..device import processors
 from . import prompt
-from .pieces import NO_WORK, Work, most_cut, most_parts, most_sharers, widened
+from .pieces import NO_WORK, Work, most_cut, most_parts, most_sharers, with_sharers
 from .prompt import (
-    LONGEST_LISTED,
     SEGMENT,
     DeviceSegments,
     FarPrompt,
@@ -179,7 +178,6 @@ class DeviceWork:
 
 
 __all__ = [
-    "LONGEST_LISTED",
     "NO_WORK",
     "SEGMENT",
     "Attention",
@@ -202,5 +200,5 @@ __all__ = [
     "takes_segments",
     "tree_decode",
     "tree_decode_reference",
-    "widened",
+    "with_sharers",
 ]

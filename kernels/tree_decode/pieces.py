@@ -65,7 +65,7 @@ NO_WORK = Work(
 """For no queries."""
 
 
-def widened(work: Work, sharers: int, page_size: int) -> Work:
+def with_sharers(work: Work, sharers: int, page_size: int) -> Work:
     """The same list with room for `sharers` queries in every item."""
     items, width = work.tokens.shape
     if width == sharers:

@@ -23,7 +23,7 @@ from .pieces import Int32s, counted
 LONGEST_LISTED = 64
 """Tokens of a row beyond which it is a prompt, whose keys are better read once than once per tile of query heads."""
 SEGMENT = 128
-"""Queries that one program of FlashAttention 2 has, whatever the head width up to 128."""
+"""Most queries of a segment: as many as one program of FlashAttention 2 has with heads of up to 128 numbers."""
 MANY_KEYS = 4096
 """Beyond them FlashAttention 4 takes half the time of version 2; with fewer, calling it takes longer than that."""
 

@@ -21,7 +21,7 @@ from megatron_multiverse.kernels.tree_decode import (
     most_parts,
     most_sharers,
     prompt_rows,
-    widened,
+    with_sharers,
 )
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -172,7 +172,7 @@ class GraphSizes:
                 sharers=self.sharers,
                 slots=most_parts(rows),
             )
-        work = widened(work, self.sharers, self.page_size)._replace(slots=most_parts(rows))
+        work = with_sharers(work, self.sharers, self.page_size)._replace(slots=most_parts(rows))
         rows = min(rows, size)
         items = 3 * rows + most_cut(self.processors, self.kv_heads) if len(work.items) else 0
         return _fitting(plan, Kind(size, rows, items, self.sharers, work.slots, keys, draw), work, segments)

@@ -17,7 +17,7 @@ from megatron_multiverse.kernels.tree_decode import (
     most_sharers,
     reference,
     tree_decode,
-    widened,
+    with_sharers,
 )
 from tests.unit.kernels.listed_keys import check_reads
 
@@ -216,7 +216,7 @@ def test_every_query_reads_each_of_its_keys_once_however_rows_share_them(seed, l
         pages, lengths, borders, page_size=16, kv_heads=4, processors=132, slots=slots, sharers=9,
         least_shared=least_shared,
     )  # fmt: skip
-    check_reads(widened(work, 9, 16), pages, lengths, borders)
+    check_reads(with_sharers(work, 9, 16), pages, lengths, borders)
     check_reads(work, pages, lengths, borders)
     assert work.slots <= slots
 
