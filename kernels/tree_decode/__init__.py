@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..device import processors
 from . import prompt
-from .pieces import NO_WORK, Work, most_cut, most_parts, most_sharers, with_sharers
+from .pieces import NO_MOVES, NO_WORK, Moves, Work, most_cut, most_parts, most_sharers, with_sharers
 from .prompt import (
     SEGMENT,
     DeviceSegments,
@@ -178,12 +178,14 @@ class DeviceWork:
 
 
 __all__ = [
+    "NO_MOVES",
     "NO_WORK",
     "SEGMENT",
     "Attention",
     "DeviceSegments",
     "DeviceWork",
     "Mixed",
+    "Moves",
     "RowGroup",
     "Segments",
     "SuccessiveWork",

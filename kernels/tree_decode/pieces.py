@@ -52,6 +52,19 @@ class Work(NamedTuple):
     """Keys that every row may have further before its next page has no place in `pages`, where rows share keys."""
 
 
+class Moves(NamedTuple):
+    """What of a list changes when each row has a key more, in the page where its last one is: the limit of every query,
+    and the following."""
+
+    at_end: Int32s
+    """[items], 1 for an item that ends where its row does, so that it reaches a key further."""
+    ends: Int32s
+    """[rows], where in `Work.pages` the last page of each row stands, of which one more slot may be read; [0] where
+    pages stand there without their last slots."""
+
+
+NO_MOVES = Moves(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32))
+"""Nothing changes."""
 NO_TAILS = np.zeros((0, 3, 1), dtype=np.int32)
 NO_WORK = Work(
     items=np.zeros((0, 4), dtype=np.int32),

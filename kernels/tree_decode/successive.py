@@ -4,6 +4,9 @@ Most steps only add a token to each row. Then the list of the step before still 
 item reaches one key further, or one more slot of its last page may be read, and each query sees one more. Moving those
 takes a tenth of the time of dividing anew, for which a GPU that runs a small model would wait. Of many rows some need
 another page in every step, so where rows share keys there are places for it in the list.
+
+Until a row needs another page, the device can move its list on by itself (`decode_step.end_step`); the list here
+follows by several keys at once then.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .pieces import Int32s, Ints, Work
+from .pieces import Int32s, Ints, Moves, Work
 from .work import divide_work
 
 
@@ -19,7 +22,7 @@ class SuccessiveWork:
     """`divide_work` for the steps of an engine.
 
     A list is moved on until the longest row needs another page, or, where rows are looked at together, until any of
-    them needs one that has no place in it: for 4 to 16 steps or a few more, see `tiles.ROOM`.
+    them needs one that has no place in it: for 16 to 32 steps with pages of 16, see `tiles.AHEAD`.
 
     Args:
         page_size: keys per page.
@@ -53,6 +56,11 @@ class SuccessiveWork:
         self._last = _Divided(work, pages, lengths, borders, slots, self.page_size)
         return work
 
+    @property
+    def moves(self) -> Moves | None:
+        """What changes when the list that was made last is moved on within pages; None: it cannot be."""
+        return None if self._last is None else self._last.moves
+
 
 class _Divided:
     """A list and what it was made for."""
@@ -82,6 +90,11 @@ class _Divided:
         """[rows], where in the list's pages the last one of each row stands, where rows share keys."""
         if self.shares and self.can_move:
             self.ends = work.ends if work.ends is not None else self._item_ends()
+        self.moves = self._moves()
+
+    def _moves(self) -> Moves | None:
+        ends = np.zeros(0) if self.ends is None else self.ends
+        return Moves(self.at_end, ends.astype(np.int32)) if self.can_move else None
 
     def _item_ends(self) -> Ints:
         """The same where items end with their rows."""
@@ -92,48 +105,52 @@ class _Divided:
         return ends
 
     def goes_on(self, pages: Int32s, lengths: npt.NDArray[np.int32], borders: npt.NDArray[np.int64]) -> bool:
-        """Whether a step differs from this one in that each row has one key more, by the token that it brings."""
-        if not (
-            self.can_move
-            and borders[-1] == len(lengths) == len(self.lengths)
-            and bool((lengths == self.lengths + 1).all())
-        ):
+        """Whether a step differs from this one in that each row has one key more, by the token that it brings, or as
+        many more as it has brought since, if that is no more than a page."""
+        if not (self.can_move and borders[-1] == len(lengths) == len(self.lengths)):
+            return False
+        more = int(lengths[0] - self.lengths[0])
+        if not 0 < more <= self.page_size or not bool((lengths == self.lengths + more).all()):
             return False
         if not self.shares:
             return pages.shape == self.pages.shape
-        return self.work.room > 0 and self._lists_more(pages)
+        return self.work.room >= more and self._lists_more(pages, lengths)
 
-    def _lists_more(self, pages: Int32s) -> bool:
+    def _lists_more(self, pages: Int32s, lengths: npt.NDArray[np.int32]) -> bool:
         """Whether rows list the pages that they did, but for those into which full ones go on."""
         width = min(pages.shape[1], self.pages.shape[1])
         other = pages[:, :width] != self.pages[:, :width]
         number = np.count_nonzero(other)
         if number == 0:
             return True
-        full = np.flatnonzero(self.lengths % self.page_size == 0)
-        column = self.lengths[full] // self.page_size
-        full, column = full[column < width], column[column < width]
-        return number == np.count_nonzero(other[full, column])
+        column = (lengths - 1) // self.page_size
+        further = np.flatnonzero((column > (self.lengths - 1) // self.page_size) & (column < width))
+        return number == np.count_nonzero(other[further, column[further]])
 
     def move_on(self, pages: Int32s, lengths: npt.NDArray[np.int32]) -> None:
         """Make the list that of such a step. The arrays of the list before stay as they are."""
-        work, items = self.work, self.work.items
+        work, items, more = self.work, self.work.items, lengths[0] - self.lengths[0]
         if work.ends is None:
             items = items.copy()
-            items[:, 2] += self.at_end
-        flat = pages.reshape(-1) if self.ends is None else self._with_last_pages(pages)
-        limits, ends = work.limits + self.per_query, None if work.ends is None else self.ends
+            items[:, 2] += more * self.at_end
+        flat = pages.reshape(-1) if self.ends is None else self._with_last_pages(pages, lengths)
+        limits, ends = work.limits + more * self.per_query, None if work.ends is None else self.ends
         # Not by `_replace`, which takes a tenth of the time of all of this.
-        self.work = Work(
-            items, work.tokens, limits, work.tails, work.counts, flat, work.slots, ends, max(work.room - 1, 0)
-        )
+        room = max(work.room - int(more), 0)
+        self.work = Work(items, work.tokens, limits, work.tails, work.counts, flat, work.slots, ends, room)
         self.pages, self.lengths = pages, lengths
 
-    def _with_last_pages(self, pages: Int32s) -> Int32s:
-        """The list's pages for a key more of each row: one more slot of its last page, or the first of the next."""
-        before = self.lengths % self.page_size
-        self.ends = self.ends + (before == 0)
+    def _with_last_pages(self, pages: Int32s, lengths: npt.NDArray[np.int32]) -> Int32s:
+        """The list's pages for more keys of each row: more of its last page, or all of it and some of the next."""
+        assert self.ends is not None, "rows share keys"
+        last = lengths - 1
+        further = last // self.page_size > (self.lengths - 1) // self.page_size
         flat = self.work.pages.copy()
-        last = pages[np.arange(len(pages)), self.lengths // self.page_size] * np.int32(self.page_size)
-        flat[self.ends] = last + before
+        if further.any():
+            full = self.ends[further]
+            flat[full] += np.int32(self.page_size - 1) - flat[full] % np.int32(self.page_size)
+            self.ends = self.ends + further
+            self.moves = self._moves()
+        first = pages[np.arange(len(pages)), last // self.page_size] * np.int32(self.page_size)
+        flat[self.ends] = first + last % self.page_size
         return flat

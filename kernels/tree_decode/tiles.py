@@ -21,12 +21,10 @@ PLAIN_TIME = 0.85
 HUGE = 8192
 """Shared keys from which the rows of one tile read them in items of several rows, and their own in items of one: 8 rows
 over 16,384 take 21.9 us so on an H200 and 24.4 by a tile, over 8,192 tiles win."""
-ROOM = 50
-"""A list that is to be moved on has places for one key more of each row for every so many keys that are read per row.
-They are looked at, empty or not; half of them are empty on average, a hundredth of all."""
-LEAST_AHEAD, MOST_AHEAD = 4, 16
-"""Bounds of those places: where few keys are read the host takes longer than the GPU, and of 16 steps dividing anew
-takes less of the host's time than moving on."""
+AHEAD = 16
+"""Keys of each row for which a list that is to be moved on has places. They are looked at, empty or not; half of them
+are empty on average, one to two hundredths of all where a thousand keys are shared. Of 16 steps dividing anew takes
+less of the host's time than moving on."""
 
 
 class Tiles(NamedTuple):
@@ -168,7 +166,7 @@ def list_tiles(
     rows = first[:, None] + np.arange(sharers)
     there = rows < last[:, None]
     own = np.where(there, lengths[np.where(there, rows, 0)] - shared[:, None], 0)
-    ahead = _ahead(int(shared.sum() + own.sum()), len(lengths)) if moves else 0
+    ahead = AHEAD if moves else 0
     own_pages = -(-(own + ahead * there) // page_size)
     left = int((own_pages * page_size - own)[there].min())
     table, ends = _table(pages, lengths, tiles, page_size, ahead)
@@ -194,11 +192,6 @@ def list_tiles(
     most = slots if counts.max() > 1 else 1
     limits = ((b + own)[owner] * seen).astype(np.int32)
     return Work(items, tokens, limits, tails.astype(np.int32), counts, table, most, ends, left)
-
-
-def _ahead(keys: int, rows: int) -> int:
-    """Keys that each row is given places for, if all read so many together."""
-    return min(max(keys // (ROOM * rows), LEAST_AHEAD), MOST_AHEAD)
 
 
 def _table(pages: Int32s, lengths: Int32s, tiles: Tiles, page_size: int, ahead: int) -> tuple[Int32s, Ints]:

@@ -30,7 +30,7 @@ from .pieces import (
     page_tables,
     piece_of,
 )
-from .tiles import MOST_AHEAD, choose_tiles, list_tiles
+from .tiles import AHEAD, choose_tiles, list_tiles
 
 LONG = 4096
 """Keys of a row from which two programs for every multiprocessor are worth a merge where there is one without: 32 rows
@@ -111,7 +111,7 @@ def divide_work(
         stretches[:, 1], stretches[:, 3] = stretches[:, 0] + 1, lengths
     lone = stretches[:, 1] - stretches[:, 0] == 1
     # Places behind every row's own pages, which no item reaches before they are needed.
-    ahead = MOST_AHEAD if moves and lone.sum() == rows == tokens else 0
+    ahead = AHEAD if moves and lone.sum() == rows == tokens else 0
     room = ahead + int((-(lengths + ahead) % page_size).min())
     listed, bases = page_tables(pages, stretches, page_size, ahead * lone if ahead else None)
     if sharers > 1:  # all of a page may be read: items end where their rows do

@@ -241,5 +241,6 @@ def follow_up(last: Step, tree: PageTree, *, in_flight: bool) -> Step | None:
         ),
         **NO_SCORES,
         freed=np.array(book.take_freed() if book.freed else (), dtype=np.int64),
+        moved_from=plan.lengths if in_flight and bool((write_slots % tree.page_size).all()) else None,
     )
     return Step(following, sampled, [], last.nodes, last.lines)

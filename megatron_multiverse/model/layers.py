@@ -72,11 +72,15 @@ class PositionIdRotary:
 
     def table(self, position_ids: Tensor) -> Tensor:
         """Cosines and sines [b, s, dim] of position_ids [b, s], on their device."""
-        if self._inv_freq is None or self._inv_freq.device != position_ids.device:
-            frequencies = inverse_frequencies(self.dim, self.base, position_ids.device, self.dtype)
-            self._inv_freq = scaled_frequencies(frequencies, self.scaling)
-        table: Tensor = rope_table(position_ids, self._inv_freq)
+        table: Tensor = rope_table(position_ids, self.frequencies(position_ids.device))
         return table
+
+    def frequencies(self, device: torch.device) -> Tensor:
+        """Angle per position of each pair, [dim / 2]."""
+        if self._inv_freq is None or self._inv_freq.device != device:
+            frequencies = inverse_frequencies(self.dim, self.base, device, self.dtype)
+            self._inv_freq = scaled_frequencies(frequencies, self.scaling)
+        return self._inv_freq
 
 
 def scaled_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:

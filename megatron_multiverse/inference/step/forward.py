@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_multiverse.inference.step.model_ranks import ModelRanks
 from megatron_multiverse.inference.step.plan import Ints, StepPlan
+from megatron_multiverse.kernels.decode_step import begin_step, known_ids
 from megatron_multiverse.kernels.fused_linear import linear, linear_add, linear_swiglu, norm, rms_norm
 from megatron_multiverse.kernels.kv_copy import copy_slots
 from megatron_multiverse.kernels.kv_write import write_kv
@@ -43,6 +44,10 @@ class StepTensors:
     """int64 [m]; None where slot i receives token i."""
     attention: Attention
     """(query [n, heads, dim], keys and values [pages, page size, kv heads, dim], scale) -> [n, heads, dim]."""
+    sources: Tensor | None = None
+    """int64 [n], where `ids` does not know a token: which of `last_tokens` it is; else -1. None: it knows all."""
+    last_tokens: Tensor | None = None
+    """int64, what the step before drew."""
 
     @classmethod
     def upload(cls, plan: StepPlan, device: torch.device, last_tokens: Tensor) -> StepTensors:
@@ -66,11 +71,6 @@ class StepTensors:
             write_tokens=tokens,
             attention=TreeDecode(plan.pages, plan.lengths, plan.borders),
         )
-
-
-def known_ids(ids: Tensor, sources: Tensor, last_tokens: Tensor) -> Tensor:
-    """`StepPlan.ids` with the tokens filled in that the previous step drew, see `StepPlan.sources`."""
-    return torch.where(sources < 0, ids, last_tokens[sources.clamp(min=0)])
 
 
 class KVStore:
@@ -242,12 +242,20 @@ class PagedForward:
             last.
         """
         ranks = self.ranks
-        if ranks.is_first_stage:
+        is_whole = ranks.is_first_stage and ranks.tensor_size == 1
+        ids, table, x = begin_step(
+            step.ids,
+            step.sources,
+            step.last_tokens,
+            step.positions,
+            self.rotary.frequencies(step.positions.device),
+            self.embedding if is_whole else None,
+        )
+        if x is None and ranks.is_first_stage:
             assert self.embedding is not None
-            x = ranks.embed(step.ids, self.embedding)
-        else:
-            x = ranks.receive_hidden(len(step.ids), self.layers[0].qkv.weight, self.hidden_size)
-        table = self.rotary.table(step.positions[None])
+            x = ranks.embed(ids, self.embedding)
+        elif x is None:
+            x = ranks.receive_hidden(len(ids), self.layers[0].qkv.weight, self.hidden_size)
         following = [layer.attention_norm for layer in self.layers[1:]]
         normed: Tensor | None = self._norm(x, self.layers[0].attention_norm)
         for layer, following_norm in itertools.zip_longest(self.layers, following):

@@ -12,6 +12,7 @@ from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.kernels.tree_decode import (
     NO_WORK,
     SEGMENT,
+    Moves,
     Segments,
     SuccessiveWork,
     Work,
@@ -89,6 +90,8 @@ class Fit(NamedTuple):
     kind: Kind
     work: Work
     segments: Segments | None
+    moves: Moves | None = None
+    """What the GPU needs to know to move the list on; None if it cannot be."""
 
 
 def room_for_items(work: Work, rows: int, processors: int, kv_heads: int) -> int | None:
@@ -149,7 +152,8 @@ class GraphSizes:
             items = room_for_items(work, size, self.processors, self.kv_heads)
             kind = None if items is None else Kind(size, size, items, work.tokens.shape[1], work.slots, 0, draw)
             self._last = kind, work.tokens
-        return None if kind is None else _fitting(plan, kind, work, None)
+        fit = None if kind is None else _fitting(plan, kind, work, None)
+        return None if fit is None else fit._replace(moves=self.work.moves)
 
     def _with_prompts(self, plan: StepPlan, draw: str, prompts: npt.NDArray[np.bool_]) -> Fit | None:
         """A graph in which FlashAttention reads the prompts."""

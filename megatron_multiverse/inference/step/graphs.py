@@ -8,7 +8,6 @@ joins happen take the same path. Which graph a step fits: `graph_sizes.py`.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -17,11 +16,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_multiverse.inference.step.forward import KVStore, PagedForward, StepTensors, known_ids
+from megatron_multiverse.inference.step.forward import KVStore, PagedForward, StepTensors
 from megatron_multiverse.inference.step.graph_sizes import ROWS, GraphSizes, Kind
 from megatron_multiverse.inference.step.plan import Floats, StepPlan
 from megatron_multiverse.inference.step.plan_buffer import PlanBuffer
-from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, choose, pack
+from megatron_multiverse.inference.step.sampler import CounterSampler, DeviceSampling, Sampler, choose
+from megatron_multiverse.kernels.decode_step import Moving, end_step
 from megatron_multiverse.kernels.device import processors
 from megatron_multiverse.kernels.sampling import Filters
 from megatron_multiverse.kernels.tree_decode import Attention, DeviceSegments, DeviceWork, Mixed, takes_segments
@@ -99,6 +99,7 @@ class StepGraphs:
         self._logits: dict[int, Tensor] = {}
         self._temperature: Floats | None = None
         self._noise = False
+        self._last: tuple[_Graph, StepPlan] | None = None  # what was replayed last
 
     def prepare(self, plan: StepPlan, sampler: Sampler) -> Callable[[], Tensor] | None:
         """Upload a step; None if it does not fit a graph.
@@ -107,9 +108,15 @@ class StepGraphs:
             What replays it and gives tokens and log-probabilities as `pack` puts them, of at least the sampled rows.
             The tokens are also written to `last_tokens`.
 
-        A `CounterSampler` draws inside of the graph, unless a row asks for more than a temperature and filters.
+        A `CounterSampler` draws inside of the graph, unless a row asks for more than a temperature and filters. Where
+        all rows go on by a token, the graph that was replayed last has made its arrays those of this step.
         """
-        fit = self.sizes.fit(plan, self._draw(plan, sampler))
+        draw = self._draw(plan, sampler)
+        if plan.moved_from is not None and self._last is not None:
+            graph, last = self._last
+            if plan.moved_from is last.lengths and graph.kind.draw == draw and graph.buffer.moves:
+                return partial(self._replay, graph, plan, sampler)
+        fit = self.sizes.fit(plan, draw)
         if fit is None:
             return None
         graph = self.graphs.get(fit.kind) or self._capture(fit.kind)
@@ -127,6 +134,7 @@ class StepGraphs:
 
     def _replay(self, graph: _Graph, plan: StepPlan, sampler: Sampler) -> Tensor:
         graph.replay()
+        self._last = graph, plan
         graph.last_use = self.replays = self.replays + 1
         if graph.kind.draw != "logits":
             return graph.result
@@ -140,7 +148,7 @@ class StepGraphs:
             del self.graphs[min(self.graphs, key=lambda old: self.graphs[old].last_use)]
         start, before = time.perf_counter(), self.recorder.free_bytes()
         drawn = self.last_tokens[: kind.rows].clone()  # the first call writes there
-        graph = _Graph(kind, self._step(kind), self.recorder)
+        graph = _Graph(kind, self._step, self.recorder)
         self.last_tokens[: kind.rows] = drawn
         graph.last_use = self.replays
         self.graphs[kind] = graph
@@ -153,16 +161,30 @@ class StepGraphs:
         )
         return graph
 
-    def _step(self, kind: Kind) -> Callable[[StepTensors, Tensor, DeviceSampling], Tensor]:
-        def step(tensors: StepTensors, sources: Tensor, sampling: DeviceSampling) -> Tensor:
-            ids = known_ids(tensors.ids, sources, self.last_tokens)
-            logits = self.forward(dataclasses.replace(tensors, ids=ids), self.store)
+    def _step(self, kind: Kind, there: dict[str, Tensor]) -> Callable[[], Tensor]:
+        """What a graph does with the arrays that it reads."""
+        tensors = StepTensors(
+            there["ids"],
+            there["positions"],
+            there["logit_tokens"],
+            there["write_slots"],
+            there["write_tokens"],
+            _attention(kind, there),
+            there["sources"],
+            self.last_tokens,
+        )
+        filters = Filters(there["top_k"], there["top_p"], there["min_p"])
+        sampling = DeviceSampling(there["keys"], there["indices"], there["temperature"], filters)
+        moving = None if kind.keys else Moving(*(there[name] for name in Moving._fields))
+
+        def step() -> Tensor:
+            logits = self.forward(tensors, self.store)
             assert logits is not None  # pipeline stages run without graphs
-            if kind.draw == "logits":
-                return self._kept(logits)
-            packed = pack(*sampling.draw(logits[:, : self.vocab_size], noise=kind.draw == "noise"))
-            self.last_tokens[: kind.rows] = packed[0]
-            return packed
+            drawn = None
+            if kind.draw != "logits":
+                drawn = sampling.draw(logits[:, : self.vocab_size], noise=kind.draw == "noise")
+            packed = end_step(drawn, self.last_tokens, moving, self.store.keys.shape[2])
+            return self._kept(logits) if packed is None else packed
 
         return step
 
@@ -181,27 +203,16 @@ class _Graph:
     def __init__(
         self,
         kind: Kind,
-        step: Callable[[StepTensors, Tensor, DeviceSampling], Tensor],
+        step: Callable[[Kind, dict[str, Tensor]], Callable[[], Tensor]],
         recorder: Recorder,
     ) -> None:
         self.kind = kind
         self.last_use = 0
         """Replays of all graphs when this one was replayed last."""
         self.buffer = buffer = PlanBuffer(kind, recorder.device)
-        there = buffer.device
-        tensors = StepTensors(
-            there["ids"],
-            there["positions"],
-            there["logit_tokens"],
-            there["write_slots"],
-            there["write_tokens"],
-            _attention(kind, there),
-        )
-        filters = Filters(there["top_k"], there["top_p"], there["min_p"])
-        sampling = DeviceSampling(there["keys"], there["indices"], there["temperature"], filters)
         buffer.host["write_slots"][:] = -1
         buffer.upload()
-        self.replay, self.result = recorder.record(lambda: step(tensors, there["sources"], sampling))
+        self.replay, self.result = recorder.record(step(kind, buffer.device))
 
 
 def _attention(kind: Kind, there: dict[str, Tensor]) -> Attention:

@@ -114,6 +114,9 @@ class StepPlan:
     """[t], most likely tokens to give beside each."""
     freed: Ints
     """Pages that came free; a store made for debugging fills them with NaN. Empty otherwise."""
+    moved_from: npt.NDArray[np.int32] | None = None
+    """`lengths` of the step before, the same array, if this one differs from it only by the token that each row has
+    drawn, in the page where its last one is; does not travel."""
 
     def to_bytes(self) -> bytes:
         """All arrays, one after the other, after a header of their sizes."""

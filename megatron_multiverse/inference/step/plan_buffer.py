@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_multiverse.inference.step.graph_sizes import Fit, Kind
 from megatron_multiverse.inference.step.plan import StepPlan
+from megatron_multiverse.kernels.tree_decode import NO_MOVES
 
 _NONE = np.zeros(0)
 UPLOAD_UNIT = 8192
@@ -45,6 +46,8 @@ class PlanBuffer:
             "limits": (np.int32, (items, sharers)),
             "tails": (np.int32, (items if sharers > 1 else 0, 3, sharers)),
             "counts": (np.int32, (rows,)),
+            "at_end": (np.int32, (items,)),
+            "ends": (np.int32, (rows,)),
             "segment_borders": (np.int32, (kind.segments + 1,)),
             "segment_begins": (np.int32, (kind.segments + 1,)),
             "segment_seen": (np.int32, (kind.segments,)),
@@ -67,6 +70,8 @@ class PlanBuffer:
         # For each host buffer and field the array that was written there last.
         self._written: list[dict[str, npt.NDArray[np.generic]]] = [{}, {}]
         self._views: list[dict[str, npt.NDArray[np.generic]]] = [{}, {}]
+        self.moves = False
+        """Whether the device can make what was filled in that of a step in which every row has a token more."""
         self.device: dict[str, Tensor] = {}
         for name, (dtype, shape) in fields.items():
             for views, host in zip(self._views, self._hosts, strict=True):
@@ -81,7 +86,8 @@ class PlanBuffer:
     def fill(self, plan: StepPlan, fit: Fit) -> None:
         """Write a plan and what it attends to, and bring them to the device. Their arrays must not change later: what
         already stands there is not written again, which is most of a step that only adds a token to each row."""
-        work, segments = fit.work, fit.segments
+        work, segments, moves = fit.work, fit.segments, fit.moves or NO_MOVES
+        self.moves = fit.moves is not None
         sampling, shaping = plan.sampling, plan.sampling.shaping
         for name in ("ids", "positions", "write_tokens"):
             self._put(name, getattr(plan, name), 0)
@@ -94,6 +100,8 @@ class PlanBuffer:
             self._put(name, _NONE if shaping is None else getattr(shaping, name), off)
         for name in ("items", "tokens", "limits", "tails", "counts"):
             self._put(name, getattr(work, name), 0)
+        self._put("at_end", moves.at_end, 0)
+        self._put("ends", moves.ends, -1)
         if segments is not None:
             self._put("segment_borders", _filled(segments.borders, len(self.host["segment_borders"])), 0)
             self._put("segment_begins", segments.begins, 0)

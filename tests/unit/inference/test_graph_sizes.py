@@ -69,7 +69,7 @@ def test_every_token_sees_its_keys_once_by_the_list_or_by_a_segment(seed: int) -
         assert found is None
         return
     assert found is not None
-    kind, work, segments = found
+    kind, work, segments, _ = found
     assert kind.size == next(size for size in (SIZES if segments is None else PROMPT_SIZES) if size >= tokens)
     seen = sum(x * y for x, y, alone in zip(counts, lengths, listed, strict=True) if not alone)
     by_list = tokens <= 128 or not seen or (seen <= MOST_LISTED and tokens <= 512)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,13 +13,17 @@ from megatron_multiverse.config import EngineConfig, ModelConfig, SamplingParams
 from megatron_multiverse.inference import Engine, Request
 from megatron_multiverse.inference.step import graph_sizes
 from megatron_multiverse.inference.step import graphs as graphs_module
-from megatron_multiverse.inference.step.graph_sizes import Kind
+from megatron_multiverse.inference.step.graph_sizes import Fit, Kind
 from megatron_multiverse.inference.step.graphs import StepGraphs
-from megatron_multiverse.kernels.tree_decode import prompt, work
+from megatron_multiverse.inference.step.plan import StepPlan
+from megatron_multiverse.inference.step.plan_buffer import PlanBuffer
+from megatron_multiverse.kernels.tree_decode import Work, prompt, tiles, work
 from megatron_multiverse.model.gpt import build_gpt_model
+from tests.unit.kernels.listed_keys import check_reads
 
 from . import toy
 from .recorded import record_steps
+from .test_recorded_fuzz import goal
 
 SHAPE = ModelConfig(
     num_layers=2,
@@ -139,3 +145,52 @@ def test_few_graphs_are_kept_and_their_logits_stand_in_one_place(monkeypatch: py
     assert len(captured) > len(set(captured)) > 8
     own = [graph.result.data_ptr() for kind, graph in graphs.graphs.items() if kind.draw == "logits"]
     assert len(own) > 1 and len(set(own)) == 1
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+@pytest.mark.parametrize("asked", [{}, {"temperature": 0.8, "top_k": 5}, {"repetition_penalty": 1.3}])
+def test_a_graph_makes_its_step_the_next_one_while_rows_stay_in_their_pages(
+    asked: dict[str, float], page_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it reads then is what the host would have brought, for text, for paths, and from one to the other."""
+    monkeypatch.setattr(work, "AT_ONCE", 0)
+    for module in (work, tiles):
+        monkeypatch.setattr(module, "LEAST_SHARED", 16)
+    moved: set[int] = set()
+    filled: list[StepPlan] = []
+    fill, replay = PlanBuffer.fill, StepGraphs._replay
+
+    def filling(self: PlanBuffer, plan: StepPlan, fit: Fit) -> None:
+        filled.append(plan)
+        fill(self, plan, fit)
+
+    def replaying(self: StepGraphs, graph: Any, plan: StepPlan, sampler: Any) -> torch.Tensor:
+        if plan not in filled:
+            rows, there = len(plan.ids), {name: x.numpy() for name, x in graph.buffer.device.items()}
+            moved.add(rows)
+            for name in ("sources", "positions", "write_slots", "write_tokens", "logit_tokens"):
+                wanted = plan.borders[1:] - 1 if name == "logit_tokens" else getattr(plan, name)
+                assert np.array_equal(there[name][:rows], wanted), name
+            assert (there["write_slots"][rows:] == -1).all()
+            assert np.array_equal(there["indices"][:rows], plan.sampling.indices)
+            names = ("items", "tokens", "limits", "tails", "counts", "pages")
+            listed = Work(*(there[name] for name in names), slots=graph.kind.slots)
+            used = listed.items[:, 2] > 0  # the others are padding
+            parts = {name: getattr(listed, name)[used] for name in ("items", "tokens", "limits")}
+            tails = listed.tails[used] if len(listed.tails) else listed.tails
+            listed = listed._replace(**parts, tails=tails, counts=listed.counts[:rows])
+            check_reads(listed, plan.pages, plan.lengths, plan.borders, page_size)
+        return replay(self, graph, plan, sampler)
+
+    monkeypatch.setattr(PlanBuffer, "fill", filling)
+    monkeypatch.setattr(StepGraphs, "_replay", replaying)
+    model = build_gpt_model(SHAPE, dtype=torch.float64, seed=9).eval()
+    config = EngineConfig(num_pages=800, page_size=page_size, max_rows=8, overlap=True)
+    engine = Engine(model, toy.VOCAB, config, vocab_size=toy.VOCAB_SIZE - 2)
+    record_steps(engine, monkeypatch)
+    sampling = SamplingParams(max_tokens=400, branch_max_tokens=40, seed=3, **asked)
+    ids = [toy.TEXT + k % 5 for k in range(30)]
+    engine.generate([Request(prompt_ids=ids, sampling=sampling, answer_start=goal(3))])
+    engine.generate(requests_with(**asked))
+    assert moved >= {1, 3}
+    assert len(filled) < 0.7 * engine.num_steps or page_size == 4

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[3]))
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
@@ -11,6 +14,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from megatron_multiverse.kernels.decode_step import begin_step_reference, end_step_reference
+from megatron_multiverse.kernels.decode_step.triton_step import begin_step_triton, end_step_triton
 from megatron_multiverse.kernels.fused_linear import (
     dequantize_rows,
     linear_add_reference,
@@ -31,6 +36,7 @@ from megatron_multiverse.kernels.sum_norm.triton_push import Exchange, sum_norm_
 from megatron_multiverse.kernels.tree_decode import SuccessiveWork, divide_work, tiles, tree_decode_reference
 from megatron_multiverse.kernels.tree_decode import work as dividing
 from megatron_multiverse.kernels.tree_decode.triton_decode import tree_decode_triton
+from tests.unit.kernels.moving import random_moving
 
 torch.set_num_threads(1)
 convert = interpreter._convert_float
@@ -179,6 +185,38 @@ def check_draw() -> None:
         assert logprobs.isfinite().tolist() == [False] + [True] * 7 and 0 <= tokens[0] < vocab
 
 
+def check_begin() -> None:
+    """Tokens that are known and that are not, far positions, an embedding wider than a program holds at once."""
+    generator = torch.Generator().manual_seed(0)
+    for n, dim, width in ((1, 8, 40), (5, 12, 5000), (3, 64, None)):
+        ids, last = torch.randint(0, 50, (n,), generator=generator), torch.randint(0, 50, (9,), generator=generator)
+        sources = torch.randint(-1, 9, (n,), generator=generator)
+        positions = torch.randint(0, 100_000, (n,), generator=generator)
+        frequencies = inverse_frequencies(dim, 1e6, "cpu", torch.float32)
+        embedding = None if width is None else torch.randn(50, width, generator=generator).bfloat16()
+        for tokens in ((sources, last), (None, None)):
+            got = begin_step_triton(ids, *tokens, positions, frequencies, embedding, pdl=False)
+            want = begin_step_reference(ids, *tokens, positions, frequencies, embedding)
+            assert torch.equal(got[0], want[0]) and (width is None) == (got[2] is None)
+            torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-5)
+            assert got[2] is None or torch.equal(got[2], want[2])
+
+
+def check_end() -> None:
+    """With and without what was drawn, and what moves; more of it than one program has."""
+    generator = torch.Generator().manual_seed(0)
+    for n, items, sharers, page_size in ((1, 3, 1, 16), (7, 200, 4, 4), (300, 40, 16, 1), (4, 9, 2, 16)):
+        drawn = torch.randint(0, 99, (n,), generator=generator), torch.randn(n, generator=generator)
+        moving = random_moving(generator, n, items, sharers, page_size)
+        for some, moves in ((drawn, moving), (None, moving), (drawn, None)):
+            got, want = ([torch.full((500,), -7), moves and type(moves)(*(x.clone() for x in moves))] for _ in range(2))
+            packed = end_step_triton(some, *got, page_size, pdl=False)
+            expected = end_step_reference(some, *want, page_size)
+            assert torch.equal(got[0], want[0]) and (packed is None) == (expected is None)
+            assert packed is None or torch.equal(packed, expected)
+            assert moves is None or all(torch.equal(x, y) for x, y in zip(got[1], want[1], strict=True))
+
+
 def check_write() -> None:
     """Queries, keys and values; a token written twice, a slot of -1 that writes nothing, with and without norms."""
     generator = torch.Generator().manual_seed(0)
@@ -290,7 +328,7 @@ def random_rows(rng: np.random.Generator, page_size: int, *, shared: bool) -> tu
 
 
 if __name__ == "__main__":
-    choices = check_greedy, check_draw
+    choices = check_greedy, check_draw, check_begin, check_end
     decodes = check_decode, check_decode_moved
     for check in (check_skinny, check_skinny_fp8, check_rows, check_write, *choices, *decodes, check_sum_norm):
         check()

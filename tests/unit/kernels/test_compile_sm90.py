@@ -148,6 +148,20 @@ def launch_draw() -> None:
             draw_triton(torch.zeros(8, 152064, dtype=dtype), keys, keys, temperature, filters)
 
 
+def launch_step() -> None:
+    from megatron_multiverse.kernels.decode_step import Moving
+    from megatron_multiverse.kernels.decode_step.triton_step import begin_step_triton, end_step_triton
+
+    tokens, numbers = torch.zeros(8, dtype=torch.int64), torch.zeros(8, 4, dtype=torch.int32)
+    for embedding in (None, torch.zeros(64, 8192, dtype=torch.bfloat16)):
+        begin_step_triton(tokens, tokens, tokens, tokens, torch.zeros(64), embedding)
+    flat = numbers[:, 0].contiguous()
+    moving = Moving(tokens, tokens, tokens, tokens, numbers, numbers, numbers, flat, flat, flat)
+    for drawn in (None, (tokens, torch.zeros(8))):
+        end_step_triton(drawn, tokens, moving, 16)
+    end_step_triton((tokens, torch.zeros(8)), tokens, None, 16)
+
+
 def launch_sum_norm() -> None:
     from megatron_multiverse.kernels.sum_norm.triton_push import Exchange, sum_norm_push
 
@@ -186,6 +200,7 @@ LAUNCHES: dict[Callable[[], None], set[str]] = {
     launch_skinny: {"_skinny_kernel", "_norm_kernel", "_split_kernel", "_swiglu_kernel"},
     launch_greedy: {"_piece_kernel", "_merge_kernel"},
     launch_draw: {"_piece_kernel", "_settle_kernel"},
+    launch_step: {"_begin_kernel", "_end_kernel"},
     launch_sum_norm: {"_sum_norm_kernel"},
     launch_decode: {"_write_kernel", "_decode_kernel", "_merge_kernel"},
     launch_structure_scan: {"tags_kernel", "documents_kernel", "expand_kernel", "_lists_kernel"},
@@ -202,6 +217,13 @@ def test_kernels_compile_for_hopper_without_spills(
         registers, spilled = resources(ptx, tmp_path)
         print(f"{name}: {registers} registers, {spilled} bytes spilled")
         assert spilled == 0, name
+
+
+def test_angles_of_far_positions_are_turned_exactly(compiled: Compiled) -> None:
+    """Not by the GPU's fast sine, which is wrong where angles are thousands of turns."""
+    launch_step()
+    texts = [ptx for name, ptx in compiled if name == "_begin_kernel"]
+    assert texts and not any(f"{function}.approx" in text for text in texts for function in ("sin", "cos"))
 
 
 def test_four_programs_of_many_rows_alone_fit_a_multiprocessor(compiled: Compiled, tmp_path: Path) -> None:

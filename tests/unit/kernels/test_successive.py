@@ -8,8 +8,10 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
-from megatron_multiverse.kernels.tree_decode import SuccessiveWork, Work, divide_work, most_parts, tiles
+from megatron_multiverse.kernels.decode_step import Moving, end_step
+from megatron_multiverse.kernels.tree_decode import Moves, SuccessiveWork, Work, divide_work, most_parts, tiles
 from tests.unit.kernels.listed_keys import check_reads, loaded_slots
 
 Int32s = npt.NDArray[np.int32]
@@ -101,7 +103,40 @@ def test_lists_of_random_trees_go_on_over_page_borders(
         arrays = [(array, array.copy()) for array in (*work, pages, lengths) if isinstance(array, np.ndarray)]
         made += before is None or work.tokens is not before.tokens
         before = work
-    assert made <= 1 + steps // tiles.LEAST_AHEAD
+    assert made <= 1 + steps // min(tiles.AHEAD, page_size)  # alone, rows have no places for further pages
+
+
+def on_device(work: Work, moves: Moves) -> Moving:
+    """Copies of what a device moves on; the rest of a step is not looked at here."""
+    rows = torch.zeros(0, dtype=torch.int64)
+    numbers = (work.items, work.tokens, work.limits, work.pages, *moves)
+    return Moving(rows, rows, rows, rows, *(torch.from_numpy(x.copy()) for x in numbers))
+
+
+@pytest.mark.parametrize("page_size", [2, 4, 16, 64])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_device_moves_lists_on_until_a_row_needs_a_page(
+    seed: int, page_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's list follows after as many steps, and is the same as if it had gone every one of them."""
+    rng = np.random.default_rng((seed, page_size))
+    monkeypatch.setattr(tiles, "HUGE", int(rng.choice([300, 8192])))
+    cache, divider = random_tree(rng, page_size), successive(page_size)
+    work, moving, moved = None, None, 0
+    for _ in range(80):
+        pages, lengths = cache.step()
+        borders = np.arange(len(lengths) + 1)
+        if moving is None or work is None or (lengths % page_size == 1).any() or rng.random() < 0.1:
+            work = divider.divide(pages, lengths, borders, most_parts(len(lengths)))
+            moving = None if divider.moves is None else on_device(work, divider.moves)
+        else:
+            end_step(None, torch.zeros(0), moving, page_size)
+            moved += 1
+            found = {name: getattr(moving, name).numpy() for name in ("items", "limits", "pages")}
+            work = work._replace(**found, ends=None)
+        check_reads(work, pages, lengths, borders, page_size)
+        cache.lengths += np.int32(1)
+    assert moved or page_size == 2 or len(lengths) > page_size
 
 
 def test_what_was_tried_above_are_tiles_of_several_widths_rows_alone_and_items_of_several_rows() -> None:
@@ -118,7 +153,7 @@ def test_what_was_tried_above_are_tiles_of_several_widths_rows_alone_and_items_o
 
 @pytest.mark.parametrize(("requests", "paths", "prefix"), [(32, 3, 1024), (19, 5, 1024), (12, 8, 1024), (12, 8, 4096)])
 def test_places_for_further_pages_are_few(requests: int, paths: int, prefix: int) -> None:
-    """Programs look at them in vain: at a hundredth more keys, and two hundredths at most."""
+    """Programs look at them in vain: at less than two hundredths more keys, and at most a little over three."""
     rng = np.random.default_rng(requests)
     shared = [list(range(n * prefix // 16, (n + 1) * prefix // 16)) for n in range(requests) for _ in range(paths)]
     cache = Cache(rng, 16, shared, rng.integers(1, 500, len(shared)).astype(np.int32))
@@ -131,7 +166,7 @@ def test_places_for_further_pages_are_few(requests: int, paths: int, prefix: int
             keys, least = (int((one.items[:, 2] - one.items[:, 1]).sum()) for one in (work, alone))
             more.append(keys / least - 1)
             items.append(len(work.items) / len(alone.items))
-    assert len(more) > 40 and 0 < np.mean(more) < 0.013 and max(more) < 0.025 and np.mean(items) < 1.03
+    assert len(more) > 40 and 0 < np.mean(more) < 0.018 and max(more) < 0.035 and np.mean(items) < 1.03
 
 
 def test_a_row_that_shares_all_that_it_has_goes_on_into_a_page_of_its_own() -> None:
@@ -159,7 +194,7 @@ def test_rows_need_a_page_in_every_step_where_pages_are_small(
         works.append(work)
     assert works[0].tokens.shape[1] > 1 and (works[0].ends is None) == (huge == 300)
     made = 1 + sum(after.tokens is not before.tokens for before, after in pairwise(works))
-    assert made <= 20 // (1 + tiles.LEAST_AHEAD)
+    assert made <= 1 + 20 // (1 + tiles.AHEAD)
 
 
 @pytest.mark.parametrize("huge", [300, 8192])
@@ -187,5 +222,5 @@ def test_nothing_is_loaded_of_a_place_that_is_kept() -> None:
     shared = [list(range(64))] * 4
     cache = Cache(np.random.default_rng(1), 16, shared, np.array([16, 16, 32, 1], dtype=np.int32))
     ((work, _, lengths),) = play(cache, 1, successive(16))
-    assert (work.pages == -1).sum() == 3 and work.room == 15  # the fourth row has room in its page
+    assert (work.pages == -1).sum() == 4 and work.room == 16
     assert len(loaded_slots(work, 16)) == 64 * 16 + lengths.sum() - 4 * 64 * 16
