@@ -153,31 +153,31 @@ def accuracy(answerer: Answerer, sets: dict[str, list[Problem]]) -> dict[str, An
 
 def time_alone(answerers: dict[Mode, Answerer], size: Size) -> dict[str, Any]:
     """Seconds of one answer at a time, over the number of chains; the modes take turns at every problem. The best of
-    three times: the first one may record graphs."""
+    five times: the first one may record graphs, and what else the host does adds half at times."""
     alone: dict[str, list[dict[str, Any]]] = {mode: [] for mode in answerers}
     for chains in size.timed_chains:
         for mode, answerer in answerers.items():
             answerer.answer(timed_problems(chains, 1), mode)  # compiles kernels and records graphs of this many rows
         for problem in timed_problems(chains, size.latency_problems):
             for mode, answerer in answerers.items():
-                results, seconds = _best_of_three(answerer, [problem], mode)
+                results, seconds = _best_of(5, answerer, [problem], mode)
                 alone[mode].append(_row(answerer, [problem], results, seconds) | {"chains": chains})
     return alone
 
 
 def time_batches(answerers: dict[Mode, Answerer], size: Size) -> dict[str, Any]:
-    """Seconds of batches of answers with as many chains as were trained, also the best of three times."""
+    """Seconds of batches of answers with as many chains as were trained, the best of three times."""
     batched: dict[str, list[dict[str, Any]]] = {mode: [] for mode in answerers}
     for batch in size.batches:
         problems = timed_problems(MOST_CHAINS, batch)
         for mode, answerer in answerers.items():
-            results, seconds = _best_of_three(answerer, problems, mode)
+            results, seconds = _best_of(3, answerer, problems, mode)
             batched[mode].append(_row(answerer, problems, results, seconds) | {"batch": batch})
     return batched
 
 
-def _best_of_three(answerer: Answerer, problems: list[Problem], mode: Mode) -> tuple[list[Result], float]:
-    return min((answerer.answer(problems, mode) for _ in range(3)), key=lambda one: one[1])
+def _best_of(times: int, answerer: Answerer, problems: list[Problem], mode: Mode) -> tuple[list[Result], float]:
+    return min((answerer.answer(problems, mode) for _ in range(times)), key=lambda one: one[1])
 
 
 def _row(answerer: Answerer, problems: list[Problem], results: list[Result], seconds: float) -> dict[str, Any]:

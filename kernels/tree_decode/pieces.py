@@ -49,7 +49,8 @@ class Work(NamedTuple):
     """[rows], where in `pages` the last page of each row stands, if the last slot to be read there is that of its last
     key; None where items end with their rows, so that all of a page may be read."""
     room: int = 0
-    """Keys that every row may have further before its next page has no place in `pages`, where rows share keys."""
+    """Keys that every row may have further before the list is to be made anew: where rows share keys, before a next
+    page has no place in `pages`; else before the last items of rows have become much longer than others."""
 
 
 class Moves(NamedTuple):

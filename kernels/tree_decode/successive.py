@@ -21,8 +21,8 @@ from .work import divide_work
 class SuccessiveWork:
     """`divide_work` for the steps of an engine.
 
-    A list is moved on until the longest row needs another page, or, where rows are looked at together, until any of
-    them needs one that has no place in it: for 16 to 32 steps with pages of 16, see `tiles.AHEAD`.
+    A list is moved on for `BLOCK` keys, or, where rows are looked at together, until any of them needs a page that has
+    no place in it, see `tiles.ahead_of`.
 
     Args:
         page_size: keys per page.
@@ -112,9 +112,7 @@ class _Divided:
         more = int(lengths[0] - self.lengths[0])
         if not 0 < more <= self.page_size or not bool((lengths == self.lengths + more).all()):
             return False
-        if not self.shares:
-            return pages.shape == self.pages.shape
-        return self.work.room >= more and self._lists_more(pages, lengths)
+        return self.work.room >= more and (not self.shares or self._lists_more(pages, lengths))
 
     def _lists_more(self, pages: Int32s, lengths: npt.NDArray[np.int32]) -> bool:
         """Whether rows list the pages that they did, but for those into which full ones go on."""
@@ -133,6 +131,8 @@ class _Divided:
         if work.ends is None:
             items = items.copy()
             items[:, 2] += more * self.at_end
+            if not self.shares:  # rows stand one after the other
+                items[:, 0] = items[:, 0] // self.pages.shape[1] * pages.shape[1]
         flat = pages.reshape(-1) if self.ends is None else self._with_last_pages(pages, lengths)
         limits, ends = work.limits + more * self.per_query, None if work.ends is None else self.ends
         # Not by `_replace`, which takes a tenth of the time of all of this.

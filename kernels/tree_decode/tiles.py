@@ -21,10 +21,12 @@ PLAIN_TIME = 0.85
 HUGE = 8192
 """Shared keys from which the rows of one tile read them in items of several rows, and their own in items of one: 8 rows
 over 16,384 take 21.9 us so on an H200 and 24.4 by a tile, over 8,192 tiles win."""
-AHEAD = 16
+AHEAD, AHEAD_OF_FEW = 16, 48
 """Keys of each row for which a list that is to be moved on has places. They are looked at, empty or not; half of them
-are empty on average, one to two hundredths of all where a thousand keys are shared. Of 16 steps dividing anew takes
-less of the host's time than moving on."""
+are empty on average, one to two hundredths of all where a thousand keys are shared. The second where few keys are read,
+which takes the GPU no longer, and the host longer than the GPU if a list is often made anew."""
+FEW_KEYS = 4096
+"""Of all rows together."""
 
 
 class Tiles(NamedTuple):
@@ -166,7 +168,7 @@ def list_tiles(
     rows = first[:, None] + np.arange(sharers)
     there = rows < last[:, None]
     own = np.where(there, lengths[np.where(there, rows, 0)] - shared[:, None], 0)
-    ahead = AHEAD if moves else 0
+    ahead = ahead_of(int(shared.sum() + own.sum())) if moves else 0
     own_pages = -(-(own + ahead * there) // page_size)
     left = int((own_pages * page_size - own)[there].min())
     table, ends = _table(pages, lengths, tiles, page_size, ahead)
@@ -192,6 +194,11 @@ def list_tiles(
     most = slots if counts.max() > 1 else 1
     limits = ((b + own)[owner] * seen).astype(np.int32)
     return Work(items, tokens, limits, tails.astype(np.int32), counts, table, most, ends, left)
+
+
+def ahead_of(keys: int) -> int:
+    """Keys of each row for which there are places, if so many are read in all."""
+    return AHEAD_OF_FEW if keys <= FEW_KEYS else AHEAD
 
 
 def _table(pages: Int32s, lengths: Int32s, tiles: Tiles, page_size: int, ahead: int) -> tuple[Int32s, Ints]:

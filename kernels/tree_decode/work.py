@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .pieces import (
+    BLOCK,
     LEAST_PIECE,
     LEAST_SHARED,
     LEAST_TILE,
@@ -95,7 +96,7 @@ def divide_work(
             programs = -(-lengths // LEAST_PIECE).sum() * kv_heads
             tiles = None if programs <= AT_ONCE * processors else tiles
         if tiles is None:
-            return _alone(pages, lengths, kv_heads, processors, slots)
+            return _alone(pages, lengths, kv_heads, processors, slots)._replace(room=BLOCK if moves else 0)
         if not tiles.is_one_over_many_keys(sharers):
             return list_tiles(
                 pages, lengths, tiles, page_size=page_size, kv_heads=kv_heads, processors=processors, slots=slots,

@@ -319,7 +319,7 @@ def test_prompts_by_graphs_are_as_close_to_one_forward_as_call_by_call():
         )  # fmt: skip
         results = engine.generate(requests)
         if (graphs := engine.runner.graphs) is not None:
-            assert any(kind.keys for kind in graphs.graphs) and graphs.replays >= engine.num_steps
+            assert any(kind.keys for kind in graphs.graphs) and graphs.replays > 0.9 * engine.num_steps
         differences[cuda_graphs] = largest(*logits_in_pairs(model, sampler, requests, results))
         engine.runner.close()
     assert differences[True] < 1.3 * differences[False], differences

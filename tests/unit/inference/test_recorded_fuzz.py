@@ -43,7 +43,8 @@ def random_sizes(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "LEAST_SHARED", least)
     monkeypatch.setattr(work, "AT_ONCE", 0)
     monkeypatch.setattr(tiles, "PLAIN_TIME", rng.choice([0.85, 10.0]))
-    monkeypatch.setattr(tiles, "AHEAD", rng.choice([4, 16]))
+    for name in ("AHEAD", "AHEAD_OF_FEW"):
+        monkeypatch.setattr(tiles, name, rng.choice([4, 16, 48]))
 
 
 def random_requests(rng: random.Random) -> list[Request]:

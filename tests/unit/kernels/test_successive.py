@@ -103,7 +103,7 @@ def test_lists_of_random_trees_go_on_over_page_borders(
         arrays = [(array, array.copy()) for array in (*work, pages, lengths) if isinstance(array, np.ndarray)]
         made += before is None or work.tokens is not before.tokens
         before = work
-    assert made <= 1 + steps // min(tiles.AHEAD, page_size)  # alone, rows have no places for further pages
+    assert made <= 1 + steps // tiles.AHEAD
 
 
 def on_device(work: Work, moves: Moves) -> Moving:
@@ -194,7 +194,7 @@ def test_rows_need_a_page_in_every_step_where_pages_are_small(
         works.append(work)
     assert works[0].tokens.shape[1] > 1 and (works[0].ends is None) == (huge == 300)
     made = 1 + sum(after.tokens is not before.tokens for before, after in pairwise(works))
-    assert made <= 1 + 20 // (1 + tiles.AHEAD)
+    assert made <= 2
 
 
 @pytest.mark.parametrize("huge", [300, 8192])
@@ -222,5 +222,5 @@ def test_nothing_is_loaded_of_a_place_that_is_kept() -> None:
     shared = [list(range(64))] * 4
     cache = Cache(np.random.default_rng(1), 16, shared, np.array([16, 16, 32, 1], dtype=np.int32))
     ((work, _, lengths),) = play(cache, 1, successive(16))
-    assert (work.pages == -1).sum() == 4 and work.room == 16
+    assert (work.pages == -1).sum() == 12 and work.room == 48
     assert len(loaded_slots(work, 16)) == 64 * 16 + lengths.sum() - 4 * 64 * 16
