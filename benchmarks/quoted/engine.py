@@ -144,14 +144,12 @@ def _step_shares(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def _small_and_short() -> Iterator[str]:
     """Steps that the host decides: small models, and prompts call by call."""
-    cases = {case["case"]: case for case in source.results("results/engine_small_steps_h200")["cases"]}
-    text, block = cases["1x0"], cases["1x4"]
-    yield (
-        f"a step takes {text['after_again']['ms_per_step']:.3f} ms instead of {text['before']['ms_per_step']:.3f}, one "
-        f"of a block's four paths {block['after']['ms_per_step']:.3f} instead of {block['before']['ms_per_step']:.3f}, "
-        f"with graphs of {text['after']['graph_ms']['1/1/64/greedy']:.3f} and "
-        f"{block['after']['graph_ms']['4/1/64/greedy']:.3f}"
-    )
+    before, after = source.small_steps("b874601"), source.small_steps("a504396")
+    text, block = (zip(after[case], before[case], strict=True) for case in ("1x0", "1x4"))
+    steps, hosts, graphs = ([*one, *four] for one, four in zip(text, block, strict=True))
+    yield "a step takes {} ms instead of {}, one of a block's four paths {} instead of {}".format(*steps)
+    yield "The host takes {} ms instead of {} and {} instead of {}".format(*hosts)
+    yield "the graphs {} instead of {} and {} instead of {}".format(*graphs)
     lists = {
         (case["rows"], case["paths"], case["prefix"]): [
             source.rounded(case[build]["ms"], 2) for build in ("after", "before")
