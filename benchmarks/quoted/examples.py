@@ -133,6 +133,9 @@ def miniature() -> Iterator[str]:
         yield f"| {name} | {run['loss']['240']:.3f} | {run['loss']['480']:.3f} |"
     run = source.results(f"{OWN}multiverse-0")
     yield f"{run['training_s'] + run['evaluation_s']:.0f} s as one of four on a GPU"
+    yield f"`models/` ({2 * run['parameters'] / 1e6:.0f} MB for each run, in bf16)"
+    yield f"one run: {run['tokens'] / 1e6:.0f}M tokens, then the evaluation"
+    yield f"Each evaluation asks {len(run['sets']['chains-8']['right'])} problems of each size"
     found = source.results("results/miniature_lookup_h200")
     for text, loss in found["losses"].items():
         yield f"| {text} | " + " | ".join(f"{loss[step]:.4f}" for step in ("200", "300", "500", "700"))
