@@ -62,6 +62,18 @@ def rl() -> Iterator[str]:
     yield f"grades it is {drawn['whole_over_bare']:.2f} of that"
 
 
+def evaluation() -> Iterator[str]:
+    """docs/evaluation.md."""
+    found = source.results("results/evaluators_agree_cpu")
+    for package in found["packages"]:
+        name, _, version = package.partition("==")
+        yield f"{name.partition('[')[0]} {version}"
+    assert len(found["beside_completions"]) == 4, "this tool's chat, lm-eval's completions and chat, evalscope's chat"
+    (same,) = {count for counts in found["beside_completions"].values() for count in counts.values()}
+    yield f"[{same} of {found['questions']} answers](../benchmarks/results/evaluators_agree_cpu.json)"
+    yield f"{found['right']} of which are right"
+
+
 def quickstart() -> Iterator[str]:
     """examples/quickstart/README.md."""
     report = source.results("results/quickstart_cpu")
