@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,18 +21,20 @@ MINIATURE = Path(__file__).parents[3] / "examples" / "paper_in_miniature"
 sys.path.insert(0, str(MINIATURE))
 
 import miniature  # noqa: E402
+import one_run  # noqa: E402
 from chains import Chain, without_links  # noqa: E402
 from miniature import STOPPED, MiniatureOptions, estimate, most_accurate, train_all  # noqa: E402
 from official_mask import both_labels, leaky, two_labels  # noqa: E402
 from paper_figures import fit_latency  # noqa: E402
 from paper_report import draw, filled, read_results, tables  # noqa: E402
 from search import Satisfiability  # noqa: E402
-from settings import FULL, runs, tokenizer  # noqa: E402
+from settings import FULL, SMOKE, runs, tokenizer  # noqa: E402
 from tasks import check, sample_arithmetic, sample_satisfiability  # noqa: E402
 from training_rows import MiniLoader, RowConfig, RowMaker, gapped, official_positions, with_positions  # noqa: E402
 
 from megatron_multiverse.errors import CheckpointError, ConfigError, TrainingError  # noqa: E402
 from megatron_multiverse.kernels.multiverse_attention import (  # noqa: E402
+    BACKENDS,
     AttentionLayout,
     multiverse_attention,
     multiverse_attention_reference,
@@ -280,6 +283,22 @@ def test_two_labels_are_the_official_mask_with_its_leak() -> None:
     plain = torch.arange(length, dtype=torch.int32)[None]  # as before again, behind the with
     after = multiverse_attention(q, k, v, AttentionLayout(plain))
     torch.testing.assert_close(after, multiverse_attention_reference(q, k, v, visibility(plain)))
+
+
+def test_a_run_under_the_official_mask_trains_with_two_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def train(config: Any, loader: Any) -> Any:
+        used.append(BACKENDS["dense"])
+        return SimpleNamespace(model_folder=None)  # stopped
+
+    monkeypatch.setattr(one_run, "train", train)
+    for name in ("multiverse-0", "official-mask"):
+        options = one_run.OneRunOptions(name=name, output=tmp_path, smoke=True)
+        with pytest.raises(SystemExit) as stop:
+            one_run.train_one(options, SMOKE, runs()[name], tmp_path / "weights", tmp_path / "metrics.jsonl")
+        assert stop.value.code == STOPPED
+    assert used[0] is BACKENDS["dense"] is not used[1]
 
 
 def test_rows_under_the_official_mask_have_both_labels_and_differ_in_nothing_else() -> None:
