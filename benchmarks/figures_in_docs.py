@@ -29,6 +29,7 @@ STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {
     "docs/checkpoints.md": others.checkpoints,
     "docs/curation.md": others.curation,
     "docs/engine.md": engine.engine,
+    "docs/evaluation.md": examples.evaluation,
     "docs/layers.md": engine.layers,
     "docs/rl.md": examples.rl,
     "docs/serving.md": engine.serving,

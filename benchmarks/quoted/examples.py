@@ -62,6 +62,18 @@ def rl() -> Iterator[str]:
     yield f"grades it is {drawn['whole_over_bare']:.2f} of that"
 
 
+def evaluation() -> Iterator[str]:
+    """docs/evaluation.md."""
+    found = source.results("results/evaluators_agree_cpu")
+    for package in found["packages"]:
+        name, _, version = package.partition("==")
+        yield f"{name.partition('[')[0]} {version}"
+    assert len(found["beside_completions"]) == 4, "this tool's chat, lm-eval's completions and chat, evalscope's chat"
+    (same,) = {count for counts in found["beside_completions"].values() for count in counts.values()}
+    yield f"[{same} of {found['questions']} answers](../benchmarks/results/evaluators_agree_cpu.json)"
+    yield f"{found['right']} of which are right"
+
+
 def quickstart() -> Iterator[str]:
     """examples/quickstart/README.md."""
     report = source.results("results/quickstart_cpu")
@@ -133,6 +145,9 @@ def miniature() -> Iterator[str]:
         yield f"| {name} | {run['loss']['240']:.3f} | {run['loss']['480']:.3f} |"
     run = source.results(f"{OWN}multiverse-0")
     yield f"{run['training_s'] + run['evaluation_s']:.0f} s as one of four on a GPU"
+    yield f"`models/` ({2 * run['parameters'] / 1e6:.0f} MB for each run, in bf16)"
+    yield f"one run: {run['tokens'] / 1e6:.0f}M tokens, then the evaluation"
+    yield f"Each evaluation asks {len(run['sets']['chains-8']['right'])} problems of each size"
     found = source.results("results/miniature_lookup_h200")
     for text, loss in found["losses"].items():
         yield f"| {text} | " + " | ".join(f"{loss[step]:.4f}" for step in ("200", "300", "500", "700"))

@@ -1,4 +1,7 @@
-"""Do the evaluators of agree.sh have the same texts and grades, answer by answer? Reads the folder of their results."""
+"""Do the evaluators of agree.sh have the same texts and grades, answer by answer?
+
+Reads the folder of their results, and writes what it counts into agree.json there.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from megatron_multiverse.files import write_json_atomic
 
 
 class Graded(NamedTuple):
@@ -60,12 +65,21 @@ def main() -> None:
     }
     right = sum(graded.is_right for graded in wanted.values())
     agree = 0 < right < len(questions) == len(wanted)
+    counts: dict[str, dict[str, int]] = {}
     print(f"tools/evaluate.py, completions: {right} of {len(questions)} right")
     for name, found in others.items():
         texts = sum(found[question].text.strip() == wanted[question].text.strip() for question in questions)
         grades = sum(found[question].is_right == wanted[question].is_right for question in questions)
         print(f"{name}: the same text for {texts}, the same grade for {grades} of {len(questions)}")
+        counts[name] = {"same_text": texts, "same_grade": grades}
         agree = agree and texts == grades == len(questions)
+    packages = [
+        (folder.parent / name / "done").read_text(encoding="utf-8").strip() for name in ("lm-eval", "evalscope")
+    ]
+    write_json_atomic(
+        folder / "agree.json",
+        {"packages": packages, "questions": len(questions), "right": right, "beside_completions": counts},
+    )
     sys.exit(0 if agree else "the evaluators differ")
 
 

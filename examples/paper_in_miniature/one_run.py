@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -14,6 +15,7 @@ import settings
 import torch
 from answers import Answerer, accuracy, problem_sets
 from miniature import STOPPED
+from official_mask import two_labels
 from training_rows import RowConfig
 
 from megatron_multiverse.checkpoints.load import load_checkpoint
@@ -82,7 +84,8 @@ def train_one(options: OneRunOptions, size: settings.Size, rows: RowConfig, weig
     """
     folder = options.output / "training" / options.name
     config, loader = settings.training(size, rows, folder, options.workers, options.attention_backend)
-    trained = train(config, loader)
+    with two_labels() if rows.official_mask else nullcontext():
+        trained = train(config, loader)
     if trained.model_folder is None:
         raise SystemExit(STOPPED)
     model, shape = load_checkpoint(trained.model_folder)

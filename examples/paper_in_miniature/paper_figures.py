@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = {"plain": DEPTH_COLORS[2], "tagged": DEPTH_COLORS[3], "multiverse": DEPTH_COLORS[1]}
+TRAINED = 4
+"""Most chains and most variables of training rows, as training_rows.py says, which needs torch."""
 PAPER_FIT = (15.43, 0.60)
 """a and b of a / x + b, milliseconds of a token at # parallel x; 32B, 8K tokens (arXiv 2506.09991, Figure 8a)."""
 
@@ -28,6 +30,11 @@ def fit_latency(rows: list[Any]) -> tuple[float, float] | None:
     latency = np.array([1000 * row["seconds"] / max(row["tokens"], 1) for row in rows])
     slope, offset = np.polyfit(inverse, latency, 1)
     return float(slope), float(offset)
+
+
+def formula(fit: tuple[float, float]) -> str:
+    """The words for a fit of `fit_latency`."""
+    return f"{fit[0]:.3f} / x {'+' if fit[1] >= 0 else '-'} {abs(fit[1]):.3f}"
 
 
 def right_in_all(alone: Mapping[str, list[Any]]) -> dict[int, dict[str, list[Any]]]:
@@ -46,9 +53,11 @@ def mean_of_right(found: Mapping[str, list[float]], measure: str) -> float | Non
 
 
 def draw_speed(alone: Mapping[str, Any], batched: Mapping[str, Any], path: Path) -> None:
-    """Net speedup over the number of paths; milliseconds of a token over # parallel; speedup over the batch."""
-    figure, ((net, latency, batch),) = grid(1, 3, width=15.0, row_height=4.4)
+    """Net speedup over the number of paths; right answers over the time that is given; milliseconds of a token over
+    # parallel; speedup over the batch."""
+    figure, ((net, within), (latency, batch)) = grid(2, 2, width=12.0, row_height=4.2)
     _draw_net(net, alone)
+    _draw_time(within, alone)
     _draw_latency(latency, alone["parallel"])
     _draw_batch(batch, batched)
     save(figure, path)
@@ -73,13 +82,39 @@ def _draw_net(axis: Axes, alone: Mapping[str, list[Any]]) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
+def right_within(rows: list[Any], seconds: float) -> float:
+    """Percent of all answers that were right and there within a time."""
+    return 100 * mean(float(bool(row["right"]) and row["seconds"] <= seconds) for row in rows)
+
+
+def up_to_trained(alone: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The answers of each mode to problems no larger than those of the training."""
+    return {mode: [row for row in rows if row["chains"] <= TRAINED] for mode, rows in alone.items()}
+
+
+def _draw_time(axis: Axes, alone: Mapping[str, list[Any]]) -> None:
+    """The paper's Figure 7, with the generation time itself on the horizontal axis."""
+    rows = up_to_trained(alone)
+    longest = max(row["seconds"] for found in rows.values() for row in found)
+    times = np.linspace(0, 1.02 * longest, 300)
+    for mode, style, color, label in (
+        ("plain", "-", COLORS["plain"], "plain"),
+        ("one branch at a time", "--", DEPTH_COLORS[0], "multiverse, branch after branch"),
+        ("parallel", "-", COLORS["multiverse"], "multiverse"),
+    ):
+        shares = [right_within(rows[mode], time) for time in times]
+        axis.plot(1000 * times, shares, style, color=color, label=label)
+    title = f"up to {TRAINED} paths, one answer at a time: right within a time"
+    axis.set(title=title, xlabel="milliseconds given", ylabel="right, %", ylim=(-3, 108))
+    axis.legend(frameon=False, fontsize=8)
+
+
 def _draw_latency(axis: Axes, rows: list[Any]) -> None:
     xs = np.array([row["tokens"] / max(row["critical"], 1) for row in rows])
     axis.scatter(xs, [1000 * row["seconds"] / max(row["tokens"], 1) for row in rows], s=14, color=COLORS["multiverse"])
     fit, line = fit_latency(rows), np.linspace(1, max(xs.max(), 1.1), 50)
     if fit is not None:
-        label = f"{fit[0]:.2f} / x {'+' if fit[1] >= 0 else '-'} {abs(fit[1]):.2f}"
-        axis.plot(line, fit[0] / line + fit[1], color=COLORS["multiverse"], label=label)
+        axis.plot(line, fit[0] / line + fit[1], color=COLORS["multiverse"], label=formula(fit))
         scale = sum(fit) / sum(PAPER_FIT)
         label = f"paper, 32B: {PAPER_FIT[0]} / x + {PAPER_FIT[1]}, times {scale:.2g}"
         axis.plot(line, scale * (PAPER_FIT[0] / line + PAPER_FIT[1]), ":", color=DEPTH_COLORS[0], label=label)
@@ -164,7 +199,7 @@ def _draw_sizes(axis: Axes, results: Mapping[str, Any], task: str) -> None:
         errors = [[m - min(v) for m, v in zip(means, values.values(), strict=True)],
                   [max(v) - m for m, v in zip(means, values.values(), strict=True)]]  # fmt: skip
         axis.errorbar(list(values), means, yerr=errors, fmt=form, color=color, capsize=3, label=label, alpha=0.85)
-    axis.axvspan(4.1, max(values) + 0.2, color="#00000010", label="more than trained")
+    axis.axvspan(TRAINED + 0.1, max(values) + 0.2, color="#00000010", label="more than trained")
     axis.set(title=f"right answers over {task}", xlabel=task, ylabel="right, %", ylim=(-3, 103), xticks=list(values))
     axis.legend(frameon=False, fontsize=8)
 

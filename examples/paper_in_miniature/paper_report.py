@@ -7,6 +7,7 @@ README.md says something else than they do.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,11 +15,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from paper_figures import draw_accuracy, draw_lengths, draw_speed, mean_of_right, right_in_all
+import paper_figures as figures
 
 HERE = Path(__file__).parent
-TRAINED = 4
-"""Most chains and most variables of training rows, as training_rows.py says, which needs torch."""
 KINDS = ("plain", "tagged", "multiverse")
 MULTIVERSE_MODES = ("one branch at a time", "parallel")
 Results = Mapping[str, Any]
@@ -71,6 +70,8 @@ def mend_table(results: Results) -> list[str]:
         "no-first-batches": "no first batches",
         "forced-loss": "loss on forced tokens",
         "official-positions": "official positions",
+        "official-mask": "official mask, with its leak",
+        "mixture": "the paper's mixture",
     }
     runs = {name: title for name, title in names.items() if name in results}
     lines = _header("right answers, %", *runs.values())
@@ -94,8 +95,8 @@ def alone_table(results: Results) -> list[str]:
         "net speedup",
     )
     modes = results["alone"]["modes"]
-    own = right_in_all({mode: rows for mode, rows in modes.items() if mode != "plain"})
-    for chains, rows in right_in_all(modes).items():
+    own = figures.right_in_all({mode: rows for mode, rows in modes.items() if mode != "plain"})
+    for chains, rows in figures.right_in_all(modes).items():
         asked = sum(row["chains"] == chains for row in modes["parallel"])
         counts = (f"{len(found['parallel'])} of {asked}" for found in (own[chains], rows))
         if not own[chains]["parallel"]:
@@ -140,6 +141,26 @@ def batch_table(results: Results) -> list[str]:
     return lines
 
 
+def time_table(results: Results) -> list[str]:
+    """Right answers over the time that is given, for problems no larger than those of the training."""
+    rows = figures.up_to_trained(results["alone"]["modes"])
+    modes = ("plain", *MULTIVERSE_MODES)
+    longest = max(row["seconds"] for found in rows.values() for row in found)
+    step = float(f"{longest / 6:.0e}")  # some six lines, at round numbers
+    lines = _header("ms given", "plain", "multiverse, one branch at a time", "multiverse, in parallel")
+    for k in range(1, math.ceil(longest / step) + 1):
+        cells = (f"{figures.right_within(rows[mode], k * step):.0f}" for mode in modes)
+        lines.append(_row(f"{1000 * k * step:.0f}", *cells))
+    return lines
+
+
+def fit_line(results: Results) -> list[str]:
+    """The latency of a token as a formula, and the paper's."""
+    fit, paper = figures.fit_latency(results["alone"]["modes"]["parallel"]), figures.formula(figures.PAPER_FIT)
+    ours = "no fit, all are equally parallel" if fit is None else figures.formula(fit)
+    return [f"Milliseconds of a token at # parallel x, batch 1: {ours} (the paper's 32B: {paper})."]
+
+
 def search_table(results: Results) -> list[str]:
     """Steps of right answers over the size of the search."""
     lines = _header("variables", "steps, plain", "steps, in parallel", "tokens, in parallel")
@@ -147,7 +168,7 @@ def search_table(results: Results) -> list[str]:
         cells = []
         for run, measure in (("plain-0", "critical"), ("multiverse-0", "critical"), ("multiverse-0", "tokens")):
             found = results[run]["sets"][name]
-            length = mean_of_right(found, measure)
+            length = figures.mean_of_right(found, measure)
             cells.append("-" if length is None else f"{length:.0f}")
         lines.append(_row(name.split("-")[1], *cells))
     return lines
@@ -193,6 +214,8 @@ TABLES: dict[str, tuple[Callable[[Results], list[str]], tuple[str, ...]]] = {
     "mend": (mend_table, ("multiverse-0",)),
     "alone": (alone_table, ("alone",)),
     "batch": (batch_table, ("batched",)),
+    "time": (time_table, ("alone",)),
+    "fit": (fit_line, ("alone",)),
     "search": (search_table, ("multiverse-0", "plain-0")),
     "training": (training_table, ("plain-0",)),
 }
@@ -231,11 +254,11 @@ def write_report(results_folder: Path, output: Path) -> None:
 def draw(results: Results, folder: Path) -> None:
     """The figures that the results allow."""
     if "multiverse-0" in results and "plain-0" in results:
-        draw_accuracy(results, folder / "accuracy.png")
+        figures.draw_accuracy(results, folder / "accuracy.png")
     if "lengths" in results:
-        draw_lengths(results["lengths"], folder / "lengths.png")
+        figures.draw_lengths(results["lengths"], folder / "lengths.png")
     if "alone" in results and "batched" in results:
-        draw_speed(results["alone"]["modes"], results["batched"]["modes"], folder / "speed.png")
+        figures.draw_speed(results["alone"]["modes"], results["batched"]["modes"], folder / "speed.png")
 
 
 def _header(*cells: str) -> list[str]:
@@ -248,7 +271,7 @@ def _row(*cells: object) -> str:
 
 def _title(name: str) -> str:
     task, number = name.split("-")
-    return f"{number} {task}" + (", more than trained" if int(number) > TRAINED else "")
+    return f"{number} {task}" + (", more than trained" if int(number) > figures.TRAINED else "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,12 @@ def official_positions(document: Document) -> npt.NDArray[np.int64]:
 
 def with_positions(layout: Layout, positions: npt.NDArray[np.int64]) -> Layout:
     """The same layout with other positions [N]; visibility and loss stay as they are."""
+    return with_columns(layout, positions, layout.r.astype(np.int64))
+
+
+def with_columns(layout: Layout, positions: npt.NDArray[np.int64], r: npt.NDArray[np.int64]) -> Layout:
+    """The same layout with other positions [N] and labels [N]; loss stays as it is."""
     index = np.arange(layout.num_tokens)
-    shifts = np.stack([positions - index, layout.r - index], axis=1)
+    shifts = np.stack([positions - index, r - index], axis=1)
     starts = np.flatnonzero(np.any(np.diff(shifts, axis=0, prepend=shifts[:1] - 1) != 0, axis=1))
     return replace(layout, segments=np.column_stack([starts, shifts[starts]]))

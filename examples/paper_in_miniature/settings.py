@@ -110,6 +110,8 @@ def runs() -> dict[str, RowConfig]:
         found |= {f"{kind}-{seed}": RowConfig(kind=kind, seed=seed) for kind in ("multiverse", "plain", "tagged")}
     found["forced-loss"] = RowConfig(kind="multiverse", train_forced_tokens=True)
     found["official-positions"] = RowConfig(kind="multiverse", official_positions=True)
+    found["official-mask"] = RowConfig(kind="multiverse", official_mask=True)
+    found["mixture"] = RowConfig(kind="multiverse", mixture_batches=FULL.train_iters)
     found["no-spare-definitions"] = RowConfig(kind="multiverse", spare_definitions=False)
     found["no-first-batches"] = RowConfig(kind="multiverse", first_batches=0)
     return found

@@ -22,11 +22,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from chains import STEPS, Arithmetic, without_links
+from official_mask import both_labels, leaky
 from positions import gapped, official_positions, with_positions
 from tasks import REQUESTS, Problem, sample_arithmetic, sample_satisfiability
 from texts import Text
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_multiverse.data.mixture import PAPER_SHARES
 from megatron_multiverse.data.packing import pack
 from megatron_multiverse.data.sft_dataset import Sample, pack_arrays
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
@@ -91,6 +93,12 @@ class RowConfig:
     """Loss also on what the engine writes itself."""
     official_positions: bool = False
     """Positions as the official training code counts them; the engine serves with ours, as the official one does."""
+    official_mask: bool = False
+    """The mask of the official training code, in which the newline between two paths sees the earlier one and is seen
+    by the later one; the engine serves without that leak, as the official one does."""
+    mixture_batches: int = 0
+    """Batches over which the share of rows with tags grows as the paper's over its eight epochs; the others are plain
+    text. 0 gives all rows tags from the start."""
     seed: int = 0
     """Of all rows."""
 
@@ -118,34 +126,41 @@ class RowMaker:
         first = self.config.first_batches
         return min(1.0, max(0.0, 2 - index / first)) if first else 0.0
 
-    def problem(self, rng: random.Random, index: int) -> tuple[Problem, Text]:
-        """One problem of batch `index`, and the text in which it is worked out."""
-        text, links = text_of(self.config.kind), self.config.links
+    def share_of_tagged_rows(self, index: int) -> float:
+        """Of the rows of batch `index` of a kind with tags."""
+        batches = self.config.mixture_batches
+        return PAPER_SHARES[min(len(PAPER_SHARES) * index // batches, len(PAPER_SHARES) - 1)] if batches else 1.0
+
+    def problem(self, rng: random.Random, index: int) -> tuple[Problem, bool]:
+        """One problem of batch `index`, and whether it is a list, which has no block in any text."""
+        links = self.config.links
         is_first = rng.random() < self.share_of_first_rows(index)
         if links and self.config.long_lists and rng.random() < SHARE_OF_LISTS:
             number = rng.randint(2, MOST_LISTED)
-            listed = sample_arithmetic(rng, number, (0, 0), num_spare=rng.randint(0, MOST_LISTED - number))
-            return listed, "plain"
+            return sample_arithmetic(rng, number, (0, 0), num_spare=rng.randint(0, MOST_LISTED - number)), True
         if not is_first and rng.random() < self.config.search_share:
-            return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES)), text
+            return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES)), False
         number = rng.choices(range(2, MOST_CHAINS + 1), (4, 3, 2))[0]
         steps = (0, 0) if is_first else FEW_STEPS if rng.random() < SHARE_OF_FEW_STEPS else STEPS
         has_spare = links and self.config.spare_definitions
         num_spare = rng.randint(0, MOST_DEFINITIONS - number) if has_spare else 0
         problem = sample_arithmetic(rng, number, steps, num_spare=num_spare)
         problem = replace(problem, copies_rest=self.config.copies_rest)
-        return problem if links else without_links(problem), text
+        return problem if links else without_links(problem), False
 
     def text(self, rng: random.Random, index: int) -> tuple[str, str]:
         """Prompt and response of one row of batch `index`."""
-        problem, text = self.problem(rng, index)
-        prompt = problem.prompt + REQUESTS[text]
-        if self.config.labelled_lists and text != text_of(self.config.kind):
-            assert isinstance(problem, Arithmetic), "only lists are in the other text"
+        text: Text = text_of(self.config.kind)
+        if self.config.mixture_batches and rng.random() >= self.share_of_tagged_rows(index):
+            text = "plain"
+        problem, is_list = self.problem(rng, index)
+        prompt = problem.prompt + REQUESTS["plain" if is_list else text]
+        if is_list and text == "tagged" and self.config.labelled_lists:
+            assert isinstance(problem, Arithmetic), "only calculations are lists"
             prefix, labels = self._labels(rng, MOST_LISTED)
             return prompt, problem.listed(prefix, labels, rng.sample(range(len(problem.chains)), len(problem.chains)))
         prefix, labels = self._labels(rng, MOST_CHAINS)
-        return prompt, problem.response(text, prefix, labels)
+        return prompt, problem.response("plain" if is_list else text, prefix, labels)
 
     def _labels(self, rng: random.Random, count: int) -> tuple[str, list[int]]:
         """What the labels of the outermost block begin with, and their numbers [count]."""
@@ -180,7 +195,8 @@ class RowMaker:
             layout = with_positions(
                 layout, gapped(layout.position_ids.astype(np.int64), self._seams(ids, len(prompt), layout), rng)
             )
-        return Sample(np.asarray(ids, dtype=np.int64), layout)
+        array = np.asarray(ids, dtype=np.int64)
+        return leaky(array, document, layout) if self.config.official_mask else Sample(array, layout)
 
     def _seams(self, ids: list[int], prompt_length: int, layout: Layout) -> list[int]:
         """Positions [at most 4] at which the parts of a row begin: the response; the paths and the conclusion of the
@@ -208,17 +224,14 @@ class RowMaker:
         lengths = np.array([len(sample.ids) for sample in samples])
         packs = pack(lengths, seq_length, seed=self.config.seed, epoch=index).packs
         packs.sort(key=lambda members: -lengths[members].sum())
-        rows = [
-            pack_arrays(
-                [samples[k] for k in members],
-                seq_length,
-                self.tokenizer.pad,
-                train_forced_tokens=self.config.train_forced_tokens,
-            )
-            for members in packs[:num_rows]
-        ]
+        rows = [self._packed([samples[k] for k in members], seq_length) for members in packs[:num_rows]]
         names = ("input_ids", "labels", "loss_mask", "position_ids", "r")
         return {name: np.stack([row[name] for row in rows]) for name in names}
+
+    def _packed(self, samples: list[Sample], seq_length: int) -> dict[str, npt.NDArray[Any]]:
+        """Samples as one row, see `pack_arrays`; under the official mask ``r`` holds both labels of each token."""
+        row = pack_arrays(samples, seq_length, self.tokenizer.pad, train_forced_tokens=self.config.train_forced_tokens)
+        return row | {"r": both_labels(row["r"], samples)} if self.config.official_mask else row
 
 
 class MiniLoader:

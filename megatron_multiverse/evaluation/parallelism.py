@@ -12,32 +12,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_multiverse.config import TokenizerType
-from megatron_multiverse.data.prompts import (
-    TRAJECTORY_COLUMNS,
-    Columns,
-    PromptStyle,
-    RowError,
-    build_sample,
-    resolve_columns,
-)
-from megatron_multiverse.data.readers import RawRow, read_rows
-from megatron_multiverse.data.sources import Source, column_names, open_source
-from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
+from megatron_multiverse.data.prompts import RowError
+from megatron_multiverse.data.readers import read_rows
+from megatron_multiverse.data.sources import open_source
+from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import DataError
 from megatron_multiverse.evaluation.text_pages import MostParallel
+from megatron_multiverse.evaluation.texts import Texts
 from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.structure import Statistics, measure, measure_blocks
 from megatron_multiverse.views.canvas import DEPTH_COLORS, count_whole, grid, log_horizontally, save
 from megatron_multiverse.views.figures import draw_timeline
-from megatron_multiverse.views.sample_view import SampleView, ideal_timeline, sequential_timeline, view_ids, view_text
+from megatron_multiverse.views.sample_view import SampleView, ideal_timeline, sequential_timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 logger = logging.getLogger(__name__)
 
-_OUTPUT_COLUMNS = Columns("text", "prompt")
-"""Of what tools/generate.py and tools/evaluate.py write."""
 _PERCENTILES = (5, 25, 50, 75, 95)
 
 
@@ -46,8 +38,9 @@ class AnalyzeConfig:
     """Options of tools/analyze_parallelism.py."""
 
     input: list[str]
-    """Outputs of tools/generate.py (answers.jsonl) or tools/evaluate.py (samples.jsonl), or whatever
-    tools/preprocess_data.py takes: JSON Lines, Parquet, folders, trajectory files, data sets."""
+    """Outputs of tools/generate.py (answers.jsonl) or tools/evaluate.py (samples.jsonl); with tokenizer_model also
+    records of tools/generate.py and rollouts.jsonl of reinforcement learning; or whatever tools/preprocess_data.py
+    takes: JSON Lines, Parquet, folders, trajectory files, data sets."""
     output: Path = Path("runs/parallelism")
     """Folder for parallelism.json, parallelism.png, most_parallel.png and views/*.html."""
     json_keys: list[str] | None = None
@@ -141,8 +134,8 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         DataError: no readable text.
     """
     source = open_source(config.input, split=config.split)
-    columns = _columns(source, config.json_keys)
     tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model) if config.tokenizer_model else None
+    texts = Texts(source, config.json_keys, tokenizer)
     collected, refused, pages = Collected(), Counter[str](), MostParallel(config.views)
     for row in (row for shard in source.shards for row in read_rows(shard)):
         if config.limit is not None and len(collected.statistics) >= config.limit:
@@ -150,8 +143,7 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
         if row.is_blank:
             continue
         try:
-            question, text = _texts(row, columns)
-            view = _view(text, tokenizer)
+            question, text, view = texts.read(row)
             pages.offer(len(collected.statistics) + 1, question, text, view.document, collected.add(view))
         except RowError as error:
             refused[error.code] += 1
@@ -205,28 +197,6 @@ def draw_distributions(collected: Collected, unit: str, path: str | Path) -> Non
     _bars(axes[1][2], [one.depth for one in every], "depth of nesting", "depth (0: no block)", "texts")
     figure.suptitle(f"{len(every)} texts, lengths in {unit}", fontsize=10)
     save(figure, path)
-
-
-def _columns(source: Source, json_keys: Sequence[str] | None) -> Columns:
-    if source.is_trajectories:
-        return TRAJECTORY_COLUMNS
-    names = column_names(source)
-    if not json_keys and set(_OUTPUT_COLUMNS.names) <= set(names):
-        return _OUTPUT_COLUMNS
-    return resolve_columns(names, json_keys)
-
-
-def _texts(row: RawRow, columns: Columns) -> tuple[str, str]:
-    """Question and response."""
-    if row.error is not None:
-        raise row.error
-    return build_sample(row.fields, columns, PromptStyle("never"), None)
-
-
-def _view(text: str, tokenizer: MultiverseTokenizer | None) -> SampleView:
-    if tokenizer is None:
-        return view_text(text)
-    return view_ids(tokenizer.tokenize_response(text), tokenizer.structure_vocab, tokenizer.id_to_text)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_multiverse.evaluation.compare import Comparison, Interval
 from megatron_multiverse.evaluation.samples import Sample
 from megatron_multiverse.evaluation.scores import Score, Setting
+from megatron_multiverse.evaluation.tasks import Thinking
 from megatron_multiverse.views.canvas import DEPTH_COLORS, count_whole, grid, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLORS = {"parallel": DEPTH_COLORS[1], "sequential": DEPTH_COLORS[2], "none": DEPTH_COLORS[3]}
+_COLORS: dict[Thinking, str] = {"parallel": DEPTH_COLORS[1], "sequential": DEPTH_COLORS[2], "none": DEPTH_COLORS[3]}
 
 
 def draw_scores(scores: Mapping[Setting, Score], samples: Sequence[Sample], path: str | Path) -> None:
     """Draw accuracy, parallelism, lengths and wall clock; with budgets, accuracy over length and over wall clock."""
     has_budgets = len({setting.budget for setting in scores}) > 1
-    height = max(3.4, 0.34 * len(scores) + 1.6)
-    figure, axes = grid(3 if has_budgets else 2, 2, width=11.0, row_height=max(3.2, height))
+    heights = [max(2.4, 0.3 * len(scores) + 1.2), 3.6, *([4.0] if has_budgets else [])]
+    figure, axes = grid(len(heights), 2, width=11.0, row_height=heights)
     _draw_accuracy(axes[0][0], scores)
-    _draw_parallel(axes[0][1], samples)
-    _draw_lengths(axes[1][0], samples)
-    _draw_means(axes[1][1], scores)
+    _draw_wall_clock(axes[0][1], scores)
+    _draw_parallel(axes[1][0], samples)
+    _draw_lengths(axes[1][1], samples)
     if has_budgets:
         _draw_budgets(axes[2][0], scores, "token_latency", "mean tokens on the longest chain")
         _draw_budgets(axes[2][1], scores, "seconds", "mean seconds of an answer")
@@ -37,9 +40,10 @@ def draw_comparison(comparisons: Sequence[Comparison], path: str | Path) -> None
     figure, axes = grid(1, 2, width=11.0, row_height=0.42 * len(comparisons) + 1.8)
     names = [one.label for one in comparisons]
     differences = [Interval(*(100 * value for value in vars(one.difference).values())) for one in comparisons]
-    _draw_intervals(axes[0][0], names, differences, 0.0, "second minus first, points of accuracy")
+    _draw_intervals(axes[0][0], names, differences, 0.0, "accuracy of the second minus\nthat of the first, points")
+    speedups = [one.speedup for one in comparisons]
     _draw_intervals(
-        axes[0][1], names, [one.speedup for one in comparisons], 1.0, "net speed-up in wall clock (1: none)"
+        axes[0][1], [""] * len(names), speedups, 1.0, "net speed-up in wall clock\n(first / second; 1: none)"
     )
     save(figure, path)
 
@@ -66,7 +70,7 @@ def _draw_accuracy(axis: Axes, scores: Mapping[Setting, Score]) -> None:
 def _draw_parallel(axis: Axes, samples: Sequence[Sample]) -> None:
     groups = _by_thinking(samples, lambda sample: sample.tokens / max(sample.critical_tokens, 1))
     _draw_histogram(axis, groups)
-    axis.set(title="# parallel", xlabel="tokens / tokens on the longest chain, of each answer", ylabel="answers")
+    axis.set(title="# parallel", xlabel="tokens / longest chain, of each answer", ylabel="answers")
     count_whole(axis)
 
 
@@ -85,11 +89,13 @@ def _draw_lengths(axis: Axes, samples: Sequence[Sample]) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def _draw_means(axis: Axes, scores: Mapping[Setting, Score]) -> None:
+def _draw_wall_clock(axis: Axes, scores: Mapping[Setting, Score]) -> None:
+    """Bars beside those of the accuracy, whose names stand for both."""
     colors = [_COLORS[setting.thinking] for setting in scores]
     axis.barh(range(len(scores)), [score.seconds for score in scores.values()], color=colors)
-    axis.set(yticks=range(len(scores)), yticklabels=[setting.label for setting in scores])
-    axis.set(title="wall clock", xlabel="mean seconds of an answer, others under way")
+    at_once = sorted({number for score in scores.values() for number in score.concurrency})
+    axis.set(yticks=range(len(scores)), yticklabels=[])
+    axis.set(title="wall clock", xlabel=f"mean seconds of an answer, {' or '.join(map(str, at_once))} under way")
     _show_rows(axis, len(scores))
 
 
@@ -99,25 +105,33 @@ def _show_rows(axis: Axes, count: int) -> None:
 
 
 def _draw_budgets(axis: Axes, scores: Mapping[Setting, Score], name: str, label: str) -> None:
-    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    """A line for each task and way of thinking from the smallest budget to the largest, each point with its budget."""
+    lines: dict[tuple[str, Thinking], list[tuple[float, float, float]]] = {}
     for setting, score in scores.items():
-        point = (float(getattr(score, name)), 100 * score.accuracy)
+        budget = math.inf if setting.budget is None else setting.budget
+        point = (budget, float(getattr(score, name)), 100 * score.accuracy)
         lines.setdefault((setting.task, setting.thinking), []).append(point)
+    markers = dict(zip(dict.fromkeys(task for task, _ in lines), cycle("osD^vP*X")))
     for (task, thinking), points in lines.items():
-        xs, ys = zip(*sorted(points), strict=True)
-        axis.plot(xs, ys, marker="o", label=f"{task}, {thinking}")
-    axis.set(title="accuracy over budgets", xlabel=label, ylabel="pass@1, %")
+        budgets, xs, ys = zip(*sorted(points), strict=True)
+        axis.plot(xs, ys, marker=markers[task], color=_COLORS[thinking], label=f"{task}, {thinking}")
+        place = (4, -9) if thinking == "parallel" else (4, 4)
+        for budget, x, y in zip(budgets, xs, ys, strict=True):
+            text = "none" if math.isinf(budget) else f"{budget:.0f}"
+            axis.annotate(text, (x, y), place, textcoords="offset points", fontsize=7, color=_COLORS[thinking])
+    axis.set(title="accuracy over budgets", xlabel=label, ylabel="pass@1, %", ylim=(-8, 108))
+    axis.margins(x=0.12)
     axis.legend(frameon=False, fontsize=8)
 
 
-def _by_thinking(samples: Sequence[Sample], value: Any) -> dict[str, list[float]]:
-    groups: dict[str, list[float]] = {}
+def _by_thinking(samples: Sequence[Sample], value: Any) -> dict[Thinking, list[float]]:
+    groups: dict[Thinking, list[float]] = {}
     for sample in samples:
         groups.setdefault(sample.thinking, []).append(value(sample))
     return groups
 
 
-def _draw_histogram(axis: Axes, groups: Mapping[str, Sequence[float]]) -> None:
+def _draw_histogram(axis: Axes, groups: Mapping[Thinking, Sequence[float]]) -> None:
     every = [value for values in groups.values() for value in values]
     low, high = min(every), max(every)
     bins = [low + max(high - low, 0.1) * k / 24 for k in range(25)]

@@ -42,15 +42,24 @@ def subplots(height: float, ratios: Sequence[float], *, width: float = 11.0) -> 
     return figure, list(axes[:, 0])
 
 
-def grid(rows: int, columns: int, *, width: float, row_height: float) -> tuple[Figure, list[list[Axes]]]:
-    """Empty axes that share nothing, by row and column (inches: for the whole width, and for each row)."""
+def grid(
+    rows: int, columns: int, *, width: float, row_height: float | Sequence[float]
+) -> tuple[Figure, list[list[Axes]]]:
+    """Empty axes that share nothing, by row and column (inches: for the whole width, and for every row or each one)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = (width, row_height * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    heights = [row_height] * rows if isinstance(row_height, float) else list(row_height)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(width, sum(heights)),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+        layout="constrained",
+    )
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes.tolist()

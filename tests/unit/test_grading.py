@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from importlib.metadata import version
+
 import pytest
+from math_verify import parse, verify
 
 from megatron_multiverse.grading import boxes, is_right, stated_answer, stated_letter
 
@@ -104,3 +108,74 @@ def test_boxes_have_their_places() -> None:
         (r"\boxed{1}", "1"),
         (r"\fbox{2}", "2"),
     ]
+
+
+VERSIONS = {"math-verify": "0.9.0", "latex2sympy2_extended": "1.11.0"}
+"""What the surprises below were found with."""
+
+
+def test_surprises_are_those_of_the_installed_version() -> None:
+    """Where this fails, run the tests below with the new version, see what they say, and write it into `VERSIONS`."""
+    assert {name: version(name) for name in VERSIONS} == VERSIONS
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        (
+            "(1,2)",
+            r"\{1,2\}",
+            True,
+        ),  # an open interval or a tuple, and a set: `same_value` compares the brackets itself
+        ("(1,2)", "[1,2]", False),
+        ("1<x<2", "(1,2)", True),  # not symmetric: the gold answer comes first
+        ("(1,2)", "1<x<2", False),
+        ("1/3", "0.333333", True),
+        ("0.333", "1/3", False),
+        (r"50\%", "50", True),
+        (r"50\%", "0.5", True),
+        ("50", r"50\%", True),
+        (r"5\text{ cm}", r"5\text{ m}", True),  # no units
+        ("2516_8", "2516", True),  # no bases
+        ("7:30", "7/30", True),  # no times of day
+        ("1e3", "1000", False),  # e is Euler's number, not an exponent
+        (r"\pi", "3.14159", False),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)", False),
+        ("x=5", "5", True),
+        ("A = 1; B = 2", "A =  1; B = 2", True),
+    ],
+)
+def test_what_math_verify_takes_for_equal(gold: str, answer: str, equal: bool) -> None:
+    assert verify(parse(rf"\boxed{{{gold}}}"), parse(rf"\boxed{{{answer}}}")) is equal
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (r"So $\boxed{3}$. Wait, no: it is $\boxed{4}$.", "4"),
+        (r"\boxed{3} and \boxed{4}", "3,4"),  # boxes side by side are one set; gold 3 and gold 4 are then both wrong
+        # So are boxes with words between them where no dollar stands there, also words that take the first one back:
+        # `stated_answer` looks for the boxes itself, and its answer alone is ever parsed.
+        (r"\boxed{3} and then \boxed{4}", "3,4"),
+        (r"\boxed{3}, which is wrong. Then \boxed{4}", "3,4"),
+        (r"\boxed{}", None),
+        ("nothing of the kind", None),
+    ],
+)
+def test_what_math_verify_finds_in_a_text(text: str, found: str | None) -> None:
+    assert (parse(text) or [None])[-1] == found
+
+
+def test_math_verify_wants_the_main_thread() -> None:
+    errors: list[str] = []
+
+    def grade() -> None:
+        try:
+            is_right("3", "4")
+        except ValueError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=grade)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1 and "signal.alarm" in errors[0]

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_multiverse.data.tokenizers import build_tokenizer
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.evaluation.compare import compare_runs
 from megatron_multiverse.evaluation.parallelism import AnalyzeConfig, analyze
 from megatron_multiverse.evaluation.samples import Sample
 from megatron_multiverse.evaluation.scores import score
+from tests.unit.server.running import MODEL
 
 
 def sample(problem: int, seed: int, correct: bool, **changed: Any) -> Sample:
@@ -56,7 +59,7 @@ def test_comparison_pairs_problems_and_its_interval_holds_the_plain_one() -> Non
     assert same.p_value == 1.0 and same.difference.value == 0
 
 
-def test_texts_of_outputs_are_measured(tmp_path: Path) -> None:
+def test_texts_of_outputs_are_measured(tmp_path: Path, whole_figures: list[str]) -> None:
     block = (
         "<Parallel>\n<Goal>\n<Outline>\n1: a\n</Outline>\n<Outline>\n2: b\n</Outline>\n</Goal>\n<Path>\n1: one two"
         " three\n</Path>\n<Path>\n2: four\n</Path>\n<Conclusion>\nc\n</Conclusion>\n</Parallel>"
@@ -74,8 +77,35 @@ def test_texts_of_outputs_are_measured(tmp_path: Path) -> None:
         "most_parallel.png",
         "views",
     }
+    assert whole_figures == ["parallelism", "most_parallel"]
     (page,) = (tmp_path / "out/views").iterdir()
     text = page.read_text()
     assert (
         page.name == "000001.html" and '"title": "Text 1", "question": "q", "original": "one two three\\nfour"' in text
     )
+
+
+def test_records_of_answers_are_measured_as_their_texts(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(MODEL))
+    response = (
+        "<Think>\n<Parallel>\n<Goal>\n<Outline>\n1: A\n</Outline>\n<Outline>\n2: B\n</Outline>\n</Goal>\n"
+        "<Path>\n1: 583\n</Path>\n<Path>\n2: 4\n</Path>\n<Conclusion>\nC\n</Conclusion>\n"
+        "</Parallel>\n</Think>\n\nAnswer: C"
+    )
+    ids = tokenizer.tokenize_response(response)
+    texts, records = tmp_path / "texts.jsonl", tmp_path / "rollouts.jsonl"
+    texts.write_text(json.dumps({"prompt": "Work out A", "text": response}) + "\n")
+    rows = [{"prompt_ids": tokenizer.tokenize("Work out A"), "token_ids": ids}, {"prompt_ids": [1], "token_ids": None},
+            {"prompt_ids": [9999], "token_ids": ids}]  # fmt: skip
+    records.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [
+        analyze(AnalyzeConfig(input=[str(file)], output=tmp_path / file.stem, tokenizer_model=str(MODEL)))
+        for file in (texts, records)
+    ]
+    refused = [report.pop("rows_left_out") for report in found]
+    assert found[0] == found[1] and found[0]["with_blocks"] == 1
+    assert refused == [{}, {"missing_key": 1, "other_tokenizer": 1}]
+    page = (tmp_path / "rollouts/views/000001.html").read_text()
+    assert '"question": "Work out A"' in page
+    with pytest.raises(ConfigError, match=r"records of answers, which are token ids: name .*--tokenizer-model"):
+        analyze(AnalyzeConfig(input=[str(records)], output=tmp_path / "none"))

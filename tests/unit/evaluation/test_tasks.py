@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from megatron_multiverse.errors import ConfigError, DataError
@@ -56,6 +57,32 @@ def test_choices_stand_in_an_order_that_follows_from_their_text(tmp_path: Path) 
         assert problem.grade(f"so\nAnswer: {problem.gold}") == (problem.gold, True)
     backwards = load_problems("gpqa_diamond", rows(tmp_path, *reversed(asked)), None)
     assert backwards[::-1] == problems
+
+
+HUB = {
+    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
+    "aime25": ("math-ai/aime25", None, "test"),
+    "aime26": ("evalscope/aime26", None, "test"),
+    "hmmt25": ("MathArena/hmmt_feb_2025", None, "train"),
+    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
+    "gpqa_diamond": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks_come_from_the_hub_through_datasets(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(path: str, name: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((path, name, split))
+        choices = {f"Incorrect Answer {k}": f"{k}" for k in (1, 2, 3)}
+        row = {"Question": "q", "Correct Answer": "4", **choices} if name else {"problem": "q", "answer": 204}
+        return datasets.Dataset.from_list([row])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (problem,) = load_problems(task, None, None)
+    assert asked == [HUB[task]]
+    assert problem.gold == "204" or f"\n{problem.gold}) 4\n" in problem.question
 
 
 def test_limit_and_repeated_questions(tmp_path: Path) -> None:

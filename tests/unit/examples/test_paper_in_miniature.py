@@ -9,26 +9,45 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
 
 MINIATURE = Path(__file__).parents[3] / "examples" / "paper_in_miniature"
 sys.path.insert(0, str(MINIATURE))
 
 import miniature  # noqa: E402
+import one_run  # noqa: E402
 from chains import Chain, without_links  # noqa: E402
 from miniature import STOPPED, MiniatureOptions, estimate, most_accurate, train_all  # noqa: E402
+from official_mask import both_labels, leaky, two_labels  # noqa: E402
 from paper_figures import fit_latency  # noqa: E402
 from paper_report import draw, filled, read_results, tables  # noqa: E402
 from search import Satisfiability  # noqa: E402
-from settings import FULL, runs, tokenizer  # noqa: E402
+from settings import FULL, SMOKE, runs, tokenizer  # noqa: E402
 from tasks import check, sample_arithmetic, sample_satisfiability  # noqa: E402
 from training_rows import MiniLoader, RowConfig, RowMaker, gapped, official_positions, with_positions  # noqa: E402
 
 from megatron_multiverse.errors import CheckpointError, ConfigError, TrainingError  # noqa: E402
-from megatron_multiverse.structure import lay_out, parse, parse_text  # noqa: E402
+from megatron_multiverse.kernels.multiverse_attention import (  # noqa: E402
+    BACKENDS,
+    AttentionLayout,
+    multiverse_attention,
+    multiverse_attention_reference,
+    visibility,
+)
+from megatron_multiverse.structure import (  # noqa: E402
+    Tag,
+    lay_out,
+    pack_layouts,
+    padding_layout,
+    parse,
+    parse_text,
+)
 from megatron_multiverse.structure.trajectory import lex  # noqa: E402
 
 
@@ -203,6 +222,96 @@ def test_first_rows_become_fewer_over_as_many_batches_again() -> None:
     assert RowMaker(RowConfig(kind="plain", first_batches=0), tokenizer()).share_of_first_rows(0) == 0
 
 
+def test_a_mixture_has_the_papers_share_of_rows_with_tags() -> None:
+    config = RowConfig(kind="multiverse", mixture_batches=800, first_batches=0, long_lists=False)
+    maker = RowMaker(config, tokenizer())
+    assert [maker.share_of_tagged_rows(index) for index in (0, 199, 200, 300, 499, 599, 600, 9000)] == [
+        0, 0, 0.1, 0.5, 0.5, 0.9, 1, 1
+    ]  # fmt: skip
+    rng = random.Random(6)
+    for index, share in ((0, 0.0), (350, 0.5), (700, 1.0)):
+        rows = [maker.text(rng, index) for _ in range(400)]
+        tagged = ["<Parallel>" in text for _, text in rows]
+        assert abs(np.mean(tagged) - share) < 0.1 and (0 < share < 1 or np.mean(tagged) == share)
+        assert all(("in parallel" in prompt) is has_block for (prompt, _), has_block in zip(rows, tagged, strict=True))
+        assert all(text.splitlines()[-1].startswith("Answer: ") for _, text in rows)
+    assert RowMaker(RowConfig(kind="multiverse"), tokenizer()).share_of_tagged_rows(0) == 1
+
+
+def official_mask(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Who sees whom [N, N] in the official code: siblings, from <Path> through </Path>, do not see each other."""
+    tags = tokenizer().structure_vocab.tag_ids
+    visible = np.tri(len(ids), dtype=np.bool_)
+    blocks: list[list[list[int]]] = []
+    for index, token in enumerate(ids):
+        if token == tags[Tag.PARALLEL]:
+            blocks.append([])
+        elif token == tags[Tag.PATH]:
+            blocks[-1].append([index])
+        elif token == tags[Tag.END_PATH]:
+            blocks[-1][-1].append(index + 1)
+        elif token == tags[Tag.END_PARALLEL]:
+            spans = blocks.pop()
+            for one in spans:
+                for other in spans:
+                    if one is not other:
+                        visible[slice(*one), slice(*other)] = False
+    return visible
+
+
+def test_two_labels_are_the_official_mask_with_its_leak() -> None:
+    words = tokenizer()
+    problems = [sample_satisfiability(random.Random(1), 4), sample_arithmetic(random.Random(1), 3)]
+    samples, expected = [], []
+    for problem in problems:
+        ids = np.array(words.tokenize(problem.prompt + problem.response("tagged")))
+        document = parse(ids.tolist(), words.structure_vocab, prompt_length=len(words.tokenize(problem.prompt)))
+        samples.append(leaky(ids, document, lay_out(document)))
+        expected.append(official_mask(ids))
+        ours = lay_out(document).r
+        leaks = expected[-1] & ~((ours[None] <= ours[:, None]) & np.tri(len(ids), dtype=np.bool_))
+        gaps = [path.start for block in document.blocks for path in block.paths[1:]]
+        assert leaks.any() and set(gaps) <= set(np.flatnonzero(leaks.any(axis=0) | leaks.any(axis=1)))
+    length = sum(len(sample.ids) for sample in samples) + 3  # and padding
+    want = torch.block_diag(*(torch.tensor(mask, dtype=torch.int) for mask in expected), torch.ones(3, 3).tril().int())
+    layout = pack_layouts([*(sample.layout for sample in samples), padding_layout(3)])
+    r = torch.from_numpy(both_labels(layout.r, list(samples)))[None]
+    q, k, v = torch.randn(3, 1, 2, length, 16, generator=torch.Generator().manual_seed(0))
+    with two_labels():
+        found = multiverse_attention(q, k, v, AttentionLayout(r))
+    torch.testing.assert_close(found, multiverse_attention_reference(q, k, v, want.bool()[None, None]))
+    plain = torch.arange(length, dtype=torch.int32)[None]  # as before again, behind the with
+    after = multiverse_attention(q, k, v, AttentionLayout(plain))
+    torch.testing.assert_close(after, multiverse_attention_reference(q, k, v, visibility(plain)))
+
+
+def test_a_run_under_the_official_mask_trains_with_two_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def train(config: Any, loader: Any) -> Any:
+        used.append(BACKENDS["dense"])
+        return SimpleNamespace(model_folder=None)  # stopped
+
+    monkeypatch.setattr(one_run, "train", train)
+    for name in ("multiverse-0", "official-mask"):
+        options = one_run.OneRunOptions(name=name, output=tmp_path, smoke=True)
+        with pytest.raises(SystemExit) as stop:
+            one_run.train_one(options, SMOKE, runs()[name], tmp_path / "weights", tmp_path / "metrics.jsonl")
+        assert stop.value.code == STOPPED
+    assert used[0] is BACKENDS["dense"] is not used[1]
+
+
+def test_rows_under_the_official_mask_have_both_labels_and_differ_in_nothing_else() -> None:
+    ours, official = (RowMaker(RowConfig(kind="multiverse", official_mask=on), tokenizer()) for on in (False, True))
+    rows, leaky_rows = ours.batch(900, 2, 4096), official.batch(900, 2, 4096)
+    assert all(np.array_equal(rows[name], leaky_rows[name]) for name in rows if name != "r")
+    as_query, as_key = leaky_rows["r"] >> 15, leaky_rows["r"] & 0x7FFF
+    changed = (as_query != rows["r"]) | (as_key != rows["r"])
+    newline = tokenizer().tokenize("\n")[0]
+    assert 0 < changed.mean() < 0.05 and set(rows["input_ids"][changed]) == {newline}
+    assert (as_query >= rows["r"]).all() and (as_key <= rows["r"]).all()
+
+
 def test_gaps_keep_branches_side_by_side() -> None:
     positions = np.array([0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8])  # two paths from 4 on, and what follows at 7
     moved = gapped(positions, [2, 4, 7], random.Random(1))
@@ -216,8 +325,8 @@ def test_gaps_keep_branches_side_by_side() -> None:
 
 @pytest.mark.parametrize("name", list(runs()))
 def test_rows_are_reproducible_and_laid_out_for_their_kind(name: str) -> None:
-    maker = RowMaker(runs()[name], tokenizer())
-    batch, again = maker.batch(3, 4, 4096), maker.batch(3, 4, 4096)
+    maker, index = RowMaker(runs()[name], tokenizer()), runs()[name].mixture_batches + 3
+    batch, again = maker.batch(index, 4, 4096), maker.batch(index, 4, 4096)
     assert all(np.array_equal(batch[key], again[key]) for key in batch)
     assert batch["input_ids"].shape == (4, 4096) and (batch["input_ids"] == maker.tokenizer.pad).mean() < 0.15
     row = {key: array[0] for key, array in batch.items()}
@@ -313,7 +422,7 @@ def test_the_fit_finds_its_own_formula() -> None:
     assert fit_latency(rows[:1]) is None
 
 
-def test_tables_and_figures_come_from_results(tmp_path: Path) -> None:
+def test_tables_and_figures_come_from_results(tmp_path: Path, whole_figures: list[str]) -> None:
     numbers = {"right": [1, 0], "tokens": [30, 40], "critical": [10, 20], "steps": [11, 21], "malformed": 0}
     sets = dict.fromkeys(("chains-4", "chains-8", "variables-4", "variables-5"), numbers)
     run = {"steps": 5, "parameters": 7, "tokens": 9, "loss": 0.5, "tokens_per_s": 99, "device": "CPU", "sets": sets}
@@ -326,6 +435,14 @@ def test_tables_and_figures_come_from_results(tmp_path: Path) -> None:
     made = tables(results)
     assert "| 4 | 1 of 1 | 1 of 1 | 3.00 | 800 | 200 | 4.00 | 500 | 2.50 |" in made["alone"]
     assert "| 1 | 1 | 1 | 800 | 200 | 4.00 | 2.50 |" in made["batch"]
+    assert made["time"].splitlines()[2:6] == [f"| {k}00 | 0 | 0 | {100 * (k > 1)} |" for k in (1, 2, 3, 4)]
+    assert made["time"].splitlines()[6:] == [
+        "| 500 | 100 | 0 | 100 |",
+        "| 600 | 100 | 0 | 100 |",
+        "| 700 | 100 | 0 | 100 |",
+        "| 800 | 100 | 100 | 100 |",
+    ]
+    assert "x, batch 1: no fit, all are equally parallel (the paper's 32B: 15.430 / x + 0.600)." in made["fit"]
     assert "Not run yet: tagged-0, unlabelled-lists, fixed-labels, " in made["training"]
     assert "| 8 chains, more than trained | 50.0 | 50.0 ± 0.0 |" in made["accuracy"]
     assert (
@@ -336,6 +453,8 @@ def test_tables_and_figures_come_from_results(tmp_path: Path) -> None:
     assert "| 4 | 1 of 1 | 0 of 1 | 3.00 | 800 | 200 | 4.00 | - | - |" in tables(wrong)["alone"]
     draw(results, tmp_path)
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("accuracy.png", "speed.png"))
+    draw(read_results(MINIATURE / "results"), tmp_path / "committed")
+    assert whole_figures == ["accuracy", "speed", "accuracy", "lengths", "speed"]
 
 
 def test_the_readme_says_what_the_results_say() -> None:
