@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,8 @@ _SIZES = (
     "virtual_pipeline_model_parallel_size",
     "context_parallel_size",
 )
+_GROUPS = range(1, 65)
+"""Sizes of groups that errors look at when they say what is allowed."""
 _CP_CHUNK = 16
 """Fewest neighbouring tokens that are dealt out together to a context parallel rank."""
 
@@ -93,23 +96,25 @@ class ParallelConfig:
         More tensor parallel ranks than key/value heads are allowed: those that share a head gather its rows.
         """
         tp, heads, groups = self.tensor_model_parallel_size, model.num_attention_heads, model.num_query_groups
+        remedy = f"this model takes {_listed(size for size in _GROUPS if _tensor_parallel_can_cut(model, size))}"
         for name in ("num_attention_heads", "ffn_hidden_size"):
             size = getattr(model, name)
             check(
                 size % tp == 0,
-                f"parallel.tensor_model_parallel_size ({tp}) must divide the model's {name} ({size})",
+                f"parallel.tensor_model_parallel_size ({tp}) must divide the model's {name} ({size}): {remedy}",
             )
         check(
             groups % tp == 0 or tp % groups == 0,
             f"parallel.tensor_model_parallel_size ({tp}) must be a divisor or a multiple of the model's "
-            f"num_query_groups ({groups})",
+            f"num_query_groups ({groups}): {remedy}",
         )
         stages = self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
         check(
             model.num_layers % stages == 0,
             "parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size "
             f"({self.pipeline_model_parallel_size} x {self.virtual_pipeline_model_parallel_size}) must divide the "
-            f"model's num_layers ({model.num_layers})",
+            f"model's num_layers ({model.num_layers}): their product can be "
+            f"{_listed(size for size in _GROUPS if model.num_layers % size == 0)}",
         )
         heads_here = max(1, groups // tp)
         check(
@@ -135,3 +140,16 @@ class ParallelConfig:
             f"an interleaved pipeline needs a multiple of parallel.pipeline_model_parallel_size ({pp}) microbatches, "
             f"got {num_microbatches}: change data.global_batch_size or data.micro_batch_size (training) or eval_iters",
         )
+
+
+def _tensor_parallel_can_cut(model: ModelConfig, size: int) -> bool:
+    """Whether the layers of the model can be shared by so many tensor parallel ranks."""
+    groups = model.num_query_groups
+    divides = model.num_attention_heads % size == model.ffn_hidden_size % size == 0
+    return divides and (groups % size == 0 or size % groups == 0)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    """1, 2 or 4."""
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last

@@ -284,10 +284,12 @@ class TrainConfig:
         )
         self._check_deepspeed()
         ranks = self.parallel.data_parallel_size
+        at_once = self.data.micro_batch_size * ranks
         check(
-            self.data.global_batch_size % (self.data.micro_batch_size * ranks) == 0,
+            self.data.global_batch_size % at_once == 0,
             f"data.global_batch_size ({self.data.global_batch_size}) must be divisible by "
-            f"data.micro_batch_size ({self.data.micro_batch_size}) x data parallel size ({ranks})",
+            f"data.micro_batch_size ({self.data.micro_batch_size}) x data parallel size ({ranks}): make it a multiple "
+            f"of {at_once}, or start another number of ranks",
         )
         self.parallel.check_rows(self.data.seq_length, self.num_microbatches)
         if self.data.valid_prefixes:

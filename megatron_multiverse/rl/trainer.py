@@ -70,11 +70,11 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
     check_trackers(config.log)
     model_config, device = describe_model(base, "policy.seq_length"), choose_device(config.device)
     check_optimizer(base, device)
+    tokenizer = build_tokenizer(config.task.tokenizer_type, config.tokenizer_model)
+    check_start(base, tokenizer, learns_from_answers=True)
     with joined_groups(base) as ranks, RunFolder(config.checkpoint, ranks) as run, contextlib.ExitStack() as closing:
         check_not_past(config, run)
         seed_everything(config.seed)
-        tokenizer = build_tokenizer(config.task.tokenizer_type, config.tokenizer_model)
-        check_start(base, tokenizer, learns_from_answers=True)
         prompts, replica = Prompts(config.task, tokenizer, config.seed), Replica.of(ranks)
         check_agreement(config, prompts, ranks)
         engine, model, loss = build_engine(config, model_config, tokenizer, prompts)

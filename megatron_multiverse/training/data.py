@@ -18,8 +18,8 @@ from megatron_multiverse.training.start import check_start
 logger = logging.getLogger(__name__)
 
 
-def build_loaders(config: TrainConfig, vocab_size: int) -> tuple[SFTLoader, SFTLoader | None, MultiverseTokenizer]:
-    """Training loader, validation loader if there are validation prefixes, and the tokenizer of both.
+def open_tokenizer(config: TrainConfig, vocab_size: int) -> MultiverseTokenizer:
+    """The tokenizer of the data, held against the data and the model. Needs no ranks and no GPU, so it comes first.
 
     Args:
         config: the run.
@@ -28,7 +28,7 @@ def build_loaders(config: TrainConfig, vocab_size: int) -> tuple[SFTLoader, SFTL
     Raises:
         ConfigError: the model has fewer rows than the tokenizer has ids or none for its tags, or the data were made
             with another tokenizer.
-        DataError: files are missing or damaged.
+        DataError: a manifest is damaged.
     """
     data = config.data
     tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model)
@@ -41,11 +41,27 @@ def build_loaders(config: TrainConfig, vocab_size: int) -> tuple[SFTLoader, SFTL
             f"({data.tokenizer_model}): raise model.vocab_size of a fresh model, or set add_control_tokens to true, "
             "which adds rows for the structure tags to the model of init_from"
         )
+    return tokenizer
+
+
+def build_loaders(config: TrainConfig, tokenizer: MultiverseTokenizer) -> tuple[SFTLoader, SFTLoader | None]:
+    """Training loader, and validation loader if there are validation prefixes.
+
+    Args:
+        config: the run.
+        tokenizer: of `open_tokenizer`.
+
+    Raises:
+        DataError: files are missing or damaged.
+    """
+    data = config.data
+    for prefix in (*data.data_prefixes, *data.plain_prefixes, *data.valid_prefixes):
+        warn_of_missing_manifest(prefix)
     train = _loader(config, (*data.data_prefixes, *data.plain_prefixes), tokenizer, data.num_workers, data.mixture)
     log_length(config, train)
     warn_of_missing_ends(train.dataset, tokenizer.eod)
     valid = _loader(config, data.valid_prefixes, tokenizer, num_workers=0) if data.valid_prefixes else None
-    return train, valid, tokenizer
+    return train, valid
 
 
 def check_tokenizer(prefix: str, tokenizer: MultiverseTokenizer, tokenizer_model: str) -> None:
@@ -57,10 +73,7 @@ def check_tokenizer(prefix: str, tokenizer: MultiverseTokenizer, tokenizer_model
     """
     manifest = read_manifest(prefix)
     if manifest is None:
-        if not Path(prefix + ".bin").is_file():
-            return  # the data set will say so
-        logger.warning("no %s_manifest.json: cannot tell whether %s was made with this tokenizer", prefix, prefix)
-        return
+        return  # see `warn_of_missing_manifest`
     try:
         made_with, model = manifest["tokenizer_sha256"], manifest["tokenizer_model"]
     except KeyError as error:
@@ -72,6 +85,12 @@ def check_tokenizer(prefix: str, tokenizer: MultiverseTokenizer, tokenizer_model
             f"{prefix} was made with the tokenizer {model} ({made_with[:12]}), but data.tokenizer_model is "
             f"{tokenizer_model} ({tokenizer.fingerprint()[:12]}): name the same tokenizer, or preprocess again"
         )
+
+
+def warn_of_missing_manifest(prefix: str) -> None:
+    """Warn of data of which nobody wrote down the tokenizer."""
+    if read_manifest(prefix) is None and Path(prefix + ".bin").is_file():  # without it the data set will say so
+        logger.warning("no %s_manifest.json: cannot tell whether %s was made with this tokenizer", prefix, prefix)
 
 
 def log_length(config: TrainConfig, loader: SFTLoader) -> None:

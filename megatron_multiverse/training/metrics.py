@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,13 +39,14 @@ class StepMeter:
     Args:
         device: of the tensors that are added.
         clock: the engine's.
+        num_ranks: ranks of the run.
 
     Attributes:
         has_trained: whether any token was trained since the process started.
     """
 
-    def __init__(self, device: torch.device, clock: PhaseClock) -> None:
-        self.device, self.clock = device, clock
+    def __init__(self, device: torch.device, clock: PhaseClock, num_ranks: int = 1) -> None:
+        self.device, self.clock, self.num_ranks = device, clock, num_ranks
         self.has_trained = False
         self.reset()
 
@@ -108,6 +109,7 @@ class StepMeter:
             "data_wait_s": self.waited_s / max(1, self.steps),
             **self.clock.read(self.steps),
             "tokens_per_s": self.tokens / seconds,
+            "tokens_per_s_per_rank": self.tokens / seconds / self.num_ranks,
             "loss_tokens": self.loss_tokens,
             "tflops": tflops,
             "mfu": None if peak_tflops is None else tflops / peak_tflops,
@@ -175,8 +177,8 @@ class MetricsWriter:
         self.write("train", step, lr=lr, eta_s=eta_s, consumed_samples=consumed_samples, **numbers)
         mfu = numbers["mfu"]
         self._log(
-            "step %d/%d | loss %s | lr %.3e | grad norm %.3f | %.0f tokens/s | MFU %s | %.2f GiB | ETA %s",
-            step, self.train_iters, format_loss(numbers["loss"]), lr, numbers["grad_norm"], numbers["tokens_per_s"],
+            "step %d/%d | loss %s | lr %.3e | grad norm %.3f | %s | MFU %s | %.2f GiB | ETA %s",
+            step, self.train_iters, format_loss(numbers["loss"]), lr, numbers["grad_norm"], format_speed(numbers),
             "n/a" if mfu is None else f"{100 * mfu:.1f} %", numbers["memory_gib"], format_duration(eta_s),
         )  # fmt: skip
 
@@ -211,6 +213,12 @@ def end_unfinished_line(path: Path) -> None:
 def format_loss(loss: float | None) -> str:
     """Four decimals; "n/a" where no token was trained."""
     return "n/a" if loss is None or math.isnan(loss) else f"{loss:.4f}"
+
+
+def format_speed(numbers: Mapping[str, float | None]) -> str:
+    """Tokens per second of the run, and of each rank where there are several; numbers of `StepMeter.read`."""
+    whole, own = numbers["tokens_per_s"] or 0.0, numbers["tokens_per_s_per_rank"] or 0.0
+    return f"{whole:.0f} tokens/s" + (f", {own:.0f} per rank" if own < whole else "")
 
 
 def format_duration(seconds: float) -> str:

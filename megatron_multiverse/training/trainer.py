@@ -83,13 +83,16 @@ def train(
     check_trackers(config.log)
     check_optimizer(config, choose_device(config.device))
     model_config, tokenizer = describe_model(config), None
+    if loader is None:
+        from megatron_multiverse.training.data import build_loaders, open_tokenizer
+
+        tokenizer = open_tokenizer(config, model_config.vocab_size)
     with joined_groups(config) as ranks, RunFolder(config.checkpoint, ranks) as run:
         check_not_past(config, run)
         seed_everything(config.seed)
         if loader is None:
-            from megatron_multiverse.training.data import build_loaders
-
-            loader, valid_loader, tokenizer = build_loaders(config, model_config.vocab_size)
+            assert tokenizer is not None  # it was opened above
+            loader, valid_loader = build_loaders(config, tokenizer)
         check_agreement(config, loader, ranks)
         engine = (make_engine or build_engine)(config, model_config, loader, valid_loader)
         state = TrainState(engine, loader)
@@ -99,7 +102,7 @@ def train(
         metrics = start_record(description, run.folder if ranks.is_first else None, state.step, resumed)
         saver = Saver(run, state, description, metrics)
         stragglers = Stragglers(ranks, config.log.straggler_percent)
-        meter = StepMeter(engine.device, engine.clock)
+        meter = StepMeter(engine.device, engine.clock, ranks.size)
 
         with (
             listening(stop) as stop,
@@ -131,13 +134,17 @@ def train(
                 validation_due = is_due(state.step, config.eval_interval) or (last and not is_stopping)
                 if valid_loader is not None and validation_due:
                     run_validation(engine, valid_loader, config.eval_iters, metrics, state.step)
-                    if observe is not None:
+                    # This takes long, and so does a save: a signal that came meanwhile waits for no further step.
+                    is_stopping = ranks.any(bool(stop))
+                    if observe is not None and not is_stopping:
                         observe(engine, state.step, metrics)
+                        is_stopping = ranks.any(bool(stop))
                     meter.reset()
-                if last or is_due(state.step, config.checkpoint.save_interval):
+                if last or is_stopping or is_due(state.step, config.checkpoint.save_interval):
                     engine.check(metrics)  # names documents trained as plain text: a resumed run starts after them
                     saver.save()
                     meter.reset()
+                    is_stopping = ranks.any(bool(stop))
 
             saver.finish()
             finished = state.step >= config.train_iters

@@ -6,8 +6,8 @@ import contextlib
 import time
 
 from megatron_multiverse.config import TrainConfig
-from megatron_multiverse.training.data import build_loaders
-from megatron_multiverse.training.metrics import MetricsWriter, StepMeter, format_duration, format_loss
+from megatron_multiverse.training.data import build_loaders, open_tokenizer
+from megatron_multiverse.training.metrics import MetricsWriter, StepMeter, format_duration, format_loss, format_speed
 from megatron_multiverse.training.microbatches import stream
 from megatron_multiverse.training.seeds import seed_everything
 from megatron_multiverse.training.start import describe_model, joined_groups
@@ -29,12 +29,13 @@ def try_steps(config: TrainConfig, steps: int) -> str:
         TrainingError: the loss or the gradient is not finite, or a document cannot be read.
     """
     model_config = describe_model(config)
+    tokenizer = open_tokenizer(config, model_config.vocab_size)
     with joined_groups(config) as ranks:
         seed_everything(config.seed)
-        loader, valid_loader, _ = build_loaders(config, model_config.vocab_size)
+        loader, valid_loader = build_loaders(config, tokenizer)
         check_agreement(config, loader, ranks)
         engine = build_engine(config, model_config, loader, valid_loader)
-        meter, started = StepMeter(engine.device, engine.clock), time.perf_counter()
+        meter, started = StepMeter(engine.device, engine.clock, ranks.size), time.perf_counter()
         with engine.running(), contextlib.closing(stream(loader)) as batches:
             for number in range(steps):
                 result = engine.step([next(batches) for _ in range(config.num_microbatches)])
@@ -52,7 +53,7 @@ def try_steps(config: TrainConfig, steps: int) -> str:
     step_s, mfu = numbers["step_time_s"] or 0.0, numbers["mfu"]
     return (
         f"tried {steps} steps: loss {format_loss(first_loss)} in the first, which took {first_s:.1f} s; {step_s:.3g} s "
-        f"for each other one, {numbers['tokens_per_s']:.0f} tokens/s, "
+        f"for each other one, {format_speed(numbers)}, "
         f"MFU {'n/a' if mfu is None else f'{100 * mfu:.1f} %'}, {memory:.2f} GiB on the fullest rank; "
         f"all {config.train_iters} steps would take {format_duration(step_s * config.train_iters)} without validation "
         "and checkpoints"

@@ -8,17 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_multiverse.checkpoints.fresh import FreshSource
 from megatron_multiverse.checkpoints.load import model_from_source
-from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
 from megatron_multiverse.model.weights import save_model
 from megatron_multiverse.training.trainer import train
 
-from .runs import LAYOUTS, MODEL, STEPS, TOKENIZER, config, numbers, train_on
+from .runs import LAYOUTS, STEPS, TOKENIZER, config, numbers, train_on
 
 EXAMPLE = Path(__file__).parents[2] / "examples/quickstart"
 
@@ -41,16 +41,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "set"
 
 
+def run_in_one_process(data: Path, folder: Path, **changes: Any) -> dict[str, list[float]]:
+    """Metrics of a run in one process; see `reference`."""
+    run = config(data, folder / "run", **{"layers.loss_chunk_tokens": 0, **changes})
+    assert run.model is not None
+    model, shape = model_from_source(FreshSource(run.model, run.seed))
+    save_model(model, shape, folder / "start")
+    train(dataclasses.replace(run, model=None, init_from=str(folder / "start"), engine="one_process"))
+    return numbers(folder / "run")
+
+
 @pytest.fixture(scope="session")
 def reference(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """Metrics of the run in one process, which starts from the weights that the others draw by themselves and computes
     the loss of a row at once."""
-    folder = tmp_path_factory.mktemp("reference")
-    run = config(data, folder / "run", **{"layers.loss_chunk_tokens": 0})
-    model, shape = model_from_source(FreshSource(ModelConfig(**MODEL), run.seed))
-    save_model(model, shape, folder / "start")
-    train(dataclasses.replace(run, model=None, init_from=str(folder / "start"), engine="one_process"))
-    return numbers(folder / "run")
+    return run_in_one_process(data, tmp_path_factory.mktemp("reference"))
 
 
 @pytest.fixture(scope="session")

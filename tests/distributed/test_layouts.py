@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import run_in_one_process
 from .runs import LAYOUTS, STEPS, numbers, train_on
 
 TOLERANCE = 1e-5
@@ -31,6 +32,16 @@ def test_every_layout_trains_as_one_process_does(
         for column in ("loss", "grad_norm"):
             assert found[column] == pytest.approx(reference[column][:steps], rel=TOLERANCE)
     assert found["valid"][-1:] == pytest.approx(reference["valid"], rel=TOLERANCE)
+
+
+def test_an_output_layer_of_its_own_is_trained_alike(data: Path, tmp_path: Path) -> None:
+    """As larger models have: on the last stage alone, and without a sum of gradients with the embedding's."""
+    untied = {"model.share_embeddings_and_output_weights": False}
+    expected = run_in_one_process(data, tmp_path / "reference", **untied)
+    ranks, settings = LAYOUTS["tensor and pipeline"]
+    found = train_on(ranks, data, tmp_path / "run", **settings, **untied)
+    for column in ("loss", "grad_norm", "valid"):
+        assert found[column] == pytest.approx(expected[column], rel=TOLERANCE)
 
 
 def test_one_process_goes_on_where_several_ranks_stopped(

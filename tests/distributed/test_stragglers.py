@@ -83,6 +83,7 @@ def test_the_slow_rank_is_named(data: Path, tmp_path: Path, engine: str) -> None
         assert row["forward_s"] < 0.2 and row["grad_reduce_s" if engine == "megatron" else "backward_s"] > 0.15
         phases = ("data_wait_s", "forward_s", "backward_s", "grad_reduce_s", "optimizer_s")
         assert sum(row.get(name, 0.0) for name in phases) <= row["step_time_s"]
+        assert row["tokens_per_s"] == pytest.approx(2 * row["tokens_per_s_per_rank"])
 
 
 def test_ranks_that_are_alike_are_not_named(data: Path, tmp_path: Path) -> None:

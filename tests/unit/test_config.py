@@ -106,7 +106,11 @@ def test_wrong_values_are_named(dotted: str, value: Any, message: str) -> None:
         (8, {"engine": "one_process"}, r"one_process runs on one rank, but WORLD_SIZE is 8"),
         (8, {"dtype": "float64"}, r"float64 is for engine one_process"),
         (8, {"parallel.tensor_model_parallel_size": 3}, r"8 ranks .* groups of 3"),
-        (4, {"data.global_batch_size": 6}, r"\(6\) must be divisible by .* \(2\) x data parallel size \(4\)"),
+        (
+            4,
+            {"data.global_batch_size": 6},
+            r"\(6\) must be divisible by .* \(2\) x data parallel size \(4\): .*multiple of 8",
+        ),
         (3, {"parallel.context_parallel_size": 3}, r"seq_length \(256\) must be a multiple of 48"),
         (
             2,
@@ -128,19 +132,19 @@ def test_what_cannot_be_spread_over_the_ranks_is_named(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"),
+    ("sizes", "ffn", "message"),
     [
-        ({"tensor_model_parallel_size": 8}, r"size \(8\) must divide the model's num_attention_heads \(4\)"),
-        ({"pipeline_model_parallel_size": 8}, r"\(8 x 1\) must divide the model's num_layers \(2\)"),
-        ({"context_parallel_size": 8, "cp_comm_type": "a2a"}, r"context_parallel_size \(8\) that divides .* \(2 of 2"),
+        ({"tensor_model_parallel_size": 8}, 128, r"num_attention_heads \(4\): this model takes 1, 2 or 4$"),
+        ({"tensor_model_parallel_size": 4}, 6, r"must divide the model's ffn_hidden_size \(6\): .* takes 1 or 2$"),
+        ({"pipeline_model_parallel_size": 8}, 128, r"\(8 x 1\) must divide .*num_layers \(2\): .* can be 1 or 2$"),
+        ({"context_parallel_size": 8, "cp_comm_type": "a2a"}, 128, r"\(8\) that divides .* \(2 of 2"),
     ],
 )
 def test_models_that_cannot_be_cut_are_refused(
-    sizes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    sizes: dict[str, Any], ffn: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    model = TrainConfig.from_dict(values(**{"data.global_batch_size": 16})).model
-    assert model is not None
+    model = ModelConfig(**{**MODEL, "ffn_hidden_size": ffn})
     with pytest.raises(ConfigError, match=message):
         ParallelConfig(**sizes).check_model(model)
 

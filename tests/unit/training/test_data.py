@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from megatron_multiverse.config import TrainConfig
+from megatron_multiverse.data.loader import SFTLoader
 from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import ConfigError, DataError
-from megatron_multiverse.training.data import build_loaders, check_tokenizer
+from megatron_multiverse.training.data import build_loaders, check_tokenizer, open_tokenizer, warn_of_missing_manifest
+from megatron_multiverse.training.trainer import train
+from megatron_multiverse.training.trial import try_steps
 
 TOKENIZER = Path(__file__).parents[3] / "examples" / "quickstart" / "model"
 
@@ -48,16 +51,27 @@ def run_config(prefix: str, tokenizer: Path, **changes: object) -> TrainConfig:
     return TrainConfig.from_dict({"data": data, "checkpoint": {"save": "unused"}, **start, **changes})
 
 
+def loaders(config: TrainConfig, vocab_size: int = 320) -> tuple[SFTLoader, SFTLoader | None]:
+    """What a run does before and after its ranks have met."""
+    return build_loaders(config, open_tokenizer(config, vocab_size))
+
+
 def test_the_tokenizer_that_wrote_the_data_is_accepted_from_any_folder(prefix: str, tmp_path: Path) -> None:
     build_tokenizer("HuggingFaceTokenizer", TOKENIZER).save(tmp_path)
-    loader, valid, _ = build_loaders(run_config(prefix, tmp_path), 320)
+    loader, valid = loaders(run_config(prefix, tmp_path))
     assert next(iter(loader))["input_ids"].shape == (1, 64)
     assert valid is None
 
 
-def test_another_tokenizer_is_refused(prefix: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"was made with the tokenizer .*name the same tokenizer"):
-        build_loaders(run_config(prefix, other_tokenizer(tmp_path)), 320)
+def test_another_tokenizer_is_refused_before_ranks_meet_and_a_gpu_is_touched(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(prefix, other_tokenizer(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)  # so that joining would be refused, by another error
+    for start in (train, lambda config: try_steps(config, 2)):
+        with pytest.raises(ConfigError, match=r"was made with the tokenizer .*name the same tokenizer"):
+            start(config)
 
 
 def test_a_damaged_manifest_is_named_and_a_missing_one_is_told(
@@ -71,17 +85,18 @@ def test_a_damaged_manifest_is_named_and_a_missing_one_is_told(
     with pytest.raises(DataError, match=r"set_manifest\.json is damaged \(it has no 'tokenizer_sha256'\)"):
         check_tokenizer(str(tmp_path / "set"), tokenizer, "x")
     check_tokenizer(str(tmp_path / "none"), tokenizer, "x")
+    warn_of_missing_manifest(str(tmp_path / "none"))
     assert "cannot tell whether" not in caplog.text, "where there is no data, that is what is told"
     (tmp_path / "none.bin").touch()
-    check_tokenizer(str(tmp_path / "none"), tokenizer, "x")
+    warn_of_missing_manifest(str(tmp_path / "none"))
     assert "cannot tell whether" in caplog.text
 
 
 def test_a_file_in_place_of_its_prefix_is_told_from_a_missing_one(prefix: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"no {prefix}\.bin\.bin: .* name it without its ending, {prefix}$"):
-        build_loaders(run_config(f"{prefix}.bin", TOKENIZER), 320)
+        loaders(run_config(f"{prefix}.bin", TOKENIZER))
     with pytest.raises(DataError, match=r"no .*absent\.bin; make it with tools/preprocess_data\.py"):
-        build_loaders(run_config(str(tmp_path / "absent"), TOKENIZER), 320)
+        loaders(run_config(str(tmp_path / "absent"), TOKENIZER))
 
 
 def test_the_log_says_how_many_steps_an_epoch_or_the_mixture_is(
@@ -89,9 +104,9 @@ def test_the_log_says_how_many_steps_an_epoch_or_the_mixture_is(
 ) -> None:
     config = run_config(prefix, TOKENIZER, train_iters=7)
     with caplog.at_level(logging.INFO):
-        loader, _, _ = build_loaders(config, 320)
+        loader, _ = loaders(config)
         mixture = {"plain_prefixes": (prefix,), "mixture": (0.0, 1.0, 0.5), "global_batch_size": 2}
-        mixed, _, _ = build_loaders(dataclasses.replace(config, data=dataclasses.replace(config.data, **mixture)), 320)
+        mixed, _ = loaders(dataclasses.replace(config, data=dataclasses.replace(config.data, **mixture)))
     rows, all_rows = loader.count_packs(1), mixed.count_packs(3)
     assert f"an epoch is {rows} rows of 64 tokens, {rows}.0 steps; train_iters is 7" in caplog.text
     assert f"the 3 epochs of data.mixture are {all_rows} rows of 64 tokens, {all_rows / 2:.1f} steps" in caplog.text
@@ -100,11 +115,11 @@ def test_the_log_says_how_many_steps_an_epoch_or_the_mixture_is(
 
 def test_a_model_has_at_least_as_many_rows_as_the_tokenizer_has_ids(prefix: str) -> None:
     with pytest.raises(ConfigError, match=r"the model has 200 rows for the \d+ ids"):
-        build_loaders(run_config(prefix, TOKENIZER), 200)
+        open_tokenizer(run_config(prefix, TOKENIZER), 200)
 
 
 def test_responses_without_an_end_are_told(prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    build_loaders(run_config(prefix, TOKENIZER), 320)
+    loaders(run_config(prefix, TOKENIZER))
     assert "will not learn to end its answers: preprocess with --append-eod" in caplog.text
     caplog.clear()
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1", "response": "2"}\n')
@@ -113,7 +128,7 @@ def test_responses_without_an_end_are_told(prefix: str, tmp_path: Path, caplog: 
         workers=1, append_eod=True,
     )  # fmt: skip
     preprocess_data(options)
-    build_loaders(run_config(str(tmp_path / "ended"), TOKENIZER), 320)
+    loaders(run_config(str(tmp_path / "ended"), TOKENIZER))
     assert "end its answers" not in caplog.text
 
 
@@ -140,7 +155,7 @@ def test_files_that_do_not_belong_together_are_named_when_they_are_opened(
         data = Path(prefix + suffix).read_bytes()
         (tmp_path / f"set{suffix}").write_bytes(change(data) if suffix == file else data)
     with pytest.raises(DataError, match=message) as caught:
-        build_loaders(run_config(str(tmp_path / "set"), TOKENIZER), 320)
+        loaders(run_config(str(tmp_path / "set"), TOKENIZER))
     assert "\n" not in str(caught.value)
     del caught
     gc.collect()

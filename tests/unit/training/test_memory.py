@@ -15,6 +15,7 @@ import pytest
 from torch import distributed
 
 from benchmarks.training_layouts import Options, layouts, run_config, shape_of
+from megatron_multiverse.cli import parse_options
 from megatron_multiverse.config import LayerConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.model.families import preset
@@ -68,6 +69,24 @@ def test_the_dry_run_of_a_real_config_needs_no_gpu() -> None:
     assert 7.6 < float(together) < 75 and float(on_the_host) == pytest.approx(32.764e9 * 16 / 8 / 2**30, rel=1e-3)
     refused = dry_run(8, "qwen2.5_32b_tp8_pp2")
     assert refused.returncode == 1 and "8 ranks (WORLD_SIZE) cannot be divided into groups of 16" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "shape"),
+    [
+        ("qwen2.5_1.5b_one_gpu", 1, "qwen2.5-1.5b"),
+        ("qwen2.5_7b_tp4", 4, "qwen2.5-7b"),
+        ("qwen2.5_32b_tp8", 8, "qwen2.5-32b"),
+        ("qwen2.5_32b_zero3", 8, "qwen2.5-32b"),
+        ("qwen2.5_32b_tp8_pp2", 16, "qwen2.5-32b"),
+    ],
+)
+def test_the_shipped_configs_fit_into_80_gb(name: str, world: int, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below what PyTorch sees of the card, with the room that the estimate asks for."""
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    run = parse_options(TrainConfig, ["--config", str(ROOT / f"pretrain_scripts/configs/{name}.yaml")])
+    together = max(stage.total for stage in estimate(run, preset(shape))) / GIB
+    assert together <= CARDS["80 GB"] - NOT_COUNTED_GIB, together
 
 
 def run_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, **changes: Any) -> TrainConfig:

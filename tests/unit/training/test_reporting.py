@@ -14,7 +14,7 @@ from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.model.families import preset, qwen3
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.training.flops import matmul_parameters, peak_of, peak_tflops, training_flops
-from megatron_multiverse.training.metrics import format_duration
+from megatron_multiverse.training.metrics import MetricsWriter, format_duration
 from megatron_multiverse.training.optim import build_optimizer, build_scheduler
 from megatron_multiverse.views.loss_curves import plot_loss, read_history, running_mean
 
@@ -75,6 +75,23 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot draw .*loss\.txt: end its name in .*\.png"):
         plot_loss([tmp_path], tmp_path / "loss.txt")
     assert not list(tmp_path.glob("loss.*"))
+
+
+def test_a_log_line_tells_the_speed_of_each_rank_where_there_are_several(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers = {"loss": 1.0, "grad_norm": 1.0, "step_time_s": 1.0, "mfu": 0.5, "memory_gib": 2.0}
+    with caplog.at_level("INFO"):
+        for ranks in (1, 8):
+            speed = {"tokens_per_s": 8192.0, "tokens_per_s_per_rank": 8192.0 / ranks}
+            writer = MetricsWriter(tmp_path, 10)
+            writer.train(5, numbers | speed, 1e-3, 40)
+            writer.close()
+    whole = (
+        "step 5/10 | loss 1.0000 | lr 1.000e-03 | grad norm 1.000 | 8192 tokens/s{} | MFU 50.0 % | 2.00 GiB | "
+        "ETA 0:00:05"
+    )
+    assert caplog.messages == [whole.format(""), whole.format(", 1024 per rank")]
 
 
 def test_the_tool_takes_hyphens(tmp_path: Path) -> None:

@@ -18,8 +18,11 @@ from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import save_model, weight_state
 from megatron_multiverse.training import one_process, start
+from megatron_multiverse.training.engine import TrainEngine
 from megatron_multiverse.training.forward import forward_backward, masked_loss_sum
+from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.placement import TokenPlacer
+from megatron_multiverse.training.saver import Saver
 from megatron_multiverse.training.trainer import train
 
 from .synthetic import SyntheticLoader, config
@@ -85,6 +88,40 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path
         a, b = ([r[key] for r in records(tmp_path / run, "train")] for run in "ab")
         assert a == b, key
     assert [(r["step"], r["resumed"]) for r in records(tmp_path / "b", "start")] == [(0, False), (3, True)]
+
+
+@pytest.mark.parametrize("during", ["validation", "free answers", "save"])
+@pytest.mark.parametrize("beside", [False, True], ids=["waiting", "beside the training"])
+def test_a_signal_while_no_step_runs_waits_for_no_further_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str, beside: bool
+) -> None:
+    """What is saved is the step before, and not twice."""
+    observed: list[int] = []
+
+    def signalled() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    def observe(engine: TrainEngine, step: int, metrics: MetricsWriter) -> None:
+        observed.append(step)
+        if during == "free answers":
+            signalled()
+
+    def save(saver: Saver) -> None:
+        signalled()
+        before(saver)
+
+    before = Saver.save
+    if during == "save":
+        monkeypatch.setattr(Saver, "save", save)
+    valid = SignallingLoader(0 if during == "validation" else -1, signal.SIGUSR1)
+    settings = {"checkpoint.save_interval": 2 if during == "save" else 0, "checkpoint.async_save": beside}
+    result = train(
+        config(tmp_path, **settings, eval_interval=2, eval_iters=1), SyntheticLoader(), valid, observe=observe
+    )
+    assert (result.step, result.stopped_by) == (2, "SIGUSR1")
+    assert observed == ([] if during == "validation" else [2])
+    assert [record["step"] for record in records(tmp_path, "checkpoint")] == [2]
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2\n"
 
 
 def test_a_run_says_which_layers_ran_and_warns_when_they_change(
