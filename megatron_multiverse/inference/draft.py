@@ -6,6 +6,7 @@ arrays of that one, and `Draft` makes any step.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -210,37 +211,25 @@ def follow_up(last: Step, tree: PageTree, *, in_flight: bool) -> Step | None:
             or branch.num_joined != len(branch.blocks)
         ):
             return None
-    plan, drawn, book = last.plan, last.plan.sampling, tree.book
+    plan, book = last.plan, tree.book
     write_slots = tree.append_one_each(last.nodes, plan.write_slots)
     if write_slots is None:
         return None
     sampled = [(state, branch, length + 1) for state, branch, length in last.sampled]
     for _, branch, length in sampled:
         branch.fed = length
-    # Every row draws. Arrays that stay the same are handed on, so that what has uploaded them sees that.
-    rows, lengths = plan.sample, plan.lengths + np.int32(1)
-    unknown = plan.ids if plan.sources is rows else np.zeros_like(rows)
-    coming = {branch: (row, length) for row, (_, branch, length) in enumerate(last.sampled)} if drawn.shaping else {}
-    following = StepPlan(
-        copies=plan.copies[:0],
-        ids=unknown if in_flight else np.array([branch.ids[-1] for _, branch, _ in sampled]),
-        sources=rows if in_flight else np.full_like(rows, -1),
-        positions=plan.positions + 1,
-        borders=plan.borders,
-        pages=tree.table.gather(last.lines, -(-int(lengths.max()) // tree.page_size)),
-        lengths=lengths,
-        write_slots=write_slots,
-        write_tokens=rows,
-        sample=plan.sample,
-        sampling=SamplingArrays(
-            keys=drawn.keys,
-            indices=drawn.indices + 1,
-            temperature=drawn.temperature,
-            # Rows that ask for nothing ask for nothing later: the ban of `min_tokens` only ever ends.
-            shaping=shaping_arrays(sampled, coming if in_flight else {}) if drawn.shaping else None,
-        ),
-        **NO_SCORES,
-        freed=np.array(book.take_freed() if book.freed else (), dtype=np.int64),
-        moved_from=plan.lengths if in_flight and bool((write_slots % tree.page_size).all()) else None,
-    )
+    shaping = None
+    if plan.sampling.shaping:
+        # Rows that ask for nothing ask for nothing later: the ban of `min_tokens` only ever ends.
+        coming = {branch: (row, length) for row, (_, branch, length) in enumerate(last.sampled)} if in_flight else {}
+        shaping = shaping_arrays(sampled, coming)
+    freed = np.array(book.take_freed(), dtype=np.int64) if book.freed else None
+    following = plan.moved_on(shaping, freed)
+    if not (write_slots % tree.page_size).all():
+        width = -(-int(following.lengths.max()) // tree.page_size)
+        pages = tree.table.gather(last.lines, width)
+        following = replace(following, pages=pages, write_slots=write_slots, moved_from=None)
+    if not in_flight:
+        ids = np.array([branch.ids[-1] for _, branch, _ in sampled])
+        following = replace(following, ids=ids, sources=np.full_like(plan.sample, -1), moved_from=None)
     return Step(following, sampled, [], last.nodes, last.lines)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from megatron_multiverse.config import EngineConfig, ModelConfig
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.step.forward import PagedForward
 from megatron_multiverse.inference.step.model_ranks import ModelRanks
+from megatron_multiverse.inference.step.plan import StepPlan
 from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.mcore import ensure_process_group, set_parallel_sizes
@@ -32,6 +36,21 @@ CONFIG = EngineConfig(num_pages=700, page_size=4, max_rows=16, debug=True)
 Answers = list[tuple[list[int], list[float | None]]]
 
 
+@contextmanager
+def counted_plans() -> Iterator[list[int]]:
+    """Bytes of the plans that travel whole."""
+    sent: list[int] = []
+    to_bytes = StepPlan.to_bytes
+
+    def counted(plan: StepPlan) -> bytes:
+        sent.append(len(to_bytes(plan)))
+        return to_bytes(plan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepPlan, "to_bytes", counted)
+        yield sent
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     """Models of an odd vocabulary, with biases that are not zero: with an output layer of its own, and a tied one."""
@@ -48,8 +67,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return folders
 
 
-def play(folder: Path, tensor: int, pipeline: int, own_forward: bool) -> tuple[Answers, Answers]:
-    """On the first rank: answers that fork as scripts say, and sampled ones with penalties and prompt scores."""
+def play(folder: Path, tensor: int, pipeline: int, own_forward: bool) -> tuple[Answers, ...]:
+    """On the first rank: answers that fork as scripts say, sampled ones with penalties and prompt scores, and others,
+    most of whose steps the other ranks know."""
     torch.set_num_threads(1)
     ensure_process_group()
     set_parallel_sizes(tensor, pipeline)
@@ -63,18 +83,22 @@ def play(folder: Path, tensor: int, pipeline: int, own_forward: bool) -> tuple[A
         toy.ask([40 + k, 41, 42], max_tokens=8, ignore_eos=True, temperature=0.9, seed=k, **extra)
         for k, extra in enumerate(({}, {"top_k": 5, "repetition_penalty": 1.3, "logprobs": 3}, {"prompt_logprobs": 2}))
     ]
+    plain = [toy.ask([30 + k] * k, max_tokens=30 + k, ignore_eos=True, temperature=0.9, seed=k) for k in (2, 6, 10)]
     answers = []
-    for requests, sampler in ((scripted, toy.ScriptedSampler(scripts)), (drawn, None)):
+    for requests, sampler in ((scripted, toy.ScriptedSampler(scripts)), (drawn, None), (plain, None)):
         sizes = {"vocab_size": toy.VOCAB_SIZE, "sampler": sampler}
         if not ModelRanks.current().is_first:
             Runner(model, num_pages=0, page_size=0, sampler=sampler).follow()
             continue
-        engine = Engine(model, toy.VOCAB, CONFIG, detokenize=toy.toy_text, **sizes)  # type: ignore[arg-type]
-        results = engine.generate(requests)
+        config = replace(CONFIG, overlap=sampler is None)
+        engine = Engine(model, toy.VOCAB, config, detokenize=toy.toy_text, **sizes)  # type: ignore[arg-type]
+        with counted_plans() as sent:
+            results = engine.generate(requests)
+        assert requests is not plain or engine.num_steps >= 36 > 2 * len(sent)
         assert sampler is None or all(result.blocks for result in results)
         answers.append([(result.token_ids, result.logprobs) for result in results])
         engine.close()
-    return tuple(answers) if answers else ([], [])  # type: ignore[return-value]
+    return tuple(answers)
 
 
 @pytest.mark.parametrize(

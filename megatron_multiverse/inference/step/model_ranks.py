@@ -135,12 +135,18 @@ class ModelRanks:
         return packed
 
 
+MOVED_ON = -1
+"""Sent in place of a size, where the others know the step: most of a text."""
+
+
 class PlanChannel:
     """Brings plans from the first rank of a model to its others, over the host. A program may hold several models."""
 
     def __init__(self) -> None:
         self._group = parallel_state.get_model_parallel_group()
         self._first: int = parallel_state.get_model_parallel_src_rank()
+        self._last: StepPlan | None = None
+        """What travelled last."""
 
     def _broadcast(self, tensor: Tensor) -> None:
         distributed.broadcast(tensor, self._first, group=self._group)
@@ -153,6 +159,11 @@ class PlanChannel:
 
     def send(self, plan: StepPlan | None) -> None:
         """On the first rank: the next step, or None for the end."""
+        last, self._last = self._last, plan
+        is_moved = plan is not None and last is not None and plan.moved_from is last.lengths
+        if plan is not None and is_moved and plan.sampling.shaping is None and not len(plan.freed):
+            self._broadcast(torch.tensor([MOVED_ON]))
+            return
         data = b"" if plan is None else plan.to_bytes()
         self._broadcast(torch.tensor([len(data)]))
         if data:
@@ -162,8 +173,13 @@ class PlanChannel:
         """On the others: what the first rank sent."""
         size = torch.zeros(1, dtype=torch.int64)
         self._broadcast(size)
-        if not size:
-            return None
-        data = torch.empty(int(size), dtype=torch.uint8)
-        self._broadcast(data)
-        return StepPlan.from_bytes(data.numpy().data)
+        if size == MOVED_ON:
+            assert self._last is not None, "a step goes on from another"
+            self._last = self._last.moved_on()
+            return self._last
+        self._last = None
+        if size:
+            data = torch.empty(int(size), dtype=torch.uint8)
+            self._broadcast(data)
+            self._last = StepPlan.from_bytes(data.numpy().data)
+        return self._last

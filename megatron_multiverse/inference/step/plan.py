@@ -115,8 +115,42 @@ class StepPlan:
     freed: Ints
     """Pages that came free; a store made for debugging fills them with NaN. Empty otherwise."""
     moved_from: npt.NDArray[np.int32] | None = None
-    """`lengths` of the step before, the same array, if this one differs from it only by the token that each row has
-    drawn, in the page where its last one is; does not travel."""
+    """`lengths` of the step before, the same array, if this one is what that one's `moved_on` gives; does not
+    travel."""
+
+    def moved_on(self, shaping: Shaping | None = None, freed: Ints | None = None) -> StepPlan:
+        """The next step, if each row only goes on by the token that it draws, in the page where its last one is. Every
+        row must bring one token, to one slot, and draw. Arrays that stay the same are handed on, so that what has
+        uploaded them sees that.
+
+        Args:
+            shaping: of that step, where this one has some.
+            freed: of that step.
+        """
+        rows, none = self.sample, self.sample[:0]
+        return StepPlan(
+            copies=self.copies[:0],
+            ids=self.ids if self.sources is rows else np.zeros_like(rows),
+            sources=rows,
+            positions=self.positions + 1,
+            borders=self.borders,
+            pages=self.pages,
+            lengths=self.lengths + np.int32(1),
+            write_slots=self.write_slots + 1,
+            write_tokens=rows,
+            sample=rows,
+            sampling=SamplingArrays(
+                keys=self.sampling.keys,
+                indices=self.sampling.indices + 1,
+                temperature=self.sampling.temperature,
+                shaping=shaping,
+            ),
+            scored=none,
+            targets=none,
+            num_scores=none,
+            freed=none if freed is None else freed,
+            moved_from=self.lengths,
+        )
 
     def to_bytes(self) -> bytes:
         """All arrays, one after the other, after a header of their sizes."""
