@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.model.weights import copy_weights
 from megatron_multiverse.parallel.ranks import Ranks, current_ranks
+from megatron_multiverse.server.garbage import freeze_objects
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class RankModel:
 
     def free(self) -> None:
         """Return what nothing uses any more to the device."""
-        gc.collect()  # parts of an engine refer to each other
+        freeze_objects()  # parts of an engine refer to each other, and some may be frozen
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -180,6 +180,7 @@ def follow_control(model: nn.Module) -> None:
     """
     part = RankModel(model)
     runner: Runner | None = None
+    freeze_objects()
     op, message = "follow", dict[str, Any]()
     while op != "end":
         if op == "load":

@@ -38,6 +38,7 @@ from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.inference.text.state import Written
 from megatron_multiverse.model.device import choose_device
 from megatron_multiverse.server.engine_control import EngineControl, follow_control
+from megatron_multiverse.server.garbage import freeze_objects
 from megatron_multiverse.server.wire import STEP_SECONDS, Channel, Message
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class EngineHost:
     def run(self) -> None:
         """Serve until the other side closes."""
         warm_up(self.engine)
+        freeze_objects()
         self.channel.send({"op": "ready", "facts": self._facts(), "control": self._control_state()})
         while not self.channel.closed:
             busy = self.control.has_work and not self._paused

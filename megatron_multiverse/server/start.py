@@ -20,6 +20,7 @@ from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.server.app import build_app, is_loopback
 from megatron_multiverse.server.config import ServerConfig
 from megatron_multiverse.server.engine_client import EngineClient
+from megatron_multiverse.server.garbage import freeze_objects
 from megatron_multiverse.server.model import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ async def _serve(config: ServerConfig, client: EngineClient, app: FastAPI, liste
         if client.state == "dead":
             raise ConfigError(client.failure or "the engine ended while it loaded the model; its log says why")
         if client.state == "ready":
+            freeze_objects()
             logger.info("ready: %s", client.facts)
         await asyncio.wait([http, signals.first], return_when=asyncio.FIRST_COMPLETED)
         app.state.draining = True
