@@ -17,6 +17,11 @@ def readme() -> Iterator[str]:
     runs = [run for run in source.results("results/beside_vllm_h200")["runs"] if run["part"] == "block"]
     ours, theirs = (median(run["seconds"] for run in runs if run["side"] == side) for side in ("ours", "vllm"))
     yield f"[{ours / theirs:.2f} of the time](benchmarks/results/beside_vllm_h200.json) of paths and join in vLLM"
+    modes = source.results("../examples/paper_in_miniature/results/alone")["modes"]
+    plain, parallel = (
+        sum(row["seconds"] for row in modes[mode] if row["chains"] == 4) for mode in ("plain", "parallel")
+    )
+    yield f"answers in four paths {plain / parallel:.2f} times as soon as a plain one"
     alone = source.results("results/engine_tp2_h200")["decode"][0]
     yield f"[{alone['speedup']:.1f} times as fast](benchmarks/results/engine_tp2_h200.json)"
     (theirs,) = (
