@@ -1,9 +1,10 @@
 """CUDA graphs of steps: one launch instead of some three hundred, one upload instead of a dozen.
 
 A graph replays the forward pass and the draw for a fixed number of tokens, over tensors that stay where they are. A
-plan is written into a pinned buffer and travels in one copy; tokens that the step does not have write nothing and are
-dropped. Every token counts as one, whether it is drawn, forced or part of a prompt, so the steps in which forks and
-joins happen take the same path. Which graph a step fits: `graph_sizes.py`.
+plan is written into a pinned buffer and travels in one copy, or not at all: most steps are what the graph has made of
+the one before (`kernels/decode_step`). Tokens that the step does not have write nothing and are dropped. Every token
+counts as one, whether it is drawn, forced or part of a prompt, so the steps in which forks and joins happen take the
+same path. Which graph a step fits: `graph_sizes.py`.
 """
 
 from __future__ import annotations
