@@ -100,7 +100,7 @@ class StepGraphs:
         self._logits: dict[int, Tensor] = {}
         self._temperature: Floats | None = None
         self._noise = False
-        self._last: tuple[_Graph, StepPlan] | None = None  # what was replayed last
+        self._last: tuple[_Graph, StepPlan] | None = None  # what was replayed last, if nothing was uploaded since
 
     def prepare(self, plan: StepPlan, sampler: Sampler) -> Callable[[], Tensor] | None:
         """Upload a step; None if it does not fit a graph.
@@ -120,6 +120,7 @@ class StepGraphs:
         fit = self.sizes.fit(plan, draw)
         if fit is None:
             return None
+        self._last = None
         graph = self.graphs.get(fit.kind) or self._capture(fit.kind)
         graph.buffer.fill(plan, fit)
         return partial(self._replay, graph, plan, sampler)

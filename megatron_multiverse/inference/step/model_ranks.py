@@ -170,16 +170,20 @@ class PlanChannel:
             self._broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
     def receive(self) -> StepPlan | None:
-        """On the others: what the first rank sent."""
+        """On the others: what the first rank sent.
+
+        It names the plan before it as the first rank's does (`StepPlan.moved_from`): all ranks must make the same lists
+        of work, of the same steps, or one would capture a graph, which sums over all of them, while another has it.
+        """
         size = torch.zeros(1, dtype=torch.int64)
         self._broadcast(size)
         if size == MOVED_ON:
             assert self._last is not None, "a step goes on from another"
             self._last = self._last.moved_on()
             return self._last
-        self._last = None
+        last, self._last = self._last, None
         if size:
             data = torch.empty(int(size), dtype=torch.uint8)
             self._broadcast(data)
-            self._last = StepPlan.from_bytes(data.numpy().data)
+            self._last = StepPlan.from_bytes(data.numpy().data, last)
         return self._last

@@ -115,8 +115,8 @@ class StepPlan:
     freed: Ints
     """Pages that came free; a store made for debugging fills them with NaN. Empty otherwise."""
     moved_from: npt.NDArray[np.int32] | None = None
-    """`lengths` of the step before, the same array, if this one is what that one's `moved_on` gives; does not
-    travel."""
+    """`lengths` of the step before, the same array, if this one is what that one's `moved_on` gives. That it is so
+    travels, the array does not."""
 
     def moved_on(self, shaping: Shaping | None = None, freed: Ints | None = None) -> StepPlan:
         """The next step, if each row only goes on by the token that it draws, in the page where its last one is. Every
@@ -154,16 +154,22 @@ class StepPlan:
 
     def to_bytes(self) -> bytes:
         """All arrays, one after the other, after a header of their sizes."""
-        arrays = self._arrays()
-        header = np.array([len(arrays), self.pages.shape[1], *(array.size for array in arrays)], dtype=np.int64)
+        arrays, moved = self._arrays(), self.moved_from is not None
+        sizes = [array.size for array in arrays]
+        header = np.array([len(arrays), moved, self.pages.shape[1], *sizes], dtype=np.int64)
         return b"".join((header.tobytes(), *(array.tobytes() for array in arrays)))
 
     @classmethod
-    def from_bytes(cls, data: bytes | memoryview) -> StepPlan:
-        """What `to_bytes` wrote; the arrays are views of `data`."""
+    def from_bytes(cls, data: bytes | memoryview, before: StepPlan | None = None) -> StepPlan:
+        """What `to_bytes` wrote; the arrays are views of `data`.
+
+        Args:
+            data: the bytes.
+            before: the plan of the step before, which `moved_from` may name; None leaves that out.
+        """
         count = int(np.frombuffer(data, dtype=np.int64, count=1)[0])
-        width, *sizes = np.frombuffer(data, dtype=np.int64, count=1 + count, offset=8).tolist()
-        position = 8 * (2 + count)
+        moved, width, *sizes = np.frombuffer(data, dtype=np.int64, count=2 + count, offset=8).tolist()
+        position = 8 * (3 + count)
         arrays: dict[str, npt.NDArray[np.generic]] = {}
         for name, size in zip(_DTYPES, sizes, strict=False):  # the arrays of `Shaping` come last, or not at all
             dtype = np.dtype(_DTYPES[name])
@@ -178,7 +184,8 @@ class StepPlan:
         plain = take(_PLAN_FIELDS)
         sampling = take(_SAMPLING_FIELDS)
         shaping = Shaping(**take(_SHAPING_FIELDS)) if arrays else None
-        return cls(**plain, sampling=SamplingArrays(**sampling, shaping=shaping))
+        moved_from = before.lengths if moved and before is not None else None
+        return cls(**plain, sampling=SamplingArrays(**sampling, shaping=shaping), moved_from=moved_from)
 
     def _arrays(self) -> list[npt.NDArray[np.generic]]:
         plain = [getattr(self, name) for name in _PLAN_FIELDS]

@@ -127,6 +127,27 @@ def test_every_array_survives_the_journey():
     assert max(int(plan.ids.max()) for plan in plans) < VOCAB_SIZE
 
 
+def test_what_a_step_was_moved_from_is_the_step_that_was_received_before():
+    plans = []
+
+    class Keeping(Runner):
+        def launch(self, plan, replay=None):
+            plans.append(plan)
+            return super().launch(plan, replay)
+
+    engine = toy_engine(page_size=16, overlap=True)
+    engine.runner.__class__ = Keeping
+    engine.generate([ask([TEXT, NEWLINE], max_tokens=40, ignore_eos=True)])
+    moved = [plan.moved_from is not None for plan in plans]
+    assert 30 < sum(moved) < len(plans) - 2
+    before = None
+    for plan, is_moved in zip(plans, moved, strict=True):
+        assert StepPlan.from_bytes(plan.to_bytes()).moved_from is None
+        back = StepPlan.from_bytes(plan.to_bytes(), before)
+        assert back.moved_from is (before.lengths if is_moved else None)
+        before = back
+
+
 def test_the_order_of_writes_does_not_matter():
     class Shuffling(Runner):
         def launch(self, plan):
@@ -159,7 +180,7 @@ def test_follow_ups_equal_the_plans_of_drafts(seed, monkeypatch):
 
     class Keeping(Runner):
         def launch(self, plan):
-            plans.append(plan.to_bytes())
+            plans.append(dataclasses.replace(plan, moved_from=None).to_bytes())  # a draft never says that
             return super().launch(plan)
 
     def serve() -> list[bytes]:
