@@ -24,7 +24,8 @@ def _decode_kernel(query, keys, values, pages, items, item_tokens, item_limits, 
                  LANES: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program per item and key/value head; the query heads of all its tokens are the M rows of its products.
 
-    With PDL it reads the list before it waits: no kernel writes it.
+    With PDL it reads the list before it waits: of its step only the last kernel writes it (`decode_step.end_step`), and
+    a step begins when the one before is through.
     """
     group, item = tl.program_id(0), tl.program_id(1)
     first_page, start = tl.load(items + 4 * item), tl.load(items + 4 * item + 1)
