@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -194,3 +195,30 @@ def test_a_graph_makes_its_step_the_next_one_while_rows_stay_in_their_pages(
     engine.generate(requests_with(**asked))
     assert moved >= {1, 3}
     assert len(filled) < 0.7 * engine.num_steps or page_size == 4
+
+
+def test_a_step_that_was_prepared_and_withdrawn_is_not_moved_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its integers stand where those of the step that ran have been moved on."""
+    _, engine, graphs = engines(monkeypatch)
+    plans: list[StepPlan] = []
+    replay = StepGraphs._replay
+
+    def replaying(self: StepGraphs, graph: Any, plan: StepPlan, sampler: Any) -> torch.Tensor:
+        plans.append(plan)
+        return replay(self, graph, plan, sampler)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepGraphs, "_replay", replaying)
+        engine.generate(requests_with()[:1])
+    number = next(k for k, plan in enumerate(plans) if k > 4 and plan.moved_from is not None)
+    other, ran, following = plans[number - 2 : number + 1]
+    assert ran.lengths is following.moved_from
+    runner, captured = engine.runner, len(graphs.graphs)
+    for withdrawn in (None, replace(other, moved_from=None)):
+        runner.launch(replace(ran, moved_from=None)).wait()
+        if withdrawn is not None:
+            runner.prepare(withdrawn)
+        runner.prepare(following)
+        graph = max(graphs.graphs.values(), key=lambda graph: graph.last_use)
+        assert graph.buffer.device["positions"].tolist() == following.positions.tolist()
+    assert len(graphs.graphs) == captured
