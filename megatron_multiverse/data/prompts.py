@@ -7,6 +7,7 @@ without tags is wrapped in ``<Think>``.
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -244,7 +245,7 @@ def _text(fields: Mapping[str, Any], key: str, *, may_be_empty: bool = False) ->
         raise RowError("missing_key", f"no column {key!r}; the row has {sorted(fields)[:20]}")
     value = fields[key]
     if not isinstance(value, str):
-        raise RowError("not_text", f"column {key!r} holds {type(value).__name__}, not text")
+        raise RowError("not_text", f"column {key!r} holds {type(value).__name__}, not text{why_a_time(value)}")
     if not may_be_empty and (not value or value.isspace()):
         raise RowError("empty", f"column {key!r} is empty" if not value else f"column {key!r} holds white space alone")
     if not value.isascii():
@@ -254,3 +255,10 @@ def _text(fields: Mapping[str, Any], key: str, *, may_be_empty: bool = False) ->
             message = f"column {key!r} holds half of a surrogate pair"
             raise RowError("encoding", message, char_index=error.start) from error
     return value
+
+
+def why_a_time(value: Any) -> str:
+    """The rest of a message about a cell that is no text, where the cell is a time; else nothing."""
+    if not isinstance(value, datetime.date):
+        return ""
+    return " (if it is text in a JSON file: the library datasets makes times of ISO dates; give the file as input)"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
+from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX, why_a_time
 from megatron_multiverse.data.readers import load_dataset, read_rows
 from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.errors import ConfigError, DataError
@@ -178,6 +178,7 @@ def _text(
         if value is None or (isinstance(value, str) and not value.strip()):
             continue
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise DataError(f"{where}: column {name!r} holds {type(value).__name__}, not a text or a number")
+            found = f"{type(value).__name__}, not a text or a number{why_a_time(value)}"
+            raise DataError(f"{where}: column {name!r} holds {found}")
         return str(value).strip()
     raise DataError(f"{where}: none of the columns {', '.join(asked or names)}; the row has {sorted(fields)[:20]}")

@@ -105,6 +105,17 @@ def test_rows_that_are_no_problem(tmp_path: Path, fields: dict[str, Any], messag
         load_problems("own", rows(tmp_path, fields), None)
 
 
+def test_dates_are_text_in_a_file_and_refused_where_they_became_times(tmp_path: Path) -> None:
+    """`datasets` makes times of them: findings/datasets_json_rewrites_dates_in_strings.sh."""
+    datasets = pytest.importorskip("datasets")
+    source = rows(tmp_path, {"problem": "When?", "answer": "2024-01-05"})
+    assert load_problems("own", source, None)[0].gold == "2024-01-05"
+    table = datasets.load_dataset("json", data_files=source, cache_dir=str(tmp_path / "cache"), split="train")
+    table.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match=r"'answer' holds datetime, .*give the file as input"):
+        load_problems("own", str(tmp_path / "saved"), None)
+
+
 def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_bytes(b"problem,answer\n\xfcber,1\n")
