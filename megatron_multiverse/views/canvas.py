@@ -51,7 +51,7 @@ def grid(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    heights = [row_height] * rows if isinstance(row_height, float) else list(row_height)
+    heights = list(row_height) if isinstance(row_height, Sequence) else [row_height] * rows
     figure, axes = plt.subplots(
         rows,
         columns,

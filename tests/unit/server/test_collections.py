@@ -20,6 +20,7 @@ from tests.unit.server.running import MODEL
 
 @pytest.fixture(autouse=True)
 def thawed() -> Iterator[None]:
+    gc.unfreeze()  # other tests of this process may have served, too
     yield
     gc.unfreeze()
 
