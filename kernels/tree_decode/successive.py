@@ -147,8 +147,9 @@ class _Divided:
         further = last // self.page_size > (self.lengths - 1) // self.page_size
         flat = self.work.pages.copy()
         if further.any():
-            full = self.ends[further]
-            flat[full] += np.int32(self.page_size - 1) - flat[full] % np.int32(self.page_size)
+            if lengths[0] > self.lengths[0] + 1:  # else it was full before
+                full = self.ends[further]
+                flat[full] += np.int32(self.page_size - 1) - flat[full] % np.int32(self.page_size)
             self.ends = self.ends + further
             self.moves = self._moves()
         first = pages[np.arange(len(pages)), last // self.page_size] * np.int32(self.page_size)
