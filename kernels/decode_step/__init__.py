@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import Moving, begin_step_reference, end_step_reference, known_ids
+from .reference import Moving, begin_step_reference, end_step_reference, known_ids, pack_drawn
 
 
 def begin_step(
@@ -35,4 +35,12 @@ def end_step(
     return end_step_reference(drawn, last_tokens, moving, page_size)
 
 
-__all__ = ["Moving", "begin_step", "begin_step_reference", "end_step", "end_step_reference", "known_ids"]
+__all__ = [
+    "Moving",
+    "begin_step",
+    "begin_step_reference",
+    "end_step",
+    "end_step_reference",
+    "known_ids",
+    "pack_drawn",
+]

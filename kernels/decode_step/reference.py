@@ -73,6 +73,11 @@ def begin_step_reference(
     return ids, rope_table(positions[None], inv_freq), hidden
 
 
+def pack_drawn(tokens: Tensor, logprobs: Tensor) -> Tensor:
+    """Tokens, int64 [rows], and log-probabilities [rows] as the bits of float64, in one tensor, int64 [2, rows]."""
+    return torch.stack((tokens, logprobs.double().view(torch.int64)))
+
+
 def end_step_reference(
     drawn: tuple[Tensor, Tensor] | None, last_tokens: Tensor, moving: Moving | None, page_size: int
 ) -> Tensor | None:
@@ -85,7 +90,7 @@ def end_step_reference(
         page_size: keys per page.
 
     Returns:
-        int64 [2, rows], the tokens and the bits of their log-probabilities as float64.
+        What was drawn as `pack_drawn` packs it, or None.
     """
     if moving is not None:
         moving.sources.copy_(torch.arange(len(moving.sources)))
@@ -100,6 +105,5 @@ def end_step_reference(
         moving.pages[ends] = last + ((last + 1) % page_size != 0).int()
     if drawn is None:
         return None
-    tokens, logprobs = drawn
-    last_tokens[: len(tokens)] = tokens
-    return torch.stack((tokens, logprobs.double().view(torch.int64)))
+    last_tokens[: len(drawn[0])] = drawn[0]
+    return pack_drawn(*drawn)

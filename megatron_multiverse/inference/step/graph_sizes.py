@@ -152,8 +152,7 @@ class GraphSizes:
             items = room_for_items(work, size, self.processors, self.kv_heads)
             kind = None if items is None else Kind(size, size, items, work.tokens.shape[1], work.slots, 0, draw)
             self._last = kind, work.tokens
-        fit = None if kind is None else _fitting(plan, kind, work, None)
-        return None if fit is None else fit._replace(moves=self.work.moves)
+        return None if kind is None else _fitting(plan, kind, work, None, self.work.moves)
 
     def _with_prompts(self, plan: StepPlan, draw: str, prompts: npt.NDArray[np.bool_]) -> Fit | None:
         """A graph in which FlashAttention reads the prompts."""
@@ -182,10 +181,12 @@ class GraphSizes:
         return _fitting(plan, Kind(size, rows, items, self.sharers, work.slots, keys, draw), work, segments)
 
 
-def _fitting(plan: StepPlan, kind: Kind, work: Work, segments: Segments | None) -> Fit | None:
+def _fitting(
+    plan: StepPlan, kind: Kind, work: Work, segments: Segments | None, moves: Moves | None = None
+) -> Fit | None:
     """The graph, if it has room for all that."""
     if len(plan.write_slots) > kind.writes:
         return None
     if len(work.items) > kind.items or work.pages.size > kind.pages:
         return None
-    return None if segments is not None and len(segments.seen) > kind.segments else Fit(kind, work, segments)
+    return None if segments is not None and len(segments.seen) > kind.segments else Fit(kind, work, segments, moves)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_multiverse.inference.step.plan import SamplingArrays
 from megatron_multiverse.inference.step.shaping import edit_logits, top_logprobs
+from megatron_multiverse.kernels.decode_step import pack_drawn
 from megatron_multiverse.kernels.sampling import Filters, draw, greedy, token_logprobs
 
 _SCORED_AT_ONCE = 64
@@ -107,7 +108,7 @@ def pack(tokens: Tensor, logprobs: Tensor, top_ids: Tensor | None = None, top_lo
         top_ids: int64 [rows, n].
         top_logprobs: [rows, n].
     """
-    packed = torch.stack((tokens, logprobs.double().view(torch.int64)))
+    packed = pack_drawn(tokens, logprobs)
     if top_ids is None or top_logprobs is None:
         return packed
     return torch.cat((packed, top_ids.T, top_logprobs.double().view(torch.int64).T))

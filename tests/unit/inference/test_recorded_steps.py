@@ -24,7 +24,7 @@ from tests.unit.kernels.listed_keys import check_reads
 
 from . import toy
 from .recorded import record_steps
-from .test_recorded_fuzz import goal
+from .test_engine import goal
 
 SHAPE = ModelConfig(
     num_layers=2,
