@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import Moving, begin_step_reference, end_step_reference, known_ids, pack_drawn
+from .reference import Moving, begin_step_reference, end_step_reference, known_ids
 
 
 def begin_step(
@@ -42,5 +42,4 @@ __all__ = [
     "end_step",
     "end_step_reference",
     "known_ids",
-    "pack_drawn",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.kernels.rope import rope_table
+from megatron_multiverse.kernels.sampling import pack_drawn
 
 
 class Moving(NamedTuple):
@@ -71,11 +72,6 @@ def begin_step_reference(
         ids = known_ids(ids, sources, last_tokens)
     hidden = None if embedding is None else torch.nn.functional.embedding(ids, embedding)
     return ids, rope_table(positions[None], inv_freq), hidden
-
-
-def pack_drawn(tokens: Tensor, logprobs: Tensor) -> Tensor:
-    """Tokens, int64 [rows], and log-probabilities [rows] as the bits of float64, in one tensor, int64 [2, rows]."""
-    return torch.stack((tokens, logprobs.double().view(torch.int64)))
 
 
 def end_step_reference(

@@ -11,6 +11,7 @@ from .reference import (
     filter_logits,
     greedy_reference,
     gumbel_noise,
+    pack_drawn,
     token_logprobs,
 )
 
@@ -43,5 +44,6 @@ __all__ = [
     "greedy",
     "greedy_reference",
     "gumbel_noise",
+    "pack_drawn",
     "token_logprobs",
 ]

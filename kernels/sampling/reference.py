@@ -127,3 +127,8 @@ def _mix(x: Tensor) -> Tensor:
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift: torch's on int64 keeps the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def pack_drawn(tokens: Tensor, logprobs: Tensor) -> Tensor:
+    """Tokens, int64 [rows], and log-probabilities [rows] as the bits of float64, in one tensor, int64 [2, rows]."""
+    return torch.stack((tokens, logprobs.double().view(torch.int64)))

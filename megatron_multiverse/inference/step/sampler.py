@@ -11,8 +11,7 @@ from torch import Tensor
 
 from megatron_multiverse.inference.step.plan import SamplingArrays
 from megatron_multiverse.inference.step.shaping import edit_logits, top_logprobs
-from megatron_multiverse.kernels.decode_step import pack_drawn
-from megatron_multiverse.kernels.sampling import Filters, draw, greedy, token_logprobs
+from megatron_multiverse.kernels.sampling import Filters, draw, greedy, pack_drawn, token_logprobs
 
 _SCORED_AT_ONCE = 64
 """Rows of a wide vocabulary that stand in float32 at once."""
