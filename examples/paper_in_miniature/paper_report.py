@@ -72,6 +72,8 @@ def mend_table(results: Results) -> list[str]:
         "official-positions": "official positions",
         "official-mask": "official mask, with its leak",
         "mixture": "the paper's mixture",
+        "given-values-0": "values given",
+        "given-values-1": "values given, other seed",
     }
     runs = {name: title for name, title in names.items() if name in results}
     lines = _header("right answers, %", *runs.values())

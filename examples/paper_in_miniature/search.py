@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from texts import LETTERS, Text, relabel
 
@@ -33,6 +33,9 @@ class Satisfiability:
     """Literals in the order of the variables, clauses in the order of their last variables."""
     first_mark: int = 0
     """Which small letter the first clause has; the others follow in the alphabet, `a` after `z`."""
+    given: Case = ()
+    """Values of the first variables, which the question says; at most two, so that no clause rules them out. The search
+    splits on the others, so its tree has fewer levels than there are variables."""
 
     def marked(self, name: str) -> list[tuple[str, Case]]:
         """The clauses whose last variable this is, with their letters."""
@@ -51,12 +54,12 @@ class Satisfiability:
             + f" {self._next(name)}"
             for name in self.variables
         )
-        return f"Set {self.variables[0]}, never {'; '.join(groups)}"
+        return f"Set {spell(self.given)}{self.variables[len(self.given)]}, never {'; '.join(groups)}"
 
     @property
     def answer(self) -> str:
-        """The values of the first solution, or `no`."""
-        return next((spell(case) for case in self.solutions()), "no")
+        """The values of the first solution with the given ones, or `no`."""
+        return next((spell(case) for case in self.solutions(self.given)), "no")
 
     def solutions(self, case: Case = ()) -> Iterator[Case]:
         """Every solution that begins with a case, in order."""
@@ -78,14 +81,14 @@ class Satisfiability:
         Plain text searches as one would: depth first, and it stops at the first solution.
         """
         if text == "plain":
-            thought = "\n".join(self._search(()))
+            thought = "\n".join(self._search(self.given))
         else:
-            thought = relabel(render([self._split(())], prefix=prefix), prefix, labels, 2)
+            thought = relabel(render([self._split(self.given)], prefix=prefix), prefix, labels, 2)
         return f"<Think>\n{thought}\n</Think>\n\nAnswer: {self.answer}"
 
     def is_right(self, answer: str) -> bool:
         """Whether an answer is a solution, or rightly says that there is none."""
-        solutions = {spell(case) for case in self.solutions()}
+        solutions = {spell(case) for case in self.solutions(self.given)}
         return answer in solutions or (answer == "no" and not solutions)
 
     def _next(self, name: str) -> str:
@@ -146,10 +149,11 @@ def spell(case: Case) -> str:
     return "".join(f"{name}{value}" for name, value in case)
 
 
-def sample_satisfiability(rng: random.Random, num_variables: int) -> Satisfiability:
+def sample_satisfiability(rng: random.Random, num_variables: int, num_given: int = 0) -> Satisfiability:
     """Clauses that rule out all but one combination of values, or, in every second problem, all of them.
 
-    Each clause rules out a combination that those before it leave, so that none is in vain when it is added.
+    Each clause rules out a combination that those before it leave, so that none is in vain when it is added. Where
+    values are given, they are those of the solution, if there is one.
     """
     names = "".join(rng.sample(LETTERS, num_variables))
     num_solutions = rng.randrange(2)
@@ -157,7 +161,11 @@ def sample_satisfiability(rng: random.Random, num_variables: int) -> Satisfiabil
     while len(clauses) > len(MARKS):
         clauses = _ruling_out(rng, names, num_solutions)
     clauses.sort(key=lambda clause: names.index(clause[-1][0]))
-    return Satisfiability(names, tuple(clauses), rng.randrange(len(MARKS)))
+    problem = Satisfiability(names, tuple(clauses), rng.randrange(len(MARKS)))
+    if not num_given:
+        return problem
+    case = next(problem.solutions(), tuple((name, rng.randrange(2)) for name in names))
+    return replace(problem, given=case[:num_given])
 
 
 def _ruling_out(rng: random.Random, names: str, num_solutions: int) -> list[Case]:

@@ -112,6 +112,8 @@ def runs() -> dict[str, RowConfig]:
     found["official-positions"] = RowConfig(kind="multiverse", official_positions=True)
     found["official-mask"] = RowConfig(kind="multiverse", official_mask=True)
     found["mixture"] = RowConfig(kind="multiverse", mixture_batches=FULL.train_iters)
+    for seed in SEEDS[:2]:
+        found[f"given-values-{seed}"] = RowConfig(kind="multiverse", given_values=True, seed=seed)
     found["no-spare-definitions"] = RowConfig(kind="multiverse", spare_definitions=False)
     found["no-first-batches"] = RowConfig(kind="multiverse", first_batches=0)
     return found

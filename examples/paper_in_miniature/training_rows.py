@@ -45,6 +45,8 @@ MOST_DEFINITIONS = 12
 """Chains that the question of a training problem defines, most of which are not asked for."""
 MOST_VARIABLES = 4
 """Variables of a training search, and so its deepest block; the evaluation goes beyond."""
+MOST_GIVEN = 2
+"""Variables of a training search whose values the question says, see `given_values`."""
 MOST_LISTED = 12
 """Names of a row that only looks numbers up, without a block."""
 SHARE_OF_LISTS = 0.4
@@ -84,6 +86,9 @@ class RowConfig:
     how many paths lie between them."""
     position_gaps: bool = True
     """Positions are left out in half of the rows."""
+    given_values: bool = False
+    """Two thirds of the searches have up to two variables more, whose values the question says: so questions and cases
+    are as long as in the evaluation, but no tree of blocks has more levels."""
     search_share: float = 0.35
     """Of the problems, after the first batches."""
     first_batches: int = 300
@@ -139,7 +144,8 @@ class RowMaker:
             number = rng.randint(2, MOST_LISTED)
             return sample_arithmetic(rng, number, (0, 0), num_spare=rng.randint(0, MOST_LISTED - number)), True
         if not is_first and rng.random() < self.config.search_share:
-            return sample_satisfiability(rng, rng.randint(3, MOST_VARIABLES)), False
+            num_split, num_given = rng.randint(3, MOST_VARIABLES), rng.randint(0, MOST_GIVEN * self.config.given_values)
+            return sample_satisfiability(rng, num_split + num_given, num_given), False
         number = rng.choices(range(2, MOST_CHAINS + 1), (4, 3, 2))[0]
         steps = (0, 0) if is_first else FEW_STEPS if rng.random() < SHARE_OF_FEW_STEPS else STEPS
         has_spare = links and self.config.spare_definitions

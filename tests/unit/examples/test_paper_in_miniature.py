@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -27,7 +28,7 @@ from miniature import STOPPED, MiniatureOptions, estimate, most_accurate, train_
 from official_mask import both_labels, leaky, two_labels  # noqa: E402
 from paper_figures import fit_latency  # noqa: E402
 from paper_report import draw, filled, read_results, tables  # noqa: E402
-from search import Satisfiability  # noqa: E402
+from search import Satisfiability, spell  # noqa: E402
 from settings import FULL, SMOKE, runs, tokenizer  # noqa: E402
 from tasks import check, sample_arithmetic, sample_satisfiability  # noqa: E402
 from training_rows import MiniLoader, RowConfig, RowMaker, gapped, official_positions, with_positions  # noqa: E402
@@ -92,6 +93,43 @@ def test_a_search_tries_the_clauses_of_the_variable_that_just_got_its_value() ->
     assert "\n1.1.2.2: D0E0Y1K1: aD0E0K1-\nK1-\n</Path>\n<Conclusion>\nK0+K1-\n" in tagged
     assert "\n2.1.1.1: D1E0Y0K0: aD0+>.\nK0+\n" in tagged
     assert tagged.endswith("D0+D1+\n</Conclusion>\n</Parallel>\n</Think>\n\nAnswer: D0E0Y1K0")
+
+
+def test_values_that_the_question_gives_are_not_searched() -> None:
+    rng = random.Random(5)
+    found = set()
+    for _ in range(30):
+        problem = sample_satisfiability(rng, 5, 2)
+        given = spell(problem.given)
+        assert len(problem.given) == 2 and problem.prompt.startswith(f"Set {given}{problem.variables[2]}, never ")
+        same = replace(problem, given=())
+        wanted = {spell(case) for case in same.solutions() if spell(case).startswith(given)}
+        assert problem.is_right(problem.answer) and problem.answer == next(iter(wanted), "no")
+        for text in ("plain", "tagged"):
+            response = problem.response(text)
+            assert check(problem, response)
+            cases = list(re.findall(r"^[\d.: ]*((?:[A-Z][01])+): ", response, re.MULTILINE))
+            assert cases and all(case.startswith(given) and len(case) > 4 for case in cases)
+        levels = [label.count(".") for label in re.findall(r"^([\d.]+): ", problem.response("tagged"), re.MULTILINE)]
+        assert max(levels) <= 2
+        found.add(problem.answer == "no")
+    assert found == {True, False}
+
+
+def test_rows_with_given_values_have_longer_cases_in_trees_no_deeper() -> None:
+    rows = [RowMaker(RowConfig(kind="multiverse", given_values=given), tokenizer()) for given in (False, True)]
+    for maker, most_literals in zip(rows, (4, 6), strict=True):
+        rng = random.Random(6)
+        responses = [text for prompt, text in (maker.text(rng, 5000) for _ in range(400)) if "never" in prompt]
+        lengths = {len(case) // 2 for text in responses for case in re.findall(r" ((?:[A-Z][01])+): ", text)}
+        assert max(lengths) == most_literals
+        assert max(_depth(text) for text in responses) == 4
+
+
+def _depth(text: str) -> int:
+    """Blocks that are open at once."""
+    steps = [1 if tag == "<Parallel>" else -1 for tag in re.findall(r"</?Parallel>", text)]
+    return max(itertools.accumulate(steps))
 
 
 def test_a_clause_is_compared_up_to_the_first_literal_that_the_case_does_not_have() -> None:
