@@ -1,8 +1,9 @@
 """How long a training run stands still for a checkpoint: one that it waits for, and one written beside the next steps.
 
     python -m benchmarks.bench_checkpoint --folder SCRATCH
+    python -m benchmarks.bench_checkpoint --folder SCRATCH --device cuda --model qwen2.5-7b --num-layers 2 --tokens 8192
 
-Trains a fresh model of about 100 million parameters on the CPU, float32, with and without `checkpoint.async_save`, in
+Trains a fresh model, by default of 110 million parameters on the CPU, with and without `checkpoint.async_save`, in
 turns, and reads from metrics.jsonl what a checkpoint cost. Beside it stand a step before it and the one after it, while
 files are written: writers take cores, too, and pages that training changes meanwhile are copied. All that is written is
 deleted.
@@ -10,23 +11,28 @@ deleted.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from benchmarks.kernels.cases import TAG_IDS
 from benchmarks.training_rows import PackedRows
 from megatron_multiverse.checkpoints.run_files import METRICS_FILE
 from megatron_multiverse.cli import parse_options, run_tool
-from megatron_multiverse.config import TrainConfig
+from megatron_multiverse.config import ModelConfig, TrainConfig
 from megatron_multiverse.files import write_json_atomic
+from megatron_multiverse.model.families import preset
 from megatron_multiverse.training.trainer import train
 
 SAVE_INTERVAL, STEPS = 4, 7
@@ -41,12 +47,31 @@ class Options:
     """Scratch folder on the disk to be measured; two runs at a time lie there."""
     rounds: int = 3
     """Runs of each kind and engine."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What trains; float32 on the CPU, bf16 on a GPU."""
+    model: str | None = None
+    """A published shape at its full width, model/families.py lists them; default a small one, 768 wide."""
     num_layers: int = 12
-    """Layers of 768 values."""
+    """Layers of it."""
+    vocab_size: int = 32768
+    """Ids of it."""
     tokens: int = 128
     """Tokens of a step."""
     output: str = ""
     """Write the figures here as JSON."""
+    commit: str = ""
+    """Commit to record; default that of the working tree."""
+
+
+def shape(o: Options) -> ModelConfig:
+    """The model to train."""
+    published = preset(o.model) if o.model else ModelConfig(
+        num_layers=12, hidden_size=768, ffn_hidden_size=2048, num_attention_heads=12, num_query_groups=12,
+        kv_channels=64, vocab_size=32768, max_sequence_length=128, share_embeddings_and_output_weights=True,
+    )  # fmt: skip
+    return dataclasses.replace(
+        published, num_layers=o.num_layers, vocab_size=o.vocab_size, max_sequence_length=o.tokens
+    )
 
 
 def run(o: Options, engine: str, is_async: bool) -> dict[str, Any]:
@@ -54,17 +79,14 @@ def run(o: Options, engine: str, is_async: bool) -> dict[str, Any]:
     folder = Path(o.folder) / f"{engine}_{'beside' if is_async else 'waiting'}"
     config = TrainConfig.from_dict(
         {
-            "model": {
-                "num_layers": o.num_layers, "hidden_size": 768, "ffn_hidden_size": 2048, "num_attention_heads": 12,
-                "num_query_groups": 12, "kv_channels": 64, "vocab_size": 32768, "max_sequence_length": o.tokens,
-                "share_embeddings_and_output_weights": True,
-            },
+            "model": dataclasses.asdict(shape(o)),
             "data": {"data_prefixes": ["none"], "seq_length": o.tokens},
             "checkpoint": {"save": str(folder), "save_interval": SAVE_INTERVAL, "keep_last": 1, "async_save": is_async},
-            "log": {"log_interval": 1}, "train_iters": STEPS, "engine": engine, "device": "cpu",
+            "log": {"log_interval": 1}, "train_iters": STEPS, "engine": engine, "device": o.device,
+            "dtype": "bf16" if o.device == "cuda" else "float32",
         }
     )  # fmt: skip
-    train(config, PackedRows("packed", o.tokens, 32000, 0, 1))
+    train(config, PackedRows("packed", o.tokens, TAG_IDS[0], 0, 1))
     rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     size = sum(file.stat().st_size for file in folder.glob("iter_*/*"))
     shutil.rmtree(folder)
@@ -87,13 +109,16 @@ def measure(o: Options) -> dict[str, Any]:
     """All runs, and for each kind the medians."""
     kinds = [(engine, is_async) for engine in ("one_process", "megatron") for is_async in (False, True)]
     runs = [run(o, *kind) for _ in range(o.rounds) for kind in kinds]
+    placeholders = {o.folder: "SCRATCH", o.output: "OUTPUT"}
+    arguments = [placeholders.get(argument, argument) for argument in sys.argv[1:]]
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": head,
+        "commit": o.commit or head,
         "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if o.device == "cuda" else None,
         "torch": torch.__version__,
-        "command": "python -m benchmarks.bench_checkpoint --folder SCRATCH",
+        "command": shlex.join(["python", "-m", "benchmarks.bench_checkpoint", *arguments]),
         "parameters": runs[0]["parameters"],
         "gigabytes": runs[0]["gigabytes"],
     }
