@@ -211,7 +211,8 @@ class TrainConfig:
     eval_interval: int = 0
     """Steps between validations; 0 validates at the end only, if there is a validation set."""
     eval_iters: int = 10
-    """Microbatches per validation on each data parallel rank, always the same ones."""
+    """Microbatches per validation on each data parallel rank, always the same ones; fewer where that is the whole
+    validation set, of which no row counts twice."""
     eval_prompts: int = 0
     """Prompts of the validation set that the model answers freely at each validation, always the first ones; not with
     ZeRO 3 or an interleaved pipeline. 0 answers none."""
