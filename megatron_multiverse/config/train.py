@@ -220,9 +220,13 @@ class TrainConfig:
     """Most tokens of such an answer."""
 
     def __post_init__(self) -> None:
+        given = [name for name in ("model", "model_preset", "init_from") if getattr(self, name) is not None]
+        null = ", or pass --model null" if "model" in given else ""
+        remedy = f": take the others out of the config file{null}" if given else ""
         check(
-            sum(value is not None for value in (self.model, self.model_preset, self.init_from)) == 1,
-            "give exactly one of `model` and `model_preset` (fresh weights) and `init_from` (a saved model folder)",
+            len(given) == 1,
+            "give exactly one of `model` and `model_preset` (fresh weights) and `init_from` (a saved model folder), "
+            f"got {' and '.join(given) or 'none'}{remedy}",
         )
         check(
             self.init_from is not None or not self.add_control_tokens,

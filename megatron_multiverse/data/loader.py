@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_multiverse.data.mixture import Mixture
 from megatron_multiverse.data.packing import Overlong, Packing, pack
 from megatron_multiverse.data.sft_dataset import SFTDataset, pack_arrays
-from megatron_multiverse.errors import CheckpointError, ConfigError, MultiverseError
+from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, MultiverseError
 
 logger = logging.getLogger(__name__)
 
@@ -144,11 +144,31 @@ class SFTLoader:
             pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
         )
-        for batch in loader:
+        batches = iter(loader)
+        while (batch := self._next(batches)) is not None:
             if isinstance(batch, MultiverseError):
                 raise batch
             _, self._epoch, self._consumed, _ = next(states)
             yield batch
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """The next batch, None at the end.
+
+        Raises:
+            DataError: a loader process is gone. What torch says of that is often what its socket said.
+        """
+        try:
+            return next(batches, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            if not self.num_workers:
+                raise
+            files = ", ".join(f"{prefix}.bin" for prefix in self.dataset.prefixes)
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(
+                f"a process that loads data ended ({said}): it was killed, as when memory runs out, or a file was cut "
+                f"off while it was read ({files}). Look at both, then start again: a run goes on from its last "
+                "checkpoint. Fewer num_workers take less memory"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: after the last batch that was yielded. The same on all ranks."""
@@ -173,14 +193,25 @@ class SFTLoader:
         differing = [name for name in names if state.get(name) != mine.get(name)]
         if differing:
             what = ", ".join(f"{name}: saved {state.get(name)}, now {mine.get(name)}" for name in differing)
-            raise CheckpointError(f"the data position cannot be resumed ({what}); use the data and settings of the run")
+            raise CheckpointError(
+                f"the data position cannot be resumed ({what}): give the data and settings of the run. To go on from "
+                "its weights with others, start a new run: another checkpoint.save, and this run's folder as init_from"
+            )
         self._epoch, self._consumed = state["epoch"], state["consumed_packs"]
 
     def _pack(self, epoch: int) -> Packing:
         if epoch not in self._packings:
             lengths, length = self.dataset.lengths, self.seq_length
             mixed = None if self.mixture is None else self.mixture.documents(self.seed, epoch)
-            packing = pack(lengths, length, seed=self.seed, epoch=epoch, overlong=self.overlong, documents=mixed)
+            packing = pack(
+                lengths,
+                length,
+                seed=self.seed,
+                epoch=epoch,
+                overlong=self.overlong,
+                documents=mixed,
+                name=self.sample_name,
+            )
             if len(packing.packs) < self.packs_per_microbatch and self.tail == "drop":
                 raise ConfigError(
                     f"epoch {epoch} has {len(packing.packs)} packs, fewer than micro_batch_size x data_parallel_size "

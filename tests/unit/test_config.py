@@ -72,8 +72,8 @@ def test_round_trip_through_plain_values_and_json(tmp_path: Path) -> None:
         ("model.num_query_groups", 3, r"num_attention_heads \(4\) must be divisible"),
         ("model.kv_channels", 15, r"must be even"),
         ("model.hidden_size", 0, r"model.hidden_size must be at least 1, got 0"),
-        ("init_from", "folder", r"exactly one of `model`"),
-        ("model", None, r"exactly one of `model`"),
+        ("init_from", "folder", r"exactly one of `model`.*, got model and init_from: .*, or pass --model null$"),
+        ("model", None, r"exactly one of `model`.*, got none$"),
         ("parallel.tensor_model_parallel_size", 2, r"1 ranks \(WORLD_SIZE\) cannot be divided into groups of 2"),
         (
             "parallel.virtual_pipeline_model_parallel_size",

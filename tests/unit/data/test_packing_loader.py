@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from itertools import islice
 
 import numpy as np
@@ -40,10 +42,12 @@ def test_overlong_documents_are_refused_or_dropped_and_counted(lengths, seq_leng
     if too_long == 0:
         assert pack(lengths, seq_length, seed=0, epoch=0, overlong="drop").dropped == 0
         return
-    with pytest.raises(DataError, match=f"{too_long} of {len(lengths)} documents are longer"):
+    named = f"{too_long} of {len(lengths)} documents are longer.*, the longest \\(document {lengths.argmax()}\\) has "
+    with pytest.raises(DataError, match=named):
         pack(lengths, seq_length, seed=0, epoch=0)
     if too_long == len(lengths):
-        with pytest.raises(DataError, match="no document fits"):
+        named = f"no document of epoch 0 fits into seq_length .*, the shortest has {lengths.min()} tokens"
+        with pytest.raises(DataError, match=named):
             pack(lengths, seq_length, seed=0, epoch=0, overlong="drop")
         return
     packing = pack(lengths, seq_length, seed=0, epoch=0, overlong="drop")
@@ -214,6 +218,24 @@ def test_a_broken_document_is_one_clear_error_from_any_process(tmp_path, num_wor
     assert "Traceback" not in str(caught.value) and "worker process" not in str(caught.value)
 
 
+def test_a_loader_process_that_is_gone_is_told_with_the_files_it_read(dataset):
+    loader, others = _loader(dataset, num_workers=1, tail="continue"), set(multiprocessing.active_children())
+    batches = iter(loader)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - others
+    # torch raises in its handler of this signal, wherever the main thread is by then: in this test, perhaps.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    try:
+        worker.kill()
+        worker.join()
+        told = rf"^a process that loads data ended \(.*{dataset.prefixes[0]}\.bin\)\. Look at both"
+        with pytest.raises(DataError, match=told):
+            for _ in range(100):  # those made beforehand come first
+                next(batches)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+
+
 def test_impossible_batches_are_refused(dataset):
     with pytest.raises(ConfigError, match="fewer than micro_batch_size"):
         _loader(dataset, micro_batch_size=100)
@@ -226,6 +248,14 @@ def test_epochs_of_a_mixture_that_give_no_batch_are_refused(dataset):
     loader = _loader(dataset, micro_batch_size=5, mixture=Mixture((0.0, 1.0), 2, len(dataset)))
     with pytest.raises(ConfigError, match=r"^epoch 1 has 2 packs, fewer than micro_batch_size"):
         _take(loader, 20)
+
+
+def test_an_overlong_document_is_named_with_its_prefix(dataset):
+    longest = int(dataset.lengths.argmax())
+    with pytest.raises(
+        DataError, match=rf"the longest \({dataset.prefixes[0]} document {longest}\) has 8 tokens; raise"
+    ):
+        _loader(dataset, seq_length=7)
 
 
 def test_dropped_documents_are_logged(dataset, caplog):
