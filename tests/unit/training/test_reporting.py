@@ -16,7 +16,7 @@ from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.training.flops import matmul_parameters, peak_of, peak_tflops, training_flops
 from megatron_multiverse.training.metrics import MetricsWriter, format_duration
 from megatron_multiverse.training.optim import build_optimizer, build_scheduler
-from megatron_multiverse.views.loss_curves import plot_loss, read_history, running_mean
+from megatron_multiverse.views.loss_curves import plot_loss, read_histories, read_history, running_mean
 
 
 def write_metrics(folder: Path, *records: dict) -> None:
@@ -44,6 +44,19 @@ def test_steps_done_again_after_a_crash_replace_the_lost_ones(tmp_path: Path) ->
     assert history.valid == {} and history.resumes == [3]
     plot_loss([tmp_path / "run"], tmp_path / "out" / "loss.png")
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a/x/run", "b/x/run", "b/other", "c/checkpoints"]
+    for name in names:
+        write_metrics(tmp_path / name, line("train", 1, loss=1.0))
+    read = read_histories([tmp_path / name for name in names])
+    assert [history.name for history in read] == ["a/x/run", "b/x/run", "other", "c"]
+    assert [history.name for history in read_histories([tmp_path / names[0]])] == ["run"]
+    monkeypatch.chdir(tmp_path / "b/other")
+    assert [history.name for history in read_histories([Path("."), Path("../x/run")])] == ["other", "run"]
+    with pytest.raises(ConfigError, match=rf"^--runs names {tmp_path}/b/other twice"):
+        read_histories([Path("."), tmp_path / "b/other"])
 
 
 def test_unreadable_metrics_are_named(tmp_path: Path) -> None:
