@@ -62,6 +62,10 @@ class OptimConfig:
             check(0 <= getattr(self, name) < 1, f"optim.{name} must lie in [0, 1), got {getattr(self, name)}")
         check_choices(self, "optim.")
 
+    def wsd_decay_iters(self, decay_iters: int) -> int:
+        """Length of the wsd decay of a schedule over so many steps."""
+        return self.lr_wsd_decay_iters or max(1, decay_iters // 10)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -244,6 +248,13 @@ class TrainConfig:
         )
         end = self.optim.lr_decay_iters or self.train_iters
         check(warmup < end, f"optim.lr_warmup_iters ({warmup}) must be below {name} ({end}): lower it, or raise that")
+        falling = self.optim.wsd_decay_iters(end)
+        check(
+            self.optim.lr_decay_style != "wsd" or warmup + falling <= end,
+            f"optim.lr_warmup_iters ({warmup}) and the {falling} steps over which wsd lets the learning rate fall "
+            f"(optim.lr_wsd_decay_iters, by default a tenth of all) must not exceed {name} ({end}) together: lower "
+            "them, or raise that",
+        )
         tokens = self.data.micro_batch_size * self.data.seq_length
         parts = self.parallel.token_parts
         check(

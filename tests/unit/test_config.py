@@ -68,6 +68,12 @@ def test_round_trip_through_plain_values_and_json(tmp_path: Path) -> None:
         ("optim.lr_decay_style", "step", r"'step', allowed: cosine, wsd, constant"),
         ("optim.lr_warmup_iters", 1000, r"must be below train_iters \(1000\)"),
         ("optim", {"lr_warmup_iters": 5, "lr_decay_iters": 5}, r"must be below optim\.lr_decay_iters \(5\)"),
+        (
+            "optim",
+            {"lr_decay_style": "wsd", "lr_wsd_decay_iters": 2000},
+            r"\(0\) and the 2000 steps .* \(1000\) together",
+        ),
+        ("optim", {"lr_decay_style": "wsd", "lr_warmup_iters": 950}, r"\(950\) and the 100 steps .* \(1000\) together"),
         ("optim.lr_decay_iters", -1, r"lr_decay_iters must not be negative"),
         ("model.num_query_groups", 3, r"num_attention_heads \(4\) must be divisible"),
         ("model.kv_channels", 15, r"must be even"),

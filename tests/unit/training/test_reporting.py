@@ -172,6 +172,28 @@ def test_peaks_are_those_of_the_very_part(name: str, bf16: float | None) -> None
 
 
 @pytest.mark.parametrize(
+    ("changes", "is_told"),
+    [
+        ({"lr_decay_iters": 4}, True),
+        ({"lr_decay_iters": 4, "lr_decay_style": "wsd"}, True),
+        ({"lr_decay_iters": 4, "min_lr": 0.1}, False),
+        ({"lr_decay_iters": 4, "lr_decay_style": "constant"}, False),
+        ({"lr_decay_iters": 6}, False),
+        ({}, False),
+    ],
+)
+def test_steps_with_a_learning_rate_of_zero_are_told_at_the_start(changes, is_told, caplog) -> None:
+    config = OptimConfig(lr=1.0, **changes)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), config)
+    scheduler, rates = build_scheduler(optimizer, config, 6), []
+    for _ in range(6):
+        scheduler.step(1)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert (rates[3:] == [0, 0, 0]) == is_told, "that it is so, and that it is told"
+    assert ("the learning rate is 0 from step 4 on, so that the steps up to 6 train nothing" in caplog.text) == is_told
+
+
+@pytest.mark.parametrize(
     ("style", "want"),
     [
         ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
