@@ -77,7 +77,7 @@ def quickstart_rows(folder: Path, tokens: int, workers: int) -> SFTLoader:
         micro_batch_size=1,
         pad=tokenizer.pad,
         num_workers=workers,
-        tail="cycle",
+        tail="continue",
         overlong="drop",
     )
 

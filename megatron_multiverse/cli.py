@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import keyword
+import os
 import re
 import sys
 import traceback
@@ -86,7 +87,8 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
     Flags may be written as Megatron does: with hyphens (``--num-rows``) or underscores, switches without a value
     (``--append-eod``), lists as several words (``--json-keys prompt response``), fields of a nested dataclass after a
     dot (``--sampling.top-k 5``). Texts and paths are taken as they are written, also where YAML would read them as
-    nothing (``null``, ``# a comment``). Values of the wrong type end the script with a message.
+    nothing (``null``, ``# a comment``). Values of the wrong type end the script with a message. Flags override the
+    files of ``--config`` wherever these stand; of a flag that is given twice the last one counts, and stderr says so.
 
     Args:
         cls: a dataclass whose fields are the flags.
@@ -116,14 +118,38 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
     parser.add_argument("--config", action="config", help="YAML file; flags override it")
     parser.add_argument(DEBUG_FLAG, action="store_true", help="show the traceback of an error")
     parser.add_class_arguments(cls)
-    given = [_underscored(argument) for argument in (sys.argv[1:] if args is None else args)]
+    given = _files_first([_underscored(argument) for argument in (sys.argv[1:] if args is None else args)])
     _refuse_wrong_keys(cls, given)
     _refuse_unknown_flags(cls, given)
+    _tell_of_repetitions(given)
     given, texts = _with_values(cls, given)
     parsed = parser.parse_args(given)
     for name, text in texts.items():
         parsed[name] = text
     return _build(cls, parsed)
+
+
+def _files_first(args: list[str]) -> list[str]:
+    """The command line with every --config before the flags, which override it: jsonargparse reads from the left."""
+    files: list[str] = []
+    rest: list[str] = []
+    taking = rest
+    for argument in args:
+        if argument.startswith("--"):
+            taking = files if argument.partition("=")[0] == "--config" else rest
+        taking.append(argument)
+    return files + rest
+
+
+def _tell_of_repetitions(args: list[str]) -> None:
+    """Say which value counts where a flag is given twice: of a list, people expect both to."""
+    seen: dict[str, list[str]] = {}
+    for flag, words in _flags_with_words(args):
+        if seen.get(flag, words) != words and flag != "--config" and os.environ.get("RANK", "0") == "0":
+            shown = _hyphenated(flag)
+            print(f"{shown} is given twice: {' '.join(words) or 'the second'} counts", file=sys.stderr)
+        if flag.startswith("--") and not flag.endswith("+"):  # the ending appends to a list
+            seen[flag] = words
 
 
 def _told(message: str) -> str:

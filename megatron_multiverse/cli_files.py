@@ -28,7 +28,8 @@ def refuse_wrong_file(cls: type[Any], file: Path) -> None:
     """Refuse a YAML file that does not fill the dataclass `cls`; of the values, jsonargparse says whether they fit.
 
     Raises:
-        ConfigError: no YAML, nothing in it, or a key that is unknown, stands twice or has nothing below it.
+        ConfigError: no YAML, nothing in it, or a key that is unknown, stands twice, also beside its section, or has
+            nothing below it.
     """
     with open(file, encoding="utf-8", errors="replace") as stream:
         try:
@@ -77,6 +78,9 @@ def _refuse_keys(whole: type[Any], cls: type[Any], values: dict[Any, Any], where
         if not section and name in _OF_EVERY_TOOL:
             continue
         _refuse_key(whole, cls, name, no_setting, section)
+        head = name.partition(".")[0]
+        if head != name and head in values:  # jsonargparse lets the later of them replace what the earlier one set
+            raise ConfigError(f"{where}{section}{name} and {section}{head} stand side by side: write it below {head}")
         part = part_of(hints.get(name))  # none where the key has dots: jsonargparse takes it apart
         if part is None:
             continue

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import TrainConfig
-from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,11 @@ def dry_run(config: TrainConfig, options: Options) -> None:
 
     shape, steps = options.dry_run_shape, options.dry_run_steps
     # Before the ranks meet: the report makes process groups of its own. One of them speaks for all.
-    lines = report(config, describe_model(config) if shape is None else preset(shape))
+    try:
+        model_config = describe_model(config) if shape is None else preset(shape)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or name its published shape, as in --dry-run-shape qwen2.5-7b") from error
+    lines = report(config, model_config)
     speaks = os.environ.get("RANK", "0") == "0"
     if speaks:
         print(lines, flush=True)

@@ -62,6 +62,10 @@ class OptimConfig:
             check(0 <= getattr(self, name) < 1, f"optim.{name} must lie in [0, 1), got {getattr(self, name)}")
         check_choices(self, "optim.")
 
+    def wsd_decay_iters(self, decay_iters: int) -> int:
+        """Length of the wsd decay of a schedule over so many steps."""
+        return self.lr_wsd_decay_iters or max(1, decay_iters // 10)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -211,7 +215,8 @@ class TrainConfig:
     eval_interval: int = 0
     """Steps between validations; 0 validates at the end only, if there is a validation set."""
     eval_iters: int = 10
-    """Microbatches per validation on each data parallel rank, always the same ones."""
+    """Microbatches per validation on each data parallel rank, always the same ones; fewer where that is the whole
+    validation set, of which no row counts twice."""
     eval_prompts: int = 0
     """Prompts of the validation set that the model answers freely at each validation, always the first ones; not with
     ZeRO 3 or an interleaved pipeline. 0 answers none."""
@@ -219,9 +224,13 @@ class TrainConfig:
     """Most tokens of such an answer."""
 
     def __post_init__(self) -> None:
+        given = [name for name in ("model", "model_preset", "init_from") if getattr(self, name) is not None]
+        null = ", or pass --model null" if "model" in given else ""
+        remedy = f": take the others out of the config file{null}" if given else ""
         check(
-            sum(value is not None for value in (self.model, self.model_preset, self.init_from)) == 1,
-            "give exactly one of `model` and `model_preset` (fresh weights) and `init_from` (a saved model folder)",
+            len(given) == 1,
+            "give exactly one of `model` and `model_preset` (fresh weights) and `init_from` (a saved model folder), "
+            f"got {' and '.join(given) or 'none'}{remedy}",
         )
         check(
             self.init_from is not None or not self.add_control_tokens,
@@ -239,6 +248,13 @@ class TrainConfig:
         )
         end = self.optim.lr_decay_iters or self.train_iters
         check(warmup < end, f"optim.lr_warmup_iters ({warmup}) must be below {name} ({end}): lower it, or raise that")
+        falling = self.optim.wsd_decay_iters(end)
+        check(
+            self.optim.lr_decay_style != "wsd" or warmup + falling <= end,
+            f"optim.lr_warmup_iters ({warmup}) and the {falling} steps over which wsd lets the learning rate fall "
+            f"(optim.lr_wsd_decay_iters, by default a tenth of all) must not exceed {name} ({end}) together: lower "
+            "them, or raise that",
+        )
         tokens = self.data.micro_batch_size * self.data.seq_length
         parts = self.parallel.token_parts
         check(

@@ -35,7 +35,7 @@ def load_hf_backend(model: Path) -> tuple[Any, dict[str, Any]]:
         ConfigError: there is no tokenizer, or its files are damaged.
     """
     file = model / "tokenizer.json" if model.is_dir() else model
-    whole = model.with_name("tokenizer.json")
+    whole = model.parent / "tokenizer.json"  # not with_name, which "." has none for
     if file == model != whole and file.suffix == ".json" and whole.is_file():
         raise ConfigError(f"{model} is no tokenizer: give its folder, {model.parent}")
     if file.is_file() and file.suffix == ".json":

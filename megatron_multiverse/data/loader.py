@@ -2,7 +2,8 @@
 
 The order of packs depends on seed and epoch alone. All ranks take their microbatches from the same stretch of
 `micro_batch_size x data_parallel_size` neighbouring packs (`packs_per_microbatch`), each its own part of it. The state
-counts packs, so a run may resume on another number of ranks and sees the same packs in the same order.
+counts packs, so a run may resume on another number of ranks and sees the same packs in the same order. With the tail
+"continue" the packs of all epochs are one sequence: which of them make a step depends on its size alone, not on ranks.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_multiverse.data.mixture import Mixture
 from megatron_multiverse.data.packing import Overlong, Packing, pack
 from megatron_multiverse.data.sft_dataset import SFTDataset, pack_arrays
-from megatron_multiverse.errors import CheckpointError, ConfigError, MultiverseError
+from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, MultiverseError
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, torch.Tensor]
-Tail = Literal["drop", "cycle"]
+Tail = Literal["drop", "continue", "pad"]
 
 
 class SFTLoader:
@@ -34,7 +35,7 @@ class SFTLoader:
     Each batch holds, with b = micro_batch_size and s = seq_length: ``input_ids``, ``labels``, ``position_ids``
     int64 [b, s], ``loss_mask`` float32 [b, s], ``r`` int32 [b, s]; with D documents, ``documents`` int32 [b, D, 2],
     ``sample_ids`` int64 [b, D], ``malformed`` bool [b, D]; see `pack_arrays`. D is the same for all batches of an
-    epoch: room for its fullest pack and padding, rounded up to a power of two.
+    epoch: room for its fullest pack and padding, rounded up to a power of two; of two epochs, for both.
 
     Args:
         dataset: the documents.
@@ -46,8 +47,9 @@ class SFTLoader:
         data_parallel_size: number of such parts.
         num_workers: processes that parse and pack ahead of time; 0 does it in this one.
         epochs: passes over the data; None never ends.
-        tail: what happens to the packs at the end of an epoch that do not give every rank a microbatch: leave them
-            out, or add the first packs of the epoch.
+        tail: what happens to the packs at the end of an epoch that do not give every rank a microbatch: "drop" leaves
+            them out, "continue" adds the first packs of the next epoch (rows of padding after the last one), "pad" rows
+            of padding.
         overlong: documents longer than `seq_length`: "refuse" raises, "drop" leaves them out and logs how many.
         train_forced_tokens: also train on what the engine forces.
         mixture: which documents an epoch has; default all, in every epoch.
@@ -91,17 +93,12 @@ class SFTLoader:
         self._epoch = 0
         self._consumed = 0  # packs of this epoch, over all ranks
         self._packings: dict[int, Packing] = {}  # of the epochs last asked for
-        self._packing = self._pack(0)
+        self._pack(0)
         if too_long := int((dataset.lengths > seq_length).sum()):
             logger.warning(
                 "%d of %d documents are longer than seq_length (%d) and are dropped",
                 too_long, len(dataset), seq_length,
             )  # fmt: skip
-        if len(self._packing.packs) < self.packs_per_microbatch and tail == "drop":
-            raise ConfigError(
-                f"an epoch has {len(self._packing.packs)} packs, fewer than micro_batch_size x data_parallel_size "
-                f"({self.packs_per_microbatch}); make the batch or seq_length smaller, or set tail to cycle"
-            )
 
     @property
     def epoch(self) -> int:
@@ -128,7 +125,7 @@ class SFTLoader:
     @property
     def fill(self) -> float:
         """Share of token places of the current epoch that is not padding."""
-        return self._packing.fill
+        return self._pack(self._epoch).fill
 
     def __iter__(self) -> Iterator[Batch]:
         schedule = _Schedule(self, self._epoch, self._consumed)
@@ -147,11 +144,31 @@ class SFTLoader:
             pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
         )
-        for batch in loader:
+        batches = iter(loader)
+        while (batch := self._next(batches)) is not None:
             if isinstance(batch, MultiverseError):
                 raise batch
-            _, self._epoch, self._consumed, self._packing = next(states)
+            _, self._epoch, self._consumed, _ = next(states)
             yield batch
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """The next batch, None at the end.
+
+        Raises:
+            DataError: a loader process is gone. What torch says of that is often what its socket said.
+        """
+        try:
+            return next(batches, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            if not self.num_workers:
+                raise
+            files = ", ".join(f"{prefix}.bin" for prefix in self.dataset.prefixes)
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(
+                f"a process that loads data ended ({said}): it was killed, as when memory runs out, or a file was cut "
+                f"off while it was read ({files}). Look at both, then start again: a run goes on from its last "
+                "checkpoint. Fewer num_workers take less memory"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: after the last batch that was yielded. The same on all ranks."""
@@ -176,15 +193,30 @@ class SFTLoader:
         differing = [name for name in names if state.get(name) != mine.get(name)]
         if differing:
             what = ", ".join(f"{name}: saved {state.get(name)}, now {mine.get(name)}" for name in differing)
-            raise CheckpointError(f"the data position cannot be resumed ({what}); use the data and settings of the run")
+            raise CheckpointError(
+                f"the data position cannot be resumed ({what}): give the data and settings of the run. To go on from "
+                "its weights with others, start a new run: another checkpoint.save, and this run's folder as init_from"
+            )
         self._epoch, self._consumed = state["epoch"], state["consumed_packs"]
-        self._packing = self._pack(self._epoch)
 
     def _pack(self, epoch: int) -> Packing:
         if epoch not in self._packings:
             lengths, length = self.dataset.lengths, self.seq_length
             mixed = None if self.mixture is None else self.mixture.documents(self.seed, epoch)
-            packing = pack(lengths, length, seed=self.seed, epoch=epoch, overlong=self.overlong, documents=mixed)
+            packing = pack(
+                lengths,
+                length,
+                seed=self.seed,
+                epoch=epoch,
+                overlong=self.overlong,
+                documents=mixed,
+                name=self.sample_name,
+            )
+            if len(packing.packs) < self.packs_per_microbatch and self.tail == "drop":
+                raise ConfigError(
+                    f"epoch {epoch} has {len(packing.packs)} packs, fewer than micro_batch_size x data_parallel_size "
+                    f"({self.packs_per_microbatch}); make the batch or seq_length smaller, or set tail to continue"
+                )
             self._packings = {k: old for k, old in self._packings.items() if k == epoch - 1} | {epoch: packing}
         return self._packings[epoch]
 
@@ -198,23 +230,36 @@ class _Schedule:
 
     def __iter__(self) -> Iterator[tuple[list[list[int]], int]]:
         """What `_PackDataset` takes for each batch: its packs, and D, the number of documents it has room for."""
-        for packs, _, _, packing in self.walk():
-            yield packs, 1 << packing.most_documents.bit_length()
+        for packs, _, _, most_documents in self.walk():
+            yield packs, 1 << most_documents.bit_length()
 
-    def walk(self) -> Iterator[tuple[list[list[int]], int, int, Packing]]:
-        """This rank's packs of each batch, and the state after it: epoch, packs consumed, packing."""
-        loader = self._loader
+    def walk(self) -> Iterator[tuple[list[list[int]], int, int, int]]:
+        """This rank's packs of each batch, an empty one for a row of padding; the state after it, epoch and packs
+        consumed; documents of the fullest pack of its epochs."""
         epoch, consumed = self._start
-        step, size = loader.packs_per_microbatch, loader.micro_batch_size
+        size, first = self._loader.micro_batch_size, self._loader.rank * self._loader.micro_batch_size
+        while True:
+            packs, epoch, consumed, most_documents = self._stretch(epoch, consumed)
+            if not packs:
+                return
+            packs += [[] for _ in range(self._loader.packs_per_microbatch - len(packs))]
+            yield packs[first : first + size], epoch, consumed, most_documents
+
+    def _stretch(self, epoch: int, consumed: int) -> tuple[list[list[int]], int, int, int]:
+        """The packs of all ranks for a batch, fewer where they end; else as `walk` gives it."""
+        loader, packs, most_documents = self._loader, list[list[int]](), 0
         while loader.epochs is None or epoch < loader.epochs:
             packing = loader._pack(epoch)
-            packs = packing.packs
-            while consumed + step <= len(packs) or (loader.tail == "cycle" and consumed < len(packs)):
-                first = consumed + loader.rank * size
-                mine = [packs[k % len(packs)] for k in range(first, first + size)]
-                consumed += step
-                yield mine, epoch, consumed, packing
+            part = packing.packs[consumed : consumed + loader.packs_per_microbatch - len(packs)]
+            if part:
+                packs, consumed = packs + part, consumed + len(part)
+                most_documents = max(most_documents, packing.most_documents)
+            if len(packs) == loader.packs_per_microbatch or (packs and loader.tail == "pad"):
+                break
+            if loader.tail == "drop":
+                packs, most_documents = [], 0
             epoch, consumed = epoch + 1, 0
+        return packs, epoch, consumed, most_documents
 
 
 class _PackDataset(Dataset["Batch | MultiverseError"]):

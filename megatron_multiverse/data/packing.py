@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -48,6 +49,7 @@ def pack(
     epoch: int,
     overlong: Overlong = "refuse",
     documents: npt.NDArray[np.int64] | None = None,
+    name: Callable[[int], str] = "document {}".format,
 ) -> Packing:
     """Shuffle the documents and put each into the open pack where it leaves the least room.
 
@@ -60,6 +62,7 @@ def pack(
         epoch: number of the pass over the data; each has its own order.
         overlong: what happens to documents longer than `seq_length`: leave them out, or raise.
         documents: those that take part in this epoch; default all.
+        name: what an error calls a document.
 
     Raises:
         DataError: a document is too long and `overlong` is "refuse", or no document is left.
@@ -68,13 +71,16 @@ def pack(
     if len(too_long) and overlong == "refuse":
         raise DataError(
             f"{len(too_long)} of {len(lengths)} documents are longer than seq_length ({seq_length}), the longest "
-            f"(document {int(lengths.argmax())}) has {int(lengths.max())} tokens; raise seq_length or set "
-            "overlong to drop"
+            f"({name(int(lengths.argmax()))}) has {int(lengths.max())} tokens; raise data.seq_length, or set "
+            "data.overlong to drop, which leaves them out"
         )
     taking_part = np.arange(len(lengths)) if documents is None else documents
     own = lengths[taking_part]
     if not (own <= seq_length).any():
-        raise DataError(f"no document fits into seq_length ({seq_length}); raise it")
+        raise DataError(
+            f"no document of epoch {epoch} fits into seq_length ({seq_length}), the shortest has "
+            f"{int(own.min(initial=lengths.max(initial=0)))} tokens; raise data.seq_length"
+        )
     rng = np.random.default_rng([seed, epoch])
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, pack), sorted

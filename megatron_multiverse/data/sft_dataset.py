@@ -74,6 +74,8 @@ class SFTDataset:
         self._first = np.cumsum([0, *map(len, pairs)])
         self.lengths: npt.NDArray[np.int64] = np.concatenate([pair.sum(axis=1, dtype=np.int64) for pair in pairs])
         """Tokens per document, shape [len(self)]."""
+        self.prompt_lengths: npt.NDArray[np.int64] = np.concatenate([pair[:, 0].astype(np.int64) for pair in pairs])
+        """Those of them that are its prompt, shape [len(self)]; 0 where a document has none."""
         self._fingerprint: str | None = None
 
     def __len__(self) -> int:

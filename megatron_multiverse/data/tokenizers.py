@@ -355,8 +355,13 @@ def build_tokenizer(tokenizer_type: TokenizerType, tokenizer_model: str | Path) 
         tokenizer_model: folder, file or (Hugging Face) hub name.
 
     Raises:
-        ConfigError: unknown type, unreadable model, or one that cannot keep tags and newlines as tokens.
+        ConfigError: no name, unknown type, unreadable model, or one that cannot keep tags and newlines as tokens.
     """
+    if not str(tokenizer_model):
+        raise ConfigError(
+            "tokenizer_model is empty: name the tokenizer, a folder with tokenizer.json, a hub name, or with "
+            "SentencePieceTokenizer a model file"
+        )
     if tokenizer_type == "HuggingFaceTokenizer":
         return HuggingFaceTokenizer(tokenizer_model)
     if tokenizer_type == "SentencePieceTokenizer":

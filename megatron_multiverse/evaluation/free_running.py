@@ -11,9 +11,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from megatron_multiverse.config import EngineConfig, SamplingParams, TrainConfig
 from megatron_multiverse.data.sft_dataset import SFTDataset
 from megatron_multiverse.data.tokenizers import build_tokenizer
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.step.model_ranks import ModelRanks
 from megatron_multiverse.inference.step.runner import Runner
@@ -23,13 +26,14 @@ from megatron_multiverse.model.mcore import parallel_state
 from megatron_multiverse.parallel.ranks import current_ranks
 from megatron_multiverse.training.engine import TrainEngine
 from megatron_multiverse.training.metrics import MetricsWriter
+from megatron_multiverse.training.start import describe_model
 
 logger = logging.getLogger(__name__)
 
 
 class FreeRunning:
-    """Greedy answers to the first prompts of the validation set, always the same ones. Changes no weight and no random
-    generator.
+    """Greedy answers to the first prompts of the validation set, always the same ones (`askable`). Changes no weight
+    and no random generator.
 
     Ranks that hold one model between them (tensor parallel, pipeline stages) answer together. Data and context parallel
     ranks have whole models of their own and share the prompts out.
@@ -38,7 +42,7 @@ class FreeRunning:
         config: the run, with `eval_prompts` above 0.
 
     Raises:
-        ConfigError: the tokenizer is not there.
+        ConfigError: the tokenizer is not there, or no document of the validation set has a prompt that can be answered.
         DataError: the validation set is not there, or damaged.
     """
 
@@ -46,7 +50,7 @@ class FreeRunning:
         data = config.data
         self._config, self._tokenizer = config, build_tokenizer(data.tokenizer_type, data.tokenizer_model)
         documents = SFTDataset(list(data.valid_prefixes), self._tokenizer.structure_vocab, malformed="causal")
-        self._prompts = [documents.prompt(number) for number in range(min(config.eval_prompts, len(documents)))]
+        self._prompts = [documents.prompt(number) for number in askable(config, documents)]
 
     def __call__(self, engine: TrainEngine, step: int, metrics: MetricsWriter) -> None:
         """Answer every prompt; each answer is a line of metrics.jsonl, all together are one of the log.
@@ -91,6 +95,30 @@ class FreeRunning:
             return engine.generate([Request(prompt_ids=prompt, sampling=sampling) for prompt in prompts])
         finally:
             engine.close()
+
+
+def askable(config: TrainConfig, documents: SFTDataset) -> list[int]:
+    """The first documents of the validation set whose prompts the engine takes, `config.eval_prompts` of them or fewer.
+
+    Documents of continued pretraining have no prompt, and one as long as the model's positions leaves no room for an
+    answer. The engine refuses both, which would end the run at its first validation.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    room = describe_model(config).max_sequence_length
+    lengths = documents.prompt_lengths
+    found = np.flatnonzero((lengths > 0) & (lengths < room))[: config.eval_prompts]
+    if len(found) == 0:
+        raise ConfigError(
+            f"eval_prompts {config.eval_prompts} finds no prompt in data.valid_prefixes: of {len(lengths)} documents "
+            f"{int((lengths == 0).sum())} have none, the prompts of the others leave no room in the model's {room} "
+            "positions. Set it to 0, or name a validation set with a column for prompts"
+        )
+    passed_over = int(found[-1]) + 1 - len(found)
+    if passed_over:
+        logger.info("eval_prompts: %d documents without a prompt that can be answered are passed over", passed_over)
+    return [int(number) for number in found]
 
 
 @contextlib.contextmanager

@@ -74,7 +74,8 @@ def from_record(record: dict[str, Any]) -> Result:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise DataError(
-            f"not an answer record of the form {FORMAT}, but {found!r}; read records that `to_record` wrote"
+            f"not an answer record of the form {FORMAT}, but {found!r}; tools/generate.py --records and "
+            "rollout.keep_records of reinforcement learning write such (in Python: `to_record`)"
         )
     names = [field.name for field in dataclasses.fields(Result)]
     if missing := [name for name in names if name not in record]:

@@ -144,14 +144,13 @@ def export_records(source: Path, target: Path, kind: Literal["linear", "expanded
 
     Raises:
         ConfigError: there is no such file, or it is the one to write.
-        DataError: a line is no record; the message names it.
+        DataError: a line is no record, and the message names it; or there is none.
     """
     if is_same_file(source, target):
         raise ConfigError(f"--output {target} is the input, whose records nothing else holds; give it another name")
     lines: list[str] = []
     answers = drawn = left_out = 0
-    for number, record in _records(source):
-        result = from_record(record)
+    for number, record, result in _records(source):
         about: dict[str, Any] = {"record": number}
         about |= {name: record[name] for name in ("reward", "advantage") if name in record}
         answers, drawn = answers + 1, drawn + sum(result.sampled)
@@ -161,18 +160,24 @@ def export_records(source: Path, target: Path, kind: Literal["linear", "expanded
             rows, missing = expanded_rows(result)
             lines += [json.dumps({**about, **dataclasses.asdict(row)}) for row in rows]
             left_out += sum(part.drawn for part in missing)
+    if not answers:
+        raise DataError(f"{source} is empty: there is no answer to write")
     write_text_atomic(target, "".join(line + "\n" for line in lines))
     return Totals(answers, len(lines), drawn, left_out, AFTER_A_JOIN)
 
 
-def _records(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records of a file with their line numbers, from 1."""
+def _records(source: Path) -> Iterator[tuple[int, dict[str, Any], Result]]:
+    """The records of a file with their line numbers, from 1, and the answers that they are."""
     if not source.is_file():
         what = "a folder" if source.is_dir() else "no such file"
         raise ConfigError(f"{source}: {what}; name rollouts.jsonl of a run, or a file of tools/generate.py --records")
     with open(source, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield number, json.loads(line)
+                record = json.loads(line)
+                result = from_record(record)
+            except DataError as error:  # which is a ValueError, too
+                raise DataError(f"{source}, line {number}: {error}") from error
             except ValueError as error:
                 raise DataError(f"{source}, line {number}: no JSON ({error}); it may be cut off") from error
+            yield number, record, result

@@ -95,7 +95,8 @@ class Prompts:
             if state.get(name) != self.state_dict()[name]:
                 raise CheckpointError(
                     f"the checkpoint is of a run with other prompts ({name} {state.get(name)!r} there, "
-                    f"{self.state_dict()[name]!r} here): give the same task and seed, or another checkpoint.save"
+                    f"{self.state_dict()[name]!r} here): give the same task and seed. To go on from its weights "
+                    "with others, start a new run: another checkpoint.save, and this run's folder as init_from"
                 )
         self.drawn = state["drawn"]
 

@@ -57,10 +57,13 @@ def build_loaders(config: TrainConfig, tokenizer: MultiverseTokenizer) -> tuple[
     data = config.data
     for prefix in (*data.data_prefixes, *data.plain_prefixes, *data.valid_prefixes):
         warn_of_missing_manifest(prefix)
-    train = _loader(config, (*data.data_prefixes, *data.plain_prefixes), tokenizer, data.num_workers, data.mixture)
+    train = _loader(config, (*data.data_prefixes, *data.plain_prefixes), tokenizer, mixture=data.mixture)
     log_length(config, train)
     warn_of_missing_ends(train.dataset, tokenizer.eod)
-    valid = _loader(config, data.valid_prefixes, tokenizer, num_workers=0) if data.valid_prefixes else None
+    if not data.valid_prefixes:
+        return train, None
+    valid = _loader(config, data.valid_prefixes, tokenizer, validates=True)
+    log_validation(config, valid)
     return train, valid
 
 
@@ -104,6 +107,16 @@ def log_length(config: TrainConfig, loader: SFTLoader) -> None:
     )  # fmt: skip
 
 
+def log_validation(config: TrainConfig, loader: SFTLoader) -> None:
+    """Say how much of the validation set a validation reads: `eval_iters` counts microbatches, not rows."""
+    rows, asked = loader.count_packs(1), config.eval_iters * loader.packs_per_microbatch
+    if asked < rows:
+        what = "a validation reads %d of the %d rows of the validation set (eval_iters is %d)"
+        logger.info(what, asked, rows, config.eval_iters)
+    else:
+        logger.info("a validation reads the whole validation set: %d rows", rows)
+
+
 def warn_of_missing_ends(dataset: SFTDataset, eod: int | None, *, looked_at: int = 256) -> None:
     """Warn if no response ends with the token that ends an answer: a model that never sees it never stops.
 
@@ -123,14 +136,14 @@ def _loader(
     config: TrainConfig,
     prefixes: Sequence[str],
     tokenizer: MultiverseTokenizer,
-    num_workers: int,
-    shares: tuple[float, ...] = (),
+    *,
+    mixture: tuple[float, ...] = (),
+    validates: bool = False,
 ) -> SFTLoader:
+    """The rows of some prefixes: for training without an end, for a validation each once, in this process."""
     data = config.data
     dataset = SFTDataset(list(prefixes), tokenizer.structure_vocab, malformed=data.malformed)
-    mixture = None
-    if shares:
-        mixture = Mixture(tuple(shares), dataset.first_document(len(data.data_prefixes)), len(dataset))
+    structured = dataset.first_document(len(data.data_prefixes)) if mixture else 0
     return SFTLoader(
         dataset,
         seq_length=data.seq_length,
@@ -139,9 +152,10 @@ def _loader(
         seed=config.seed,
         data_parallel_rank=data_parallel_rank(),
         data_parallel_size=config.parallel.data_parallel_size,
-        num_workers=num_workers,
-        tail="cycle",
+        num_workers=0 if validates else data.num_workers,
+        epochs=1 if validates else None,
+        tail="pad" if validates else "continue",
         overlong=data.overlong,
         train_forced_tokens=data.train_forced_tokens,
-        mixture=mixture,
+        mixture=Mixture(tuple(mixture), structured, len(dataset)) if mixture else None,
     )

@@ -28,7 +28,8 @@ WITHOUT_EFFECT = (
     *("eval_interval", "eval_iters", "eval_prompts", "eval_tokens", "rollout.keep_records", "rollout.free_cache"),
     # The model's shape is compared by itself; the state of the data knows its documents, seed and row length.
     *("model", "model_preset", "init_from", "add_control_tokens"),
-    *("data.data_prefixes", "data.tokenizer_type", "data.tokenizer_model", "data.seq_length", "seed"),
+    *("data.data_prefixes", "data.plain_prefixes", "data.tokenizer_type", "data.tokenizer_model", "data.seq_length"),
+    *("seed", "task"),  # of prompts, too, what they are is part of their state, wherever they lie
     # The schedule of the learning rate is compared as a whole, by what it was made of (optim.py).
     *("train_iters", "optim.lr", "optim.min_lr", "optim.lr_warmup_iters", "optim.lr_decay_style"),
     "optim.lr_decay_iters",

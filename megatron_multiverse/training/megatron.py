@@ -133,11 +133,18 @@ class MegatronEngine:
     def validate(self, microbatches: Iterable[Microbatch]) -> Validation:
         """See `TrainEngine.validate`."""
         assert self._valid_placer is not None, "an engine that validates is built with a valid_loader"
-        batches = list(microbatches)
+        batches = self._whole_turns(list(microbatches))
         count, _ = tokens_of_step(self.ranks, batches)
         with TagCounter(self.models, self._valid_placer.tag_ids) as tags:
             sums = reduced(self._run(batches, self._valid_placer, 1.0, tags=tags, forward_only=True))
         return Validation.of_sums(sums[[0, 2, 3]], count)
+
+    def _whole_turns(self, batches: list[Microbatch]) -> list[Microbatch]:
+        """As many microbatches as an interleaved pipeline takes: a validation set may end before. None of those added
+        counts."""
+        turn = self.config.parallel.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
+        uncounted = {**batches[-1], "loss_mask": torch.zeros_like(batches[-1]["loss_mask"])}
+        return batches + [uncounted] * (-len(batches) % turn)
 
     def check(self, metrics: MetricsWriter) -> None:
         """See `TrainEngine.check`."""

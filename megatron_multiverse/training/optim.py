@@ -42,6 +42,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, train_iters: int) -> OptimizerParamScheduler:
     """megatron-core's schedule over `lr_decay_iters` (or `train_iters`) steps; `step(1)` comes before each update."""
     decay_iters = config.lr_decay_iters or train_iters
+    if decay_iters < train_iters and config.min_lr == 0 and config.lr_decay_style != "constant":
+        logger.warning(
+            "the learning rate is 0 from step %d on, so that the steps up to %d train nothing: optim.lr_decay_iters is "
+            "%d and optim.min_lr 0; raise one of them, or lower train_iters",
+            decay_iters, train_iters, decay_iters,
+        )  # fmt: skip
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -57,7 +63,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, train
         # A resumed run follows its config; only the step count comes from the checkpoint.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
-        wsd_decay_steps=config.lr_wsd_decay_iters or max(1, decay_iters // 10),
+        wsd_decay_steps=config.wsd_decay_iters(decay_iters),
         lr_wsd_decay_style="linear",
     )
 

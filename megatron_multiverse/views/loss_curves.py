@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +53,30 @@ def read_history(folder: Path) -> RunHistory:
             (train if kind == "train" else valid)[step] = record
     if not train:
         raise DataError(f"{path} holds no training steps yet")
-    return RunHistory(folder.name if folder.name != "checkpoints" else folder.parent.name, train, valid, resumes)
+    whole = Path(os.path.abspath(folder))  # "." has no name
+    return RunHistory(whole.name if whole.name != "checkpoints" else whole.parent.name, train, valid, resumes)
+
+
+def read_histories(folders: Sequence[Path]) -> list[RunHistory]:
+    """The runs of a picture. Those whose folders have one name (`a/run` and `b/run`) are told apart by where they lie.
+
+    Raises:
+        ConfigError: a folder is named twice.
+        DataError: see `read_history`.
+    """
+    histories = [read_history(folder) for folder in folders]
+    places = [Path(os.path.abspath(folder)) for folder in folders]
+    if repeated := next((place for place in places if places.count(place) > 1), None):
+        raise ConfigError(f"--runs names {repeated} twice: name each run once")
+    names = [history.name for history in histories]
+    depth = 1
+    while len(set(names)) < len(names):
+        depth += 1
+        names = [
+            str(Path(*place.parts[-depth:])) if names.count(name) > 1 else name
+            for place, name in zip(places, names, strict=True)
+        ]
+    return [dataclasses.replace(history, name=name) for history, name in zip(histories, names, strict=True)]
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -114,7 +139,7 @@ def plot_loss(folders: Sequence[Path], output: Path, *, smooth: int = 1, log_sca
     """Draw loss (top) and learning rate (bottom) of the runs, the loss as a running mean over `smooth` lines.
 
     Raises:
-        ConfigError: `smooth` is below 1, or the name of `output` says no format that can be drawn.
+        ConfigError: `smooth` is below 1, a run is named twice, or no format ends the name of `output`.
         DataError: a run has no readable metrics.
     """
     if smooth < 1:
@@ -122,7 +147,7 @@ def plot_loss(folders: Sequence[Path], output: Path, *, smooth: int = 1, log_sca
             f"smooth is {smooth}, but a running mean needs at least 1 line (1 draws the losses as they are)"
         )
     plt = pyplot_for(output)
-    histories = [read_history(folder) for folder in folders]
+    histories = read_histories(folders)
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(9, 6), height_ratios=[3, 1], layout="constrained")
     for number, history in enumerate(histories):
         color, steps = f"C{number}", sorted(history.train)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.files import save_figure
-from megatron_multiverse.views.loss_curves import RunHistory, column, pyplot_for, read_history, running_mean
+from megatron_multiverse.views.loss_curves import RunHistory, column, pyplot_for, read_histories, running_mean
 
 PANELS = (
     (("reward", "accuracy"), "mean over the answers of a step"),
@@ -37,13 +37,13 @@ def plot_rl(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
         smooth: running mean over so many steps.
 
     Raises:
-        ConfigError: `smooth` is below 1, or the name of `output` says no format that can be drawn.
+        ConfigError: `smooth` is below 1, a run is named twice, or no format ends the name of `output`.
         DataError: a run has no readable metrics, or is none of reinforcement learning.
     """
     if smooth < 1:
         raise ConfigError(f"smooth is {smooth}, but a running mean needs at least 1 step (1 draws them as they are)")
     plt = pyplot_for(output)
-    histories = [read_history(folder) for folder in folders]
+    histories = read_histories(folders)
     for folder, history in zip(folders, histories, strict=True):
         if history.train and not any("reward" in record for record in history.train.values()):
             raise DataError(

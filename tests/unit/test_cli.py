@@ -135,6 +135,42 @@ class Outer:
     """Its part."""
 
 
+def test_flags_override_files_wherever_these_stand(tmp_path: Path) -> None:
+    for name, value in (("a", "first"), ("b", "second")):
+        (tmp_path / f"{name}.yaml").write_text(f"from_: {value}\nappend_eod: true\n")
+    a, b = (f"--config={tmp_path / name}.yaml" for name in "ab")
+    assert parse_options(Options, [a, "--from", "flag"]).from_ == "flag"
+    assert parse_options(Options, ["--from", "flag", "--json-keys", "x", a]) == Options(
+        from_="flag", append_eod=True, json_keys=["x"]
+    )
+    assert parse_options(Options, ["--json-keys", "x", "--config", str(tmp_path / "b.yaml"), a]).from_ == "first"
+    assert parse_options(Options, [a, b]).from_ == "second", "files among each other keep their order"
+
+
+def test_of_a_flag_given_twice_the_last_one_counts_and_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twice = ["--json-keys", "a", "b", "--json_keys", "c", "--from=x", "--from", "x"]
+    assert parse_options(Options, twice).json_keys == ["c"]
+    assert capsys.readouterr().err == "--json-keys is given twice: c counts\n"
+    assert parse_options(Options, ["--json-keys", "a", "--json-keys+", "c"]).json_keys == ["a", "c"]
+    assert parse_options(Outer, ["--engine.page-size", "3", "--engine.page-size", "5"]).engine.page_size == 5
+    assert capsys.readouterr().err == "--engine.page-size is given twice: 5 counts\n"
+    monkeypatch.setenv("RANK", "1")
+    parse_options(Options, twice)
+    assert capsys.readouterr().err == "", "one rank says it"
+
+
+def test_a_key_with_a_dot_beside_its_section_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for text in ("engine.page_size: 3\nengine: {}\n", "engine:\n  page_size: 4\nengine.page_size: 3\n"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=rf"^{file}: engine.page_size and engine stand side by side: write it be"):
+            parse_options(Outer, ["--config", str(file)])
+    file.write_text("engine.page_size: 3\n")
+    assert parse_options(Outer, ["--config", str(file)]).engine.page_size == 3
+
+
 def test_fields_of_nested_dataclasses_are_flags_after_a_dot(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--engine.debug", "--engine.stop-ids", "3", "4"]
     assert parse_options(Outer, given) == Outer(engine=Nested(page_size=64, debug=True, stop_ids=(3, 4)))

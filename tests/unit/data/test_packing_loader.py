@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from itertools import islice
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_multiverse.data.loader import SFTLoader
+from megatron_multiverse.data.mixture import Mixture
 from megatron_multiverse.data.packing import pack
 from megatron_multiverse.data.sft_dataset import SFTDataset
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError
@@ -39,10 +42,12 @@ def test_overlong_documents_are_refused_or_dropped_and_counted(lengths, seq_leng
     if too_long == 0:
         assert pack(lengths, seq_length, seed=0, epoch=0, overlong="drop").dropped == 0
         return
-    with pytest.raises(DataError, match=f"{too_long} of {len(lengths)} documents are longer"):
+    named = f"{too_long} of {len(lengths)} documents are longer.*, the longest \\(document {lengths.argmax()}\\) has "
+    with pytest.raises(DataError, match=named):
         pack(lengths, seq_length, seed=0, epoch=0)
     if too_long == len(lengths):
-        with pytest.raises(DataError, match="no document fits"):
+        named = f"no document of epoch 0 fits into seq_length .*, the shortest has {lengths.min()} tokens"
+        with pytest.raises(DataError, match=named):
             pack(lengths, seq_length, seed=0, epoch=0, overlong="drop")
         return
     packing = pack(lengths, seq_length, seed=0, epoch=0, overlong="drop")
@@ -130,15 +135,56 @@ def test_state_moves_to_another_number_of_ranks(dataset):
     _assert_equal(_take(alone, None), whole[2:])
 
 
-@pytest.mark.parametrize("tail", ["drop", "cycle"])
+@pytest.mark.parametrize("tail", ["drop", "continue", "pad"])
 def test_tail_of_an_epoch(dataset, tail):
-    packs = pack(dataset.lengths, 10, seed=5, epoch=0).packs
-    size = len(packs) - 1  # one pack is left over
+    size = len(pack(dataset.lengths, 10, seed=5, epoch=0).packs) - 1  # one pack is left over
     loader = _loader(dataset, micro_batch_size=size, tail=tail, epochs=1)
     batches = _take(loader, None)
     assert len(batches) == (1 if tail == "drop" else 2)
-    if tail == "cycle":
-        assert torch.equal(batches[1]["input_ids"][1:], batches[0]["input_ids"][: size - 1])
+    if tail != "drop":  # nothing follows the last epoch
+        left_over = _take(_loader(dataset, micro_batch_size=1, epochs=1), None)[-1]
+        assert torch.equal(batches[1]["input_ids"][:1], left_over["input_ids"])
+        assert (batches[1]["input_ids"][1:] == PAD).all() and not batches[1]["loss_mask"][1:].any()
+        assert (batches[1]["sample_ids"][1:] == -1).all()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(("size", "ranks"), [(1, 1), (3, 1), (2, 2), (1, 5), (40, 1)])
+def test_a_continued_stream_is_the_same_for_all_batches_and_ranks(dataset, size, ranks, num_workers, resumed):
+    """Also where a batch takes packs of several epochs, and where a run goes on with other batches on other ranks."""
+    epochs = [_loader(dataset, micro_batch_size=1, epochs=8)._pack(epoch).packs for epoch in range(8)]
+    packs = [tuple(pack) for epoch in epochs for pack in epoch]
+    begun = 7 if resumed else 0
+    before = _loader(dataset, micro_batch_size=1, tail="continue")
+    _take(before, begun)
+    shared = [
+        _loader(
+            dataset, micro_batch_size=size, data_parallel_rank=rank, data_parallel_size=ranks, tail="continue",
+            num_workers=num_workers,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    count = 100 // (size * ranks)
+    seen = []
+    for loader in shared:
+        loader.load_state_dict(before.state_dict())
+    for batches in zip(*(_take(loader, count) for loader in shared), strict=True):
+        rows = [row for batch in batches for row in batch["sample_ids"].tolist()]
+        seen += [tuple(document for document in row if document >= 0) for row in rows]
+    assert count > 0 and seen == packs[begun : begun + count * size * ranks]
+    assert len({str(loader.state_dict()) for loader in shared}) == 1
+
+
+def test_padding_ends_each_epoch_that_is_not_the_last_one_too(dataset):
+    rows = [
+        [int((row >= 0).any()) for row in batch["sample_ids"]]
+        for batch in _take(_loader(dataset, micro_batch_size=3, tail="pad", epochs=2), None)
+    ]
+    counts = [len(pack(dataset.lengths, 10, seed=5, epoch=epoch).packs) for epoch in (0, 1)]
+    flat = [flag for batch in rows for flag in batch]
+    expected = [[1] * count + [0] * (-count % 3) for count in counts]
+    assert any(count % 3 for count in counts) and flat == expected[0] + expected[1]
 
 
 def test_drawing_batches_leaves_the_global_random_state_alone(dataset):
@@ -172,11 +218,44 @@ def test_a_broken_document_is_one_clear_error_from_any_process(tmp_path, num_wor
     assert "Traceback" not in str(caught.value) and "worker process" not in str(caught.value)
 
 
+def test_a_loader_process_that_is_gone_is_told_with_the_files_it_read(dataset):
+    loader, others = _loader(dataset, num_workers=1, tail="continue"), set(multiprocessing.active_children())
+    batches = iter(loader)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - others
+    # torch raises in its handler of this signal, wherever the main thread is by then: in this test, perhaps.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    try:
+        worker.kill()
+        worker.join()
+        told = rf"^a process that loads data ended \(.*{dataset.prefixes[0]}\.bin\)\. Look at both"
+        with pytest.raises(DataError, match=told):
+            for _ in range(100):  # those made beforehand come first
+                next(batches)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+
+
 def test_impossible_batches_are_refused(dataset):
     with pytest.raises(ConfigError, match="fewer than micro_batch_size"):
         _loader(dataset, micro_batch_size=100)
     with pytest.raises(ConfigError, match="must be in"):
         _loader(dataset, data_parallel_rank=2, data_parallel_size=2)
+
+
+def test_epochs_of_a_mixture_that_give_no_batch_are_refused(dataset):
+    """All of them would be left out, for ever."""
+    loader = _loader(dataset, micro_batch_size=5, mixture=Mixture((0.0, 1.0), 2, len(dataset)))
+    with pytest.raises(ConfigError, match=r"^epoch 1 has 2 packs, fewer than micro_batch_size"):
+        _take(loader, 20)
+
+
+def test_an_overlong_document_is_named_with_its_prefix(dataset):
+    longest = int(dataset.lengths.argmax())
+    with pytest.raises(
+        DataError, match=rf"the longest \({dataset.prefixes[0]} document {longest}\) has 8 tokens; raise"
+    ):
+        _loader(dataset, seq_length=7)
 
 
 def test_dropped_documents_are_logged(dataset, caplog):

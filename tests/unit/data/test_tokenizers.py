@@ -175,6 +175,19 @@ def test_bad_choice_says_what_is_wrong(kind, message, tmp_path: Path):
         build_tokenizer(kind, tmp_path / "missing")
 
 
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer"])
+def test_a_tokenizer_that_nobody_named_is_asked_for(kind, hf_folder, monkeypatch):
+    monkeypatch.chdir(hf_folder)  # "" is a name of this folder for a Path, which would be taken without a word
+    with pytest.raises(ConfigError, match=r"^tokenizer_model is empty: name the tokenizer"):
+        build_tokenizer(kind, "")
+
+
+def test_the_folder_that_one_is_in_is_a_tokenizer(hf_folder, monkeypatch):
+    monkeypatch.chdir(hf_folder)
+    here = build_tokenizer("HuggingFaceTokenizer", ".")
+    assert here.fingerprint() == build_tokenizer("HuggingFaceTokenizer", hf_folder).fingerprint()
+
+
 def test_folder_without_tokenizer_json_goes_through_transformers(hf_folder, tmp_path):
     from tokenizers import Tokenizer
 

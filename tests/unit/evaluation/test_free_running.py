@@ -64,6 +64,40 @@ def test_answers_stand_beside_the_validation_loss(tmp_path: Path, caplog: pytest
     assert len(lines) == 2 and "2 ended by themselves, 2 well-formed" in lines[0]
 
 
+def write_set(folder: Path, rows: list[dict[str, str]], *keys: str) -> None:
+    """Rows as the data set of `run_of`."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    preprocess_data(
+        PreprocessConfig(
+            input=str(folder / "rows.jsonl"), output_prefix=str(folder / "set"), append_eod=True, workers=1,
+            json_keys=list(keys), tokenizer_model=str(EXAMPLE / "model"),
+        )
+    )  # fmt: skip
+
+
+def test_documents_that_ask_nothing_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # As where a set of continued pretraining, whose documents have no prompt, stands before one with prompts.
+    write_set(tmp_path, [{"text": "Answer: 1"}] * 3, "text")
+    (tmp_path / "with").mkdir()
+    long = "Work out A = 1 + 1. " * 400
+    write_set(tmp_path / "with", [{"p": text, "r": "A = 2"} for text in (long, "A = 1 + 1?")], "p", "r")
+    prefixes = [str(tmp_path / "set"), str(tmp_path / "with" / "set")]
+    data = {"data_prefixes": prefixes, "valid_prefixes": prefixes, "overlong": "drop", "num_workers": 0}
+    data |= {"tokenizer_model": str(EXAMPLE / "model"), "seq_length": 512}
+    config = run_of(tmp_path, "run", eval_prompts=8, eval_tokens=3, eval_iters=1, data=data)
+    with caplog.at_level(logging.INFO):
+        train(config, observe=FreeRunning(config))
+    answers = rows(tmp_path / "run", "answer")
+    assert [(row["step"], row["number"], row["prompt"]) for row in answers] == [(n, 0, "A = 1 + 1?") for n in (1, 2)]
+    assert "4 documents without a prompt that can be answered are passed over" in caplog.text
+
+
+def test_a_validation_set_without_prompts_is_refused_before_the_run(tmp_path: Path) -> None:
+    write_set(tmp_path, [{"text": "Answer: 1"}] * 3, "text")
+    with pytest.raises(ConfigError, match=r"^eval_prompts 2 finds no prompt in .*: of 3 documents 3 have none"):
+        FreeRunning(run_of(tmp_path, "run", eval_prompts=2))
+
+
 def test_where_nothing_could_be_answered_it_is_said(tmp_path: Path) -> None:
     for changes, message in (
         ({"eval_prompts": 1, "engine": "deepspeed"}, "whole weights, which deepspeed.zero_stage 3 cuts up"),

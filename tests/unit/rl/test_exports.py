@@ -96,6 +96,14 @@ def test_records_become_rows_in_a_file(model: nn.Module, tmp_path: Path) -> None
     source.write_text(source.read_text()[:-40], encoding="utf-8")
     with pytest.raises(DataError, match="line 3"):
         export_records(source, target, "linear")
+    source.write_text('{"kind": "train", "step": 1}\n')  # metrics.jsonl in its place, say
+    with pytest.raises(DataError, match=rf"{source}, line 1: not an answer record of the form .*, but None; tools/gen"):
+        export_records(source, target, "linear")
+    target.unlink()
+    source.write_text("")
+    with pytest.raises(DataError, match=f"^{source} is empty"):
+        export_records(source, target, "linear")
+    assert not target.exists()
     with pytest.raises(ConfigError, match="no such file"):
         export_records(tmp_path / "none", target, "linear")
     with pytest.raises(ConfigError, match=": a folder; name rollouts"):

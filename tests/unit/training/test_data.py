@@ -113,6 +113,19 @@ def test_the_log_says_how_many_steps_an_epoch_or_the_mixture_is(
     assert mixed.mixture is not None and (mixed.mixture.num_structured, mixed.mixture.num_documents) == (8, 16)
 
 
+def test_a_validation_reads_no_row_twice(prefix: str, caplog: pytest.LogCaptureFixture) -> None:
+    config = run_config(prefix, TOKENIZER, eval_iters=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, valid_prefixes=(prefix,), seq_length=16))
+    with caplog.at_level(logging.INFO):
+        _, valid = loaders(config)
+        assert valid is not None
+        rows = valid.count_packs(1)
+        loaders(dataclasses.replace(config, eval_iters=rows + 1))
+    assert rows > 2 and len(list(valid)) == rows, "it ends after them"
+    assert f"a validation reads 2 of the {rows} rows of the validation set (eval_iters is 2)" in caplog.text
+    assert f"a validation reads the whole validation set: {rows} rows" in caplog.text
+
+
 def test_a_model_has_at_least_as_many_rows_as_the_tokenizer_has_ids(prefix: str) -> None:
     with pytest.raises(ConfigError, match=r"the model has 200 rows for the \d+ ids"):
         open_tokenizer(run_config(prefix, TOKENIZER), 200)

@@ -47,9 +47,9 @@ def no_process_group() -> None:
         distributed.destroy_process_group()
 
 
-def dry_run(world: int, name: str) -> subprocess.CompletedProcess[str]:
+def dry_run(world: int, name: str, shape: str | None = "qwen2.5-32b") -> subprocess.CompletedProcess[str]:
     script, file = ROOT / "pretrain_scripts/sft_multiverse.py", ROOT / f"pretrain_scripts/configs/{name}.yaml"
-    options = ["--config", str(file), "--dry-run", "--dry-run-shape", "qwen2.5-32b"]
+    options = ["--config", str(file), "--dry-run", *(["--dry-run-shape", shape] if shape else [])]
     environment = os.environ | {"WORLD_SIZE": str(world)}
     return subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True)
 
@@ -69,6 +69,8 @@ def test_the_dry_run_of_a_real_config_needs_no_gpu() -> None:
     assert 7.6 < float(together) < 75 and float(on_the_host) == pytest.approx(32.764e9 * 16 / 8 / 2**30, rel=1e-3)
     refused = dry_run(8, "qwen2.5_32b_tp8_pp2")
     assert refused.returncode == 1 and "8 ranks (WORLD_SIZE) cannot be divided into groups of 16" in refused.stderr
+    absent = dry_run(4, "qwen2.5_7b_tp4", shape=None)  # the checkpoint is not here
+    assert absent.returncode == 1 and "or name its published shape, as in --dry-run-shape qwen2.5-7b" in absent.stderr
 
 
 @pytest.mark.parametrize(

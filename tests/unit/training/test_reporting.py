@@ -16,7 +16,7 @@ from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.training.flops import matmul_parameters, peak_of, peak_tflops, training_flops
 from megatron_multiverse.training.metrics import MetricsWriter, format_duration
 from megatron_multiverse.training.optim import build_optimizer, build_scheduler
-from megatron_multiverse.views.loss_curves import plot_loss, read_history, running_mean
+from megatron_multiverse.views.loss_curves import plot_loss, read_histories, read_history, running_mean
 
 
 def write_metrics(folder: Path, *records: dict) -> None:
@@ -44,6 +44,19 @@ def test_steps_done_again_after_a_crash_replace_the_lost_ones(tmp_path: Path) ->
     assert history.valid == {} and history.resumes == [3]
     plot_loss([tmp_path / "run"], tmp_path / "out" / "loss.png")
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a/x/run", "b/x/run", "b/other", "c/checkpoints"]
+    for name in names:
+        write_metrics(tmp_path / name, line("train", 1, loss=1.0))
+    read = read_histories([tmp_path / name for name in names])
+    assert [history.name for history in read] == ["a/x/run", "b/x/run", "other", "c"]
+    assert [history.name for history in read_histories([tmp_path / names[0]])] == ["run"]
+    monkeypatch.chdir(tmp_path / "b/other")
+    assert [history.name for history in read_histories([Path("."), Path("../x/run")])] == ["other", "run"]
+    with pytest.raises(ConfigError, match=rf"^--runs names {tmp_path}/b/other twice"):
+        read_histories([Path("."), tmp_path / "b/other"])
 
 
 def test_unreadable_metrics_are_named(tmp_path: Path) -> None:
@@ -156,6 +169,28 @@ def test_unknown_devices_have_no_peak() -> None:
 def test_peaks_are_those_of_the_very_part(name: str, bf16: float | None) -> None:
     assert peak_of(name, "bf16") == bf16
     assert peak_of(name, "float32") == (None if bf16 is None else bf16 / 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_told"),
+    [
+        ({"lr_decay_iters": 4}, True),
+        ({"lr_decay_iters": 4, "lr_decay_style": "wsd"}, True),
+        ({"lr_decay_iters": 4, "min_lr": 0.1}, False),
+        ({"lr_decay_iters": 4, "lr_decay_style": "constant"}, False),
+        ({"lr_decay_iters": 6}, False),
+        ({}, False),
+    ],
+)
+def test_steps_with_a_learning_rate_of_zero_are_told_at_the_start(changes, is_told, caplog) -> None:
+    config = OptimConfig(lr=1.0, **changes)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), config)
+    scheduler, rates = build_scheduler(optimizer, config, 6), []
+    for _ in range(6):
+        scheduler.step(1)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert (rates[3:] == [0, 0, 0]) == is_told, "that it is so, and that it is told"
+    assert ("the learning rate is 0 from step 4 on, so that the steps up to 6 train nothing" in caplog.text) == is_told
 
 
 @pytest.mark.parametrize(

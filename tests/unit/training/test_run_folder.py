@@ -275,6 +275,7 @@ def test_settings_that_change_numbers_are_warned_of_and_others_are_not(
 ) -> None:
     DESCRIPTION.write(tmp_path)
     quiet = {"checkpoint.keep_last": 7, "log.log_interval": 3, "data.num_workers": 0, "train_iters": 9}
+    quiet |= {"data.data_prefixes": ["moved"]}  # the position in the data knows what they hold
     RunDescription(RUN.model, config(tmp_path, **quiet)).check(tmp_path)
     assert not caplog.messages
     loud = {"optim.weight_decay": 0.5, "optim.clip_grad": 2.0, "optim.adam_beta2": 0.9, "dtype": "bf16"}
