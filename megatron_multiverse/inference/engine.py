@@ -372,7 +372,8 @@ class Engine:
             if state.unheard and not state.tell() and state.finish_reason is None:
                 close_all(state, "error")
             finish = state.root.finish
-            if finish is not None:
+            # `answer_start` can be the whole answer, which is complete before its prompt is read.
+            if finish is not None and not (state.finish_reason is None and state.lacks_scores):
                 state.finish_reason = state.finish_reason or ("length" if finish == "length" else "stop")
                 self.scheduler.remove(state)
                 self._finish(state)

@@ -99,16 +99,17 @@ class RequestState:
     @property
     def scores_prompt(self) -> bool:
         """Whether this answer's pass over the prompt gives the log-probabilities of the prompt."""
-        return self._lacks_scores and self.scores is not None and self.scores.answers[0] == self.request_id
+        return self.lacks_scores and self.scores is not None and self.scores.answers[0] == self.request_id
 
     @property
     def awaits_scores(self) -> bool:
         """Whether another answer's pass over the prompt still has to give the log-probabilities of the prompt: this one
         could end before that one has."""
-        return self._lacks_scores and not self.scores_prompt
+        return self.lacks_scores and not self.scores_prompt
 
     @property
-    def _lacks_scores(self) -> bool:
+    def lacks_scores(self) -> bool:
+        """Whether log-probabilities of the prompt are still to come."""
         return self.scores is not None and not self.scores.complete
 
     def new_scanner(self) -> StopScanner | None:
