@@ -142,6 +142,10 @@ class Branch:
     """Tokens that still fit into its budget, what closes it included; `commit.py` counts it down."""
     finish: BranchFinish | None = None
     """Why it ended; None while it goes on."""
+    forced_close: bool = False
+    """Whether what was open at its end was closed by the engine."""
+    fork_refused: bool = False
+    """Whether it ended at a block whose paths did not fit into its budget."""
     span_start: tuple[int, int] | None = None
     """(step of the request, length of `ids`) when it began to take tokens without interruption; None while it takes
     none."""

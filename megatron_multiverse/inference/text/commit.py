@@ -229,7 +229,7 @@ def _fork(state: RequestState, branch: Branch) -> None:
     prefixes = [start.prefix for start in starts]
     budgets = shares(branch, prefixes, state.request.sampling.branch_max_tokens)
     if budgets is None:
-        state.counts["fork_refused"] += 1
+        branch.fork_refused = True
         _close(state, branch, "length")
         return
     sampling = state.request.sampling
@@ -289,7 +289,7 @@ def _close(state: RequestState, branch: Branch, finish: BranchFinish) -> None:
     """Write what closes everything that is open, and end the branch."""
     closing = branch.machine.closing_ids()
     if closing:
-        state.counts["forced_close"] += 1
+        branch.forced_close = True
         _force(state, branch, closing, stop=branch.stop)
     _end(state, branch, finish)
 
@@ -345,6 +345,7 @@ def _drop(state: RequestState, parent: Branch, k: int) -> None:
     kid.versions = [(0, state.weight_version)]
     kid.scanner = kid.stop = kid.stop_reason = kid.end_draw = None
     kid.total = kid.dropped_tokens = 0
+    kid.forced_close = kid.fork_refused = False  # of text that is no part of the answer
     _force(state, kid, parent.machine.vocab.path_prefix(parent.machine.outlines[k].label_ids), heard=False)
     state.cuts.append(Cut(kid, len(kid.ids), inner))
     _force(state, kid, kid.machine.closing_ids(), heard=kid.finish is None)

@@ -91,7 +91,7 @@ class RequestState:
     freed_pages: int = 0
     """Pages that came free by that."""
     counts: Counter[str] = field(default_factory=Counter)
-    """What the engine did about output that broke the grammar or the budget."""
+    """What the engine did about the answer as a whole, where it broke the grammar or found no page."""
     timeline: list[TimelineSpan] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str = ""
