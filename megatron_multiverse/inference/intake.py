@@ -91,7 +91,8 @@ class Intake:
             raise GenerationError(
                 "stop, commit_on and accept read text, which needs the tokenizer: Engine(..., detokenize=...)"
             )
-        if 0 not in (sampling.max_depth, self.config.max_depth):
+        forks = 0 not in (sampling.max_depth, self.config.max_depth)
+        if forks:
             _refuse_stops_of_blocks(sampling.stop)
         # On a GPU an id outside of the embedding is not an exception but the end of the process.
         for index, token in enumerate(request.prompt_ids):
@@ -100,10 +101,10 @@ class Intake:
             self._check_id("an id of logit_bias", token)
         for token in request.sampling.stop_token_ids:
             self._check_id("a stop token", token)
-            if token in self.vocab.tag_of:
+            if forks and token in self.vocab.tag_of:
                 raise GenerationError(
                     f"stop token {token} is the structure tag {self.vocab.tag_of[token].text}, which the engine reads "
-                    "itself; leave it out (max_depth 0 in EngineConfig keeps answers from forking)"
+                    "itself; leave it out (max_depth 0 keeps answers from forking)"
                 )
 
         self._check_start(request, prompt)

@@ -38,11 +38,14 @@ def commit_token(
     branch.num_sampled += 1
     left = branch.room
     if token in branch.end_ids:
-        by_stop_token = token in state.request.sampling.stop_token_ids
+        sampling = state.request.sampling
+        # Models name their end-of-document id in generation_config.json, too, whose ids are taken for stop tokens.
+        is_eos = token == branch.machine.vocab.eos_id and not sampling.ignore_eos
+        by_stop_token = token in sampling.stop_token_ids and not is_eos
         branch.stop_reason = token if by_stop_token else None
         branch.end_draw = (len(branch.ids), token, logprob)
         # A stop token that ends a path was asked for; at the root it may be a further end-of-document id.
-        if state.request.sampling.on_malformed == "error" and not (by_stop_token and branch.parent is not None):
+        if sampling.on_malformed == "error" and not (by_stop_token and branch.parent is not None):
             _refuse_end(state, branch)
         _close(state, branch, "stop" if by_stop_token else "eos")
     # No branch ever has more than MOST_CLOSERS tokens to close, so most tokens need no exact count.

@@ -108,6 +108,10 @@ def test_stop_texts_of_engines_that_do_not_fork_are_refused_where_this_one_does(
     engine = toy_engine(MODEL, sampler=ScriptedSampler([SCRIPT]))
     (plain,) = engine.generate([ask([TEXT], max_tokens=400, stop=("</Goal>",), max_depth=0)])
     assert plain.stop_reason == "</Goal>" and not plain.blocks
+    tag = int(Tag.END_GOAL)
+    engine = toy_engine(MODEL, sampler=ScriptedSampler([SCRIPT]))
+    (by_token,) = engine.generate([ask([TEXT], max_tokens=400, stop_token_ids=(tag,), max_depth=0)])
+    assert by_token.stop_reason == tag and [end.token for end in by_token.ends] == [tag]
 
 
 def test_stop_texts_count_only_from_min_tokens_on() -> None:
