@@ -75,6 +75,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Texts that end the answer, outside of paths, wherever they fall on tokens. The tokens of a stop text stay in the
     answer, because the model has read them; `answer_text` leaves the text out."""
+    include_stop: bool = False
+    """`answer_text` keeps the stop texts; what follows one in its last token is left out all the same."""
     max_paths: int | None = None
     """Goals with more outlines stay plain text, if the engine does not draw the line earlier."""
     max_depth: int | None = None
@@ -85,7 +87,7 @@ class SamplingParams:
     there with `finish_reason` error, and `Result.error` says where and what was expected."""
     stop_token_ids: tuple[int, ...] = ()
     """Further ids that end the answer, outside of paths; like the end-of-document id they are not part of it. Structure
-    tags are refused: `</Goal>` among them, for example, would end every answer before its first fork."""
+    tags are refused where answers fork: `</Goal>` among them, for example, would end each before its first fork."""
     stop_in_branches: bool = False
     """Stop texts and stop tokens in a path end that path."""
     commit_after: int = 0

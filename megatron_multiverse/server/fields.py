@@ -1,7 +1,7 @@
 """Fields that several routes share: how an answer is drawn, where it ends, and what is special about Multiverse.
 
-The names are those of the clients: OpenAI's, with the extensions of vLLM and Megatron. Every field of theirs is either
-here, and honoured, or in `REFUSED`, and then any value but the neutral ones is an error that names it.
+The names are those of the clients: OpenAI's, with the extensions of vLLM, SGLang and Megatron. Every field of theirs is
+either here, and honoured, or in `refused.py`, and then any value but the neutral ones is an error that names it.
 """
 
 from __future__ import annotations
@@ -18,53 +18,11 @@ from megatron_multiverse.server.body import Fields, check_others
 from megatron_multiverse.server.config import LimitConfig
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.model import ServedModel
+from megatron_multiverse.server.refused import REFUSED
 
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": ([],),
-    "audio": (),
-    "bad_words": ([],),
-    "best_of": (1,),
-    "custom_logit_processor": (),
-    "debug_fname": (),
-    "ebnf": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_stop_str_in_output": (False,),
-    "input_embeds": (),
-    "json_schema": (),
-    "kv_transfer_params": (),
-    "length_penalty": (1, 1.0),
-    "logits_processors": ([],),
-    "logprob_token_ids": ([],),
-    "lora_path": (),
-    "multi_modal_data": (),
-    "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "regex": (),
-    "repetition_detection": (),
-    "response_format": ({"type": "text"},),
-    "return_hidden_states": (False,),
-    "return_routed_experts": (False,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "session_params": (),
-    "stop_regex": ([],),
-    "streaming_interval": (1,),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "thinking_token_budget": (),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "vllm_xargs": ({},),
-}
-"""Fields of the OpenAI routes, of vLLM's and SGLang's among them, that are not served, with the values that ask for
-nothing. Those that change no answer (metadata, request_id, store, ...) are ignored."""
 
 
 class StreamOptions(Fields):
@@ -147,6 +105,10 @@ class GenerationFields(Fields):
     n: Annotated[int, Field(ge=1)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    """vLLM's: whether the stop text that ends an answer or a path stays in its text."""
+    no_stop_trim: bool | None = None
+    """SGLang's name for it."""
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
@@ -160,6 +122,10 @@ class GenerationFields(Fields):
     """Whether the token that begins texts comes first, where the tokenizer has one; not by itself, as in training."""
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     """Only requests with the same salt, and the same key of the server, share what was computed for their prompts."""
+    extra_key: Annotated[str, Field(max_length=256)] | None = None
+    """SGLang's: a second salt."""
+    return_token_ids: bool | None = None
+    """Whether the ids of the prompt and of the answer come beside the text, where vLLM has them."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -175,6 +141,16 @@ class GenerationFields(Fields):
     def count(self) -> int:
         """Answers to each prompt."""
         return self.n or 1
+
+    @property
+    def salt(self) -> str | None:
+        """What tells apart the requests that share nothing; None if nothing does."""
+        return joined_salt(self.cache_salt, self.extra_key)
+
+    @property
+    def keeps_stop(self) -> bool:
+        """Whether stop texts stay in the text."""
+        return bool(self.include_stop_str_in_output or self.no_stop_trim)
 
     @property
     def wants_usage(self) -> bool:
@@ -199,6 +175,9 @@ class GenerationFields(Fields):
             raise refuse("n", f"{self.count} answers asked for, at most {limits.max_n} are allowed")
         if self.stop_token_ids:
             model.check_ids("stop_token_ids", self.stop_token_ids)
+            if self.keeps_stop:
+                name = "include_stop_str_in_output" if self.include_stop_str_in_output else "no_stop_trim"
+                raise refuse(name, "keeps stop texts, not stop tokens; leave out stop_token_ids, or this")
 
     def stop_texts(self, limits: LimitConfig) -> list[str]:
         """`stop` as a list.
@@ -268,7 +247,13 @@ class GenerationFields(Fields):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             stop=tuple(self.stop_texts(limits)),
+            include_stop=self.keeps_stop,
         )
+
+
+def joined_salt(*salts: str | None) -> str | None:
+    """Several salts as one; None where none is given."""
+    return None if all(salt is None for salt in salts) else repr(salts)
 
 
 def make_sampling(ours: MultiverseFields, *, seed: int | None, **values: Any) -> SamplingParams:

@@ -86,7 +86,7 @@ def _append_branch(result: Result, branch: Branch, parent: int) -> None:
 
 
 def answer_text(result: Result, detokenize: Callable[[list[int]], str]) -> str:
-    """The text of an answer, tags kept, without the stop texts that ended it or its paths.
+    """The text of an answer, tags kept, without the stop texts that ended it or its paths (`include_stop` keeps them).
 
     Args:
         result: the answer.

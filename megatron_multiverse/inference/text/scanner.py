@@ -16,10 +16,12 @@ class StopScanner:
     Args:
         texts: the stop texts.
         detokenize: ids -> text, tags kept.
+        include: whether a stop text belongs to what is kept (`SamplingParams.include_stop`).
     """
 
-    def __init__(self, texts: Sequence[str], detokenize: Callable[[list[int]], str]) -> None:
+    def __init__(self, texts: Sequence[str], detokenize: Callable[[list[int]], str], *, include: bool = False) -> None:
         self._texts = texts
+        self._include = include
         self._detokenize = detokenize
         self._longest = max(map(len, texts))
         self.begin(0)
@@ -55,4 +57,5 @@ class StopScanner:
                 break
             if detokenizer.is_complete:
                 whole, whole_text = index + 1, len(text)
-        return StopMatch(stop, whole, len(branch_ids), text[whole_text:place])
+        kept = text[whole_text:place] + (stop if self._include else "")
+        return StopMatch(stop, whole, len(branch_ids), kept)

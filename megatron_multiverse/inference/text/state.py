@@ -114,10 +114,11 @@ class RequestState:
 
     def new_scanner(self) -> StopScanner | None:
         """What looks for stop texts in a branch; None if there are none."""
-        if not self.request.sampling.stop:
+        sampling = self.request.sampling
+        if not sampling.stop:
             return None
         assert self.detokenize is not None
-        return StopScanner(self.request.sampling.stop, self.detokenize)
+        return StopScanner(sampling.stop, self.detokenize, include=sampling.include_stop)
 
     def keeps_nothing_beside(self, branch: Branch) -> bool:
         """See `Branch.is_bare`."""

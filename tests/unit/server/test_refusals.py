@@ -11,9 +11,11 @@ from typing import Any
 import httpx2
 import pytest
 
+from megatron_multiverse.server import refused
 from megatron_multiverse.server.config import LimitConfig
 from megatron_multiverse.server.errors import ApiError
-from megatron_multiverse.server.fields import REFUSED
+from megatron_multiverse.server.messages import Message
+from megatron_multiverse.server.refused import REFUSED
 from megatron_multiverse.server.routes import chat, completions, megatron, rollout
 from tests.unit.server.running import PROMPT, Running, running
 from tests.waiting import PATIENCE_S
@@ -55,7 +57,11 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": "a", "suffix": "b"}, "suffix"),
     (TEXT, {"prompt": "a", "regex": "[0-9]+"}, "regex"),
     (TEXT, {"prompt": "a", "priority": "high"}, "priority"),
-    (TEXT, {"prompt": "a", "return_token_ids": True}, "return_token_ids"),
+    (TEXT, {"prompt": "a", "return_token_ids": 1}, "return_token_ids"),
+    (TEXT, {"prompt": "a", "structural_tag": "{}"}, "structural_tag"),
+    (TEXT, {"prompt": "a", "watermarking": True}, "watermarking"),
+    (CHAT, {"messages": MESSAGES, "input_ids": [1]}, "input_ids"),
+    (CHAT, {"messages": MESSAGES, "reasoning": {"effort": "low"}}, "reasoning"),
     (CHAT, {"messages": MESSAGES, "documents": [{"text": "b"}]}, "documents"),
     (CHAT, {"messages": MESSAGES, "chat_template": "{{ messages }}"}, "chat_template"),
     (TEXT, {"prompt": "a", "seed": 2**63}, "seed"),
@@ -247,22 +253,35 @@ MEGATRON_FIELDS = {
 """What Megatron's text-generation servers read, the static one and the dynamic one up to 0.19."""
 
 
+COMMON_FIELDS = """model temperature top_p top_k n seed stop stream stream_options ignore_eos frequency_penalty
+    presence_penalty repetition_penalty logit_bias min_p min_tokens stop_token_ids
+    include_stop_str_in_output no_stop_trim use_beam_search length_penalty truncate_prompt_tokens
+    prompt_logprobs logprobs allowed_token_ids bad_words response_format structured_outputs
+    structural_tag json_schema regex ebnf stop_regex priority return_token_ids
+    return_tokens_as_token_ids return_prompt_token_ids return_meta_info return_cached_tokens_details
+    cache_salt extra_key kv_transfer_params ec_transfer_params vllm_xargs custom_params
+    repetition_detection logprob_token_ids lora_path session_params return_hidden_states
+    return_routed_experts custom_logit_processor add_special_tokens thinking_token_budget
+    watermarking stream_interval images_config media_io_kwargs"""
+
 PEERS_FIELDS = {
-    "completions": """prompt model max_tokens temperature top_p top_k n seed best_of logprobs echo stop stream suffix
-        stream_options ignore_eos frequency_penalty presence_penalty repetition_penalty logit_bias min_p min_tokens
-        stop_token_ids include_stop_str_in_output use_beam_search length_penalty truncate_prompt_tokens prompt_logprobs
-        allowed_token_ids prompt_embeds response_format structured_outputs priority return_token_ids cache_salt
-        return_tokens_as_token_ids kv_transfer_params vllm_xargs logits_processors repetition_detection
-        logprob_token_ids json_schema regex ebnf stop_regex lora_path session_params return_hidden_states
-        return_routed_experts custom_logit_processor bad_words add_special_tokens""",
-    "chat": """messages model max_completion_tokens max_tokens temperature top_p top_k n seed logprobs top_logprobs stop
-        stream stream_options tools tool_choice parallel_tool_calls functions function_call modalities audio prediction
-        reasoning_effort verbosity web_search_options response_format chat_template chat_template_kwargs documents echo
-        add_generation_prompt continue_final_message mm_processor_kwargs include_reasoning thinking_token_budget
-        separate_reasoning structured_outputs priority return_token_ids min_p min_tokens bad_words""",
-    "generate": """text input_ids sampling_params return_logprob top_logprobs_num rid stream logprob_start_len
-        image_data audio_data video_data input_embeds token_ids_logprob lora_path custom_logit_processor session_params
-        return_hidden_states return_routed_experts priority""",
+    "completions": COMMON_FIELDS
+    + " prompt max_tokens best_of echo suffix prompt_embeds logits_processors multi_modal_data",
+    "chat": COMMON_FIELDS
+    + """ messages max_completion_tokens max_tokens top_logprobs tools tool_choice parallel_tool_calls functions
+        function_call modalities audio prediction reasoning_effort reasoning thinking task verbosity web_search_options
+        moderation chat_template chat_template_kwargs documents echo add_generation_prompt continue_final_message
+        mm_processor_kwargs include_reasoning separate_reasoning input_ids return_prompt_text""",
+    "message": """role content name reasoning reasoning_content tool_calls tool_call_id refusal audio function_call
+        tools""",
+    "generate": """text input_ids sampling_params return_logprob top_logprobs_num return_text_in_logprobs rid stream
+        logprob_start_len image_data audio_data video_data input_embeds token_ids_logprob lora_path cache_salt extra_key
+        custom_logit_processor session_params return_hidden_states return_routed_experts return_prompt_token_ids
+        return_entropy return_sampling_mask return_indexer_topk return_flat_raw_top_logprobs max_thinking_tokens
+        positional_embed_overrides priority""",
+    "sampling": """max_new_tokens stop stop_token_ids stop_regex temperature top_p top_k min_p frequency_penalty
+        presence_penalty repetition_penalty min_new_tokens n json_schema regex ebnf structural_tag ignore_eos
+        no_stop_trim custom_params stream_interval logit_bias sampling_seed beam_width""",
 }
 """Fields of OpenAI, vLLM and SGLang that change what an answer says or holds."""
 
@@ -270,17 +289,19 @@ PEERS_FIELDS = {
 def test_every_field_of_peers_that_changes_an_answer_is_honoured_or_refused() -> None:
     for name, known in {
         "completions": completions.CompletionFields.model_fields.keys() | REFUSED.keys(),
-        "chat": chat.ChatFields.model_fields.keys() | REFUSED.keys() | chat.REFUSED.keys(),
-        "generate": rollout.GenerateFields.model_fields.keys() | rollout.REFUSED.keys(),
+        "chat": chat.ChatFields.model_fields.keys() | REFUSED.keys() | refused.CHAT.keys(),
+        "message": Message.model_fields.keys() | refused.MESSAGE.keys(),
+        "generate": rollout.GenerateFields.model_fields.keys() | refused.GENERATE.keys(),
+        "sampling": rollout.SamplingFields.model_fields.keys() | REFUSED.keys() | refused.SAMPLING.keys(),
     }.items():
         assert set(PEERS_FIELDS[name].split()) <= known, name
 
 
 def test_every_field_of_megatrons_servers_is_honoured_or_refused() -> None:
     for name, known in {
-        "api": megatron.ApiFields.model_fields.keys() | megatron.REFUSED.keys(),
+        "api": megatron.ApiFields.model_fields.keys() | refused.API.keys(),
         "completions": completions.CompletionFields.model_fields.keys() | REFUSED.keys(),
-        "chat": chat.ChatFields.model_fields.keys() | REFUSED.keys() | chat.REFUSED.keys(),
+        "chat": chat.ChatFields.model_fields.keys() | REFUSED.keys() | refused.CHAT.keys(),
     }.items():
         assert set(MEGATRON_FIELDS[name].split()) <= known, name
 
