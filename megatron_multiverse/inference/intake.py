@@ -6,7 +6,7 @@ import dataclasses
 
 from megatron_multiverse.config.engine import EngineConfig
 from megatron_multiverse.config.sampling import SamplingParams
-from megatron_multiverse.errors import GenerationError
+from megatron_multiverse.errors import ContextError, GenerationError
 from megatron_multiverse.inference.text.prompt_scores import PromptScores
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, new_state
@@ -76,12 +76,12 @@ class Intake:
         prompt, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
         capacity = self.num_pages * self.page_size
         if prompt >= self.max_position:
-            raise GenerationError(
+            raise ContextError(
                 f"prompt ({prompt} tokens) leaves no room in the {self.max_position} positions of the model; "
                 "shorten the prompt"
             )
         if prompt + max_tokens > capacity:
-            raise GenerationError(
+            raise ContextError(
                 f"prompt ({prompt} tokens) and max_tokens ({max_tokens}) need {prompt + max_tokens} "
                 f"cache slots, the engine has {capacity} ({self.num_pages} pages of {self.page_size}); "
                 f"{'lower max_tokens' if prompt < capacity else 'shorten the prompt'} or raise num_pages"

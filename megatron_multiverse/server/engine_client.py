@@ -262,7 +262,8 @@ class EngineClient:
                 self._generations[number].batch.tell()
         elif op == "refused":
             text = message["message"]
-            error = ApiError(400, text) if text else ApiError(500, "the engine failed on this request")
+            failed = ApiError(500, "the engine failed on this request")
+            error = ApiError(400, text, code=message["code"]) if text else failed
             for number in message["ids"]:
                 self._finish(number, error=error)
         elif op == "controlled":

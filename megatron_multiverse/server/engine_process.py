@@ -28,7 +28,7 @@ from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.dtypes import engine_dtype
-from megatron_multiverse.errors import GenerationError, MultiverseError
+from megatron_multiverse.errors import ContextError, GenerationError, MultiverseError
 from megatron_multiverse.inference.build import build_engine, engine_ranks
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.first_requests import warm_up
@@ -104,7 +104,8 @@ class EngineHost:
             else:
                 self._control(message)
         except GenerationError as error:
-            self.channel.send({"op": "refused", "ids": ids, "message": str(error)})
+            code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_value"
+            self.channel.send({"op": "refused", "ids": ids, "message": str(error), "code": code})
         except Exception:
             logger.exception("message %r failed", message["op"])
             self.channel.send({"op": "refused", "ids": ids, "message": ""})

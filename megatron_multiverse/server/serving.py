@@ -77,7 +77,7 @@ async def pieces(request: Request, batch: Batch, fields: GenerationFields) -> As
     model: ServedModel = request.app.state.model
     kind = BranchPieces if fields.ours.stream_mode == "branches" else LinearPieces
     writers = [kind(index, model, fields) for index in range(len(batch.generations))]
-    started, heard = time.monotonic(), False
+    started, heard = batch.generations[0].started, False
     try:
         going = len(writers)
         while going:

@@ -52,9 +52,9 @@ class GenerateFields(Fields):
     text: str | list[str] | None = None
     input_ids: list[int] | list[list[int]] | None = None
     sampling_params: SamplingFields | None = None
-    return_logprob: bool = False
-    top_logprobs_num: Annotated[int, Field(ge=0)] = 0
-    return_text_in_logprobs: bool = False
+    return_logprob: bool | None = None
+    top_logprobs_num: Annotated[int, Field(ge=0)] | None = None
+    return_text_in_logprobs: bool | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     extra_key: Annotated[str, Field(max_length=256)] | None = None
     rid: str | list[str] | None = None
@@ -79,11 +79,11 @@ async def generate(request: Request) -> Response:
     drawn = fields.sampling_params or SamplingFields()
     drawn.check(model, limits)
     check_others(drawn, refused.SAMPLING, "; /generate has max_new_tokens, return_logprob and top_logprobs_num")
-    if fields.top_logprobs_num > limits.max_logprobs:
-        asked_for = f"{fields.top_logprobs_num} asked for, at most {limits.max_logprobs} are allowed"
-        raise refuse("top_logprobs_num", asked_for)
+    num_top = fields.top_logprobs_num or 0
+    if num_top > limits.max_logprobs:
+        raise refuse("top_logprobs_num", f"{num_top} asked for, at most {limits.max_logprobs} are allowed")
     prompts = await prompt_ids(prompt, model, limits, param=param, begin=bool(drawn.add_special_tokens))
-    sampling = drawn.sampling(model, limits, drawn.max_new_tokens or DEFAULT_MAX_TOKENS, fields.top_logprobs_num)
+    sampling = drawn.sampling(model, limits, drawn.max_new_tokens or DEFAULT_MAX_TOKENS, num_top)
     rids = _rids(fields.rid, len(prompts))
     started = time.monotonic()
     asked = Asked(

@@ -135,6 +135,8 @@ def test_names_of_sglang_count_in_its_sampling_parameters(server: Running) -> No
 
 def test_texts_in_log_probabilities(server: Running) -> None:
     body = {"text": PROMPT, "sampling_params": {"max_new_tokens": 300, "temperature": 0}}
+    nothing = dict.fromkeys(["return_logprob", "top_logprobs_num", "return_text_in_logprobs", "rid", "input_ids"])
+    assert "output_token_logprobs" not in answer(server, "/generate", body | nothing)["meta_info"]
     body |= {"return_logprob": True, "top_logprobs_num": 2, "return_text_in_logprobs": True}
     found = answer(server, "/generate", body)
     facts = found["meta_info"]

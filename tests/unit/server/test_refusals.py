@@ -233,10 +233,14 @@ def test_another_model_is_not_found(server: Running) -> None:
 def test_what_the_cache_cannot_hold_is_refused_with_the_numbers(server: Running) -> None:
     response = server.post(TEXT, {"prompt": PROMPT, "max_tokens": 10**6})
     assert response.status_code == 400 and "1000000" in error_of(response)["message"]
+    assert error_of(response)["code"] == "context_length_exceeded", "as OpenAI calls it; agents shorten the prompt then"
     response = server.post(TEXT, {"prompt": [1] * 5000, "max_tokens": 1})
     assert response.status_code == 400 and "5000" in error_of(response)["message"]
     response = server.post(TEXT, {"prompt": [1] * 5000, "max_tokens": 1, "stream": True})
     assert response.status_code == 400, "a stream that cannot start is no stream"
+    assert error_of(response)["code"] == "context_length_exceeded"
+    response = server.post(TEXT, {"prompt": PROMPT, "max_tokens": 5, "stop": "</Goal>"})
+    assert response.status_code == 400 and error_of(response)["code"] == "invalid_value"
     server.wait_until_free()
 
 
