@@ -194,8 +194,9 @@ def _check_forced(state: RequestState, branch: Branch, count: int) -> None:
 
 def _stops(state: RequestState, branch: Branch, scanner: StopScanner, count: int) -> bool:
     """Whether the last `count` tokens of a branch complete a stop text."""
-    match = scanner.find(branch.ids, count)
-    if match is None or (branch.parent is None and branch.total < state.request.sampling.min_tokens):
+    counts = branch.parent is not None or branch.total >= state.request.sampling.min_tokens
+    match = scanner.find(branch.ids, count, counts=counts)
+    if match is None:
         return False
     branch.stop, branch.stop_reason = match, match.text
     return True
