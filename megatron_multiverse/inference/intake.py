@@ -73,19 +73,14 @@ class Intake:
         Raises:
             GenerationError: naming the numbers.
         """
-        prompt, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
-        capacity = self.num_pages * self.page_size
-        if prompt >= self.max_position:
-            raise ContextError(
-                f"prompt ({prompt} tokens) leaves no room in the {self.max_position} positions of the model; "
-                "shorten the prompt"
-            )
-        if prompt + max_tokens > capacity:
-            raise ContextError(
-                f"prompt ({prompt} tokens) and max_tokens ({max_tokens}) need {prompt + max_tokens} "
-                f"cache slots, the engine has {capacity} ({self.num_pages} pages of {self.page_size}); "
-                f"{'lower max_tokens' if prompt < capacity else 'shorten the prompt'} or raise num_pages"
-            )
+        prompt = len(request.prompt_ids)
+        check_length(
+            prompt,
+            request.sampling.max_tokens,
+            max_position=self.max_position,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+        )
         sampling = request.sampling
         if (sampling.stop or sampling.commit_on or request.accept) and self.detokenize is None:
             raise GenerationError(
@@ -146,6 +141,31 @@ class Intake:
             raise GenerationError(
                 f"{what} is {token}, the ids of the vocabulary are {allowed}; use the tokenizer of the model"
             )
+
+
+def check_length(prompt: int, max_tokens: int, *, max_position: int, num_pages: int, page_size: int) -> None:
+    """Refuse a request that model or cache could never hold.
+
+    Args:
+        prompt: tokens of it.
+        max_tokens: that its answer may have.
+        max_position: positions the model can take.
+        num_pages, page_size: pages of the cache, and the tokens of each.
+
+    Raises:
+        ContextError: naming the numbers.
+    """
+    if prompt >= max_position:
+        raise ContextError(
+            f"prompt ({prompt} tokens) leaves no room in the {max_position} positions of the model; shorten the prompt"
+        )
+    capacity = num_pages * page_size
+    if prompt + max_tokens > capacity:
+        raise ContextError(
+            f"prompt ({prompt} tokens) and max_tokens ({max_tokens}) need {prompt + max_tokens} "
+            f"cache slots, the engine has {capacity} ({num_pages} pages of {page_size}); "
+            f"{'lower max_tokens' if prompt < capacity else 'shorten the prompt'} or raise num_pages"
+        )
 
 
 def _refuse_stops_of_blocks(stop: tuple[str, ...]) -> None:

@@ -23,6 +23,11 @@ from megatron_multiverse.server.refused import REFUSED
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+# A prompt can be several kinds of lists. Each that it is not says so at its first entry, not at every one of them: long
+# prompts of ids would hold up the streams of others otherwise.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+SeveralIds = Annotated[list[Ids], Field(fail_fast=True)]
 
 
 class StreamOptions(Fields):

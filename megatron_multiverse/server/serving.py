@@ -32,6 +32,7 @@ async def submit(request: Request, asked: Asked, *, stream: bool) -> Batch:
         raise unavailable("draining")
     client: EngineClient = state.client
     client.check_room(len(asked.prompts) * asked.count)
+    client.check_lengths(asked)
     # How long a prompt takes tells whether another began alike; so each key has a cache of its own.
     salt = repr((request.headers.get("authorization"), asked.cache_salt))
     salt = hashlib.sha256(salt.encode()).hexdigest()

@@ -21,7 +21,7 @@ from megatron_multiverse.server.body import read_fields
 from megatron_multiverse.server.choices import ChoiceAnswer
 from megatron_multiverse.server.config import LimitConfig
 from megatron_multiverse.server.errors import refuse
-from megatron_multiverse.server.fields import Count, GenerationFields
+from megatron_multiverse.server.fields import Count, GenerationFields, Ids, SeveralIds, Texts
 from megatron_multiverse.server.model import ServedModel
 
 router = APIRouter()
@@ -32,7 +32,7 @@ DEFAULT_MAX_TOKENS = 16
 class CompletionFields(GenerationFields):
     """Fields of the route."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | Ids | SeveralIds
     max_tokens: Count | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None

@@ -20,7 +20,7 @@ from megatron_multiverse.server.batch import Asked
 from megatron_multiverse.server.body import Fields, check_others, read_fields
 from megatron_multiverse.server.encode import AnswerResponse
 from megatron_multiverse.server.errors import refuse
-from megatron_multiverse.server.fields import Count, GenerationFields, Seed, joined_salt
+from megatron_multiverse.server.fields import Count, GenerationFields, Ids, Seed, SeveralIds, Texts, joined_salt
 from megatron_multiverse.server.model import ServedModel
 from megatron_multiverse.server.routes.completions import prompt_ids
 from megatron_multiverse.server.serving import complete
@@ -49,8 +49,8 @@ class SamplingFields(GenerationFields):
 class GenerateFields(Fields):
     """Fields of /generate."""
 
-    text: str | list[str] | None = None
-    input_ids: list[int] | list[list[int]] | None = None
+    text: str | Texts | None = None
+    input_ids: Ids | SeveralIds | None = None
     sampling_params: SamplingFields | None = None
     return_logprob: bool | None = None
     top_logprobs_num: Annotated[int, Field(ge=0)] | None = None

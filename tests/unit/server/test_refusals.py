@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from pydantic import ValidationError
 
 from megatron_multiverse.server import refused
 from megatron_multiverse.server.config import LimitConfig
@@ -135,7 +136,9 @@ def test_wrong_fields_are_named(server: Running, path: str, body: dict[str, Any]
     ("body", "message"),
     [
         ({"prompt": None}, "prompt: Input should be a valid string or a valid list (got null)"),
-        ({"prompt": ["a", 1]}, "prompt.1: Input should be a valid string or a valid list (got 1)"),
+        ({"prompt": ["a", 1]}, "prompt.1: Input should be a valid string (got 1)"),
+        ({"prompt": [1, "a"]}, 'prompt.1: Input should be a valid integer (got "a")'),
+        ({"prompt": [[1], [2, None]]}, "prompt.1.1: Input should be a valid integer (got null)"),
         ({"prompt": "a", "stop": 5}, "stop: Input should be a valid string or a valid list (got 5)"),
         ({"prompt": "a", "multiverse": []}, "multiverse: Input should be an object (got [])"),
         ({"prompt": "a", "logit_bias": [1]}, "logit_bias: Input should be an object (got [1])"),
@@ -242,6 +245,29 @@ def test_what_the_cache_cannot_hold_is_refused_with_the_numbers(server: Running)
     response = server.post(TEXT, {"prompt": PROMPT, "max_tokens": 5, "stop": "</Goal>"})
     assert response.status_code == 400 and error_of(response)["code"] == "invalid_value"
     server.wait_until_free()
+
+
+def test_what_can_never_be_held_does_not_reach_the_engine(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read millions of ids between two steps, while all others wait."""
+    monkeypatch.setattr(server.host, "_add", lambda message: pytest.fail("it was told of it"))
+    for path, body in (
+        (TEXT, {"prompt": [5] * 100_000}),
+        (TEXT, {"prompt": ["a", "a" * 100_000], "stream": True}),
+        (TEXT, {"prompt": "a", "max_tokens": 10**6}),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 100_000}]}),
+        ("/generate", {"input_ids": [5] * 100_000}),
+    ):
+        response = server.post(path, body)
+        assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
+    response = server.http.put("/api", json={"prompts": ["a" * 100_000]})
+    assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
+
+
+def test_a_long_prompt_of_ids_is_told_from_other_kinds_at_its_first_entry() -> None:
+    """Every kind of list that it is not would else write a fault for each id."""
+    with pytest.raises(ValidationError) as raised:
+        completions.CompletionFields.model_validate({"prompt": [5] * 1000 + [None]})
+    assert raised.value.error_count() == 4
 
 
 MEGATRON_FIELDS = {
