@@ -7,9 +7,10 @@ import dataclasses
 from megatron_multiverse.config.engine import EngineConfig
 from megatron_multiverse.config.sampling import SamplingParams
 from megatron_multiverse.errors import ContextError, GenerationError
+from megatron_multiverse.inference.text.guide import Grammars, Guide
 from megatron_multiverse.inference.text.prompt_scores import PromptScores
 from megatron_multiverse.inference.text.request import Request
-from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, new_state
+from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, end_ids, new_state
 from megatron_multiverse.structure import Event, StructureMachine, StructureVocab
 
 
@@ -23,6 +24,7 @@ class Intake:
         max_position: positions the model can take.
         num_ids: ids of the vocabulary; None if nothing says how many.
         detokenize: ids -> text; None if nothing makes text of them.
+        grammars: compiles those of requests; None if nothing does.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Intake:
         max_position: int,
         num_ids: int | None,
         detokenize: Detokenize | None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.vocab = vocab
         self.config = config
@@ -41,6 +44,7 @@ class Intake:
         self.max_position = max_position
         self.num_ids = num_ids
         self.detokenize = detokenize
+        self.grammars = grammars
         self.next_id = 0
         """Number of the next answer."""
 
@@ -61,7 +65,8 @@ class Intake:
         for k in range(sampling.n):
             machine = self._machine(sampling)
             answer = dataclasses.replace(request, sample=request.sample + k) if k else request
-            state = new_state(first + k, answer, machine, self.max_position, on_token, self.detokenize)
+            guide = self._guide(sampling)
+            state = new_state(first + k, answer, machine, self.max_position, on_token, self.detokenize, guide)
             state.scores = scores
             states.append(state)
         self.next_id += sampling.n
@@ -103,6 +108,12 @@ class Intake:
                 )
 
         self._check_start(request, prompt)
+        if (guide := self._guide(sampling)) is not None:
+            for index, token in enumerate(request.answer_start):
+                guide.push(token)
+                if guide.error or guide.is_complete:
+                    problem = "breaks" if guide.error else "completes"
+                    raise GenerationError(f"token {index} of answer_start {problem} the grammar; shorten answer_start")
 
     def _machine(self, sampling: SamplingParams) -> StructureMachine:
         """The grammar of an answer that has not begun, with the limits of engine and request."""
@@ -111,6 +122,15 @@ class Intake:
             max_depth=_smaller(self.config.max_depth, sampling.max_depth),
             max_paths=_smaller(self.config.max_paths, sampling.max_paths),
         )
+
+    def _guide(self, sampling: SamplingParams) -> Guide | None:
+        if not sampling.grammar:
+            return None
+        if self.grammars is None:
+            raise GenerationError(
+                "a grammar needs the Hugging Face tokenizer of the model: Engine(..., grammars=Grammars(...))"
+            )
+        return self.grammars.begin(sampling, end_ids(sampling, self.vocab.eos_id))
 
     def _check_start(self, request: Request, prompt: int) -> None:
         ids, sampling, machine = request.answer_start, request.sampling, self._machine(request.sampling)

@@ -7,6 +7,7 @@ either here, and honoured, or in `refused.py`, and then any value but the neutra
 from __future__ import annotations
 
 import secrets
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -17,6 +18,7 @@ from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.server.body import Fields, check_others
 from megatron_multiverse.server.config import LimitConfig
 from megatron_multiverse.server.errors import refuse
+from megatron_multiverse.server.grammars import Grammar, grammar_of
 from megatron_multiverse.server.model import ServedModel
 from megatron_multiverse.server.refused import REFUSED
 
@@ -28,6 +30,19 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
 SeveralIds = Annotated[list[Ids], Field(fail_fast=True)]
+
+GRAMMAR_FIELDS = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "json_schema",
+    "regex",
+    "ebnf",
+)
+"""That say what an answer must be."""
 
 
 class StreamOptions(Fields):
@@ -72,8 +87,9 @@ class MultiverseFields(Fields):
     """Chat: lay out the blocks of earlier answers as they were generated; else their tags are text."""
     answer_start: str = ""
     """Text that the answer begins with. Its tags count: a block's header, up to `</Goal>`, forks."""
-    separate_reasoning: bool = False
-    """Whether the thought, what stands between the Think tags, comes as `reasoning_content` instead of as content."""
+    separate_reasoning: bool | None = None
+    """Whether the thought, what stands between the Think tags, comes as `reasoning_content` instead of as content; by
+    default where a chat has a grammar, which holds for the content."""
 
     def check(self, *, is_chat: bool, stream: bool) -> None:
         """Refuse what a route cannot serve.
@@ -129,6 +145,16 @@ class GenerationFields(Fields):
     """Only requests with the same salt, and the same key of the server, share what was computed for their prompts."""
     extra_key: Annotated[str, Field(max_length=256)] | None = None
     """SGLang's: a second salt."""
+    response_format: dict[str, Any] | None = None
+    """What the answer must be, see `grammar_of`, as the next nine."""
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
     return_token_ids: bool | None = None
     """Whether the ids of the prompt and of the answer come beside the text, where vLLM has them."""
     stream: bool | None = None
@@ -141,6 +167,22 @@ class GenerationFields(Fields):
     def ours(self) -> MultiverseFields:
         """The object `multiverse`, with its defaults."""
         return self.multiverse or MultiverseFields()
+
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """What the answer is held to.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        return grammar_of({name: getattr(self, name) for name in GRAMMAR_FIELDS})
+
+    @property
+    def splits_thought(self) -> bool:
+        """Whether the thought comes apart from the content."""
+        asked = self.ours.separate_reasoning
+        in_order = not self.stream or self.ours.stream_mode == "linear"
+        return asked if asked is not None else self.is_chat and self.grammar is not None and in_order
 
     @property
     def count(self) -> int:
@@ -234,8 +276,11 @@ class GenerationFields(Fields):
         top_p = asked("top_p", 1.0)
         greedy = top_p == 0  # the smallest set of tokens with any probability is the most likely one
         stop_ids = [*(self.stop_token_ids or []), *([] if self.ignore_eos else model.end_ids)]
+        grammar_kind, grammar = self.grammar or ("json_schema", "")
         return make_sampling(
             self.ours,
+            grammar=grammar,
+            grammar_kind=grammar_kind,
             max_tokens=max_tokens,
             temperature=0.0 if greedy else asked("temperature", 1.0),
             top_k=max(0, int(asked("top_k", 0))),

@@ -45,7 +45,7 @@ def make_result(state: RequestState) -> Result:
     _append_branch(result, state.root, -1)
     for branch in state.branches():
         result.malformed.update(branch.machine.malformed)
-        ended = Counter(forced_close=branch.forced_close, fork_refused=branch.fork_refused)
+        ended = Counter(forced_close=int(branch.forced_close), fork_refused=int(branch.fork_refused))
         result.malformed.update(+ended)
     return result
 

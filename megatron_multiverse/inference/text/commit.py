@@ -60,6 +60,8 @@ def commit_token(
             branch.top_logprobs.append(top)
         if branch.seen is not None:
             branch.seen.add(token)
+        if branch.guide is not None:
+            branch.guide.push(token)
         branch.next_position += 1
         branch.total += 1
         branch.room = left - 1
@@ -71,6 +73,9 @@ def commit_token(
         elif event is _PATH_END:
             _end(state, branch, "path_end")
         elif branch.scanner is not None and _stops(state, branch, branch.scanner, 1):
+            _close(state, branch, "stop")
+        elif branch.guide is not None and (branch.guide.error or branch.guide.is_complete):
+            state.error = branch.guide.error
             _close(state, branch, "stop")
         elif event is _FORK:
             _fork(state, branch)
@@ -117,6 +122,9 @@ def begin_answer(state: RequestState) -> None:
     """Write what the request says that its answer begins with (`Request.answer_start`)."""
     root, ids = state.root, state.request.answer_start
     if ids:
+        if root.guide is not None:
+            for token in ids:
+                root.guide.push(token)
         event = _force(state, root, ids)
         _check_forced(state, root, len(ids))
         if event is _FORK and root.finish is None:

@@ -60,8 +60,8 @@ async def chat_completions(request: Request) -> Response:
         raise refuse("top_logprobs", f"{fields.top_logprobs} asked for, at most {limits.max_logprobs} are allowed")
     if fields.top_logprobs and not fields.logprobs:
         raise refuse("top_logprobs", "needs logprobs: true")
-    if fields.logprobs and fields.ours.separate_reasoning:
-        raise refuse("logprobs", "not together with separate_reasoning; leave one of them out")
+    if fields.logprobs and fields.splits_thought:
+        raise refuse("logprobs", "not where the thought is apart; set multiverse.separate_reasoning to false")
     for name in ("return_tokenized_data", "return_raw_text"):
         if fields.stream and getattr(fields, name):
             raise refuse(name, "not in streams; leave out stream, or ask for multiverse.return_tree")
@@ -185,7 +185,7 @@ class _Answer(ChoiceAnswer[ChatFields]):
     has_one_prompt = True
 
     def whole(self, index: int, result: Result) -> dict[str, Any]:
-        split = self.fields.ours.separate_reasoning
+        split = self.fields.splits_thought
         content, thought = answer_texts(result, self.model.tokenizer, split=split)
         message: dict[str, Any] = {"role": "assistant", "content": content}
         if split:
