@@ -157,6 +157,8 @@ class GenerationFields(Fields):
     ebnf: str | None = None
     return_token_ids: bool | None = None
     """Whether the ids of the prompt and of the answer come beside the text, where vLLM has them."""
+    return_tokens_as_token_ids: bool | None = None
+    """Whether log-probabilities name tokens by their ids, as `token_id:5`."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

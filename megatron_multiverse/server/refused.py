@@ -36,7 +36,6 @@ REFUSED: Refused = {
     "return_meta_info": (False,),
     "return_prompt_token_ids": (False,),
     "return_routed_experts": (False,),
-    "return_tokens_as_token_ids": (False,),
     "session_params": (),
     "stop_regex": ([],),
     "stream_interval": (1,),

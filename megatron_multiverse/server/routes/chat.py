@@ -218,4 +218,6 @@ class _Answer(ChoiceAnswer[ChatFields]):
         return choices
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        return chat_object(entries, self.model.tokenizer) if self.fields.logprobs else None
+        if not self.fields.logprobs:
+            return None
+        return chat_object(entries, self.model.tokenizer, as_ids=bool(self.fields.return_tokens_as_token_ids))

@@ -127,6 +127,7 @@ class _Answer(ChoiceAnswer[CompletionFields]):
 
     def __init__(self, request: Request, fields: CompletionFields, prompts: Sequence[Sequence[int]]) -> None:
         super().__init__(request, fields, prompts)
+        self._as_ids = bool(fields.return_tokens_as_token_ids)
         self._offsets: Counter[int] = Counter()  # characters of the tokens that each choice of a stream has told of
 
     def shown(self, result: Result) -> Result:
@@ -141,7 +142,7 @@ class _Answer(ChoiceAnswer[CompletionFields]):
             entries = logprobs.of_prompt(result) if self.fields.echo else []
             is_empty = not result.token_ids and self.fields.max_tokens != 0
             entries += logprobs.of_answer(result)
-            found = logprobs.completion_object(entries, tokenizer, is_empty=is_empty)
+            found = logprobs.completion_object(entries, tokenizer, as_ids=self._as_ids, is_empty=is_empty)
         return self.choice(index, {"text": text}, ids=result.token_ids, logprobs=found, result=result)
 
     async def opening(self, index: int) -> dict[str, Any]:
@@ -151,7 +152,8 @@ class _Answer(ChoiceAnswer[CompletionFields]):
     def deltas(self, piece: Piece) -> list[dict[str, Any]]:
         found = None
         if self.fields.logprobs is not None:
-            found = logprobs.completion_object(piece.tokens, self.model.tokenizer, offset=self._offsets[piece.index])
-            self._offsets[piece.index] += sum(map(len, found["tokens"]))
+            tokenizer, offset = self.model.tokenizer, self._offsets[piece.index]
+            found = logprobs.completion_object(piece.tokens, tokenizer, as_ids=self._as_ids, offset=offset)
+            self._offsets[piece.index] += sum(len(tokenizer.id_to_text[token]) for token in piece.ids)
         content = {"text": piece.text} | shapes.branch_label(piece)
         return [self.choice(piece.index, content, ids=piece.ids, logprobs=found, result=piece.result)]

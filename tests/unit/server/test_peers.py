@@ -117,6 +117,40 @@ def test_ids_stand_beside_the_text_where_vllm_has_them(server: Running, mode: st
     assert "token_ids" not in choice(server), "not unasked"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_name_tokens_by_their_ids_if_asked(server: Running, stream: bool) -> None:
+    """Texts of several tokens can be alike; where in the text they stand is told of their texts all the same."""
+
+    def told(path: str, body: dict[str, Any], **fields: Any) -> list[dict[str, Any]]:
+        body = body | fields | GREEDY
+        answers = chunks(server, path, body) if stream else [answer(server, path, body)]
+        return [answered["choices"][0]["logprobs"] for answered in answers if answered["choices"][0]["logprobs"]]
+
+    def joined(entries: list[dict[str, Any]], name: str) -> list[Any]:
+        return [one for entry in entries for one in entry[name]]
+
+    def id_of(name: str) -> int:
+        assert name.startswith("token_id:")
+        return int(name.removeprefix("token_id:"))
+
+    text = {"prompt": PROMPT, "logprobs": 2, "multiverse": {}}
+    plain, named = told(TEXT, text), told(TEXT, text, return_tokens_as_token_ids=True)
+    texts = tokenizer().id_to_text
+    assert [texts[id_of(name)] for name in joined(named, "tokens")] == joined(plain, "tokens")
+    for name in ("text_offset", "token_logprobs"):
+        assert joined(named, name) == joined(plain, name)
+    tops = zip(joined(named, "tokens"), joined(named, "top_logprobs"), joined(named, "token_logprobs"), strict=True)
+    assert all(logprob is None or top[token] == logprob for token, top, logprob in tops)
+
+    chat = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2}
+    plain, named = told(CHAT, chat), told(CHAT, chat, return_tokens_as_token_ids=True)
+    for one, other in zip(joined(plain, "content"), joined(named, "content"), strict=True):
+        assert [texts[id_of(e["token"])] for e in (other, *other["top_logprobs"])] == [
+            e["token"] for e in (one, *one["top_logprobs"])
+        ]
+        assert other["bytes"] == one["bytes"] == list(one["token"].encode())
+
+
 def test_names_of_sglang_count_in_its_sampling_parameters(server: Running) -> None:
     def ids(**sampling: Any) -> list[int]:
         body = {"text": "abc", "sampling_params": {"max_new_tokens": 60, **sampling}}
