@@ -94,12 +94,13 @@ def draw(begin: Callable[[], Guide], count: int) -> list[float]:
 def measure(options: Options) -> dict[str, Any]:
     """All figures."""
     tokenizer = made_up_tokenizer(options.vocab_size)
-    size = tokenizer.get_vocab_size()
-    pieces = [tokenizer.id_to_token(token).replace("Ċ", "\n") for token in range(size)]
-    vocab = StructureVocab.from_pieces(pieces, eos_id=tokenizer.token_to_id(END))
+    ids: dict[str, int] = tokenizer.get_vocab()
+    size, end, brace = len(ids), ids[END], ids["{"]
+    pieces = [piece.replace("Ċ", "\n") for piece in sorted(ids, key=ids.__getitem__)]
+    vocab = StructureVocab.from_pieces(pieces, eos_id=end)
     grammars = Grammars(tokenizer.to_str(), vocab, size)
     params = SamplingParams(grammar=json.dumps(SCHEMA))
-    ends = frozenset((tokenizer.token_to_id(END),))
+    ends = frozenset((end,))
     times = []
     for call in (grammars.prepare, lambda: grammars.begin(params, ends)):
         start = time.perf_counter()
@@ -108,7 +109,7 @@ def measure(options: Options) -> dict[str, Any]:
 
     def begin() -> Guide:
         guide = grammars.begin(params, ends)
-        guide.push(tokenizer.token_to_id("{"))
+        guide.push(brace)
         return guide
 
     masks = sorted(draw(begin, options.tokens))
