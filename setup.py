@@ -16,7 +16,14 @@ TRAIN = ["matplotlib>=3.9"]
 # which preprocessing would find out, but not at once.
 FAST = ["gigatoken==0.10.0"]
 # fastapi: older ones cannot switch their telemetry off.
-SERVE = ["fastapi>=0.165", "httpx2>=2.16", "msgpack>=1.1", "prometheus-client>=0.20", "uvicorn>=0.30"]
+SERVE = [
+    "fastapi>=0.165",
+    "httpx2>=2.16",
+    "llguidance>=1.9",
+    "msgpack>=1.1",
+    "prometheus-client>=0.20",
+    "uvicorn>=0.30",
+]
 # ZeRO, for training with `engine: deepspeed`. Pure Python, 2 MB: it compiles nothing when it is installed.
 DEEPSPEED = ["deepspeed>=0.19.8"]
 # With the SDKs' transport by aiohttp, which takes less of a processor for each answer.

@@ -19,6 +19,10 @@ class GenerationError(MultiverseError, ValueError):
     """A generation request that cannot be served as asked."""
 
 
+class ContextError(GenerationError):
+    """A request with more tokens than the model or the cache can hold."""
+
+
 class CheckpointError(MultiverseError, RuntimeError):
     """A checkpoint that is missing, damaged or does not fit the model."""
 

@@ -87,6 +87,13 @@ def write_json_atomic(path: str | Path, value: Any, *, indent: int | None = 2) -
     write_text_atomic(path, json.dumps(value, indent=indent) + "\n")
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file, as its newlines end them. `str.splitlines` would end them at characters such as U+2028
+    too, which texts hold and JSON leaves as they are."""
+    with Path(path).open(encoding="utf-8") as stream:
+        return [line.removesuffix("\n") for line in stream]
+
+
 def write_line(stream: IO[str], text: str) -> None:
     """Append a line to an open file at once. Raises OSError, which names the file."""
     with naming(stream.name):

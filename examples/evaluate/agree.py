@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_multiverse.files import write_json_atomic
+from megatron_multiverse.files import read_lines, write_json_atomic
 
 
 class Graded(NamedTuple):
@@ -27,7 +27,7 @@ Answers = dict[str, Graded]
 def rows(folder: Path, pattern: str) -> list[dict[str, Any]]:
     """The rows of the one file of JSON Lines that the pattern names."""
     (file,) = folder.glob(pattern)
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in read_lines(file)]
 
 
 def ours(folder: Path) -> Answers:

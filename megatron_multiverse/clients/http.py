@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import Any
 
 import httpx2
@@ -95,7 +95,7 @@ async def stream(client: httpx2.AsyncClient, path: str, body: dict[str, Any]) ->
             response = await stack.enter_async_context(client.stream("POST", path, json=body | {"stream": True}))
         if response.status_code != 200:
             raise ServerError(response.status_code, error_text(response.status_code, (await response.aread()).decode()))
-        async with contextlib.aclosing(response.aiter_lines()) as lines:  # type: ignore[type-var]
+        async with contextlib.aclosing(_lines(response)) as lines:
             async for line in lines:
                 if line == "data: [DONE]":
                     return
@@ -105,6 +105,16 @@ async def stream(client: httpx2.AsyncClient, path: str, body: dict[str, Any]) ->
                         raise ServerError(0, error_text(0, line[6:]))
                     yield chunk
     raise ServerError(0, "the stream ended without [DONE]")
+
+
+async def _lines(response: httpx2.Response) -> AsyncGenerator[str, None]:
+    """The lines of a stream. `aiter_lines` would end them at characters such as U+2028, too, which JSON leaves as they
+    are, and answers hold."""
+    rest = ""
+    async for text in response.aiter_text():
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            yield line.removesuffix("\r")
 
 
 @contextlib.contextmanager

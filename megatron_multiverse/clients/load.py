@@ -7,7 +7,6 @@ random times (Poisson) whether or not others have been served, and their time co
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import statistics
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import httpx2
 
 from megatron_multiverse.clients.http import ServerError, connect, get, post, stream
+from megatron_multiverse.clients.prompts import read_prompts
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.structure import TAGS
 
@@ -73,10 +73,15 @@ class LoadConfig:
     """JSON file for all figures."""
 
     def __post_init__(self) -> None:
-        if min([self.num_requests, self.repeats, *self.concurrency, *self.rate], default=1) <= 0:
-            raise ConfigError("num_requests, repeats, concurrency and rate must be above 0")
+        for name in ("num_requests", "repeats", "concurrency", "rate", "max_tokens"):
+            value = getattr(self, name)
+            if min([value] if isinstance(value, int) else value, default=1) <= 0:
+                raise ConfigError(f"{name} must be above 0, got {value}")
         if self.forced_branches < 0 or self.forced_tokens < 2:
-            raise ConfigError("forced_branches must not be negative (0 is off), forced_tokens at least 2")
+            raise ConfigError(
+                "forced_branches must not be negative (0 is off), and forced_tokens at least 2, got "
+                f"{self.forced_branches} and {self.forced_tokens}"
+            )
 
 
 @dataclass
@@ -129,11 +134,7 @@ async def measure(config: LoadConfig) -> AsyncIterator[dict[str, Any]]:
 
 
 def _bodies(config: LoadConfig) -> Iterator[dict[str, Any]]:
-    prompts = [config.prompt]
-    if config.prompts is not None:
-        lines = config.prompts.read_text(encoding="utf-8").splitlines()
-        prompts = [json.loads(line)["prompt"] for line in lines if line.strip()]
-    for prompt in prompts:
+    for prompt in [config.prompt] if config.prompts is None else read_prompts(config.prompts, (str, list)):
         body: dict[str, Any] = {
             "prompt": prompt,
             "max_tokens": config.max_tokens,

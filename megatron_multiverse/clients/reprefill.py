@@ -22,6 +22,7 @@ from typing import Any
 import httpx2
 
 from megatron_multiverse.clients.http import connect, get, post
+from megatron_multiverse.clients.prompts import read_prompts
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.structure import StructureMachine
 from megatron_multiverse.structure.frames import Event
@@ -197,7 +198,11 @@ async def answers(config: ReprefillConfig) -> AsyncIterator[dict[str, Any]]:
         ServerError: the server cannot be reached, or refuses.
         ConfigError: a line of --input has no prompt.
     """
-    prompts = [config.prompt] if config.prompt is not None else _read(config.input)
+    if config.prompt is not None:
+        prompts = [config.prompt]
+    else:
+        assert config.input is not None
+        prompts = read_prompts(config.input)
     room = asyncio.Semaphore(config.concurrency)
     async with connect(config.url) as client:
         model = config.model or (await get(client, "/v1/models"))["data"][0]["id"]
@@ -214,15 +219,3 @@ async def answers(config: ReprefillConfig) -> AsyncIterator[dict[str, Any]]:
         finally:
             for task in tasks:
                 task.cancel()
-
-
-def _read(file: Path | None) -> list[str]:
-    assert file is not None
-    prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                prompts.append(json.loads(line)["prompt"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{file}, line {number}: give a JSON object with a field prompt") from error
-    return prompts

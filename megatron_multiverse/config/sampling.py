@@ -20,6 +20,7 @@ LEAST_PATH_TOKENS = 2
 """A path needs at least a newline and its `</Path>` after its label."""
 
 OnMalformed = Literal["serial", "error"]
+GrammarKind = Literal["json_schema", "regex", "choice", "grammar"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Texts that end the answer, outside of paths, wherever they fall on tokens. The tokens of a stop text stay in the
     answer, because the model has read them; `answer_text` leaves the text out."""
+    include_stop: bool = False
+    """`answer_text` keeps the stop texts; what follows one in its last token is left out all the same."""
     max_paths: int | None = None
     """Goals with more outlines stay plain text, if the engine does not draw the line earlier."""
     max_depth: int | None = None
@@ -85,7 +88,7 @@ class SamplingParams:
     there with `finish_reason` error, and `Result.error` says where and what was expected."""
     stop_token_ids: tuple[int, ...] = ()
     """Further ids that end the answer, outside of paths; like the end-of-document id they are not part of it. Structure
-    tags are refused: `</Goal>` among them, for example, would end every answer before its first fork."""
+    tags are refused where answers fork: `</Goal>` among them, for example, would end each before its first fork."""
     stop_in_branches: bool = False
     """Stop texts and stop tokens in a path end that path."""
     commit_after: int = 0
@@ -95,6 +98,15 @@ class SamplingParams:
     commit_on: str = ""
     """A path succeeds when it writes `</Path>` and its text has this in it; empty for every path that ends. A predicate
     of your own: `Request.accept`."""
+    grammar: str = ""
+    """What the text must be, as `grammar_kind` says; empty for anything. It holds for what comes after `</Think>`, and
+    for the whole answer where that does not begin with `<Think>`; thinking, its blocks included, is free. The answer
+    ends when its grammar is complete, or where the model ends it and the grammar allows that; it is cut short by
+    `max_tokens` all the same."""
+    grammar_kind: GrammarKind = "json_schema"
+    """json_schema: a JSON schema, without blanks between its parts, unless its `x-guidance` says so. regex: a regular
+    expression, which the whole text matches. choice: a JSON list of texts. grammar: Lark's or llama.cpp's (GBNF)
+    notation. llguidance reads all of them."""
     ignore_eos: bool = False
     """Treat the end-of-document id as text, so that answers get as long as max_tokens."""
     logprobs: int = 0
@@ -161,6 +173,12 @@ class SamplingParams:
         refuse_unless(0 < penalty < math.inf, f"repetition_penalty must be finite and > 0 (1 is off), got {penalty}")
         for name in ("presence_penalty", "frequency_penalty"):
             refuse_unless(-2 <= getattr(self, name) <= 2, f"{name} must lie in [-2, 2], got {getattr(self, name)}")
+        known = get_args(GrammarKind)
+        refuse_unless(
+            self.grammar_kind in known, f"grammar_kind must be one of {', '.join(known)}, got {self.grammar_kind!r}"
+        )
+        endless = "ignore_eos" if self.ignore_eos else f"min_tokens {self.min_tokens}" if self.min_tokens else ""
+        refuse_unless(not (self.grammar and endless), f"grammar says where the answer ends; leave out {endless}")
         for token, value in self.logit_bias.items():
             refuse_unless(math.isfinite(value), f"logit_bias of id {token} must be a finite number, got {value}")
 
@@ -168,7 +186,7 @@ class SamplingParams:
     def is_shaped(self) -> bool:
         """Whether every token asks for more than a temperature: another distribution, or other likely tokens."""
         filtered = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-        return filtered or self.has_penalties or bool(self.logit_bias) or self.logprobs > 0
+        return filtered or self.has_penalties or bool(self.logit_bias or self.grammar) or self.logprobs > 0
 
     @cached_property
     def has_penalties(self) -> bool:

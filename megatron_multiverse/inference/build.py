@@ -16,13 +16,14 @@ from megatron_multiverse.checkpoints.own_tokenizer import differing_id, tokenize
 from megatron_multiverse.checkpoints.protocols import Source
 from megatron_multiverse.checkpoints.sources import check_source, open_checkpoint
 from megatron_multiverse.config.engine import EngineConfig
-from megatron_multiverse.data.tokenizers import MultiverseTokenizer
+from megatron_multiverse.data.tokenizers import HuggingFaceTokenizer, MultiverseTokenizer
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.step.forward import KVStore
 from megatron_multiverse.inference.step.model_ranks import ModelRanks
 from megatron_multiverse.inference.step.quantize import quantize_products
 from megatron_multiverse.inference.step.runner import Runner
+from megatron_multiverse.inference.text.guide import Grammars
 from megatron_multiverse.model.mcore import set_parallel_sizes
 from megatron_multiverse.parallel.ranks import Ranks, joined_ranks
 
@@ -73,7 +74,15 @@ def build_engine(
         config,
         vocab_size=tokenizer.vocab_size,
         detokenize=tokenizer.detokenize,
+        grammars=grammars_of(tokenizer),
     )
+
+
+def grammars_of(tokenizer: MultiverseTokenizer) -> Grammars | None:
+    """What compiles grammars for a tokenizer; None where that is not Hugging Face's: llguidance reads no other."""
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return None
+    return Grammars(tokenizer.to_json(), tokenizer.structure_vocab, tokenizer.vocab_size)
 
 
 def free_bytes(device: torch.device) -> int | None:

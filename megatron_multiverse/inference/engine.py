@@ -27,6 +27,7 @@ from megatron_multiverse.inference.step.runner import PendingOutput, Runner
 from megatron_multiverse.inference.step.sampler import Sampler
 from megatron_multiverse.inference.text.answer import make_result
 from megatron_multiverse.inference.text.commit import begin_answer, close_all, commit_text, commit_token, foresee_fork
+from megatron_multiverse.inference.text.guide import Grammars
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, Written
@@ -56,6 +57,7 @@ class Engine:
         sampler: chooses tokens; by default `CounterSampler`.
         clock: seconds, to measure steps by.
         detokenize: ids -> text, tags kept; needed by requests that say something about text, such as stop texts.
+        grammars: for the model's tokenizer; needed by requests with a grammar.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Engine:
         sampler: Sampler | None = None,
         clock: Callable[[], float] = time.perf_counter,
         detokenize: Detokenize | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.config = config = config or EngineConfig()
         own_limit = getattr(model, "max_sequence_length", None)
@@ -81,6 +84,7 @@ class Engine:
             max_position=self.max_position,
             num_ids=count_ids(vocab_size, getattr(model, "vocab_size", None)),
             detokenize=detokenize,
+            grammars=grammars,
         )
         self.book = PageBook(num_pages, config.page_size, remember_freed=config.debug)
         self.runner = Runner(
@@ -256,7 +260,9 @@ class Engine:
 
     def _next_step(self) -> tuple[Step, Callable[[], PendingOutput]] | None:
         """The next step and what launches it. If the tokens in flight may fork or join a block, it waits for them, and
-        if they do, it is planned after they are written."""
+        if they do, it is planned after they are written; so it is where they say what a grammar allows next."""
+        if self._flight is not None and self._flight.step.plan.sampling.has_guides:
+            self._land_early()
         scheduler, flight = self.scheduler, self._flight
         step = scheduler.go_on()
         if flight is not None and self._turns.may_come(flight.step, len(scheduler.active)):
@@ -372,7 +378,8 @@ class Engine:
             if state.unheard and not state.tell() and state.finish_reason is None:
                 close_all(state, "error")
             finish = state.root.finish
-            if finish is not None:
+            # `answer_start` can be the whole answer, which is complete before its prompt is read.
+            if finish is not None and not (state.finish_reason is None and state.lacks_scores):
                 state.finish_reason = state.finish_reason or ("length" if finish == "length" else "stop")
                 self.scheduler.remove(state)
                 self._finish(state)

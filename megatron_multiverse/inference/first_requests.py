@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from megatron_multiverse.config import SamplingParams
@@ -22,6 +23,9 @@ def warm_up(engine: Engine) -> None:
     Args:
         engine: idle; what it cannot serve is left out.
     """
+    if engine.intake.grammars is not None:
+        with contextlib.suppress(GenerationError):  # llguidance is not installed: requests with grammars are told so
+            engine.intake.grammars.prepare()
     requests = []
     for request in _requests(engine):
         try:

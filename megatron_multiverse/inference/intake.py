@@ -6,10 +6,11 @@ import dataclasses
 
 from megatron_multiverse.config.engine import EngineConfig
 from megatron_multiverse.config.sampling import SamplingParams
-from megatron_multiverse.errors import GenerationError
+from megatron_multiverse.errors import ContextError, GenerationError
+from megatron_multiverse.inference.text.guide import Grammars, Guide
 from megatron_multiverse.inference.text.prompt_scores import PromptScores
 from megatron_multiverse.inference.text.request import Request
-from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, new_state
+from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, end_ids, new_state
 from megatron_multiverse.structure import Event, StructureMachine, StructureVocab
 
 
@@ -23,6 +24,7 @@ class Intake:
         max_position: positions the model can take.
         num_ids: ids of the vocabulary; None if nothing says how many.
         detokenize: ids -> text; None if nothing makes text of them.
+        grammars: compiles those of requests; None if nothing does.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Intake:
         max_position: int,
         num_ids: int | None,
         detokenize: Detokenize | None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.vocab = vocab
         self.config = config
@@ -41,6 +44,7 @@ class Intake:
         self.max_position = max_position
         self.num_ids = num_ids
         self.detokenize = detokenize
+        self.grammars = grammars
         self.next_id = 0
         """Number of the next answer."""
 
@@ -61,7 +65,8 @@ class Intake:
         for k in range(sampling.n):
             machine = self._machine(sampling)
             answer = dataclasses.replace(request, sample=request.sample + k) if k else request
-            state = new_state(first + k, answer, machine, self.max_position, on_token, self.detokenize)
+            guide = self._guide(sampling)
+            state = new_state(first + k, answer, machine, self.max_position, on_token, self.detokenize, guide)
             state.scores = scores
             states.append(state)
         self.next_id += sampling.n
@@ -73,25 +78,21 @@ class Intake:
         Raises:
             GenerationError: naming the numbers.
         """
-        prompt, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
-        capacity = self.num_pages * self.page_size
-        if prompt >= self.max_position:
-            raise GenerationError(
-                f"prompt ({prompt} tokens) leaves no room in the {self.max_position} positions of the model; "
-                "shorten the prompt"
-            )
-        if prompt + max_tokens > capacity:
-            raise GenerationError(
-                f"prompt ({prompt} tokens) and max_tokens ({max_tokens}) need {prompt + max_tokens} "
-                f"cache slots, the engine has {capacity} ({self.num_pages} pages of {self.page_size}); "
-                f"{'lower max_tokens' if prompt < capacity else 'shorten the prompt'} or raise num_pages"
-            )
+        prompt = len(request.prompt_ids)
+        check_length(
+            prompt,
+            request.sampling.max_tokens,
+            max_position=self.max_position,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+        )
         sampling = request.sampling
         if (sampling.stop or sampling.commit_on or request.accept) and self.detokenize is None:
             raise GenerationError(
                 "stop, commit_on and accept read text, which needs the tokenizer: Engine(..., detokenize=...)"
             )
-        if 0 not in (sampling.max_depth, self.config.max_depth):
+        forks = 0 not in (sampling.max_depth, self.config.max_depth)
+        if forks:
             _refuse_stops_of_blocks(sampling.stop)
         # On a GPU an id outside of the embedding is not an exception but the end of the process.
         for index, token in enumerate(request.prompt_ids):
@@ -100,13 +101,19 @@ class Intake:
             self._check_id("an id of logit_bias", token)
         for token in request.sampling.stop_token_ids:
             self._check_id("a stop token", token)
-            if token in self.vocab.tag_of:
+            if forks and token in self.vocab.tag_of:
                 raise GenerationError(
                     f"stop token {token} is the structure tag {self.vocab.tag_of[token].text}, which the engine reads "
-                    "itself; leave it out (max_depth 0 in EngineConfig keeps answers from forking)"
+                    "itself; leave it out (max_depth 0 keeps answers from forking)"
                 )
 
         self._check_start(request, prompt)
+        if (guide := self._guide(sampling)) is not None:
+            for index, token in enumerate(request.answer_start):
+                guide.push(token)
+                if guide.error or guide.is_complete:
+                    problem = "breaks" if guide.error else "completes"
+                    raise GenerationError(f"token {index} of answer_start {problem} the grammar; shorten answer_start")
 
     def _machine(self, sampling: SamplingParams) -> StructureMachine:
         """The grammar of an answer that has not begun, with the limits of engine and request."""
@@ -115,6 +122,15 @@ class Intake:
             max_depth=_smaller(self.config.max_depth, sampling.max_depth),
             max_paths=_smaller(self.config.max_paths, sampling.max_paths),
         )
+
+    def _guide(self, sampling: SamplingParams) -> Guide | None:
+        if not sampling.grammar:
+            return None
+        if self.grammars is None:
+            raise GenerationError(
+                "a grammar needs the Hugging Face tokenizer of the model: Engine(..., grammars=Grammars(...))"
+            )
+        return self.grammars.begin(sampling, end_ids(sampling, self.vocab.eos_id))
 
     def _check_start(self, request: Request, prompt: int) -> None:
         ids, sampling, machine = request.answer_start, request.sampling, self._machine(request.sampling)
@@ -145,6 +161,31 @@ class Intake:
             raise GenerationError(
                 f"{what} is {token}, the ids of the vocabulary are {allowed}; use the tokenizer of the model"
             )
+
+
+def check_length(prompt: int, max_tokens: int, *, max_position: int, num_pages: int, page_size: int) -> None:
+    """Refuse a request that model or cache could never hold.
+
+    Args:
+        prompt: tokens of it.
+        max_tokens: that its answer may have.
+        max_position: positions the model can take.
+        num_pages, page_size: pages of the cache, and the tokens of each.
+
+    Raises:
+        ContextError: naming the numbers.
+    """
+    if prompt >= max_position:
+        raise ContextError(
+            f"prompt ({prompt} tokens) leaves no room in the {max_position} positions of the model; shorten the prompt"
+        )
+    capacity = num_pages * page_size
+    if prompt + max_tokens > capacity:
+        raise ContextError(
+            f"prompt ({prompt} tokens) and max_tokens ({max_tokens}) need {prompt + max_tokens} "
+            f"cache slots, the engine has {capacity} ({num_pages} pages of {page_size}); "
+            f"{'lower max_tokens' if prompt < capacity else 'shorten the prompt'} or raise num_pages"
+        )
 
 
 def _refuse_stops_of_blocks(stop: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ from megatron_multiverse.inference.text.branch import Branch
 from megatron_multiverse.inference.text.state import RequestState
 
 _NONE = np.zeros(0, dtype=np.int64)
+_NO_MASK = np.zeros(0, dtype=np.int32)
 NO_SCORES = {"scored": _NONE, "targets": _NONE, "num_scores": _NONE}
 """What `scored_arrays` gives for nothing."""
 
@@ -72,6 +73,7 @@ def shaping_arrays(sampled: Sequence[Sampled], coming: Mapping[Branch, tuple[int
         biases += [(row, token, value) for token, value in bias.items()]
     rows = [row for row, p in enumerate(params) if p.has_penalties]
     seen = [sampled[row][1].seen for row in rows]
+    guides = [(row, branch.guide.mask()) for row, (_, branch, _) in enumerate(sampled) if branch.guide is not None]
     exempt = sampled[0][1].machine.vocab.tag_ids
 
     def floats(values: Sequence[float]) -> Floats:
@@ -94,6 +96,8 @@ def shaping_arrays(sampled: Sequence[Sampled], coming: Mapping[Branch, tuple[int
         seen_ids=np.concatenate([_NONE, *(counts.ids for counts in seen if counts)]),
         seen_counts=np.concatenate([_NONE, *(counts.counts for counts in seen if counts)]),
         exempt=np.array(exempt, dtype=np.int64),
+        guided=np.array([row for row, _ in guides], dtype=np.int64),
+        masks=np.concatenate([_NO_MASK, *(mask for _, mask in guides)]),
     )
 
 

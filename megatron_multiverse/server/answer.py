@@ -34,6 +34,11 @@ class Piece:
     result: Result | None = None
     """The complete answer; such a piece is the last one of its index."""
 
+    @property
+    def ids(self) -> list[int]:
+        """Of the new tokens."""
+        return [entry.token for entry in self.tokens]
+
 
 T = TypeVar("T")
 

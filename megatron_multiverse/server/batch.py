@@ -25,7 +25,7 @@ class Write(NamedTuple):
     """The most likely ids beside it, where they were asked for."""
     stop: tuple[int, str] | None = None
     """Where the ids close a branch that ended at a stop text: how many tokens before them hold some of that text, and
-    what else stands in these tokens, before it."""
+    what of the text of these tokens is kept."""
 
     @property
     def tokens(self) -> list[TokenLogprobs]:

@@ -131,16 +131,22 @@ def _refuse_constant(name: str) -> None:
 
 
 def _first_fault(error: ValidationError) -> ApiError:
-    """The first wrong field. Of several types it may have, each tells a fault; those deepest in it count."""
+    """The first wrong field. Of several types it may have, each tells a fault; those deepest in it count, and of them
+    the last: the type that fits furthest is the one that was meant."""
     faults = error.errors(include_url=False)
     name = faults[0]["loc"][:1]
-    deepest = max((fault for fault in faults if fault["loc"][:1] == name), key=lambda fault: len(_place(fault["loc"])))
+    deepest = max((fault for fault in faults if fault["loc"][:1] == name), key=lambda fault: _depth(fault["loc"]))
     place = _place(deepest["loc"])
     told = dict.fromkeys(_told(fault) for fault in faults if _place(fault["loc"]) == place)
     message = f"{'.'.join(place)}: {' or '.join(told).replace(' or Input should be', ' or')}"
     if deepest["type"] != "missing":
         message = f"{message} (got {_shown(deepest['input'])})"
     return ApiError(400, message, param=str(name[0]) if name else None, code="invalid_value")
+
+
+def _depth(loc: tuple[int | str, ...]) -> tuple[int, list[int]]:
+    """Orders faults by how deep in the field they are, and how far along."""
+    return len(_place(loc)), [part for part in loc if isinstance(part, int)]
 
 
 def _place(loc: tuple[int | str, ...]) -> list[str]:

@@ -36,6 +36,8 @@ class ChoiceAnswer(ABC, Generic[F]):
     """What the field `object` of a whole answer says."""
     chunk_kind: ClassVar[str]
     """The same of each chunk of a stream."""
+    has_one_prompt: ClassVar[bool]
+    """Whether all choices answer one prompt, whose ids then stand beside them, not in them."""
 
     def __init__(self, request: Request, fields: F, prompts: Sequence[Sequence[int]]) -> None:
         self.request = request
@@ -73,22 +75,27 @@ class ChoiceAnswer(ABC, Generic[F]):
             )
         results = [self.shown(result) for result in await complete(self.request, asked)]
         choices = [self.whole(index, result) for index, result in enumerate(results)]
-        return AnswerResponse(
-            self._head(self.whole_kind) | {"choices": choices, "usage": shapes.usage(results, self.prompts)}
-        )
+        if not self.has_one_prompt:
+            choices = [choice | self._prompt_ids(index) for index, choice in enumerate(choices)]
+        answer = self._head(self.whole_kind) | (self._prompt_ids(0) if self.has_one_prompt else {})
+        return AnswerResponse(answer | {"choices": choices, "usage": shapes.usage(results, self.prompts)})
 
     def choice(
         self,
         index: int,
         content: dict[str, Any],
         *,
+        ids: Sequence[int] = (),
         logprobs: dict[str, Any] | None = None,
         result: Result | None = None,
     ) -> dict[str, Any]:
-        """A choice with its content; `result` is the answer, if this completes it."""
-        choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": None} | content
+        """A choice with its content and the ids of its text; `result` is the answer, if this completes it."""
+        choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": None, "stop_reason": None}
+        choice |= content
+        if self.fields.return_token_ids:
+            choice["token_ids"] = list(ids)
         if result is not None:
-            choice["finish_reason"] = result.finish_reason
+            choice |= {"finish_reason": result.finish_reason, "stop_reason": result.stop_reason}
             if self.fields.multiverse is not None:
                 choice["multiverse"] = shapes.multiverse(result, tree=self.fields.ours.return_tree)
         return choice
@@ -98,7 +105,9 @@ class ChoiceAnswer(ABC, Generic[F]):
         results = []
         told = 0
         for index in range(len(batch.generations)):  # choices open in the order of their index
-            yield event(head | {"choices": [await self.opening(index)]} | self._usage_so_far(0))
+            choice, ids = await self.opening(index), self._prompt_ids(index)
+            opened = ids | {"choices": [choice]} if self.has_one_prompt else {"choices": [choice | ids]}
+            yield event(head | opened | self._usage_so_far(0))
         async for piece in pieces(self.request, batch, self.fields):
             if piece is None:
                 yield PING
@@ -111,6 +120,12 @@ class ChoiceAnswer(ABC, Generic[F]):
         if self.fields.wants_usage:
             yield event(head | {"choices": [], "usage": shapes.usage(results, self.prompts)})
         yield DONE
+
+    def _prompt_ids(self, index: int) -> dict[str, Any]:
+        """What is told of the prompt of a choice beside its text."""
+        if not self.fields.return_token_ids:
+            return {}
+        return {"prompt_token_ids": list(self.prompts[index // self.fields.count])}
 
     def _usage_so_far(self, tokens: int) -> dict[str, Any]:
         """What a chunk says of it, once so many tokens of the answers have been told."""

@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from megatron_multiverse.errors import ContextError
+from megatron_multiverse.inference.intake import check_length
 from megatron_multiverse.inference.record import from_values
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server.batch import Asked, Batch, Generation, Write
@@ -187,6 +189,20 @@ class EngineClient:
                 retry_after=sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 1,
             )
 
+    def check_lengths(self, asked: Asked) -> None:
+        """Refuse what model or cache could never hold, before the engine is told of it: it would read all of it between
+        two steps.
+
+        Raises:
+            ApiError: 400, naming the numbers.
+        """
+        sizes = {name: self.facts[name] for name in ("max_position", "num_pages", "page_size")}
+        try:
+            for prompt in asked.prompts:
+                check_length(len(prompt), asked.sampling.max_tokens, **sizes)
+        except ContextError as error:
+            raise ApiError(400, str(error), code="context_length_exceeded") from None
+
     def submit(self, asked: Asked, *, stream: bool, cache_salt: str = "") -> Batch:
         """Ask for answers; those to one prompt follow each other.
 
@@ -262,7 +278,8 @@ class EngineClient:
                 self._generations[number].batch.tell()
         elif op == "refused":
             text = message["message"]
-            error = ApiError(400, text) if text else ApiError(500, "the engine failed on this request")
+            failed = ApiError(500, "the engine failed on this request")
+            error = ApiError(400, text, code=message["code"]) if text else failed
             for number in message["ids"]:
                 self._finish(number, error=error)
         elif op == "controlled":

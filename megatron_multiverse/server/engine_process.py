@@ -28,7 +28,7 @@ from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.dtypes import engine_dtype
-from megatron_multiverse.errors import GenerationError, MultiverseError
+from megatron_multiverse.errors import ContextError, GenerationError, MultiverseError
 from megatron_multiverse.inference.build import build_engine, engine_ranks
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.first_requests import warm_up
@@ -63,7 +63,8 @@ class EngineHost:
         self._paused = False
         self._engine_ids: dict[int, int] = {}  # their number of an answer -> the engine's
         self._their_ids: dict[int, int] = {}
-        self._plain: set[int] = set()  # answers that cannot fork
+        self._plain: dict[int, int] = {}  # answers that cannot fork, with the tokens that each begins with unasked
+        self._begins: set[int] = set()  # those of them that have not been heard of
         self._writes: list[tuple[Any, ...]] = []  # number, and the fields of `Write`
         self._failures = 0
         self._last_beat = 0.0
@@ -103,7 +104,8 @@ class EngineHost:
             else:
                 self._control(message)
         except GenerationError as error:
-            self.channel.send({"op": "refused", "ids": ids, "message": str(error)})
+            code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_value"
+            self.channel.send({"op": "refused", "ids": ids, "message": str(error), "code": code})
         except Exception:
             logger.exception("message %r failed", message["op"])
             self.channel.send({"op": "refused", "ids": ids, "message": ""})
@@ -176,12 +178,15 @@ class EngineHost:
             for k, number in enumerate(ids[start : start + together]):
                 self._engine_ids[number], self._their_ids[own + k] = own + k, number
                 if sampling.max_depth == 0:
-                    self._plain.add(number)
+                    self._plain[number] = len(request.answer_start)
+                    self._begins |= {number} if request.answer_start else set()
         self.channel.send({"op": "accepted", "ids": ids})
 
     def _hear(self, request_id: int, branch: str, ids: Written) -> None:
         number = self._their_ids[request_id]
-        if ids.logprob is not None or number not in self._plain:
+        is_closer = number in self._plain and ids.logprob is None and number not in self._begins
+        self._begins.discard(number)
+        if not is_closer:
             stop = None if ids.stop is None else (ids.stop.end - ids.stop.start, ids.stop.kept)
             self._writes.append((number, branch, list(ids), ids.logprob, ids.top, stop))
 
@@ -214,9 +219,9 @@ class EngineHost:
         for result in results:
             number = self._their_ids.pop(result.request_id)
             del self._engine_ids[number]
+            self._begins.discard(number)
             if number in self._plain:
-                self._plain.remove(number)
-                result = without_closers(result)
+                result = without_closers(result, self._plain.pop(number))
             done.append((number, to_values(result)))
         self.channel.send({"op": "step", "writes": self._writes, "done": done})
         self._writes = []
@@ -247,11 +252,11 @@ class EngineHost:
         }
 
 
-def without_closers(result: Result) -> Result:
+def without_closers(result: Result, start: int = 0) -> Result:
     """An answer without what the engine forced at its end, to close what was open. One that cannot fork is like that of
-    any other server, and theirs just stop."""
+    any other server, and theirs just stop. The `start` tokens that it begins with (`answer_start`) stay."""
     end = len(result.token_ids)
-    while end and result.logprobs[end - 1] is None:
+    while end > start and result.logprobs[end - 1] is None:
         end -= 1
     lists = ("token_ids", "position_ids", "logprobs", "top_logprobs", "labels", "parents", "weight_versions")
     cut = {name: values[:end] for name in lists if (values := getattr(result, name)) is not None}

@@ -1,12 +1,13 @@
 """Fields that several routes share: how an answer is drawn, where it ends, and what is special about Multiverse.
 
-The names are those of the clients: OpenAI's, with the extensions of vLLM and Megatron. Every field of theirs is either
-here, and honoured, or in `REFUSED`, and then any value but the neutral ones is an error that names it.
+The names are those of the clients: OpenAI's, with the extensions of vLLM, SGLang and Megatron. Every field of theirs is
+either here, and honoured, or in `refused.py`, and then any value but the neutral ones is an error that names it.
 """
 
 from __future__ import annotations
 
 import secrets
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
@@ -17,54 +18,31 @@ from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.server.body import Fields, check_others
 from megatron_multiverse.server.config import LimitConfig
 from megatron_multiverse.server.errors import refuse
+from megatron_multiverse.server.grammars import Grammar, grammar_of
 from megatron_multiverse.server.model import ServedModel
+from megatron_multiverse.server.refused import REFUSED
 
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+# A prompt can be several kinds of lists. Each that it is not says so at its first entry, not at every one of them: long
+# prompts of ids would hold up the streams of others otherwise.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+SeveralIds = Annotated[list[Ids], Field(fail_fast=True)]
 
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": ([],),
-    "audio": (),
-    "bad_words": ([],),
-    "best_of": (1,),
-    "custom_logit_processor": (),
-    "debug_fname": (),
-    "ebnf": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_stop_str_in_output": (False,),
-    "input_embeds": (),
-    "json_schema": (),
-    "kv_transfer_params": (),
-    "length_penalty": (1, 1.0),
-    "logits_processors": ([],),
-    "logprob_token_ids": ([],),
-    "lora_path": (),
-    "multi_modal_data": (),
-    "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "regex": (),
-    "repetition_detection": (),
-    "response_format": ({"type": "text"},),
-    "return_hidden_states": (False,),
-    "return_routed_experts": (False,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "session_params": (),
-    "stop_regex": ([],),
-    "streaming_interval": (1,),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "thinking_token_budget": (),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "vllm_xargs": ({},),
-}
-"""Fields of the OpenAI routes, of vLLM's and SGLang's among them, that are not served, with the values that ask for
-nothing. Those that change no answer (metadata, request_id, store, ...) are ignored."""
+GRAMMAR_FIELDS = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "json_schema",
+    "regex",
+    "ebnf",
+)
+"""That say what an answer must be."""
 
 
 class StreamOptions(Fields):
@@ -109,8 +87,9 @@ class MultiverseFields(Fields):
     """Chat: lay out the blocks of earlier answers as they were generated; else their tags are text."""
     answer_start: str = ""
     """Text that the answer begins with. Its tags count: a block's header, up to `</Goal>`, forks."""
-    separate_reasoning: bool = False
-    """Whether the thought, what stands between the Think tags, comes as `reasoning_content` instead of as content."""
+    separate_reasoning: bool | None = None
+    """Whether the thought, what stands between the Think tags, comes as `reasoning_content` instead of as content; by
+    default where a chat has a grammar, which holds for the content."""
 
     def check(self, *, is_chat: bool, stream: bool) -> None:
         """Refuse what a route cannot serve.
@@ -147,6 +126,10 @@ class GenerationFields(Fields):
     n: Annotated[int, Field(ge=1)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    """vLLM's: whether the stop text that ends an answer or a path stays in its text."""
+    no_stop_trim: bool | None = None
+    """SGLang's name for it."""
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
@@ -160,6 +143,22 @@ class GenerationFields(Fields):
     """Whether the token that begins texts comes first, where the tokenizer has one; not by itself, as in training."""
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     """Only requests with the same salt, and the same key of the server, share what was computed for their prompts."""
+    extra_key: Annotated[str, Field(max_length=256)] | None = None
+    """SGLang's: a second salt."""
+    response_format: dict[str, Any] | None = None
+    """What the answer must be, see `grammar_of`, as the next nine."""
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    return_token_ids: bool | None = None
+    """Whether the ids of the prompt and of the answer come beside the text, where vLLM has them."""
+    return_tokens_as_token_ids: bool | None = None
+    """Whether log-probabilities name tokens by their ids, as `token_id:5`."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -171,10 +170,36 @@ class GenerationFields(Fields):
         """The object `multiverse`, with its defaults."""
         return self.multiverse or MultiverseFields()
 
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """What the answer is held to.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        return grammar_of({name: getattr(self, name) for name in GRAMMAR_FIELDS})
+
+    @property
+    def splits_thought(self) -> bool:
+        """Whether the thought comes apart from the content."""
+        asked = self.ours.separate_reasoning
+        in_order = not self.stream or self.ours.stream_mode == "linear"
+        return asked if asked is not None else self.is_chat and self.grammar is not None and in_order
+
     @property
     def count(self) -> int:
         """Answers to each prompt."""
         return self.n or 1
+
+    @property
+    def salt(self) -> str | None:
+        """What tells apart the requests that share nothing; None if nothing does."""
+        return joined_salt(self.cache_salt, self.extra_key)
+
+    @property
+    def keeps_stop(self) -> bool:
+        """Whether stop texts stay in the text."""
+        return bool(self.include_stop_str_in_output or self.no_stop_trim)
 
     @property
     def wants_usage(self) -> bool:
@@ -199,6 +224,9 @@ class GenerationFields(Fields):
             raise refuse("n", f"{self.count} answers asked for, at most {limits.max_n} are allowed")
         if self.stop_token_ids:
             model.check_ids("stop_token_ids", self.stop_token_ids)
+            if self.keeps_stop:
+                name = "include_stop_str_in_output" if self.include_stop_str_in_output else "no_stop_trim"
+                raise refuse(name, "keeps stop texts, not stop tokens; leave out stop_token_ids, or this")
 
     def stop_texts(self, limits: LimitConfig) -> list[str]:
         """`stop` as a list.
@@ -250,8 +278,11 @@ class GenerationFields(Fields):
         top_p = asked("top_p", 1.0)
         greedy = top_p == 0  # the smallest set of tokens with any probability is the most likely one
         stop_ids = [*(self.stop_token_ids or []), *([] if self.ignore_eos else model.end_ids)]
+        grammar_kind, grammar = self.grammar or ("json_schema", "")
         return make_sampling(
             self.ours,
+            grammar=grammar,
+            grammar_kind=grammar_kind,
             max_tokens=max_tokens,
             temperature=0.0 if greedy else asked("temperature", 1.0),
             top_k=max(0, int(asked("top_k", 0))),
@@ -268,7 +299,13 @@ class GenerationFields(Fields):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             stop=tuple(self.stop_texts(limits)),
+            include_stop=self.keeps_stop,
         )
+
+
+def joined_salt(*salts: str | None) -> str | None:
+    """Several salts as one; None where none is given."""
+    return None if all(salt is None for salt in salts) else repr(salts)
 
 
 def make_sampling(ours: MultiverseFields, *, seed: int | None, **values: Any) -> SamplingParams:

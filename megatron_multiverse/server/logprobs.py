@@ -44,7 +44,12 @@ def of_prompt(result: Result) -> list[TokenLogprobs]:
 
 
 def completion_object(
-    entries: Sequence[TokenLogprobs], tokenizer: MultiverseTokenizer, *, is_empty: bool = False, offset: int = 0
+    entries: Sequence[TokenLogprobs],
+    tokenizer: MultiverseTokenizer,
+    *,
+    as_ids: bool = False,
+    is_empty: bool = False,
+    offset: int = 0,
 ) -> dict[str, Any]:
     """`logprobs` of a choice of /v1/completions: four lists, one entry for each token.
 
@@ -54,6 +59,7 @@ def completion_object(
     Args:
         entries: the tokens.
         tokenizer: of the model.
+        as_ids: name tokens by their ids, as `token_id:5`.
         is_empty: the answer ended with its first token, which is no part of it. It gets an entry without text:
             evaluators ask for one token after the prompt, and drop the last entry without looking.
         offset: characters before the first of them, in a stream.
@@ -64,9 +70,9 @@ def completion_object(
         offsets.append(offset)
         offset += len(text)
     found: dict[str, list[Any]] = {
-        "tokens": texts,
+        "tokens": [_id_name(entry.token) for entry in entries] if as_ids else texts,
         "token_logprobs": [entry.logprob for entry in entries],
-        "top_logprobs": [_by_text(entry, tokenizer) for entry in entries],
+        "top_logprobs": [_by_name(entry, tokenizer, as_ids=as_ids) for entry in entries],
         "text_offset": offsets,
     }
     if is_empty:
@@ -75,12 +81,14 @@ def completion_object(
     return found
 
 
-def chat_object(entries: Sequence[TokenLogprobs], tokenizer: MultiverseTokenizer) -> dict[str, Any]:
-    """`logprobs` of a choice of /v1/chat/completions."""
+def chat_object(
+    entries: Sequence[TokenLogprobs], tokenizer: MultiverseTokenizer, *, as_ids: bool = False
+) -> dict[str, Any]:
+    """`logprobs` of a choice of /v1/chat/completions; see `completion_object`."""
 
     def named(token: int, logprob: float | None) -> dict[str, Any]:
         text = tokenizer.id_to_text[token]
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": _id_name(token) if as_ids else text, "logprob": logprob, "bytes": list(text.encode())}
 
     return {
         "content": [
@@ -90,12 +98,17 @@ def chat_object(entries: Sequence[TokenLogprobs], tokenizer: MultiverseTokenizer
     }
 
 
-def _by_text(entry: TokenLogprobs, tokenizer: MultiverseTokenizer) -> dict[str, float] | None:
+def _by_name(entry: TokenLogprobs, tokenizer: MultiverseTokenizer, *, as_ids: bool) -> dict[str, float] | None:
     if entry.logprob is None:
         return None
     found: dict[str, float] = {}
     for token, logprob in [(entry.token, entry.logprob), *(pair for pair in entry.top if pair[0] != entry.token)]:
         text = tokenizer.id_to_text[token]
         # Parts of characters all have the same text.
-        found[text if text not in found else f"token_id:{token}"] = logprob
+        found[_id_name(token) if as_ids or text in found else text] = logprob
     return found
+
+
+def _id_name(token: int) -> str:
+    """vLLM's name of a token whose text may be that of others, too."""
+    return f"token_id:{token}"

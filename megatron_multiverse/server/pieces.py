@@ -53,7 +53,7 @@ class LinearPieces(_Pieces):
 
     def __init__(self, index: int, model: ServedModel, fields: GenerationFields) -> None:
         super().__init__(index, model, fields)
-        self._splitter = ThoughtSplitter(model.tokenizer, split=fields.ours.separate_reasoning)
+        self._splitter = ThoughtSplitter(model.tokenizer, split=fields.splits_thought)
         self._ids: list[int] = []  # that were taken from the tree
         self._texts = ["", ""]  # what is known of content and thought
         self._sent = [0, 0]  # characters of each that are out

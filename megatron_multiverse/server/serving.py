@@ -32,6 +32,7 @@ async def submit(request: Request, asked: Asked, *, stream: bool) -> Batch:
         raise unavailable("draining")
     client: EngineClient = state.client
     client.check_room(len(asked.prompts) * asked.count)
+    client.check_lengths(asked)
     # How long a prompt takes tells whether another began alike; so each key has a cache of its own.
     salt = repr((request.headers.get("authorization"), asked.cache_salt))
     salt = hashlib.sha256(salt.encode()).hexdigest()
@@ -77,7 +78,7 @@ async def pieces(request: Request, batch: Batch, fields: GenerationFields) -> As
     model: ServedModel = request.app.state.model
     kind = BranchPieces if fields.ours.stream_mode == "branches" else LinearPieces
     writers = [kind(index, model, fields) for index in range(len(batch.generations))]
-    started, heard = time.monotonic(), False
+    started, heard = batch.generations[0].started, False
     try:
         going = len(writers)
         while going:

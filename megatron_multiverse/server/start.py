@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "MULTIVERSE_API_KEY"
 LARGEST_HEADER = 16 * 1024
+KEEP_ALIVE_SECONDS = 75
+"""Idle connections stay open for longer than clients keep them: httpx, so OpenAI's SDK, 5 s, load balancers often 60. A
+server that closed first would now and then do so when the next request is on its way, which is lost then."""
 SECONDS_TO_SAY_GOODBYE = 10
 """For cancelled answers to come back and be sent, before connections are cut."""
 
@@ -104,6 +107,7 @@ async def _serve(config: ServerConfig, client: EngineClient, app: FastAPI, liste
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=SECONDS_TO_SAY_GOODBYE,
         )
     )

@@ -21,9 +21,16 @@ PING = b": still here\n\n"
 PING_SECONDS = 15.0
 
 
+_LINE_ENDS = {character.encode(): f"\\u{ord(character):04x}".encode() for character in "\u0085\u2028\u2029"}
+"""Characters at which many clients end lines, though events do not, as JSON also writes them."""
+
+
 def event(data: dict[str, Any]) -> bytes:
     """One event. It has no name: clients of OpenAI's routes take named ones for chunks without choices."""
-    return b"data: " + to_json(data) + b"\n\n"
+    text = to_json(data)
+    for character, escaped in _LINE_ENDS.items():
+        text = text.replace(character, escaped)
+    return b"data: " + text + b"\n\n"
 
 
 class EventStream(Response):

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import ConfigError, DataError
+from megatron_multiverse.files import read_lines
 from megatron_multiverse.inference import from_record
 
 _COLUMNS = "{:>5} {:>5} {:>8} {:>10} {:>6} {:>7} {:>8} {:>7}  {}"
@@ -25,7 +26,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
         what = "a folder" if file.is_dir() else "no such file"
         raise ConfigError(f"{file}: {what}; name rollouts.jsonl of a run (rollout.keep_records must be above 0)")
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(file), 1):
         try:
             record = json.loads(line)
             from_record(record)

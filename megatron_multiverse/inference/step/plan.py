@@ -29,6 +29,11 @@ class SamplingArrays:
     shaping: Shaping | None = None
     """What some rows ask beyond that; None where none does, which is the fast way."""
 
+    @property
+    def has_guides(self) -> bool:
+        """Whether a row is held to a grammar."""
+        return self.shaping is not None and len(self.shaping.guided) > 0
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Shaping:
@@ -67,6 +72,10 @@ class Shaping:
     """[t], how often they were drawn; 0 for those of the prompt alone."""
     exempt: Ints
     """Ids that are never penalised."""
+    guided: Ints
+    """[g], rows whose answers are held to grammars. The next step of theirs waits for the tokens of this one."""
+    masks: npt.NDArray[np.int32]
+    """[g * words], for each of these rows a bit for each id, the lowest first: whether it may be drawn."""
 
     @property
     def has_filters(self) -> bool:
@@ -76,7 +85,7 @@ class Shaping:
     @property
     def only_filters(self) -> bool:
         """Whether logits are drawn from as they are and nothing is told but the token."""
-        return not (len(self.bias_rows) or len(self.penalised) or self.num_logprobs.any())
+        return not (len(self.bias_rows) or len(self.penalised) or len(self.guided) or self.num_logprobs.any())
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

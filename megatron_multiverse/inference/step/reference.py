@@ -25,8 +25,9 @@ def edited_logits(
     seen: Mapping[int, int],
     banned: Collection[int] = (),
     exempt: Collection[int] = (),
+    fitting: Collection[int] | None = None,
 ) -> Row:
-    """Logits [vocab] after bias and penalties.
+    """Logits [vocab] after bias, penalties and grammar.
 
     Args:
         logits: [vocab].
@@ -34,6 +35,7 @@ def edited_logits(
         seen: tokens that the next one sees -> how often they were drawn, 0 for those of the prompt alone.
         banned: ids that may not be drawn now (`min_tokens`).
         exempt: ids that are never penalised.
+        fitting: ids that the grammar allows; None: there is none.
     """
     edited = np.array(logits, dtype=np.float64)
     for token, bias in params.logit_bias.items():
@@ -46,6 +48,8 @@ def edited_logits(
         edited[token] = edited[token] / penalty if edited[token] > 0 else edited[token] * penalty
         edited[token] -= params.frequency_penalty * count
         edited[token] -= params.presence_penalty * (count > 0)
+    if fitting is not None:
+        edited[[token for token in range(len(edited)) if token not in fitting]] = -np.inf
     return edited
 
 

@@ -1,4 +1,4 @@
-"""What changes a distribution before a token is drawn, biases and penalties, and what is told about it.
+"""What changes a distribution before a token is drawn, biases, penalties and grammars, and what is told about it.
 
 All rows of a step at once, on the device, in float64; `reference.py` is the same for one row in plain numpy.
 """
@@ -14,7 +14,7 @@ from megatron_multiverse.inference.step.plan import Shaping
 
 
 def edit_logits(logits: Tensor, shaping: Shaping, last_tokens: Tensor) -> Tensor:
-    """The logits with biases added and penalties taken, before any temperature.
+    """The logits with biases added and penalties taken, and without what grammars forbid, before any temperature.
 
     Args:
         logits: [rows, vocab], stays as it is.
@@ -24,7 +24,7 @@ def edit_logits(logits: Tensor, shaping: Shaping, last_tokens: Tensor) -> Tensor
     Returns:
         float64 [rows, vocab]; `logits` itself where nothing changes.
     """
-    if not len(shaping.bias_rows) and not len(shaping.penalised):
+    if not (len(shaping.bias_rows) or len(shaping.penalised) or len(shaping.guided)):
         return logits
     edited = logits.double()
     if edited is logits:
@@ -37,7 +37,17 @@ def edit_logits(logits: Tensor, shaping: Shaping, last_tokens: Tensor) -> Tensor
     if len(shaping.penalised):
         rows = there(shaping.penalised)
         edited[rows] = _penalise(edited[rows], _counts(logits.shape[-1], shaping, last_tokens), shaping)
+    if len(shaping.guided):
+        rows = there(shaping.guided)
+        edited[rows] = edited[rows].masked_fill(~_bits(there(shaping.masks), len(rows), logits.shape[-1]), -np.inf)
     return edited
+
+
+def _bits(masks: Tensor, rows: int, vocab: int) -> Tensor:
+    """bool [rows, vocab]: the bits of `Shaping.masks`; ids that they do not reach are not allowed."""
+    bits = masks.view(rows, -1, 1) >> torch.arange(32, dtype=torch.int32, device=masks.device) & 1
+    found = bits.flatten(1)[:, :vocab].bool()
+    return torch.nn.functional.pad(found, (0, vocab - found.shape[1]))
 
 
 def _counts(vocab: int, shaping: Shaping, last_tokens: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ def make_result(state: RequestState) -> Result:
     _append_branch(result, state.root, -1)
     for branch in state.branches():
         result.malformed.update(branch.machine.malformed)
+        ended = Counter(forced_close=int(branch.forced_close), fork_refused=int(branch.fork_refused))
+        result.malformed.update(+ended)
     return result
 
 
@@ -84,7 +86,7 @@ def _append_branch(result: Result, branch: Branch, parent: int) -> None:
 
 
 def answer_text(result: Result, detokenize: Callable[[list[int]], str]) -> str:
-    """The text of an answer, tags kept, without the stop texts that ended it or its paths.
+    """The text of an answer, tags kept, without the stop texts that ended it or its paths (`include_stop` keeps them).
 
     Args:
         result: the answer.

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megatron_multiverse.inference.text.counts import TokenCounts
+from megatron_multiverse.inference.text.guide import Guide
 from megatron_multiverse.inference.text.result import BranchFinish, StopMatch, TopLogprobs
 from megatron_multiverse.inference.text.scanner import StopScanner
 from megatron_multiverse.structure import StructureMachine
@@ -123,6 +124,8 @@ class Branch:
     """Whether nothing is kept of its tokens but what every branch keeps, and nothing is looked for in them."""
     seen: TokenCounts | None = None
     """Tokens that the next one sees, kept where the request has penalties."""
+    guide: Guide | None = None
+    """Which tokens may come next, where the request has a grammar; paths are free."""
     foreseen: tuple[int, list[PathStart]] | None = None
     """(length of `ids`, what the paths of its next block begin with if the token after that length is `</Goal>`)."""
     fed: int = 0
@@ -142,6 +145,10 @@ class Branch:
     """Tokens that still fit into its budget, what closes it included; `commit.py` counts it down."""
     finish: BranchFinish | None = None
     """Why it ended; None while it goes on."""
+    forced_close: bool = False
+    """Whether what was open at its end was closed by the engine."""
+    fork_refused: bool = False
+    """Whether it ended at a block whose paths did not fit into its budget."""
     span_start: tuple[int, int] | None = None
     """(step of the request, length of `ids`) when it began to take tokens without interruption; None while it takes
     none."""

@@ -38,11 +38,14 @@ def commit_token(
     branch.num_sampled += 1
     left = branch.room
     if token in branch.end_ids:
-        by_stop_token = token in state.request.sampling.stop_token_ids
+        sampling = state.request.sampling
+        # Models name their end-of-document id in generation_config.json, too, whose ids are taken for stop tokens.
+        is_eos = token == branch.machine.vocab.eos_id and not sampling.ignore_eos
+        by_stop_token = token in sampling.stop_token_ids and not is_eos
         branch.stop_reason = token if by_stop_token else None
         branch.end_draw = (len(branch.ids), token, logprob)
         # A stop token that ends a path was asked for; at the root it may be a further end-of-document id.
-        if state.request.sampling.on_malformed == "error" and not (by_stop_token and branch.parent is not None):
+        if sampling.on_malformed == "error" and not (by_stop_token and branch.parent is not None):
             _refuse_end(state, branch)
         _close(state, branch, "stop" if by_stop_token else "eos")
     # No branch ever has more than MOST_CLOSERS tokens to close, so most tokens need no exact count.
@@ -57,6 +60,8 @@ def commit_token(
             branch.top_logprobs.append(top)
         if branch.seen is not None:
             branch.seen.add(token)
+        if branch.guide is not None:
+            branch.guide.push(token)
         branch.next_position += 1
         branch.total += 1
         branch.room = left - 1
@@ -68,6 +73,9 @@ def commit_token(
         elif event is _PATH_END:
             _end(state, branch, "path_end")
         elif branch.scanner is not None and _stops(state, branch, branch.scanner, 1):
+            _close(state, branch, "stop")
+        elif branch.guide is not None and (branch.guide.error or branch.guide.is_complete):
+            state.error = branch.guide.error
             _close(state, branch, "stop")
         elif event is _FORK:
             _fork(state, branch)
@@ -114,6 +122,9 @@ def begin_answer(state: RequestState) -> None:
     """Write what the request says that its answer begins with (`Request.answer_start`)."""
     root, ids = state.root, state.request.answer_start
     if ids:
+        if root.guide is not None:
+            for token in ids:
+                root.guide.push(token)
         event = _force(state, root, ids)
         _check_forced(state, root, len(ids))
         if event is _FORK and root.finish is None:
@@ -191,8 +202,9 @@ def _check_forced(state: RequestState, branch: Branch, count: int) -> None:
 
 def _stops(state: RequestState, branch: Branch, scanner: StopScanner, count: int) -> bool:
     """Whether the last `count` tokens of a branch complete a stop text."""
-    match = scanner.find(branch.ids, count)
-    if match is None or (branch.parent is None and branch.total < state.request.sampling.min_tokens):
+    counts = branch.parent is not None or branch.total >= state.request.sampling.min_tokens
+    match = scanner.find(branch.ids, count, counts=counts)
+    if match is None:
         return False
     branch.stop, branch.stop_reason = match, match.text
     return True
@@ -229,7 +241,7 @@ def _fork(state: RequestState, branch: Branch) -> None:
     prefixes = [start.prefix for start in starts]
     budgets = shares(branch, prefixes, state.request.sampling.branch_max_tokens)
     if budgets is None:
-        state.counts["fork_refused"] += 1
+        branch.fork_refused = True
         _close(state, branch, "length")
         return
     sampling = state.request.sampling
@@ -289,7 +301,7 @@ def _close(state: RequestState, branch: Branch, finish: BranchFinish) -> None:
     """Write what closes everything that is open, and end the branch."""
     closing = branch.machine.closing_ids()
     if closing:
-        state.counts["forced_close"] += 1
+        branch.forced_close = True
         _force(state, branch, closing, stop=branch.stop)
     _end(state, branch, finish)
 
@@ -345,6 +357,7 @@ def _drop(state: RequestState, parent: Branch, k: int) -> None:
     kid.versions = [(0, state.weight_version)]
     kid.scanner = kid.stop = kid.stop_reason = kid.end_draw = None
     kid.total = kid.dropped_tokens = 0
+    kid.forced_close = kid.fork_refused = False  # of text that is no part of the answer
     _force(state, kid, parent.machine.vocab.path_prefix(parent.machine.outlines[k].label_ids), heard=False)
     state.cuts.append(Cut(kid, len(kid.ids), inner))
     _force(state, kid, kid.machine.closing_ids(), heard=kid.finish is None)

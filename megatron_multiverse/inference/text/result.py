@@ -23,7 +23,7 @@ class StopMatch(NamedTuple):
     end: int
     """After the last one; what follows closes the structure."""
     kept: str
-    """Text of these tokens before it."""
+    """What stays of the text of these tokens: what stands before it, and with `SamplingParams.include_stop` itself."""
 
 
 class TimelineSpan(NamedTuple):

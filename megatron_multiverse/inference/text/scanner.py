@@ -16,10 +16,12 @@ class StopScanner:
     Args:
         texts: the stop texts.
         detokenize: ids -> text, tags kept.
+        include: whether a stop text belongs to what is kept (`SamplingParams.include_stop`).
     """
 
-    def __init__(self, texts: Sequence[str], detokenize: Callable[[list[int]], str]) -> None:
+    def __init__(self, texts: Sequence[str], detokenize: Callable[[list[int]], str], *, include: bool = False) -> None:
         self._texts = texts
+        self._include = include
         self._detokenize = detokenize
         self._longest = max(map(len, texts))
         self.begin(0)
@@ -31,8 +33,15 @@ class StopScanner:
         self._length = 0  # characters so far
         self._tail = ""  # the last of them, in which a stop text may have begun
 
-    def find(self, branch_ids: Sequence[int], count: int) -> StopMatch | None:
-        """Whether the last `count` tokens of the branch complete a stop text: the one that begins first."""
+    def find(self, branch_ids: Sequence[int], count: int, *, counts: bool = True) -> StopMatch | None:
+        """Whether the last `count` tokens of the branch complete a stop text: the one that begins first.
+
+        Args:
+            branch_ids: all tokens of the branch.
+            count: how many of them are new.
+            counts: whether a stop text that ends here would end anything; if not, it is read over. Where in the tokens
+                one stands takes as long to say as the branch is.
+        """
         text = self._detokenizer.push(branch_ids[len(branch_ids) - count :])
         old, window = len(self._tail), self._tail + text
         found = [(window.find(stop, max(0, old - len(stop) + 1)), stop) for stop in self._texts] if text else []
@@ -40,7 +49,7 @@ class StopScanner:
         offset = self._length - old
         self._length += len(text)
         self._tail = window[max(0, len(window) - self._longest + 1) :] if self._longest > 1 else ""
-        if not found:
+        if not found or not counts:
             return None
         place, stop = min(found, key=lambda match: match[0])
         return self._locate(branch_ids, offset + place, stop)
@@ -55,4 +64,5 @@ class StopScanner:
                 break
             if detokenizer.is_complete:
                 whole, whole_text = index + 1, len(text)
-        return StopMatch(stop, whole, len(branch_ids), text[whole_text:place])
+        kept = text[whole_text:place] + (stop if self._include else "")
+        return StopMatch(stop, whole, len(branch_ids), kept)

@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from megatron_multiverse.config.sampling import SamplingParams
 from megatron_multiverse.inference.text.branch import Branch, Budget, Cut, branch_key
 from megatron_multiverse.inference.text.budget import whole_budget
 from megatron_multiverse.inference.text.counts import TokenCounts
+from megatron_multiverse.inference.text.guide import Guide
 from megatron_multiverse.inference.text.prompt_scores import PromptScores
 from megatron_multiverse.inference.text.replay import replay_answers
 from megatron_multiverse.inference.text.request import Request
@@ -91,7 +93,7 @@ class RequestState:
     freed_pages: int = 0
     """Pages that came free by that."""
     counts: Counter[str] = field(default_factory=Counter)
-    """What the engine did about output that broke the grammar or the budget."""
+    """What the engine did about the answer as a whole, where it broke the grammar or found no page."""
     timeline: list[TimelineSpan] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str = ""
@@ -99,28 +101,35 @@ class RequestState:
     @property
     def scores_prompt(self) -> bool:
         """Whether this answer's pass over the prompt gives the log-probabilities of the prompt."""
-        return self._lacks_scores and self.scores is not None and self.scores.answers[0] == self.request_id
+        return self.lacks_scores and self.scores is not None and self.scores.answers[0] == self.request_id
 
     @property
     def awaits_scores(self) -> bool:
         """Whether another answer's pass over the prompt still has to give the log-probabilities of the prompt: this one
         could end before that one has."""
-        return self._lacks_scores and not self.scores_prompt
+        return self.lacks_scores and not self.scores_prompt
 
     @property
-    def _lacks_scores(self) -> bool:
+    def lacks_scores(self) -> bool:
+        """Whether log-probabilities of the prompt are still to come."""
         return self.scores is not None and not self.scores.complete
 
     def new_scanner(self) -> StopScanner | None:
         """What looks for stop texts in a branch; None if there are none."""
-        if not self.request.sampling.stop:
+        sampling = self.request.sampling
+        if not sampling.stop:
             return None
         assert self.detokenize is not None
-        return StopScanner(self.request.sampling.stop, self.detokenize)
+        return StopScanner(sampling.stop, self.detokenize, include=sampling.include_stop)
 
     def keeps_nothing_beside(self, branch: Branch) -> bool:
         """See `Branch.is_bare`."""
-        asks = branch.scanner is not None or branch.top_logprobs is not None or branch.seen is not None
+        asks = (
+            branch.scanner is not None
+            or branch.top_logprobs is not None
+            or branch.seen is not None
+            or branch.guide is not None
+        )
         return not (asks or self.request.sampling.commit_after)
 
     def branches(self) -> Iterator[Branch]:
@@ -177,6 +186,7 @@ def new_state(
     max_position: int,
     on_token: TokenCallback | None = None,
     detokenize: Detokenize | None = None,
+    guide: Guide | None = None,
 ) -> RequestState:
     """The state of a request of which nothing is written yet.
 
@@ -187,16 +197,18 @@ def new_state(
         max_position: positions the model can take.
         on_token: hears what is written.
         detokenize: needed for stop texts.
+        guide: holds the answer to its grammar.
     """
     prompt, sampling, eos_id = request.prompt_ids, request.sampling, machine.vocab.eos_id
-    eos = frozenset(() if eos_id is None or sampling.ignore_eos else (eos_id,))
+    eos = end_ids(sampling, eos_id, paths=True)
     root = Branch(
         machine=machine,
         next_position=0,
         budget=Budget(0, 0),
         key=branch_key(sampling.seed, request.sample, ()),
-        end_ids=eos | frozenset(sampling.stop_token_ids),
+        end_ids=end_ids(sampling, eos_id),
         seen=TokenCounts(list(prompt)) if sampling.has_penalties else None,
+        guide=guide,
     )
     replay_answers(root, prompt, request.replay_structure)
     root.top_logprobs = [None] * len(root.ids) if sampling.logprobs else None
@@ -209,3 +221,9 @@ def new_state(
         root.scanner.begin(len(root.ids))
     root.is_bare = state.keeps_nothing_beside(root)
     return state
+
+
+def end_ids(sampling: SamplingParams, eos_id: int | None, *, paths: bool = False) -> frozenset[int]:
+    """Ids that end an answer when they are drawn outside of its paths; `paths`: those that end a path, too."""
+    eos = frozenset(() if eos_id is None or sampling.ignore_eos else (eos_id,))
+    return eos if paths else eos | frozenset(sampling.stop_token_ids)

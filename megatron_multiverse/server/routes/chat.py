@@ -13,73 +13,21 @@ from starlette.responses import Response
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference.conversation import cut_at_answers
 from megatron_multiverse.inference.text.result import Result
-from megatron_multiverse.server import shapes
+from megatron_multiverse.server import refused, shapes
 from megatron_multiverse.server.answer import Piece, answer_texts
 from megatron_multiverse.server.batch import Asked
-from megatron_multiverse.server.body import Fields, check_others, read_fields
+from megatron_multiverse.server.body import check_others, read_fields
 from megatron_multiverse.server.choices import ChoiceAnswer
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, GenerationFields
 from megatron_multiverse.server.logprobs import TokenLogprobs, chat_object, of_answer
+from megatron_multiverse.server.messages import Message
 from megatron_multiverse.server.model import ServedModel
 
 router = APIRouter()
 
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "chat_template": (),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "include_reasoning": (True,),
-    "mm_processor_kwargs": ({},),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "reasoning_effort": (),
-    "separate_reasoning": (False,),
-    "skip_prompt_log_probs": (True,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-"""Fields of chat that are not served, with the values that ask for nothing."""
-
 TEMPLATE_NAMES = frozenset({"messages", "conversations", "chat_template", "documents", "tools"})
 """Names that the template itself is given."""
-
-
-class TextPart(Fields):
-    """A part of a message in OpenAI's longer form."""
-
-    type: str
-    text: str | None = None
-
-
-class Message(Fields):
-    """One turn."""
-
-    role: str
-    content: str | list[TextPart] | None = None
-    reasoning_content: str | None = None
-    prompt_token_ids: list[int] | None = None
-    generation_token_ids: list[int] | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """The turn as templates take it: its content one text.
-
-        Raises:
-            ApiError: 400 for parts that are no text.
-        """
-        content = self.content or ""
-        if not isinstance(content, str):
-            for part in content:
-                if part.type != "text" or part.text is None:
-                    raise refuse("messages", f"a part of type {part.type[:40]!r}; only text is served")
-            content = "".join(part.text or "" for part in content)
-        plain = {"role": self.role, "content": content}
-        return plain if self.reasoning_content is None else plain | {"reasoning_content": self.reasoning_content}
 
 
 class ChatFields(GenerationFields):
@@ -107,13 +55,13 @@ async def chat_completions(request: Request) -> Response:
     fields = await read_fields(request, ChatFields)
     model, limits = request.app.state.model, request.app.state.config.limits
     fields.check(model, limits)
-    check_others(fields, REFUSED)
+    check_others(fields, refused.CHAT)
     if (fields.top_logprobs or 0) > limits.max_logprobs:
         raise refuse("top_logprobs", f"{fields.top_logprobs} asked for, at most {limits.max_logprobs} are allowed")
     if fields.top_logprobs and not fields.logprobs:
         raise refuse("top_logprobs", "needs logprobs: true")
-    if fields.logprobs and fields.ours.separate_reasoning:
-        raise refuse("logprobs", "not together with separate_reasoning; leave one of them out")
+    if fields.logprobs and fields.splits_thought:
+        raise refuse("logprobs", "not where the thought is apart; set multiverse.separate_reasoning to false")
     for name in ("return_tokenized_data", "return_raw_text"):
         if fields.stream and getattr(fields, name):
             raise refuse(name, "not in streams; leave out stream, or ask for multiverse.return_tree")
@@ -124,7 +72,7 @@ async def chat_completions(request: Request) -> Response:
         prompts=[prompt],
         sampling=sampling,
         count=fields.count,
-        cache_salt=fields.cache_salt,
+        cache_salt=fields.salt,
         priority=fields.priority or 0,
         replay_structure=replayed,
         answer_start=await model.tokenize_answer(fields.ours.answer_start),
@@ -143,14 +91,10 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> tuple[list[int]
     """
     if not fields.messages:
         raise refuse("messages", "empty; give at least one message")
-    variables = dict(fields.chat_template_kwargs or {})
-    taken = TEMPLATE_NAMES & variables.keys()
-    if taken:
-        raise refuse("chat_template_kwargs", f"{sorted(taken)[0]} cannot be given")
-    goes_on = bool(fields.continue_final_message)
-    variables["add_generation_prompt"] = not goes_on and fields.add_generation_prompt is not False
-    variables["continue_final_message"] = goes_on
+    variables = _template_variables(fields)
     messages = [message.plain() for message in fields.messages]
+    if any("tool_calls" in message for message in messages) and "tool_calls" not in model.template:
+        raise refuse("messages", "a turn with tool_calls, which the chat template of the model does not show")
     text = await model.render(messages, variables)
     kept = _kept_ids(fields, model)
     spans: list[tuple[int, int]] = []
@@ -172,7 +116,9 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> tuple[list[int]
             ids, spans = begin + ids, [(start + len(begin), end + len(begin)) for start, end in spans]
     else:
         count, known = kept
-        before = await model.render(messages[:count], {"add_generation_prompt": False})
+        goes_on = variables["continue_final_message"] and count == len(messages)
+        parts = {"add_generation_prompt": False, "continue_final_message": goes_on}
+        before = await model.render(messages[:count], variables | parts)
         content = messages[count - 1]["content"]
         end = before.rfind(content) + len(content)
         if not content or not text.startswith(before) or end < len(content):
@@ -183,6 +129,22 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> tuple[list[int]
     if not ids:
         raise refuse("messages", "the conversation has no tokens")
     return ids, [(start, end) for start, end in spans if start < end < len(ids)]
+
+
+def _template_variables(fields: ChatFields) -> dict[str, Any]:
+    """What the template is given beside the messages."""
+    variables = dict(fields.chat_template_kwargs or {})
+    taken = TEMPLATE_NAMES & variables.keys()
+    if taken:
+        raise refuse("chat_template_kwargs", f"{sorted(taken)[0]} cannot be given")
+    goes_on = bool(fields.continue_final_message)
+    if goes_on and fields.add_generation_prompt:
+        raise refuse(
+            "continue_final_message", "goes on with the last turn, add_generation_prompt begins another; drop one"
+        )
+    variables["add_generation_prompt"] = not goes_on and fields.add_generation_prompt is not False
+    variables["continue_final_message"] = goes_on
+    return variables
 
 
 def _known_spans(messages: Sequence[Message], known: Sequence[int]) -> list[tuple[int, int]]:
@@ -201,7 +163,7 @@ def _kept_ids(fields: ChatFields, model: ServedModel) -> tuple[int, list[int]] |
         return None
     for count in range(len(fields.messages), 0, -1):
         message = fields.messages[count - 1]
-        if message.role == "assistant":
+        if message.role == "assistant" and message.content:  # an empty one stands nowhere in the text
             if message.prompt_token_ids is None or message.generation_token_ids is None:
                 return None
             ids = [*message.prompt_token_ids, *message.generation_token_ids]
@@ -220,9 +182,10 @@ def _max_tokens(fields: ChatFields, facts: dict[str, Any], prompt: int) -> int:
 
 class _Answer(ChoiceAnswer[ChatFields]):
     id_prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    has_one_prompt = True
 
     def whole(self, index: int, result: Result) -> dict[str, Any]:
-        split = self.fields.ours.separate_reasoning
+        split = self.fields.splits_thought
         content, thought = answer_texts(result, self.model.tokenizer, split=split)
         message: dict[str, Any] = {"role": "assistant", "content": content}
         if split:
@@ -232,7 +195,8 @@ class _Answer(ChoiceAnswer[ChatFields]):
             message["generation_log_probs"] = result.logprobs
         if self.fields.return_raw_text:
             message["raw_text"] = self.model.tokenizer.detokenize([*result.prompt_ids, *result.token_ids])
-        return self.choice(index, {"message": message}, logprobs=self._logprobs(of_answer(result)), result=result)
+        logprobs = self._logprobs(of_answer(result))
+        return self.choice(index, {"message": message}, ids=result.token_ids, logprobs=logprobs, result=result)
 
     async def opening(self, index: int) -> dict[str, Any]:
         return self.choice(index, {"delta": {"role": "assistant", "content": ""}})  # the role stands only here
@@ -242,15 +206,18 @@ class _Answer(ChoiceAnswer[ChatFields]):
         delta: dict[str, Any] = {}
         if piece.thought:
             delta["reasoning_content"] = piece.thought
-        if piece.text or piece.branch is not None or (self.fields.logprobs and piece.tokens):
+        tells_tokens = self.fields.logprobs or self.fields.return_token_ids
+        if piece.text or piece.branch is not None or (tells_tokens and piece.tokens):
             delta["content"] = piece.text
         choices = []
         if delta:
             content = {"delta": delta} | shapes.branch_label(piece)
-            choices.append(self.choice(piece.index, content, logprobs=self._logprobs(piece.tokens)))
+            choices.append(self.choice(piece.index, content, ids=piece.ids, logprobs=self._logprobs(piece.tokens)))
         if piece.result is not None:
             choices.append(self.choice(piece.index, {"delta": {}}, result=piece.result))
         return choices
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        return chat_object(entries, self.model.tokenizer) if self.fields.logprobs else None
+        if not self.fields.logprobs:
+            return None
+        return chat_object(entries, self.model.tokenizer, as_ids=bool(self.fields.return_tokens_as_token_ids))

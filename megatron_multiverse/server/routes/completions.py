@@ -21,7 +21,7 @@ from megatron_multiverse.server.body import read_fields
 from megatron_multiverse.server.choices import ChoiceAnswer
 from megatron_multiverse.server.config import LimitConfig
 from megatron_multiverse.server.errors import refuse
-from megatron_multiverse.server.fields import Count, GenerationFields
+from megatron_multiverse.server.fields import Count, GenerationFields, Ids, SeveralIds, Texts
 from megatron_multiverse.server.model import ServedModel
 
 router = APIRouter()
@@ -32,7 +32,7 @@ DEFAULT_MAX_TOKENS = 16
 class CompletionFields(GenerationFields):
     """Fields of the route."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | Ids | SeveralIds
     max_tokens: Count | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
@@ -61,7 +61,7 @@ async def completions(request: Request) -> Response:
         prompts=prompts,
         sampling=sampling,
         count=fields.count,
-        cache_salt=fields.cache_salt,
+        cache_salt=fields.salt,
         priority=fields.priority or 0,
         answer_start=await model.tokenize_answer(fields.ours.answer_start),
     )
@@ -73,6 +73,7 @@ async def prompt_ids(
     model: ServedModel,
     limits: LimitConfig,
     *,
+    param: str = "prompt",
     begin: bool = False,
 ) -> list[list[int]]:
     """Ids of each prompt of a field that holds one or several, as texts or as ids.
@@ -81,6 +82,7 @@ async def prompt_ids(
         prompt: the field.
         model: that is served.
         limits: of the server.
+        param: name of the field.
         begin: put the token that begins texts before texts.
 
     Raises:
@@ -89,15 +91,15 @@ async def prompt_ids(
     is_one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
     prompts: list[Any] = [prompt] if is_one else list(prompt)
     if not 1 <= len(prompts) <= limits.max_prompts:
-        raise refuse("prompt", f"{len(prompts)} prompts, 1 to {limits.max_prompts} are allowed")
+        raise refuse(param, f"{len(prompts)} prompts, 1 to {limits.max_prompts} are allowed")
     are_texts = isinstance(prompts[0], str)
     ids: list[list[int]] = await model.tokenize(prompts) if are_texts else prompts
     if begin and are_texts:
         ids = [model.begun(one) for one in ids]
     for one in ids:
-        model.check_ids("prompt", one)
+        model.check_ids(param, one)
     if not all(ids):
-        raise refuse("prompt", "an empty prompt; give at least one token")
+        raise refuse(param, "an empty prompt; give at least one token")
     return ids
 
 
@@ -113,6 +115,7 @@ def without_tokens(result: Result) -> Result:
         parents=[],
         blocks=[],
         stops=[],
+        stop_reason=None,
         critical_tokens=0,
         finish_reason="length",
     )
@@ -120,9 +123,11 @@ def without_tokens(result: Result) -> Result:
 
 class _Answer(ChoiceAnswer[CompletionFields]):
     id_prefix, whole_kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    has_one_prompt = False
 
     def __init__(self, request: Request, fields: CompletionFields, prompts: Sequence[Sequence[int]]) -> None:
         super().__init__(request, fields, prompts)
+        self._as_ids = bool(fields.return_tokens_as_token_ids)
         self._offsets: Counter[int] = Counter()  # characters of the tokens that each choice of a stream has told of
 
     def shown(self, result: Result) -> Result:
@@ -137,8 +142,8 @@ class _Answer(ChoiceAnswer[CompletionFields]):
             entries = logprobs.of_prompt(result) if self.fields.echo else []
             is_empty = not result.token_ids and self.fields.max_tokens != 0
             entries += logprobs.of_answer(result)
-            found = logprobs.completion_object(entries, tokenizer, is_empty=is_empty)
-        return self.choice(index, {"text": text}, logprobs=found, result=result)
+            found = logprobs.completion_object(entries, tokenizer, as_ids=self._as_ids, is_empty=is_empty)
+        return self.choice(index, {"text": text}, ids=result.token_ids, logprobs=found, result=result)
 
     async def opening(self, index: int) -> dict[str, Any]:
         prompt = self.prompts[index // self.fields.count]
@@ -147,7 +152,8 @@ class _Answer(ChoiceAnswer[CompletionFields]):
     def deltas(self, piece: Piece) -> list[dict[str, Any]]:
         found = None
         if self.fields.logprobs is not None:
-            found = logprobs.completion_object(piece.tokens, self.model.tokenizer, offset=self._offsets[piece.index])
-            self._offsets[piece.index] += sum(map(len, found["tokens"]))
+            tokenizer, offset = self.model.tokenizer, self._offsets[piece.index]
+            found = logprobs.completion_object(piece.tokens, tokenizer, as_ids=self._as_ids, offset=offset)
+            self._offsets[piece.index] += sum(len(tokenizer.id_to_text[token]) for token in piece.ids)
         content = {"text": piece.text} | shapes.branch_label(piece)
-        return [self.choice(piece.index, content, logprobs=found, result=piece.result)]
+        return [self.choice(piece.index, content, ids=piece.ids, logprobs=found, result=piece.result)]

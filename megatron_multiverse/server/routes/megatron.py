@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from megatron_multiverse.inference.text.result import Result
-from megatron_multiverse.server import logprobs, shapes
+from megatron_multiverse.server import logprobs, refused, shapes
 from megatron_multiverse.server.batch import Asked
 from megatron_multiverse.server.body import Fields, check_others, read_fields
 from megatron_multiverse.server.encode import AnswerResponse
@@ -21,18 +21,6 @@ from megatron_multiverse.server.routes.completions import without_tokens
 from megatron_multiverse.server.serving import complete
 
 router = APIRouter()
-
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "beam_width": (),
-    "length_penalty": (1, 1.0),
-    "max_len": (),
-    "prevent_newline_after_colon": (False,),
-    "sentences": (),
-    "stop_on_double_eol": (False,),
-    "top_p_bound": (0, 0.0),
-    "top_p_decay": (0, 0.0),
-}
-"""Fields of Megatron's server that are not served, with the values that ask for nothing. It dropped most of them."""
 
 
 class ApiFields(Fields):
@@ -56,7 +44,7 @@ async def api(request: Request) -> Response:
     """Continue prompts: `text`, `segments` and `tokens` hold prompt and answer together."""
     fields = await read_fields(request, ApiFields)
     model, limits = request.app.state.model, request.app.state.config.limits
-    check_others(fields, REFUSED)
+    check_others(fields, refused.API)
     if not 1 <= len(fields.prompts) <= limits.max_prompts:
         raise refuse("prompts", f"{len(fields.prompts)} prompts, 1 to {limits.max_prompts} are allowed")
     if fields.tokens_to_generate == 0 and not fields.logprobs:

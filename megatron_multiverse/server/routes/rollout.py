@@ -15,12 +15,12 @@ from starlette.responses import JSONResponse, Response
 
 from megatron_multiverse.inference.text.answer import answer_text
 from megatron_multiverse.inference.text.result import Result
-from megatron_multiverse.server import shapes
+from megatron_multiverse.server import refused, shapes
 from megatron_multiverse.server.batch import Asked
 from megatron_multiverse.server.body import Fields, check_others, read_fields
 from megatron_multiverse.server.encode import AnswerResponse
 from megatron_multiverse.server.errors import refuse
-from megatron_multiverse.server.fields import GenerationFields
+from megatron_multiverse.server.fields import Count, GenerationFields, Ids, Seed, SeveralIds, Texts, joined_salt
 from megatron_multiverse.server.model import ServedModel
 from megatron_multiverse.server.routes.completions import prompt_ids
 from megatron_multiverse.server.serving import complete
@@ -29,39 +29,34 @@ router = APIRouter()
 
 DEFAULT_MAX_TOKENS = 128
 
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "audio_data": (),
-    "custom_logit_processor": (),
-    "image_data": (),
-    "input_embeds": (),
-    "logprob_start_len": (-1,),
-    "lora_path": (),
-    "priority": (0,),  # with SGLang a larger number comes first; sampling_params take vLLM's
-    "return_hidden_states": (False,),
-    "return_routed_experts": (False,),
-    "session_params": (),
-    "stream": (False,),
-    "token_ids_logprob": (),
-    "video_data": (),
-}
-"""Fields of the route that are not served, with the values that ask for nothing."""
-
 
 class SamplingFields(GenerationFields):
     """`sampling_params`: names as SGLang has them where they differ from OpenAI's."""
 
     takes_defaults = False  # a policy gradient is of the distribution that was drawn from
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_new_tokens: Count | None = None
+    """`min_tokens`."""
+    sampling_seed: Seed | None = None
+    """`seed`."""
+
+    def model_post_init(self, context: Any) -> None:
+        """SGLang's name counts where it is given."""
+        self.min_tokens = self.min_tokens if self.min_new_tokens is None else self.min_new_tokens
+        self.seed = self.seed if self.sampling_seed is None else self.sampling_seed
 
 
 class GenerateFields(Fields):
     """Fields of /generate."""
 
-    text: str | list[str] | None = None
-    input_ids: list[int] | list[list[int]] | None = None
+    text: str | Texts | None = None
+    input_ids: Ids | SeveralIds | None = None
     sampling_params: SamplingFields | None = None
-    return_logprob: bool = False
-    top_logprobs_num: Annotated[int, Field(ge=0)] = 0
+    return_logprob: bool | None = None
+    top_logprobs_num: Annotated[int, Field(ge=0)] | None = None
+    return_text_in_logprobs: bool | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    extra_key: Annotated[str, Field(max_length=256)] | None = None
     rid: str | list[str] | None = None
     """Names of the prompts, for /abort_request."""
 
@@ -74,25 +69,28 @@ async def generate(request: Request) -> Response:
     label, parent, log-probability, whether it was drawn or forced.
     """
     fields = await read_fields(request, GenerateFields)
-    check_others(fields, REFUSED)
+    check_others(fields, refused.GENERATE)
     model, limits = request.app.state.model, request.app.state.config.limits
     if (fields.text is None) == (fields.input_ids is None):
-        raise refuse("input_ids", "give either text or input_ids")
-    prompt = fields.text if fields.text is not None else fields.input_ids
+        found = "neither" if fields.text is None else "both"
+        raise refuse("input_ids", f"give either text or input_ids; {found} is given")
+    param, prompt = ("input_ids", fields.input_ids) if fields.text is None else ("text", fields.text)
     assert prompt is not None
     drawn = fields.sampling_params or SamplingFields()
     drawn.check(model, limits)
-    if fields.top_logprobs_num > limits.max_logprobs:
-        raise refuse("top_logprobs_num", f"at most {limits.max_logprobs} are allowed")
-    prompts = await prompt_ids(prompt, model, limits, begin=bool(drawn.add_special_tokens))
-    sampling = drawn.sampling(model, limits, drawn.max_new_tokens or DEFAULT_MAX_TOKENS, fields.top_logprobs_num)
+    check_others(drawn, refused.SAMPLING, "; /generate has max_new_tokens, return_logprob and top_logprobs_num")
+    num_top = fields.top_logprobs_num or 0
+    if num_top > limits.max_logprobs:
+        raise refuse("top_logprobs_num", f"{num_top} asked for, at most {limits.max_logprobs} are allowed")
+    prompts = await prompt_ids(prompt, model, limits, param=param, begin=bool(drawn.add_special_tokens))
+    sampling = drawn.sampling(model, limits, drawn.max_new_tokens or DEFAULT_MAX_TOKENS, num_top)
     rids = _rids(fields.rid, len(prompts))
     started = time.monotonic()
     asked = Asked(
         prompts=prompts,
         sampling=sampling,
         count=drawn.count,
-        cache_salt=drawn.cache_salt,
+        cache_salt=joined_salt(fields.cache_salt or drawn.cache_salt, fields.extra_key or drawn.extra_key),
         priority=drawn.priority or 0,
         rids=rids,
         answer_start=await model.tokenize_answer(drawn.ours.answer_start),
@@ -149,14 +147,16 @@ def _answer(
         "weight_version_names": {str(number): versions[number] for number in written_by},
     }
     if fields.return_logprob:
+        texts = model.tokenizer.id_to_text if fields.return_text_in_logprobs else None
+
+        def told(token: int, logprob: float | None) -> list[Any]:
+            return [logprob, token, None if texts is None else texts[token]]
+
         # Forced tokens were not drawn: their log-probability is null, and they take no part in a policy gradient.
-        facts["output_token_logprobs"] = [
-            [logprob, token, None] for logprob, token in zip(result.logprobs, result.token_ids, strict=True)
-        ]
+        facts["output_token_logprobs"] = list(map(told, result.token_ids, result.logprobs))
         if fields.top_logprobs_num:
             facts["output_top_logprobs"] = [
-                None if top is None else [[logprob, token, None] for token, logprob in top]
-                for top in result.top_logprobs or []
+                None if top is None else [told(*pair) for pair in top] for top in result.top_logprobs or []
             ]
     return {
         "text": answer_text(result, model.tokenizer.detokenize),

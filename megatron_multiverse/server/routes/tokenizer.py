@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from megatron_multiverse.server.body import Fields, read_fields
+from megatron_multiverse.server.body import Fields, check_others, read_fields
+from megatron_multiverse.server.errors import refuse
+from megatron_multiverse.server.messages import Message
 from megatron_multiverse.server.model import ServedModel
+from megatron_multiverse.server.refused import Refused
+from megatron_multiverse.server.routes.chat import ChatFields, chat_prompt
 
 router = APIRouter()
 
 
-class TokenizeFields(Fields):
-    """Fields of /tokenize."""
+REFUSED: Refused = {"chat_template": (), "mm_processor_kwargs": ({},), "tools": ([],)}
+"""Fields of vLLM's route that are not served."""
 
-    prompt: str
+
+class TokenizeFields(Fields):
+    """Fields of /tokenize: a text, or the turns of a chat with what /v1/chat/completions takes beside them."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = None
     add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+    """Whether the texts of the tokens come, too."""
     model: str | None = None
 
 
@@ -39,14 +55,29 @@ async def tokenizer_info(request: Request) -> Response:
 @router.post("/tokenize")
 @router.post("/v1/tokenize")
 async def tokenize(request: Request) -> Response:
-    """Ids of a text. With `add_special_tokens` the token that begins texts comes first, if the tokenizer has one."""
+    """Ids of a text, or of a chat as /v1/chat/completions reads it.
+
+    With `add_special_tokens` the token that begins texts comes first, if the tokenizer has one.
+    """
     fields = await read_fields(request, TokenizeFields)
+    check_others(fields, REFUSED)
     model: ServedModel = request.app.state.model
     model.check_name(fields.model)
-    begin = model.tokenizer.special_tokens().get("bos_token", "") if fields.add_special_tokens else ""
-    (ids,) = await model.tokenize([begin + fields.prompt])
+    if (fields.prompt is None) == (fields.messages is None):
+        count = "neither" if fields.prompt is None else "both"
+        raise refuse("prompt", f"give either prompt or messages; {count} is given")
+    if fields.messages is not None:
+        names = ("add_special_tokens", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+        asked = ChatFields(messages=fields.messages, **{name: getattr(fields, name) for name in names})
+        ids, _ = await chat_prompt(asked, model)
+    else:
+        begin = model.tokenizer.special_tokens().get("bos_token", "") if fields.add_special_tokens else ""
+        (ids,) = await model.tokenize([f"{begin}{fields.prompt}"])
     longest = request.app.state.client.facts.get("max_position")
-    return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": longest})
+    found: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": longest}
+    if fields.return_token_strs:
+        found["token_strs"] = [model.tokenizer.id_to_text[token] for token in ids]
+    return JSONResponse(found)
 
 
 @router.post("/detokenize")

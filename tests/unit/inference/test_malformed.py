@@ -116,6 +116,22 @@ def test_a_stop_token_that_ends_a_path_as_asked_is_no_broken_grammar() -> None:
     assert result.finish_reason == "stop" and [path.finish for path in result.blocks[0].branches] == ["stop"]
 
 
+@pytest.mark.parametrize("on_malformed", ["serial", "error"])
+def test_an_end_of_text_among_the_stop_tokens_stays_an_end_of_text(on_malformed: str) -> None:
+    """As generation_config.json of most models names it: in a path nobody asked for it."""
+    script = {
+        (): [*goal(1), Tag.END_CONCLUSION, NEWLINE, Tag.END_PARALLEL, TEXT, EOS],
+        ((0, 0),): [TEXT, EOS],
+    }
+    request = ask([TEXT], on_malformed=on_malformed, stop_token_ids=(EOS,), stop_in_branches=True)
+    (result,) = toy_engine(MODEL, sampler=ScriptedSampler([script])).generate([request])
+    if on_malformed == "error":
+        assert result.finish_reason == "error" and "of path 1: found the end of the text" in result.error
+    else:
+        assert result.finish_reason == "stop" and result.stop_reason is None
+        assert [(path.finish, path.stop_reason) for path in result.blocks[0].branches] == [("eos", None)]
+
+
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(GenerationError, match="on_malformed must be one of serial, error, got 'stop'"):
         SamplingParams(on_malformed="stop")  # type: ignore[arg-type]

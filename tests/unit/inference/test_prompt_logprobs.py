@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -93,5 +94,28 @@ def test_every_answer_to_a_prompt_has_all_of_them(cancelled: tuple[int, ...], mo
         for index, logprob in enumerate(result.prompt_logprobs[1:]):
             assert logprob is not None
             assert abs(logprob - own[index, request.prompt_ids[index + 1]].item()) < 1e-9
+    engine.scheduler.places.prefixes.clear()
+    assert_drained(engine)
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_answer_that_is_complete_before_its_prompt_is_read_has_all_of_them(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`answer_start` takes all of max_tokens, so nothing is drawn; the prompt takes eight steps all the same."""
+    monkeypatch.setattr(scheduler, "MOST_SCORED", 5)
+    prompt = random.Random(2).choices(range(TEXT, VOCAB_SIZE), k=40)
+    request = ask(prompt, max_tokens=2, n=n, temperature=1.0, prompt_logprobs=1)
+    request = dataclasses.replace(request, answer_start=(TEXT, TEXT + 1))
+    engine = toy_engine(MODEL, page_size=4)
+    results = engine.generate([request])
+    own = forward_logits(MODEL, prompt, results[0]).log_softmax(-1)
+    for result in results:
+        assert result.token_ids == [TEXT, TEXT + 1] and result.finish_reason == "length"
+        assert result.prompt_logprobs is not None and len(result.prompt_logprobs) == 40
+        for index, logprob in enumerate(result.prompt_logprobs[1:]):
+            assert logprob is not None
+            assert abs(logprob - own[index, prompt[index + 1]].item()) < 1e-9
     engine.scheduler.places.prefixes.clear()
     assert_drained(engine)

@@ -9,6 +9,7 @@ import pytest
 from megatron_multiverse.config import SamplingParams
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference import Engine, EngineConfig, IncrementalDetokenizer, Request, Result, answer_text
+from megatron_multiverse.inference.text.result import StopMatch
 from megatron_multiverse.inference.text.scanner import StopScanner
 from megatron_multiverse.structure import Tag
 
@@ -108,6 +109,10 @@ def test_stop_texts_of_engines_that_do_not_fork_are_refused_where_this_one_does(
     engine = toy_engine(MODEL, sampler=ScriptedSampler([SCRIPT]))
     (plain,) = engine.generate([ask([TEXT], max_tokens=400, stop=("</Goal>",), max_depth=0)])
     assert plain.stop_reason == "</Goal>" and not plain.blocks
+    tag = int(Tag.END_GOAL)
+    engine = toy_engine(MODEL, sampler=ScriptedSampler([SCRIPT]))
+    (by_token,) = engine.generate([ask([TEXT], max_tokens=400, stop_token_ids=(tag,), max_depth=0)])
+    assert by_token.stop_reason == tag and [end.token for end in by_token.ends] == [tag]
 
 
 def test_stop_texts_count_only_from_min_tokens_on() -> None:
@@ -115,6 +120,19 @@ def test_stop_texts_count_only_from_min_tokens_on() -> None:
     for min_tokens, text in [(0, "a"), (3, "a"), (4, "abca"), (7, "abcabca"), (9, "abcabca")]:
         result = serve(script, ask([TEXT], max_tokens=50, min_tokens=min_tokens, stop=("bc",)))
         assert answer_text(result, toy_text) == text
+
+
+def test_what_is_read_over_before_min_tokens_is_not_located(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes as long as the text is: done for each match, an answer would take the square of its length."""
+    located, locate = [], StopScanner._locate
+
+    def counted(scanner: StopScanner, ids: list[int], place: int, stop: str) -> StopMatch:
+        located.append(len(ids))
+        return locate(scanner, ids, place, stop)
+
+    monkeypatch.setattr(StopScanner, "_locate", counted)
+    result = serve({(): [*ids_of("a" * 90), EOS]}, ask([TEXT], max_tokens=100, min_tokens=80, stop=("a",)))
+    assert len(result.token_ids) == 80 and located == [81]
 
 
 @pytest.mark.parametrize("seed", range(30))

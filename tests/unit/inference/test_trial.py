@@ -212,6 +212,16 @@ def test_budgets_hold_and_cut_at_the_same_token(seed: int) -> None:
         assert other.token_ids == first.token_ids and other.dropped_tokens == first.dropped_tokens
 
 
+def test_what_is_dropped_counts_among_no_malformed_output() -> None:
+    """Path after path, the first try is closed at its budget before the second one succeeds, and is dropped then."""
+    request = ask([TEXT], max_tokens=110, commit_after=1)
+    at_once, _, _ = serve(tries("m" * 80, "kkvkk"), request)
+    in_turn, _, _ = serve(tries("m" * 80, "kkvkk"), changed(request, max_concurrent_branches=1))
+    assert in_turn.decode_steps > at_once.decode_steps + 20 and in_turn.token_ids == at_once.token_ids
+    assert [branch.finish for branch in in_turn.blocks[0].branches] == ["dropped", "path_end"]
+    assert in_turn.malformed == at_once.malformed == {}
+
+
 def test_policies_that_cannot_work_are_refused() -> None:
     with pytest.raises(GenerationError, match="commit_after"):
         SamplingParams(commit_after=-1)

@@ -7,15 +7,18 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from megatron_multiverse.clients.chat import ChatConfig, converse
 from megatron_multiverse.clients.http import ServerError, connect, get, post, stream
 from megatron_multiverse.clients.load import LoadConfig, measure
+from megatron_multiverse.clients.prompts import read_prompts
 from megatron_multiverse.clients.soak import LENGTHS, PROMPTS, Clients, SoakConfig
 from megatron_multiverse.errors import ConfigError
 from tests.in_process import run_here
@@ -139,6 +142,44 @@ def test_errors_keep_what_the_server_said(server: Running) -> None:
                     raise AssertionError("no chunk")
 
     asyncio.run(main())
+
+
+def test_chunks_of_other_servers_hold_any_character() -> None:
+    """vLLM leaves U+2028 and its like in its events; these may come cut anywhere, and lines end in two characters."""
+    texts = ["a\u2028b", "\u0085\u2029é", "\x0b"]
+    events = [json.dumps({"choices": [{"text": text}]}, ensure_ascii=False) for text in texts]
+    body = "".join(f"data: {event}\r\n\r\n" for event in [*events, "[DONE]"]).encode()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 3):
+            yield body[start : start + 3]
+
+    async def main() -> list[str]:
+        answer = httpx2.MockTransport(lambda request: httpx2.Response(200, content=pieces()))
+        async with httpx2.AsyncClient(transport=answer, base_url="http://other") as client:
+            return [chunk["choices"][0]["text"] async for chunk in stream(client, "/v1/completions", {})]
+
+    assert asyncio.run(main()) == texts
+
+
+def test_prompts_of_a_file_hold_any_character_and_wrong_lines_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a\u2028b"}\n\n{"prompt": "c\u0085"}', encoding="utf-8")
+    assert read_prompts(file) == ["a\u2028b", "c\u0085"]
+    for wrong in ("{", "[]", "{}", '{"prompt": 5}', "5"):
+        file.write_text('{"prompt": "a"}\n' + wrong, encoding="utf-8")
+        with pytest.raises(ConfigError, match="line 2: give a JSON object with a text in its field prompt"):
+            read_prompts(file)
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match="no line in it"):
+        read_prompts(file)
+    for path, what in ((tmp_path, "a folder"), (tmp_path / "none", "no such file")):
+        with pytest.raises(ConfigError, match=what):
+            read_prompts(path)
+    with pytest.raises(ConfigError, match=r"concurrency must be above 0, got \[1, 0\]"):
+        LoadConfig(concurrency=[1, 0])
+    with pytest.raises(ConfigError, match="max_tokens must be above 0, got 0"):
+        LoadConfig(max_tokens=0)
 
 
 def test_a_short_soak_holds(server: Running) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -197,6 +198,25 @@ def test_metrics_tell_of_answers_branches_and_refusals(server: Running) -> None:
     assert value("multiverse_cache_pages_free ") == value("multiverse_cache_pages ") == server.engine.book.num_pages
     assert value("multiverse_engine_graph_steps ") == 0, "there are none on a CPU"
     assert 0 < value("multiverse_cache_copied_tokens ") == server.engine.copied_tokens
+
+
+def test_the_first_token_is_timed_from_the_request_on(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine does before it hears of the request counts: a client waits for that, too."""
+
+    def total() -> float:
+        lines = server.http.get("/metrics").text.splitlines()
+        return next(float(line.split()[1]) for line in lines if "time_to_first_token_seconds_sum" in line)
+
+    handle = server.host._handle
+
+    def handle_late(message: dict[str, Any]) -> None:
+        time.sleep(0.5 if message["op"] == "add" else 0)
+        handle(message)
+
+    monkeypatch.setattr(server.host, "_handle", handle_late)
+    before = total()
+    server.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 8, "stream": True})
+    assert total() - before >= 0.5
 
 
 def test_the_dashboard_asks_for_metrics_that_exist(server: Running) -> None:

@@ -418,6 +418,26 @@ def test_an_answer_that_cannot_fork_just_stops(client: openai.OpenAI) -> None:
         assert None not in choice.logprobs.token_logprobs
 
 
+@pytest.mark.parametrize("ends_at_once", [False, True])
+def test_an_answer_that_cannot_fork_keeps_what_it_was_told_to_begin_with(
+    client: openai.OpenAI, ends_at_once: bool
+) -> None:
+    """Nobody drew its beginning either, but that is no closing tag: it comes, in streams too."""
+    (end,) = tokenizer().tokenize("<|endoftext|>")
+    start = "<Think>\nLet's think"
+    options = {"model": NAME, "prompt": PROMPT, "max_tokens": 40, "temperature": 0, "logprobs": 0}
+    options["logit_bias"] = {str(end): 100} if ends_at_once else {}
+    extra = {"multiverse": {"max_depth": 0, "answer_start": start}}
+    whole = client.completions.create(**options, extra_body=extra).choices[0]  # type: ignore[call-overload]
+    assert whole.text == start if ends_at_once else whole.text.startswith(start + " in parallel")
+    for mode in ("linear", "branches"):
+        extra["multiverse"]["stream_mode"] = mode
+        chunks = [c.choices[0] for c in client.completions.create(**options, extra_body=extra, stream=True)]  # type: ignore[call-overload]
+        assert "".join(choice.text for choice in chunks) == whole.text
+        tokens = [token for choice in chunks if choice.logprobs for token in choice.logprobs.tokens]
+        assert tokens == [token for token in whole.logprobs.tokens if token]
+
+
 def test_ways_of_drawing_reach_the_engine(client: openai.OpenAI) -> None:
     (word,) = tokenizer().tokenize("1")
     text = (

@@ -10,10 +10,13 @@ from typing import Any
 
 import httpx2
 import pytest
+from pydantic import ValidationError
 
+from megatron_multiverse.server import refused
 from megatron_multiverse.server.config import LimitConfig
 from megatron_multiverse.server.errors import ApiError
-from megatron_multiverse.server.fields import REFUSED
+from megatron_multiverse.server.messages import Message
+from megatron_multiverse.server.refused import REFUSED
 from megatron_multiverse.server.routes import chat, completions, megatron, rollout
 from tests.unit.server.running import PROMPT, Running, running
 from tests.waiting import PATIENCE_S
@@ -53,9 +56,12 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": "a", "n": 17}, "n"),
     (TEXT, {"prompt": "a", "best_of": 2}, "best_of"),
     (TEXT, {"prompt": "a", "suffix": "b"}, "suffix"),
-    (TEXT, {"prompt": "a", "regex": "[0-9]+"}, "regex"),
     (TEXT, {"prompt": "a", "priority": "high"}, "priority"),
-    (TEXT, {"prompt": "a", "return_token_ids": True}, "return_token_ids"),
+    (TEXT, {"prompt": "a", "return_token_ids": 1}, "return_token_ids"),
+    (TEXT, {"prompt": "a", "structural_tag": "{}"}, "structural_tag"),
+    (TEXT, {"prompt": "a", "watermarking": True}, "watermarking"),
+    (CHAT, {"messages": MESSAGES, "input_ids": [1]}, "input_ids"),
+    (CHAT, {"messages": MESSAGES, "reasoning": {"effort": "low"}}, "reasoning"),
     (CHAT, {"messages": MESSAGES, "documents": [{"text": "b"}]}, "documents"),
     (CHAT, {"messages": MESSAGES, "chat_template": "{{ messages }}"}, "chat_template"),
     (TEXT, {"prompt": "a", "seed": 2**63}, "seed"),
@@ -103,7 +109,17 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [{"content": "no role"}]}, "messages"),
     (CHAT, {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools"),
     (CHAT, {"messages": MESSAGES, "tool_choice": "required"}, "tool_choice"),
-    (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "response_format": {"type": "structural_tag"}}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_object"}, "logprobs": True}, "logprobs"),
+    (TEXT, {"prompt": "a", "structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
+    (TEXT, {"prompt": "a", "structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
+    (TEXT, {"prompt": "a", "structured_outputs": {"choice": []}}, "structured_outputs"),
+    (TEXT, {"prompt": "a", "structured_outputs": {"regex": 4}}, "structured_outputs"),
+    (TEXT, {"prompt": "a", "guided_regex": "a", "regex": "b"}, "regex"),
+    (TEXT, {"prompt": "a", "guided_regex": "a" * 70_000}, "guided_regex"),
+    (TEXT, {"prompt": "a", "regex": "a", "min_tokens": 2}, "grammar"),
+    (TEXT, {"prompt": "a", "regex": "a", "ignore_eos": True}, "grammar"),
     (CHAT, {"messages": MESSAGES, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
     (
         CHAT,
@@ -129,7 +145,9 @@ def test_wrong_fields_are_named(server: Running, path: str, body: dict[str, Any]
     ("body", "message"),
     [
         ({"prompt": None}, "prompt: Input should be a valid string or a valid list (got null)"),
-        ({"prompt": ["a", 1]}, "prompt.1: Input should be a valid string or a valid list (got 1)"),
+        ({"prompt": ["a", 1]}, "prompt.1: Input should be a valid string (got 1)"),
+        ({"prompt": [1, "a"]}, 'prompt.1: Input should be a valid integer (got "a")'),
+        ({"prompt": [[1], [2, None]]}, "prompt.1.1: Input should be a valid integer (got null)"),
         ({"prompt": "a", "stop": 5}, "stop: Input should be a valid string or a valid list (got 5)"),
         ({"prompt": "a", "multiverse": []}, "multiverse: Input should be an object (got [])"),
         ({"prompt": "a", "logit_bias": [1]}, "logit_bias: Input should be an object (got [1])"),
@@ -227,11 +245,38 @@ def test_another_model_is_not_found(server: Running) -> None:
 def test_what_the_cache_cannot_hold_is_refused_with_the_numbers(server: Running) -> None:
     response = server.post(TEXT, {"prompt": PROMPT, "max_tokens": 10**6})
     assert response.status_code == 400 and "1000000" in error_of(response)["message"]
+    assert error_of(response)["code"] == "context_length_exceeded", "as OpenAI calls it; agents shorten the prompt then"
     response = server.post(TEXT, {"prompt": [1] * 5000, "max_tokens": 1})
     assert response.status_code == 400 and "5000" in error_of(response)["message"]
     response = server.post(TEXT, {"prompt": [1] * 5000, "max_tokens": 1, "stream": True})
     assert response.status_code == 400, "a stream that cannot start is no stream"
+    assert error_of(response)["code"] == "context_length_exceeded"
+    response = server.post(TEXT, {"prompt": PROMPT, "max_tokens": 5, "stop": "</Goal>"})
+    assert response.status_code == 400 and error_of(response)["code"] == "invalid_value"
     server.wait_until_free()
+
+
+def test_what_can_never_be_held_does_not_reach_the_engine(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read millions of ids between two steps, while all others wait."""
+    monkeypatch.setattr(server.host, "_add", lambda message: pytest.fail("it was told of it"))
+    for path, body in (
+        (TEXT, {"prompt": [5] * 100_000}),
+        (TEXT, {"prompt": ["a", "a" * 100_000], "stream": True}),
+        (TEXT, {"prompt": "a", "max_tokens": 10**6}),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 100_000}]}),
+        ("/generate", {"input_ids": [5] * 100_000}),
+    ):
+        response = server.post(path, body)
+        assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
+    response = server.http.put("/api", json={"prompts": ["a" * 100_000]})
+    assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
+
+
+def test_a_long_prompt_of_ids_is_told_from_other_kinds_at_its_first_entry() -> None:
+    """Every kind of list that it is not would else write a fault for each id."""
+    with pytest.raises(ValidationError) as raised:
+        completions.CompletionFields.model_validate({"prompt": [5] * 1000 + [None]})
+    assert raised.value.error_count() == 4
 
 
 MEGATRON_FIELDS = {
@@ -247,22 +292,35 @@ MEGATRON_FIELDS = {
 """What Megatron's text-generation servers read, the static one and the dynamic one up to 0.19."""
 
 
+COMMON_FIELDS = """model temperature top_p top_k n seed stop stream stream_options ignore_eos frequency_penalty
+    presence_penalty repetition_penalty logit_bias min_p min_tokens stop_token_ids
+    include_stop_str_in_output no_stop_trim use_beam_search length_penalty truncate_prompt_tokens
+    prompt_logprobs logprobs allowed_token_ids bad_words response_format structured_outputs
+    structural_tag json_schema regex ebnf stop_regex priority return_token_ids
+    return_tokens_as_token_ids return_prompt_token_ids return_meta_info return_cached_tokens_details
+    cache_salt extra_key kv_transfer_params ec_transfer_params vllm_xargs custom_params
+    repetition_detection logprob_token_ids lora_path session_params return_hidden_states
+    return_routed_experts custom_logit_processor add_special_tokens thinking_token_budget
+    watermarking stream_interval images_config media_io_kwargs"""
+
 PEERS_FIELDS = {
-    "completions": """prompt model max_tokens temperature top_p top_k n seed best_of logprobs echo stop stream suffix
-        stream_options ignore_eos frequency_penalty presence_penalty repetition_penalty logit_bias min_p min_tokens
-        stop_token_ids include_stop_str_in_output use_beam_search length_penalty truncate_prompt_tokens prompt_logprobs
-        allowed_token_ids prompt_embeds response_format structured_outputs priority return_token_ids cache_salt
-        return_tokens_as_token_ids kv_transfer_params vllm_xargs logits_processors repetition_detection
-        logprob_token_ids json_schema regex ebnf stop_regex lora_path session_params return_hidden_states
-        return_routed_experts custom_logit_processor bad_words add_special_tokens""",
-    "chat": """messages model max_completion_tokens max_tokens temperature top_p top_k n seed logprobs top_logprobs stop
-        stream stream_options tools tool_choice parallel_tool_calls functions function_call modalities audio prediction
-        reasoning_effort verbosity web_search_options response_format chat_template chat_template_kwargs documents echo
-        add_generation_prompt continue_final_message mm_processor_kwargs include_reasoning thinking_token_budget
-        separate_reasoning structured_outputs priority return_token_ids min_p min_tokens bad_words""",
-    "generate": """text input_ids sampling_params return_logprob top_logprobs_num rid stream logprob_start_len
-        image_data audio_data video_data input_embeds token_ids_logprob lora_path custom_logit_processor session_params
-        return_hidden_states return_routed_experts priority""",
+    "completions": COMMON_FIELDS
+    + " prompt max_tokens best_of echo suffix prompt_embeds logits_processors multi_modal_data",
+    "chat": COMMON_FIELDS
+    + """ messages max_completion_tokens max_tokens top_logprobs tools tool_choice parallel_tool_calls functions
+        function_call modalities audio prediction reasoning_effort reasoning thinking task verbosity web_search_options
+        moderation chat_template chat_template_kwargs documents echo add_generation_prompt continue_final_message
+        mm_processor_kwargs include_reasoning separate_reasoning input_ids return_prompt_text""",
+    "message": """role content name reasoning reasoning_content tool_calls tool_call_id refusal audio function_call
+        tools""",
+    "generate": """text input_ids sampling_params return_logprob top_logprobs_num return_text_in_logprobs rid stream
+        logprob_start_len image_data audio_data video_data input_embeds token_ids_logprob lora_path cache_salt extra_key
+        custom_logit_processor session_params return_hidden_states return_routed_experts return_prompt_token_ids
+        return_entropy return_sampling_mask return_indexer_topk return_flat_raw_top_logprobs max_thinking_tokens
+        positional_embed_overrides priority""",
+    "sampling": """max_new_tokens stop stop_token_ids stop_regex temperature top_p top_k min_p frequency_penalty
+        presence_penalty repetition_penalty min_new_tokens n json_schema regex ebnf structural_tag ignore_eos
+        no_stop_trim custom_params stream_interval logit_bias sampling_seed beam_width""",
 }
 """Fields of OpenAI, vLLM and SGLang that change what an answer says or holds."""
 
@@ -270,17 +328,19 @@ PEERS_FIELDS = {
 def test_every_field_of_peers_that_changes_an_answer_is_honoured_or_refused() -> None:
     for name, known in {
         "completions": completions.CompletionFields.model_fields.keys() | REFUSED.keys(),
-        "chat": chat.ChatFields.model_fields.keys() | REFUSED.keys() | chat.REFUSED.keys(),
-        "generate": rollout.GenerateFields.model_fields.keys() | rollout.REFUSED.keys(),
+        "chat": chat.ChatFields.model_fields.keys() | REFUSED.keys() | refused.CHAT.keys(),
+        "message": Message.model_fields.keys() | refused.MESSAGE.keys(),
+        "generate": rollout.GenerateFields.model_fields.keys() | refused.GENERATE.keys(),
+        "sampling": rollout.SamplingFields.model_fields.keys() | REFUSED.keys() | refused.SAMPLING.keys(),
     }.items():
         assert set(PEERS_FIELDS[name].split()) <= known, name
 
 
 def test_every_field_of_megatrons_servers_is_honoured_or_refused() -> None:
     for name, known in {
-        "api": megatron.ApiFields.model_fields.keys() | megatron.REFUSED.keys(),
+        "api": megatron.ApiFields.model_fields.keys() | refused.API.keys(),
         "completions": completions.CompletionFields.model_fields.keys() | REFUSED.keys(),
-        "chat": chat.ChatFields.model_fields.keys() | REFUSED.keys() | chat.REFUSED.keys(),
+        "chat": chat.ChatFields.model_fields.keys() | REFUSED.keys() | refused.CHAT.keys(),
     }.items():
         assert set(MEGATRON_FIELDS[name].split()) <= known, name
 

@@ -64,6 +64,13 @@ def test_a_complete_stream_ends_with_done_and_a_blank_line() -> None:
     asyncio.run(main())
 
 
+def test_an_event_is_one_line_however_a_client_finds_lines() -> None:
+    """httpx, for one, ends them at these characters, which answers hold and JSON leaves as they are."""
+    data = {"text": "a\u2028b\u2029c\u0085d\r\n\x0b\x0c\x1c\x1d\x1ee é ü"}
+    text = event(data).decode()
+    assert len(text.splitlines()) == 2 and json.loads(text.removeprefix("data: ")) == data
+
+
 def test_minus_infinity_is_a_number_that_json_has() -> None:
     """An infinity in a plain response would be a 500, and no JSON in an event."""
     entries = [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -141,6 +143,18 @@ def test_the_start_of_the_docs_is_what_this_starts() -> None:
     assert command == (
         ".venv/bin/python tools/run_text_generation_server.py --load examples/quickstart/model --port 5000"
     )
+
+
+def test_an_idle_connection_outlives_the_pools_of_clients(tool: Tool) -> None:
+    """They keep one for 5 s: a server that closes it at that very time loses the requests that come then."""
+    with contextlib.closing(http.client.HTTPConnection(tool.url.removeprefix("http://"), timeout=PATIENCE_S)) as client:
+        client.connect()
+        first = client.sock
+        for _ in range(2):
+            client.request("GET", "/health/live")
+            assert client.getresponse().read() == b'{"status":"live"}'
+            assert select.select([client.sock], [], [], 6)[0] == [], "it is not closed"
+        assert client.sock is first
 
 
 def test_the_engine_goes_on_while_http_stands_still(tool: Tool) -> None:

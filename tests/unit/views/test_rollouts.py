@@ -25,12 +25,16 @@ def test_answers_are_listed_and_shown_segment_by_segment(tmp_path: Path) -> None
     script = random_script(random.Random(3), depth=1, blocks=1, most_paths=3)
     engine = toy_engine(ToyModel(), sampler=ScriptedSampler([script]))
     (result,) = engine.generate([ask([30, 31], max_tokens=2000)])
-    records = [{"step": 4, "reward": 1.25, "advantage": -0.5, "prompt": "why?", **to_record(result)}, to_record(result)]
+    records = [
+        {"step": 4, "reward": 1.25, "advantage": -0.5, "prompt": "why\u2028?", **to_record(result)},
+        to_record(result),
+    ]
     file = tmp_path / "rollouts.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]  # as `write_records` has them
+    file.write_text("".join(lines), encoding="utf-8")
     head, first, second = table(read_records(file))
     assert head.split()[:4] == ["line", "step", "reward", "advantage"] and head.split()[-1] == "prompt"
-    assert first.split()[:4] == ["1", "4", "1.250", "-0.500"] and first.endswith("why?")
+    assert first.split()[:4] == ["1", "4", "1.250", "-0.500"] and first.endswith("why ?")
     assert second.split()[:2] == ["2", str(len(result.blocks))]
     shown = "\n".join(segments(records[0], Toy()))  # type: ignore[arg-type]
     assert shown.startswith("-- root:") and "    -- 1: " in shown and "weights 0" in shown

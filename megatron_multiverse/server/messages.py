@@ -1,0 +1,89 @@
+"""The turns of a chat, as clients send them and as templates take them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megatron_multiverse.server import refused
+from megatron_multiverse.server.body import Fields
+from megatron_multiverse.server.errors import refuse
+
+
+class TextPart(Fields):
+    """A part of a message in OpenAI's longer form."""
+
+    type: str
+    text: str | None = None
+
+
+class CalledFunction(Fields):
+    """What a call of a tool names."""
+
+    name: str
+    arguments: str | dict[str, Any] | None = None
+    """JSON of an object, or the object."""
+
+
+class ToolCall(Fields):
+    """A call of a tool in an earlier turn."""
+
+    function: CalledFunction
+    id: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The call as templates take it: its arguments an object.
+
+        Raises:
+            ApiError: 400, the arguments are none.
+        """
+        arguments: Any = self.function.arguments or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                arguments = None
+        if not isinstance(arguments, dict):
+            raise refuse("messages", f"the arguments of a call of {self.function.name[:40]!r} are no JSON object")
+        call = {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+        return call if self.id is None else call | {"id": self.id}
+
+
+class Message(Fields):
+    """One turn."""
+
+    role: str
+    content: str | list[TextPart] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    """vLLM's name for it since 2026."""
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    prompt_token_ids: list[int] | None = None
+    generation_token_ids: list[int] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The turn as templates take it: its content one text.
+
+        Raises:
+            ApiError: 400 for parts that are no text, and for fields that are not served.
+        """
+        for field, value in (self.model_extra or {}).items():
+            if value is not None and field in refused.MESSAGE and value not in refused.MESSAGE[field]:
+                raise refuse("messages", f"a turn with {field}, which is not served; leave it out")
+        content = self.content or ""
+        if not isinstance(content, str):
+            for part in content:
+                if part.type != "text" or part.text is None:
+                    raise refuse("messages", f"a part of type {part.type[:40]!r}; only text is served")
+            content = "".join(part.text or "" for part in content)
+        thought = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        calls = [call.plain() for call in self.tool_calls or []]
+        others = {
+            "reasoning_content": thought,
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": calls or None,
+        }
+        return {"role": self.role, "content": content} | {k: v for k, v in others.items() if v is not None}

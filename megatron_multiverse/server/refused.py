@@ -1,0 +1,125 @@
+"""Fields of OpenAI, vLLM, SGLang and Megatron that are not served, with the values that ask for nothing and are taken.
+
+Those that change no answer (metadata, request_id, store, ...) are not listed: they are ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Refused = dict[str, tuple[Any, ...]]
+"""Name -> values that ask for nothing."""
+
+REFUSED: Refused = {
+    "allowed_token_ids": ([],),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "custom_logit_processor": (),
+    "custom_params": ({},),
+    "debug_fname": (),
+    "ec_transfer_params": (),
+    "images_config": ({},),
+    "input_embeds": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "logprob_token_ids": ([],),
+    "lora_path": (),
+    "media_io_kwargs": ({},),
+    "multi_modal_data": (),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "return_cached_tokens_details": (False,),
+    "return_hidden_states": (False,),
+    "return_meta_info": (False,),
+    "return_prompt_token_ids": (False,),
+    "return_routed_experts": (False,),
+    "session_params": (),
+    "stop_regex": ([],),
+    "stream_interval": (1,),
+    "streaming_interval": (1,),
+    "structural_tag": (),
+    "suffix": ("",),
+    "thinking_token_budget": (-1,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
+}
+"""Of all routes that generate text."""
+
+CHAT: Refused = {
+    "chat_template": (),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include_reasoning": (True,),
+    "input_ids": (),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning": (),
+    "reasoning_effort": (),
+    "return_prompt_text": (False,),
+    "separate_reasoning": (False,),
+    "skip_prompt_log_probs": (True,),
+    "task": (),
+    "thinking": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+"""Of chat, beside those."""
+
+MESSAGE: Refused = {"audio": (), "function_call": (), "refusal": ("",), "tools": ([],)}
+"""Of a turn of a chat."""
+
+GENERATE: Refused = {
+    "audio_data": (),
+    "custom_logit_processor": (),
+    "image_data": (),
+    "input_embeds": (),
+    "logprob_start_len": (-1,),
+    "lora_path": (),
+    "max_thinking_tokens": (),
+    "positional_embed_overrides": (),
+    "priority": (0,),  # with SGLang a larger number comes first; sampling_params take vLLM's
+    "return_entropy": (False,),
+    "return_flat_raw_top_logprobs": (False,),
+    "return_hidden_states": (False,),
+    "return_indexer_topk": (False,),
+    "return_prompt_token_ids": (False,),
+    "return_routed_experts": (False,),
+    "return_sampling_mask": (False,),
+    "session_params": (),
+    "stream": (False,),
+    "token_ids_logprob": (),
+    "video_data": (),
+}
+"""Of /generate."""
+
+SAMPLING: Refused = {
+    "beam_width": (1,),
+    "logprobs": (),
+    "max_completion_tokens": (),
+    "max_tokens": (),
+}
+"""Of its `sampling_params`, beside `REFUSED`: names of the other routes, which SGLang does not know there."""
+
+API: Refused = {
+    "beam_width": (),
+    "length_penalty": (1, 1.0),
+    "max_len": (),
+    "prevent_newline_after_colon": (False,),
+    "sentences": (),
+    "stop_on_double_eol": (False,),
+    "top_p_bound": (0, 0.0),
+    "top_p_decay": (0, 0.0),
+}
+"""Of Megatron's `PUT /api`, which dropped most of them."""
