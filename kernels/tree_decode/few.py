@@ -8,6 +8,7 @@ model waits for that.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,21 @@ FEW = 16
 """Rows up to which a list is made here."""
 
 
+def common_keys(pages: Int32s, lengths: Int32s, page_size: int, least: int) -> list[int] | None:
+    """See `many.common_keys`."""
+    first, keys = pages[:, 0].tolist(), lengths.tolist()
+    if not any(page == after for page, after in pairwise(first)):
+        return None
+    common = []
+    for row, same in enumerate((pages[1:] != pages[:-1]).argmax(1).tolist()):  # 0, too, where none differs
+        if not same and first[row] == first[row + 1]:
+            same = pages.shape[1]
+        common.append(min(same * page_size, min(keys[row], keys[row + 1]) // page_size * page_size))
+    return common if max(common) >= least else None
+
+
 def list_alone(pages: Int32s, lengths: Int32s, *, kv_heads: int, programs: int, most_items: int, slots: int) -> Work:
-    """See `work.list_alone`."""
+    """See `many.list_alone`."""
     keys, width = lengths.tolist(), pages.shape[1]
     each = _cut_evenly(keys, _piece_of(keys, max(keys), kv_heads, programs, slots - 1), most_items)
     items: list[tuple[int, ...]] = []
@@ -51,7 +65,7 @@ def list_stretches(
     slots: int,
     sharers: int,
 ) -> Work:
-    """See `work.list_stretches`."""
+    """See `many.list_stretches`."""
     keys, edges = lengths.tolist(), borders.tolist()
     limits: list[int] = []
     for row, seen in enumerate(keys):
@@ -59,9 +73,10 @@ def list_stretches(
     sizes = [s.end - s.start for s in stretches for _ in range(edges[s.first], edges[s.last], sharers)]
     piece = _piece_of(sizes, max(keys), kv_heads, programs, slots - depth)
     items: list[tuple[int, ...]] = []
-    looks: list[tuple[int, int]] = []
-    counts, place = [0] * len(limits), 0
+    tokens: list[int] = []
+    ends: list[int] = []
     table: list[Int32s] = []
+    counts, place = [0] * len(limits), 0
     for first, last, start, end in stretches:
         begin, used = start // page_size, -(-end // page_size)
         further = -(-(end + ahead) // page_size) - used if last - first == 1 else 0
@@ -73,22 +88,18 @@ def list_stretches(
             # All queries of a stretch have been in the same stretches before, so they have as many parts so far.
             border, part = min(query + sharers, edges[last]), counts[query]
             items += [(base, key, min(key + step, end), number) for number, key in enumerate(begins, part)]
-            looks += [(query, border)] * len(begins)
+            nobody = sharers - (border - query)
+            tokens += [*range(query, border), *([-1] * nobody)] * len(begins)
+            ends += (limits[query:border] + [0] * nobody) * len(begins)
             counts[query:border] = [part + len(begins)] * (border - query)
-    look = np.array(looks)
-    tokens = look[:, :1] + np.arange(sharers)
-    outside = tokens >= look[:, 1:]
-    tokens[outside] = -1
-    ends = np.array(limits, dtype=np.int32)[tokens]
-    ends[outside] = 0
     listed, array, tails = np.concatenate(table), np.array(items, dtype=np.int32), NO_TAILS
     if sharers > 1:
         listed = listed * np.int32(page_size) + np.int32(page_size - 1)
         tails = np.zeros((len(items), 3, sharers), dtype=np.int32)
         tails[:, 2] = array[:, 3:]
     most, room = slots if max(counts) > 1 else 1, ahead + min([-(seen + ahead) % page_size for seen in keys])
-    parts = np.array(counts, dtype=np.int32)
-    return Work(array, tokens.astype(np.int32), ends, tails, parts, listed, most, room=room)
+    arrays = _columns(tokens, sharers), _columns(ends, sharers), tails, np.array(counts, dtype=np.int32), listed
+    return Work(array, *arrays, most, room=room)
 
 
 def list_tiles(
@@ -103,15 +114,18 @@ def list_tiles(
     slots: int,
     moves: bool,
 ) -> Work:
-    """See `tiles.list_tiles`."""
-    keys, (found, sharers) = lengths.tolist(), tiles
+    """See `many.list_tiles`."""
+    keys, sharers = lengths.tolist(), tiles.sharers
+    found = list(zip(tiles.first.tolist(), tiles.last.tolist(), tiles.shared.tolist(), strict=True))
     read = sum(keys) - sum([(last - first - 1) * shared for first, last, shared in found])
     ahead = ahead_of(read) if moves else 0
     stands = [_stand(keys[first:last], shared, page_size, ahead) for first, last, shared in found]
     sizes = [rows[-1][2] for rows in stands]
     each = _cut_evenly(sizes, _piece_of(sizes, max(sizes), kv_heads, programs, slots - 1), most_items)
     items: list[tuple[int, ...]] = []
-    looks: list[tuple[int, ...]] = []
+    tokens: list[int] = []
+    limits: list[int] = []
+    tails: list[int] = []
     counts: list[int] = []
     table: list[Int32s] = []
     ends: list[int] = []
@@ -121,31 +135,38 @@ def list_tiles(
         parts = [0] * len(rows)
         for begin in range(0, size, step):
             end = min(begin + step, size)
-            for column, (b, seen, room) in enumerate(rows):
+            items.append((base, begin, end, 0))
+            token, limit, tail = [-1] * sharers, [0] * sharers, [0] * (3 * sharers)
+            for place, (b, seen, room) in enumerate(rows):
                 # Also rows whose next keys come there, so that the list can be moved on.
                 if begin < shared or (b < end and begin < room):
-                    looks.append((len(items), column, first + column, seen, shared, b, parts[column]))
-                    parts[column] += 1
-            items.append((base, begin, end, 0))
+                    token[place], limit[place] = first + place, seen
+                    tail[place::sharers] = shared, b, parts[place]
+                    parts[place] += 1
+            tokens += token
+            limits += limit
+            tails += tail
         counts += parts
-        table.append(pages[first, : shared // page_size])
+        head = shared // page_size
+        table.append(pages[first, :head])
         for row, (_, seen, room) in enumerate(rows, first):
             used = -(-keys[row] // page_size)
-            table += pages[row, shared // page_size : used], _nobody((room - seen) // page_size)
+            table += pages[row, head:used], _nobody((room - seen) // page_size)
             ends.append(base + -(-seen // page_size) - 1)
             cuts.append(-seen % page_size)
         base += size // page_size
     listed, last_pages = np.concatenate(table) * np.int32(page_size) + np.int32(page_size - 1), np.array(ends)
     listed[last_pages] -= np.array(cuts, dtype=np.int32)
-    tokens = np.full((len(items), sharers), -1, dtype=np.int32)
-    limits = np.zeros_like(tokens)
-    tails = np.zeros((len(items), 3, sharers), dtype=np.int32)
-    look = np.array(looks, dtype=np.int32)
-    item, place = look[:, 0], look[:, 1]
-    tokens[item, place], limits[item, place], tails[item, :, place] = look[:, 2], look[:, 3], look[:, 4:]
     left, most = min([room - seen for rows in stands for _, seen, room in rows]), slots if max(counts) > 1 else 1
-    arrays = np.array(items, dtype=np.int32), tokens, limits, tails, np.array(counts, dtype=np.int32), listed
-    return Work(*arrays, most, last_pages, left)
+    arrays = _columns(tokens, sharers), _columns(limits, sharers), _columns(tails, 3, sharers)
+    return Work(
+        np.array(items, dtype=np.int32), *arrays, np.array(counts, dtype=np.int32), listed, most, last_pages, left
+    )
+
+
+def _columns(numbers: list[int], *shape: int) -> Int32s:
+    """[items, ...]: numbers of one item after the other."""
+    return np.array(numbers, dtype=np.int32).reshape(-1, *shape)
 
 
 def _stand(keys: Sequence[int], shared: int, page_size: int, ahead: int) -> list[tuple[int, int, int]]:

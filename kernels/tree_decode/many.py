@@ -23,6 +23,16 @@ from .pieces import (
 from .tiles import Tiles, ahead_of
 
 
+def common_keys(pages: Int32s, lengths: Int32s, page_size: int, least: int) -> list[int] | None:
+    """[rows - 1], keys in whole pages that each row shares with the next; None: nowhere as many as `least`."""
+    if not (pages[1:, 0] == pages[:-1, 0]).any():
+        return None
+    other = pages[1:] != pages[:-1]
+    same = np.where(other.any(1), other.argmax(1), pages.shape[1])
+    common = np.minimum(same * page_size, np.minimum(lengths[1:], lengths[:-1]) // page_size * page_size)
+    return common.tolist() if (common >= least).any() else None
+
+
 def list_alone(pages: Int32s, lengths: Int32s, *, kv_heads: int, programs: int, most_items: int, slots: int) -> Work:
     """The list of rows with one query each that share nothing: what most decode steps are.
 
@@ -154,8 +164,7 @@ def list_tiles(
         programs: see `list_alone`.
         most_items: see `list_alone`.
     """
-    sharers = tiles.sharers
-    first, last, shared = np.array(tiles.tiles).T
+    first, last, shared, sharers = tiles
     # [tiles, sharers]: keys below `shared` and `own` ones from `b` are those that a row sees, and [b, `room`) is kept
     # for it.
     rows = first[:, None] + np.arange(sharers)

@@ -32,28 +32,23 @@ FEW_ROWS = 64
 """Up to so many rows tiles are chosen by lists, beyond by arrays where that is simple: numpy takes longer for a few."""
 
 
-class Tile(NamedTuple):
-    """Rows [first, last), which are looked at together."""
-
-    first: int
-    last: int
-    shared: int
-    """Keys that they share, in whole pages."""
-
-
 class Tiles(NamedTuple):
-    """Tiles that have every row once, in order."""
+    """Tiles that have every row once, in order; each [tiles]."""
 
-    tiles: list[Tile]
+    first: Ints
+    last: Ints
+    """Rows [first, last)."""
+    shared: Ints
+    """Keys that they share, in whole pages."""
     sharers: int
     """Rows that a tile has room for."""
 
     def is_one_over_many_keys(self, most: int) -> bool:
         """Whether all rows are in one tile as large as `most` rows need, over more than `HUGE` shared keys."""
-        return len(self.tiles) == 1 and self.sharers == most and self.tiles[0].shared > HUGE
+        return len(self.first) == 1 and self.sharers == most and bool(self.shared[0] > HUGE)
 
 
-def choose_tiles(common: Ints, lengths: Int32s, sharers: int, least: int | None) -> Tiles | None:
+def choose_tiles(common: list[int], lengths: Int32s, sharers: int, least: int | None) -> Tiles | None:
     """Tiles of the rows; None: it is faster if each reads all of its keys.
 
     Args:
@@ -64,7 +59,7 @@ def choose_tiles(common: Ints, lengths: Int32s, sharers: int, least: int | None)
     """
     least_shared, total = least or LEAST_SHARED, int(lengths.sum())
     widths = [width for width in (sharers, sharers // 2, sharers // 4) if width > 1]
-    groups = _flat_groups(common, least_shared) if len(lengths) > FEW_ROWS else None
+    groups = _flat_groups(np.array(common), least_shared) if len(lengths) > FEW_ROWS else None
     ranges: list[_Range] = []
     together: list[list[bool]] = []
     if groups is not None:
@@ -72,7 +67,7 @@ def choose_tiles(common: Ints, lengths: Int32s, sharers: int, least: int | None)
         reads = [total - int(((rows - -(-rows // width)) * shared).sum()) for width in widths]
     else:
         # Lists, since numpy takes longer for a few numbers.
-        ranges = _ranges(common.tolist(), lengths.tolist(), least_shared)
+        ranges = _ranges(common, lengths.tolist(), least_shared)
         found = [_least_reads(ranges, width) for width in widths]
         reads, together = [read for read, _ in found], [whether for _, whether in found]
     times = [read * time for read, time in zip(reads, TIMES, strict=False)]
@@ -81,7 +76,8 @@ def choose_tiles(common: Ints, lengths: Int32s, sharers: int, least: int | None)
     best = times.index(min(times))
     if groups is not None:
         return _even_tiles(*groups, widths[best])
-    return Tiles(_tiles(ranges, together[best], widths[best]), widths[best])
+    first, last, head = np.array(_tiles(ranges, together[best], widths[best])).T
+    return Tiles(first, last, head, widths[best])
 
 
 def _flat_groups(common: Ints, least: int) -> tuple[Ints, Ints, Ints] | None:
@@ -104,8 +100,7 @@ def _even_tiles(first: Ints, last: Ints, shared: Ints, sharers: int) -> Tiles:
     count = -(-rows // sharers)
     owner, index = counted(count)
     begin, end = (first[owner] + rows[owner] * number // count[owner] for number in (index, index + 1))
-    shared = np.where(end - begin > 1, shared[owner], 0)
-    return Tiles(list(map(Tile, begin.tolist(), end.tolist(), shared.tolist())), sharers)
+    return Tiles(begin, end, np.where(end - begin > 1, shared[owner], 0), sharers)
 
 
 class _Range(NamedTuple):
@@ -152,9 +147,10 @@ def _least_reads(ranges: list[_Range], sharers: int) -> tuple[int, list[bool]]:
     return reads[0], together
 
 
-def _tiles(ranges: list[_Range], together: list[bool], sharers: int) -> list[Tile]:
-    """Tiles of the rows, each range's together or as the ranges that it parts into."""
-    tiles, waiting = [], [0]
+def _tiles(ranges: list[_Range], together: list[bool], sharers: int) -> list[tuple[int, int, int]]:
+    """(first row, last, shared keys) of tiles, each range's together or as the ranges that it parts into."""
+    tiles: list[tuple[int, int, int]] = []
+    waiting = [0]
     while waiting:
         number = waiting.pop()
         first, last, shared, _, parts = ranges[number]
@@ -164,7 +160,7 @@ def _tiles(ranges: list[_Range], together: list[bool], sharers: int) -> list[Til
         rows = last - first
         count = -(-rows // sharers)
         ends = [first + rows * number // count for number in range(count + 1)]
-        tiles += [Tile(low, high, shared if high - low > 1 else 0) for low, high in pairwise(ends)]
+        tiles += [(low, high, shared if high - low > 1 else 0) for low, high in pairwise(ends)]
     return tiles
 
 

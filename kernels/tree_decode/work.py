@@ -21,7 +21,6 @@ from .pieces import (
     LEAST_SHARED,
     LEAST_TILE,
     Int32s,
-    Ints,
     Stretch,
     Work,
     most_cut,
@@ -73,7 +72,7 @@ def divide_work(
     rows, tokens = len(lengths), int(borders[-1])
     makes = few if rows <= few.FEW else many
     most_items = most_cut(processors, kv_heads)
-    common = _common(pages, lengths, page_size, least_shared or LEAST_SHARED)
+    common: list[int] | None = makes.common_keys(pages, lengths, page_size, least_shared or LEAST_SHARED)
     if rows == tokens:
         tiles = None if common is None else choose_tiles(common, lengths, sharers, least_shared)
         if tiles is not None and least_shared is None and tiles.sharers > 2 and sharers < LEAST_TILE:
@@ -149,21 +148,10 @@ def divide_rows(
     return work._replace(tokens=tokens, counts=parts)
 
 
-def _common(pages: Int32s, lengths: Int32s, page_size: int, least: int) -> Ints | None:
-    """[rows - 1], keys in whole pages that each row shares with the next; None: nowhere as many as `least`."""
-    if len(lengths) == 1 or not (pages[1:, 0] == pages[:-1, 0]).any():
-        return None
-    other = pages[1:] != pages[:-1]
-    same = np.where(other.any(1), other.argmax(1), pages.shape[1])
-    common = np.minimum(same * page_size, np.minimum(lengths[1:], lengths[:-1]) // page_size * page_size)
-    return common if (common >= least).any() else None
-
-
-def _stretches(common: Ints, lengths: Int32s, least: int) -> tuple[list[Stretch], int]:
+def _stretches(common: list[int], lengths: Int32s, least: int) -> tuple[list[Stretch], int]:
     """Every row's keys, what neighbours share before what is each one's own; and most stretches that one row is in."""
     found: list[Stretch] = []
-    # Lists, since numpy takes longer for a few numbers.
-    shared, ends = common.tolist(), lengths.tolist()
+    ends = lengths.tolist()
     waiting, deepest = [(0, len(ends), 0, 1)], 0
     while waiting:
         # All of these rows have been equal up to `start`.
@@ -173,7 +161,7 @@ def _stretches(common: Ints, lengths: Int32s, least: int) -> tuple[list[Stretch]
                 found.append(Stretch(first, last, start, ends[first]))
                 deepest = max(deepest, depth)
             continue
-        inner = shared[first : last - 1]
+        inner = common[first : last - 1]
         end = min(inner)
         if end - start >= least:
             found.append(Stretch(first, last, start, end))
