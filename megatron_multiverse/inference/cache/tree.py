@@ -54,9 +54,10 @@ class PageTable:
         """Let these empty lines list the same pages, and behind them one of `last` each, if there are any."""
         count = len(pages)
         self.widen(count + bool(last))
-        self.lines[lines, :count] = pages
-        if last:
-            self.lines[lines, count] = last
+        for line in lines:  # lines are few, and numpy takes longer to choose several
+            self.lines[line, :count] = pages
+        for line, page in zip(lines, last, strict=False):
+            self.lines[line, count] = page
 
     def gather(self, lines: Slots, width: int) -> npt.NDArray[np.int32]:
         """The first `width` pages of these lines (`Node.line`, int64 [nodes]): int32 [nodes, width], a copy."""
