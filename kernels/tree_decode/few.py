@@ -17,8 +17,8 @@ from . import pieces
 from .pieces import BLOCK, NO_TAILS, Int32s, Stretch, Work
 from .tiles import Tiles, ahead_of
 
-FEW = 16
-"""Rows up to which a list is made here."""
+FEW, FEW_TOKENS = 16, 64
+"""Rows, and tokens that they bring, up to which a list is made here."""
 
 
 def common_keys(pages: Int32s, lengths: Int32s, page_size: int, least: int) -> list[int] | None:

@@ -70,7 +70,7 @@ def divide_work(
             list can be moved on; see `successive.py`.
     """
     rows, tokens = len(lengths), int(borders[-1])
-    makes = few if rows <= few.FEW else many
+    makes = few if rows <= few.FEW and tokens <= few.FEW_TOKENS else many
     most_items = most_cut(processors, kv_heads)
     common: list[int] | None = makes.common_keys(pages, lengths, page_size, least_shared or LEAST_SHARED)
     if rows == tokens:
