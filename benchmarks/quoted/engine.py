@@ -42,6 +42,23 @@ def engine() -> Iterator[str]:
         f"and norm apart {alone['tp2_with_sum_and_norm_apart_ms']:.2f}"
     )
     yield from _forks_under_load()
+    yield from _host_steps()
+
+
+def _host_steps() -> Iterator[str]:
+    """The host's time for the steps of a block: of each commit the smallest of its runs' medians."""
+    runs = source.results("results/host_blocks_cpu")["runs"]
+    before, after = (
+        {kind: min(run["kinds"][kind]["median_ms"] for run in runs if run["label"] == label) for kind in run["kinds"]}
+        for run, label in ((runs[0], runs[0]["label"]), (runs[-1], runs[-1]["label"]))
+    )
+    kinds = ("after fork", "after end of a path", "fork", "join")
+    new, old = ([source.rounded(found[kind], 2) for kind in kinds] for found in (after, before))
+    yield (
+        f"The step after a fork of four paths takes the host {new[0]} ms in place of {old[0]}, one after the end of a "
+        f"path {new[1]} in place of {old[1]}, the one that forks {new[2]} in place of {old[2]} and the one that joins "
+        f"{new[3]} in place of {old[3]}, a plain one {source.rounded(after['plain'], 2)}"
+    )
 
 
 def _fp8() -> Iterator[str]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def copy_slots_reference(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> None:
-    """Copy slots of a paged cache, all layers at once, in place.
+def copy_slots_reference(cached: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy slots of a paged cache, keys and values of all layers at once, in place.
 
     Every source is read before any target is written, so a slot may be both.
 
     Args:
-        keys: ``[layers, slots, kv heads, head dim]``.
-        values: same shape as `keys`.
+        cached: ``[layers, slots, kv heads, head dim]``, once for keys and once for values.
         source: int64 ``[n]``, slots to read.
         target: int64 ``[n]``, slots to write, all different.
     """
-    keys.index_copy_(1, target, keys.index_select(1, source))
-    values.index_copy_(1, target, values.index_select(1, source))
+    cached.index_copy_(1, target, cached.index_select(1, source))

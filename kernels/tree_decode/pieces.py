@@ -64,6 +64,15 @@ class Moves(NamedTuple):
     pages stand there without their last slots."""
 
 
+class Stretch(NamedTuple):
+    """Keys [start, end) of the rows [first, last), which list the same pages for them."""
+
+    first: int
+    last: int
+    start: int
+    end: int
+
+
 NO_MOVES = Moves(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32))
 """Nothing changes."""
 NO_TAILS = np.zeros((0, 3, 1), dtype=np.int32)

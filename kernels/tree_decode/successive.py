@@ -76,6 +76,12 @@ class _Divided:
     ) -> None:
         self.work, self.pages, self.lengths = work, pages, lengths
         self.slots, self.page_size = slots, page_size
+        self.ends: Ints | None = None
+        """[rows], where in the list's pages the last one of each row stands, where rows share keys."""
+        self.moves: Moves | None = None
+        self.can_move = len(lengths) == int(borders[-1])
+        if not self.can_move:  # rows of several tokens; most steps after them have fewer
+            return
         self.shares = work.tokens.shape[1] > 1
         self.per_query = (work.tokens >= 0).astype(np.int32)
         # The item that ends where its row does, with the token that the row brings. Tiles have room for that.
@@ -85,9 +91,7 @@ class _Divided:
             if self.shares:
                 self.at_end *= self.per_query.sum(1) == 1
         ends = len(work.ends) if work.ends is not None else int(self.at_end.sum())
-        self.can_move = ends == len(lengths) == borders[-1]
-        self.ends: Ints | None = None
-        """[rows], where in the list's pages the last one of each row stands, where rows share keys."""
+        self.can_move = ends == len(lengths)
         if self.shares and self.can_move:
             self.ends = work.ends if work.ends is not None else self._item_ends()
         self.moves = self._moves()

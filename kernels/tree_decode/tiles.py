@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .pieces import LEAST_SHARED, Int32s, Ints, Work, counted, cut_evenly, most_cut, page_tables, piece_of
+from .pieces import LEAST_SHARED, Int32s, Ints, counted
 
 TIMES = 1.35, 1.0, 0.9
 """Time per key of tiles for as many queries as may share an item, half and a quarter as many, over that of half: they
@@ -28,6 +28,8 @@ there a step waits for the host when a list is made anew, and a graph of four pa
 the first (benchmarks/results/engine_small_steps_h200.json, on different machines)."""
 FEW_KEYS = 4096
 """Of all rows together."""
+FEW_ROWS = 64
+"""Up to so many rows tiles are chosen by lists, beyond by arrays where that is simple: numpy takes longer for a few."""
 
 
 class Tiles(NamedTuple):
@@ -46,7 +48,7 @@ class Tiles(NamedTuple):
         return len(self.first) == 1 and self.sharers == most and bool(self.shared[0] > HUGE)
 
 
-def choose_tiles(common: Ints, lengths: Int32s, sharers: int, least: int | None) -> Tiles | None:
+def choose_tiles(common: list[int], lengths: Int32s, sharers: int, least: int | None) -> Tiles | None:
     """Tiles of the rows; None: it is faster if each reads all of its keys.
 
     Args:
@@ -55,25 +57,26 @@ def choose_tiles(common: Ints, lengths: Int32s, sharers: int, least: int | None)
         sharers: most queries of an item.
         least: keys that are worth a tile, however long it takes; None: where it takes less time.
     """
-    widths = [width for width in (sharers, sharers // 2, sharers // 4) if width > 1]
     least_shared, total = least or LEAST_SHARED, int(lengths.sum())
-    groups = _flat_groups(common, least_shared)
-    nested: list[list[tuple[int, int, int]]] = []
+    widths = [width for width in (sharers, sharers // 2, sharers // 4) if width > 1]
+    groups = _flat_groups(np.array(common), least_shared) if len(lengths) > FEW_ROWS else None
+    ranges: list[_Range] = []
+    together: list[list[bool]] = []
     if groups is not None:
         rows, shared = groups[1] - groups[0], groups[2]
         reads = [total - int(((rows - -(-rows // width)) * shared).sum()) for width in widths]
     else:
         # Lists, since numpy takes longer for a few numbers.
-        ranges = _ranges(common.tolist(), lengths.tolist(), least_shared)
-        found = [_tiles(ranges, width) for width in widths]
-        reads, nested = [read for read, _ in found], [tiles for _, tiles in found]
+        ranges = _ranges(common, lengths.tolist(), least_shared)
+        found = [_least_reads(ranges, width) for width in widths]
+        reads, together = [read for read, _ in found], [whether for _, whether in found]
     times = [read * time for read, time in zip(reads, TIMES, strict=False)]
-    best = int(np.argmin(times)) if times else 0
-    if not times or (least is None and times[best] > PLAIN_TIME * total):
+    if not times or (least is None and min(times) > PLAIN_TIME * total):
         return None
+    best = times.index(min(times))
     if groups is not None:
         return _even_tiles(*groups, widths[best])
-    first, last, head = np.array(nested[best], dtype=np.int64).T
+    first, last, head = np.array(_tiles(ranges, together[best], widths[best])).T
     return Tiles(first, last, head, widths[best])
 
 
@@ -130,95 +133,37 @@ def _ranges(common: list[int], lengths: list[int], least: int) -> list[_Range]:
     return found
 
 
-def _tiles(ranges: list[_Range], sharers: int) -> tuple[int, list[tuple[int, int, int]]]:
-    """Keys that are read, and (first row, last, shared keys) of the tiles that read least."""
+def _least_reads(ranges: list[_Range], sharers: int) -> tuple[int, list[bool]]:
+    """The fewest keys that are read, and for each range whether its rows are read together then."""
     reads, together = [0] * len(ranges), [True] * len(ranges)
-    for number, (first, last, shared, keys, parts) in reversed(list(enumerate(ranges))):
+    for number in range(len(ranges) - 1, -1, -1):
+        first, last, shared, keys, parts = ranges[number]
         rows = last - first
         reads[number] = keys - (rows - -(-rows // sharers)) * shared
-        if parts and (not shared or reads[number] > sum([reads[part] for part in parts])):
-            reads[number], together[number] = sum([reads[part] for part in parts]), False
-    tiles, waiting = [], [0]
+        if parts:
+            apart = sum(reads[parts.start : parts.stop])
+            if not shared or reads[number] > apart:
+                reads[number], together[number] = apart, False
+    return reads[0], together
+
+
+def _tiles(ranges: list[_Range], together: list[bool], sharers: int) -> list[tuple[int, int, int]]:
+    """(first row, last, shared keys) of tiles, each range's together or as the ranges that it parts into."""
+    tiles: list[tuple[int, int, int]] = []
+    waiting = [0]
     while waiting:
         number = waiting.pop()
         first, last, shared, _, parts = ranges[number]
         if not together[number]:
             waiting += reversed(parts)
             continue
-        count = -(-(last - first) // sharers)
-        ends = [first + (last - first) * number // count for number in range(count + 1)]
+        rows = last - first
+        count = -(-rows // sharers)
+        ends = [first + rows * number // count for number in range(count + 1)]
         tiles += [(low, high, shared if high - low > 1 else 0) for low, high in pairwise(ends)]
-    return reads[0], tiles
-
-
-def list_tiles(
-    pages: Int32s,
-    lengths: Int32s,
-    tiles: Tiles,
-    *,
-    page_size: int,
-    kv_heads: int,
-    processors: int,
-    slots: int,
-    moves: bool = False,
-) -> Work:
-    """The list of rows of one query each; arguments as of `work.divide_work`."""
-    first, last, shared, sharers = tiles
-    # [tiles, sharers]: keys below `shared` and `own` ones from `b` are those that a row sees, and [b, `room`) is kept
-    # for it.
-    rows = first[:, None] + np.arange(sharers)
-    there = rows < last[:, None]
-    own = np.where(there, lengths[np.where(there, rows, 0)] - shared[:, None], 0)
-    ahead = ahead_of(int(shared.sum() + own.sum())) if moves else 0
-    own_pages = -(-(own + ahead * there) // page_size)
-    left = int((own_pages * page_size - own)[there].min())
-    table, ends = _table(pages, lengths, tiles, page_size, ahead)
-    room = shared[:, None] + np.cumsum(own_pages, 1) * page_size
-    b = room - own_pages * page_size
-    sizes = room[:, -1]
-    base = (np.cumsum(sizes) - sizes) // page_size
-    piece = piece_of(sizes, int(sizes.max()), kv_heads, 2 * processors, slots - 1)
-    each, count = cut_evenly(sizes, piece, most_cut(processors, kv_heads))
-    owner, index = counted(count)
-    items = np.zeros((len(owner), 4), dtype=np.int32)
-    items[:, 0], items[:, 1] = base[owner], index * each[owner]
-    items[:, 2] = np.minimum(items[:, 1] + each[owner], sizes[owner])
-    begin, end = items[:, 1:2], items[:, 2:3]
-    # Also rows whose next keys come there, so that the list can be moved on.
-    seen = there[owner] & ((begin < shared[owner, None]) | ((b[owner] < end) & (begin < room[owner])))
-    before = np.cumsum(seen, 0) - seen
-    part = before - before[(np.cumsum(count) - count)[owner]]
-    shared_end = np.repeat(shared[:, None], sharers, 1)
-    tails = np.stack((shared_end[owner], b[owner], part), 1) * seen[:, None]
-    tokens = np.where(seen, rows[owner], -1).astype(np.int32)
-    counts = np.bincount(tokens[seen], minlength=len(lengths)).astype(np.int32)
-    most = slots if counts.max() > 1 else 1
-    limits = ((b + own)[owner] * seen).astype(np.int32)
-    return Work(items, tokens, limits, tails.astype(np.int32), counts, table, most, ends, left)
+    return tiles
 
 
 def ahead_of(keys: int) -> int:
     """Keys of each row for which there are places, if so many are read in all."""
     return AHEAD_OF_FEW if keys <= FEW_KEYS else AHEAD
-
-
-def _table(pages: Int32s, lengths: Int32s, tiles: Tiles, page_size: int, ahead: int) -> tuple[Int32s, Ints]:
-    """Last slots of the pages of every tile, flat, and where among them the last page of each row stands. There is a
-    place for the pages of `ahead` more keys of each row."""
-    rows = np.arange(len(lengths))
-    heads = np.stack((tiles.first, tiles.last, np.zeros_like(tiles.first), tiles.shared), 1)
-    shared = np.repeat(tiles.shared, tiles.last - tiles.first)
-    own = np.stack((rows, rows + 1, shared, lengths), 1)
-    # The head of a tile, then the rows that have it.
-    places = np.concatenate((tiles.first + np.arange(len(tiles.first)), rows + 1 + np.repeat(
-        np.arange(len(tiles.first)), tiles.last - tiles.first)))  # fmt: skip
-    stretches = np.empty((len(places), 4), dtype=np.int64)
-    stretches[places] = np.concatenate((heads, own))
-    further = np.full(len(places), ahead)
-    further[places[: len(heads)]] = 0
-    numbers, bases = page_tables(pages, stretches, page_size, further if ahead else None)
-    table = numbers * np.int32(page_size) + np.int32(page_size - 1)  # -1 of -1
-    ends = (bases + -(-stretches[:, 3] // page_size) - 1)[places[len(heads) :]]
-    some = lengths > shared
-    table[ends[some]] -= (-lengths[some]) % page_size
-    return table, ends

@@ -3,35 +3,30 @@
 The list is made on the host, once per step for all layers. It knows the exact lengths, so it cuts long rows into
 pieces of equal size until all multiprocessors have work, and it sees where neighbouring rows list the same pages: they
 are read once for all of them. Siblings of a fork are neighbours in a step. Rows of one query each share tiles, see
-`tiles.py`; where rows bring several, each stretch of pages that some of them list becomes items of its own.
+`tiles.py`; where rows bring several, each stretch of pages that some of them list becomes items of its own. Here is
+decided what kind of list it is; `few.py` and `many.py` make it.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from . import few, many
 from .pieces import (
     BLOCK,
     LEAST_PIECE,
     LEAST_SHARED,
     LEAST_TILE,
-    NO_TAILS,
     Int32s,
-    Ints,
+    Stretch,
     Work,
-    counted,
-    cut_evenly,
-    even_pieces,
     most_cut,
     most_parts,
-    page_tables,
-    piece_of,
 )
-from .tiles import AHEAD, choose_tiles, list_tiles
+from .tiles import AHEAD, choose_tiles
 
 LONG = 4096
 """Keys of a row from which two programs for every multiprocessor are worth a merge where there is one without: 32 rows
@@ -43,19 +38,6 @@ AT_ONCE = 2.5
 than two queries (an H200, benchmarks/kernels/results/tree_decode_few_keys_h200.json). It reads more, but what few
 programs read takes no longer for that, and products for one query are smaller, unless both have `LEAST_TILE` rows, as
 with one query head per group."""
-
-
-class Seats(NamedTuple):
-    """Queries that look at a stretch of keys together; each [seats]."""
-
-    base: Ints
-    """Where in the pages the one of key 0 would stand."""
-    start: Ints
-    end: Ints
-    """Keys [start, end)."""
-    first: Ints
-    last: Ints
-    """Queries [first, last)."""
 
 
 def divide_work(
@@ -87,39 +69,42 @@ def divide_work(
         moves: whether there are to be places for further pages, where rows of one query each share keys, so that the
             list can be moved on; see `successive.py`.
     """
-    counts = np.diff(borders)
-    rows, tokens = len(counts), int(borders[-1])
-    common = _common(pages, lengths, page_size, least_shared or LEAST_SHARED)
+    rows, tokens = len(lengths), int(borders[-1])
+    makes = few if rows <= few.FEW and tokens <= few.FEW_TOKENS else many
+    most_items = most_cut(processors, kv_heads)
+    common: list[int] | None = makes.common_keys(pages, lengths, page_size, least_shared or LEAST_SHARED)
     if rows == tokens:
         tiles = None if common is None else choose_tiles(common, lengths, sharers, least_shared)
         if tiles is not None and least_shared is None and tiles.sharers > 2 and sharers < LEAST_TILE:
-            programs = -(-lengths // LEAST_PIECE).sum() * kv_heads
-            tiles = None if programs <= AT_ONCE * processors else tiles
+            reads = -(-lengths // LEAST_PIECE).sum() * kv_heads
+            tiles = None if reads <= AT_ONCE * processors else tiles
         if tiles is None:
-            return _alone(pages, lengths, kv_heads, processors, slots)._replace(room=BLOCK if moves else 0)
+            # Two programs for every multiprocessor hide each other's waits; where there is about one anyway, a second
+            # part and the merge cost more than that unless the rows are long.
+            twice = 2 * rows * kv_heads <= processors or int(lengths.sum()) >= LONG * rows
+            programs = 2 * processors if twice else processors
+            work: Work = makes.list_alone(
+                pages, lengths, kv_heads=kv_heads, programs=programs, most_items=most_items, slots=slots
+            )
+            return work._replace(room=BLOCK) if moves else work
         if not tiles.is_one_over_many_keys(sharers):
-            return list_tiles(
-                pages, lengths, tiles, page_size=page_size, kv_heads=kv_heads, processors=processors, slots=slots,
-                moves=moves,
+            work = makes.list_tiles(
+                pages, lengths, tiles, page_size=page_size, kv_heads=kv_heads, programs=2 * processors,
+                most_items=most_items, slots=slots, moves=moves,
             )  # fmt: skip
+            return work
     # Rows of several queries need the larger tiles with and without others.
-    stretches = None if common is None else _stretches(common, lengths, least_shared or LEAST_SHARED)
-    limits = lengths if rows == tokens else np.repeat(lengths - counts + 1 - borders[:-1], counts) + np.arange(tokens)
-    depth = 0 if stretches is None else _depth(stretches, borders)
-    if stretches is None or depth > slots // 2:
-        stretches, depth = np.zeros((rows, 4), dtype=np.int64), 1
-        stretches[:, 0] = np.arange(rows)
-        stretches[:, 1], stretches[:, 3] = stretches[:, 0] + 1, lengths
-    lone = stretches[:, 1] - stretches[:, 0] == 1
+    stretches, depth = ([], 0) if common is None else _stretches(common, lengths, least_shared or LEAST_SHARED)
+    if common is None or depth > slots // 2:
+        stretches, depth = [Stretch(row, row + 1, 0, keys) for row, keys in enumerate(lengths.tolist())], 1
     # Places behind every row's own pages, which no item reaches before they are needed.
-    ahead = AHEAD if moves and lone.sum() == rows == tokens else 0
-    room = ahead + int((-(lengths + ahead) % page_size).min())
-    listed, bases = page_tables(pages, stretches, page_size, ahead * lone if ahead else None)
-    if sharers > 1:  # all of a page may be read: items end where their rows do
-        listed = listed * np.int32(page_size) + np.int32(page_size - 1)
-    seats = _seats(stretches, bases, borders, sharers)
-    piece = piece_of(seats.end - seats.start, int(lengths.max()), kv_heads, 2 * processors, slots - depth)
-    return _cut(seats, piece, listed, limits.astype(np.int32), slots, sharers)._replace(room=room)
+    lone = sum([last - first == 1 for first, last, _, _ in stretches])
+    ahead = AHEAD if moves and lone == rows == tokens else 0
+    work = makes.list_stretches(
+        pages, lengths, borders, stretches, depth=depth, ahead=ahead, page_size=page_size, kv_heads=kv_heads,
+        programs=2 * processors, slots=slots, sharers=sharers,
+    )  # fmt: skip
+    return work
 
 
 def divide_rows(
@@ -163,105 +148,26 @@ def divide_rows(
     return work._replace(tokens=tokens, counts=parts)
 
 
-def _seats(stretches: Ints, bases: Ints, borders: Ints, sharers: int) -> Seats:
-    """One for every stretch and group of queries that look at it together."""
-    first, last, start, end = stretches.T
-    query, border = borders[first], borders[last]
-    owner, index = counted(-(-(border - query) // sharers))
-    query = query[owner] + index * sharers
-    return Seats(bases[owner], start[owner], end[owner], query, np.minimum(query + sharers, border[owner]))
-
-
-def _alone(pages: Int32s, lengths: Int32s, kv_heads: int, processors: int, slots: int) -> Work:
-    """The work of rows with one query each that share nothing: what most decode steps are."""
-    # Two programs for every multiprocessor hide each other's waits; where there is about one anyway, a second part and
-    # the merge cost more than that unless the rows are long.
-    rows, longest = len(lengths), int(lengths.max())
-    twice = 2 * rows * kv_heads <= processors or int(lengths.sum()) >= LONG * rows
-    programs = 2 * processors if twice else processors
-    piece = piece_of(lengths, longest, kv_heads, programs, slots - 1)
-    pieces, counts = cut_evenly(lengths, piece, most_cut(processors, kv_heads))
-    owner = np.repeat(np.arange(rows, dtype=np.int32), counts)
-    part = np.arange(len(owner), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
-    items = np.empty((len(owner), 4), dtype=np.int32)
-    pieces = pieces[owner]
-    items[:, 0], items[:, 1], items[:, 3] = owner * pages.shape[1], part * pieces, part
-    limits = lengths[owner]
-    np.minimum(items[:, 1] + pieces, limits, out=items[:, 2])
-    most = slots if len(owner) > len(lengths) else 1
-    return Work(items, owner[:, None], limits[:, None], NO_TAILS, counts, pages.reshape(-1), most)
-
-
-def _depth(stretches: Ints, borders: Ints) -> int:
-    """Most stretches that one query is in."""
-    size = int(borders[-1]) + 1
-    begun, ended = (np.bincount(borders[stretches[:, row]], minlength=size) for row in (0, 1))
-    return int(np.cumsum(begun - ended).max())
-
-
-def _cut(seats: Seats, piece: int, pages: Int32s, limits: Int32s, slots: int, sharers: int) -> Work:
-    """Cut every stretch into pieces and number the parts of each query."""
-    base, start, end, first, last = seats
-    each = even_pieces(end - start, piece)
-    pieces = -(-(end - start) // each)
-    owner, index = counted(pieces)
-    counts = [0] * len(limits)
-    before = []
-    for number, query, border in zip(pieces.tolist(), first.tolist(), last.tolist(), strict=True):
-        # All queries of a stretch have been in the same stretches before, so they have as many parts so far.
-        parts = counts[query]
-        before.append(parts)
-        counts[query:border] = [parts + number] * (border - query)
-    items = np.empty((len(owner), 4), dtype=np.int32)
-    begin = start[owner] + index * each[owner]
-    items[:, 0], items[:, 1] = base[owner], begin
-    items[:, 2] = np.minimum(begin + each[owner], end[owner])
-    items[:, 3] = np.array(before)[owner] + index
-    tokens = first[:, None] + np.arange(sharers)
-    tokens[tokens >= last[:, None]] = -1
-    seen = limits[tokens]
-    seen[tokens < 0] = 0
-    most = slots if max(counts) > 1 else 1
-    tails = NO_TAILS
-    if sharers > 1:
-        tails = np.zeros((len(owner), 3, sharers), dtype=np.int32)
-        tails[:, 2] = items[:, 3:]
-    return Work(
-        items, tokens.astype(np.int32)[owner], seen[owner], tails, np.array(counts, dtype=np.int32), pages, most
-    )
-
-
-def _common(pages: Int32s, lengths: Int32s, page_size: int, least: int) -> Ints | None:
-    """[rows - 1], keys in whole pages that each row shares with the next; None: nowhere as many as `least`."""
-    if len(lengths) == 1 or not (pages[1:, 0] == pages[:-1, 0]).any():
-        return None
-    other = pages[1:] != pages[:-1]
-    same = other.argmax(1)  # 0, too, where none differs
-    same[~other[np.arange(len(same)), same]] = pages.shape[1]
-    common = np.minimum(same * page_size, np.minimum(lengths[1:], lengths[:-1]) // page_size * page_size)
-    return common if (common >= least).any() else None
-
-
-def _stretches(common: Ints, lengths: Int32s, least: int) -> Ints:
-    """Every row's keys, as stretches, [stretches, 4]: rows [first, second), which list the same pages for the keys
-    [third, fourth). What neighbours share comes before what is each one's own."""
-    found: list[int] = []
-    # Lists, since numpy takes longer for a few numbers.
-    shared, ends = common.tolist(), lengths.tolist()
-    waiting = [(0, len(ends), 0)]
+def _stretches(common: list[int], lengths: Int32s, least: int) -> tuple[list[Stretch], int]:
+    """Every row's keys, what neighbours share before what is each one's own; and most stretches that one row is in."""
+    found: list[Stretch] = []
+    ends = lengths.tolist()
+    waiting, deepest = [(0, len(ends), 0, 1)], 0
     while waiting:
         # All of these rows have been equal up to `start`.
-        first, last, start = waiting.pop()
+        first, last, start, depth = waiting.pop()
         if last - first == 1:
             if start < ends[first]:
-                found += (first, last, start, ends[first])
+                found.append(Stretch(first, last, start, ends[first]))
+                deepest = max(deepest, depth)
             continue
-        inner = shared[first : last - 1]
+        inner = common[first : last - 1]
         end = min(inner)
         if end - start >= least:
-            found += (first, last, start, end)
-            start = end
+            found.append(Stretch(first, last, start, end))
+            deepest = max(deepest, depth)
+            start, depth = end, depth + 1
         # Where two neighbours share little more, the rows part.
         parts = [row for row, keys in enumerate(inner, first + 1) if keys - start < least]
-        waiting += [(low, high, start) for low, high in pairwise([first, *parts, last])][::-1]
-    return np.array(found, dtype=np.int64).reshape(-1, 4)
+        waiting += [(low, high, start, depth) for low, high in pairwise([first, *parts, last])][::-1]
+    return found, deepest

@@ -73,9 +73,9 @@ class Draft:
         """Whether a branch found no row."""
         self.nodes: list[Node] = []
         """Where the branch of each row stands in the cache."""
-        self._counts: list[int] = []  # for each row the tokens that it brings
-        self._first_positions: list[int] = []  # position of the first of them; the others follow it
+        self._borders = [0]  # after each row, how many tokens the rows bring so far
         self._ids: list[int] = []  # the tokens, as the tree numbers them; 0 where the step in flight will say it
+        self._positions: list[int] = []  # theirs
         self._sources: list[tuple[int, int]] = []  # of those: (index in `_ids`, sampled row of the step in flight)
         self._sample: list[int] = []  # rows that want a token after their last one
         self._sampled: list[Sampled] = []  # whom these tokens belong to
@@ -121,15 +121,15 @@ class Draft:
             last = min(fed, branch.prompt_length - 1)
             self._scored.append(Scored(state, len(self._ids), start, last - start))
         self.nodes.append(node)
-        self._counts.append(count)
         if start < known:
-            self._first_positions.append(branch.positions[start])
             self._ids += branch.ids[start:fed]
+            self._positions += branch.positions[start:fed]
         else:
             assert coming >= 0, "the step in flight draws what is fed before it is known"
-            self._first_positions.append(branch.next_position)
             self._sources.append((len(self._ids), coming))
             self._ids.append(0)
+            self._positions.append(branch.next_position)
+        self._borders.append(len(self._ids))
 
     def begin_like(self, branch: Branch, node: Node, first: Branch, first_node: Node) -> None:
         """What a path that is not fed yet begins with like a sibling, as far as that one is fed, is computed only
@@ -150,15 +150,9 @@ class Draft:
         return row if branch.fed == length and branch.goes_on_after(length) else -1
 
     def finish(self) -> Step:
-        """The rows as arrays. Python work is per row, never per token."""
+        """The rows as arrays."""
         tree, book, nodes = self.tree, self.tree.book, self.nodes
         lines = np.array([node.line for node in nodes])
-        positions = np.array(self._first_positions, dtype=np.int64)
-        borders = np.arange(len(nodes) + 1)
-        if len(self._ids) > len(nodes):  # some rows bring more than a token
-            counts = np.array(self._counts, dtype=np.int64)
-            np.cumsum(counts, out=borders[1:])
-            positions = np.repeat(positions - borders[:-1], counts) + np.arange(borders[-1])
         copies, write_slots, write_tokens = tree.take_ledger()
         sources = np.full(len(self._ids), -1, dtype=np.int64)
         for token, row in self._sources:
@@ -167,8 +161,8 @@ class Draft:
             copies=copies,
             ids=np.array(self._ids, dtype=np.int64),
             sources=sources,
-            positions=positions,
-            borders=borders,
+            positions=np.array(self._positions, dtype=np.int64),
+            borders=np.array(self._borders, dtype=np.int64),
             pages=tree.table.gather(lines, max([node.num_pages for node in nodes])),
             lengths=np.array([node.length for node in nodes], dtype=np.int32),
             write_slots=write_slots,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from megatron_multiverse.config.engine import EngineConfig
 from megatron_multiverse.config.sampling import SamplingParams
@@ -95,12 +96,10 @@ class Intake:
         if forks:
             _refuse_stops_of_blocks(sampling.stop)
         # On a GPU an id outside of the embedding is not an exception but the end of the process.
-        for index, token in enumerate(request.prompt_ids):
-            self._check_id(f"prompt token {index}", token)
-        for token in request.sampling.logit_bias:
-            self._check_id("an id of logit_bias", token)
+        self._check_ids("prompt token {}", request.prompt_ids)
+        self._check_ids("an id of logit_bias", list(request.sampling.logit_bias))
+        self._check_ids("a stop token", request.sampling.stop_token_ids)
         for token in request.sampling.stop_token_ids:
-            self._check_id("a stop token", token)
             if forks and token in self.vocab.tag_of:
                 raise GenerationError(
                     f"stop token {token} is the structure tag {self.vocab.tag_of[token].text}, which the engine reads "
@@ -133,9 +132,12 @@ class Intake:
         return self.grammars.begin(sampling, end_ids(sampling, self.vocab.eos_id))
 
     def _check_start(self, request: Request, prompt: int) -> None:
-        ids, sampling, machine = request.answer_start, request.sampling, self._machine(request.sampling)
+        ids, sampling = request.answer_start, request.sampling
+        if not ids:
+            return
+        self._check_ids("token {} of answer_start", ids)
+        machine = self._machine(sampling)
         for index, token in enumerate(ids):
-            self._check_id(f"token {index} of answer_start", token)
             event, problem = machine.push(token), machine.problem
             if problem is not None:
                 raise GenerationError(
@@ -154,13 +156,16 @@ class Intake:
                 f"positions of the model leave {most}"
             )
 
-    def _check_id(self, what: str, token: int) -> None:
-        limit = self.num_ids
-        if token < 0 or (limit is not None and token >= limit):
-            allowed = f"0 to {limit - 1}" if limit is not None else "0 and up"
-            raise GenerationError(
-                f"{what} is {token}, the ids of the vocabulary are {allowed}; use the tokenizer of the model"
-            )
+    def _check_ids(self, what: str, ids: Sequence[int]) -> None:
+        """Refuse ids that are not of the vocabulary; `what` says which one it is, with its index at {}."""
+        limit = float("inf") if self.num_ids is None else self.num_ids
+        if not ids or (min(ids) >= 0 and max(ids) < limit):  # not one by one, of which a prompt has many
+            return
+        index, token = next((index, token) for index, token in enumerate(ids) if not 0 <= token < limit)
+        allowed = f"0 to {limit - 1}" if self.num_ids is not None else "0 and up"
+        raise GenerationError(
+            f"{what.format(index)} is {token}, the ids of the vocabulary are {allowed}; use the tokenizer of the model"
+        )
 
 
 def check_length(prompt: int, max_tokens: int, *, max_position: int, num_pages: int, page_size: int) -> None:

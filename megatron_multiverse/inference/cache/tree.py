@@ -54,9 +54,10 @@ class PageTable:
         """Let these empty lines list the same pages, and behind them one of `last` each, if there are any."""
         count = len(pages)
         self.widen(count + bool(last))
-        self.lines[lines, :count] = pages
-        if last:
-            self.lines[lines, count] = last
+        for line in lines:  # lines are few, and numpy takes longer to choose several
+            self.lines[line, :count] = pages
+        for line, page in zip(lines, last, strict=False):
+            self.lines[line, count] = page
 
     def gather(self, lines: Slots, width: int) -> npt.NDArray[np.int32]:
         """The first `width` pages of these lines (`Node.line`, int64 [nodes]): int32 [nodes, width], a copy."""
@@ -174,11 +175,15 @@ class PageTree:
         """Make room for the next `count` tokens of the pass at the end of a node; False, and nothing, if pages are
         missing."""
         start, offset = node.length, node.length % self.page_size
-        if count == 1 and offset:  # what nearly every decoding branch does in nearly every step
+        if offset and offset + count <= self.page_size:  # they fit into the open page, as where a branch decodes
             assert self.book.owners[node.last_page] == 1, "a shared page must never be written"
-            node.length += 1
-            self._source[node.last_page * self.page_size + offset] = ~self._num_tokens
-            self._num_tokens += 1
+            slot, token = node.last_page * self.page_size + offset, ~self._num_tokens
+            if count == 1:
+                self._source[slot] = token
+            else:
+                self._source.update(zip(range(slot, slot + count), range(token, token - count, -1), strict=True))
+            node.length += count
+            self._num_tokens += count
             return True
         if self.append_cost(node, count) > self.book.available:
             return False

@@ -100,8 +100,9 @@ class KVStore:
         device: torch.device | str = "cpu",
     ) -> None:
         shape = (num_layers, num_pages + 1, page_size, num_kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        both = torch.zeros((2, *shape), dtype=dtype, device=device)
+        self.keys, self.values = both
+        self._slots = both.flatten(2, 3).flatten(0, 1)
         self.first_layer = first_layer
         self.flat = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(self.keys, self.values, strict=True)]
         """The same tensors, layer by layer, as (keys, values) ``[slots, kv heads, head dim]``."""
@@ -140,8 +141,8 @@ class KVStore:
         """Copy slots [c, 2] (from, to) in all layers; all are read before any is written. A GPU is not waited for."""
         pairs = torch.empty((2, len(copies)), dtype=torch.int64, pin_memory=self.keys.is_cuda)
         pairs.numpy()[:] = copies.T
-        source, target = pairs.to(self.keys.device, non_blocking=True)
-        copy_slots(self.keys.flatten(1, 2), self.values.flatten(1, 2), source, target)
+        source, target = pairs.to(self.keys.device, non_blocking=True).unbind()
+        copy_slots(self._slots, source, target)
 
     def poison(self, pages: Ints) -> None:
         """Fill pages with NaN, so that a read of a freed page shows in the logits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,7 +111,8 @@ def room_for_items(work: Work, rows: int, processors: int, kv_heads: int) -> int
 
 
 def _next(sizes: tuple[int, ...], least: int) -> int | None:
-    return next((size for size in sizes if size >= least), None)
+    index = bisect.bisect_left(sizes, least)
+    return sizes[index] if index < len(sizes) else None
 
 
 class GraphSizes:

@@ -89,24 +89,34 @@ class PlanBuffer:
         work, segments, moves = fit.work, fit.segments, fit.moves or NO_MOVES
         self.moves = fit.moves is not None
         sampling, shaping = plan.sampling, plan.sampling.shaping
-        for name in ("ids", "positions", "write_tokens"):
-            self._put(name, getattr(plan, name), 0)
-        self._put("sources", plan.sources, -1)
-        self._put("write_slots", plan.write_slots, -1)
-        self._put("logit_tokens", self._logit_tokens(plan), 0)
-        for name in ("keys", "indices", "temperature"):
-            self._put(name, getattr(sampling, name), 0)
-        for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
-            self._put(name, _NONE if shaping is None else getattr(shaping, name), off)
-        for name in ("items", "tokens", "limits", "tails", "counts"):
-            self._put(name, getattr(work, name), 0)
-        self._put("at_end", moves.at_end, 0)
-        self._put("ends", moves.ends, -1)
+        self._put(
+            ("ids", plan.ids, 0),
+            ("sources", plan.sources, -1),
+            ("positions", plan.positions, 0),
+            ("logit_tokens", self._logit_tokens(plan), 0),
+            ("write_slots", plan.write_slots, -1),
+            ("write_tokens", plan.write_tokens, 0),
+            ("keys", sampling.keys, 0),
+            ("indices", sampling.indices, 0),
+            ("temperature", sampling.temperature, 0),
+            ("top_k", _NONE if shaping is None else shaping.top_k, 0),
+            ("top_p", _NONE if shaping is None else shaping.top_p, 1),
+            ("min_p", _NONE if shaping is None else shaping.min_p, 0),
+            ("items", work.items, 0),
+            ("tokens", work.tokens, 0),
+            ("limits", work.limits, 0),
+            ("tails", work.tails, 0),
+            ("counts", work.counts, 0),
+            ("at_end", moves.at_end, 0),
+            ("ends", moves.ends, -1),
+        )
         if segments is not None:
-            self._put("segment_borders", _filled(segments.borders, len(self.host["segment_borders"])), 0)
-            self._put("segment_begins", segments.begins, 0)
-            self._put("segment_seen", segments.seen, 0)
-            self._put("prompt_slots", segments.slots, 0)
+            self._put(
+                ("segment_borders", _filled(segments.borders, len(self.host["segment_borders"])), 0),
+                ("segment_begins", segments.begins, 0),
+                ("segment_seen", segments.seen, 0),
+                ("prompt_slots", segments.slots, 0),
+            )
         pages = self.host["pages"]
         pages[: work.pages.size] = work.pages
         self.upload(leave_out=pages.nbytes - work.pages.nbytes)
@@ -130,17 +140,20 @@ class PlanBuffer:
             self._logits = plan.borders, plan.sample, tokens
         return tokens
 
-    def _put(self, name: str, values: npt.NDArray[np.generic], rest: int) -> None:
-        """Write `values`, and `rest` behind them, where they do not stand yet."""
-        written, target = self._written[self._turn], self.host[name]
-        before = written.get(name)
-        if before is values:
-            return
-        length = len(values)
-        target[:length] = values
-        if before is None or len(before) > length:
-            target[length:] = rest
-        written[name] = values
+    def _put(self, *fields: tuple[str, npt.NDArray[np.generic], int]) -> None:
+        """Write values, and the number beside them wherever others stood behind them, where they do not stand yet."""
+        written, host = self._written[self._turn], self.host
+        for name, values, rest in fields:
+            before = written.get(name)
+            if before is values:
+                continue
+            target, length = host[name], len(values)
+            target[:length] = values
+            if before is None:
+                target[length:] = rest
+            elif len(before) > length:
+                target[length : len(before)] = rest
+            written[name] = values
 
 
 def _filled(borders: npt.NDArray[np.generic], length: int) -> npt.NDArray[np.generic]:

@@ -116,6 +116,8 @@ def _append_tokens(result: Result, branch: Branch, start: int, end: int, parent:
 
 def _versions(branch: Branch, start: int, end: int) -> list[int]:
     """The version of the weights that wrote each of the own tokens [start, end) of a branch."""
+    if len(branch.versions) == 1:
+        return [branch.versions[0][1]] * (end - start)
     versions: list[int] = []
     for (first, version), (after, _) in zip(branch.versions, [*branch.versions[1:], (end, 0)], strict=True):
         versions += [version] * (min(after, end) - max(first, start))

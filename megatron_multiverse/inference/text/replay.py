@@ -25,7 +25,9 @@ def replay_answers(root: Branch, ids: Sequence[int], answers: Sequence[tuple[int
     """
     vocab = root.machine.vocab
     blocks = [block for start, end in answers for block in _blocks(ids, start, end, vocab)]
-    positions = lay_out(Document(len(ids), len(ids), blocks)).position_ids.tolist()
+    positions: Sequence[int] = range(len(ids))
+    if blocks:
+        positions = lay_out(Document(len(ids), len(ids), blocks)).position_ids.tolist()
     _write(root, ids, positions, 0, len(ids), blocks)
     root.prompt_length, root.prompt_blocks = len(root.ids), len(root.blocks)
     root.next_position = root.positions[-1] + 1

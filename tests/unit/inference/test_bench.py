@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import bench_host_step, bench_host_turn, bench_work_list, report_blocks, small_steps
+from benchmarks import bench_host_blocks, bench_host_step, bench_host_turn, bench_work_list, report_blocks, small_steps
 from benchmarks.engine_soak import Soak, SoakConfig
 from megatron_multiverse.errors import ConfigError, GenerationError
 from megatron_multiverse.inference.bench import BenchConfig, measure
@@ -34,6 +34,21 @@ def test_the_host_time_of_turns_is_measured():
     assert list(times) == [2, 6] and min(times.values()) > 0
     for figures in bench_host_turn.measure(options).values():
         assert list(figures) == ["commit_ms", "plan_ms", "prepare_ms", "turn_ms"] and min(figures.values()) > 0
+
+
+def test_each_kind_of_step_of_a_block_is_timed(tmp_path):
+    options = bench_host_blocks.Options(paths=3, prefix=40, path_tokens=24, answers=2, label="here")
+    found = bench_host_blocks.measure(options)
+    assert all(0 < row["best_ms"] <= row["median_ms"] for row in found.values())
+    once = {"add", "begin", "after begin", "fork", "after fork", "join", "after join", "end"}
+    assert {kind for kind, row in found.items() if row["per_answer"] == 1} == once
+    # Paths but the last one end before the join; a step after `</Outline>` or before `</Path>` is held.
+    assert found["end of a path"]["per_answer"] == found["after end of a path"]["per_answer"] == 2
+    assert found["held"]["per_answer"] >= 2 and found["plain"]["per_answer"] > 60 > found["page"]["per_answer"] > 4
+    for _ in range(2):
+        bench_host_blocks.record(options, found, tmp_path / "found.json")
+    runs = json.loads((tmp_path / "found.json").read_text())["runs"]
+    assert [run["label"] for run in runs] == ["here", "here"] and runs[0]["kinds"] == found
 
 
 def test_the_list_of_work_of_steps_that_go_on_is_timed():

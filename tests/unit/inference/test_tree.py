@@ -238,8 +238,10 @@ def test_freed_pages_are_named_once_and_only_while_they_are_free():
 def test_a_store_poisons_the_pages_it_is_told_and_copies_before_it_writes():
     store = KVStore(3, 4, num_layers=2, num_kv_heads=1, head_dim=1, dtype=torch.float64)
     store.keys[:] = torch.arange(16.0).view(1, 4, 4, 1, 1)
+    store.values[:] = -store.keys
     store.copy(np.array([[0, 1], [1, 2]]))
     assert store.keys[1, 0, :, 0, 0].tolist() == [0, 0, 1, 3]
+    assert torch.equal(store.values, -store.keys)
     store.poison(np.array([1]))
     assert store.keys[:, 1].isnan().all()
     assert store.values[:, 1].isnan().all()
