@@ -199,6 +199,7 @@ def new_state(
         key=branch_key(sampling.seed, request.sample, ()),
         end_ids=eos | frozenset(sampling.stop_token_ids),
         seen=TokenCounts(list(prompt)) if sampling.has_penalties else None,
+        leaves_open=sampling.leave_open,
     )
     replay_answers(root, prompt, request.replay_structure)
     root.top_logprobs = [None] * len(root.ids) if sampling.logprobs else None
