@@ -82,6 +82,9 @@ class SamplingParams:
     """Goals with more outlines stay plain text, if the engine does not draw the line earlier."""
     max_depth: int | None = None
     """Blocks nested deeper stay plain text, if the engine does not draw the line earlier; 0 forks never."""
+    leave_open: bool = False
+    """What is open where the answer ends stays open, and no budget is kept for tags that would close it: the answer
+    just stops, like that of any other engine. Needs max_depth 0."""
     on_malformed: OnMalformed = "serial"
     """What to do about output that breaks the grammar, has too many paths, is nested too deep, or ends with something
     left open. `serial`: tags out of place go on as plain text, and what is open is closed. `error`: the answer ends
@@ -142,6 +145,13 @@ class SamplingParams:
         refuse_unless(
             self.on_malformed == "serial" or self.commit_after == 0,
             "on_malformed error would depend on how soon tries are dropped; leave out commit_after, or on_malformed",
+        )
+        refuse_unless(
+            not self.leave_open or self.max_depth == 0, "leave_open is for answers that never fork; set max_depth 0"
+        )
+        refuse_unless(
+            not self.leave_open or self.on_malformed == "serial",
+            "on_malformed error asks for an answer that is closed; leave out leave_open, or on_malformed",
         )
         refuse_unless(self.n >= 1, f"n must be at least 1, got {self.n}")
         alike = self.n > 1 and self.temperature == 0

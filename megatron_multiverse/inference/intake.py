@@ -149,7 +149,7 @@ class Intake:
                     f"answer_start goes on after the </Goal> at token {index}, where its paths begin; end it there"
                 )
         most = min(sampling.max_tokens, sampling.max_critical_tokens or sampling.max_tokens, self.max_position - prompt)
-        needed = len(ids) + len(machine.closing_ids())
+        needed = len(ids) + (0 if sampling.leave_open else len(machine.closing_ids()))
         if needed > most:
             raise GenerationError(
                 f"answer_start, and what closes it, take {needed} tokens; max_tokens, max_critical_tokens and the "

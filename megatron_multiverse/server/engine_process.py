@@ -63,8 +63,6 @@ class EngineHost:
         self._paused = False
         self._engine_ids: dict[int, int] = {}  # their number of an answer -> the engine's
         self._their_ids: dict[int, int] = {}
-        self._plain: dict[int, int] = {}  # answers that cannot fork, with the tokens that each begins with unasked
-        self._begins: set[int] = set()  # those of them that have not been heard of
         self._writes: list[tuple[Any, ...]] = []  # number, and the fields of `Write`
         self._failures = 0
         self._last_beat = 0.0
@@ -177,18 +175,11 @@ class EngineHost:
             own = self.engine.add_request(request, on_token=self._hear if message["stream"] else None)
             for k, number in enumerate(ids[start : start + together]):
                 self._engine_ids[number], self._their_ids[own + k] = own + k, number
-                if sampling.max_depth == 0:
-                    self._plain[number] = len(request.answer_start)
-                    self._begins |= {number} if request.answer_start else set()
         self.channel.send({"op": "accepted", "ids": ids})
 
     def _hear(self, request_id: int, branch: str, ids: Written) -> None:
-        number = self._their_ids[request_id]
-        is_closer = number in self._plain and ids.logprob is None and number not in self._begins
-        self._begins.discard(number)
-        if not is_closer:
-            stop = None if ids.stop is None else (ids.stop.end - ids.stop.start, ids.stop.kept)
-            self._writes.append((number, branch, list(ids), ids.logprob, ids.top, stop))
+        stop = None if ids.stop is None else (ids.stop.end - ids.stop.start, ids.stop.kept)
+        self._writes.append((self._their_ids[request_id], branch, list(ids), ids.logprob, ids.top, stop))
 
     def _step(self) -> None:
         start = time.perf_counter()
@@ -219,9 +210,6 @@ class EngineHost:
         for result in results:
             number = self._their_ids.pop(result.request_id)
             del self._engine_ids[number]
-            self._begins.discard(number)
-            if number in self._plain:
-                result = without_closers(result, self._plain.pop(number))
             done.append((number, to_values(result)))
         self.channel.send({"op": "step", "writes": self._writes, "done": done})
         self._writes = []
@@ -250,18 +238,6 @@ class EngineHost:
             "pages_free": book.available,
             "pages_cached": len(scheduler.places.prefixes),
         }
-
-
-def without_closers(result: Result, start: int = 0) -> Result:
-    """An answer without what the engine forced at its end, to close what was open. One that cannot fork is like that of
-    any other server, and theirs just stop. The `start` tokens that it begins with (`answer_start`) stay."""
-    end = len(result.token_ids)
-    while end > start and result.logprobs[end - 1] is None:
-        end -= 1
-    lists = ("token_ids", "position_ids", "logprobs", "top_logprobs", "labels", "parents", "weight_versions")
-    cut = {name: values[:end] for name in lists if (values := getattr(result, name)) is not None}
-    closers = len(result.token_ids) - end
-    return dataclasses.replace(result, critical_tokens=result.critical_tokens - closers, **cut)
 
 
 def _options(channel: Channel) -> Message | None:

@@ -322,6 +322,7 @@ def make_sampling(ours: MultiverseFields, *, seed: int | None, **values: Any) ->
     for name, is_given in (("on_malformed", ours.on_malformed == "error"), ("answer_start", bool(ours.answer_start))):
         if is_given and not ours.enabled:
             raise refuse(name, "with enabled false no tag means anything; leave one of them out")
+    max_depth = ours.max_depth if ours.enabled else 0
     try:
         return SamplingParams(
             seed=secrets.randbits(63) if seed is None else seed,
@@ -330,7 +331,8 @@ def make_sampling(ours: MultiverseFields, *, seed: int | None, **values: Any) ->
             on_malformed=ours.on_malformed,
             max_concurrent_branches=ours.max_concurrent_branches,
             max_paths=ours.max_branches,
-            max_depth=ours.max_depth if ours.enabled else 0,
+            max_depth=max_depth,
+            leave_open=max_depth == 0 and ours.on_malformed == "serial",
             stop_in_branches=ours.stop_in_branches,
             commit_after=ours.commit_after,
             commit_on=ours.commit_on,

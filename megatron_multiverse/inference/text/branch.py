@@ -120,6 +120,8 @@ class Branch:
     """The stop text or stop token that ended it."""
     end_draw: tuple[int, int, float] | None = None
     """(length of `ids` before it, token, log-probability) of a token that ended it without becoming text."""
+    leaves_open: bool = False
+    """Whether nothing is closed at its end (`SamplingParams.leave_open`)."""
     is_bare: bool = False
     """Whether nothing is kept of its tokens but what every branch keeps, and nothing is looked for in them."""
     seen: TokenCounts | None = None
@@ -152,6 +154,10 @@ class Branch:
     span_start: tuple[int, int] | None = None
     """(step of the request, length of `ids`) when it began to take tokens without interruption; None while it takes
     none."""
+
+    def closing_ids(self) -> list[int]:
+        """What closes everything that is open in it."""
+        return [] if self.leaves_open else self.machine.closing_ids()
 
     def count_room(self) -> None:
         """Count `room` afresh: a join changes it otherwise than token by token."""

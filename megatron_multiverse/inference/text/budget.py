@@ -35,7 +35,9 @@ def whole_budget(sampling: SamplingParams, start: int, max_position: int) -> Bud
 
 def fits(branch: Branch, token: int) -> bool:
     """Whether `token` and whatever then closes the branch stay within the budget."""
-    closing = branch.machine.closing_ids()
+    if branch.leaves_open:
+        return branch.room >= 1
+    closing = branch.closing_ids()
     vocab = branch.machine.vocab
     tag = vocab.tag_of.get(token)
     if tag in (Tag.PARALLEL, Tag.GOAL, Tag.OUTLINE, Tag.THINK, Tag.END_GOAL):
@@ -50,7 +52,7 @@ def fits(branch: Branch, token: int) -> bool:
 
 def exhausted(branch: Branch) -> bool:
     """Whether nothing fits any more but what closes the branch."""
-    return branch.room <= len(branch.machine.closing_ids())
+    return branch.room <= len(branch.closing_ids())
 
 
 def shares(
@@ -66,7 +68,7 @@ def shares(
         branch_max_tokens: what each path may write itself after them.
     """
     needs = [len(prefix) + LEAST_PATH_TOKENS for prefix in prefixes]
-    tail = len(branch.machine.closing_ids())
+    tail = len(branch.closing_ids())
     spare = branch.budget.tokens - branch.total - branch.dropped_tokens - tail - sum(needs)
     position = branch.budget.position - tail
     if spare < 0 or branch.next_position + max(needs) > position:

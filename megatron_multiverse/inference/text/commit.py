@@ -299,7 +299,7 @@ def _join(state: RequestState, branch: Branch) -> None:
 
 def _close(state: RequestState, branch: Branch, finish: BranchFinish) -> None:
     """Write what closes everything that is open, and end the branch."""
-    closing = branch.machine.closing_ids()
+    closing = branch.closing_ids()
     if closing:
         branch.forced_close = True
         _force(state, branch, closing, stop=branch.stop)

@@ -209,6 +209,7 @@ def new_state(
         end_ids=end_ids(sampling, eos_id),
         seen=TokenCounts(list(prompt)) if sampling.has_penalties else None,
         guide=guide,
+        leaves_open=sampling.leave_open,
     )
     replay_answers(root, prompt, request.replay_structure)
     root.top_logprobs = [None] * len(root.ids) if sampling.logprobs else None

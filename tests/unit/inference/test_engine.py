@@ -9,7 +9,7 @@ import torch
 
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.errors import GenerationError
-from megatron_multiverse.inference import Engine
+from megatron_multiverse.inference import Engine, Result
 from megatron_multiverse.inference.cache.tree import PageTree
 from megatron_multiverse.structure import Tag
 
@@ -290,6 +290,38 @@ def test_a_path_is_closed_at_its_own_limit_and_its_inner_paths_at_theirs():
 
 
 @pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 20, 60])
+def test_an_answer_that_may_stay_open_has_as_many_tokens_as_it_was_given(most: int) -> None:
+    """As other engines give them: nothing is kept for closing tags, and none are written, however it ends."""
+    script = {(): [int(Tag.THINK), NEWLINE, *goal(2), *range(TEXT, TEXT + 20), EOS]}
+    drawn = script[()][:-1]
+
+    def serve(**sampling: object) -> Result:
+        engine = toy_engine(MODEL, sampler=ScriptedSampler([script]))
+        asked = ask([TEXT], max_tokens=most, max_depth=0, leave_open=True, **sampling)
+        (result,) = engine.generate([asked])
+        assert_drained(engine)
+        return result
+
+    result = serve()
+    assert result.token_ids == drawn[:most] and all(result.sampled)
+    assert result.finish_reason == ("length" if most < len(drawn) else "stop")
+    assert "forced_close" not in result.malformed
+    short = serve(max_critical_tokens=max(1, most - 1))
+    assert short.token_ids == drawn[: max(1, most - 1)]
+    if most > 4:
+        by_token = serve(stop_token_ids=(drawn[4],))
+        assert by_token.token_ids == drawn[:4] and by_token.finish_reason == "stop"
+
+
+def test_what_is_left_open_never_forks() -> None:
+    for depth in (None, 1):
+        with pytest.raises(GenerationError, match="leave_open is for answers that never fork"):
+            SamplingParams(leave_open=True, max_depth=depth)
+    with pytest.raises(GenerationError, match="leave out leave_open, or on_malformed"):
+        SamplingParams(leave_open=True, max_depth=0, on_malformed="error")
+
+
 def test_end_of_text_in_a_path_ends_that_path_only():
     script = {
         (): [*goal(2), Tag.END_CONCLUSION, NEWLINE, Tag.END_PARALLEL, TEXT, EOS],

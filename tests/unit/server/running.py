@@ -28,6 +28,7 @@ from megatron_multiverse.server.config import ServerConfig
 from megatron_multiverse.server.engine_client import EngineClient
 from megatron_multiverse.server.engine_process import EngineHost
 from megatron_multiverse.server.model import ServedModel
+from megatron_multiverse.server.start import KEEP_ALIVE_SECONDS
 from megatron_multiverse.server.wire import Channel
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -154,7 +155,8 @@ def running(*, keys: Sequence[str] = (), engine: EngineConfig | None = None, **o
     stepping.start()
     client = EngineClient(config)
     app = build_app(config, client, ServedModel(config, tokenizer()), keys)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="error", timeout_graceful_shutdown=2))
+    options_of_http: dict[str, Any] = {"timeout_keep_alive": KEEP_ALIVE_SECONDS, "timeout_graceful_shutdown": 2}
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http="h11", log_level="error", **options_of_http))
 
     loops: list[asyncio.AbstractEventLoop] = []
 

@@ -416,6 +416,9 @@ def test_an_answer_that_cannot_fork_just_stops(client: openai.OpenAI) -> None:
         assert choice.text == "".join(chunk.choices[0].text for chunk in streamed)
         assert choice.text.startswith("<Think>") and "</Think>" not in choice.text
         assert None not in choice.logprobs.token_logprobs
+    for most in (1, 2, 3, 17):
+        cut = client.completions.create(**options | {"max_tokens": most})  # type: ignore[call-overload]
+        assert cut.usage.completion_tokens == most and cut.choices[0].finish_reason == "length", "none is kept back"
 
 
 @pytest.mark.parametrize("ends_at_once", [False, True])
