@@ -145,11 +145,14 @@ class SFTLoader:
             generator=torch.Generator().manual_seed(self.seed),
         )
         batches = iter(loader)
-        while (batch := self._next(batches)) is not None:
-            if isinstance(batch, MultiverseError):
-                raise batch
-            _, self._epoch, self._consumed, _ = next(states)
-            yield batch
+        try:
+            while (batch := self._next(batches)) is not None:
+                if isinstance(batch, MultiverseError):
+                    raise batch
+                _, self._epoch, self._consumed, _ = next(states)
+                yield batch
+        finally:
+            _end_workers(batches)
 
     def _next(self, batches: Iterator[Any]) -> Any:
         """The next batch, None at the end.
@@ -219,6 +222,13 @@ class SFTLoader:
                 )
             self._packings = {k: old for k, old in self._packings.items() if k == epoch - 1} | {epoch: packing}
         return self._packings[epoch]
+
+
+def _end_workers(batches: Any) -> None:
+    """End the loader processes, which torch does when its iterator is collected: the traceback of an error keeps it
+    alive. They do not react to SIGTERM, so that Python, which ends processes by it at exit, would wait for ever."""
+    if end := getattr(batches, "_shutdown_workers", None):  # there is none where the batches are made in this process
+        end()
 
 
 class _Schedule:
