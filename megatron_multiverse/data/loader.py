@@ -166,12 +166,7 @@ class SFTLoader:
             if not self.num_workers:
                 raise
             files = ", ".join(f"{prefix}.bin" for prefix in self.dataset.prefixes)
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(
-                f"a process that loads data ended ({said}): it was killed, as when memory runs out, or a file was cut "
-                f"off while it was read ({files}). Look at both, then start again: a run goes on from its last "
-                "checkpoint. Fewer num_workers take less memory"
-            ) from error
+            raise lost_process(error, files) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: after the last batch that was yielded. The same on all ranks."""
@@ -222,6 +217,21 @@ class SFTLoader:
                 )
             self._packings = {k: old for k, old in self._packings.items() if k == epoch - 1} | {epoch: packing}
         return self._packings[epoch]
+
+
+def lost_process(error: BaseException, files: str) -> DataError:
+    """What is said of a loader process that is gone.
+
+    Args:
+        error: what torch made of it.
+        files: what it read.
+    """
+    said = " ".join(str(error).split()) or type(error).__name__
+    return DataError(
+        f"a process that loads data ended ({said}): it was killed, as when memory runs out, or a file was cut off as "
+        f"it was read ({files}). Look at both, then start again: a run goes on from its last checkpoint. Fewer "
+        "num_workers take less memory"
+    )
 
 
 def _end_workers(batches: Any) -> None:
