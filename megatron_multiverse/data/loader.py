@@ -145,11 +145,14 @@ class SFTLoader:
             generator=torch.Generator().manual_seed(self.seed),
         )
         batches = iter(loader)
-        while (batch := self._next(batches)) is not None:
-            if isinstance(batch, MultiverseError):
-                raise batch
-            _, self._epoch, self._consumed, _ = next(states)
-            yield batch
+        try:
+            while (batch := self._next(batches)) is not None:
+                if isinstance(batch, MultiverseError):
+                    raise batch
+                _, self._epoch, self._consumed, _ = next(states)
+                yield batch
+        finally:
+            _end_workers(batches)
 
     def _next(self, batches: Iterator[Any]) -> Any:
         """The next batch, None at the end.
@@ -163,12 +166,7 @@ class SFTLoader:
             if not self.num_workers:
                 raise
             files = ", ".join(f"{prefix}.bin" for prefix in self.dataset.prefixes)
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(
-                f"a process that loads data ended ({said}): it was killed, as when memory runs out, or a file was cut "
-                f"off while it was read ({files}). Look at both, then start again: a run goes on from its last "
-                "checkpoint. Fewer num_workers take less memory"
-            ) from error
+            raise lost_process(error, files) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: after the last batch that was yielded. The same on all ranks."""
@@ -219,6 +217,28 @@ class SFTLoader:
                 )
             self._packings = {k: old for k, old in self._packings.items() if k == epoch - 1} | {epoch: packing}
         return self._packings[epoch]
+
+
+def lost_process(error: BaseException, files: str) -> DataError:
+    """What is said of a loader process that is gone.
+
+    Args:
+        error: what torch made of it.
+        files: what it read.
+    """
+    said = " ".join(str(error).split()) or type(error).__name__
+    return DataError(
+        f"a process that loads data ended ({said}): it was killed, as when memory runs out, or a file was cut off as "
+        f"it was read ({files}). Look at both, then start again: a run goes on from its last checkpoint. Fewer "
+        "num_workers take less memory"
+    )
+
+
+def _end_workers(batches: Any) -> None:
+    """End the loader processes, which torch does when its iterator is collected: the traceback of an error keeps it
+    alive. They do not react to SIGTERM, so that Python, which ends processes by it at exit, would wait for ever."""
+    if end := getattr(batches, "_shutdown_workers", None):  # there is none where the batches are made in this process
+        end()
 
 
 class _Schedule:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from megatron_multiverse.data.loader import lost_process
+from megatron_multiverse.errors import MultiverseError
 from megatron_multiverse.training.signals import hold_signals
 
 Microbatch = dict[str, Tensor]
@@ -68,3 +71,19 @@ def stream(loader: Loader) -> Generator[Microbatch, None, None]:
         first = next(batches)
     yield first
     yield from batches
+
+
+@contextlib.contextmanager
+def streaming(loader: Loader) -> Iterator[Generator[Microbatch, None, None]]:
+    """The stream of a loader, for a block at whose end its processes end.
+
+    Raises:
+        DataError: one of them was killed. torch says so by a signal, and raises wherever the block is by then.
+    """
+    try:
+        with contextlib.closing(stream(loader)) as batches:
+            yield batches
+    except RuntimeError as error:
+        if isinstance(error, MultiverseError) or not str(error).startswith("DataLoader worker"):
+            raise
+        raise lost_process(error, "the .bin files of data.data_prefixes") from error

@@ -5,7 +5,6 @@ It decides when something happens. How a step is computed, and on which devices,
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -28,7 +27,7 @@ from megatron_multiverse.training.description import RunDescription
 from megatron_multiverse.training.engine import EngineFactory, TrainEngine
 from megatron_multiverse.training.fused_adamw import check_optimizer
 from megatron_multiverse.training.metrics import MetricsWriter, StepMeter
-from megatron_multiverse.training.microbatches import Loader, Position, stream
+from megatron_multiverse.training.microbatches import Loader, Position, streaming
 from megatron_multiverse.training.one_process import OneProcessEngine
 from megatron_multiverse.training.run_folder import RunFolder
 from megatron_multiverse.training.saver import Saver
@@ -107,7 +106,7 @@ def train(
         with (
             listening(stop) as stop,
             engine.running(),
-            contextlib.closing(stream(loader)) as batches,
+            streaming(loader) as batches,
             step_bar(config.train_iters, state.step, shown=ranks.is_first) as advance,
         ):
             is_stopping = ranks.any(bool(stop))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 
 from megatron_multiverse.config import TrainConfig
 from megatron_multiverse.training.data import build_loaders, open_tokenizer
 from megatron_multiverse.training.metrics import MetricsWriter, StepMeter, format_duration, format_loss, format_speed
-from megatron_multiverse.training.microbatches import stream
+from megatron_multiverse.training.microbatches import streaming
 from megatron_multiverse.training.seeds import seed_everything
 from megatron_multiverse.training.start import describe_model, joined_groups
 from megatron_multiverse.training.trainer import build_engine, check_agreement
@@ -36,7 +35,7 @@ def try_steps(config: TrainConfig, steps: int) -> str:
         check_agreement(config, loader, ranks)
         engine = build_engine(config, model_config, loader, valid_loader)
         meter, started = StepMeter(engine.device, engine.clock, ranks.size), time.perf_counter()
-        with engine.running(), contextlib.closing(stream(loader)) as batches:
+        with engine.running(), streaming(loader) as batches:
             for number in range(steps):
                 result = engine.step([next(batches) for _ in range(config.num_microbatches)])
                 if number == 0:

@@ -213,16 +213,19 @@ def test_foreign_state_is_refused(dataset, name, value):
 def test_a_broken_document_is_one_clear_error_from_any_process(tmp_path, num_workers):
     end_path = np.array([PIECES.index("</Path>")])
     broken = write_documents(tmp_path / "bad", [(np.array([15]), end_path)] * 3)
+    others = set(multiprocessing.active_children())
     with pytest.raises(DataError, match=r"^sample .*bad document \d: stray_tag at token 1: found") as caught:
         _take(_loader(broken, num_workers=num_workers, seq_length=2), 1)
     assert "Traceback" not in str(caught.value) and "worker process" not in str(caught.value)
+    # Also while the error holds the frames: a run that ends with it would wait for the process for ever.
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_a_loader_process_that_is_gone_is_told_with_the_files_it_read(dataset):
-    loader, others = _loader(dataset, num_workers=1, tail="continue"), set(multiprocessing.active_children())
+    loader, others = _loader(dataset, num_workers=2, tail="continue"), set(multiprocessing.active_children())
     batches = iter(loader)
     next(batches)
-    (worker,) = set(multiprocessing.active_children()) - others
+    worker, other = set(multiprocessing.active_children()) - others
     # torch raises in its handler of this signal, wherever the main thread is by then: in this test, perhaps.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     try:
@@ -232,6 +235,7 @@ def test_a_loader_process_that_is_gone_is_told_with_the_files_it_read(dataset):
         with pytest.raises(DataError, match=told):
             for _ in range(100):  # those made beforehand come first
                 next(batches)
+        assert not other.is_alive(), "it ignores the SIGTERM of a process that ends, which would wait for it for ever"
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 

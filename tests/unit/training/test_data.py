@@ -6,6 +6,8 @@ import dataclasses
 import gc
 import json
 import logging
+import multiprocessing
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_dat
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.training.data import build_loaders, check_tokenizer, open_tokenizer, warn_of_missing_manifest
+from megatron_multiverse.training.microbatches import streaming
 from megatron_multiverse.training.trainer import train
 from megatron_multiverse.training.trial import try_steps
 
@@ -124,6 +127,21 @@ def test_a_validation_reads_no_row_twice(prefix: str, caplog: pytest.LogCaptureF
     assert rows > 2 and len(list(valid)) == rows, "it ends after them"
     assert f"a validation reads 2 of the {rows} rows of the validation set (eval_iters is 2)" in caplog.text
     assert f"a validation reads the whole validation set: {rows} rows" in caplog.text
+
+
+def test_a_loader_process_that_is_killed_during_a_step_is_told(prefix: str) -> None:
+    config = run_config(prefix, TOKENIZER)
+    loader, _ = loaders(dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=1)))
+    others = set(multiprocessing.active_children())
+    with pytest.raises(
+        DataError, match=r"^a process that loads data ended \(DataLoader worker \(pid \d+\) is killed by sig"
+    ), streaming(loader) as batches:
+        next(batches)
+        (worker,) = set(multiprocessing.active_children()) - others
+        worker.kill()
+        time.sleep(60)  # a step, which torch's handler of SIGCHLD interrupts
+    with pytest.raises(RuntimeError, match="another"), streaming(loader) as batches:
+        raise RuntimeError("another")
 
 
 def test_a_model_has_at_least_as_many_rows_as_the_tokenizer_has_ids(prefix: str) -> None:
