@@ -133,9 +133,12 @@ def test_a_loader_process_that_is_killed_during_a_step_is_told(prefix: str) -> N
     config = run_config(prefix, TOKENIZER)
     loader, _ = loaders(dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=1)))
     others = set(multiprocessing.active_children())
-    with pytest.raises(
-        DataError, match=r"^a process that loads data ended \(DataLoader worker \(pid \d+\) is killed by sig"
-    ), streaming(loader) as batches:
+    with (
+        pytest.raises(
+            DataError, match=r"^a process that loads data ended \(DataLoader worker \(pid \d+\) is killed by sig"
+        ),
+        streaming(loader) as batches,
+    ):
         next(batches)
         (worker,) = set(multiprocessing.active_children()) - others
         worker.kill()
