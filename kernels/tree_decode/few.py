@@ -39,16 +39,17 @@ def list_alone(pages: Int32s, lengths: Int32s, *, kv_heads: int, programs: int, 
     keys, width = lengths.tolist(), pages.shape[1]
     each = _cut_evenly(keys, _piece_of(keys, max(keys), kv_heads, programs, slots - 1), most_items)
     items: list[tuple[int, ...]] = []
-    looks: list[tuple[int, int]] = []
+    tokens: list[int] = []
+    limits: list[int] = []
     counts = []
     for row, (end, step) in enumerate(zip(keys, each, strict=True)):
         begins = range(0, end, step)
         items += [(row * width, begin, min(begin + step, end), part) for part, begin in enumerate(begins)]
-        looks += [(row, end)] * len(begins)
+        tokens += [row] * len(begins)
+        limits += [end] * len(begins)
         counts.append(len(begins))
-    look, most = np.array(looks, dtype=np.int32), slots if max(counts) > 1 else 1
-    arrays = np.array(items, dtype=np.int32), look[:, :1], look[:, 1:], NO_TAILS, np.array(counts, dtype=np.int32)
-    return Work(*arrays, pages.reshape(-1), most)
+    arrays = _columns(tokens, 1), _columns(limits, 1), NO_TAILS, np.array(counts, dtype=np.int32), pages.reshape(-1)
+    return Work(np.array(items, dtype=np.int32), *arrays, slots if max(counts) > 1 else 1)
 
 
 def list_stretches(

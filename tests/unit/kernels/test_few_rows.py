@@ -77,6 +77,8 @@ def test_one_by_one_and_by_arrays_come_the_same_lists(seed: int, monkeypatch: py
             assert type(mine) is type(other), name
             assert np.array_equal(mine, other) if isinstance(mine, np.ndarray) else mine == other, name
             assert getattr(mine, "dtype", None) == getattr(other, "dtype", None), name
+            # Kernels read numbers that lie one after the other.
+            assert not isinstance(other, np.ndarray) or other.flags.c_contiguous, name
         if case % 5 == 0:
             check_reads(found[1], pages, lengths, borders, page_size)
         kinds.add((found[1].ends is None, found[1].tokens.shape[1] > 1, found[1].slots > 1, moves))
