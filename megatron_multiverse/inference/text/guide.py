@@ -63,7 +63,7 @@ class Grammars:
         """Read the tokenizer, which takes a second for a large vocabulary, before a request waits for it.
 
         Raises:
-            GenerationError: llguidance is not installed.
+            GenerationError: llguidance is not installed, or does not know tokenizers of this kind.
         """
         try:
             from llguidance import LLTokenizer
@@ -72,7 +72,15 @@ class Grammars:
                 "answers are held to grammars by llguidance, which is not installed; install the extra serve"
             ) from error
         if self._tokenizer is None:
-            self._tokenizer = LLTokenizer(self._json, n_vocab=self._num_ids, eos_token=self._vocab.eos_id)
+            # Where nothing ends a text, a tag stands for that, which no text has: by default it would be id 0.
+            end = self._vocab.eos_id
+            end = self._vocab.tag_ids[Tag.END_CONCLUSION] if end is None else end
+            try:
+                self._tokenizer = LLTokenizer(self._json, n_vocab=self._num_ids, eos_token=end)
+            except ValueError as error:
+                raise GenerationError(
+                    f"answers cannot be held to grammars with this tokenizer, which llguidance does not read: {error}"
+                ) from error
         return self._tokenizer
 
     def _compile(self, kind: GrammarKind, text: str) -> LLMatcher:

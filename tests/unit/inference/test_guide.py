@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 pytest.importorskip("llguidance")
 
@@ -19,11 +21,12 @@ from megatron_multiverse.data.tokenizers import HuggingFaceTokenizer
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference import Engine, Request, Result
 from megatron_multiverse.inference.build import build_engine, grammars_of
+from megatron_multiverse.inference.first_requests import warm_up
 from megatron_multiverse.inference.step.plan import Shaping, StepPlan
 from megatron_multiverse.inference.step.reference import edited_logits
 from megatron_multiverse.inference.step.shaping import edit_logits
 from megatron_multiverse.inference.text.answer import answer_text
-from megatron_multiverse.inference.text.guide import Guide
+from megatron_multiverse.inference.text.guide import Grammars, Guide
 from megatron_multiverse.structure import Tag
 
 from .recorded import record_steps
@@ -198,6 +201,29 @@ def test_grammars_that_cannot_be_read_are_refused(
     with pytest.raises(GenerationError, match="cannot be read") as error:
         engine.add_request(ask(tokenizer, "abc", grammar=text, grammar_kind=kind))
     assert found in str(error.value) and not engine.has_work
+
+
+def test_tokenizers_that_are_not_read_are_told_and_keep_no_engine_from_its_start(
+    engine: Engine, tokenizer: HuggingFaceTokenizer
+) -> None:
+    words = Tokenizer(models.WordLevel({piece: k for k, piece in enumerate(tokenizer.id_to_text)}, "a")).to_str()
+    vocab = tokenizer.structure_vocab
+    grammars = Grammars(words, vocab, tokenizer.vocab_size)
+    made = Engine(engine.runner.model, vocab, EngineConfig(num_pages=64), grammars=grammars)
+    warm_up(made)
+    with pytest.raises(GenerationError, match="llguidance does not read"):
+        made.add_request(ask(tokenizer, "a", grammar="a", grammar_kind="regex", max_tokens=4))
+
+
+def test_without_an_end_of_text_no_id_stands_for_it(tokenizer: HuggingFaceTokenizer) -> None:
+    vocab = replace(tokenizer.structure_vocab, eos_id=None)
+    grammars = Grammars(tokenizer.to_json(), vocab, tokenizer.vocab_size)
+    guide = grammars.begin(SamplingParams(grammar=r"[\s\S]*", grammar_kind="regex"), frozenset())
+    guide.push(tokenizer.tokenize("a")[0])
+    bytes_of_text = set(range(tokenizer.vocab_size)) - set(vocab.tag_of)
+    assert 0 in allowed(guide, tokenizer) <= bytes_of_text
+    guide.push(0)
+    assert not guide.is_complete and not guide.error
 
 
 def test_what_does_not_go_together_is_refused(engine: Engine, tokenizer: HuggingFaceTokenizer) -> None:
