@@ -6,6 +6,7 @@ arrays of that one, and `Draft` makes any step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ class Step(NamedTuple):
     """Where the branch of each row stands in the cache."""
     lines: Ints
     """[rows], theirs in the table of pages."""
+    guided: Sequence[Branch] = ()
+    """Those of them whose answers are held to grammars, once they have thought."""
 
     @property
     def only_draws(self) -> bool:
@@ -172,7 +175,8 @@ class Draft:
             **(scored_arrays(self._scored) if self._scored else NO_SCORES),
             freed=np.array(book.take_freed() if book.freed else (), dtype=np.int64),
         )
-        return Step(plan, self._sampled, self._scored, nodes, lines)
+        guided = [branch for _, branch, _ in self._sampled if branch.guide is not None]
+        return Step(plan, self._sampled, self._scored, nodes, lines, guided)
 
     def _sampling(self) -> SamplingArrays:
         """How each row that wants a token draws it."""
@@ -226,4 +230,4 @@ def follow_up(last: Step, tree: PageTree, *, in_flight: bool) -> Step | None:
     if not in_flight:
         ids = np.array([branch.ids[-1] for _, branch, _ in sampled])
         following = replace(following, ids=ids, sources=np.full_like(plan.sample, -1), moved_from=None)
-    return Step(following, sampled, [], last.nodes, last.lines)
+    return Step(following, sampled, [], last.nodes, last.lines, last.guided)

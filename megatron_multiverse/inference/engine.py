@@ -261,7 +261,7 @@ class Engine:
     def _next_step(self) -> tuple[Step, Callable[[], PendingOutput]] | None:
         """The next step and what launches it. If the tokens in flight may fork or join a block, it waits for them, and
         if they do, it is planned after they are written; so it is where they say what a grammar allows next."""
-        if self._flight is not None and self._flight.step.plan.sampling.has_guides:
+        if self._flight is not None and any(b.guide.holds for b in self._flight.step.guided if b.guide is not None):
             self._land_early()
         scheduler, flight = self.scheduler, self._flight
         step = scheduler.go_on()
@@ -332,6 +332,8 @@ class Engine:
         if step.scored:
             keep_scores(step.scored, output)
         served: dict[RequestState, None] = {}
+        shaping = step.plan.sampling.shaping
+        held = frozenset() if shaping is None else frozenset(shaping.guided.tolist())
         drawn = zip(step.sampled, *(array.tolist() for array in output[:3]), strict=True)
         for row, (sampled, token, logprob, is_finite) in enumerate(drawn):
             state, branch, length = sampled
@@ -340,6 +342,9 @@ class Engine:
                 continue
             if not branch.goes_on_after(length):
                 continue  # a sibling failed in this step, or the token before this one changed what comes next
+            if branch.guide is not None and branch.guide.holds and row not in held:
+                scheduler.feed_again(sampled)  # the token before this one ended the thought
+                continue
             served[state] = None
             if is_finite:
                 wants_top = branch.top_logprobs is not None

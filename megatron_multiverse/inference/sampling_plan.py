@@ -73,7 +73,11 @@ def shaping_arrays(sampled: Sequence[Sampled], coming: Mapping[Branch, tuple[int
         biases += [(row, token, value) for token, value in bias.items()]
     rows = [row for row, p in enumerate(params) if p.has_penalties]
     seen = [sampled[row][1].seen for row in rows]
-    guides = [(row, branch.guide.mask()) for row, (_, branch, _) in enumerate(sampled) if branch.guide is not None]
+    guides = [
+        (row, branch.guide.mask())
+        for row, (_, branch, _) in enumerate(sampled)
+        if branch.guide is not None and branch.guide.holds
+    ]
     exempt = sampled[0][1].machine.vocab.tag_ids
 
     def floats(values: Sequence[float]) -> Floats:

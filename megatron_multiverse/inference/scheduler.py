@@ -316,6 +316,13 @@ class Scheduler:
             branch.fed = length
             self.places.tree.retract(self.places.nodes[branch])
 
+    def feed_again(self, sampled: Sampled) -> None:
+        """Draw once more after the last token of a branch, which is fed again for that."""
+        _, branch, length = sampled
+        if branch.fed == length:
+            branch.fed -= 1
+            self.places.tree.retract(self.places.nodes[branch])
+
     def withdraw(self, step: Step) -> None:
         """Undo a step that `go_on` has planned and that will not run."""
         self._last = None

@@ -29,11 +29,6 @@ class SamplingArrays:
     shaping: Shaping | None = None
     """What some rows ask beyond that; None where none does, which is the fast way."""
 
-    @property
-    def has_guides(self) -> bool:
-        """Whether a row is held to a grammar."""
-        return self.shaping is not None and len(self.shaping.guided) > 0
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Shaping:
@@ -73,7 +68,7 @@ class Shaping:
     exempt: Ints
     """Ids that are never penalised."""
     guided: Ints
-    """[g], rows whose answers are held to grammars. The next step of theirs waits for the tokens of this one."""
+    """[g], rows whose next token is held to a grammar."""
     masks: npt.NDArray[np.int32]
     """[g * words], for each of these rows a bit for each id, the lowest first: whether it may be drawn."""
 

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 from megatron_multiverse.inference.text.branch import Block, Branch, Cut, PathStart, branch_key
 from megatron_multiverse.inference.text.budget import MOST_CLOSERS, exhausted, fits, shares
+from megatron_multiverse.inference.text.guide import Guide
 from megatron_multiverse.inference.text.result import BranchFinish, FinishReason, StopMatch, TopLogprobs
 from megatron_multiverse.inference.text.scanner import StopScanner
 from megatron_multiverse.inference.text.state import RequestState, Written
 from megatron_multiverse.inference.text.trial import inner_branches, is_late, note_end, written_by
-from megatron_multiverse.structure import Event
+from megatron_multiverse.structure import Event, Tag
 from megatron_multiverse.structure.frames import Problem
 
 # By a name of the module: Python 3.11 takes five times as long to look up a member of an enum, for every token.
@@ -36,6 +37,8 @@ def commit_token(
         top: the most likely tokens beside it.
     """
     branch.num_sampled += 1
+    if branch.guide is not None and token in branch.end_ids and _ends_thought(state, branch, branch.guide):
+        return
     left = branch.room
     if token in branch.end_ids:
         sampling = state.request.sampling
@@ -143,6 +146,21 @@ def _close_tree(state: RequestState, branch: Branch, reason: BranchFinish) -> No
             _close_tree(state, kid, reason)  # the last of them joins the block
     if branch.finish is None:
         _close(state, branch, reason)
+
+
+def _ends_thought(state: RequestState, branch: Branch, guide: Guide) -> bool:
+    """The model ended its text: whether that ends a thought alone, since the answer is held to a grammar and has not
+    said anything. The thought is closed then."""
+    closing = branch.machine.closing_ids()
+    is_open = branch.machine.vocab.tag_ids[Tag.END_THINK] in closing
+    if guide.holds or not is_open or state.request.sampling.on_malformed == "error":
+        return False
+    branch.forced_close = True
+    _force(state, branch, closing)
+    for token in closing:
+        guide.push(token)
+    _check_forced(state, branch, len(closing))
+    return True
 
 
 def _refuse_end(state: RequestState, branch: Branch) -> None:

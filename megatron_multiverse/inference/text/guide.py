@@ -122,6 +122,11 @@ class Guide:
         self.error = ""
         """Why the answer cannot go on."""
 
+    @property
+    def holds(self) -> bool:
+        """Whether the next token is held to the grammar: not in a thought."""
+        return not self._thinks
+
     def push(self, token: int) -> None:
         """Take the next token of the answer."""
         if not self._begun:
@@ -138,11 +143,7 @@ class Guide:
             self.error = f"the text breaks its grammar, or that is too large: {self._matcher.get_error().strip()}"
 
     def mask(self) -> Mask:
-        """The ids that may come next. Tags are text of no grammar, and an answer ends where its grammar may."""
-        if self._thinks:
-            allowed = np.full(self._words, -1, dtype=np.int32)
-            _set(allowed, self._ends, False)
-            return allowed
+        """The ids that may come next, where it holds. Tags are text of no grammar; an answer ends where that may."""
         allowed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)[: self._words].copy()
         if self._matcher.is_error():  # found by the next token
             allowed[:] = -1

@@ -128,20 +128,44 @@ def test_steps_by_graphs_draw_the_same(
     assert {"logits", "noise"} <= {kind.draw for kind in graphs.graphs} and graphs.replays > 100
 
 
-def test_thought_does_not_end_the_answer(tokenizer: HuggingFaceTokenizer) -> None:
-    vocab = tokenizer.structure_vocab
+@pytest.mark.parametrize("early", [False, True])
+def test_what_is_drawn_ahead_of_the_end_of_a_thought_is_drawn_again(
+    tokenizer: HuggingFaceTokenizer, early: bool
+) -> None:
+    """With overlap a step runs before `</Think>` is known; the answer is that of steps in turn, also where the model
+    ends its text within the thought, which ends nothing but that."""
+    eos = tokenizer.structure_vocab.eos_id
+    assert eos is not None
+    bias = {"logit_bias": {eos: 40.0}} if early else {}
+    answers = []
+    for overlap in (False, True):
+        engine = build_engine(MODEL, tokenizer, EngineConfig(num_pages=600, overlap=overlap, debug=True))
+        requests = [
+            ask(tokenizer, PROMPT, grammar=json.dumps(PERSON), temperature=0.8, seed=seed, **bias) for seed in range(4)
+        ]
+        answers.append(engine.generate([*requests, ask(tokenizer, PROMPT, seed=9, temperature=0.8)]))
+        assert not engine.scheduler.active and engine.book.available == 600
+    assert [result.token_ids for result in answers[0]] == [result.token_ids for result in answers[1]]
+    for one, other in zip(*answers, strict=True):
+        drawn = [np.array([logprob for logprob in each.logprobs if logprob is not None]) for each in (one, other)]
+        np.testing.assert_allclose(*drawn, rtol=0, atol=1e-4)
+    closed = [result.malformed["forced_close"] > 0 for result in answers[0][:4]]
+    assert any(closed) is early
+    for result in answers[0][:4]:
+        assert result.finish_reason == "stop" and sorted(json.loads(said(tokenizer, result))) == ["age", "name"]
+
+
+def test_where_a_grammar_holds(tokenizer: HuggingFaceTokenizer) -> None:
+    tag = tokenizer.structure_vocab.tag_ids
     guide = begin(tokenizer, grammar="[ab]", grammar_kind="regex")
-    tag = vocab.tag_ids
     a, b = (tokenizer.tokenize(text)[0] for text in "ab")
     assert allowed(guide, tokenizer) == {tag[Tag.THINK], a, b}
-    guide.push(tag[Tag.THINK])
-    every = set(range(tokenizer.vocab_size))
-    assert allowed(guide, tokenizer) == every - {vocab.eos_id}
-    for token in (tag[Tag.PARALLEL], a, b, tag[Tag.END_PARALLEL]):
+    assert guide.holds
+    for token in (tag[Tag.THINK], tag[Tag.PARALLEL], a, b, tag[Tag.END_PARALLEL]):
         guide.push(token)
-        assert allowed(guide, tokenizer) == every - {vocab.eos_id}
+        assert not guide.holds
     guide.push(tag[Tag.END_THINK])
-    assert allowed(guide, tokenizer) == {a, b} and not guide.is_complete
+    assert guide.holds and allowed(guide, tokenizer) == {a, b} and not guide.is_complete
     guide.push(b)
     assert guide.is_complete and not guide.error
 
@@ -278,7 +302,7 @@ def test_masks_travel_with_their_plan(
     monkeypatch.setattr(engine.runner, "launch", lambda plan, *rest: plans.append(plan) or launch(plan, *rest))
     plain = ask(tokenizer, "abc", max_tokens=5)
     engine.generate([plain, ask(tokenizer, "abc", grammar="[ab]{4}", grammar_kind="regex", max_tokens=5), plain])
-    guided = [plan for plan in plans if plan.sampling.has_guides]
+    guided = [plan for plan in plans if plan.sampling.shaping is not None and len(plan.sampling.shaping.guided)]
     assert guided
     for plan in guided:
         before, after = plan.sampling.shaping, StepPlan.from_bytes(plan.to_bytes()).sampling.shaping
