@@ -152,7 +152,7 @@ def _ends_thought(state: RequestState, branch: Branch, guide: Guide) -> bool:
     """The model ended its text: whether that ends a thought alone, since the answer is held to a grammar and has not
     said anything. The thought is closed then."""
     closing = branch.machine.closing_ids()
-    is_open = branch.machine.vocab.tag_ids[Tag.END_THINK] in closing
+    is_open = branch.machine.vocab.tag_ids[Tag.END_THINK] in closing and len(closing) <= branch.room
     if guide.holds or not is_open or state.request.sampling.on_malformed == "error":
         return False
     branch.forced_close = True

@@ -155,6 +155,21 @@ def test_what_is_drawn_ahead_of_the_end_of_a_thought_is_drawn_again(
         assert result.finish_reason == "stop" and sorted(json.loads(said(tokenizer, result))) == ["age", "name"]
 
 
+@pytest.mark.parametrize("leave_open", [False, True])
+def test_budgets_hold_where_a_thought_is_closed(
+    engine: Engine, tokenizer: HuggingFaceTokenizer, leave_open: bool
+) -> None:
+    eos = tokenizer.structure_vocab.eos_id
+    assert eos is not None
+    params: dict[str, Any] = {"grammar": "[0-9]{3}", "grammar_kind": "regex", "logit_bias": {eos: 60.0}}
+    params |= {"leave_open": True, "max_depth": 0} if leave_open else {}
+    for most in range(3, 9):
+        (result,) = engine.generate([ask(tokenizer, PROMPT, max_tokens=most, **params)])
+        assert len(result.token_ids) <= most
+        is_whole = re.fullmatch("[0-9]{3}", said(tokenizer, result)) is not None
+        assert is_whole is (result.finish_reason == "stop") is (most >= 6)
+
+
 def test_where_a_grammar_holds(tokenizer: HuggingFaceTokenizer) -> None:
     tag = tokenizer.structure_vocab.tag_ids
     guide = begin(tokenizer, grammar="[ab]", grammar_kind="regex")
