@@ -16,6 +16,7 @@ from megatron_multiverse.inference.cache.tree import Node, PageTree
 from megatron_multiverse.inference.sampling_plan import NO_SCORES, Sampled, Scored, scored_arrays, shaping_arrays
 from megatron_multiverse.inference.step.plan import Ints, SamplingArrays, StepPlan
 from megatron_multiverse.inference.text.branch import Branch
+from megatron_multiverse.inference.text.guide import Guide
 from megatron_multiverse.inference.text.state import RequestState
 
 
@@ -31,8 +32,8 @@ class Step(NamedTuple):
     """Where the branch of each row stands in the cache."""
     lines: Ints
     """[rows], theirs in the table of pages."""
-    guided: Sequence[Branch] = ()
-    """Those of them whose answers are held to grammars, once they have thought."""
+    guides: Sequence[Guide] = ()
+    """Of the branches that draw, where their answers have grammars."""
 
     @property
     def only_draws(self) -> bool:
@@ -175,8 +176,8 @@ class Draft:
             **(scored_arrays(self._scored) if self._scored else NO_SCORES),
             freed=np.array(book.take_freed() if book.freed else (), dtype=np.int64),
         )
-        guided = [branch for _, branch, _ in self._sampled if branch.guide is not None]
-        return Step(plan, self._sampled, self._scored, nodes, lines, guided)
+        guides = [branch.guide for _, branch, _ in self._sampled if branch.guide is not None]
+        return Step(plan, self._sampled, self._scored, nodes, lines, guides)
 
     def _sampling(self) -> SamplingArrays:
         """How each row that wants a token draws it."""
@@ -230,4 +231,4 @@ def follow_up(last: Step, tree: PageTree, *, in_flight: bool) -> Step | None:
     if not in_flight:
         ids = np.array([branch.ids[-1] for _, branch, _ in sampled])
         following = replace(following, ids=ids, sources=np.full_like(plan.sample, -1), moved_from=None)
-    return Step(following, sampled, [], last.nodes, last.lines, last.guided)
+    return Step(following, sampled, [], last.nodes, last.lines, last.guides)

@@ -261,7 +261,7 @@ class Engine:
     def _next_step(self) -> tuple[Step, Callable[[], PendingOutput]] | None:
         """The next step and what launches it. If the tokens in flight may fork or join a block, it waits for them, and
         if they do, it is planned after they are written; so it is where they say what a grammar allows next."""
-        if self._flight is not None and any(b.guide.holds for b in self._flight.step.guided if b.guide is not None):
+        if self._flight is not None and any(guide.holds for guide in self._flight.step.guides):
             self._land_early()
         scheduler, flight = self.scheduler, self._flight
         step = scheduler.go_on()

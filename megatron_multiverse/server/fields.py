@@ -146,7 +146,7 @@ class GenerationFields(Fields):
     extra_key: Annotated[str, Field(max_length=256)] | None = None
     """SGLang's: a second salt."""
     response_format: dict[str, Any] | None = None
-    """What the answer must be, see `grammar_of`, as the next nine."""
+    """What the answer must be; this and the others of `GRAMMAR_FIELDS` are read by `grammar_of`."""
     structured_outputs: dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None

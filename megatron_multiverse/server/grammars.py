@@ -61,8 +61,8 @@ def grammar_of(fields: Mapping[str, Any]) -> Grammar | None:
     return next(iter(found.values()), None)
 
 
-def _response_format(value: Any) -> Grammar | None:
-    kind = value.get("type") if isinstance(value, dict) else None
+def _response_format(value: Mapping[str, Any]) -> Grammar | None:
+    kind = value.get("type")
     if kind == "text":
         return None
     if kind == "json_object":
@@ -73,13 +73,10 @@ def _response_format(value: Any) -> Grammar | None:
         if schema is None:
             raise refuse("response_format", "type json_schema needs json_schema.schema, a JSON schema")
         return _grammar("response_format", "json_schema", schema)
-    found = repr(kind)[:40] if isinstance(value, dict) else type(value).__name__
-    raise refuse("response_format", f"type {found}; text, json_object and json_schema are served")
+    raise refuse("response_format", f"type {kind!r:.40}; text, json_object and json_schema are served")
 
 
-def _structured_outputs(value: Any) -> Grammar | None:
-    if not isinstance(value, dict):
-        raise refuse("structured_outputs", f"must be an object, got {type(value).__name__}")
+def _structured_outputs(value: Mapping[str, Any]) -> Grammar | None:
     given = {name: inner for name, inner in value.items() if inner not in (None, False)}
     served = ["json", "regex", "choice", "grammar", "json_object"]
     if unknown := given.keys() - served:
@@ -93,10 +90,9 @@ def _structured_outputs(value: Any) -> Grammar | None:
 
 def _grammar(field: str, name: str, value: Any) -> Grammar:
     """The grammar that a value means: texts as they are, but for a choice, which is a list of texts."""
-    kind = _KINDS.get(name, "regex")
+    kind = _KINDS[name]
     if kind == "choice":
-        is_list = isinstance(value, list) and value and all(isinstance(text, str) and text for text in value)
-        if not is_list:
+        if not (isinstance(value, list) and value and all(isinstance(text, str) and text for text in value)):
             raise refuse(field, "a choice is a list of texts of at least one character")
         return kind, json.dumps(value)
     if isinstance(value, str) and value:
