@@ -9,14 +9,21 @@ import re
 from typing import NamedTuple
 
 _TIMEOUT_S = 5
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # a brace after a backslash is a character, as in \{1, 2\}
-_BETWEEN_BOXES = re.compile(r"(?:[\s$,;.]|\\[()\[\],;]|\band\b|\bor\b)*")
-_STATED = re.compile(r"\b(?:Answer|final answer is)\s*:?\s*(?:\*\*)?[ \t]*(\S[^\n]*)", re.IGNORECASE)
+_BOX = r"\\(?:boxed|fbox)\s*+\{"
+_BOX_OR_BRACE = re.compile(rf"{_BOX}|\\(?!{_BOX}).|[{{}}]", re.DOTALL)
+"""A brace after a backslash is a character, as in ``\\{1, 2\\}``."""
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s$,;.]|\\[()\[\],;]|\\q?quad\b|\\(?:text|mathrm)\s*\{\s*(?:and|or|,)\s*\}|\band\b|\bor\b)*"
+)
+_END_OF_THOUGHT = re.compile(r"</think>", re.IGNORECASE)
+_WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+_STATED = re.compile(r"\banswer(?:\s+is\b)?(?:\*\*)?\s*+:?\s*+(?:\*\*)?+[ \t]*+(\S[^\n]*)", re.IGNORECASE)
+_THOUSANDS = re.compile(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))")
 _BRACKETS = re.compile(r"(\\\{|[\[({]).*,.*(\\\}|[\])}])", re.DOTALL)
 _LETTER = re.compile(
     r"(?:\\boxed\s*\{\s*(?:\\(?:text|mathrm|textbf|mathbf)\s*\{)?\s*\(?|\banswer\b(?:\s+is)?\s*:?\W{0,8}(?:text\s*\{)?)"
-    r"([A-Z])(?![A-Za-z])",
+    r"(?:(?i:option|choice)\s+\W{0,3})?([A-Z](?![A-Za-z])|[a-z](?=[)}]|[\].*$ \t]*$))",
+    re.MULTILINE,
 )
 
 
@@ -31,28 +38,30 @@ class Box(NamedTuple):
 def boxes(text: str) -> list[Box]:
     r"""The complete ``\boxed{...}`` of a text, in order; one inside another is part of it."""
     found: list[Box] = []
-    for match in _BOX.finditer(text):
-        if found and match.start() < found[-1].end:
-            continue
-        depth = 1
-        for brace in _BRACE.finditer(text, match.end()):
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                found.append(Box(match.start(), brace.end(), text[match.end() : brace.start()]))
-                break
+    open_braces: list[re.Match[str]] = []  # one pass: a model that writes a box within a box without end is not rare
+    for match in _BOX_OR_BRACE.finditer(text):
+        if match[0].endswith("{") and match[0] != "\\{":
+            open_braces.append(match)
+        elif match[0] == "}" and open_braces:
+            opening = open_braces.pop()
+            if opening[0] != "{":
+                while found and found[-1].start > opening.start():
+                    found.pop()  # it is part of this one
+                found.append(Box(opening.start(), match.end(), text[opening.end() : match.start()]))
     return found
 
 
 def stated_answer(text: str) -> str | None:
     r"""The final answer that a response states: its last box, else what follows its last "Answer:".
 
-    Boxes side by side, as in ``\boxed{3} and \boxed{4}``, are one answer, "3, 4". Where the response has ended its
-    thought, only what comes after it counts.
+    Boxes side by side, as in ``\boxed{3} and \boxed{4}``, are one answer, "3, 4"; one that is written twice counts
+    once. The full stop behind an answer, and the ``**`` of one in bold, are no part of it. Where the response has ended
+    its thought, only what comes after it counts.
 
     Returns:
         None where the response states no answer.
     """
-    text = text.rpartition("</Think>")[2]
+    text = _after_thought(text)
     found = boxes(text)
     if found:
         side_by_side = [found[-1]]
@@ -60,20 +69,33 @@ def stated_answer(text: str) -> str | None:
             if not _BETWEEN_BOXES.fullmatch(text, box.end, side_by_side[0].start):
                 break
             side_by_side.insert(0, box)
-        return ", ".join(box.content.strip() for box in side_by_side)
+        return ", ".join(dict.fromkeys(_without_end(box.content) for box in side_by_side))
     stated = _STATED.findall(text)
-    return stated[-1].strip() if stated else None
+    return _without_end(stated[-1]) if stated else None
+
+
+def _without_end(text: str) -> str:
+    """An answer without the full stop and the ``**`` that a sentence puts behind it; an ellipsis stays."""
+    text = text.strip()
+    while text.endswith("**") or (text.endswith(".") and not text.endswith(("..", "\\right."))):
+        text = text.removesuffix("**").removesuffix(".").rstrip()
+    return text
+
+
+def _after_thought(text: str) -> str:
+    return _END_OF_THOUGHT.split(text)[-1]
 
 
 def gold_answer(text: str) -> str:
     """The right answer of a row: what stands in its last boxes, as `stated_answer` reads them, else all of it."""
     stated = stated_answer(text) if boxes(text) else None
-    return (stated or text).strip()
+    return stated or _without_end(text)
 
 
 def stated_letter(text: str, letters: str) -> str | None:
     """The letter that a response to a multiple-choice question states last, one of `letters`; None without one."""
-    found = [letter for letter in _LETTER.findall(_with_capital(text.rpartition("</Think>")[2])) if letter in letters]
+    stated = (letter.upper() for letter in _LETTER.findall(_with_capital(_after_thought(text))))
+    found = [letter for letter in stated if letter in letters]
     return found[-1] if found else None
 
 
@@ -83,8 +105,12 @@ def _with_capital(text: str) -> str:
 
 
 def is_right(gold: str, answer: str | None) -> bool:
-    """Whether an answer is the gold one: the same words, or by `same_value` the same value."""
-    return answer is not None and (gold.split() == answer.split() or same_value(gold, answer))
+    """Whether an answer is the gold one: the same words, in ``\\text{}`` or not, or by `same_value` the same value."""
+    return answer is not None and (_words(gold) == _words(answer) or same_value(gold, answer))
+
+
+def _words(text: str) -> list[str]:
+    return _WORDS.sub(r" \1 ", text).split()
 
 
 def same_value(gold: str, answer: str) -> bool:
@@ -100,8 +126,9 @@ def same_value(gold: str, answer: str) -> bool:
     ours, theirs = (_BRACKETS.fullmatch(_without_sizes(text)) for text in (answer, gold))
     if ours and theirs and ours.groups() != theirs.groups():
         return False
-    wanted = parse(rf"\boxed{{{gold}}}", parsing_timeout=_TIMEOUT_S)
-    given = parse(rf"\boxed{{{answer}}}", parsing_timeout=_TIMEOUT_S)
+    wanted, given = (
+        parse(rf"\boxed{{{_THOUSANDS.sub('', text)}}}", parsing_timeout=_TIMEOUT_S) for text in (gold, answer)
+    )
     return bool(wanted and given) and bool(verify(wanted, given, timeout_seconds=_TIMEOUT_S))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from importlib.metadata import version
 
 import pytest
 from math_verify import parse, verify
 
-from megatron_multiverse.grading import boxes, is_right, stated_answer, stated_letter
+from megatron_multiverse.grading import boxes, gold_answer, is_right, stated_answer, stated_letter
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,21 @@ from megatron_multiverse.grading import boxes, is_right, stated_answer, stated_l
         (r"<Think>\boxed{3}</Think> I do not know", None),
         (r"<Think>\boxed{3} it goes on", "3"),
         ("", None),
+        # what stands between boxes, and boxes that come again
+        (r"\boxed{7}\text{ and }\boxed{8}", "7, 8"),
+        (r"\boxed{7} \quad\text{or}\quad \boxed{8}", "7, 8"),
+        ("$$\\boxed{7}$$\n\n$\\boxed{7}$", "7"),
+        (r"x \\boxed{7} \\\boxed{8}", "8"),
+        # full stops and bold are no part of an answer
+        ("Answer: 42.", "42"),
+        ("**Answer: 42.**", "42"),
+        ("the final answer is: **42**.", "42"),
+        ("**Final Answer**: 42", "42"),
+        ("The answer is 42.", "42"),
+        ("Answer: 0.333...", "0.333..."),
+        (r"\boxed{42.}", "42"),
+        # of models that write the tag in small letters, too
+        ("<think>\\boxed{3}</think>\nAnswer: 4", "4"),
     ],
 )
 def test_the_stated_answer(text: str, answer: str | None) -> None:
@@ -47,6 +63,12 @@ def test_the_stated_answer(text: str, answer: str | None) -> None:
         ("An answer: a thing", None),
         ("<Think>Answer: A</Think>\nAnswer: D", "D"),
         ("no letter", None),
+        ("Answer: b", "B"),
+        ("answer: (c), since", "C"),
+        ("The answer is option D.", "D"),
+        ("Answer: Choice C", "C"),
+        ("Answer: a\n\nIt is a good one", "A"),
+        ("<think>Answer: A</think>\nAnswer: D", "D"),
     ],
 )
 def test_the_stated_letter(text: str, letter: str | None) -> None:
@@ -96,10 +118,31 @@ def test_the_stated_letter(text: str, letter: str | None) -> None:
         ("x=5", "y=5", False),
         ("A = 1; B = 2", "A =  1; B = 2", True),
         ("A = 1; B = 2", "A = 1; B = 3", False),
+        # words in \\text or not, which math-verify tells apart where there are digits among them
+        (r"\text{June 20}", "June 20", True),
+        ("June 20", r"\text{June 20}", True),
+        (r"\text{June 20}", "June 21", False),
+        # spaces between thousands
+        ("1234", r"1\,234", True),
+        ("1234", r"1,\!234", True),
+        (r"(1,\,234)", r"(1,234)", True),
     ],
 )
 def test_right_answers(gold: str, answer: str | None, right: bool) -> None:
     assert is_right(gold, answer) is right
+
+
+def test_a_response_that_says_the_same_without_end_is_graded_at_once() -> None:
+    """Models get stuck; regular expressions that try every way to read such a text would take hours."""
+    for text in ("\\boxed{" * 20_000, "Answer:" + " \n" * 20_000, r"\boxed{1}" * 5_000, "Answer: 1" + " ." * 20_000):
+        started = time.process_time()
+        stated_answer(text)
+        stated_letter(text, "ABCD")
+        assert time.process_time() - started < 10  # a tenth of a second; minutes, or hours, the other way
+
+
+def test_a_right_answer_of_a_file_has_no_full_stop_either() -> None:
+    assert [gold_answer(text) for text in ("42.", r"So it is $\boxed{42.}$.", "0.5 ")] == ["42", "42", "0.5"]
 
 
 def test_boxes_have_their_places() -> None:
@@ -141,6 +184,13 @@ def test_surprises_are_those_of_the_installed_version() -> None:
         ("1e3", "1000", False),  # e is Euler's number, not an exponent
         (r"\pi", "3.14159", False),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)", False),
+        ("3", "3.", False),  # no full stops: `stated_answer` takes them away
+        (r"\text{June 20}", "June 20", False),  # no words with digits: `is_right` compares words itself
+        ("10000", r"10,\!000", True),
+        ("1234", r"1\,234", False),  # no spaces between thousands: `same_value` takes them away
+        ("1,234", "1234", True),
+        ("1,234", "1, 234", False),
+        ("7", "7, 7", True),  # a set
         ("x=5", "5", True),
         ("A = 1; B = 2", "A =  1; B = 2", True),
     ],
