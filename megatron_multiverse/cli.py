@@ -85,10 +85,11 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
     """Options of the running script: an instance of the dataclass `cls`.
 
     Flags may be written as Megatron does: with hyphens (``--num-rows``) or underscores, switches without a value
-    (``--append-eod``), lists as several words (``--json-keys prompt response``), fields of a nested dataclass after a
-    dot (``--sampling.top-k 5``). Texts and paths are taken as they are written, also where YAML would read them as
-    nothing (``null``, ``# a comment``). Values of the wrong type end the script with a message. Flags override the
-    files of ``--config`` wherever these stand; of a flag that is given twice the last one counts, and stderr says so.
+    (``--append-eod``), lists as several words (``--json-keys prompt response``; those of numbers and of fixed names
+    with commas, too: ``--budgets 1024,2048``), fields of a nested dataclass after a dot (``--sampling.top-k 5``). Texts
+    and paths are taken as they are written, also where YAML would read them as nothing (``null``, ``# a comment``).
+    Values of the wrong type end the script with a message. Flags override the files of ``--config`` wherever these
+    stand; of a flag that is given twice the last one counts, and stderr says so.
 
     Args:
         cls: a dataclass whose fields are the flags.
@@ -268,6 +269,8 @@ def _with_values(cls: type[Any], args: list[str]) -> tuple[list[str], dict[str, 
             result.append(f"{flag}=true")
         elif kind.startswith(("list[", "tuple[")) and words:
             is_list = len(words) == 1 and isinstance(_from_yaml(words[0]), list)
+            if not is_list and not kind.startswith(_TEXTS):  # numbers and names; a text or a path may have commas
+                words = [part for word in words for part in word.split(",") if part]
             result.append(f"{flag}={words[0] if is_list else json.dumps(words, ensure_ascii=False)}")
         elif kind in _OPTIONAL_TEXTS and len(words) == 1:
             result.append(f"{flag}={words[0]}")
@@ -280,6 +283,7 @@ def _with_values(cls: type[Any], args: list[str]) -> tuple[list[str], dict[str, 
     return result, texts
 
 
+_TEXTS = ("list[str", "list[Path", "tuple[str", "tuple[Path")
 _OPTIONAL_TEXTS: dict[str, Callable[[str], Any]] = {"str | None": str, "Path | None": Path}
 
 

@@ -179,6 +179,25 @@ def test_fields_of_nested_dataclasses_are_flags_after_a_dot(capsys: pytest.Captu
     assert "--engine.page-size" in capsys.readouterr().out
 
 
+def test_numbers_and_fixed_names_may_have_commas_between_them_and_texts_keep_theirs() -> None:
+    @dataclass
+    class Options:
+        budgets: list[int] = field(default_factory=list)
+        """Numbers."""
+        kinds: tuple[Literal["a", "b"], ...] = ()
+        """Names."""
+        files: list[Path] = field(default_factory=list)
+        """Paths."""
+        stop: tuple[str, ...] = ()
+        """Texts."""
+
+    assert parse_options(Options, ["--budgets", "1024,2048", "4096,"]).budgets == [1024, 2048, 4096]
+    assert parse_options(Options, ["--budgets=1024,2048"]).budgets == [1024, 2048]
+    assert parse_options(Options, ["--budgets", "[1024,2048]", "--kinds=a,b"]) == Options([1024, 2048], ("a", "b"))
+    assert parse_options(Options, ["--files", "a,b", "--stop", "c,d"]) == Options(files=[Path("a,b")], stop=("c,d",))
+    assert parse_options(Outer, ["--engine.stop-ids", "3,4"]).engine.stop_ids == (3, 4)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Texts:
     """A tool with texts."""
