@@ -15,15 +15,15 @@ from megatron_multiverse.files import write_json_atomic, write_text_atomic
 
 _COLUMNS = (
     "task", "thinking", "budget", "pass@1 %", "± seeds", "± problems", "# parallel", "acceleration ratio",
-    "token latency", "trigger %", "malformed %", "cut %", "tokens", "s / answer", "ms / token",
+    "token latency", "trigger %", "malformed %", "closed %", "cut %", "tokens", "s / answer", "ms / token",
 )  # fmt: skip
 _LEGEND = """
 pass@1 is the mean over problems and seeds, followed by its standard error over seeds and over problems. # parallel is
 all tokens over all tokens on longest chains; acceleration ratio is the mean of the same ratio of each answer; token
 latency is the mean number of tokens on the longest chain; trigger is the share of answers with a parallel block;
-malformed the share that broke the grammar or were closed by the engine; cut the share that spent their budget. Tokens
-are means per answer over all branches. Seconds are the wall clock of an answer while others were under way
-({concurrency} at once).
+malformed the share that broke the grammar; closed the share of which the engine ended a thought or a path, or refused a
+block, as their budget wanted it; cut the share that spent their budget. Tokens are means per answer over all branches.
+Seconds are the wall clock of an answer while others were under way ({concurrency} at once).
 # parallel counts tags and outlines as output: what parallel thinking saves is the wall clock beside a sequential run of
 the same tasks (`--compare`).
 """
@@ -137,6 +137,7 @@ def _cells(setting: Setting, score: Score) -> list[str]:
         f"{score.token_latency:.1f}",
         _percent(score.trigger_ratio),
         _percent(score.malformed),
+        _percent(score.closed),
         _percent(score.truncated),
         f"{score.tokens:.1f}",
         f"{score.seconds:.3f}",

@@ -12,6 +12,9 @@ import numpy as np
 from megatron_multiverse.evaluation.samples import Sample
 from megatron_multiverse.evaluation.tasks import Thinking
 
+_BY_ENGINE = {"forced_close", "fork_refused"}
+"""Codes of `Result.malformed` that say what the engine did, as at the end of a budget, and not what the model wrote."""
+
 
 class Setting(NamedTuple):
     """Samples that are summed up together."""
@@ -56,8 +59,11 @@ class Score:
     paths: float
     """Mean per answer."""
     malformed: float
-    """Share of answers that broke the grammar, or were closed by the engine."""
+    """Share of answers that broke the grammar."""
+    closed: float
+    """Share of answers of which the engine ended a thought or a path, or refused a block, as their budget wanted it."""
     malformed_codes: dict[str, int]
+    """How often each of either came, see `Result.malformed`."""
     truncated: float
     """Share of answers that spent their budget."""
     tokens: float
@@ -107,7 +113,8 @@ def score(samples: Sequence[Sample]) -> Score:
         trigger_ratio=float(np.mean(_column(samples, "blocks") > 0)),
         blocks=float(_column(samples, "blocks").mean()),
         paths=float(_column(samples, "paths").mean()),
-        malformed=float(np.mean([bool(sample.malformed) for sample in samples])),
+        malformed=float(np.mean([bool(sample.malformed.keys() - _BY_ENGINE) for sample in samples])),
+        closed=float(np.mean([bool(sample.malformed.keys() & _BY_ENGINE) for sample in samples])),
         malformed_codes=dict(codes),
         truncated=float(np.mean([sample.finish_reason == "length" for sample in samples])),
         tokens=float(tokens.mean()),

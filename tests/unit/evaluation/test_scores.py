@@ -38,7 +38,14 @@ def test_scores_are_means_over_problems_with_errors_over_seeds_and_problems() ->
     assert found.any_correct == pytest.approx(2 / 3)
     assert found.num_parallel == pytest.approx(900 / 300) and found.acceleration_ratio == pytest.approx(18 / 6)
     assert found.trigger_ratio == pytest.approx(5 / 6) and found.malformed == pytest.approx(1 / 6)
-    assert found.no_answer == pytest.approx(1 / 6) and found.malformed_codes == {"gap": 2}
+    assert found.no_answer == pytest.approx(1 / 6) and found.malformed_codes == {"gap": 2} and found.closed == 0
+
+
+def test_an_answer_that_its_budget_ended_is_closed_and_not_malformed() -> None:
+    codes = ({"forced_close": 2}, {"fork_refused": 1}, {"forced_close": 1, "stray_tag": 3}, {})
+    found = score([sample(k, 0, False, malformed=code) for k, code in enumerate(codes)])
+    assert (found.closed, found.malformed) == (0.75, 0.25)
+    assert found.malformed_codes == {"forced_close": 3, "fork_refused": 1, "stray_tag": 3}
 
 
 def test_comparison_pairs_problems_and_its_interval_holds_the_plain_one() -> None:
