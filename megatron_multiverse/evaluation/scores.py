@@ -11,9 +11,7 @@ import numpy as np
 
 from megatron_multiverse.evaluation.samples import Sample
 from megatron_multiverse.evaluation.tasks import Thinking
-
-_BY_ENGINE = {"forced_close", "fork_refused"}
-"""Codes of `Result.malformed` that say what the engine did, as at the end of a budget, and not what the model wrote."""
+from megatron_multiverse.inference import BY_ENGINE
 
 
 class Setting(NamedTuple):
@@ -113,8 +111,8 @@ def score(samples: Sequence[Sample]) -> Score:
         trigger_ratio=float(np.mean(_column(samples, "blocks") > 0)),
         blocks=float(_column(samples, "blocks").mean()),
         paths=float(_column(samples, "paths").mean()),
-        malformed=float(np.mean([bool(sample.malformed.keys() - _BY_ENGINE) for sample in samples])),
-        closed=float(np.mean([bool(sample.malformed.keys() & _BY_ENGINE) for sample in samples])),
+        malformed=float(np.mean([bool(sample.malformed.keys() - BY_ENGINE) for sample in samples])),
+        closed=float(np.mean([bool(sample.malformed.keys() & BY_ENGINE) for sample in samples])),
         malformed_codes=dict(codes),
         truncated=float(np.mean([sample.finish_reason == "length" for sample in samples])),
         tokens=float(tokens.mean()),

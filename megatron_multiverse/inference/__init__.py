@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from megatron_multiverse.inference.text.detokenize import IncrementalDetokenizer
     from megatron_multiverse.inference.text.request import Request, Try
     from megatron_multiverse.inference.text.result import (
+        BY_ENGINE,
         BlockResult,
         BranchResult,
         DroppedText,
@@ -46,12 +47,21 @@ _HOMES = {
     "inference.text.answer": ("answer_text", "drawn_from"),
     "inference.text.detokenize": ("IncrementalDetokenizer",),
     "inference.text.request": ("Request", "Try"),
-    "inference.text.result": ("BlockResult", "BranchResult", "DroppedText", "Result", "StopMatch", "TimelineSpan"),
+    "inference.text.result": (
+        "BY_ENGINE",
+        "BlockResult",
+        "BranchResult",
+        "DroppedText",
+        "Result",
+        "StopMatch",
+        "TimelineSpan",
+    ),
     "inference.text.state": ("TokenCallback",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "BY_ENGINE",
     "BlockResult",
     "BranchResult",
     "CounterSampler",

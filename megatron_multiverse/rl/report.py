@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_multiverse.inference import BY_ENGINE
 from megatron_multiverse.rl.loss import PolicyNumbers
 from megatron_multiverse.rl.replica import Replica
 from megatron_multiverse.rl.rollout import Batch
@@ -32,7 +33,7 @@ def answer_columns(batch: Batch) -> Columns:
         "length": np.array([len(result.token_ids) for result in results], dtype=np.float64),
         "critical_length": np.array([result.critical_tokens for result in results], dtype=np.float64),
         "forks": np.array([bool(result.blocks) for result in results]),
-        "malformed": np.array([bool(result.malformed) for result in results]),
+        "malformed": np.array([bool(result.malformed.keys() - BY_ENGINE) for result in results]),
         "truncated": np.array([result.finish_reason == "length" for result in results]),
         "dropped_tokens": np.array([result.dropped_tokens for result in results], dtype=np.int64),
         "group": np.array(number, dtype=np.int64),
