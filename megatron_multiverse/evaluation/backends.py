@@ -39,6 +39,8 @@ class Backend(Protocol):
     """Of the model; a run goes on only with the same one."""
     settings: dict[str, Any]
     """What else of it decides over answers, and must be the same when a run goes on."""
+    device: str | None
+    """What it ran on, for whoever reads the seconds; None if that is not told."""
 
     def answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
         """Answer jobs, yielding each as it finishes.
@@ -56,6 +58,8 @@ class EngineBackend:
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
+        import torch
+
         from megatron_multiverse.checkpoints.sources import loadable, weights_fingerprint
         from megatron_multiverse.data.generation_config import end_ids
         from megatron_multiverse.data.tokenizers import build_tokenizer
@@ -66,6 +70,7 @@ class EngineBackend:
         self.name = str(config.load)
         config = dataclasses.replace(config, load=(load := loadable(config.load)))
         self._device = choose_device(config.device)
+        self.device: str | None = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "CPU"
         self._dtype = engine_dtype(config.dtype, self._device)
         names = ("round_as_trained", "quantization", "max_paths", "max_depth")
         self.settings: dict[str, Any] = {name: getattr(config.engine, name) for name in names}
@@ -158,6 +163,8 @@ class ServerBackend:
         ConfigError: they serve models of different names, or of different weights.
         GenerationError: nobody answers there, or the key is refused.
     """
+
+    device: str | None = None
 
     def __init__(self, config: EvaluateConfig) -> None:
         self._concurrency = config.concurrency

@@ -94,7 +94,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         names = [name for word in self.tasks for name in word.split(",") if name]
-        object.__setattr__(self, "tasks", list(dict.fromkeys(names)))
+        for name, values in (("tasks", names), ("budgets", self.budgets), ("thinking", self.thinking)):
+            object.__setattr__(self, name, list(dict.fromkeys(values)))  # one that is named twice is asked for once
         if self.compare:
             if len(self.compare) != 2 or self.tasks or self.load or self.url:
                 raise ConfigError("--compare takes two folders of finished runs, and no --tasks, --load or --url")

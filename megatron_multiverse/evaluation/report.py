@@ -51,11 +51,17 @@ def write_report(
     draw_scores(scores, samples, folder / "report.png")
 
 
-def write_comparison(folder: Path, runs: Sequence[Path], comparisons: Sequence[Comparison]) -> None:
-    """Write the report of two runs beside each other into `folder`, which is made if it is missing."""
+def write_comparison(
+    folder: Path, runs: Sequence[Path], comparisons: Sequence[Comparison], notes: Sequence[str] = ()
+) -> None:
+    """Write the report of two runs beside each other into `folder`, which is made if it is missing; `notes` are what
+    else a reader has to know."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [str(run) for run in runs]
-    write_json_atomic(folder / "comparison.json", {"runs": names, "comparisons": [asdict(one) for one in comparisons]})
+    write_json_atomic(
+        folder / "comparison.json",
+        {"runs": names, "comparisons": [asdict(one) for one in comparisons], "notes": [*notes]},
+    )
     columns = (
         "task", "budget", "thinking", "problems", "first %", "second %", "difference (points)", "p",
         "net speed-up (seconds)", "speed-up (longest chain)",
@@ -68,6 +74,7 @@ def write_comparison(folder: Path, runs: Sequence[Path], comparisons: Sequence[C
         f"{RESAMPLES:,} resamples of problems, p how often they show no difference, or one of the other sign "
         "(two-sided). Net speed-up is the mean wall clock of an answer of the first run over that of the second.",
         *(line for one in comparisons for line in _warnings(one)),
+        *(f"\n{note}" for note in notes),
         "",
         "![Difference and speed-up](comparison.png)",
         "",

@@ -7,6 +7,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.evaluation.backends import Backend, EngineBackend, ServerBackend
@@ -21,6 +22,7 @@ from megatron_multiverse.locked_folder import RECORD, LockedFolder
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
+_IN_COMMON = ("chat", "dtype", "quantization")
 _PLAIN_LINE_EVERY_S = 10.0
 
 
@@ -70,7 +72,9 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
         scores = score_settings(chosen)
         if weights is not None and now not in (None, weights):
             settings["weights"] = f"{weights}, then {now}"
-        facts = {**settings, "tasks": config.tasks, "problems": len(problems), "seeds": config.num_seeds}
+        asked = {"tasks": config.tasks, "problems": len(problems), "seeds": config.num_seeds}
+        where = {"date": time.strftime("%Y-%m-%d"), **({"device": backend.device} if backend.device else {})}
+        facts = {**settings, **asked, **where}
         write_report(config.output, {**facts, "missing answers": len(errors)}, scores, chosen)
     return Evaluated(scores, len(errors), errors[0] if errors else "")
 
@@ -157,5 +161,31 @@ def compare(config: EvaluateConfig) -> list[Comparison]:
     """
     first, second = (list(read_samples(Path(run) / SAMPLES)) for run in config.compare)
     comparisons = compare_runs(first, second)
-    write_comparison(config.output, config.compare, comparisons)
+    notes = differences(*(_settings(run) for run in config.compare))
+    for note in notes:
+        logger.warning("%s", note)
+    write_comparison(config.output, config.compare, comparisons, notes)
     return comparisons
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """What a run was made with, as its run.json says; nothing where that is missing."""
+    file = run / RECORD
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """What two runs that are compared were made with and should have in common, in words.
+
+    Args:
+        first: settings of one run, as its run.json has them.
+        second: those of the other. What only one of them tells is not compared.
+    """
+    drawn = [settings.get("draw", {}) for settings in (first, second)]
+    pairs = [(name, drawn[0][name], drawn[1][name]) for name in drawn[0].keys() & drawn[1].keys()]
+    pairs += [(name, first[name], second[name]) for name in _IN_COMMON if name in first and name in second]
+    return [
+        f"The runs were made with another {name} ({one} and {other}): what differs may come from that."
+        for name, one, other in sorted(pairs)
+        if one != other
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,27 @@ def test_two_runs_are_compared(config: EvaluateConfig, tmp_path: Path) -> None:
     assert {"comparison.md", "comparison.json", "comparison.png"} == {
         file.name for file in (tmp_path / "comparison").iterdir()
     }
+    ours = json.loads((config.output / "run.json").read_text())
+    other = ours | {"model": "other", "dtype": "bfloat16", "draw": ours["draw"] | {"temperature": 0.6}}
+    (tmp_path / "slow/run.json").write_text(json.dumps(other))
+    compare(EvaluateConfig(compare=[tmp_path / "slow", config.output], output=tmp_path / "comparison"))
+    report = (tmp_path / "comparison/comparison.md").read_text()
+    assert (
+        "\nThe runs were made with another dtype (bfloat16 and float32): what differs may come from that.\n" in report
+    )
+    assert "another temperature (0.6 and 0)" in report and report.count("made with another") == 2
+
+
+def test_what_is_named_twice_is_asked_for_once() -> None:
+    config = EvaluateConfig(tasks=["a,a"], load=MODEL, budgets=[64, 32, 64], thinking=["none", "none"])
+    assert (config.tasks, config.budgets, config.thinking) == (["a"], [64, 32], ["none"])
+
+
+def test_the_report_says_what_the_seconds_are_of(config: EvaluateConfig) -> None:
+    evaluate(config)
+    report = json.loads((config.output / "report.json").read_text())
+    assert report["device"] == "CPU" and re.fullmatch(r"20\d\d-\d\d-\d\d", report["date"])
+    assert "\n- device: CPU\n" in (config.output / "report.md").read_text()
 
 
 def write(file: Path, samples: list[Sample]) -> None:
