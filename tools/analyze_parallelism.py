@@ -13,13 +13,13 @@ from megatron_multiverse.cli import parse_options, run_tool
 
 
 def main() -> None:
-    from megatron_multiverse.evaluation.parallelism import AnalyzeConfig, analyze, report_lines
+    from megatron_multiverse.evaluation.parallelism import AnalyzeConfig, analyze, pictures, report_lines
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     config = parse_options(AnalyzeConfig)
     for line in report_lines(analyze(config)):
         print(line)
-    print(f"pictures  {config.output}/parallelism.png most_parallel.png, pages views/*.html")
+    print(pictures(config.output))
 
 
 if __name__ == "__main__":

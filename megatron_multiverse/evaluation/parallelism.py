@@ -156,17 +156,26 @@ def analyze(config: AnalyzeConfig) -> dict[str, Any]:
     write_json_atomic(config.output / "parallelism.json", report)
     draw_distributions(collected, report["unit"], config.output / "parallelism.png")
     pages.write(config.output / "views", report["unit"])
-    most = collected.most_parallel
+    most, picture = collected.most_parallel, config.output / "most_parallel.png"
+    picture.unlink(missing_ok=True)  # of an earlier time
     if most is not None and most.document.blocks:
-        picture = config.output / "most_parallel.png"
-        title = "The most parallel text, a token per step and branch"
-        draw_timeline(ideal_timeline(most), picture, sequential=sequential_timeline(most), title=title)
+        title = f"The most parallel text, a {'token' if tokenizer else 'word or tag'} per step and branch"
+        lanes, one_lane = ideal_timeline(most), sequential_timeline(most)
+        draw_timeline(lanes, picture, sequential=one_lane, title=title, unit=report["unit"])
     return report
+
+
+def pictures(folder: Path) -> str:
+    """What `analyze` has written into a folder for a person to look at, in words."""
+    names = [name for name in ("parallelism.png", "most_parallel.png") if (folder / name).is_file()]
+    pages = len(list((folder / "views").glob("*.html")))
+    return f"pictures  {folder}/{' '.join(names)}" + (f", pages {folder}/views/*.html ({pages})" if pages else "")
 
 
 def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
     """The figures for a terminal."""
-    yield f"{report['texts']} texts, {report['with_blocks']} with blocks, {report['malformed_texts']} malformed"
+    texts = f"{report['texts']} text{'s' * (report['texts'] != 1)}"
+    yield f"{texts}, {report['with_blocks']} with blocks, {report['malformed_texts']} malformed"
     yield f"lengths in {report['unit']}"
     yield f"pooled: # parallel {report['num_parallel_pooled']:.3f}, net gain {report['net_gain_pooled']:.3f}"
     yield f"{'':<16} {'mean':>9}" + "".join(f" {f'p{percent}':>9}" for percent in _PERCENTILES) + f" {'max':>9}"
@@ -195,7 +204,7 @@ def draw_distributions(collected: Collected, unit: str, path: str | Path) -> Non
     _bars(axes[1][0], collected.paths_per_block, "paths per block", "paths", "blocks")
     _histogram(axes[1][1], collected.path_tokens, "length of paths", unit, "paths", logarithmic=True)
     _bars(axes[1][2], [one.depth for one in every], "depth of nesting", "depth (0: no block)", "texts")
-    figure.suptitle(f"{len(every)} texts, lengths in {unit}", fontsize=10)
+    figure.suptitle(f"{len(every)} text{'s' * (len(every) != 1)}, lengths in {unit}", fontsize=10)
     save(figure, path)
 
 

@@ -39,12 +39,14 @@ class MostParallel:
                 heapq.heappop(self._kept)
 
     def write(self, folder: Path, unit: str) -> int:
-        """Write one page for each, named by its number; returns how many.
+        """Write one page for each, named by its number, in place of those of an earlier time; returns how many.
 
         Args:
             folder: made if it is missing.
             unit: what lengths are counted in.
         """
+        for page in folder.glob("[0-9]" * 6 + ".html"):
+            page.unlink()
         written = 0
         for num_parallel, number, question, text, document, statistics in sorted(self._kept, reverse=True):
             try:

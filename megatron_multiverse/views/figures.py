@@ -33,6 +33,7 @@ def draw_timeline(
     sequential: Sequence[TimelineSpan] = (),
     labels: Mapping[str, str] | None = None,
     title: str = "Branches over decode steps",
+    unit: str = "tokens",
 ) -> None:
     """Draw one lane per branch, with forks and joins, and below it the same text decoded sequentially.
 
@@ -42,6 +43,7 @@ def draw_timeline(
         sequential: the timeline of the same request with one branch at a time.
         labels: text beside a lane, by branch name (for example the outline).
         title: line above the picture.
+        unit: what is decoded, one of them in each step of a branch.
 
     Raises:
         ValueError: spans is empty.
@@ -55,7 +57,7 @@ def draw_timeline(
     steps = max(span.end for span in spans)
     tokens = sum(span.tokens for span in spans)
     axes[0].set_title(title, loc="left", fontsize=12, fontweight="bold", pad=20)
-    parts = [f"in parallel: {tokens} tokens in {steps} steps"]
+    parts = [f"in parallel: {tokens} {unit} in {steps} steps"]
     longest = max(span.end for span in [*spans, *sequential])
     if sequential:
         _draw_sequential(axes[1], sequential)

@@ -12,7 +12,7 @@ import pytest
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.evaluation.compare import compare_runs
-from megatron_multiverse.evaluation.parallelism import AnalyzeConfig, analyze
+from megatron_multiverse.evaluation.parallelism import AnalyzeConfig, analyze, pictures, report_lines
 from megatron_multiverse.evaluation.samples import Sample
 from megatron_multiverse.evaluation.scores import score
 from tests.unit.server.running import MODEL
@@ -90,6 +90,16 @@ def test_texts_of_outputs_are_measured(tmp_path: Path, whole_figures: list[str])
     assert (
         page.name == "000001.html" and '"title": "Text 1", "question": "q", "original": "one two three\\nfour"' in text
     )
+    assert pictures(tmp_path / "out").endswith(
+        "/parallelism.png most_parallel.png, pages " + str(page.parent) + "/*.html (1)"
+    )
+    (tmp_path / "out/views/mine.txt").touch()
+    file.write_text(json.dumps(rows[1]) + "\n")
+    plain = analyze(AnalyzeConfig(input=[str(file)], output=tmp_path / "out"))
+    assert next(report_lines(plain)) == "1 text, 0 with blocks, 0 malformed"
+    left = sorted(found.name for found in (tmp_path / "out").rglob("*") if found.is_file())
+    assert left == ["mine.txt", "parallelism.json", "parallelism.png"], "none of the earlier texts"
+    assert pictures(tmp_path / "out") == f"pictures  {tmp_path}/out/parallelism.png"
 
 
 def test_records_of_answers_are_measured_as_their_texts(tmp_path: Path) -> None:
