@@ -4,7 +4,7 @@
 #   make coverage     the tests of structure/ and inference/; fails below 95 % of lines and branches
 #   make test-mcore   all CPU tests with another megatron-core: MCORE=0.19.2 PYTHON=python3.12 (0.17 and later need 3.12)
 #   make test-transformers   the tests of exported models with another transformers: TRANSFORMERS=4.57.1
-#   make test-slurm   the batch script on a SLURM of one node, started for it
+#   make test-slurm   the batch scripts on a SLURM of one node, started for it
 #   make lint         formatting, types, the import rules, shell scripts
 #   make bench        the benchmarks that run on a CPU
 #   make bench-gpu    those of the kernels, on a machine with a GPU, with the packages of PYTHON
