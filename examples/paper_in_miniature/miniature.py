@@ -131,7 +131,7 @@ def estimate(options: MiniatureOptions, waiting: list[str], places: int) -> str:
     seconds, source = (median(times), "as those here took") if times else (tokens / size.tokens_per_s, "and evaluation")
     rounds = -(-len(waiting) // places)
     return (
-        f"train: {len(waiting)} runs of {tokens / 1e6:.1f}M tokens are missing, {places} at once; "
+        f"train: {len(waiting)} runs of {tokens:,} tokens are missing, {places} at once; "
         f"about {seconds:.0f} s each {source}, {rounds * seconds:.0f} s in all"
     )
 

@@ -44,7 +44,8 @@ def accuracy_table(results: Results) -> list[str]:
     """Right answers of the three kinds, mean and standard deviation over seeds."""
     kinds = [kind for kind in KINDS if seeds_of(results, kind)]
     sets = list(seeds_of(results, kinds[0])[0]["sets"])
-    lines = _header("right answers, %", *(f"{kind} ({len(seeds_of(results, kind))} seeds)" for kind in kinds))
+    counts = {kind: len(seeds_of(results, kind)) for kind in kinds}
+    lines = _header("right answers, %", *(f"{kind} ({n} seed{'s' * (n != 1)})" for kind, n in counts.items()))
     for name in sets:
         cells = []
         for kind in kinds:

@@ -106,8 +106,10 @@ def comparison_lines(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _plus_minus(score: Score) -> str:
-    error = score.stderr_seeds if score.stderr_seeds is not None else score.stderr_problems
-    return "" if error is None else f" ± {_percent(error)}"
+    for error, what in ((score.stderr_seeds, "seeds"), (score.stderr_problems, "problems")):
+        if error is not None:
+            return f" ± {_percent(error)} over {what}"
+    return ""
 
 
 def _warnings(one: Comparison) -> Iterator[str]:

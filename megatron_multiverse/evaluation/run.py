@@ -75,6 +75,7 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
         asked = {"tasks": config.tasks, "problems": len(problems), "seeds": config.num_seeds}
         where = {"date": time.strftime("%Y-%m-%d"), **({"device": backend.device} if backend.device else {})}
         facts = {**settings, **asked, **where}
+        del facts["format"]  # of the folder, which tells a reader nothing
         write_report(config.output, {**facts, "missing answers": len(errors)}, scores, chosen)
     return Evaluated(scores, len(errors), errors[0] if errors else "")
 

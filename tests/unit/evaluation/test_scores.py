@@ -13,8 +13,9 @@ from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.evaluation.compare import compare_runs
 from megatron_multiverse.evaluation.parallelism import AnalyzeConfig, analyze, pictures, report_lines
+from megatron_multiverse.evaluation.report import score_lines
 from megatron_multiverse.evaluation.samples import Sample
-from megatron_multiverse.evaluation.scores import score
+from megatron_multiverse.evaluation.scores import Setting, score
 from tests.unit.server.running import MODEL
 
 
@@ -38,6 +39,10 @@ def test_scores_are_means_over_problems_with_errors_over_seeds_and_problems() ->
     assert found.any_correct == pytest.approx(2 / 3)
     assert found.num_parallel == pytest.approx(900 / 300) and found.acceleration_ratio == pytest.approx(18 / 6)
     assert found.trigger_ratio == pytest.approx(5 / 6) and found.malformed == pytest.approx(1 / 6)
+    (line,) = score_lines({Setting("t", "parallel", None): found})
+    assert line.startswith("t, parallel  pass@1 50.0 % ± 16.7 over seeds  # parallel 3.00")
+    one = score([sample(p, 0, p > 0) for p in range(3)])
+    assert "pass@1 66.7 % ± 33.3 over problems  " in score_lines({Setting("t", "parallel", None): one})[0]
     assert found.no_answer == pytest.approx(1 / 6) and found.malformed_codes == {"gap": 2} and found.closed == 0
 
 
