@@ -69,6 +69,7 @@ def test_the_dry_run_of_a_real_config_needs_no_gpu() -> None:
     assert 7.6 < float(together) < 75 and float(on_the_host) == pytest.approx(32.764e9 * 16 / 8 / 2**30, rel=1e-3)
     refused = dry_run(8, "qwen2.5_32b_tp8_pp2")
     assert refused.returncode == 1 and "8 ranks (WORLD_SIZE) cannot be divided into groups of 16" in refused.stderr
+    assert "WORLD_SIZE=16 in its environment" in refused.stderr
     absent = dry_run(4, "qwen2.5_7b_tp4", shape=None)  # the checkpoint is not here
     assert absent.returncode == 1 and "or name its published shape, as in --dry-run-shape qwen2.5-7b" in absent.stderr
 
