@@ -19,6 +19,7 @@ def training() -> Iterator[str]:
     yield from _training_layouts()
     yield from _training_beside_others()
     yield from beside_fsdp_rows()
+    yield from _large_model()
     yield from _training_fp8()
     yield from _checkpoints()
     yield from _resumed()
@@ -36,10 +37,12 @@ def _checkpoints() -> Iterator[str]:
 
 def _resumed() -> Iterator[str]:
     """A run over NCCL that was stopped half way beside one that was not."""
-    (found,) = source.results("results/training_resume_h200")
-    assert found["losses_equal"] and found["grad_norms_equal"] and found["weights_differing"] == 0
-    assert found["gpus"] == 2 and found["model"] == "qwen2.5-7b, 1 layers"
-    yield f"two H200, {found['layout']}, one layer of Qwen2.5-7B: after {found['steps'] // 2} of {found['steps']} steps"
+    runs = source.results("results/training_resume_h200")
+    for found in runs:
+        assert found["losses_equal"] and found["grad_norms_equal"] and found["weights_differing"] == 0
+        assert found["gpus"] == 2 and found["model"] == "qwen2.5-7b, 1 layers" and found["steps"] == 6
+    layouts = " and ".join(found["layout"] for found in runs)
+    yield f"two H200, {layouts}, one layer of Qwen2.5-7B: after 3 of 6 steps"
 
 
 def _training_fp8() -> Iterator[str]:
@@ -75,6 +78,21 @@ def _training_layouts() -> Iterator[str]:
         title = titles.get(row["layout"], row["layout"])
         yield f"| {title} | {row['tokens_per_s_per_gpu']:,.0f} | {row['mfu_visible']:.2f} | {row['peak_gib']:.1f} |"
     yield f"differ by {source.short(max(row['loss_difference'] for row in rows), 0)} of their value at most"
+
+
+def _large_model() -> Iterator[str]:
+    """What a step of 32B would take, by two and by four of its layers on two GPUs."""
+    runs = source.results("results/training_layouts_h200")
+    two, four = (next(row for row in runs if row["model"] == f"qwen2.5-32b, {layers} layers") for layers in (2, 4))
+    assert two["rows"] == four["rows"] == "2 x 32768 packed" and two["layout"] == four["layout"] == "TP2+SP"
+    yield f"{two['s_per_step']:.3f} s a step with 2 layers and {four['s_per_step']:.3f} s with 4"
+    yield f"MFU {two['mfu_visible']:.2f} and {four['mfu_visible']:.2f}"
+    layer = (four["s_per_step"] - two["s_per_step"]) / 2 / 2  # two layers more, two rows
+    around = two["s_per_step"] / 2 - 2 * layer
+    row = 2 * (64 * layer + around)  # GPU-seconds of two GPUs
+    yield f"a layer takes {layer:.3f} s a row, what stands around the layers {around:.3f} s"
+    yield f"all 64 layers would take {row:.1f} GPU-seconds a row"
+    yield f"would take {500 * 16 * row / 8 / 3600:.1f} hours on eight H200"
 
 
 def beside_fsdp_rows() -> Iterator[str]:
@@ -192,6 +210,12 @@ def _memory_with_recompute(runs: dict[tuple[int, str], dict[str, Any]]) -> Itera
         f"takes {again['peak_gib'] / theirs['peak_gib']:.2f} of their memory and is "
         f"{theirs['s_per_step'] / again['s_per_step']:.1f} times as fast"
     )
+    eight, sixteen, all_of_it = (
+        f"{row['time_beside_ours']:.2f}"
+        for row in source.results("results/training_one_call_h200")
+        if row["runner"] == names[-1]
+    )
+    yield f"theirs takes {eight}, {sixteen} and {all_of_it} times as long as ours without recompute"
     for tokens in sorted({tokens for tokens, _ in runs}):
         cells = [
             f"{run['tokens_per_s']:,.0f} tokens/s, {run['peak_gib']:.1f} GiB" if run else "not measured"

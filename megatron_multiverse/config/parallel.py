@@ -67,7 +67,8 @@ class ParallelConfig:
             self.world_size % self.model_ranks == 0,
             f"{self.world_size} ranks (WORLD_SIZE) cannot be divided into groups of {self.model_ranks} = "
             "parallel.tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size: start a "
-            "multiple of that with torchrun or srun, or make the sizes smaller",
+            f"multiple of that with torchrun or srun (a --dry-run alone needs WORLD_SIZE={self.model_ranks} in its "
+            "environment), or make the sizes smaller",
         )
 
     @property

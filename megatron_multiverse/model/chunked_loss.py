@@ -117,6 +117,7 @@ class _SummedLoss(torch.autograd.Function):
                 total += loss.detach()
                 grad_hidden[own] = grad_logits @ matrix
                 grad_weight += grad_logits.flatten(0, 1).t() @ inputs.flatten(0, 1)
+                del logits, loss, grad_logits  # or they would lie beside the logits of the next chunk
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
 

@@ -237,8 +237,8 @@ def logits_of(config: TrainConfig, model: ModelConfig) -> list[tuple[int, int]]:
     """What the output layer holds at its peak, as (elements, bytes of each).
 
     First the logits of all tokens, or of a chunk: their float32 softmax, and beside it first themselves, then their
-    gradient. With chunks also the float32 gradient of the output layer, which they are added to. TransformerEngine's
-    cross entropy needs less: a copy of the logits, in which it leaves their gradient.
+    gradient. With chunks also the float32 gradient of the output layer, which they are added to, and that of all hidden
+    states. TransformerEngine's cross entropy needs less: a copy of the logits, in which it leaves their gradient.
     """
     parallel = config.parallel
     tp, width = parallel.tensor_model_parallel_size, 2 if config.dtype == "bf16" else 4
@@ -246,7 +246,7 @@ def logits_of(config: TrainConfig, model: ModelConfig) -> list[tuple[int, int]]:
     chunk = config.loss_chunk_tokens
     if not chunk:
         return [(tokens * rows, width + 4)]
-    return [(min(tokens, chunk) * rows, width + 4), (rows * model.hidden_size, 4)]
+    return [(min(tokens, chunk) * rows, width + 4), (rows * model.hidden_size, 4), (tokens * model.hidden_size, width)]
 
 
 def layers_in_flight(config: TrainConfig, layers: int, stage: int) -> int:

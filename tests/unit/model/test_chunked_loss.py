@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_multiverse.config import LayerConfig
 from megatron_multiverse.model.attention import LayoutParams
@@ -49,6 +50,22 @@ def test_loss_and_gradients(dtype: torch.dtype, chunk: int) -> None:
     for ours, theirs in zip(got, want, strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_a_chunk_leaves_before_the_next_comes() -> None:
+    """Neither its logits nor their gradient lie beside the logits of the next chunk."""
+    earlier: list[StorageWeakRef] = []
+
+    def watched(labels: Tensor, logits: Tensor) -> Tensor:
+        assert all(storage.expired() for storage in earlier), "a chunk is kept"
+        earlier.append(StorageWeakRef(logits.untyped_storage()))
+        logits.register_hook(lambda gradient: earlier.append(StorageWeakRef(gradient.untyped_storage())))
+        return cross_entropy(labels, logits)
+
+    hidden, weight = torch.randn(12, 1, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True)
+    tokens = LossTokens(torch.zeros(1, 12, dtype=torch.int64), torch.ones(1, 12), watched, None)
+    summed_loss(hidden, weight, tokens, 4).backward()
+    assert len(earlier) == 6
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -69,6 +69,7 @@ def test_the_dry_run_of_a_real_config_needs_no_gpu() -> None:
     assert 7.6 < float(together) < 75 and float(on_the_host) == pytest.approx(32.764e9 * 16 / 8 / 2**30, rel=1e-3)
     refused = dry_run(8, "qwen2.5_32b_tp8_pp2")
     assert refused.returncode == 1 and "8 ranks (WORLD_SIZE) cannot be divided into groups of 16" in refused.stderr
+    assert "WORLD_SIZE=16 in its environment" in refused.stderr
     absent = dry_run(4, "qwen2.5_7b_tp4", shape=None)  # the checkpoint is not here
     assert absent.returncode == 1 and "or name its published shape, as in --dry-run-shape qwen2.5-7b" in absent.stderr
 
@@ -115,17 +116,17 @@ def test_what_layers_keep_of_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_the_output_layer_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """32 rows of vocabulary, shared by two ranks, and hidden 16: logits of a chunk and the gradient of the weight, or
-    logits of all tokens."""
+    """32 rows of vocabulary, shared by two ranks, and hidden 16: logits of a chunk and the gradients of the weight and
+    of the hidden states, or logits of all tokens."""
     chunks = run_of(
         tmp_path, monkeypatch, 2, **{"parallel.tensor_model_parallel_size": 2, "layers.loss_chunk_tokens": 3}
     )
     tokens = chunks.data.micro_batch_size * chunks.data.seq_length
     assert chunks.model is not None and tokens > 3
-    assert logits_of(chunks, chunks.model) == [(3 * 16, 2 + 4), (16 * 16, 4)]
+    assert logits_of(chunks, chunks.model) == [(3 * 16, 2 + 4), (16 * 16, 4), (tokens * 16, 2)]
     two = {"parallel.tensor_model_parallel_size": 2}
     by_default = run_of(tmp_path, monkeypatch, 2, **two)
-    assert logits_of(by_default, chunks.model) == [(min(tokens, 4096) * 16, 2 + 4), (16 * 16, 4)]
+    assert logits_of(by_default, chunks.model) == [(min(tokens, 4096) * 16, 2 + 4), (16 * 16, 4), (tokens * 16, 2)]
     whole = run_of(tmp_path, monkeypatch, 2, **two, **{"layers.loss_chunk_tokens": 0})
     assert logits_of(whole, chunks.model) == [(tokens * 16, 2 + 4)]
     zero = run_of(tmp_path, monkeypatch, 2, engine="deepspeed")
@@ -159,11 +160,14 @@ def test_the_estimate_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("WORLD_SIZE", "2")
     compared = 0
     for row in rows:
-        layout, whole = layouts(2).get(row["layout"]), re.fullmatch(r"qwen2.5-7b, (\d+) layers", row["model"])
+        layout, whole = (
+            layouts(2).get(row["layout"]),
+            re.fullmatch(r"(qwen2.5-7b|qwen2.5-32b), (\d+) layers", row["model"]),
+        )
         if row["gpus"] != 2 or not whole or layout is None or row["layout"] in AFTER_OTHERS:
             continue
         count, tokens = re.findall(r"(\d+) x (\d+)", row["rows"])[0]
-        options = Options(num_layers=int(whole[1]), rows=int(count), tokens=int(tokens))
+        options = Options(model=whole[1], num_layers=int(whole[2]), rows=int(count), tokens=int(tokens))
         model = shape_of(options)
         run = run_config(options, model, layout)
         if first := re.search(r"first (\d+) layers", row["recompute"]):
@@ -173,9 +177,12 @@ def test_the_estimate_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> N
             layers = dataclasses.replace(run.layers, loss_chunk_tokens=row.get("loss_chunk_tokens", 0))
             run = dataclasses.replace(run, layers=layers)
         found = max(stage.total for stage in estimate(run, model)) / 2**30
+        if row["commit"] == "53b6c63":  # the gradient of a chunk's logits still lay beside the next chunk
+            (chunk, _), *_ = logits_of(run, model)
+            found += 2 * chunk / 2**30
         assert 0 < row["peak_gib"] - found < 1.5, row
         compared += 1
-    assert compared >= 14
+    assert compared >= 16
 
 
 def test_the_table_of_layouts_says_what_the_estimate_does(monkeypatch: pytest.MonkeyPatch) -> None:
