@@ -160,9 +160,8 @@ def time_all(options: MiniatureOptions) -> None:
     Raises:
         TrainingError: there is none of a kind.
     """
-    import torch
     from answers import Answerer, Mode, time_alone, time_batches
-    from settings import FULL, SMOKE
+    from settings import FULL, SMOKE, measured_on
 
     from megatron_multiverse.files import write_json_atomic
 
@@ -175,11 +174,10 @@ def time_all(options: MiniatureOptions) -> None:
     multiverse = Answerer(options.output / "models" / names["multiverse"], "multiverse", size)
     plain = Answerer(options.output / "models" / names["plain"], "plain", size)
     answerers: dict[Mode, Answerer] = {"parallel": multiverse, "one branch at a time": multiverse, "plain": plain}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     for name in missing:
         started = time.monotonic()
         modes = parts[name](answerers, size)
-        report = {"device": device, "torch": torch.__version__, "models": names, "modes": modes}
+        report = {**measured_on(), "models": names, "modes": modes}
         logger.info("time: %s took %.0f s", name, time.monotonic() - started)
         write_json_atomic(options.output / "results" / f"{name}.json", report, indent=None)
 

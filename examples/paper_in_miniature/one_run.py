@@ -66,8 +66,7 @@ def main() -> None:
         "tokens": size.train_iters * size.rows * size.seq_length,
         **read_metrics(metrics),
         "training_s": training_s,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "torch": torch.__version__,
+        **settings.measured_on(),
         "evaluation_s": round(time.monotonic() - started, 1),
         "sets": sets,
     }

@@ -47,9 +47,9 @@ def right_in_all(alone: Mapping[str, list[Any]]) -> dict[int, dict[str, list[Any
 
 
 def mean_of_right(found: Mapping[str, list[float]], measure: str) -> float | None:
-    """Mean over the right answers of a set; None if fewer than a quarter are right, which then are the shortest."""
+    """Mean over the right answers of a set; None if fewer than half are right, which then are the shortest."""
     values = [value for value, right in zip(found[measure], found["right"], strict=True) if right]
-    return mean(values) if values and 4 * len(values) >= len(found["right"]) else None
+    return mean(values) if values and 2 * len(values) >= len(found["right"]) else None
 
 
 def draw_speed(alone: Mapping[str, Any], batched: Mapping[str, Any], path: Path) -> None:

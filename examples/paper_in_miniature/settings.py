@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from training_rows import MiniLoader, RowConfig, RowMaker
 
 from megatron_multiverse.config import (
@@ -154,3 +157,16 @@ def training(
     maker = RowMaker(rows, tokenizer())
     loader = MiniLoader(maker, seq_length=size.seq_length, micro_batch_size=size.rows, num_workers=num_workers)
     return config, loader
+
+
+def measured_on() -> dict[str, str | None]:
+    """What a result was measured on: device, version of torch, date, and the commit, None outside of a git checkout."""
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": git.stdout.strip() or None,
+    }
