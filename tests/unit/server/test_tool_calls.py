@@ -124,6 +124,47 @@ def test_a_stream_has_the_name_at_once_and_arguments_as_they_come() -> None:
     assert reader.finish() == "" and reader.num_calls == 1
 
 
+PARTS = [
+    NOW,
+    NOW[:20],
+    "<tool_call>",
+    "</tool_call>",
+    '{"name": "f", "arguments": {',
+    '"a": [1, "x',
+    '"]',
+    "}}",
+    "}",
+    "\n",
+    " ",
+    "Hi",
+    "<",
+    "{",
+    '"',
+    "\\",
+]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_text_is_told_whole_and_alike_however_it_is_cut(seed: int) -> None:
+    """The content is of the text, in order, and all of it where there are no calls; streams differ by broken calls."""
+    drawn, found = random.Random(seed), 0
+    for _ in range(200):
+        text = "".join(drawn.choices(PARTS, weights=[3, 1, 5, 5, 5, 3, 3, 5, *[1] * 8], k=drawn.randint(1, 14)))
+        content, calls = read_calls(text, None)
+        found += len(calls)
+        for call in calls:
+            assert isinstance(json.loads(call.arguments), dict) and call.arguments in text
+        rest = iter(text)
+        assert all(character in rest for character in content) and (calls or content == text)
+        as_one = as_stream([text])
+        assert as_stream(list(text)) == as_one
+        cut = drawn.randint(0, len(text))
+        assert as_stream([text[:cut], text[cut:]]) == as_one
+        if len(as_one[1]) == len(calls):
+            assert as_one == (content, [(call.name, call.arguments) for call in calls])
+    assert found > 20
+
+
 def test_calls_beyond_the_most_are_dropped() -> None:
     text = f"One.\n{ADD}\n{NOW} Two."
     said, calls = read_calls(text, 1)
