@@ -75,7 +75,7 @@ class ServerConfig:
     user of the machine can read."""
     chat_template: Path | None = None
     """Jinja file that turns messages into a prompt; by default the tokenizer's own, else one that fits its vocabulary.
-    Templates run in a sandbox."""
+    Requests with tools need one that shows them. Templates run in a sandbox."""
     sampling_defaults: Literal["openai", "model"] = "openai"
     """How answers are drawn where a request does not say: openai draws from the model's own distribution (temperature
     1), model as its generation_config.json says. /generate and /api never take the latter."""

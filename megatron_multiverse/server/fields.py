@@ -179,12 +179,25 @@ class GenerationFields(Fields):
         """
         return grammar_of({name: getattr(self, name) for name in GRAMMAR_FIELDS})
 
+    def grammar_for(self, model: ServedModel) -> Grammar | None:
+        """The same, with what a route adds to it.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        return self.grammar
+
     @property
     def splits_thought(self) -> bool:
         """Whether the thought comes apart from the content."""
         asked = self.ours.separate_reasoning
         in_order = not self.stream or self.ours.stream_mode == "linear"
-        return asked if asked is not None else self.is_chat and self.grammar is not None and in_order
+        return asked if asked is not None else self.is_chat and self.has_form and in_order
+
+    @property
+    def has_form(self) -> bool:
+        """Whether what the answer says is more than text, so that a thought does not belong into it."""
+        return self.grammar is not None
 
     @property
     def count(self) -> int:
@@ -278,7 +291,7 @@ class GenerationFields(Fields):
         top_p = asked("top_p", 1.0)
         greedy = top_p == 0  # the smallest set of tokens with any probability is the most likely one
         stop_ids = [*(self.stop_token_ids or []), *([] if self.ignore_eos else model.end_ids)]
-        grammar_kind, grammar = self.grammar or ("json_schema", "")
+        grammar_kind, grammar = self.grammar_for(model) or ("json_schema", "")
         return make_sampling(
             self.ours,
             grammar=grammar,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_multiverse.server import refused
@@ -29,14 +30,17 @@ class ToolCall(Fields):
     """A call of a tool in an earlier turn."""
 
     function: CalledFunction
+    type: str = "function"
     id: str | None = None
 
     def plain(self) -> dict[str, Any]:
         """The call as templates take it: its arguments an object.
 
         Raises:
-            ApiError: 400, the arguments are none.
+            ApiError: 400, it calls no function, or the arguments are none.
         """
+        if self.type != "function":
+            raise refuse("messages", f"a call of type {self.type[:40]!r}; only those of type function are served")
         arguments: Any = self.function.arguments or {}
         if isinstance(arguments, str):
             try:
@@ -87,3 +91,30 @@ class Message(Fields):
             "tool_calls": calls or None,
         }
         return {"role": self.role, "content": content} | {k: v for k, v in others.items() if v is not None}
+
+
+def plain_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The turns as templates take them.
+
+    Raises:
+        ApiError: 400 for what is not served of a turn, and for results of tools that nobody called.
+    """
+    called: list[str] = []
+    turns = []
+    for message in messages:
+        turns.append(message.plain())
+        if message.tool_calls and message.role != "assistant":
+            raise refuse("messages", f"tool_calls in a turn of {message.role[:40]!r}; only the assistant calls tools")
+        called += [call.id for call in message.tool_calls or [] if call.id is not None]
+        if message.role != "tool":
+            continue
+        if message.tool_call_id is None and called:
+            raise refuse("messages", "a turn of a tool without tool_call_id; give the id of the call that it answers")
+        if message.tool_call_id is not None and message.tool_call_id not in called:
+            known = ", ".join(called[-10:])[:200] or "none"
+            raise refuse(
+                "messages",
+                f"tool_call_id {message.tool_call_id[:40]!r} answers no call of an earlier turn (ids: {known}); keep "
+                "the turn of the assistant that called the tool",
+            )
+    return turns

@@ -43,6 +43,9 @@ class ServedModel:
         self.name = config.model_name
         self.tokenizer = tokenizer
         self.template = _chat_template(config, tokenizer)
+        named = None if config.chat_template is not None else tokenizer.chat_templates.get("tool_use")
+        self.tool_template = named or self.template
+        """For conversations with tools: as in transformers, the one that the tokenizer has under that name."""
         self.end_ids = end_ids(config.load, tokenizer)
         """Ids that end an answer, beside the tokenizer's own."""
         self.sampling_defaults = _sampling_defaults(config)
@@ -109,13 +112,16 @@ class ServedModel:
     async def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         """A conversation as the text of a prompt.
 
+        Args:
+            messages: its turns, as templates take them.
+            variables: further names in the template; where `tools` is among them, it is that for tools.
+
         Raises:
             ApiError: 400, the template does not take these messages.
         """
+        template = self.tool_template if "tools" in variables else self.template
         try:
-            return await asyncio.to_thread(
-                self.tokenizer.render_conversation, messages, template=self.template, **variables
-            )
+            return await asyncio.to_thread(self.tokenizer.render_conversation, messages, template=template, **variables)
         except Exception as error:
             logger.info("the chat template refused a conversation: %r", error)
             raise refuse("messages", "the chat template of the model does not take this conversation") from error

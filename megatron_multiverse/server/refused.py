@@ -61,7 +61,6 @@ CHAT: Refused = {
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning": (),
     "reasoning_effort": (),
@@ -70,8 +69,6 @@ CHAT: Refused = {
     "skip_prompt_log_probs": (True,),
     "task": (),
     "thinking": (),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }

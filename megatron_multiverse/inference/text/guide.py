@@ -7,7 +7,9 @@ tells which tokens may come next; here stands when they count.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,6 +41,7 @@ class Grammars:
     def __init__(self, tokenizer_json: str, vocab: StructureVocab, num_ids: int) -> None:
         self._json, self._vocab, self._num_ids = tokenizer_json, vocab, num_ids
         self._tokenizer: LLTokenizer | None = None
+        self._first_letters: dict[int, int] = {}
         self._compiled: OrderedDict[tuple[GrammarKind, str], LLMatcher] = OrderedDict()
 
     def begin(self, sampling: SamplingParams, end_ids: frozenset[int]) -> Guide:
@@ -57,7 +60,7 @@ class Grammars:
             if len(self._compiled) > MOST_GRAMMARS:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
-        return Guide(self._compiled[key].deep_copy(), self._vocab, self._num_ids, end_ids)
+        return Guide(self._compiled[key].deep_copy(), self._vocab, self._num_ids, end_ids, self._first_letters)
 
     def prepare(self) -> LLTokenizer:
         """Read the tokenizer, which takes a second for a large vocabulary, before a request waits for it.
@@ -81,6 +84,7 @@ class Grammars:
                 raise GenerationError(
                     f"answers cannot be held to grammars with this tokenizer, which llguidance does not read: {error}"
                 ) from error
+            self._first_letters = _first_letters(self._json, self._tokenizer)
         return self._tokenizer
 
     def _compile(self, kind: GrammarKind, text: str) -> LLMatcher:
@@ -109,10 +113,18 @@ class Guide:
         vocab: ids of the tags.
         num_ids: ids of the vocabulary.
         end_ids: ids that end the answer when they are drawn.
+        first_letters: id of a token that stands for no text in a grammar -> id of the first letter of its name.
     """
 
-    def __init__(self, matcher: LLMatcher, vocab: StructureVocab, num_ids: int, end_ids: frozenset[int]) -> None:
-        self._matcher = matcher
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        vocab: StructureVocab,
+        num_ids: int,
+        end_ids: frozenset[int],
+        first_letters: Mapping[int, int],
+    ) -> None:
+        self._matcher, self._first_letters = matcher, first_letters
         self._think, self._end_think = vocab.tag_ids[Tag.THINK], vocab.tag_ids[Tag.END_THINK]
         self._tags, self._ends = list(vocab.tag_of), [token for token in end_ids if token < num_ids]
         self._words = -(-num_ids // 32)
@@ -147,8 +159,15 @@ class Guide:
         allowed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)[: self._words].copy()
         if self._matcher.is_error():  # found by the next token
             allowed[:] = -1
+        # Where only one text can come next, the mask is its first token, which the matcher may not take
+        # (findings/llguidance_refuses_a_token_that_it_forces.sh). That text is written in letters then.
+        only = _only(allowed)
+        may_end = self._matcher.is_accepting()
+        if only in self._first_letters and not may_end and not self._matcher.validate_tokens([only]):
+            _set(allowed, [only], False)
+            _set(allowed, [self._first_letters[only]], True)
         _set(allowed, self._tags, False)
-        _set(allowed, self._ends, self._matcher.is_accepting())
+        _set(allowed, self._ends, may_end)
         if not self._begun:
             _set(allowed, [self._think], True)
         return allowed
@@ -159,3 +178,18 @@ def _set(mask: Mask, ids: list[int], value: bool) -> None:
     for token in ids:
         bit = np.uint32(1 << token % 32)
         bits[token // 32] = bits[token // 32] | bit if value else bits[token // 32] & ~bit
+
+
+def _only(mask: Mask) -> int:
+    """The one id that is set; -1 where there are others, or none."""
+    if np.count_nonzero(mask) != 1:
+        return -1
+    word = int(np.flatnonzero(mask)[0])
+    bits = int(mask.view(np.uint32)[word])
+    return word * 32 + bits.bit_length() - 1 if bits.bit_count() == 1 else -1
+
+
+def _first_letters(tokenizer_json: str, tokenizer: LLTokenizer) -> dict[int, int]:
+    added = json.loads(tokenizer_json).get("added_tokens") or []
+    names = {entry["id"]: entry["content"] for entry in added if tokenizer.is_special_token(entry["id"])}
+    return {token: tokenizer.tokenize_bytes(name[:1].encode())[0] for token, name in names.items()}

@@ -17,35 +17,18 @@ from megatron_multiverse.server import refused, shapes
 from megatron_multiverse.server.answer import Piece, answer_texts
 from megatron_multiverse.server.batch import Asked
 from megatron_multiverse.server.body import check_others, read_fields
+from megatron_multiverse.server.chat_fields import ChatFields
 from megatron_multiverse.server.choices import ChoiceAnswer
 from megatron_multiverse.server.errors import refuse
-from megatron_multiverse.server.fields import Count, GenerationFields
 from megatron_multiverse.server.logprobs import TokenLogprobs, chat_object, of_answer
-from megatron_multiverse.server.messages import Message
+from megatron_multiverse.server.messages import Message, plain_turns
 from megatron_multiverse.server.model import ServedModel
+from megatron_multiverse.server.tool_calls import CLOSE, CallReader, read_calls
 
 router = APIRouter()
 
 TEMPLATE_NAMES = frozenset({"messages", "conversations", "chat_template", "documents", "tools"})
 """Names that the template itself is given."""
-
-
-class ChatFields(GenerationFields):
-    """Fields of the route."""
-
-    is_chat = True
-    messages: list[Message]
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
-    top_logprobs: Count | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    prevent_retokenization: bool | None = None
-    return_tokenized_data: bool | None = None
-    return_raw_text: bool | None = None
-    add_BOS: bool | None = None
 
 
 @router.post("/v1/chat/completions")
@@ -56,6 +39,7 @@ async def chat_completions(request: Request) -> Response:
     model, limits = request.app.state.model, request.app.state.config.limits
     fields.check(model, limits)
     check_others(fields, refused.CHAT)
+    fields.check_tools()
     if (fields.top_logprobs or 0) > limits.max_logprobs:
         raise refuse("top_logprobs", f"{fields.top_logprobs} asked for, at most {limits.max_logprobs} are allowed")
     if fields.top_logprobs and not fields.logprobs:
@@ -92,10 +76,12 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> tuple[list[int]
     if not fields.messages:
         raise refuse("messages", "empty; give at least one message")
     variables = _template_variables(fields)
-    messages = [message.plain() for message in fields.messages]
+    messages = plain_turns(fields.messages)
     if any("tool_calls" in message for message in messages) and "tool_calls" not in model.template:
         raise refuse("messages", "a turn with tool_calls, which the chat template of the model does not show")
     text = await model.render(messages, variables)
+    if fields.tool_use.functions and text == await model.render(messages, variables | {"tools": None}):
+        raise refuse("tools", "the chat template of the model does not show them; serve it with one that does")
     kept = _kept_ids(fields, model)
     spans: list[tuple[int, int]] = []
     if kept is None:
@@ -119,9 +105,9 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> tuple[list[int]
         goes_on = variables["continue_final_message"] and count == len(messages)
         parts = {"add_generation_prompt": False, "continue_final_message": goes_on}
         before = await model.render(messages[:count], variables | parts)
-        content = messages[count - 1]["content"]
-        end = before.rfind(content) + len(content)
-        if not content or not text.startswith(before) or end < len(content):
+        last = CLOSE if "tool_calls" in messages[count - 1] else messages[count - 1]["content"]
+        end = before.rfind(last) + len(last)
+        if not last or not text.startswith(before) or end < len(last):
             raise refuse("messages", "this chat template changes earlier turns; set prevent_retokenization to false")
         ids = known + (await model.tokenize([text[end:]]))[0]
         if fields.ours.replay_structure:
@@ -144,6 +130,8 @@ def _template_variables(fields: ChatFields) -> dict[str, Any]:
         )
     variables["add_generation_prompt"] = not goes_on and fields.add_generation_prompt is not False
     variables["continue_final_message"] = goes_on
+    if fields.tool_use.functions:
+        variables["tools"] = fields.tool_use.shown
     return variables
 
 
@@ -163,7 +151,8 @@ def _kept_ids(fields: ChatFields, model: ServedModel) -> tuple[int, list[int]] |
         return None
     for count in range(len(fields.messages), 0, -1):
         message = fields.messages[count - 1]
-        if message.role == "assistant" and message.content:  # an empty one stands nowhere in the text
+        # An empty one stands nowhere in the text.
+        if message.role == "assistant" and (message.content or message.tool_calls):
             if message.prompt_token_ids is None or message.generation_token_ids is None:
                 return None
             ids = [*message.prompt_token_ids, *message.generation_token_ids]
@@ -184,10 +173,19 @@ class _Answer(ChoiceAnswer[ChatFields]):
     id_prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
     has_one_prompt = True
 
+    def __init__(self, request: Request, fields: ChatFields, prompts: Sequence[Sequence[int]]) -> None:
+        super().__init__(request, fields, prompts)
+        self._readers: dict[int, CallReader] = {}  # of the choices of a stream, where calls are read in them
+
     def whole(self, index: int, result: Result) -> dict[str, Any]:
         split = self.fields.splits_thought
         content, thought = answer_texts(result, self.model.tokenizer, split=split)
         message: dict[str, Any] = {"role": "assistant", "content": content}
+        calls = False
+        if self.fields.tool_use.may_call:
+            content, called = read_calls(content, self.fields.tool_use.most_calls)
+            if calls := bool(called):
+                message |= {"content": content or None, "tool_calls": [call.whole() for call in called]}
         if split:
             message["reasoning_content"] = thought
         if self.fields.return_tokenized_data or self.fields.prevent_retokenization:
@@ -196,7 +194,8 @@ class _Answer(ChoiceAnswer[ChatFields]):
         if self.fields.return_raw_text:
             message["raw_text"] = self.model.tokenizer.detokenize([*result.prompt_ids, *result.token_ids])
         logprobs = self._logprobs(of_answer(result))
-        return self.choice(index, {"message": message}, ids=result.token_ids, logprobs=logprobs, result=result)
+        choice = self.choice(index, {"message": message}, ids=result.token_ids, logprobs=logprobs, result=result)
+        return _finished(choice, calls=calls)
 
     async def opening(self, index: int) -> dict[str, Any]:
         return self.choice(index, {"delta": {"role": "assistant", "content": ""}})  # the role stands only here
@@ -206,18 +205,37 @@ class _Answer(ChoiceAnswer[ChatFields]):
         delta: dict[str, Any] = {}
         if piece.thought:
             delta["reasoning_content"] = piece.thought
+        text, calls, num_calls = self._read(piece)
+        if calls:
+            delta["tool_calls"] = calls
         tells_tokens = self.fields.logprobs or self.fields.return_token_ids
-        if piece.text or piece.branch is not None or (tells_tokens and piece.tokens):
-            delta["content"] = piece.text
+        if text or piece.branch is not None or (tells_tokens and piece.tokens):
+            delta["content"] = text
         choices = []
         if delta:
             content = {"delta": delta} | shapes.branch_label(piece)
             choices.append(self.choice(piece.index, content, ids=piece.ids, logprobs=self._logprobs(piece.tokens)))
         if piece.result is not None:
-            choices.append(self.choice(piece.index, {"delta": {}}, result=piece.result))
+            choices.append(_finished(self.choice(piece.index, {"delta": {}}, result=piece.result), calls=num_calls > 0))
         return choices
+
+    def _read(self, piece: Piece) -> tuple[str, list[dict[str, Any]], int]:
+        """(what is new of the content, what is new of calls, calls so far)."""
+        use = self.fields.tool_use
+        if not use.may_call:
+            return piece.text, [], 0
+        reader = self._readers.setdefault(piece.index, CallReader(early=True, most=use.most_calls))
+        text, calls = reader.push(piece.text)
+        if piece.result is not None:
+            text += reader.finish()
+        return text, [call.delta() for call in calls], reader.num_calls
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         if not self.fields.logprobs:
             return None
         return chat_object(entries, self.model.tokenizer, as_ids=bool(self.fields.return_tokens_as_token_ids))
+
+
+def _finished(choice: dict[str, Any], *, calls: bool) -> dict[str, Any]:
+    """The last choice of an answer: one that ended by itself with calls waits for their results."""
+    return choice | {"finish_reason": "tool_calls"} if calls and choice["finish_reason"] == "stop" else choice

@@ -9,16 +9,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from megatron_multiverse.server.body import Fields, check_others, read_fields
+from megatron_multiverse.server.chat_fields import ChatFields
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.messages import Message
 from megatron_multiverse.server.model import ServedModel
 from megatron_multiverse.server.refused import Refused
-from megatron_multiverse.server.routes.chat import ChatFields, chat_prompt
+from megatron_multiverse.server.routes.chat import chat_prompt
+from megatron_multiverse.server.tools import Tool
 
 router = APIRouter()
 
 
-REFUSED: Refused = {"chat_template": (), "mm_processor_kwargs": ({},), "tools": ([],)}
+REFUSED: Refused = {"chat_template": (), "mm_processor_kwargs": ({},)}
 """Fields of vLLM's route that are not served."""
 
 
@@ -27,6 +29,7 @@ class TokenizeFields(Fields):
 
     prompt: str | None = None
     messages: list[Message] | None = None
+    tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -68,7 +71,8 @@ async def tokenize(request: Request) -> Response:
         raise refuse("prompt", f"give either prompt or messages; {count} is given")
     if fields.messages is not None:
         names = ("add_special_tokens", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-        asked = ChatFields(messages=fields.messages, **{name: getattr(fields, name) for name in names})
+        given = {name: getattr(fields, name) for name in ("tools", *names)}
+        asked = ChatFields(messages=fields.messages, **given)
         ids, _ = await chat_prompt(asked, model)
     else:
         begin = model.tokenizer.special_tokens().get("bos_token", "") if fields.add_special_tokens else ""
