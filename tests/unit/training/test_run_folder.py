@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -36,6 +37,8 @@ class Folder(RunFolder):
 
 class Written:
     """Nothing is left to be done in the background."""
+
+    seconds: ClassVar[dict[str, float]] = {}
 
     def is_running(self) -> bool:
         return False
