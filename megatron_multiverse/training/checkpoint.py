@@ -57,6 +57,7 @@ def begin_saving(state: TrainState, folder: Path) -> StateWriting:
     state.host.reuse()
     with device_neutral_cuda():
         parts = state.engine.state(host=state.host)
+        state.host.wait()  # megatron-core may read what lies on the host
         gathered_s = time.perf_counter() - started
         writing = begin_writing({**parts, **run}, folder, state.host)
     writing.seconds["gather_s"] = gathered_s
