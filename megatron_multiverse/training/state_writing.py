@@ -28,7 +28,7 @@ import torch
 import xxhash
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
@@ -42,9 +42,9 @@ Bucket = tuple[str, str, tuple[list[Any], list[tuple[Any, Tensor]]]]
 """What megatron-core calls the content of one file: its path, its name, and (objects, tensors)."""
 
 _FORK = multiprocessing.get_context("fork")
-_FILES = 4
-"""Files of each rank, each written by a process of its own: one process comes to about 1 GB/s, since torch.save works
-out a CRC32 of all that it writes. The number is fixed, so that what a rank writes does not depend on the machine."""
+_FILES, _FILE_BYTES = range(2, 4 + 1), 1 << 29
+"""How many files a rank writes, and from how many bytes on it takes one more. Each is written by a process of its own,
+which comes to about 1 GB/s, since torch.save works out a CRC32 of all that it writes."""
 _END_S = 10.0
 """Seconds for a process to end; one that waits for a disk does not even when it is killed, and the run must."""
 
@@ -68,10 +68,11 @@ def begin_writing(state: dict[str, Any], folder: Path, host: HostMemory) -> Stat
     # Otherwise megatron-core starts a server process to have such a queue, which outlives a SIGKILL.
     results: queue.Queue[Any] = queue.Queue()
     filesystem_async._results_queue = results
-    options["sharded_strategy"] = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=_FILES)
     with device_neutral_cuda(), quiet(), hold_signals():
         started = time.perf_counter()
-        _give_own_storages(state, host)
+        size = _give_own_storages(state, host)
+        files = min(max(size // _FILE_BYTES, _FILES[0]), _FILES[-1])
+        options["sharded_strategy"] = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=files)
         request = dist_checkpointing.save(state, str(folder), **options)
         writing = StateWriting(request, results, host)
         writing.seconds["plan_s"] = (
@@ -80,13 +81,21 @@ def begin_writing(state: dict[str, Any], folder: Path, host: HostMemory) -> Stat
         return writing
 
 
-def _give_own_storages(state: dict[str, Any], host: HostMemory) -> None:
+def _give_own_storages(state: dict[str, Any], host: HostMemory) -> int:
     """Let tensors on the host that are views, such as the halves of a gated MLP, have a storage of their own size in
-    the same memory: torch.save writes whole storages, so that megatron-core would copy them first."""
+    the same memory: torch.save writes whole storages, so that megatron-core would copy them first.
+
+    Returns:
+        Bytes of all tensors that this rank writes.
+    """
     apply_factories(state)
+    size = 0
     for value in nested_values(state):
-        if isinstance(value, ShardedTensor) and _is_plain(value.data, host):
-            value.data = torch.from_numpy(value.data.detach().view(torch.uint8).numpy()).view(value.data.dtype)
+        if isinstance(value, ShardedTensor) and is_main_replica(value.replica_id):
+            size += value.data.numel() * value.data.itemsize
+            if _is_plain(value.data, host):
+                value.data = torch.from_numpy(value.data.detach().view(torch.uint8).numpy()).view(value.data.dtype)
+    return size
 
 
 def _is_plain(tensor: Tensor, host: HostMemory) -> bool:
