@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for every GPU of the process."""
+_SHARED = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+"""With pages from the start, so that what CUDA pins are those that other processes see."""
 
 
 class HostMemory:
@@ -89,22 +91,26 @@ class HostMemory:
         return number >= 0 and place < self._places[number][1]
 
     def _new(self, size: int, device: torch.device) -> Tensor:
-        block = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)  # which keeps the mapping alive
+        mapped = mmap.mmap(-1, size, flags=_SHARED)
+        block = torch.frombuffer(mapped, dtype=torch.uint8)  # which keeps the mapping alive
         start = block.data_ptr()
         bisect.insort(self._places, (start, start + size))
         if device.type == "cuda" and self._can_pin:
             self._pin(start, size)
+            if hasattr(mmap, "MADV_DOFORK"):  # drivers may keep what they pin from forked processes, as ROCm's does
+                mapped.madvise(mmap.MADV_DOFORK)
         return block
 
     def _pin(self, start: int, size: int) -> None:
-        error = int(torch.cuda.cudart().cudaHostRegister(start, size, _PORTABLE))  # type: ignore[no-untyped-call]
+        whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        error = int(torch.cuda.cudart().cudaHostRegister(start, whole, _PORTABLE))  # type: ignore[no-untyped-call]
         if error == 0:
             self._pinned.append(start)
             return
         self._can_pin = False
         logger.warning(
             "host memory for checkpoints cannot be pinned (CUDA error %d for %d bytes): copies from the GPU are right, "
-            "but several times slower; raise the limit of the container on locked memory",
+            "but several times slower; see that the host and the limits of its containers leave so much memory",
             error,
             size,
         )
