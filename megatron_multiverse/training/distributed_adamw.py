@@ -155,7 +155,8 @@ class DistributedAdamW:
                 if isinstance(self.adamw, torch.optim.AdamW):
                     state.setdefault("step", torch.zeros((), dtype=torch.float32, device=owned.device))
                 for name in MOMENTS:
-                    state.setdefault(name, torch.zeros_like(owned.data))
+                    if name not in state:
+                        state[name] = torch.zeros_like(owned.data)
 
     @torch.no_grad()
     def _gathered(self, name: str, host: HostMemory) -> dict[Parameter, Tensor]:
