@@ -1,12 +1,14 @@
 """How long a training run stands still for a checkpoint: one that it waits for, and one written beside the next steps.
 
     python -m benchmarks.bench_checkpoint --folder SCRATCH
-    python -m benchmarks.bench_checkpoint --folder SCRATCH --device cuda --model qwen2.5-7b --num-layers 2 --tokens 8192
+    python -m benchmarks.bench_checkpoint --folder SCRATCH --device cuda --model qwen2.5-7b --num-layers 2 \
+        --tokens 8192 --interval 300
 
 Trains a fresh model, by default of 110 million parameters on the CPU, with and without `checkpoint.async_save`, in
-turns, and reads from metrics.jsonl what a checkpoint cost. Beside it stand a step before it and the one after it, while
-files are written: writers take cores, too, and pages that training changes meanwhile are copied. All that is written is
-deleted.
+turns, and reads from metrics.jsonl what the second checkpoint of a run cost, and where its time went; the first one
+makes memory that later ones find, and is given apart (`first_...`). Beside it stand a step before it and the one after
+it, while files are written: writers take cores, too, and pages that training changes meanwhile are copied. In
+`plain_write_s` the disk takes the same bytes without any checkpoint around them. All that is written is deleted.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,12 +35,14 @@ from benchmarks.training_rows import PackedRows
 from megatron_multiverse.checkpoints.run_files import METRICS_FILE
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import ModelConfig, TrainConfig
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.training.trainer import train
 
-SAVE_INTERVAL, STEPS = 4, 7
-"""The checkpoint of step 4 is looked at. That of the last step is waited for in either way."""
+PHASES = ("begin_s", "gather_s", "plan_s", "copy_s", "fork_s", "write_s", "finish_s")
+"""Parts of a save, see `training.saver.Saver`."""
+PIECE = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,8 @@ class Options:
     """Ids of it."""
     tokens: int = 128
     """Tokens of a step."""
+    interval: int = 6
+    """Steps between two checkpoints, at least 3: so many that one is written before the next begins."""
     output: str = ""
     """Write the figures here as JSON."""
     commit: str = ""
@@ -75,40 +83,77 @@ def shape(o: Options) -> ModelConfig:
 
 
 def run(o: Options, engine: str, is_async: bool) -> dict[str, Any]:
-    """Train, and say what its first checkpoint cost, in seconds."""
+    """Train, and say what its checkpoints cost, in seconds.
+
+    Raises:
+        ConfigError: a checkpoint written beside the training was not done when the next one began, so that its waiting
+            tells nothing.
+    """
     folder = Path(o.folder) / f"{engine}_{'beside' if is_async else 'waiting'}"
     config = TrainConfig.from_dict(
         {
             "model": dataclasses.asdict(shape(o)),
             "data": {"data_prefixes": ["none"], "seq_length": o.tokens},
-            "checkpoint": {"save": str(folder), "save_interval": SAVE_INTERVAL, "keep_last": 1, "async_save": is_async},
-            "log": {"log_interval": 1}, "train_iters": STEPS, "engine": engine, "device": o.device,
+            "checkpoint": {"save": str(folder), "save_interval": o.interval, "keep_last": 1, "async_save": is_async},
+            "log": {"log_interval": 1}, "train_iters": 3 * o.interval - 1, "engine": engine, "device": o.device,
             "dtype": "bf16" if o.device == "cuda" else "float32",
         }
     )  # fmt: skip
     train(config, PackedRows("packed", o.tokens, TAG_IDS[0], 0, 1))
     rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-    size = sum(file.stat().st_size for file in folder.glob("iter_*/*"))
+    files = list(folder.glob("iter_*/*"))
+    size, parts = sum(file.stat().st_size for file in files), sum(file.suffix == ".distcp" for file in files)
     shutil.rmtree(folder)
-    kinds = [row["kind"] for row in rows]
-    saved = rows[kinds.index("checkpoint")]
+    first, second, _ = [row for row in rows if row["kind"] == "checkpoint"]
+    for row in (first, second) if is_async else ():
+        steps_beside = sum(
+            other["kind"] == "train" and other["step"] > row["step"] for other in rows[: rows.index(row)]
+        )
+        if steps_beside >= o.interval - (row is second):
+            raise ConfigError(
+                f"the checkpoint of step {row['step']} took {row['save_s']:.1f} s and was not written when the next "
+                f"one began: its waiting says nothing; raise --interval above {o.interval}"
+            )
     steps = {row["step"]: row["step_time_s"] for row in rows if row["kind"] == "train"}
     return {
         "engine": engine,
         "async_save": is_async,
         "parameters": rows[0]["parameters"],
         "gigabytes": size / 1e9,
-        "wait_s": saved["wait_s"],
-        "save_s": saved["save_s"],
-        "step_s": statistics.median(steps[number] for number in range(2, SAVE_INTERVAL + 1)),
-        "next_step_s": steps[SAVE_INTERVAL + 1],
+        "files": parts,
+        **{name: second[name] for name in ("wait_s", "save_s", *PHASES)},
+        **{f"first_{name}": first[name] for name in ("wait_s", "save_s", *PHASES)},
+        "step_s": statistics.median(steps[number] for number in range(2, o.interval + 1)),
+        "next_step_s": steps[2 * o.interval + 1],
     }
+
+
+def plain_write(folder: Path, size: int, files: int) -> float:
+    """Seconds in which the disk takes `size` bytes in so many files at a time, from memory that is there already."""
+    piece = os.urandom(PIECE)
+
+    def write(number: int) -> None:
+        with open(folder / f"plain_{number}", "wb", buffering=0) as stream:
+            for place in range(0, size // files, PIECE):
+                stream.write(memoryview(piece)[: size // files - place])
+            os.fsync(stream.fileno())
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(files) as pool:
+        list(pool.map(write, range(files)))
+    took = time.perf_counter() - started
+    for number in range(files):
+        (folder / f"plain_{number}").unlink()
+    return took
 
 
 def measure(o: Options) -> dict[str, Any]:
     """All runs, and for each kind the medians."""
     kinds = [(engine, is_async) for engine in ("one_process", "megatron") for is_async in (False, True)]
-    runs = [run(o, *kind) for _ in range(o.rounds) for kind in kinds]
+    runs, plain = [], []
+    for _ in range(o.rounds):
+        runs += [run(o, *kind) for kind in kinds]
+        plain.append(plain_write(Path(o.folder), int(1e9 * runs[-1]["gigabytes"]), runs[-1]["files"]))
     placeholders = {o.folder: "SCRATCH", o.output: "OUTPUT"}
     arguments = [placeholders.get(argument, argument) for argument in sys.argv[1:]]
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -121,10 +166,13 @@ def measure(o: Options) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "benchmarks.bench_checkpoint", *arguments]),
         "parameters": runs[0]["parameters"],
         "gigabytes": runs[0]["gigabytes"],
+        "files": runs[0]["files"],
+        "plain_write_s": statistics.median(plain),
+        "plain_write_s_runs": plain,
     }
     for engine, is_async in kinds:
         same = [row for row in runs if (row["engine"], row["async_save"]) == (engine, is_async)]
-        names = ("wait_s", "save_s", "step_s", "next_step_s")
+        names = [name for name in same[0] if name.endswith("_s")]
         values = {name: [row[name] for row in same] for name in names}
         medians = {name: statistics.median(value) for name, value in values.items()}
         found[f"{engine}_{'beside' if is_async else 'waiting'}"] = medians | {"wait_s_runs": values["wait_s"]}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
@@ -17,6 +18,7 @@ from megatron_multiverse.checkpoints.formats.torch_dist import TorchDistReader
 from megatron_multiverse.errors import CheckpointError, MultiverseError
 from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.training.engine import TrainEngine
+from megatron_multiverse.training.host_memory import HostMemory
 from megatron_multiverse.training.microbatches import Position
 from megatron_multiverse.training.seeds import rng_state, set_rng_state
 from megatron_multiverse.training.state_writing import StateWriting, begin_writing, quiet
@@ -32,10 +34,14 @@ class TrainState:
     """Optimizer steps done."""
     consumed_samples: int = 0
     """Packed rows trained on so far, over all ranks."""
+    host: HostMemory = field(default_factory=HostMemory)
+    """Where checkpoints of it are copied to; one at a time."""
 
 
 def begin_saving(state: TrainState, folder: Path) -> StateWriting:
     """Begin to write the state, as it is now, into a folder; training may go on before it is written.
+
+    What was begun before must have come to its end.
 
     Raises:
         CheckpointException: megatron-core or torch could not do it. Not a subclass of Exception: see `explained`.
@@ -47,8 +53,15 @@ def begin_saving(state: TrainState, folder: Path) -> StateWriting:
         "rng_state": rng_state(),
         "data_loader": state.loader.state_dict(),
     }
+    started = time.perf_counter()
+    state.host.reuse()
     with device_neutral_cuda():
-        return begin_writing({**state.engine.state(), **run}, folder)
+        parts = state.engine.state(host=state.host)
+        state.host.wait()  # megatron-core may read what lies on the host
+        gathered_s = time.perf_counter() - started
+        writing = begin_writing({**parts, **run}, folder, state.host)
+    writing.seconds["gather_s"] = gathered_s
+    return writing
 
 
 def save_state(state: TrainState, folder: Path) -> None:

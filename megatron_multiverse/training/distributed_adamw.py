@@ -19,6 +19,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from torch import Tensor, distributed, nn
 
 from megatron_multiverse.config import OptimConfig
+from megatron_multiverse.training.host_memory import HostMemory
 from megatron_multiverse.training.optim import build_optimizer
 from megatron_multiverse.training.sharded_state import MOMENTS, set_adamw_steps, with_data
 
@@ -89,14 +90,17 @@ class DistributedAdamW:
         device: torch.device = self.mcore.buffers[0].grad_data.device
         return device
 
-    def sharded_state(self, model_state: dict[str, Any], *, is_loading: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    def sharded_state(
+        self, model_state: dict[str, Any], host: HostMemory | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Weights and moments as sharded tensors, named as those of one process: float32, whole parameters.
 
-        Each range is gathered from its owner to the first data parallel rank, which writes.
+        Each range is gathered from its owner to the first data parallel rank, which writes. Where there is one such
+        rank, these are the optimizer's own tensors.
 
         Args:
             model_state: of the model, see `sharded_state.model_state`; its weights are replaced by float32 ones.
-            is_loading: give tensors to be filled.
+            host: what is gathered is copied there, complete after its `wait`; None: give tensors to be filled.
 
         Returns:
             The state of the model, and of the optimizer.
@@ -106,7 +110,7 @@ class DistributedAdamW:
         weights: dict[str, Any] = {}
         moments: dict[str, Any] = {}
         for name in (WEIGHT, *MOMENTS):
-            values = self._to_fill() if is_loading else self._gathered(name)
+            values = self._to_fill() if host is None else self._gathered(name, host)
             for number, (parameter, value) in enumerate(values.items()):
                 sharded = by_parameter[id(parameter)]
                 if name == WEIGHT:
@@ -118,7 +122,7 @@ class DistributedAdamW:
         return weights, moments
 
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: float) -> None:
-        """Take over filled tensors of `sharded_state(is_loading=True)`.
+        """Take over filled tensors of `sharded_state` without `host`.
 
         Args:
             weights: of whole parameters.
@@ -151,16 +155,20 @@ class DistributedAdamW:
                 if isinstance(self.adamw, torch.optim.AdamW):
                     state.setdefault("step", torch.zeros((), dtype=torch.float32, device=owned.device))
                 for name in MOMENTS:
-                    state.setdefault(name, torch.zeros_like(owned.data))
+                    if name not in state:
+                        state[name] = torch.zeros_like(owned.data)
 
     @torch.no_grad()
-    def _gathered(self, name: str) -> dict[Parameter, Tensor]:
+    def _gathered(self, name: str, host: HostMemory) -> dict[Parameter, Tensor]:
         """One kind of float32 tensor of every parameter of this rank's model.
 
-        On the first data parallel rank whole tensors on the host, each in memory of its own, so that nobody copies them
-        again; on the others stand-ins that take no memory.
+        On the first data parallel rank whole tensors on the host; on the others stand-ins that take no memory. A single
+        rank has them whole already.
         """
         self._make_moments()
+        if self.mcore.data_parallel_group.size() == 1:
+            owned = {p: self.mcore._get_main_param_and_optimizer_states(p)[name] for p in self._parameters()}
+            return {parameter: value.view(parameter.shape) for parameter, value in owned.items()}
         values: dict[Parameter, Tensor] = {}
         for buffer, ranges in zip(self.mcore.buffers, self.mcore.gbuf_ranges, strict=True):
             (of_buckets,) = ranges.values()
@@ -171,7 +179,7 @@ class DistributedAdamW:
                         values[parameter] = torch.zeros(()).expand(parameter.shape)
                         continue
                     start, end, _ = buffer.param_index_map[parameter]
-                    value = _on_host(parts, start - bucket.offset, end - bucket.offset)
+                    value = _on_host(parts, start - bucket.offset, end - bucket.offset, host)
                     values[parameter] = value.view(parameter.shape)
         return {parameter: values[parameter] for parameter in self._parameters()}
 
@@ -183,19 +191,17 @@ class DistributedAdamW:
         for parameter, ranges in owned.items():
             place = ranges["gbuf_local"]
             mine[place.start : place.end] = self.mcore._get_main_param_and_optimizer_states(parameter)[name]
-        if group.size() == 1:
-            return [mine]
         parts = [torch.empty_like(mine) for _ in range(group.size())] if group.rank() == 0 else None
         distributed.gather(mine, parts, group=group, group_dst=0)
         return parts
 
 
-def _on_host(parts: Sequence[Tensor], start: int, end: int) -> Tensor:
+def _on_host(parts: Sequence[Tensor], start: int, end: int, host: HostMemory) -> Tensor:
     """The elements from start to end of equal parts that lie one after the other, copied once."""
     size = parts[0].numel()
-    found = torch.empty(end - start, dtype=torch.float32)
+    found = host.empty((end - start,), torch.float32, parts[0].device)
     for number, part in enumerate(parts):
         first, last = max(start, number * size), min(end, (number + 1) * size)
         if first < last:
-            found[first - start : last - start] = part[first - number * size : last - number * size]
+            host.fill(found[first - start : last - start], part[first - number * size : last - number * size])
     return found

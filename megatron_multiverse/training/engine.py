@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig
+from megatron_multiverse.training.host_memory import HostMemory
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Loader, Microbatch
 from megatron_multiverse.training.phases import PhaseClock
@@ -128,7 +129,7 @@ class TrainEngine(Protocol):
         """
         ...
 
-    def state(self, *, is_loading: bool = False) -> dict[str, Any]:
+    def state(self, *, is_loading: bool = False, host: HostMemory | None = None) -> dict[str, Any]:
         """All that the steps change, for megatron-core's `dist_checkpointing`: sharded tensors and plain values.
 
         Tensors are placed in the whole model, so that a checkpoint fits other parallel sizes and other engines. This
@@ -138,6 +139,8 @@ class TrainEngine(Protocol):
         Args:
             is_loading: the tensors are about to be filled from a checkpoint, which need not hold what only other
                 engines or layers ask for.
+            host: where to copy tensors that are put together for this; they are complete after its `wait`. Other
+                tensors may be those of the engine, which the next step changes. Default: memory of its own.
         """
         ...
 

@@ -26,6 +26,7 @@ from megatron_multiverse.training.engine import StepResult
 from megatron_multiverse.training.flops import peak_tflops
 from megatron_multiverse.training.forward import LossFunction, arithmetic
 from megatron_multiverse.training.gathered_model import save_gathered
+from megatron_multiverse.training.host_memory import HostMemory
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Documents, Microbatch
 from megatron_multiverse.training.optim import NonFiniteGuard, build_scheduler, warn_of_another_schedule
@@ -153,10 +154,10 @@ class MegatronEngine:
             if placer is not None:
                 placer.report(self.scheduler.num_steps, metrics)
 
-    def state(self, *, is_loading: bool = False) -> dict[str, Any]:
+    def state(self, *, is_loading: bool = False, host: HostMemory | None = None) -> dict[str, Any]:
         """See `TrainEngine.state`."""
         models = {str(number): sharded_state.model_state(model) for number, model in enumerate(self.models)}
-        weights, moments = self.optimizer.sharded_state(models, is_loading=is_loading)
+        weights, moments = self.optimizer.sharded_state(models, None if is_loading else host or HostMemory())
         if is_loading:
             return {"model": weights, "optimizer": moments}
         extras = {

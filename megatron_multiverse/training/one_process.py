@@ -25,6 +25,7 @@ from megatron_multiverse.training.forward import (
     masked_loss_sum,
     validate,
 )
+from megatron_multiverse.training.host_memory import HostMemory
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Documents, Microbatch
 from megatron_multiverse.training.optim import (
@@ -110,8 +111,8 @@ class OneProcessEngine:
             if placer is not None:
                 placer.report(self.scheduler.num_steps, metrics)
 
-    def state(self, *, is_loading: bool = False) -> dict[str, Any]:
-        """See `TrainEngine.state`."""
+    def state(self, *, is_loading: bool = False, host: HostMemory | None = None) -> dict[str, Any]:
+        """See `TrainEngine.state`. Puts no tensor together."""
         model = sharded_state.model_state(self.model)
         optimizer = sharded_state.adamw_state(self.optimizer, model)
         if is_loading:

@@ -1,8 +1,9 @@
-"""Which checkpoints are whole, and which folders hold nothing but what this trainer wrote."""
+"""Which checkpoints are whole, which folders hold nothing but what this trainer wrote, how these are deleted."""
 
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 
 from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, TOKENIZER_RECORD_FILE, TRAIN_CONFIG_FILE
@@ -32,3 +33,38 @@ def foreign_file(folder: Path) -> str | None:
     if entries and not (folder / TRAIN_CONFIG_FILE).is_file():
         return f"it has no {TRAIN_CONFIG_FILE}, which the trainer writes into each of its checkpoints"
     return None
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder of ours. What proves it to be ours goes last, since a crash may come in between."""
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == TRAIN_CONFIG_FILE):
+        file.unlink()
+    folder.rmdir()
+
+
+class Clearing(threading.Thread):
+    """Deletes folders of ours in a thread, which begins at once: a disk takes its time for large files.
+
+    Args:
+        folders: what is deleted.
+    """
+
+    def __init__(self, folders: list[Path]) -> None:
+        super().__init__(name="delete old checkpoints")
+        self._folders = folders
+        self._failure: OSError | None = None
+        self.start()
+
+    def run(self) -> None:
+        """In the thread."""
+        try:
+            for folder in self._folders:
+                remove(folder)
+        except OSError as error:
+            self._failure = error
+
+    def result(self) -> None:
+        """Wait for it. Raises OSError if a folder cannot be deleted."""
+        self.join()
+        if self._failure is not None:
+            raise self._failure

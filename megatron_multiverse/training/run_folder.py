@@ -24,7 +24,6 @@ from typing import IO
 from megatron_multiverse.checkpoints.run_files import (
     ITERATION_GLOB,
     POINTER_FILE,
-    TRAIN_CONFIG_FILE,
     iteration_folder,
     step_of,
 )
@@ -35,7 +34,7 @@ from megatron_multiverse.files import flush, write_text_atomic
 from megatron_multiverse.parallel.ranks import Ranks
 from megatron_multiverse.training.checkpoint import TrainState, begin_saving, explained, load_state
 from megatron_multiverse.training.description import RunDescription
-from megatron_multiverse.training.own_files import foreign_file, is_complete
+from megatron_multiverse.training.own_files import Clearing, foreign_file, is_complete, remove
 from megatron_multiverse.training.state_writing import StateWriting
 
 logger = logging.getLogger(__name__)
@@ -82,6 +81,9 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self._told: set[Path] = set()
         self._saving: _Saving | None = None
+        self._clearing: Clearing | None = None
+        self.seconds: dict[str, float] = {}
+        """Of the phases of the last checkpoint in force, on this rank."""
 
     def __enter__(self) -> RunFolder:
         self.start_step = self.ranks.first(self._enter)
@@ -110,6 +112,10 @@ class RunFolder:
             logger.warning("the save of %s is given up", self.folder_of(self._saving.step))
             self._saving.writing.abort()
             self._saving = None
+        try:
+            self._wait_for_clearing()
+        except OSError as error:  # the next run clears it away
+            logger.warning("an old checkpoint in %s could not be deleted: %s", self.folder, error)
         if self._lock is not None:
             self._lock.close()  # which gives the lock back; the file stays, since another run may be waiting at it
 
@@ -239,9 +245,11 @@ class RunFolder:
             with self._explained(target):
                 while not self.is_written():  # not in one long collective, which has a timeout
                     time.sleep(_POLL_S)
+                started = time.perf_counter()
                 parts = self.ranks.gather_to_first(saving.writing.finish())
                 known = {name: value for part in parts for name, value in part.items()}
                 self.ranks.first(lambda: self._put_in_force(saving.partial, target, saving.step, known))
+            self.seconds = {**saving.writing.seconds, "finish_s": time.perf_counter() - started}
         finally:
             saving.writing.abort()  # nothing is left of it unless something else failed
             self._saving = None
@@ -254,6 +262,7 @@ class RunFolder:
 
     def _make_partial(self, target: Path, description: RunDescription) -> Path:
         """A folder for a checkpoint in the making, after what a crash left has been cleared away."""
+        self._wait_for_clearing()
         self._recover(None)
         for leftover in self._left_over("partial", "replaced"):
             self._delete(leftover)
@@ -312,24 +321,39 @@ class RunFolder:
         logger.warning("the last save of %s was cut off; what was complete is in force", target)
 
     def _prune(self, newest: int) -> None:
-        """Delete all but the newest `keep_last` checkpoints."""
+        """Delete all but the newest `keep_last` checkpoints, beside the training if they are written so."""
         if self.config.keep_last == 0:
             return
         steps = self.steps()
-        for step in [s for s in steps if s != newest][: max(0, len(steps) - self.config.keep_last)]:
-            self._delete(self.folder_of(step))
+        old = [s for s in steps if s != newest][: max(0, len(steps) - self.config.keep_last)]
+        aside = [folder for step in old if (folder := self._put_aside(self.folder_of(step))) is not None]
+        if self.config.async_save and aside:
+            self._clearing = Clearing(aside)
+            return
+        for folder in aside:
+            remove(folder)
 
     def _delete(self, folder: Path) -> None:
-        """Delete a checkpoint of ours; one that holds anything else stays, and the log says so once."""
+        """Delete a checkpoint of ours; one that holds anything else stays."""
+        if (aside := self._put_aside(folder)) is not None:
+            remove(aside)
+
+    def _put_aside(self, folder: Path) -> Path | None:
+        """Take its name from a checkpoint of ours, since a crash must not leave half of it under that; its folder then.
+        None for one that holds anything else: it stays, and the log says so once."""
         if (foreign := foreign_file(folder)) is None:
-            if step_of(folder.name) is not None:  # a crash must not leave half of it under its name
-                folder = folder.rename(folder.with_name(folder.name + ".partial"))
-            for file in sorted(folder.iterdir(), key=lambda file: file.name == TRAIN_CONFIG_FILE):
-                file.unlink()  # what proves the folder to be ours goes last, since a crash may come in between
-            folder.rmdir()
-        elif folder not in self._told:
+            if step_of(folder.name) is None:
+                return folder
+            return folder.rename(folder.with_name(folder.name + ".partial"))
+        if folder not in self._told:
             self._told.add(folder)
             logger.warning("%s is not deleted: %s", folder, foreign)
+        return None
+
+    def _wait_for_clearing(self) -> None:
+        clearing, self._clearing = self._clearing, None
+        if clearing is not None:
+            clearing.result()
 
     def _check_ours(self, leftover: Path) -> None:
         if foreign := foreign_file(leftover):

@@ -18,7 +18,10 @@ class Saver:
 
     At most one checkpoint is being written at a time. Each that comes into force is a line of the log and one of
     metrics.jsonl, `"kind": "checkpoint"`, with the seconds from its begin until it was in force (`save_s`), and those
-    of them in which the loop stood still (`wait_s`).
+    of them in which the loop stood still (`wait_s`). The latter count until the state was copied and writers ran
+    (`begin_s`), what came when all was written (`finish_s`), and the rest of the writing where the next save or the
+    end of the run came before. Parts on the first rank: gathering the state from the ranks (`gather_s`), planning
+    (`plan_s`), copying from the GPU (`copy_s`), starting the writers (`fork_s`), and the slowest of them (`write_s`).
 
     Args:
         run: its folder.
@@ -81,7 +84,8 @@ class Saver:
         target = self._run.finish_save()
         took = time.perf_counter() - started
         wait_s, save_s = self._waited_s + took, time.perf_counter() - self._began
-        self._metrics.write("checkpoint", step, wait_s=wait_s, save_s=save_s)
+        parts = {"begin_s": self._waited_s, **self._run.seconds}
+        self._metrics.write("checkpoint", step, wait_s=wait_s, save_s=save_s, **parts)
         if self._run.config.async_save:
             logger.info("saved %s in %.1f s, in which training waited %.1f s", target, save_s, wait_s)
         else:

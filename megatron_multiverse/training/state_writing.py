@@ -4,7 +4,7 @@ megatron-core plans which rank writes what, and completes the checkpoint once al
 module takes the place of its own writers, which wait for ever where one of their processes is killed, and start a
 server process that outlives a killed run (both in `findings/`). Here the rank forks a process for each file. It sees
 memory as it was at the fork, whatever training changes afterwards, and tells through a pipe how it ended; the pipe of a
-process that is killed is closed, too.
+process that is killed is closed, too. What lies on a GPU is copied to kept memory before (host_memory.py).
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import io
 import logging
 import multiprocessing
 import queue
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -23,23 +25,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 
 from megatron_multiverse.checksums import checksum
 from megatron_multiverse.model.cpu import device_neutral_cuda
+from megatron_multiverse.training.host_memory import HostMemory
 from megatron_multiverse.training.signals import hold_signals
 
 Bucket = tuple[str, str, tuple[list[Any], list[tuple[Any, Tensor]]]]
 """What megatron-core calls the content of one file: its path, its name, and (objects, tensors)."""
 
 _FORK = multiprocessing.get_context("fork")
+_FILES, _FILE_BYTES = range(2, 4 + 1), 1 << 29
+"""How many files a rank writes, and from how many bytes on it takes one more. Each is written by a process of its own,
+which comes to about 1 GB/s, since torch.save works out a CRC32 of all that it writes."""
 _END_S = 10.0
 """Seconds for a process to end; one that waits for a disk does not even when it is killed, and the run must."""
 
 
-def begin_writing(state: dict[str, Any], folder: Path) -> StateWriting:
+def begin_writing(state: dict[str, Any], folder: Path, host: HostMemory) -> StateWriting:
     """Begin to write the state of a run; it may change as soon as this returns. All ranks call it.
 
     Waits for the copy of tensors that lie on a GPU.
@@ -47,6 +57,7 @@ def begin_writing(state: dict[str, Any], folder: Path) -> StateWriting:
     Args:
         state: sharded tensors and plain values, for megatron-core's `dist_checkpointing`.
         folder: an existing one, the same on all ranks.
+        host: where tensors are copied to that lie on a GPU; the state may have tensors of it.
 
     Raises:
         CheckpointException: megatron-core or torch could not do it. Not a subclass of Exception.
@@ -58,7 +69,37 @@ def begin_writing(state: dict[str, Any], folder: Path) -> StateWriting:
     results: queue.Queue[Any] = queue.Queue()
     filesystem_async._results_queue = results
     with device_neutral_cuda(), quiet(), hold_signals():
-        return StateWriting(dist_checkpointing.save(state, str(folder), **options), results)
+        started = time.perf_counter()
+        size = _give_own_storages(state, host)
+        files = min(max(size // _FILE_BYTES, _FILES[0]), _FILES[-1])
+        options["sharded_strategy"] = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=files)
+        request = dist_checkpointing.save(state, str(folder), **options)
+        writing = StateWriting(request, results, host)
+        writing.seconds["plan_s"] = (
+            time.perf_counter() - started - writing.seconds["copy_s"] - writing.seconds["fork_s"]
+        )
+        return writing
+
+
+def _give_own_storages(state: dict[str, Any], host: HostMemory) -> int:
+    """Let tensors on the host that are views, such as the halves of a gated MLP, have a storage of their own size in
+    the same memory: torch.save writes whole storages, so that megatron-core would copy them first.
+
+    Returns:
+        Bytes of all tensors that this rank writes.
+    """
+    apply_factories(state)
+    size = 0
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor) and is_main_replica(value.replica_id):
+            size += value.data.numel() * value.data.itemsize
+            if _is_plain(value.data, host):
+                value.data = torch.from_numpy(value.data.detach().view(torch.uint8).numpy()).view(value.data.dtype)
+    return size
+
+
+def _is_plain(tensor: Tensor, host: HostMemory) -> bool:
+    return tensor.is_cpu and tensor.dim() > 0 and tensor.is_contiguous() and not _changes(tensor, host)
 
 
 class StateWriting:
@@ -67,17 +108,24 @@ class StateWriting:
     Args:
         request: megatron-core's `AsyncRequest`: what this rank is to write, and how the checkpoint is completed.
         results: where megatron-core then looks for what was written.
+        host: where tensors are copied to that lie on a GPU.
+
+    Attributes:
+        seconds: of the phases on this rank, by their names in metrics.jsonl.
     """
 
-    def __init__(self, request: Any, results: queue.Queue[Any]) -> None:
+    def __init__(self, request: Any, results: queue.Queue[Any], host: HostMemory) -> None:
         self._request, self._results = request, results
+        self.seconds: dict[str, float] = {}
         buckets = request.async_fn_args[1] if request.async_fn_args else []
-        # Kept until all is written: a copy from a GPU lies in pinned memory, which a forked process shares.
-        self._staged = [_staged(bucket) for bucket in buckets]
-        if any(tensor.is_cuda for _, _, (_, tensors) in buckets for _, tensor in tensors):
-            torch.cuda.synchronize()
+        started = time.perf_counter()
+        staged = [_staged(bucket, host) for bucket in buckets]
+        host.wait()
+        self.seconds["copy_s"] = time.perf_counter() - started
+        started = time.perf_counter()
         transforms = request.async_fn.args[0] if buckets else None
-        self._writers = [_Writer(transforms, number, bucket) for number, bucket in enumerate(self._staged)]
+        self._writers = [_Writer(transforms, number, bucket) for number, bucket in enumerate(staged)]
+        self.seconds["fork_s"] = time.perf_counter() - started
 
     def is_running(self) -> bool:
         """Whether a file of this rank is still being written."""
@@ -94,10 +142,12 @@ class StateWriting:
         """
         written: dict[int, Any] = {}
         checksums: dict[str, str] = {}
+        self.seconds["write_s"] = 0.0
         failure = None
         try:
             for number, writer in enumerate(self._writers):
-                written[number], checksums[writer.file.name] = writer.result()
+                written[number], checksums[writer.file.name], seconds = writer.result()
+                self.seconds["write_s"] = max(self.seconds["write_s"], seconds)
         except RuntimeError as error:
             failure = error
         finally:
@@ -113,20 +163,20 @@ class StateWriting:
         """Kill what is still being written; what is there of it stays."""
         for writer in self._writers:
             writer.kill()
-        self._staged = []
 
 
-def _staged(bucket: Bucket) -> Bucket:
+def _staged(bucket: Bucket, host: HostMemory) -> Bucket:
     file, name, (objects, tensors) = bucket
-    return file, name, (objects, [(item, _on_host(tensor)) for item, tensor in tensors])
+    staged = [(item, host.copy(tensor) if _changes(tensor, host) else tensor) for item, tensor in tensors]
+    return file, name, (objects, staged)
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """The tensor in memory of which a forked process sees the state at the fork."""
-    if tensor.is_cuda:
-        return tensor.to("cpu", non_blocking=True)
+def _changes(tensor: Tensor, host: HostMemory) -> bool:
+    """Whether training changes what a forked process sees of a tensor: it cannot read a GPU, and shares some memory."""
+    if not tensor.is_cpu:
+        return True
     is_shared: bool = tensor.is_shared()  # type: ignore[no-untyped-call]
-    return tensor.clone() if is_shared or tensor.is_pinned() else tensor
+    return (is_shared or tensor.is_pinned()) and not host.holds(tensor)
 
 
 class _Writer:
@@ -142,8 +192,8 @@ class _Writer:
     def is_running(self) -> bool:
         return not self._outcome.poll()
 
-    def result(self) -> tuple[Any, str]:
-        """Wait for it. megatron-core's record of what stands where, and the checksum of the file.
+    def result(self) -> tuple[Any, str, float]:
+        """Wait for it. megatron-core's record of what stands where, the checksum of the file, and seconds of writing.
 
         Raises:
             RuntimeError: the file could not be written.
@@ -155,8 +205,8 @@ class _Writer:
             outcome = f"the process that writes {self.file.name} ended with exit code {self._process.exitcode}"
         if isinstance(outcome, str):
             raise RuntimeError(outcome)
-        written, digest = outcome
-        return written, str(digest)
+        written, digest, seconds = outcome
+        return written, str(digest), float(seconds)
 
     def kill(self) -> None:
         self._process.kill()
@@ -165,21 +215,44 @@ class _Writer:
 
 def _write(outcome: Connection, transforms: Any, number: int, bucket: Bucket) -> None:
     """In the forked process: write the file, and tell what was written and its checksum, or what went wrong."""
+    started = time.perf_counter()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process, too; the run decides what it means
     gc.disable()  # it would free what belongs to the run on the GPU
     torch.set_num_threads(1)  # its threads were not forked
     results: queue.Queue[Any] = queue.Queue()
     unfinished: queue.Queue[int] = queue.Queue()
     unfinished.put(number)
+    opened: list[_HashedFile] = []
+    # The module has no such name; its functions look there before they take Python's own.
+    filesystem_async.open = lambda file, mode: _HashedFile.among(opened, file, mode)
     try:
         write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
         write(transforms, number, bucket, results, unfinished, True)
         _, written = results.get_nowait()
         if isinstance(written, Exception):
             raise written
-        outcome.send((written, checksum(Path(bucket[0]))))
+        digest = opened[0].digest.hexdigest() if len(opened) == 1 else checksum(Path(bucket[0]))
+        outcome.send((written, digest, time.perf_counter() - started))
     except Exception as error:
         outcome.send(f"{type(error).__name__}: {error}")
+
+
+class _HashedFile(io.BufferedWriter):
+    """A file whose checksum is worked out while it is written, from first to last: reading it again took as long as
+    writing it."""
+
+    digest: xxhash.xxh3_64
+
+    @classmethod
+    def among(cls, opened: list[_HashedFile], file: str, mode: str) -> _HashedFile:
+        found = cls(io.FileIO(file, mode))
+        found.digest = xxhash.xxh3_64()
+        opened.append(found)
+        return found
+
+    def write(self, data: Any, /) -> int:
+        self.digest.update(data)
+        return super().write(data)
 
 
 @contextlib.contextmanager

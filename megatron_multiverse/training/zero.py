@@ -28,6 +28,7 @@ from megatron_multiverse.training.engine import StepResult
 from megatron_multiverse.training.flops import peak_tflops
 from megatron_multiverse.training.forward import arithmetic
 from megatron_multiverse.training.gathered_model import save_gathered
+from megatron_multiverse.training.host_memory import HostMemory
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Loader, Microbatch
 from megatron_multiverse.training.optim import (
@@ -240,13 +241,13 @@ class ZeroEngine:
             if placer is not None:
                 placer.report(self.scheduler.num_steps, metrics)
 
-    def state(self, *, is_loading: bool = False) -> dict[str, Any]:
+    def state(self, *, is_loading: bool = False, host: HostMemory | None = None) -> dict[str, Any]:
         """See `TrainEngine.state`. Loading asks for no tensor here: `load` reads them one after the other."""
         if is_loading:
             return {}
         with whole_shapes(self.model):
             model = sharded_state.model_state(self.model)
-        weights, moments = self._state.sharded(model)
+        weights, moments = self._state.sharded(model, host or HostMemory())
         return {
             "model": weights,
             "optimizer": moments,

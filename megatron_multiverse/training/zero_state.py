@@ -26,6 +26,7 @@ from megatron_multiverse.checkpoints.names.rules import slices
 from megatron_multiverse.checkpoints.names.table import Entry, entries
 from megatron_multiverse.checkpoints.protocols import pad_rows
 from megatron_multiverse.config import ModelConfig, pad_vocab_size
+from megatron_multiverse.training.host_memory import HostMemory
 from megatron_multiverse.training.sharded_state import MOMENTS, with_data
 from megatron_multiverse.weight_names import plain_name
 
@@ -86,7 +87,7 @@ class ZeroState:
         if hasattr(sharing, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2: where each parameter's part lies
             sharing._lazy_init_hp_params_optimizer_state()
 
-    def sharded(self, model_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def sharded(self, model_state: dict[str, Any], host: HostMemory) -> tuple[dict[str, Any], dict[str, Any]]:
         """Weights and moments as sharded tensors, named as those of one process: float32, whole parameters.
 
         The ranks take turns in keeping a parameter, on the host, and write what they have kept; the others have
@@ -94,6 +95,7 @@ class ZeroState:
 
         Args:
             model_state: of the model, see `sharded_state.model_state`; its weights are replaced by float32 ones.
+            host: where the tensors of this rank are copied to; they are complete after its `wait`.
 
         Returns:
             The state of the model, and of the optimizer.
@@ -106,16 +108,16 @@ class ZeroState:
             sharded = by_parameter[id(parameter)]
             turn = (sharded.replica_id[-1] - number) % self.size  # the rank with 0 writes
             sharded = replace(sharded, replica_id=(*sharded.replica_id[:-1], turn))
-            weights[str(number)] = with_data(sharded, self._kept(number, self._weight(parameter)))
+            weights[str(number)] = with_data(sharded, self._kept(number, self._weight(parameter), host))
             for name in MOMENTS:
-                value = self._kept(number, self._moment(parameter, name))
+                value = self._kept(number, self._moment(parameter, name), host)
                 key = f"optimizer.state.{name}"
                 moments[f"{number}.{name}"] = make_sharded_optimizer_tensor(sharded, value, key)
         return weights, moments
 
-    def _kept(self, number: int, value: Tensor) -> Tensor:
+    def _kept(self, number: int, value: Tensor, host: HostMemory) -> Tensor:
         is_mine = number % self.size == self.rank
-        return value.cpu() if is_mine else torch.zeros(()).expand(value.shape)
+        return host.copy(value) if is_mine else torch.zeros(()).expand(value.shape)
 
     def _weight(self, parameter: nn.Parameter) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param

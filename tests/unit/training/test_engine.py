@@ -19,6 +19,7 @@ from megatron_multiverse.config import LayerConfig, ModelConfig, TrainConfig
 from megatron_multiverse.errors import TrainingError
 from megatron_multiverse.model.mcore import ensure_parallel_state
 from megatron_multiverse.training.engine import StepResult, TrainEngine
+from megatron_multiverse.training.host_memory import HostMemory
 from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Loader, Microbatch
 from megatron_multiverse.training.phases import PhaseClock
@@ -76,7 +77,7 @@ class BigramEngine:
         if not self.table.isfinite().all():
             raise TrainingError("the table is not finite")
 
-    def state(self, *, is_loading: bool = False) -> dict[str, Any]:
+    def state(self, *, is_loading: bool = False, host: HostMemory | None = None) -> dict[str, Any]:
         tensors = {"table": self.table.detach(), "momentum": self.momentum}
         sharded = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors.items()}
         return sharded if is_loading else {**sharded, "steps": self.steps}

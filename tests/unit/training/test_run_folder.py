@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
+import queue
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from megatron_multiverse import files
 from megatron_multiverse.config import CheckpointConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
-from megatron_multiverse.training import run_folder
+from megatron_multiverse.training import own_files, run_folder
 from megatron_multiverse.training.checkpoint import TrainState, begin_saving
 from megatron_multiverse.training.description import RunDescription
 from megatron_multiverse.training.run_folder import RunFolder
@@ -36,6 +39,8 @@ class Folder(RunFolder):
 
 class Written:
     """Nothing is left to be done in the background."""
+
+    seconds: ClassVar[dict[str, float]] = {}
 
     def is_running(self) -> bool:
         return False
@@ -315,3 +320,60 @@ def test_a_flipped_bit_is_noticed_before_anything_is_loaded(tmp_path: Path) -> N
         pytest.raises(CheckpointError, match=rf"{file.name} is damaged.* another iter_ folder into"),
     ):
         run.resume(new_state(1, True), DESCRIPTION)
+
+
+@pytest.fixture
+def removals(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[OSError | None]:
+    """Old checkpoints are deleted only when something is put here; if it is an error, that comes of it."""
+    orders: queue.Queue[OSError | None] = queue.Queue()
+    remove = own_files.remove
+
+    def wait(folder: Path) -> None:
+        if (error := orders.get(timeout=60)) is not None:
+            raise error
+        remove(folder)
+
+    monkeypatch.setattr(own_files, "remove", wait)
+    return orders
+
+
+def test_with_async_save_old_checkpoints_are_deleted_beside_the_training(
+    tmp_path: Path, removals: queue.Queue[OSError | None]
+) -> None:
+    """Their names are gone at once, their files before the next checkpoint takes space and when the run ends."""
+    state = new_state(0, True)
+    with Folder(CheckpointConfig(save=str(tmp_path), keep_last=1, async_save=True)) as run:
+        for state.step in (1, 2):
+            run.save(state, write)
+        assert run.latest() == 2 and names(tmp_path) == ["iter_0000001.partial", "iter_0000002"]
+        removals.put(None)
+        state.step, seen = 3, []
+
+        def look_and_write(state: TrainState, folder: Path) -> None:
+            seen.extend(names(tmp_path))
+            write(state, folder)
+
+        run.save(state, look_and_write)
+        assert seen == ["iter_0000002", "iter_0000003.partial"]
+        removals.put(None)
+    assert names(tmp_path) == ["iter_0000003"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_stops_the_next_save_and_not_the_end_of_a_run(
+    tmp_path: Path, removals: queue.Queue[OSError | None], caplog: pytest.LogCaptureFixture
+) -> None:
+    state = new_state(0, True)
+    settings = CheckpointConfig(save=str(tmp_path), keep_last=1, async_save=True)
+    with Folder(settings) as run:
+        for state.step in (1, 2):
+            run.save(state, write)
+        removals.put(OSError(errno.EROFS, "Read-only file system"))
+        state.step = 3
+        with pytest.raises(CheckpointError, match=r"iter_0000003 cannot be written \(OSError: .*Read-only file system"):
+            run.save(state, write)
+    assert not caplog.messages
+    with Folder(settings) as run:
+        run.save(state, write)  # which clears away what is left of step 1
+        removals.put(OSError(errno.EROFS, "Read-only file system"))
+    assert "could not be deleted" in caplog.text
+    assert run.latest() == 3 and names(tmp_path) == ["iter_0000002.partial", "iter_0000003"]

@@ -123,6 +123,10 @@ def test_times_are_told_and_are_no_time_of_steps(
         train(config(tmp_path, **BESIDE), Loader(release))
     first, last = records(tmp_path, "checkpoint")
     assert (first["step"], last["step"]) == (3, 6)
+    for row in (first, last):
+        assert row["begin_s"] <= row["wait_s"] <= row["save_s"]
+        assert all(row[name] > 0 for name in ("gather_s", "plan_s", "fork_s", "write_s", "finish_s"))
+        assert row["copy_s"] >= 0  # nothing is copied from a CPU
     assert first["save_s"] > first["wait_s"] + 0.5
     assert last["save_s"] == pytest.approx(last["wait_s"], abs=0.1)  # nothing is left to be trained beside it
     assert f"saved {tmp_path / 'iter_0000003'} in" in caplog.text and "in which training waited" in caplog.text
