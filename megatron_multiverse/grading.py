@@ -5,8 +5,9 @@ Values are compared by math-verify, whose ways that one would not guess are pinn
 
 from __future__ import annotations
 
+import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _TIMEOUT_S = 5
 _BOX = r"\\(?:boxed|fbox)\s*+\{"
@@ -20,6 +21,9 @@ _WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^
 _STATED = re.compile(r"\banswer(?:\s+is\b)?(?:\*\*)?\s*+:?\s*+(?:\*\*)?+[ \t]*+(\S[^\n]*)", re.IGNORECASE)
 _THOUSANDS = re.compile(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))")
 _BRACKETS = re.compile(r"(\\\{|[\[({]).*,.*(\\\}|[\])}])", re.DOTALL)
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
+_SMALL, _AS_CLOSE = 1e-3, 1e-3
+"""Below `_SMALL`, six decimals leave a number three digits at most; there values must agree by `_AS_CLOSE` of them."""
 _LETTER = re.compile(
     r"(?:\\boxed\s*\{\s*(?:\\(?:text|mathrm|textbf|mathbf)\s*\{)?\s*\(?|\banswer\b(?:\s+is)?\s*:?\W{0,8}(?:text\s*\{)?)"
     r"(?:(?i:option|choice)\s+\W{0,3})?([A-Z](?![A-Za-z])|[a-z](?=[)}]|[\].*$ \t]*$))",
@@ -116,8 +120,9 @@ def _words(text: str) -> list[str]:
 def same_value(gold: str, answer: str) -> bool:
     r"""Whether math-verify finds the same value in both, each without its ``\boxed``.
 
-    It takes an interval, a tuple and a set of the same numbers for equal; here their brackets must agree, too. The gold
-    answer comes first, because math-verify is not symmetric.
+    It takes an interval, a tuple and a set of the same numbers for equal; here their brackets must agree, too. It
+    rounds numbers with a decimal point to six decimals; here small ones must agree in their digits. Repeating decimals,
+    which it does not read, are fractions here. The gold answer comes first, because math-verify is not symmetric.
 
     Call it in the main thread only: math-verify bounds its time by an alarm signal.
     """
@@ -127,9 +132,36 @@ def same_value(gold: str, answer: str) -> bool:
     if ours and theirs and ours.groups() != theirs.groups():
         return False
     wanted, given = (
-        parse(rf"\boxed{{{_THOUSANDS.sub('', text)}}}", parsing_timeout=_TIMEOUT_S) for text in (gold, answer)
+        parse(rf"\boxed{{{_REPEATING.sub(_fraction, _THOUSANDS.sub('', text))}}}", parsing_timeout=_TIMEOUT_S)
+        for text in (gold, answer)
     )
-    return bool(wanted and given) and bool(verify(wanted, given, timeout_seconds=_TIMEOUT_S))
+    if not (wanted and given) or _differ_in_digits(wanted[0], given[0]):
+        return False
+    return bool(verify(wanted, given, timeout_seconds=_TIMEOUT_S))
+
+
+def _fraction(decimal: re.Match[str]) -> str:
+    """A repeating decimal as a fraction: 1.2 and 34 over and over is (1234 - 12) / 990."""
+    whole, once, period = decimal.groups()
+    over = "9" * len(period) + "0" * len(once)
+    return rf"\frac{{{int(whole + once + period) - int(whole + once or '0')}}}{{{over}}}"
+
+
+def _differ_in_digits(wanted: object, given: object) -> bool:
+    """Whether both are numbers, or tuples or sets of them, of which small ones are not the same."""
+    pairs = zip(_numbers(wanted), _numbers(given), strict=False)
+    return any(max(map(abs, pair)) < _SMALL and not math.isclose(*pair, rel_tol=_AS_CLOSE) for pair in pairs)
+
+
+def _numbers(value: Any) -> list[float]:
+    """A number of sympy, or those of a tuple, a set, an interval or an equation by their size; none of a term."""
+    from sympy import Expr
+
+    parts = [value] if isinstance(value, Expr) else getattr(value, "args", ())
+    try:
+        return sorted(float(part) for part in parts if getattr(part, "is_number", False))
+    except (TypeError, ValueError, OverflowError):  # a complex number
+        return []
 
 
 def _without_sizes(text: str) -> str:

@@ -126,6 +126,24 @@ def test_the_stated_letter(text: str, letter: str | None) -> None:
         ("1234", r"1\,234", True),
         ("1234", r"1,\!234", True),
         (r"(1,\,234)", r"(1,234)", True),
+        # small numbers, which math-verify rounds to six decimals
+        (r"1.6\times10^{-19}", r"9.11\times10^{-31}", False),
+        (r"1.6\times10^{-19}", r"1.60\times 10^{-19}", True),
+        ("0.0000001", "0.0000003", False),
+        ("0.000000001", "0", False),
+        ("0", "0.0", True),
+        ("0.0001", "10^{-4}", True),
+        (r"0.05\%", "0.0005", True),
+        ("(0.0000001, 2)", "(0.0000003, 2)", False),
+        (r"\{0.0000003, 2\}", r"\{2, 0.0000001\}", False),
+        (r"\{0, 0.0001\}", r"\{\frac{1}{10000}, 0\}", True),
+        ("2i", "2i", True),
+        # repeating decimals
+        (r"0.\overline{3}", r"\frac13", True),
+        (r"\frac13", r"$0.\overline{3}$", True),
+        (r"-0.1\overline{6}", r"-\frac{1}{6}", True),
+        (r"1.2\overline{34}", r"\frac{1222}{990}", True),
+        (r"0.\overline{3}", "0.3", False),
     ],
 )
 def test_right_answers(gold: str, answer: str | None, right: bool) -> None:
@@ -190,6 +208,8 @@ def test_surprises_are_those_of_the_installed_version() -> None:
         ("1234", r"1\,234", False),  # no spaces between thousands: `same_value` takes them away
         ("1,234", "1234", True),
         ("1,234", "1, 234", False),
+        ("0.0000001", "0.0000003", True),  # six decimals: `same_value` compares small numbers itself
+        (r"\frac13", r"0.\overline{3}", False),  # no repeating decimals: `same_value` makes fractions of them
         ("7", "7, 7", True),  # a set
         ("x=5", "5", True),
         ("A = 1; B = 2", "A =  1; B = 2", True),
