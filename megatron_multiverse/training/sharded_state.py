@@ -73,19 +73,19 @@ def adamw_state(optimizer: torch.optim.Optimizer, model_state: dict[str, Any]) -
     """AdamW's tensors as sharded tensors named after their parameters, so that TP and PP may change.
 
     Args:
-        optimizer: before its first step its tensors are made here, as zeros.
+        optimizer: stays as it is; before its first step its tensors are zeros.
         model_state: of the model that it updates, see `model_state`.
     """
     parameters = _parameters(optimizer)
     by_id = get_param_id_to_sharded_param_map(model_state, parameters)
     sharded: dict[str, Any] = {}
     for number, parameter in enumerate(parameters):
-        values = optimizer.state[parameter]
+        values = optimizer.state.get(parameter, {})
         for name in MOMENTS:
-            if name not in values:
-                values[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            # Zeros stay out of the optimizer, which counts its steps only where it makes its tensors itself.
+            value = values[name] if name in values else torch.zeros_like(parameter)
             sharded[f"{number}.{name}"] = make_sharded_optimizer_tensor(
-                by_id[number], values[name], f"optimizer.state.{name}"
+                by_id[number], value, f"optimizer.state.{name}"
             )
     return sharded
 

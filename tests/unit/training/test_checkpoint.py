@@ -63,6 +63,17 @@ def test_everything_comes_back(tmp_path: Path, tied: bool) -> None:
             assert torch.equal(mine.optimizer.state[a][key], theirs.optimizer.state[b][key]), (name, key)
 
 
+def test_a_checkpoint_before_the_first_step_changes_nothing(tmp_path: Path) -> None:
+    saved, plain, loaded = new_state(0, True), new_state(0, True), new_state(1, True)
+    save_state(saved, tmp_path)
+    load_state(loaded, tmp_path)
+    for state in (saved, plain, loaded):
+        one_step(state)
+    for other in (saved, loaded):
+        for a, b in zip(plain.engine.model.parameters(), other.engine.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("qk_layernorm", [True, False])
 def test_megatron_with_the_other_spec_finds_its_extra_states(tmp_path: Path, qk_layernorm: bool) -> None:
     save_state(new_state(0, True, qk_layernorm=qk_layernorm, num_layers=2), tmp_path)
