@@ -158,10 +158,25 @@ def _numbers(value: Any) -> list[float]:
     from sympy import Expr
 
     parts = [value] if isinstance(value, Expr) else getattr(value, "args", ())
+    return sorted(number for number in map(_number, parts) if number is not None)
+
+
+def _number(term: Any) -> float | None:
+    """The value of a number, or of products and powers of numbers, such as 1.6 * 10^-19; None of anything else. It is
+    not sympy that works it out: an answer may be a tower of powers, at which it would never end."""
+    from sympy import Integer, Mul, Number, Pow
+
     try:
-        return sorted(float(part) for part in parts if getattr(part, "is_number", False))
-    except (TypeError, ValueError, OverflowError):  # a complex number
-        return []
+        if isinstance(term, Number):
+            return float(term)
+        if isinstance(term, Mul):
+            factors = [_number(factor) for factor in term.args]
+            return None if None in factors else math.prod(factor for factor in factors if factor is not None)
+        if isinstance(term, Pow) and isinstance(term.exp, Integer) and (base := _number(term.base)) is not None:
+            return float(base ** float(term.exp))
+    except (OverflowError, ZeroDivisionError, ValueError):
+        return None
+    return None
 
 
 def _without_sizes(text: str) -> str:

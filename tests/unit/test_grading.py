@@ -138,6 +138,7 @@ def test_the_stated_letter(text: str, letter: str | None) -> None:
         (r"\{0.0000003, 2\}", r"\{2, 0.0000001\}", False),
         (r"\{0, 0.0001\}", r"\{\frac{1}{10000}, 0\}", True),
         ("2i", "2i", True),
+        ("5", "9^{9^{9^{9}}}", False),  # a number that nobody works out
         # repeating decimals
         (r"0.\overline{3}", r"\frac13", True),
         (r"\frac13", r"$0.\overline{3}$", True),
