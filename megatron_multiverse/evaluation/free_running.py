@@ -21,7 +21,7 @@ from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.step.model_ranks import ModelRanks
 from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.inference.text.request import Request
-from megatron_multiverse.inference.text.result import Result
+from megatron_multiverse.inference.text.result import BY_ENGINE, Result
 from megatron_multiverse.model.mcore import parallel_state
 from megatron_multiverse.parallel.ranks import current_ranks
 from megatron_multiverse.training.engine import TrainEngine
@@ -149,7 +149,7 @@ def _record(number: int, result: Result, detokenize: Any) -> dict[str, Any]:
         "blocks": len(result.blocks),
         "tokens": len(result.token_ids),
         "critical_tokens": result.critical_tokens,
-        "malformed": sum(result.malformed.values()),
+        "malformed": sum(count for code, count in result.malformed.items() if code not in BY_ENGINE),
     }
 
 
@@ -160,7 +160,7 @@ def _summary(results: list[Result]) -> str:
     )
     ended = sum(result.finish_reason == "stop" for result in results)
     parallel = sum(bool(result.blocks) for result in results)
-    wellformed = sum(not result.malformed for result in results)
+    wellformed = sum(not result.malformed.keys() - BY_ENGINE for result in results)
     return (
         f"{len(results)} free answers: {ended} ended by themselves, {wellformed} well-formed, {parallel} in parallel, "
         f"num_parallel {tokens / max(1, critical):.2f}"

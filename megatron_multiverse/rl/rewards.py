@@ -45,7 +45,7 @@ def math(answer: Graded) -> float:
 
 
 def well_formed(answer: Graded) -> float:
-    """1 where the answer ended by itself and its structure was never broken."""
+    """1 where the answer ended by itself, and its structure was neither broken nor closed by the engine."""
     return float(answer.result.finish_reason == "stop" and not answer.result.malformed)
 
 

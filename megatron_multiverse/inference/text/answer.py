@@ -45,7 +45,9 @@ def make_result(state: RequestState) -> Result:
     _append_branch(result, state.root, -1)
     for branch in state.branches():
         result.malformed.update(branch.machine.malformed)
-        ended = Counter(forced_close=int(branch.forced_close), fork_refused=int(branch.fork_refused))
+        by_model = branch.forced_close and branch.finish == "eos"  # it ended its text in something open
+        closed, refused = int(branch.forced_close), int(branch.fork_refused)
+        ended = Counter(forced_close=closed, fork_refused=refused, unclosed=int(by_model))
         result.malformed.update(+ended)
     return result
 

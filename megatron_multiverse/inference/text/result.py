@@ -119,8 +119,9 @@ class Result:
     decode_steps: int
     """Forward passes that gave the answer a token."""
     malformed: Counter[str]
-    """How often the output broke the grammar (codes of structure.StructureMachine) and what the engine did
-    about it: `forced_close`, `fork_refused`, and `refused` for the answer that ended for it (`on_malformed`)."""
+    """How often the output broke the grammar (codes of structure.StructureMachine; `unclosed` where the model ended its
+    text in something open) and what the engine did about it: `forced_close`, `fork_refused`, and `refused` for the
+    answer that ended for it (`on_malformed`)."""
     timeline: list[TimelineSpan]
     seed: int = 0
     """Of its sampling parameters."""

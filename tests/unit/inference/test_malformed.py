@@ -9,7 +9,7 @@ import pytest
 
 from megatron_multiverse.config import SamplingParams
 from megatron_multiverse.errors import GenerationError
-from megatron_multiverse.inference import Request
+from megatron_multiverse.inference import BY_ENGINE, Request
 from megatron_multiverse.structure import Tag
 
 from .test_engine import assert_balanced, goal
@@ -104,6 +104,17 @@ def test_a_spent_budget_is_no_broken_grammar() -> None:
     engine = toy_engine(MODEL, sampler=ScriptedSampler([script]))
     (result,) = engine.generate([ask([TEXT], on_malformed="error", max_tokens=90)])
     assert result.finish_reason == "length" and set(result.malformed) == {"forced_close"}
+
+
+def test_an_end_of_text_in_a_path_is_what_the_model_broke() -> None:
+    script = {
+        (): [*goal(2), TEXT, Tag.END_CONCLUSION, NEWLINE, Tag.END_PARALLEL, EOS],
+        ((0, 0),): [TEXT, EOS],
+        ((0, 1),): [TEXT, Tag.END_PATH],
+    }
+    (result,) = toy_engine(MODEL, sampler=ScriptedSampler([script])).generate([ask([TEXT])])
+    assert result.finish_reason == "stop" and result.malformed == {"forced_close": 1, "unclosed": 1}
+    assert result.malformed.keys() - BY_ENGINE == {"unclosed"}
 
 
 def test_a_stop_token_that_ends_a_path_as_asked_is_no_broken_grammar() -> None:

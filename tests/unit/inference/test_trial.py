@@ -174,7 +174,7 @@ def test_random_trees_are_exact_and_the_same_whatever_runs_beside(seed: int) -> 
             if number % 2 and steps in preempt_at and engine.scheduler.active:
                 force_preemption(engine)
         (result,) = results
-        assert result.finish_reason == "stop" and set(result.malformed) <= {"forced_close"}
+        assert result.finish_reason == "stop" and set(result.malformed) <= {"forced_close", "unclosed"}
         assert largest_difference(MODEL, sampler, [request], [result], tokens_only=True) < 1e-9
         assert result.position_ids == structure_positions(request.prompt_ids, result)
         lay_out(parse(result.token_ids, VOCAB, strict=True))
