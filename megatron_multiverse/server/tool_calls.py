@@ -84,8 +84,8 @@ class _Object:
             return character in "{" + _BLANKS
         if character in _OPENED_BY:
             is_fit = self._open.pop() == _OPENED_BY[character]
-            self.is_complete = not self._open
-            if len(self._open) == 1 and self.first_end is None:
+            self.is_complete = is_fit and not self._open
+            if is_fit and len(self._open) == 1 and self.first_end is None:
                 self.first_end = self.done + 1
             return is_fit
         self._in_string = character == '"'
@@ -225,8 +225,9 @@ def _read(text: str, found: _Object) -> tuple[str, str] | None:
     if not (isinstance(name, str) and name and isinstance(arguments, dict)):
         return None
     head = _HEAD.match(text)
-    as_written = None if head is None else text[head.end() : found.first_end]
-    return name, json.dumps(arguments, ensure_ascii=False) if as_written is None else as_written
+    if head is None:
+        return name, json.dumps(arguments, ensure_ascii=False)
+    return str(_json(head[1])), text[head.end() : found.first_end]  # as a stream tells it, whatever comes behind
 
 
 def _json(text: str) -> Any:

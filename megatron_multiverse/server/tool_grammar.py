@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -63,7 +64,7 @@ def call_grammar(use: ToolUse, asked: Grammar | None, tokenizer: MultiverseToken
         )
     for function, is_strict in zip(functions, strict, strict=True):
         if is_strict:
-            _check(function)
+            _check(function.name, json.dumps(function.arguments_schema))
     return "grammar", text
 
 
@@ -73,22 +74,27 @@ def _body(function: Function, schema: dict[str, Any]) -> str:
     return f"{_quoted(head)} {_json(schema, _AS_TRAINED)} {_quoted(_END)}"
 
 
-def _check(function: Function) -> None:
-    """Refuse a schema that llguidance does not read. Where it is not installed, the engine says so."""
+def _check(name: str, schema: str) -> None:
+    """Refuse a schema that llguidance does not read."""
+    if problem := _problem(schema):
+        raise refuse(
+            "tools",
+            f"calls of function {name[:40]!r} cannot be held to its parameters: {problem.strip()[:300]}; "
+            f"leave that out of the schema, or {_INSTEAD}",
+        )
+
+
+@functools.lru_cache(maxsize=256)  # the same tools come with every turn of a conversation
+def _problem(schema: str) -> str:
+    """What llguidance has against a schema, if anything. Where it is not installed, the engine says so."""
     try:
         from llguidance import LLMatcher
     except ImportError:
-        return
+        return ""
     try:
-        problem = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(function.arguments_schema)))
+        return str(LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(schema)))
     except (ValueError, RecursionError) as error:
-        problem = str(error)
-    if problem:
-        raise refuse(
-            "tools",
-            f"calls of function {function.name[:40]!r} cannot be held to its parameters: {problem.strip()[:300]}; "
-            f"leave that out of the schema, or {_INSTEAD}",
-        )
+        return str(error)
 
 
 def _schema_of(text: str) -> dict[str, Any]:

@@ -77,7 +77,8 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> tuple[list[int]
         raise refuse("messages", "empty; give at least one message")
     variables = _template_variables(fields)
     messages = plain_turns(fields.messages)
-    if any("tool_calls" in message for message in messages) and "tool_calls" not in model.template:
+    template = model.tool_template if "tools" in variables else model.template
+    if any("tool_calls" in message for message in messages) and "tool_calls" not in template:
         raise refuse("messages", "a turn with tool_calls, which the chat template of the model does not show")
     text = await model.render(messages, variables)
     if fields.tool_use.functions and text == await model.render(messages, variables | {"tools": None}):

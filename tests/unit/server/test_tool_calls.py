@@ -37,6 +37,7 @@ FOUND: list[tuple[str, str, Calls]] = [
     ('<tool_call>{ "name" :\t"f\\u00e9\\"", "arguments":{"a":1 } , "id": [7]}</tool_call>', "", [('fé"', '{"a":1 }')]),
     ('<tool_call>{"name": "f"}</tool_call>', "", [("f", "{}")]),
     ('<tool_call>{"name": "f", "arguments": {"a": "\\\\"}}</tool_call>', "", [("f", '{"a": "\\\\"}')]),
+    ('<tool_call>{"name": "f", "arguments": {}, "name": "g"}</tool_call>', "", [("f", "{}")]),
     # What is no call stays text, to the last character.
     ("<tool_call>", "<tool_call>", []),
     ("<tool_call>add(1, 2)</tool_call>", "<tool_call>add(1, 2)</tool_call>", []),

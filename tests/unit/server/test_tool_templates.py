@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from megatron_multiverse.data.tokenizers import HuggingFaceTokenizer
+from megatron_multiverse.server.chat_fields import ChatFields
 from megatron_multiverse.server.config import ServerConfig
 from megatron_multiverse.server.messages import Message, plain_turns
 from megatron_multiverse.server.model import ServedModel
+from megatron_multiverse.server.routes.chat import chat_prompt
 from megatron_multiverse.server.tool_calls import read_calls
 from megatron_multiverse.server.tools import Tool, tool_use
 from tests.real_tokenizers import real_tokenizer_folder
@@ -123,12 +125,23 @@ def test_the_template_for_tools_is_the_one_of_that_name(tmp_path: Path) -> None:
     for file in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / file).symlink_to(MODEL / file)
     config = json.loads((MODEL / "tokenizer_config.json").read_text())
-    templates = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}{{ messages[0].content }}"}
+    templates = {
+        "default": "{{ messages[0].content }}",
+        "tool_use": "{{ tools }}{{ messages[0].content }}{{ messages[-1].tool_calls }}",
+    }
     config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = HuggingFaceTokenizer(tmp_path)
     model = ServedModel(ServerConfig(load=tmp_path), tokenizer)
     assert (model.template, model.tool_template) == (templates["default"], templates["tool_use"])
+    calls = [{"type": "function", "id": "1", "function": {"name": "now", "arguments": "{}"}}]
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "1", "content": "noon"},
+    ]
+    fields = ChatFields.model_validate({"messages": turns, "tools": [NOW]})
+    asyncio.run(chat_prompt(fields, model))  # what shows the calls is the template for tools
     given = tmp_path / "chat.jinja"
     given.write_text("given")
     model = ServedModel(ServerConfig(load=tmp_path, chat_template=given), tokenizer)
