@@ -70,6 +70,10 @@ class Options:
     commit: str = ""
     """Commit to record; default that of the working tree."""
 
+    def __post_init__(self) -> None:
+        if self.interval < 3:
+            raise ConfigError(f"interval must be at least 3, got {self.interval}: steps before a checkpoint are timed")
+
 
 def shape(o: Options) -> ModelConfig:
     """The model to train."""

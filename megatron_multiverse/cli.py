@@ -270,7 +270,7 @@ def _with_values(cls: type[Any], args: list[str]) -> tuple[list[str], dict[str, 
         elif kind.startswith(("list[", "tuple[")) and words:
             is_list = len(words) == 1 and isinstance(_from_yaml(words[0]), list)
             if not is_list and not kind.startswith(_TEXTS):  # numbers and names; a text or a path may have commas
-                words = [part for word in words for part in word.split(",") if part]
+                words = [part for word in words for part in [part for part in word.split(",") if part] or [word]]
             result.append(f"{flag}={words[0] if is_list else json.dumps(words, ensure_ascii=False)}")
         elif kind in _OPTIONAL_TEXTS and len(words) == 1:
             result.append(f"{flag}={words[0]}")

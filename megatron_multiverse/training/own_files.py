@@ -9,6 +9,8 @@ from pathlib import Path
 from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, TOKENIZER_RECORD_FILE, TRAIN_CONFIG_FILE
 from megatron_multiverse.checksums import CHECKSUMS_FILE
 
+_LAST_WRITTEN = "metadata.json"
+"""By megatron-core, once all else of a checkpoint is there."""
 _WRITTEN = re.compile(
     r"\.metadata(\.tmp)?|metadata\.json|common\.pt|.+\.distcp"  # megatron-core and torch
     r"|tokenizer(_config)?\.json|tokenizer\.model|added_tokens\.json|special_tokens_map\.json|chat_template\.jinja"
@@ -18,8 +20,8 @@ _WRITTEN = re.compile(
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the save of a checkpoint came to its end: megatron-core writes metadata.json last."""
-    return (folder / "metadata.json").is_file() and (folder / TRAIN_CONFIG_FILE).is_file()
+    """Whether the save of a checkpoint came to its end."""
+    return (folder / _LAST_WRITTEN).is_file() and (folder / TRAIN_CONFIG_FILE).is_file()
 
 
 def foreign_file(folder: Path) -> str | None:
@@ -36,8 +38,9 @@ def foreign_file(folder: Path) -> str | None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder of ours. What proves it to be ours goes last, since a crash may come in between."""
-    for file in sorted(folder.iterdir(), key=lambda file: file.name == TRAIN_CONFIG_FILE):
+    """Delete a folder of ours. A crash may come in between, so what says that it is complete goes first, and what
+    proves it to be ours last."""
+    for file in sorted(folder.iterdir(), key=lambda file: (file.name == TRAIN_CONFIG_FILE, file.name != _LAST_WRITTEN)):
         file.unlink()
     folder.rmdir()
 

@@ -84,9 +84,7 @@ def adamw_state(optimizer: torch.optim.Optimizer, model_state: dict[str, Any]) -
         for name in MOMENTS:
             # Zeros stay out of the optimizer, which counts its steps only where it makes its tensors itself.
             value = values[name] if name in values else torch.zeros_like(parameter)
-            sharded[f"{number}.{name}"] = make_sharded_optimizer_tensor(
-                by_id[number], value, f"optimizer.state.{name}"
-            )
+            sharded[f"{number}.{name}"] = make_sharded_optimizer_tensor(by_id[number], value, f"optimizer.state.{name}")
     return sharded
 
 

@@ -193,6 +193,8 @@ def test_numbers_and_fixed_names_may_have_commas_between_them_and_texts_keep_the
 
     assert parse_options(Options, ["--budgets", "1024,2048", "4096,"]).budgets == [1024, 2048, 4096]
     assert parse_options(Options, ["--budgets=1024,2048"]).budgets == [1024, 2048]
+    with pytest.raises(SystemExit):
+        parse_options(Options, ["--budgets", ""])  # as of a variable that is empty
     assert parse_options(Options, ["--budgets", "[1024,2048]", "--kinds=a,b"]) == Options([1024, 2048], ("a", "b"))
     assert parse_options(Options, ["--files", "a,b", "--stop", "c,d"]) == Options(files=[Path("a,b")], stop=("c,d",))
     assert parse_options(Outer, ["--engine.stop-ids", "3,4"]).engine.stop_ids == (3, 4)
