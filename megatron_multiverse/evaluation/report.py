@@ -22,7 +22,8 @@ pass@1 is the mean over problems and seeds, followed by its standard error over 
 all tokens over all tokens on longest chains; acceleration ratio is the mean of the same ratio of each answer; token
 latency is the mean number of tokens on the longest chain; trigger is the share of answers with a parallel block;
 malformed the share that broke the grammar; closed the share of which the engine ended a thought or a path, or refused a
-block, as their budget wanted it; cut the share that spent their budget. Tokens are means per answer over all branches.
+block: as their budget wanted it, or since the model had ended its text there, which is malformed, too; cut the share
+that spent their budget. Tokens are means per answer over all branches.
 Seconds are the wall clock of an answer while others were under way ({concurrency} at once).
 # parallel counts tags and outlines as output: what parallel thinking saves is the wall clock beside a sequential run of
 the same tasks (`--compare`).

@@ -59,7 +59,8 @@ class Score:
     malformed: float
     """Share of answers that broke the grammar."""
     closed: float
-    """Share of answers of which the engine ended a thought or a path, or refused a block, as their budget wanted it."""
+    """Share of answers of which the engine ended a thought or a path, or refused a block: as their budget wanted it, or
+    since the model had ended its text there, which is malformed, too."""
     malformed_codes: dict[str, int]
     """How often each of either came, see `Result.malformed`."""
     truncated: float

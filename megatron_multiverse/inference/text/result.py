@@ -10,7 +10,8 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 BranchFinish = Literal["path_end", "eos", "stop", "length", "dropped", "abort", "error"]
 
 BY_ENGINE = frozenset(("forced_close", "fork_refused"))
-"""Codes of `Result.malformed` that say what the engine did, as at the end of a budget, and not what the model wrote."""
+"""Codes of `Result.malformed` that say what the engine did, as at the end of a budget. What the model wrote has others,
+beside these or alone."""
 
 TopLogprobs = list[tuple[int, float]]
 """(id, log-probability) of the most likely tokens, the most likely first."""

@@ -144,6 +144,13 @@ class Running:
         self.loop.call_soon_threadsafe(lambda: None)  # wakes it
 
 
+def running_with(template: str, folder: Path) -> contextlib.AbstractContextManager[Running]:
+    """`running` with this chat template, which is written into a folder."""
+    path = folder / "chat.jinja"
+    path.write_text(template)
+    return running(chat_template=path)
+
+
 @contextlib.contextmanager
 def running(*, keys: Sequence[str] = (), engine: EngineConfig | None = None, **options: Any) -> Iterator[Running]:
     """Serve the quickstart's model until the block ends."""

@@ -19,7 +19,7 @@ from megatron_multiverse.server.routes.chat import chat_prompt
 from megatron_multiverse.server.tool_calls import read_calls
 from megatron_multiverse.server.tools import Tool, tool_use
 from tests.real_tokenizers import real_tokenizer_folder
-from tests.unit.server.running import MODEL, Running, running
+from tests.unit.server.running import MODEL, Running, running_with
 from tests.unit.server.tool_samples import ADD, CALLED, CHAT, ENDS, NOW
 
 QWEN_LIKE = r"""
@@ -94,9 +94,7 @@ def test_templates_see_tools_calls_and_results(templated: Running) -> None:
 
 @pytest.fixture(scope="module")
 def templated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    path = tmp_path_factory.mktemp("template") / "chat.jinja"
-    path.write_text(QWEN_LIKE)
-    with running(chat_template=path) as started:
+    with running_with(QWEN_LIKE, tmp_path_factory.mktemp("template")) as started:
         yield started
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 pytest.importorskip("llguidance")
 
-from tests.unit.server.running import PROMPT, Running, running
+from tests.unit.server.running import PROMPT, Running, running_with
 from tests.unit.server.tool_samples import ADD, CALLED, CHAT, ENDS, NAMED, NOW, function
 
 SHOWN = "{% if tools %}{{ tools | map(attribute='function.name') | join(' ') }}: {% endif %}"
@@ -22,9 +22,8 @@ SHOWN = "{% if tools %}{{ tools | map(attribute='function.name') | join(' ') }}:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server whose template shows tools."""
-    path = tmp_path_factory.mktemp("template") / "chat.jinja"
-    path.write_text(SHOWN + "{{ messages | map(attribute='content') | join('\n') }}")
-    with running(chat_template=path) as started:
+    template = SHOWN + "{{ messages | map(attribute='content') | join('\n') }}"
+    with running_with(template, tmp_path_factory.mktemp("template")) as started:
         yield started
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.inference import Request, build_engine
-from tests.unit.server.running import MODEL, PROMPT, Running, running, tokenizer
+from tests.unit.server.running import MODEL, PROMPT, Running, running_with, tokenizer
 
 NEXT = "Work out A = 5 + 6."
 CHAT = "/v1/chat/completions"
@@ -91,9 +91,7 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def templated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server whose template closes turns, as those of published models do."""
-    path = tmp_path_factory.mktemp("template") / "chat.jinja"
-    path.write_text(TEMPLATE)
-    with running(chat_template=path) as started:
+    with running_with(TEMPLATE, tmp_path_factory.mktemp("template")) as started:
         yield started
 
 
