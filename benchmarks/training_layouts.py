@@ -299,8 +299,9 @@ def main() -> None:
         if recorder is not None:
             recorder.table(
                 "Training steps (forward, backward, optimizer) of one model from the same weights on the same rows, in "
-                f"each layout; median of {o.steps - WARM_UP} steps. MFU counts visible pairs alone; memory is the "
-                "largest of the ranks; loss_difference is the largest relative one from the first layout's losses."
+                f"each layout; median of the steps after the first {WARM_UP}. MFU counts visible pairs alone; memory "
+                "is the largest of the ranks; loss_difference is the largest relative one from the losses of the first "
+                "layout of the same call."
             )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.quoted import source
-from benchmarks.report_training import LENGTHS, recomputed, two_gpus
+from benchmarks.report_training import ROWS, in_words, recomputed, two_gpus
 
 
 def training() -> Iterator[str]:
@@ -78,6 +78,8 @@ def _training_layouts() -> Iterator[str]:
         title = titles.get(row["layout"], row["layout"])
         yield f"| {title} | {row['tokens_per_s_per_gpu']:,.0f} | {row['mfu_visible']:.2f} | {row['peak_gib']:.1f} |"
     yield f"differ by {source.short(max(row['loss_difference'] for row in rows), 0)} of their value at most"
+    (zero,) = (row for row in rows if row["layout"] == "ZeRO-3 CP2")
+    yield f"its losses of ten steps lay within {source.short(zero['loss_difference'], 0)} of an earlier DP2's"
 
 
 def _large_model() -> Iterator[str]:
@@ -96,15 +98,16 @@ def _large_model() -> Iterator[str]:
 
 
 def beside_fsdp_rows() -> Iterator[str]:
-    """docs/training.md: half of a model on two GPUs, fastest first for each length of rows."""
+    """docs/training.md: half of a model on two GPUs, fastest first for each kind of rows."""
     rows = two_gpus(source.results("results/training_layouts_h200"))
-    for length in LENGTHS:
-        of_length = [row for row in rows if f"x {length} " in row["rows"] and "result" not in row]
-        for row in sorted(of_length, key=lambda row: -row["tokens_per_s_per_gpu"]):
+    for kind in ROWS:
+        of_kind = [row for row in rows if row["rows"] == kind and "result" not in row]
+        for row in sorted(of_kind, key=lambda row: -row["tokens_per_s_per_gpu"]):
             yield (
-                f"| {length:,} | {row['layout']} | {recomputed(row)} | {row['tokens_per_s_per_gpu']:,.0f} | "
+                f"| {in_words(kind)} | {row['layout']} | {recomputed(row)} | {row['tokens_per_s_per_gpu']:,.0f} | "
                 f"{row['mfu_visible']:.2f} | {row['peak_gib']:.1f} |"
             )
+    yield from _zero_beside_fsdp({row["layout"]: row for row in rows if row["rows"] == "2 x 16384 packed"})
     yield f"is {beside_fsdp():.1f} times as fast as transformers under FSDP2 at 32K"
     one, two = (
         next(
@@ -116,6 +119,19 @@ def beside_fsdp_rows() -> Iterator[str]:
     )
     yield f"CP2 takes {two['s_per_step']:.3f} s a step and one GPU {one['s_per_step']:.3f} s"
     yield f"two GPUs are {one['s_per_step'] / two['s_per_step']:.2f} times as fast as one"
+
+
+def _zero_beside_fsdp(runs: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What ZeRO 3 gains and takes beside two forms of transformers under FSDP2; runs of one call by layout."""
+    fsdp = "transformers, dense mask, FSDP2"
+    zero, whole, chunks = (runs[name] for name in ("ZeRO-3 DP2", fsdp, f"{fsdp}, loss in chunks"))
+    assert zero["command"] == whole["command"] == chunks["command"] and zero["commit"] == whole["commit"]
+    assert zero["recompute"] == "none" and whole["recompute"] == chunks["recompute"] == "full"
+    fastest = max(row["tokens_per_s_per_gpu"] for row in (whole, chunks))
+    yield (
+        f"is {zero['tokens_per_s_per_gpu'] / fastest:.1f} times as fast, and takes {zero['peak_gib']:.1f} GiB beside "
+        f"their {whole['peak_gib']:.1f} and, with their loss in chunks of 2,048 tokens, {chunks['peak_gib']:.1f}"
+    )
 
 
 def beside_fsdp() -> float:

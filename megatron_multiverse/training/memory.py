@@ -236,17 +236,20 @@ def kept_per_token(config: TrainConfig, model: ModelConfig) -> int:
 def logits_of(config: TrainConfig, model: ModelConfig) -> list[tuple[int, int]]:
     """What the output layer holds at its peak, as (elements, bytes of each).
 
-    First the logits of all tokens, or of a chunk: their float32 softmax, and beside it first themselves, then their
-    gradient. With chunks also the float32 gradient of the output layer, which they are added to, and that of all hidden
-    states. TransformerEngine's cross entropy needs less: a copy of the logits, in which it leaves their gradient.
+    First the logits of all tokens, or of a chunk, and their gradient, which TransformerEngine's cross entropy leaves in
+    a copy of them. (megatron-core's own, which local layers take: their float32 softmax, and beside it first
+    themselves, then their gradient.) With chunks also the float32 gradient of the output layer beside what a chunk adds
+    to it, and the gradient of all hidden states.
     """
     parallel = config.parallel
     tp, width = parallel.tensor_model_parallel_size, 2 if config.dtype == "bf16" else 4
     rows, tokens = pad_vocab_size(model.vocab_size, tp) // tp, tokens_of(config)
+    of_logit = width + (4 if config.layers.transformer_impl == "local" else width)
     chunk = config.loss_chunk_tokens
     if not chunk:
-        return [(tokens * rows, width + 4)]
-    return [(min(tokens, chunk) * rows, width + 4), (rows * model.hidden_size, 4), (tokens * model.hidden_size, width)]
+        return [(tokens * rows, of_logit)]
+    hidden = model.hidden_size
+    return [(min(tokens, chunk) * rows, of_logit), (rows * hidden, 4 + width), (tokens * hidden, width)]
 
 
 def layers_in_flight(config: TrainConfig, layers: int, stage: int) -> int:
