@@ -179,8 +179,8 @@ def _training_beside_others() -> Iterator[str]:
     )
     yield f"scan and loader take {100 * ours['scan_and_data_share']:.1f} % of a step"
     yield (
-        f"takes {at_once['s_per_step'] / ours['s_per_step']:.3f} times as long and "
-        f"{at_once['peak_gib'] - ours['peak_gib']:.1f} GiB more"
+        f"took {at_once['time_beside_ours']:.3f} times as long in a call of its own, and "
+        f"{at_once['peak_gib'] - ours['peak_gib']:.1f} GiB more than chunks do"
     )
     yield from _short_rows(ten)
     yield from _memory_with_recompute(ten)
@@ -189,23 +189,17 @@ def _training_beside_others() -> Iterator[str]:
 
 
 def _short_rows(runs: dict[tuple[int, str], dict[str, Any]]) -> Iterator[str]:
-    """Ten layers at 8,192 tokens beside everything else; runs by tokens and runner."""
-    ours, at_once, causal, theirs = (
+    """Ten layers beside plain causal attention, and at 8,192 tokens beside all else; runs by tokens and runner."""
+    ours, at_once, theirs = (
         runs[8192, name]
-        for name in (
-            "ours",
-            "ours, loss of all tokens at once",
-            "ours with TE causal attention",
-            "transformers, dense mask, checkpointing",
-        )
+        for name in ("ours", "ours, loss of all tokens at once", "transformers, dense mask, checkpointing")
     )
-    yield (
-        f"theirs takes {theirs['time_beside_ours']:.1f} times as long and plain causal attention "
-        f"{causal['time_beside_ours']:.3f} times"
-    )
+    shares = [runs[tokens, "ours with TE causal attention"]["time_beside_ours"] for tokens in (8192, 16384, 32768)]
+    yield f"plain causal attention takes {shares[0]:.2f}, {shares[1]:.2f} and {shares[2]:.2f} times as long as ours"
+    yield f"At 8,192 tokens theirs takes {theirs['time_beside_ours']:.1f} times as long"
     yield f"scan and loader take {100 * ours['scan_and_data_share']:.2f} % of a step"
     yield (
-        f"takes {at_once['time_beside_ours']:.3f} times as long and "
+        f"took {at_once['time_beside_ours']:.3f} times as long and "
         f"{ours['peak_gib'] - at_once['peak_gib']:.1f} GiB less"
     )
 
@@ -230,31 +224,28 @@ def _whole_model_recomputed() -> float:
 
 
 def _memory_with_recompute(runs: dict[tuple[int, str], dict[str, Any]]) -> Iterator[str]:
-    """The table of ours without and with recompute and of theirs; runs by tokens and runner."""
-    names = ("ours", "ours, full recompute", "transformers, dense mask, checkpointing")
-    faster = []
-    for tokens in (8192, 16384):
-        ours, again, theirs = (runs[tokens, name] for name in names)
-        assert again["peak_gib"] < theirs["peak_gib"] < ours["peak_gib"]
-        faster.append(f"{theirs['s_per_step'] / again['s_per_step']:.1f}")
-    yield f"is still {faster[0]} and {faster[1]} times as fast"
-    ours, again, theirs = (runs[32768, name] for name in names)
-    assert ours["peak_gib"] < theirs["peak_gib"]
-    yield (
-        f"below theirs without it and is {theirs['s_per_step'] / ours['s_per_step']:.1f} times as fast; with it, it "
-        f"takes {again['peak_gib'] / theirs['peak_gib']:.2f} of their memory and is "
-        f"{theirs['s_per_step'] / again['s_per_step']:.1f} times as fast"
-    )
+    """The table of ours without, with some and with all recompute and of theirs; runs by tokens and runner."""
+    again = ("ours, three in five layers recomputed", "ours, full recompute")
+    names = ("ours", *again, "transformers, dense mask, checkpointing")
+    of = {tokens: [runs[tokens, name] for name in names] for tokens in (8192, 16384, 32768)}
+    assert len({(run["command"], run["commit"]) for four in of.values() for run in four}) == 1
+    for ours, some, every, theirs in of.values():
+        assert every["peak_gib"] < some["peak_gib"] < min(ours["peak_gib"], theirs["peak_gib"])
+        assert ours["s_per_step"] < some["s_per_step"] < every["s_per_step"] < theirs["s_per_step"]
+    assert [ours["peak_gib"] > theirs["peak_gib"] for ours, _, _, theirs in of.values()] == [True, True, False]
+
+    def each(values: list[float], digits: int = 1) -> str:
+        first, second, third = (source.rounded(round(value, 3), digits) for value in values)
+        return f"{first}, {second} and {third}"
+
+    seconds = {tokens: [run["s_per_step"] for run in four] for tokens, four in of.items()}
+    yield f"and is {seconds[32768][3] / seconds[32768][0]:.1f} times as fast"
+    yield f"costs {each([100 * (some / ours - 1) for ours, some, *_ in seconds.values()], 0)} % of time"
+    below = each([theirs["peak_gib"] - some["peak_gib"] for _, some, _, theirs in of.values()])
+    times = each([theirs / some for _, some, _, theirs in seconds.values()])
+    yield f"stays below theirs at all three lengths, by {below} GiB, and is {times} times as fast"
+    yield f"is still {each([theirs / every for _, _, every, theirs in seconds.values()])} times as fast"
     yield f"All 28 layers recomputed would be {_whole_model_recomputed():.1f} times as fast as theirs at 16,384 tokens"
-    eight, sixteen, all_of_it = (
-        f"{row['time_beside_ours']:.2f}"
-        for row in source.results("results/training_one_call_h200")
-        if row["runner"] == names[-1]
-    )
-    yield f"theirs takes {eight}, {sixteen} and {all_of_it} times as long as ours without recompute"
-    for tokens in sorted({tokens for tokens, _ in runs}):
-        cells = [
-            f"{run['tokens_per_s']:,.0f} tokens/s, {run['peak_gib']:.1f} GiB" if run else "not measured"
-            for run in (runs.get((tokens, name)) for name in names)
-        ]
+    for tokens, four in of.items():
+        cells = [f"{run['tokens_per_s']:,.0f} tokens/s, {source.rounded(run['peak_gib'], 1)} GiB" for run in four]
         yield f"| {tokens:,} | {' | '.join(cells)} |"
