@@ -8,6 +8,8 @@ from typing import Any
 from benchmarks.quoted import source
 from benchmarks.report_training import ROWS, in_words, recomputed, two_gpus
 
+ENGINES = ("one_process", "megatron")
+
 
 def training() -> Iterator[str]:
     """docs/training.md: its tables of shares of the mask, of layouts of two GPUs, of rivals and of FP8."""
@@ -30,9 +32,33 @@ def _checkpoints() -> Iterator[str]:
     found = source.results("results/checkpoint_cpu")
     yield f"{found['parameters'] / 1e6:.0f} million parameters ({found['gigabytes']:.2f} GB a checkpoint)"
     for name in ("wait_s", "next_step_s"):
-        for engine in ("one_process", "megatron"):
+        for engine in ENGINES:
             beside, waiting = (source.rounded(found[f"{engine}_{way}"][name], 1) for way in ("beside", "waiting"))
             yield f"{beside} s instead of {waiting} s"
+    yield from _checkpoints_of_a_gpu(source.results("results/checkpoint_h200"))
+
+
+def _checkpoints_of_a_gpu(found: dict[str, Any]) -> Iterator[str]:
+    """The same on an H200, with what its first checkpoint makes."""
+    size = found["gigabytes"]
+    yield f"{found['cores']} cores, two layers"
+    yield f"{found['parameters'] / 1e6:.0f} million parameters ({size:.2f} GB a checkpoint)"
+    beside, waiting = ([found[f"{engine}_{way}"] for engine in ENGINES] for way in ("beside", "waiting"))
+    for run, stands in zip(beside, waiting, strict=True):
+        yield f"{run['wait_s']:.2f} s instead of {stands['wait_s']:.1f} s"
+        assert f"{run['copy_s']:.2f}" == "0.15"
+
+    def both(name: str, unit: str, scale: float = 1, digits: int = 1) -> str:
+        first, second = (f"{scale * run[name]:.{digits}f}{unit}" for run in beside)
+        return f"{first} and {second}"
+
+    yield f"next step takes {both('next_step_s', '', 1e3, 0)} ms, where steps before the save take"
+    yield f"before the save take {both('step_s', '', 1e3, 0)}"
+    yield f"whole {both('save_s', '')} s after a save began"
+    yield f"without any checkpoint in {found['plain_write_s']:.1f} s"
+    yield f"holds it up for {both('first_wait_s', ' s')}: of these {both('first_copy_s', ' s')} are the copy"
+    yield f"which later takes {beside[0]['copy_s']:.2f} s"
+    yield f"the kernel clears {size:.1f} GB"
 
 
 def _resumed() -> Iterator[str]:
