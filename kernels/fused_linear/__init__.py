@@ -40,7 +40,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """x [n, in] weight^T (+ bias) -> [n, out]; `scale` [out] of a weight in FP8, see `quantize_rows`."""
-    if not _few_rows(x, weight, scale):
+    if not few_rows(x, weight, scale):
         return _many_rows(x, weight, bias, scale)
     from .triton_skinny import skinny_linear
 
@@ -49,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor 
 
 def linear_swiglu(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """Linear, then silu(first half) * second half: x [n, in], weight [2 * ffn, in] -> [n, ffn]."""
-    if _few_rows(x, weight, scale):
+    if few_rows(x, weight, scale):
         from .triton_skinny import skinny_linear
 
         return skinny_linear(x, weight, bias=bias, scale=scale, swiglu=True)
@@ -64,7 +64,7 @@ def linear_add(
     x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
     """Linear into the residual stream: adds x [n, in] weight^T (+ bias) to residual [n, out] in place; returns it."""
-    if _few_rows(x, weight, scale):
+    if few_rows(x, weight, scale):
         from .triton_skinny import skinny_linear
 
         return skinny_linear(x, weight, residual=residual, bias=bias, scale=scale)
@@ -83,8 +83,8 @@ def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | N
     return out if bias is None else out.add_(bias)
 
 
-def _few_rows(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
-    """Whether the kernel for few rows multiplies."""
+def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether a kernel for few rows multiplies, which can end with what comes after a product."""
     if scale is not None:
         return x.is_cuda and x.dtype == torch.bfloat16 and len(x) <= MAX_ROWS
     return _on_gpu(x, weight) and len(x) <= MAX_ROWS
@@ -105,6 +105,7 @@ def _on_gpu(x: Tensor, weight: Tensor) -> bool:
 __all__ = [
     "FP8",
     "dequantize_rows",
+    "few_rows",
     "linear",
     "linear_add",
     "linear_add_reference",

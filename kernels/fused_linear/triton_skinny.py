@@ -11,6 +11,7 @@ no predecessor writes, before it waits for x.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,13 +31,11 @@ def _prefetch(address):
 
 
 @triton.jit
-def _skinny_kernel(x, x_scale, weight, scale, bias, out, partial, arrived, rows, depth, width, x_row, out_row,
-                   ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                   SWIGLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
-                   PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Program (i, j): the i-th BLOCK_OUT rows of the weights, all rows of x, the j-th of SPLITS stretches of the sum.
-
-    With SWIGLU half of these rows belong to the gate and half to what it opens.
+def multiply_rows(x, x_scale, weight, scale, bias, partial, arrived, weight_row, in_width, rows, depth, weight_rows,
+                  x_row, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                  BIAS: tl.constexpr, SCALED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """What program (i, j) of a kernel adds up: BLOCK_OUT rows of the weights by all rows of x, the j-th of SPLITS
+    stretches of the sum; the last of SPLITS programs to arrive has the sums of all.
 
     Weights in FP8 (SCALED) are multiplied by the tensor cores as they are: what the parts of x give is exact, and the
     tensor cores, which add up FP8 products with few bits, hand over their sums after every tile.
@@ -44,21 +43,22 @@ def _skinny_kernel(x, x_scale, weight, scale, bias, out, partial, arrived, rows,
     Args:
         x: [rows, depth], or with SCALED what `split_rows` makes of that, [2 * rows, depth].
         x_scale: float32 [rows], if SCALED.
-        partial: float32 [SPLITS, ROWS, rows of weight].
+        scale: float32 [weight_rows], if SCALED.
+        bias: [weight_rows], if BIAS.
+        partial: float32 [SPLITS, ROWS, weight_rows].
         arrived: int32 [programs along i], zero; left zero.
-        rows, depth, width: out is [rows, width].
-        scale: float32, one for each row of the weights, if SCALED.
-        x_row, out_row: elements from one row to the next.
+        weight_row: int [BLOCK_OUT], which rows of the weights; those not `in_width` are 0.
+        weight_rows: of all programs.
+        x_row: elements from one row of x to the next.
         PREFETCH: bytes of each weight row asked for before the wait.
+
+    Returns:
+        float32 [BLOCK_OUT, ROWS], and whether the sums are whole.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
-    outputs: tl.constexpr = BLOCK_OUT // 2 if SWIGLU else BLOCK_OUT
     parts: tl.constexpr = 2 if SCALED else 1
-    lane, row, k = tl.arange(0, BLOCK_OUT), tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
-    part = tl.arange(0, parts * ROWS)
-    output = tile * outputs + lane % outputs
-    in_width, in_rows = output < width, row < rows
-    weight_row = tl.where(in_width, output + lane // outputs * width, 0)
+    row, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    part, in_rows = tl.arange(0, parts * ROWS), row < rows
     stretch = tl.cdiv(tl.cdiv(depth, BLOCK_K), SPLITS) * BLOCK_K
     begin = split * stretch
     end = tl.minimum(begin + stretch, depth)
@@ -86,8 +86,8 @@ def _skinny_kernel(x, x_scale, weight, scale, bias, out, partial, arrived, rows,
         sums = (high + low / 16) * tl.load(x_scale + row, mask=in_rows, other=0.0)[None, :]
     last = True
     if SPLITS > 1:
-        plane = ROWS * (2 * width if SWIGLU else width)
-        mine = partial + row[None, :] * (2 * width if SWIGLU else width) + weight_row[:, None]
+        plane = ROWS * weight_rows
+        mine = partial + row[None, :] * weight_rows + weight_row[:, None]
         both = in_width[:, None] & in_rows[None, :]
         tl.store(mine + split * plane, sums, mask=both)
         tl.debug_barrier()  # all threads' stores come before the one that says so
@@ -102,13 +102,40 @@ def _skinny_kernel(x, x_scale, weight, scale, bias, out, partial, arrived, rows,
             sums *= tl.load(scale + weight_row, mask=in_width, other=0.0)[:, None]
         if BIAS:
             sums += tl.load(bias + weight_row, mask=in_width, other=0.0).to(tl.float32)[:, None]
+    return sums, last
+
+
+@triton.jit
+def _skinny_kernel(x, x_scale, weight, scale, bias, partial, arrived, rows, depth, x_row, out, width, out_row,
+                   ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                   SWIGLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+                   PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Program (i, j): the i-th BLOCK_OUT rows of the weights, the j-th stretch of their sums, see `multiply_rows`.
+
+    With SWIGLU half of these rows belong to the gate and half to what it opens.
+
+    Args:
+        rows, depth, width: out is [rows, width].
+        out_row: elements from one row to the next.
+    """
+    tile = tl.program_id(0)
+    outputs: tl.constexpr = BLOCK_OUT // 2 if SWIGLU else BLOCK_OUT
+    lane, row = tl.arange(0, BLOCK_OUT), tl.arange(0, ROWS)
+    output = tile * outputs + lane % outputs
+    in_width = output < width
+    weight_row = tl.where(in_width, output + lane // outputs * width, 0)
+    sums, last = multiply_rows(
+        x, x_scale, weight, scale, bias, partial, arrived, weight_row, in_width, rows, depth,
+        2 * width if SWIGLU else width, x_row, ROWS, BLOCK_OUT, BLOCK_K, SPLITS, BIAS, SCALED, PREFETCH, PDL,
+    )  # fmt: skip
+    if last:
         if SWIGLU:
             gate, up = tl.split(tl.permute(tl.reshape(sums, (2, outputs, ROWS)), (1, 2, 0)))
             result = gate / (1 + tl.exp(-gate)) * up
         else:
             result = sums
         column = tile * outputs + tl.arange(0, outputs)
-        stored = (column < width)[:, None] & in_rows[None, :]
+        stored = (column < width)[:, None] & (row < rows)[None, :]
         if RESIDUAL:
             old = tl.load(out + row[None, :] * out_row + column[:, None], mask=stored, other=0.0)
             result += old.to(tl.float32)
@@ -159,6 +186,46 @@ def _blocks(depth: int, width: int, swiglu: bool, lanes: int, itemsize: int) -> 
     return sizes | {"SPLITS": splits, "num_warps": warps, "num_stages": stages, "PREFETCH": prefetch}
 
 
+class Product(NamedTuple):
+    """How a kernel that calls `multiply_rows` is launched."""
+
+    grid: tuple[int, int]
+    arguments: tuple[Tensor | int | float, ...]
+    """x, x_scale, weight, scale, bias, partial, arrived, rows, depth, x_row."""
+    options: dict[str, int | bool]
+    """What is known when it is compiled."""
+
+
+def prepare_product(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    pdl: bool,
+    blocks: dict[str, int] | None,
+    swiglu: bool = False,
+    most_outputs: int | None = None,
+) -> Product:
+    """Tiles and scratch memory of a product, see `skinny_linear`; most_outputs: weight rows that a program may have."""
+    rows, depth = x.shape
+    scaled = scale is not None
+    parts, x_scale = split_rows_triton(x, pdl=pdl) if scaled else (x, x)
+    lanes = max(8 if scaled else 16, triton.next_power_of_2(rows))
+    blocks = blocks or _blocks(depth, len(weight) // 2 if swiglu else len(weight), swiglu, lanes, weight.dtype.itemsize)
+    if most_outputs is not None:
+        blocks = blocks | {"BLOCK_OUT": min(blocks["BLOCK_OUT"], most_outputs)}
+    splits = blocks["SPLITS"]
+    partial = x.new_empty((splits, lanes, len(weight)), dtype=torch.float32) if splits > 1 else x
+    options = {"ROWS": lanes, "BIAS": bias is not None, "SCALED": scaled, "PDL": pdl}
+    return Product(
+        (triton.cdiv(len(weight), blocks["BLOCK_OUT"]), splits),
+        (parts, x_scale, weight, x if scale is None else scale, x if bias is None else bias, partial,
+         _counters(x.device), rows, depth, parts.stride(-2)),
+        options | blocks | ({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+
+
 def skinny_linear(
     x: Tensor,
     weight: Tensor,
@@ -185,20 +252,10 @@ def skinny_linear(
     Returns:
         [n, out].
     """
-    rows, depth = x.shape
-    width = weight.shape[0] // 2 if swiglu else weight.shape[0]
-    out = x.new_empty(rows, width) if residual is None else residual
-    scaled = scale is not None
-    parts, x_scale = split_rows_triton(x, pdl=pdl) if scaled else (x, x)
-    lanes = max(8 if scaled else 16, triton.next_power_of_2(rows))
-    blocks = blocks or _blocks(depth, width, swiglu, lanes, weight.dtype.itemsize)
-    splits = blocks["SPLITS"]
-    partial = x.new_empty((splits, lanes, weight.shape[0]), dtype=torch.float32) if splits > 1 else out
-    options = {"launch_pdl": True} if pdl else {}
-    _skinny_kernel[(triton.cdiv(weight.shape[0], blocks["BLOCK_OUT"]), splits)](
-        parts, x_scale, weight, scale if scaled else x, x if bias is None else bias, out, partial,
-        _counters(x.device), rows, depth, width, parts.stride(-2), out.stride(0), ROWS=lanes,
-        SWIGLU=swiglu, BIAS=bias is not None, RESIDUAL=residual is not None, SCALED=scaled, PDL=pdl,
-        **blocks, **options,
+    product = prepare_product(x, weight, bias=bias, scale=scale, pdl=pdl, blocks=blocks, swiglu=swiglu)
+    width = len(weight) // 2 if swiglu else len(weight)
+    out = x.new_empty(len(x), width) if residual is None else residual
+    _skinny_kernel[product.grid](
+        *product.arguments, out, width, out.stride(0), SWIGLU=swiglu, RESIDUAL=residual is not None, **product.options,
     )  # fmt: skip
     return out

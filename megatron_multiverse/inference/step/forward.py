@@ -22,7 +22,7 @@ from megatron_multiverse.inference.step.plan import Ints, StepPlan
 from megatron_multiverse.kernels.decode_step import begin_step, known_ids
 from megatron_multiverse.kernels.fused_linear import linear, linear_add, linear_swiglu, norm, rms_norm
 from megatron_multiverse.kernels.kv_copy import copy_slots
-from megatron_multiverse.kernels.kv_write import write_kv
+from megatron_multiverse.kernels.kv_write import linear_write_kv, write_kv
 from megatron_multiverse.kernels.tree_decode import Attention, TreeDecode
 from megatron_multiverse.model.layers import PositionIdRotary
 from megatron_multiverse.model.weights import weight_state
@@ -310,17 +310,13 @@ class PagedForward:
 
     def _attend(self, normed: Tensor, layer: _Layer, table: Tensor, step: StepTensors, store: KVStore) -> Tensor:
         """Attention of one layer over the cache: [n, hidden] -> [n, heads * head dim]."""
-        mixed = self._product(normed, layer.qkv)
-        query = write_kv(
-            mixed.view(len(normed), self.num_groups, -1),
-            table,
-            *store.flat[layer.index],
-            step.write_slots,
-            step.write_tokens,
-            query_norm=layer.query_norm,
-            key_norm=layer.key_norm,
-            eps=self.eps,
-        )
+        to, norms = layer.qkv, {"query_norm": layer.query_norm, "key_norm": layer.key_norm, "eps": self.eps}
+        into = table, *store.flat[layer.index], step.write_slots, step.write_tokens
+        if self.round_as_trained:
+            mixed = self._product(normed, to)
+            query = write_kv(mixed.view(len(mixed), self.num_groups, -1), *into, **norms)
+        else:
+            query = linear_write_kv(normed, to.weight, to.bias, to.scale, *into, **norms)
         out = step.attention(query, store.keys[layer.index], store.values[layer.index], self.softmax_scale)
         return out.flatten(1)
 

@@ -17,7 +17,7 @@ from megatron_multiverse.inference.step import forward
 from megatron_multiverse.inference.step.forward import PagedForward
 from megatron_multiverse.inference.step.graphs import Recorder, StepGraphs
 from megatron_multiverse.inference.step.runner import PendingOutput
-from megatron_multiverse.kernels import tree_decode
+from megatron_multiverse.kernels import kv_write, tree_decode
 from megatron_multiverse.kernels.kv_write import write_kv_reference
 from megatron_multiverse.kernels.tree_decode import DeviceSegments, DeviceWork, Segments, Work
 from tests.unit.kernels.listed_keys import prompt_reads, reads
@@ -102,7 +102,8 @@ def record_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> StepGraphs:
     """Let an engine over a GPTModel on a CPU run its steps as one on a GPU does."""
     monkeypatch.setattr(DeviceWork, "__call__", _attend_by_list)
     monkeypatch.setattr(tree_decode, "attend_segments", _attend_by_segments)
-    monkeypatch.setattr(forward, "write_kv", _write_kv)
+    for module in (forward, kv_write):
+        monkeypatch.setattr(module, "write_kv", _write_kv)
     monkeypatch.setattr(PendingOutput, "fetch", _fetch_copy)
     runner = engine.runner
     assert isinstance(runner.forward, PagedForward)

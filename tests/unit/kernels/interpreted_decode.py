@@ -26,6 +26,7 @@ from megatron_multiverse.kernels.fused_linear import (
 from megatron_multiverse.kernels.fused_linear.triton_rows import norm_rows, split_rows_triton, swiglu_rows
 from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear
 from megatron_multiverse.kernels.kv_write import write_kv_reference
+from megatron_multiverse.kernels.kv_write.triton_product import linear_write_kv_triton
 from megatron_multiverse.kernels.kv_write.triton_write import write_kv_triton
 from megatron_multiverse.kernels.rope import inverse_frequencies, rope_table
 from megatron_multiverse.kernels.sampling import Filters, draw_reference, greedy_reference
@@ -236,6 +237,30 @@ def check_write() -> None:
                 torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
+def check_write_product() -> None:
+    """The same as a product and a write: halves of heads in one tile and in several, sums cut among programs."""
+    generator = torch.Generator().manual_seed(0)
+    for n, groups, per_group, dim, depth, splits in ((3, 2, 3, 16, 40, 1), (1, 1, 7, 64, 96, 2), (19, 4, 1, 32, 64, 3)):
+        heads = groups * (per_group + 2)
+        x, weight = (torch.randn(*shape, generator=generator) for shape in ((n, depth), (heads * dim, depth)))
+        bias = torch.randn(heads * dim, generator=generator)
+        positions = torch.randint(0, 9999, (1, n), generator=generator)
+        table = rope_table(positions, inverse_frequencies(dim, 1e6, "cpu", torch.float32))
+        slots = torch.randperm(40, generator=generator)[: n + 2]
+        tokens = torch.cat((torch.randperm(n, generator=generator), torch.tensor([n - 1, 0])))
+        for some in (None, bias):
+            cache = [torch.zeros(40, groups, dim) for _ in range(4)]
+            mixed = torch.nn.functional.linear(x, weight, some).view(n, groups, -1)
+            want = write_kv_reference(mixed, table, *cache[:2], slots[:-1], tokens[:-1])
+            there = torch.cat((slots[:-1], torch.tensor([-1])))
+            got = linear_write_kv_triton(
+                x, weight, table, *cache[2:], there, tokens, bias=some, pdl=False,
+                blocks=BLOCKS | {"SPLITS": splits},
+            )  # fmt: skip
+            for x_, y_ in ((got, want), (cache[2], cache[0]), (cache[3], cache[1])):
+                torch.testing.assert_close(x_, y_, rtol=1e-4, atol=1e-3)
+
+
 def check_decode() -> None:
     """Random trees of rows that share pages at several levels; what no row sees holds NaN."""
     rng = np.random.default_rng(0)
@@ -330,6 +355,7 @@ def random_rows(rng: np.random.Generator, page_size: int, *, shared: bool) -> tu
 if __name__ == "__main__":
     choices = check_greedy, check_draw, check_begin, check_end
     decodes = check_decode, check_decode_moved
-    for check in (check_skinny, check_skinny_fp8, check_rows, check_write, *choices, *decodes, check_sum_norm):
+    writes = check_write, check_write_product
+    for check in (check_skinny, check_skinny_fp8, check_rows, *writes, *choices, *decodes, check_sum_norm):
         check()
         print(check.__name__)

@@ -117,6 +117,21 @@ def launch_skinny() -> None:
         swiglu_rows(norm_rows(x, x[0], 1e-6))
 
 
+def launch_write_product() -> None:
+    from megatron_multiverse.kernels.kv_write.triton_product import linear_write_kv_triton
+
+    for depth, groups, per_group, dim in ((1536, 2, 6, 128), (3584, 4, 7, 128), (4096, 8, 4, 128), (896, 2, 7, 64)):
+        width = groups * (per_group + 2) * dim
+        weight = torch.zeros(width, 1, dtype=torch.bfloat16).expand(-1, depth)
+        cache = torch.zeros(2, 144, groups, dim, dtype=torch.bfloat16)
+        for rows in (1, 32):
+            x, slots = torch.zeros(rows, depth, dtype=torch.bfloat16), torch.arange(rows + 8)
+            given = x, weight, torch.zeros(1, rows, dim), *cache, slots, slots
+            linear_write_kv_triton(*given, bias=weight[:, 0])
+            scale = torch.zeros(1).expand(width)
+            linear_write_kv_triton(x, weight.to(torch.float8_e4m3fn), *given[2:], scale=scale)
+
+
 def launch_decode() -> None:
     from megatron_multiverse.kernels.kv_write.triton_write import write_kv_triton
     from megatron_multiverse.kernels.tree_decode.triton_decode import tree_decode_triton
@@ -202,6 +217,7 @@ LAUNCHES: dict[Callable[[], None], set[str]] = {
     launch_draw: {"_piece_kernel", "_settle_kernel"},
     launch_step: {"_begin_kernel", "_end_kernel"},
     launch_sum_norm: {"_sum_norm_kernel"},
+    launch_write_product: {"_product_kernel"},
     launch_decode: {"_write_kernel", "_decode_kernel", "_merge_kernel"},
     launch_structure_scan: {"tags_kernel", "documents_kernel", "expand_kernel", "_lists_kernel"},
 }
