@@ -34,7 +34,8 @@ def problem_sets(count: int, rows: RowConfig) -> dict[str, list[Problem]]:
     def draw(task: str, number: int) -> list[Problem]:
         rng = random.Random(f"evaluation:{task}-{number}")
         if task == "variables":
-            return [sample_satisfiability(rng, number) for _ in range(count)]
+            searches = (sample_satisfiability(rng, number) for _ in range(count))
+            return [replace(one, back_links=rows.back_links) for one in searches]
         drawn = (sample_arithmetic(rng, number) for _ in range(count))
         found = [replace(one, copies_rest=rows.copies_rest) for one in drawn]
         return [problem if rows.links else without_links(problem) for problem in found]

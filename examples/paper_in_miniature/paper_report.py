@@ -75,6 +75,10 @@ def mend_table(results: Results) -> list[str]:
         "mixture": "the paper's mixture",
         "given-values-0": "values given",
         "given-values-1": "values given, other seed",
+        "back-links-0": "values given, links back",
+        "back-links-1": "values given, links back, other seed",
+        "low-trees-0": "values given, links back, low trees",
+        "low-trees-1": "values given, links back, low trees, other seed",
     }
     runs = {name: title for name, title in names.items() if name in results}
     lines = _header("right answers, %", *runs.values())

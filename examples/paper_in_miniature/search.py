@@ -36,6 +36,10 @@ class Satisfiability:
     given: Case = ()
     """Values of the first variables, which the question says; at most two, so that no clause rules them out. The search
     splits on the others, so its tree has fewer levels than there are variables."""
+    back_links: bool = False
+    """Behind the name of a variable stands, as a small letter, which one the search splits on before it, or ``.`` if
+    none: in the question, and at the end of the conclusion of its block. So what a block is closed into is looked up in
+    the same way at every depth: after ``Y0-Y1-Ye`` a value of E, after ``D0+D1-D.`` the end."""
 
     def marked(self, name: str) -> list[tuple[str, Case]]:
         """The clauses whose last variable this is, with their letters."""
@@ -49,7 +53,7 @@ class Satisfiability:
     def prompt(self) -> str:
         """The question, without the request to think in one way or the other."""
         groups = (
-            f"{name}:"
+            f"{name}{self._back(name)}:"
             + "".join(f" {mark}{spell(clause)}" for mark, clause in self.marked(name))
             + f" {self._next(name)}"
             for name in self.variables
@@ -95,6 +99,13 @@ class Satisfiability:
         """Which variable comes after this one; ``>.`` after the last."""
         return ">" + (self.variables + ".")[self.variables.index(name) + 1]
 
+    def _back(self, name: str) -> str:
+        """Which variable the search splits on before this one; ``.`` before the first of them and those given."""
+        if not self.back_links:
+            return ""
+        place = self.variables.index(name)
+        return self.variables[place - 1].lower() if place > len(self.given) else "."
+
     def _trial(self, case: Case) -> str:
         """A case and the clauses tried on it, up to the first that rules it out. Each is compared literal by literal:
         `+` after the first one that the case does not have, `-` if it has them all. After clauses that all hold stands
@@ -128,7 +139,9 @@ class Satisfiability:
             else (self._trial(one), self._split(one), self._verdict(one))
             for one in cases
         )
-        return Block(tuple(map(spell, cases)), paths, "".join(map(self._verdict, cases)))
+        name = self.variables[len(case)]
+        back = f"{name}{self._back(name)}" if self.back_links else ""
+        return Block(tuple(map(spell, cases)), paths, "".join(map(self._verdict, cases)) + back)
 
     def _search(self, case: Case) -> Iterator[str]:
         """Depth-first search up to the first solution; every case ends with its verdict, except those around the

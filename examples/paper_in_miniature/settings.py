@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -117,6 +117,8 @@ def runs() -> dict[str, RowConfig]:
     found["mixture"] = RowConfig(kind="multiverse", mixture_batches=FULL.train_iters)
     for seed in SEEDS[:2]:
         found[f"given-values-{seed}"] = RowConfig(kind="multiverse", given_values=True, seed=seed)
+        linked = RowConfig(kind="multiverse", given_values=True, back_links=True, seed=seed)
+        found |= {f"back-links-{seed}": linked, f"low-trees-{seed}": replace(linked, low_trees=True)}
     found["no-spare-definitions"] = RowConfig(kind="multiverse", spare_definitions=False)
     found["no-first-batches"] = RowConfig(kind="multiverse", first_batches=0)
     return found

@@ -24,7 +24,7 @@ import torch
 from chains import STEPS, Arithmetic, without_links
 from official_mask import both_labels, leaky
 from positions import gapped, official_positions, with_positions
-from tasks import REQUESTS, Problem, sample_arithmetic, sample_satisfiability
+from tasks import REQUESTS, Problem, Satisfiability, sample_arithmetic, sample_satisfiability
 from texts import Text
 from torch.utils.data import DataLoader, Dataset
 
@@ -43,6 +43,8 @@ MOST_CHAINS = 4
 """Chains of a training problem, and so its paths; the evaluation goes beyond."""
 MOST_DEFINITIONS = 12
 """Chains that the question of a training problem defines, most of which are not asked for."""
+FEWEST_VARIABLES = 3
+"""Of a search: as many as a clause has literals."""
 MOST_VARIABLES = 4
 """Variables of a training search, and so its deepest block; the evaluation goes beyond."""
 MOST_GIVEN = 2
@@ -89,6 +91,12 @@ class RowConfig:
     given_values: bool = False
     """Two thirds of the searches have up to two variables more, whose values the question says: so questions and cases
     are as long as in the evaluation, but no tree of blocks has more levels."""
+    back_links: bool = False
+    """Variables of searches say which one is split on before them, so that what a block is closed into is looked up,
+    not told by how many blocks were closed within it."""
+    low_trees: bool = False
+    """With `given_values`: searches have trees from one level upward, as many of each height, so that every height but
+    the greatest ends some trees and not others."""
     search_share: float = 0.35
     """Of the problems, after the first batches."""
     first_batches: int = 300
@@ -106,6 +114,9 @@ class RowConfig:
     text. 0 gives all rows tags from the start."""
     seed: int = 0
     """Of all rows."""
+
+    def __post_init__(self) -> None:
+        assert self.given_values or not self.low_trees, "a tree of one level needs two values that are given"
 
 
 def text_of(kind: Kind) -> Text:
@@ -144,8 +155,7 @@ class RowMaker:
             number = rng.randint(2, MOST_LISTED)
             return sample_arithmetic(rng, number, (0, 0), num_spare=rng.randint(0, MOST_LISTED - number)), True
         if not is_first and rng.random() < self.config.search_share:
-            num_split, num_given = rng.randint(3, MOST_VARIABLES), rng.randint(0, MOST_GIVEN * self.config.given_values)
-            return sample_satisfiability(rng, num_split + num_given, num_given), False
+            return self._search(rng), False
         number = rng.choices(range(2, MOST_CHAINS + 1), (4, 3, 2))[0]
         steps = (0, 0) if is_first else FEW_STEPS if rng.random() < SHARE_OF_FEW_STEPS else STEPS
         has_spare = links and self.config.spare_definitions
@@ -153,6 +163,13 @@ class RowMaker:
         problem = sample_arithmetic(rng, number, steps, num_spare=num_spare)
         problem = replace(problem, copies_rest=self.config.copies_rest)
         return problem if links else without_links(problem), False
+
+    def _search(self, rng: random.Random) -> Satisfiability:
+        num_split = rng.randint(1 if self.config.low_trees else FEWEST_VARIABLES, MOST_VARIABLES)
+        fewest_given = max(0, FEWEST_VARIABLES - num_split)
+        num_given = rng.randint(fewest_given, MOST_GIVEN if self.config.given_values else 0)
+        search = sample_satisfiability(rng, num_split + num_given, num_given)
+        return replace(search, back_links=self.config.back_links)
 
     def text(self, rng: random.Random, index: int) -> tuple[str, str]:
         """Prompt and response of one row of batch `index`."""
