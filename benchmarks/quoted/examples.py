@@ -160,6 +160,7 @@ def miniature() -> Iterator[str]:
     first, *others = (f"{source.results(f'{OWN}plain-{seed}')['loss']:.4f}" for seed in range(3))
     yield f"are {first}, {' and '.join(others)} instead of {found['accuracy']['plain-0']['loss']:.4f}"
     yield from _labelled_lists()
+    yield from _closings()
     looks = source.results("results/miniature_qk_norm_h200")["runs"]
     tied, untied = looks["tied embeddings, no QK norm"], looks["untied embeddings, QK norm"]
     yield f"from {tied['loss']['1300']:.3f} to {untied['loss']['1300']:.3f}"
@@ -188,6 +189,21 @@ def _labelled_lists() -> Iterator[str]:
         yield f"{percent([again[name]])} % of {title}"
         yield f"instead of {percent(now('multiverse', name)[:1])}"
     yield from _wall_clock()
+
+
+def _closings() -> Iterator[str]:
+    """What a model writes behind the blocks that it has closed."""
+    found = source.results("results/miniature_closings_cpu")
+    deeper = found["sets"]["variables-5"]
+    assert deeper["paths"]["right"] == deeper["paths"]["of"] and not any(deeper["right"]), "or do not say so"
+    yield f"In {len(deeper['right'])} of these problems `{found['run']}`, trained once more, begins all"
+    yield f"begins all {deeper['paths']['of']} paths as it should"
+    for name in ("variables-4", "variables-5"):
+        counts = (found["sets"][name]["closings"][levels] for levels in "1234")
+        cells = (f"{count['right']} of {count['of']}" for count in counts)
+        yield f"| right behind them, {name[-1]} variables | {' | '.join(cells)} |"
+    fourth = deeper["closings"]["4"]
+    yield f"Behind four levels stands `</Think>` with the answer, {fourth['ended']} of {fourth['of']} times"
 
 
 def _wall_clock() -> Iterator[str]:
