@@ -12,6 +12,7 @@ import numpy as np
 from megatron_multiverse.evaluation.samples import Sample
 from megatron_multiverse.evaluation.tasks import Thinking
 from megatron_multiverse.inference import BY_ENGINE
+from megatron_multiverse.structure import acceleration_ratio
 
 
 class Setting(NamedTuple):
@@ -107,7 +108,7 @@ def score(samples: Sequence[Sample]) -> Score:
         any_correct=float(np.mean([share > 0 for share in by_problem.values()])),
         no_answer=float(np.mean([sample.answer is None for sample in samples])),
         num_parallel=float(tokens.sum() / max(critical.sum(), 1)),
-        acceleration_ratio=float(np.mean(tokens / np.maximum(critical, 1))),
+        acceleration_ratio=acceleration_ratio(tokens, critical),
         token_latency=float(critical.mean()),
         trigger_ratio=float(np.mean(_column(samples, "blocks") > 0)),
         blocks=float(_column(samples, "blocks").mean()),

@@ -13,6 +13,7 @@ from megatron_multiverse.inference import BY_ENGINE
 from megatron_multiverse.rl.loss import PolicyNumbers
 from megatron_multiverse.rl.replica import Replica
 from megatron_multiverse.rl.rollout import Batch
+from megatron_multiverse.structure import saved_share
 from megatron_multiverse.training.engine import StepResult
 
 FAMILY_NUMBERS = ("accuracy", "trigger_ratio", "critical_length")
@@ -64,8 +65,8 @@ def answer_numbers(answers: Columns) -> dict[str, Any]:
 
 
 def _numbers(answers: Columns) -> dict[str, Any]:
-    """``num_parallel`` is all tokens by all critical tokens, ``acceleration_ratio`` the mean of 1 - critical tokens /
-    tokens (ThreadWeaver's eta), ``trigger_ratio`` the share of answers with a block, ``malformed`` the share whose
+    """``num_parallel`` is all tokens by all critical tokens, ``saved_share`` the mean of 1 - critical tokens / tokens
+    (ThreadWeaver's eta), ``trigger_ratio`` the share of answers with a block, ``malformed`` the share whose
     structure broke, ``truncated`` the share that a budget ended. Lengths are means in tokens."""
     tokens, critical, right = answers["length"], answers["critical_length"], answers["right"]
     return {
@@ -75,7 +76,7 @@ def _numbers(answers: Columns) -> dict[str, Any]:
         "critical_length": float(critical.mean()),
         "critical_length_right": float(critical[right].mean()) if right.any() else math.nan,
         "num_parallel": float(tokens.sum() / max(1.0, critical.sum())),
-        "acceleration_ratio": float(np.mean((tokens - critical) / np.maximum(1, tokens))),
+        "saved_share": saved_share(tokens, critical),
         "trigger_ratio": float(answers["forks"].mean()),
         "malformed": float(answers["malformed"].mean()),
         "truncated": float(answers["truncated"].mean()),

@@ -24,7 +24,14 @@ from megatron_multiverse.structure.layout import (
 )
 from megatron_multiverse.structure.machine import StructureMachine
 from megatron_multiverse.structure.parser import parse
-from megatron_multiverse.structure.statistics import BlockStatistics, Statistics, measure, measure_blocks
+from megatron_multiverse.structure.statistics import (
+    BlockStatistics,
+    Statistics,
+    acceleration_ratio,
+    measure,
+    measure_blocks,
+    saved_share,
+)
 from megatron_multiverse.structure.tags import MAX_DEPTH, TAGS, StructureVocab, Tag
 from megatron_multiverse.structure.trajectory import (
     TEXT_ID,
@@ -56,6 +63,7 @@ __all__ = [
     "StructureMachine",
     "StructureVocab",
     "Tag",
+    "acceleration_ratio",
     "check_text",
     "cut_at_labels",
     "lay_out",
@@ -67,6 +75,7 @@ __all__ = [
     "parse",
     "parse_text",
     "render",
+    "saved_share",
     "share_prefix",
     "visible_matrix",
 ]

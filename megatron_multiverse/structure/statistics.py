@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_multiverse.structure.document import BlockSpan, Document, PathSpan
 from megatron_multiverse.structure.layout import lay_out
 
@@ -40,6 +43,28 @@ class Statistics:
         """plain_tokens / critical_tokens. Below 1 the structure takes more steps than writing the same text
         sequentially would."""
         return self.plain_tokens / max(self.critical_tokens, 1)
+
+
+def acceleration_ratio(num_tokens: npt.NDArray[np.float64], critical_tokens: npt.NDArray[np.float64]) -> float:
+    """Mean over answers of their tokens over those of their longest chain; 1 where nothing was parallel. What papers
+    quote as acceleration (1.53x).
+
+    Args:
+        num_tokens: [answers], at least one.
+        critical_tokens: [answers], of the longest chains.
+    """
+    return float(np.mean(num_tokens / np.maximum(1, critical_tokens)))
+
+
+def saved_share(num_tokens: npt.NDArray[np.float64], critical_tokens: npt.NDArray[np.float64]) -> float:
+    """Mean over answers of the share of their tokens that took no step of their own, 1 - critical tokens / tokens; 0
+    where nothing was parallel. ThreadWeaver's eta, which its code logs as acceleration_ratio (arXiv 2512.07843).
+
+    Args:
+        num_tokens: [answers], at least one.
+        critical_tokens: [answers], of the longest chains.
+    """
+    return float(np.mean((num_tokens - critical_tokens) / np.maximum(1, num_tokens)))
 
 
 def measure(document: Document) -> Statistics:

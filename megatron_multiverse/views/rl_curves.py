@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,14 @@ from megatron_multiverse.views.loss_curves import RunHistory, column, pyplot_for
 PANELS = (
     (("reward", "accuracy"), "mean over the answers of a step"),
     (("critical_length", "length"), "tokens of an answer"),
-    (("trigger_ratio", "acceleration_ratio"), "share"),
+    (("trigger_ratio", "saved_share"), "share"),
     (("num_parallel",), "tokens / critical tokens"),
     (("entropy",), "nats"),
     (("logprob_drift", "clip_share"), "difference, share"),
 )
 """(names of metrics, what they measure) of each panel."""
+_FORMER_NAMES = {"acceleration_ratio": "saved_share"}
+"""Names in metrics.jsonl of earlier versions, and the present ones."""
 _STYLES = ("-", "--", ":", "-.")
 
 
@@ -26,6 +29,15 @@ def by_family(name: str, histories: Sequence[RunHistory]) -> list[str]:
     """The metric of each family of prompts, where runs report it by family (`task.family_key`); else the metric."""
     reported = {key for history in histories for record in history.train.values() for key in record}
     return sorted(key for key in reported if key.startswith(f"{name}/")) or [name]
+
+
+def with_present_names(history: RunHistory) -> RunHistory:
+    """The same metrics by their present names. A later version may have continued a run, so each step is looked at."""
+    train = {
+        step: {_FORMER_NAMES.get(name, name): value for name, value in record.items()}
+        for step, record in history.train.items()
+    }
+    return dataclasses.replace(history, train=train)
 
 
 def plot_rl(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
@@ -43,7 +55,7 @@ def plot_rl(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
     if smooth < 1:
         raise ConfigError(f"smooth is {smooth}, but a running mean needs at least 1 step (1 draws them as they are)")
     plt = pyplot_for(output)
-    histories = read_histories(folders)
+    histories = [with_present_names(history) for history in read_histories(folders)]
     for folder, history in zip(folders, histories, strict=True):
         if history.train and not any("reward" in record for record in history.train.values()):
             raise DataError(

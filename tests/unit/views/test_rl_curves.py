@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_multiverse.errors import ConfigError, DataError
-from megatron_multiverse.views.loss_curves import RunHistory
-from megatron_multiverse.views.rl_curves import PANELS, by_family, plot_rl
+from megatron_multiverse.views import rl_curves
+from megatron_multiverse.views.loss_curves import RunHistory, column
+from megatron_multiverse.views.rl_curves import PANELS, by_family, plot_rl, with_present_names
 
 
 def test_runs_are_drawn_with_steps_that_trained_nothing(tmp_path: Path) -> None:
@@ -39,3 +40,15 @@ def test_families_take_the_place_of_what_is_reported_of_all() -> None:
     histories = [RunHistory("a", {1: record}, {}, []), RunHistory("b", {1: {"accuracy": 0.5}}, {}, [])]
     assert by_family("accuracy", histories) == ["accuracy/narrow", "accuracy/wide"]
     assert by_family("reward", histories) == ["reward"]
+
+
+def test_a_run_that_a_later_version_continued_is_one_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = {1: {"reward": 1.0, "acceleration_ratio": 0.25}, 2: {"reward": 1.0, "saved_share": 0.5}}
+    history = RunHistory("a", steps, {}, [])
+    assert column(with_present_names(history).train, "saved_share") == [0.25, 0.5]
+    rows = [{"kind": "train", "step": step, **record} for step, record in steps.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    drawn = []
+    monkeypatch.setattr(rl_curves, "column", lambda train, name: drawn.append((name, column(train, name))) or [0.0] * 2)
+    plot_rl([tmp_path], tmp_path / "rl.png")
+    assert ("saved_share", [0.25, 0.5]) in drawn
