@@ -28,11 +28,11 @@ from megatron_multiverse.config.choices import DType
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference import Engine, Request, Result, training_row
-from megatron_multiverse.inference.bench import device_name, random_model, random_prompt
+from megatron_multiverse.inference.bench import random_model, random_prompt
 from megatron_multiverse.inference.bench_blocks import silence_tags
 from megatron_multiverse.inference.bench_script import VOCAB, block_header
 from megatron_multiverse.model.attention import LayoutParams
-from megatron_multiverse.model.device import choose_device
+from megatron_multiverse.model.device import choose_device, device_name
 from megatron_multiverse.model.families import preset
 
 CHECK_PAGES_EVERY = 200

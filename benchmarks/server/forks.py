@@ -15,8 +15,7 @@ from megatron_multiverse.clients.load import CONCLUSION_TOKENS, LoadConfig, meas
 from megatron_multiverse.clients.local_server import local_server
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import GenerationError
-from megatron_multiverse.inference.bench import device_name
-from megatron_multiverse.model.device import choose_device
+from megatron_multiverse.model.device import choose_device, device_name
 
 if TYPE_CHECKING:
     from benchmarks.server.__main__ import ServerBenchConfig

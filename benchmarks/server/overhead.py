@@ -21,11 +21,11 @@ from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import GenerationError
-from megatron_multiverse.inference.bench import device_name, random_model
+from megatron_multiverse.inference.bench import random_model
 from megatron_multiverse.inference.build import build_engine
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.text.request import Request
-from megatron_multiverse.model.device import choose_device
+from megatron_multiverse.model.device import choose_device, device_name
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.weights import save_model
 

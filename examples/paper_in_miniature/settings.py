@@ -20,6 +20,7 @@ from megatron_multiverse.config import (
     TrainConfig,
 )
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
+from megatron_multiverse.model.device import choose_device, device_name
 
 TOKENIZER = Path(__file__).parents[1] / "quickstart" / "model"
 SEEDS = (0, 1, 2)
@@ -167,7 +168,7 @@ def measured_on() -> dict[str, str | None]:
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": device_name(choose_device("auto")),
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": git.stdout.strip() or None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -39,8 +40,8 @@ class Backend(Protocol):
     """Of the model; a run goes on only with the same one."""
     settings: dict[str, Any]
     """What else of it decides over answers, and must be the same when a run goes on."""
-    device: str | None
-    """What it ran on, for whoever reads the seconds; None if that is not told."""
+    device: str
+    """What it runs on, for whoever reads the seconds; "unknown" if that is not told."""
 
     def answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
         """Answer jobs, yielding each as it finishes.
@@ -58,19 +59,17 @@ class EngineBackend:
     """
 
     def __init__(self, config: EvaluateConfig) -> None:
-        import torch
-
         from megatron_multiverse.checkpoints.sources import loadable, weights_fingerprint
         from megatron_multiverse.data.generation_config import end_ids
         from megatron_multiverse.data.tokenizers import build_tokenizer
         from megatron_multiverse.dtypes import engine_dtype
-        from megatron_multiverse.model.device import choose_device
+        from megatron_multiverse.model.device import choose_device, device_name
 
         assert config.load is not None
         self.name = str(config.load)
         config = dataclasses.replace(config, load=(load := loadable(config.load)))
         self._device = choose_device(config.device)
-        self.device: str | None = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "CPU"
+        self.device = device_name(self._device)
         self._dtype = engine_dtype(config.dtype, self._device)
         names = ("round_as_trained", "quantization", "max_paths", "max_depth")
         self.settings: dict[str, Any] = {name: getattr(config.engine, name) for name in names}
@@ -164,8 +163,6 @@ class ServerBackend:
         GenerationError: nobody answers there, or the key is refused.
     """
 
-    device: str | None = None
-
     def __init__(self, config: EvaluateConfig) -> None:
         self._concurrency = config.concurrency
         self._servers = [_Server(config, url) for url in config.url]
@@ -181,6 +178,7 @@ class ServerBackend:
                 f"--url: the servers have other weights under the same name ({have}); give each the same checkpoint"
             )
         self.settings: dict[str, Any] = {"weights": hashes.pop()} if hashes else {}
+        self.device = _all_devices([server.device for server in self._servers])
 
     def answers(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
         """See `Backend`. Threads wait for the servers; grades are given by the caller's thread."""
@@ -204,8 +202,21 @@ class ServerBackend:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _all_devices(devices: Sequence[str]) -> str:
+    """What each server runs on, as one line for the report."""
+    if len(devices) == 1:
+        return devices[0]
+    return ", ".join(f"{count} server{'s' * (count > 1)} on {one}" for one, count in Counter(devices).items())
+
+
 class _Server:
-    """One server, over HTTP; `name` is that of its model, `weights` a hash of its weights, None if it tells none."""
+    """One server, over HTTP.
+
+    Attributes:
+        name: of its model.
+        weights: a hash of its weights, None if it tells none.
+        device: what it runs on, "unknown" if it does not tell.
+    """
 
     def __init__(self, config: EvaluateConfig, url: str) -> None:
         import httpx2
@@ -224,14 +235,19 @@ class _Server:
             self.name = str(models["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
             raise GenerationError(f"--url {url}: /v1/models names no model; is this our server?") from error
-        try:
-            weights = self._ask("GET", "/model_info", None).get("weights")
-        except (
-            _Refused,
-            _Unknown,
-        ):  # an older server, or something in between that passes on what asks for answers alone
-            weights = None
+        self._told("/health/ready")  # one that loads its model still, which a 503 says, tells nothing of it yet
+        info = self._told("/model_info")
+        weights = info.get("weights")
         self.weights = weights if isinstance(weights, str) and weights else None
+        self.device = _device_of(info)
+
+    def _told(self, route: str) -> dict[str, Any]:
+        """What the server says there; nothing if it is an older one, or another, or something in between passes on what
+        asks for answers alone."""
+        try:
+            return self._ask("GET", route, None)
+        except (_Refused, _Unknown):
+            return {}
 
     def close(self) -> None:
         self._client.close()
@@ -290,6 +306,17 @@ class _Server:
         if response.status_code in (401, 403, 404, 405):
             raise _Unknown(message)
         raise GenerationError(message)
+
+
+def _device_of(info: dict[str, Any]) -> str:
+    """The device that a server names in /model_info, with the number of those that hold its model where there are
+    several."""
+    name = info.get("device")
+    if not isinstance(name, str) or not name:
+        return "unknown"
+    sizes = [info.get(f"{kind}_model_parallel_size", 1) for kind in ("tensor", "pipeline")]
+    number = math.prod(size for size in sizes if isinstance(size, int))
+    return f"{number} x {name}" if number > 1 else name
 
 
 class _Unknown(GenerationError):

@@ -73,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
         if weights is not None and now not in (None, weights):
             settings["weights"] = f"{weights}, then {now}"
         asked = {"tasks": config.tasks, "problems": len(problems), "seeds": config.num_seeds}
-        where = {"date": time.strftime("%Y-%m-%d"), **({"device": backend.device} if backend.device else {})}
+        where = {"date": time.strftime("%Y-%m-%d"), "device": backend.device}
         facts = {**settings, **asked, **where}
         del facts["format"]  # of the folder, which tells a reader nothing
         write_report(config.output, {**facts, "missing answers": len(errors)}, scores, chosen)

@@ -24,7 +24,7 @@ from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.inference.step.sampler import Sampler
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
-from megatron_multiverse.model.device import choose_device
+from megatron_multiverse.model.device import choose_device, device_name
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.model.gpt import build_gpt_model
 
@@ -409,8 +409,3 @@ def wait(device: torch.device) -> None:
     """Until the device has nothing to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the GPU, or the kind of device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -23,6 +23,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def device_name(device: torch.device) -> str:
+    """What a report says of the device: the name of the GPU, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on the device. From pinned memory, since a copy from pageable memory waits for earlier kernels."""
     if device.type == "cuda" and not tensor.is_cuda:

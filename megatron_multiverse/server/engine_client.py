@@ -49,7 +49,8 @@ class EngineClient:
 
     Attributes:
         state: "loading", "ready" or "dead".
-        facts: sizes of the engine (`max_position`, `num_pages`, `page_size`, `max_rows`), once ready.
+        facts: device and sizes of the engine (`device`, `max_position`, `num_pages`, `page_size`, `max_rows`) once
+            it is ready.
         stats: what the engine last said of itself.
     """
 

@@ -32,13 +32,16 @@ class RankModel:
 
     Args:
         model: the part.
+
+    Attributes:
+        device: where it computes, also while its weights lie elsewhere.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.ranks: Ranks = current_ranks()
         weight = next(model.parameters())
-        self._device, self._dtype = weight.device, weight.dtype
+        self.device, self._dtype = weight.device, weight.dtype
 
     def load(self, folder: str) -> None:
         """Replace the weights in place, once all ranks have read theirs: a folder that cannot be read changes none.
@@ -62,12 +65,12 @@ class RankModel:
 
     def onload(self) -> None:
         """Bring the weights back."""
-        self.model.to(self._device)
+        self.model.to(self.device)
 
     def free(self) -> None:
         """Return what nothing uses any more to the device."""
         freeze_objects()  # parts of an engine refer to each other, and some may be frozen
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
@@ -102,6 +105,11 @@ class EngineControl:
         if self._engine is None:
             raise GenerationError("the engine has given its memory back; resume_memory_occupation takes it again")
         return self._engine
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first rank computes."""
+        return self._part.device
 
     @property
     def has_work(self) -> bool:

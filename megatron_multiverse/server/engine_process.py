@@ -36,7 +36,7 @@ from megatron_multiverse.inference.record import to_values
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.inference.text.state import Written
-from megatron_multiverse.model.device import choose_device
+from megatron_multiverse.model.device import choose_device, device_name
 from megatron_multiverse.server.engine_control import EngineControl, follow_control
 from megatron_multiverse.server.garbage import freeze_objects
 from megatron_multiverse.server.wire import STEP_SECONDS, Channel, Message
@@ -215,8 +215,9 @@ class EngineHost:
         self._writes = []
 
     def _facts(self) -> dict[str, Any]:
-        """What the other side needs to know of the engine to check requests by itself."""
+        """What the other side needs to know of the engine to check requests and to tell of it by itself."""
         return {
+            "device": device_name(self.control.device),
             "max_position": self.engine.max_position,
             "num_pages": self.engine.book.num_pages,
             "page_size": self.engine.book.page_size,

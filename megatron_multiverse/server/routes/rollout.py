@@ -127,11 +127,20 @@ async def server_info(request: Request) -> Response:
 @router.get("/model_info")
 @router.get("/get_model_info")
 async def model_info(request: Request) -> Response:
-    """The model, the version of its weights, and a hash that tells them from others of the same name."""
-    state = request.app.state
-    control = state.client.control
-    weights = {"weight_version": control.versions[-1], "weights": control.weights}
-    return JSONResponse({"model_path": state.model.name, "is_generation": True, **weights})
+    """The model, the version of its weights, a hash that tells them from others of the same name, and on what it runs:
+    `device` is what one rank has, None until the model is loaded."""
+    client = request.app.state.client
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    return JSONResponse(
+        {
+            "model_path": request.app.state.model.name,
+            "is_generation": True,
+            "weight_version": client.control.versions[-1],
+            "weights": client.control.weights,
+            "device": client.facts.get("device"),
+            **{size: getattr(client.config, size) for size in sizes},
+        }
+    )
 
 
 def _answer(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import EngineConfig
 from megatron_multiverse.errors import ConfigError, DataError, GenerationError
+from megatron_multiverse.evaluation.backends import ServerBackend
 from megatron_multiverse.evaluation.config import DrawConfig, EvaluateConfig
 from megatron_multiverse.evaluation.report import comparison_lines
 from megatron_multiverse.evaluation.run import compare, evaluate
@@ -122,12 +123,54 @@ def test_a_server_that_tells_nothing_of_its_weights_goes_on(
     with running(engine=config.engine) as server:
         over_http = dataclasses.replace(config, load=None, url=[server.url], limit=1)
         evaluate(over_http)
+        assert json.loads((config.output / "report.json").read_text())["device"] == "CPU"
         monkeypatch.setattr(httpx2.Client, "request", untelling)
         evaluate(dataclasses.replace(over_http, limit=None))
         assert "does not tell whether its weights are still those of the answers" in caplog.text
         untold = dataclasses.replace(over_http, output=config.output.with_name("untold"))
         evaluate(untold)
         assert "weights" not in json.loads((untold.output / "run.json").read_text())
+        assert "\n- device: unknown\n" in (untold.output / "report.md").read_text()
+
+
+def test_a_server_that_loads_its_model_is_waited_for(config: EvaluateConfig, monkeypatch: Any) -> None:
+    request = httpx2.Client.request
+    asked: list[str] = []
+
+    def loading(client: httpx2.Client, method: str, url: str, **options: Any) -> httpx2.Response:
+        asked.append(url)
+        if url == "/health/ready" and asked.count(url) == 1:
+            return httpx2.Response(503, headers={"retry-after": "0"})
+        if url == "/model_info" and asked.count("/health/ready") < 2:
+            return httpx2.Response(200, json={"weights": "", "device": None})
+        return request(client, method, url, **options)
+
+    monkeypatch.setattr(httpx2.Client, "request", loading)
+    with running(engine=config.engine) as server:
+        evaluate(dataclasses.replace(config, load=None, url=[server.url], limit=1))
+        report = json.loads((config.output / "report.json").read_text())
+        assert (report["weights"], report["device"]) == (server.client.control.weights, "CPU")
+
+
+@pytest.mark.parametrize(
+    ("told", "device"),
+    [
+        ([{"device": "X", "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}], "X"),
+        ([{"device": "X", "tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2}], "8 x X"),
+        ([{"device": "X"}, {"device": 5}, {"device": "X"}], "2 servers on X, 1 server on unknown"),
+        ([{"device": "X", "tensor_model_parallel_size": "many"}], "X"),
+    ],
+)
+def test_servers_say_on_what_they_run(
+    config: EvaluateConfig, monkeypatch: Any, told: list[dict[str, Any]], device: str
+) -> None:
+    def request(client: httpx2.Client, method: str, url: str, **options: Any) -> httpx2.Response:
+        models = {"data": [{"id": "model"}]}
+        return httpx2.Response(200, json=models if url == "/v1/models" else told[int(client.base_url.host[1:])])
+
+    monkeypatch.setattr(httpx2.Client, "request", request)
+    urls = [f"http://s{number}" for number in range(len(told))]
+    assert ServerBackend(dataclasses.replace(config, load=None, url=urls)).device == device
 
 
 def test_a_run_goes_on_where_it_was_killed(config: EvaluateConfig) -> None:

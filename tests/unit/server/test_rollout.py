@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_multiverse.model.device import device_name
 from megatron_multiverse.structure import lay_out, parse
 from tests.unit.server.running import PROMPT, Running, tokenizer
 
@@ -47,6 +48,9 @@ def test_what_is_not_served_is_named(server: Running) -> None:
 def test_server_info(server: Running) -> None:
     info = server.http.get("/server_info").json()
     assert info["status"] == "ready" and info["max_position"] > 0 and info["num_pages"] > 0
+    model = server.http.get("/model_info").json()
+    assert info["device"] == model["device"] == device_name(next(server.engine.runner.model.parameters()).device)
+    assert (model["tensor_model_parallel_size"], model["pipeline_model_parallel_size"]) == (1, 1)
 
 
 def test_a_client_needs_no_tokenizer_of_its_own(server: Running) -> None:
