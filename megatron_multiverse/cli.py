@@ -130,6 +130,11 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
     return _build(cls, parsed)
 
 
+def narrowed(options: Any, cls: type[T]) -> T:
+    """The part of a script's options that a base class of theirs has: the run, without what the script adds."""
+    return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
 def _files_first(args: list[str]) -> list[str]:
     """The command line with every --config before the flags, which override it: jsonargparse reads from the left."""
     files: list[str] = []

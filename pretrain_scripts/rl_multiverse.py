@@ -1,7 +1,8 @@
 """Reinforcement learning on parallel rollouts: a YAML file plus dotted overrides.
 
-Example:
+Examples:
     python pretrain_scripts/rl_multiverse.py --config pretrain_scripts/configs/rl_quickstart.yaml --train_iters 20
+    WORLD_SIZE=8 python pretrain_scripts/rl_multiverse.py --config my_run.yaml --dry-run
 
 Exit code 0: the run is finished. 75: SIGTERM or SIGUSR1 stopped it, and it saved; the same command continues it.
 """
@@ -9,16 +10,38 @@ Exit code 0: the run is finished. 75: SIGTERM or SIGUSR1 stopped it, and it save
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from dataclasses import dataclass
 
-from megatron_multiverse.cli import parse_options, run_tool
+from megatron_multiverse.cli import narrowed, parse_options, run_tool
 from megatron_multiverse.config import RLConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RLConfig):
+    """The run, and whether it is only looked at."""
+
+    dry_run: bool = False
+    """Look at the settings, the model, its tokenizer, the prompts and the rewards, print what the run would do and what
+    each rank will need, and stop. Needs no GPU; WORLD_SIZE says for how many ranks."""
+    dry_run_shape: str | None = None
+    """Published shape, e.g. qwen2.5-7b, for a dry run where the checkpoint that init_from names is not at hand; prompts
+    are then read where task.tokenizer_model is."""
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("megatron").setLevel(logging.WARNING)
-    config = parse_options(RLConfig)
+    options = parse_options(Options)
+    config = narrowed(options, RLConfig)
+    if options.dry_run:
+        from megatron_multiverse.rl.dry_run import report
+
+        lines = report(config, options.dry_run_shape)
+        if os.environ.get("RANK", "0") == "0":
+            print(lines)
+        return
     from megatron_multiverse.training.signals import EXIT_CODE_STOPPED, StopSignals
 
     # To the end of the process: neither a signal before the first step nor one after the last save may kill it.

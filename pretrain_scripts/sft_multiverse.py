@@ -10,15 +10,14 @@ Exit code 0: the run is finished. 75: SIGTERM or SIGUSR1 stopped it, and it save
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import sys
 from dataclasses import dataclass
 
-from megatron_multiverse.cli import parse_options, run_tool
+from megatron_multiverse.cli import narrowed, parse_options, run_tool
 from megatron_multiverse.config import TrainConfig
-from megatron_multiverse.errors import CheckpointError, ConfigError
+from megatron_multiverse.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,18 +49,12 @@ class Options(TrainConfig):
 
 def dry_run(config: TrainConfig, options: Options) -> None:
     """Print what the run will need, by arithmetic and, if asked for, by a few steps of it."""
-    from megatron_multiverse.model.families import preset
-    from megatron_multiverse.training.memory import report
-    from megatron_multiverse.training.start import describe_model
+    from megatron_multiverse.training.memory_report import report, shape_to_try
     from megatron_multiverse.training.trial import try_steps
 
-    shape, steps = options.dry_run_shape, options.dry_run_steps
+    steps = options.dry_run_steps
     # Before the ranks meet: the report makes process groups of its own. One of them speaks for all.
-    try:
-        model_config = describe_model(config) if shape is None else preset(shape)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; or name its published shape, as in --dry-run-shape qwen2.5-7b") from error
-    lines = report(config, model_config)
+    lines = report(config, shape_to_try(config, options.dry_run_shape))
     speaks = os.environ.get("RANK", "0") == "0"
     if speaks:
         print(lines, flush=True)
@@ -75,7 +68,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("megatron").setLevel(logging.WARNING)
     options = parse_options(Options)
-    config = TrainConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(TrainConfig)})
+    config = narrowed(options, TrainConfig)
     if options.dry_run:
         dry_run(config, options)
         return

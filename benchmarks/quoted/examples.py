@@ -56,6 +56,7 @@ def rl() -> Iterator[str]:
     rows, tree = source.results("results/rl_shared_prefix_h200")
     yield f"[{tree['speedup']:.1f} times](../benchmarks/results/rl_shared_prefix_h200.md) as fast"
     yield f"it takes {tree['peak_gib']:.0f} GiB, where rows one after the other take {rows['peak_gib']:.0f}"
+    yield f"on an H200, {rows['peak_gib']:.1f} and {tree['peak_gib']:.1f} GiB, it says"
     (drawn,) = source.results("results/rl_rollouts_h200")
     yield f"[{drawn['tokens_per_s_drawing']:,.0f} tokens/s](../benchmarks/results/rl_rollouts_h200.md)"
     yield f"the bare engine's {drawn['tokens_per_s_bare']:,.0f}; with the hand-over"

@@ -20,7 +20,7 @@ from megatron_multiverse.training.placement import TokenPlacer
 NEAR = 0.01
 """Ratios of new to old probability within 1 +- NEAR count as equal."""
 
-_CHUNK = 1024
+CHUNK = 1024
 """Targets whose logits stand in float32 at once."""
 
 
@@ -117,7 +117,7 @@ class PolicyLoss:
         def logprobs_by(model: nn.Module, *, count: bool) -> Tensor:
             with logits_only_at(model, contexts, *ids.shape):
                 logits = model(ids, position_ids, attention_mask=None, packed_seq_params=params)[0]
-            chunks = zip(torch.split(logits, _CHUNK), torch.split(targets, _CHUNK), strict=True)
+            chunks = zip(torch.split(logits, CHUNK), torch.split(targets, CHUNK), strict=True)
             return torch.cat([self._logprobs(*chunk, count=count) for chunk in chunks])
 
         logprobs = logprobs_by(model, count=True)

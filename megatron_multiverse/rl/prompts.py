@@ -59,6 +59,9 @@ class Prompts:
         self._fingerprint = digest.hexdigest()[:16]
         self._order: tuple[int, list[int]] = (-1, [])
 
+    def __len__(self) -> int:
+        return len(self._prompts)
+
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""

@@ -26,6 +26,7 @@ from megatron_multiverse.rl.advantages import group_advantages, is_settled
 from megatron_multiverse.rl.prompts import Prompt, Prompts
 from megatron_multiverse.rl.replica import Replica
 from megatron_multiverse.rl.rewards import Graded, Grader
+from megatron_multiverse.training.start import weights_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +107,8 @@ class Rollouts:
         self.grader = Grader(config.reward)
         self._sizes = engine_config(config, check_length(config, model_config, prompts.longest), replica.count)
         self._played = model
-        weight = next(model.parameters())
-        played = torch.bfloat16 if config.dtype == "bf16" else weight.dtype
-        if played != weight.dtype or self._sizes.quantization != "none":
+        weight, played = next(model.parameters()), played_dtype(config)
+        if has_own_model(config):
             layers = LayerConfig(transformer_impl=layers.transformer_impl)
             self._played = build_gpt_model(
                 model_config, dtype=played, device=weight.device, initialize=False, layers=layers
@@ -250,6 +250,16 @@ def check_length(config: RLConfig, model: ModelConfig, longest_prompt: int) -> i
                 "max_tokens or raise policy.seq_length"
             )
     return longest
+
+
+def played_dtype(config: RLConfig) -> torch.dtype:
+    """dtype of the weights that the engine runs."""
+    return torch.bfloat16 if config.dtype == "bf16" else weights_dtype(config.train_config())
+
+
+def has_own_model(config: RLConfig) -> bool:
+    """Whether the engine runs a copy of the trained weights: of another dtype, or with rounded products."""
+    return played_dtype(config) != weights_dtype(config.train_config()) or config.rollout.engine.quantization != "none"
 
 
 def engine_config(config: RLConfig, longest: int, replicas: int) -> EngineConfig:

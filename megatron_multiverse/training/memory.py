@@ -1,4 +1,4 @@
-"""What a training run needs on each GPU, worked out without one: `pretrain_scripts/sft_multiverse.py --dry-run`.
+"""What a training run needs on each GPU, worked out without one: `--dry-run` of the scripts in pretrain_scripts/.
 
 The parts of the model are really built, for one rank of every pipeline stage, but on torch's meta device, which has
 shapes and no memory; so whatever would refuse to be cut refuses here. What follows from the weights is exact.
@@ -22,6 +22,7 @@ from megatron_multiverse.config import LayerConfig, ModelConfig, ParallelConfig,
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.mcore import set_parallel_sizes
 from megatron_multiverse.training.deepspeed_settings import deepspeed_config
+from megatron_multiverse.training.start import dtypes, weights_dtype
 
 GIB = 2**30
 NOT_COUNTED_GIB = 5.0
@@ -47,12 +48,46 @@ class StageMemory:
     logits: int
     host: int
     """In the host's memory; not part of the total."""
+    beside: int = 0
+    """What else the run has, see `Beside`."""
+    between: int = 0
+    """The part of it that is there only while activations and logits are not."""
 
     @property
     def total(self) -> int:
-        """All of it on the GPU."""
-        state = self.weights + self.gradients + self.optimizer
-        return state + self.gathered + self.activations + self.logits
+        """All of it on the GPU, when that is most."""
+        state = self.weights + self.gradients + self.optimizer + self.gathered + self.beside
+        return state + max(self.activations + self.logits, self.between)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something else that a run has on each GPU."""
+
+    name: str
+    """As a line of the report."""
+    sizes: list[tuple[int, int]]
+    """(elements, bytes of each)."""
+    is_between: bool = False
+    """Whether it is there only while activations and logits are not."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(count * size for count, size in self.sizes)
+
+    def told(self) -> str:
+        """Its arithmetic."""
+        return terms(self.sizes) + (", given back for the updates" if self.is_between else "")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a run of another kind than supervised training has on each GPU."""
+
+    logits: list[tuple[int, int]]
+    """What its output layer holds, in place of `logits_of`."""
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,12 +100,13 @@ class StateBytes:
     host: tuple[int, int] = (0, 1)
 
 
-def estimate(config: TrainConfig, model: ModelConfig) -> list[StageMemory]:
-    """What the ranks of each pipeline stage need with the engine megatron or deepspeed.
+def estimate(config: TrainConfig, model: ModelConfig, beside: Beside | None = None) -> list[StageMemory]:
+    """What the ranks of each pipeline stage need.
 
     Args:
         config: the run; its number of ranks is WORLD_SIZE.
         model: shape of the model.
+        beside: what it has that supervised training has not.
 
     Raises:
         ConfigError: the model cannot be cut into the parts of `config.parallel`, or the user's DeepSpeed JSON
@@ -78,10 +114,12 @@ def estimate(config: TrainConfig, model: ModelConfig) -> list[StageMemory]:
     """
     config.parallel.check_model(model)
     stages = config.parallel.pipeline_model_parallel_size
-    return [_stage(config, model, stage) for stage in range(stages)]
+    return [_stage(config, model, stage, beside) for stage in range(stages)]
 
 
-def least_recompute(config: TrainConfig, model: ModelConfig, gib: float) -> LayerConfig | None:
+def least_recompute(
+    config: TrainConfig, model: ModelConfig, gib: float, beside: Beside | None = None
+) -> LayerConfig | None:
     """`config.layers` with the fewest recomputed layers that the estimate lets fit, or None if none do.
 
     Whole layers are recomputed, the first ones of each chunk (recompute_method block): for each GiB that this saves it
@@ -91,6 +129,7 @@ def least_recompute(config: TrainConfig, model: ModelConfig, gib: float) -> Laye
         config: the run; its own recompute does not count.
         model: shape of the model.
         gib: memory of a GPU; `NOT_COUNTED_GIB` of it are left free.
+        beside: see `estimate`.
     """
     modules = LayerConfig().recompute_modules
     for number in range(chunk_layers(config, model) + 1):
@@ -98,13 +137,13 @@ def least_recompute(config: TrainConfig, model: ModelConfig, gib: float) -> Laye
         if number == 0:
             how = {"recompute_granularity": None, "recompute_method": "uniform", "recompute_num_layers": 1}
         layers = dataclasses.replace(config.layers, recompute_modules=modules, **how)  # type: ignore[arg-type]
-        stages = estimate(dataclasses.replace(config, layers=layers), model)
+        stages = estimate(dataclasses.replace(config, layers=layers), model, beside)
         if max(stage.total for stage in stages) <= (gib - NOT_COUNTED_GIB) * GIB:
             return layers
     return None
 
 
-def _stage(config: TrainConfig, model: ModelConfig, stage: int) -> StageMemory:
+def _stage(config: TrainConfig, model: ModelConfig, stage: int, beside: Beside | None) -> StageMemory:
     parallel = config.parallel
     parameters, layers = _parameters(parallel, parallel.world_size, model, stage)
     state = state_bytes(config)
@@ -112,6 +151,7 @@ def _stage(config: TrainConfig, model: ModelConfig, stage: int) -> StageMemory:
         parameters * size // ranks for size, ranks in (state.weights, state.gradients, state.optimizer, state.host)
     )
     is_last = stage == parallel.pipeline_model_parallel_size - 1
+    logits, parts = (beside.logits, beside.parts) if beside is not None else (logits_of(config, model), ())
     return StageMemory(
         parameters=parameters,
         layers=layers,
@@ -120,16 +160,21 @@ def _stage(config: TrainConfig, model: ModelConfig, stage: int) -> StageMemory:
         optimizer=optimizer,
         gathered=sum(count * size for count, size in gathered(config, parameters)),
         activations=tokens_of(config) * kept_per_token(config, model) * layers_in_flight(config, layers, stage),
-        logits=sum(count * size for count, size in logits_of(config, model)) if is_last else 0,
+        logits=sum(count * size for count, size in logits) if is_last else 0,
         host=host,
+        beside=sum(part.size for part in parts if not part.is_between),
+        between=sum(part.size for part in parts if part.is_between),
     )
 
 
 def state_bytes(config: TrainConfig) -> StateBytes:
     """What weights, gradients and optimizer take for each parameter. AdamW has two float32 moments; beside bf16 weights
-    there are float32 ones, which DeepSpeed keeps also beside float32 weights."""
+    there are float32 ones, which DeepSpeed keeps also beside float32 weights. The engine one_process has no bf16
+    weights: autocast makes copies of them for a forward and backward pass."""
     parallel, zero = config.parallel, config.deepspeed
-    width = 2 if config.dtype == "bf16" else 4
+    width = weights_dtype(config).itemsize
+    if config.runs_on == "one_process":
+        return StateBytes((width + (2 if config.dtype == "bf16" else 0), 1), (width, 1), (2 * width, 1))
     sharing = parallel.data_parallel_size * parallel.context_parallel_size
     if config.runs_on != "deepspeed":
         return StateBytes((width, 1), (4, 1), (12 if width == 2 else 8, sharing))
@@ -152,12 +197,12 @@ def gathered(config: TrainConfig, parameters: int) -> list[tuple[int, int]]:
     settings = deepspeed_config(config)["zero_optimization"]
     live = int(settings.get("stage3_max_live_parameters", 1e9))
     bucket = int(settings.get("reduce_bucket_size", 5e8))
-    width = 2 if config.dtype == "bf16" else 4
+    width = weights_dtype(config).itemsize
     return [(min(live, parameters), width), (min(bucket, parameters), 4)]
 
 
 @contextlib.contextmanager
-def _pretended_ranks(parallel: ParallelConfig, stage: int) -> Iterator[None]:
+def pretended_ranks(parallel: ParallelConfig, stage: int) -> Iterator[None]:
     """Process groups of as many ranks as the run has, seen from the first one of a stage; nothing is ever sent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -182,7 +227,7 @@ def _parameters(parallel: ParallelConfig, world: int, model: ModelConfig, stage:
     shape = dataclasses.replace(model, vocab_size=pad_vocab_size(model.vocab_size, parallel.tensor_model_parallel_size))
     parameters = layers = 0
     virtual = parallel.virtual_pipeline_model_parallel_size
-    with _pretended_ranks(parallel, stage), torch.device("meta"):
+    with pretended_ranks(parallel, stage), torch.device("meta"):
         for number in range(virtual):
             chunk = build_gpt_model(
                 shape,
@@ -219,17 +264,20 @@ def kept_per_token(config: TrainConfig, model: ModelConfig) -> int:
     input alone (method block: of the first layers of a chunk), selective recompute of the MLP leaves out its part.
     """
     parallel, layers = config.parallel, config.layers
-    width = 2 if config.dtype == "bf16" else 4
+    width = dtypes(config)[1].itemsize
     tp = parallel.tensor_model_parallel_size
     shared = tp if parallel.sequence_parallel else 1
     queries, keys = (n * model.kv_channels for n in (model.num_attention_heads, model.num_query_groups))
-    kept = 4 * model.hidden_size // shared + (2 * queries + 2 * keys) // tp
+    # The residual stream has the format of the weights, and so has the input of both norms: in one process more than
+    # their output has with bf16.
+    wide = weights_dtype(config).itemsize // width
+    kept = (2 * wide + 2) * model.hidden_size // shared + (2 * queries + 2 * keys) // tp
     if not layers.recomputes("mlp"):
         kept += 3 * model.ffn_hidden_size // tp
     if layers.recompute_granularity == "full":
         every, is_block = chunk_layers(config, model), layers.recompute_method == "block"
         recomputed = min(every, layers.recompute_num_layers) if is_block else every
-        kept = (recomputed * (model.hidden_size // shared) + (every - recomputed) * kept) // every
+        kept = (recomputed * (wide * model.hidden_size // shared) + (every - recomputed) * kept) // every
     return width * kept
 
 
@@ -242,7 +290,7 @@ def logits_of(config: TrainConfig, model: ModelConfig) -> list[tuple[int, int]]:
     to it, and the gradient of all hidden states.
     """
     parallel = config.parallel
-    tp, width = parallel.tensor_model_parallel_size, 2 if config.dtype == "bf16" else 4
+    tp, width = parallel.tensor_model_parallel_size, dtypes(config)[1].itemsize
     rows, tokens = pad_vocab_size(model.vocab_size, tp) // tp, tokens_of(config)
     of_logit = width + (4 if config.layers.transformer_impl == "local" else width)
     chunk = config.loss_chunk_tokens
@@ -262,66 +310,6 @@ def layers_in_flight(config: TrainConfig, layers: int, stage: int) -> int:
     return layers // virtual * min(config.num_microbatches * virtual, chunks)
 
 
-def report(config: TrainConfig, model: ModelConfig) -> str:
-    """The estimate as text, with its arithmetic. Layers of activations count once for each microbatch in flight."""
-    parallel, tokens, kept = config.parallel, tokens_of(config), kept_per_token(config, model)
-    state = state_bytes(config)
-    lines = [
-        f"{model.num_parameters / 1e9:.2f} billion parameters on {parallel.world_size} ranks: "
-        f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
-        f"context {parallel.context_parallel_size} x data {parallel.data_parallel_size}; "
-        f"{config.num_microbatches} microbatches of {config.data.micro_batch_size} x {config.data.seq_length} tokens",
-    ]
-    for stage, memory in enumerate(estimate(config, model)):
-        in_flight = layers_in_flight(config, memory.layers, stage)
-        lines += [
-            f"stage {stage}: {memory.layers} layers, {memory.parameters / 1e9:.3f} billion parameters on each rank",
-            f"  weights      {_gib(memory.weights)} = parameters x {_shared(state.weights)}",
-            f"  gradients    {_gib(memory.gradients)} = parameters x {_shared(state.gradients)}",
-            f"  optimizer    {_gib(memory.optimizer)} = parameters x {_shared(state.optimizer)}",
-        ]
-        if memory.gathered:
-            terms = _terms(gathered(config, memory.parameters))
-            lines.append(f"  gathered     {_gib(memory.gathered)} = {terms}")
-        lines += [
-            f"  activations  {_gib(memory.activations)} = {tokens} tokens x {kept} bytes x {in_flight} layers",
-        ]
-        if memory.logits:
-            lines.append(f"  logits       {_gib(memory.logits)} = {_terms(logits_of(config, model))}")
-        lines.append(f"  together     {_gib(memory.total)}")
-        if memory.host:
-            lines.append(f"  on the host  {_gib(memory.host)} = parameters x {_shared(state.host)}, for each GPU")
-    lines.append(
-        f"not counted: buffers of NCCL, workspaces, fragmentation; leave about {NOT_COUNTED_GIB:g} GiB for them"
-    )
-    lines += [f"on GPUs of {card}: {_advice(config, model, gib)}" for card, gib in CARDS.items()]
-    return "\n".join(lines)
-
-
-def _advice(config: TrainConfig, model: ModelConfig, gib: float) -> str:
-    """The least recompute with which a run fits, as settings."""
-    layers = least_recompute(config, model, gib)
-    if layers is None:
-        return "does not fit, however much is recomputed"
-    if layers.recompute_granularity is None:
-        return "fits without recompute"
-    return (
-        f"fits with the first {layers.recompute_num_layers} of {chunk_layers(config, model)} layers recomputed: "
-        "layers.recompute_granularity full, recompute_method block, "
-        f"recompute_num_layers {layers.recompute_num_layers}"
-    )
-
-
-def _terms(sizes: list[tuple[int, int]]) -> str:
+def terms(sizes: list[tuple[int, int]]) -> str:
+    """(elements, bytes of each) in words."""
     return " + ".join(f"{count / 1e9:.4g} billion x {size} bytes" for count, size in sizes)
-
-
-def _shared(state: tuple[int, int]) -> str:
-    size, ranks = state
-    if not size:
-        return "0 bytes, it is on the host"
-    return f"{size} bytes" + (f" / {ranks} ranks" if ranks > 1 else "")
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:7.2f} GiB"

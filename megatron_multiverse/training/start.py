@@ -171,7 +171,7 @@ def create_chunks(
     Raises:
         ConfigError: what `config.layers` asks for cannot run on `device`.
     """
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    dtype = weights_dtype(config)
     layers, parallel = chosen_layers(config, model_config, device, dtype), config.parallel
     source: Source = FreshSource(model_config, config.seed, device)
     if config.init_from is not None:
@@ -212,3 +212,10 @@ def dtypes(config: TrainConfig) -> tuple[torch.dtype, torch.dtype]:
     """(dtype of the weights, dtype of the matrix products)."""
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     return dtype, torch.bfloat16 if config.dtype == "bf16" else dtype
+
+
+def weights_dtype(config: TrainConfig) -> torch.dtype:
+    """dtype of the weights with the engine of the run: with bf16 the engine one_process keeps float32 ones."""
+    if config.runs_on == "one_process":
+        return dtypes(config)[0]
+    return torch.bfloat16 if config.dtype == "bf16" else torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,16 +27,20 @@ def quantize_products(model: nn.Module, ranks: ModelRanks) -> None:
         raise ConfigError(
             f"quantization fp8 runs on one rank, the model is spread over {ranks.size}: use one, or leave it out"
         )
+    for product in products_of(model):
+        if product.weight.dtype == FP8:
+            continue
+        check_device(product.weight.device)
+        weight, scale = quantize_rows(product.weight)
+        product.weight = nn.Parameter(weight, requires_grad=False)
+        product.register_buffer("weight_scale", scale)
+
+
+def products_of(model: nn.Module) -> Iterator[Any]:
+    """The linear layers whose weights are rounded."""
     for layer in model.decoder.layers:  # type: ignore[union-attr]
         attention, mlp = layer.self_attention, layer.mlp
-        product: Any
-        for product in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
-            if product.weight.dtype == FP8:
-                continue
-            check_device(product.weight.device)
-            weight, scale = quantize_rows(product.weight)
-            product.weight = nn.Parameter(weight, requires_grad=False)
-            product.register_buffer("weight_scale", scale)
+        yield from (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
 
 
 def check_device(device: torch.device) -> None:

@@ -99,19 +99,27 @@ def run_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, **change
 
 def test_what_layers_keep_of_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """hidden 16, MLP 24, 2 heads of 8 with one key head, 32 rows of vocabulary."""
-    plain = run_of(tmp_path, monkeypatch, 1)
+    whole = {"engine": "megatron"}
+    plain = run_of(tmp_path, monkeypatch, 1, **whole)
     assert plain.model is not None
     assert kept_per_token(plain, plain.model) == 2 * (4 * 16 + 2 * 16 + 2 * 8 + 3 * 24)
+    # One process keeps the residual stream, which both norms read, in float32.
+    one = run_of(tmp_path, monkeypatch, 1)
+    assert kept_per_token(one, plain.model) == 2 * (6 * 16 + 2 * 16 + 2 * 8 + 3 * 24)
+    full = run_of(tmp_path, monkeypatch, 1, **{"layers.recompute_granularity": "full"})
+    assert kept_per_token(full, plain.model) == 4 * 16
+    exact = run_of(tmp_path, monkeypatch, 1, dtype="float64")
+    assert kept_per_token(exact, plain.model) == 8 * (4 * 16 + 2 * 16 + 2 * 8 + 3 * 24)
     two = {"parallel.tensor_model_parallel_size": 2}
     split = run_of(tmp_path, monkeypatch, 2, **two)
     assert kept_per_token(split, plain.model) == 2 * (4 * 16 + (2 * 16 + 2 * 8 + 3 * 24) // 2)
     sequence = {**two, "parallel.sequence_parallel": True, "layers.recompute_granularity": "full"}
     assert kept_per_token(run_of(tmp_path, monkeypatch, 2, **sequence), plain.model) == 2 * 16 // 2
     block = {"layers.recompute_granularity": "full", "layers.recompute_method": "block", "model.num_layers": 4}
-    three_of_four = run_of(tmp_path, monkeypatch, 1, **block, **{"layers.recompute_num_layers": 3})
+    three_of_four = run_of(tmp_path, monkeypatch, 1, **whole, **block, **{"layers.recompute_num_layers": 3})
     assert three_of_four.model is not None
     assert kept_per_token(three_of_four, three_of_four.model) == 2 * ((3 * 16 + 184) // 4)
-    selective = run_of(tmp_path, monkeypatch, 1, **{"layers.recompute_granularity": "selective"})
+    selective = run_of(tmp_path, monkeypatch, 1, **whole, **{"layers.recompute_granularity": "selective"})
     assert kept_per_token(selective, plain.model) == 2 * (4 * 16 + 2 * 16 + 2 * 8)
 
 

@@ -1,0 +1,176 @@
+"""The dry run: a run is looked at without a GPU, and what it would need adds up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import distributed
+
+from benchmarks.rl_shared_prefix import Options, answer, shape_of
+from megatron_multiverse.config import (
+    CheckpointConfig,
+    EngineConfig,
+    PolicyConfig,
+    RewardConfig,
+    RLConfig,
+    RolloutConfig,
+    SamplingParams,
+    TaskConfig,
+)
+from megatron_multiverse.data.tokenizers import build_tokenizer
+from megatron_multiverse.errors import CheckpointError, ConfigError
+from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.parallel.ranks import Ranks
+from megatron_multiverse.rl.dry_run import beside, logits_of_targets, report
+from megatron_multiverse.rl.prompts import Prompts
+from megatron_multiverse.rl.replica import Replica
+from megatron_multiverse.rl.rollout import Rollouts
+from megatron_multiverse.training.memory import GIB, Beside, StateBytes, estimate, state_bytes
+from megatron_multiverse.training.start import create_model
+
+from .runs import SHAPE, TOKENIZER, make_start, run_config
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> None:
+    """An estimate pretends to be one of many ranks; models of other tests leave a group of one rank in this process."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_start(tmp_path_factory.mktemp("start"))
+
+
+def bytes_of(run: RLConfig, longest: int = 40) -> dict[str, int]:
+    if distributed.is_initialized():  # a model of this test was made
+        distributed.destroy_process_group()
+    return {part.name: part.size for part in beside(run, SHAPE, longest).parts}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_engine_and_cache_take_what_was_said(start: Path, tmp_path: Path, dtype: Any, quantization: Any) -> None:
+    rollout = RolloutConfig(
+        prompts_per_step=2, group_size=2, sampling=SamplingParams(max_tokens=12, temperature=1.0),
+        engine=EngineConfig(max_rows=48, quantization=quantization),
+    )  # fmt: skip
+    run = run_config(start, tmp_path, dtype=dtype, rollout=rollout)
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", TOKENIZER)
+    prompts = Prompts(run.task, tokenizer, run.seed)
+    model, layers = create_model(run.train_config(), SHAPE, torch.device("cpu"))
+    rollouts = Rollouts(run, model, SHAPE, layers, tokenizer, prompts, Replica(Ranks()))
+    rollouts.use_weights(0)
+    assert rollouts._engine is not None
+    played, store = rollouts._played, rollouts._engine.runner.store
+    said = bytes_of(run, prompts.longest + 12)
+    assert said["cache"] == store.keys.nbytes + store.values.nbytes
+    assert ("engine" in said) == (played is not model)
+    if "engine" in said:
+        assert said["engine"] == sum(tensor.nbytes for tensor in [*played.parameters(), *played.buffers()])
+    rollouts.close()
+
+
+def test_an_update_takes_what_was_measured() -> None:
+    """Recorded peaks of PyTorch's allocator on one GPU, a row an answer and a row for all; the document says so."""
+    said = []
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/rl_shared_prefix_h200.jsonl").open()]
+    assert len(rows) == 2
+    o = Options()
+    model = shape_of(o)
+    drawn = len(answer(o, np.zeros(o.prompt, np.int64), model.vocab_size, 1).targets.contexts)
+    for row in rows:
+        answers, length = 1 if row["prompt"] == "per answer" else o.group_size, int(row["rows"].split(" x ")[1])
+        run = RLConfig(
+            init_from="none", task=TaskConfig(input="none"), checkpoint=CheckpointConfig(save="none"), dtype="bf16",
+            policy=PolicyConfig(seq_length=length),
+        ).train_config()  # fmt: skip
+        (stage,) = estimate(run, model, Beside(logits_of_targets(run, model, answers * drawn)))
+        assert 0 < row["peak_gib"] - stage.total / GIB < 0.5, (row, stage)
+        said.append(f"{stage.total / GIB:.1f}")
+    assert f"it says {' and '.join(said)}." in (ROOT / "docs/rl.md").read_text(encoding="utf-8")
+
+
+def test_one_process_keeps_float32_weights(start: Path, tmp_path: Path) -> None:
+    def state(**changes: Any) -> StateBytes:
+        return state_bytes(run_config(start, tmp_path, **changes).train_config())
+
+    assert state(dtype="bf16") == StateBytes((4 + 2, 1), (4, 1), (8, 1))
+    assert state(dtype="float32") == StateBytes((4, 1), (4, 1), (8, 1))
+    assert state(dtype="float64") == StateBytes((8, 1), (8, 1), (16, 1))
+    rounding = RolloutConfig(engine=EngineConfig(round_as_trained=True))
+    assert state(dtype="bf16", rollout=rounding) == StateBytes((2, 1), (4, 1), (12, 1))
+
+
+def test_a_reference_and_a_cache_that_is_given_back(start: Path, tmp_path: Path) -> None:
+    run = run_config(start, tmp_path)
+    parameters = sum(weight.numel() for weight in build_gpt_model(SHAPE).parameters())
+    apart = run_config(start, tmp_path, policy=dataclasses.replace(run.policy, kl_coef=0.1))
+    assert bytes_of(apart)["reference"] == 4 * parameters and "reference" not in bytes_of(run)
+    for pages in (1, 10**6):  # less than the activations take, and more
+        engine = dataclasses.replace(run.rollout.engine, num_pages=pages)
+        kept, given_back = (
+            dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, engine=engine, free_cache=free))
+            for free in (False, True)
+        )
+        (all_at_once,), (in_turns,) = (
+            estimate(one.train_config(), SHAPE, beside(one, SHAPE, 40)) for one in (kept, given_back)
+        )
+        update, cache = all_at_once.activations + all_at_once.logits, all_at_once.beside
+        assert all_at_once.total - in_turns.total == min(update, cache)
+
+
+def test_the_script_looks_at_a_run_and_leaves_nothing(start: Path, tmp_path: Path) -> None:
+    script = ROOT / "pretrain_scripts/rl_multiverse.py"
+    config = {
+        "init_from": str(start / "model"), "task": {"input": str(start / "rows.jsonl")},
+        "checkpoint": {"save": str(tmp_path / "run")}, "policy": {"seq_length": 96}, "reward": {"correct": "exact"},
+        "rollout": {"sampling": {"max_tokens": 12, "temperature": 1.0}}, "parallel": {"tensor_model_parallel_size": 2},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, script, "--config", tmp_path / "run.yaml", "--dry-run", *options]
+        return subprocess.run(command, env=os.environ | {"WORLD_SIZE": "4"}, capture_output=True, text=True)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    prompts, steps, ranks, *_ = done.stdout.splitlines()
+    assert re.fullmatch(r".*rows\.jsonl: 20 prompts, the longest of \d+ tokens", prompts)
+    assert steps.startswith("100 steps: each draws 16 x 8 answers of at most 12 tokens and makes 1 update of them")
+    assert ranks.endswith("billion parameters on 4 ranks: tensor 2 x 2 replicas")
+    assert re.search(r"\n  cache +[\d.]+ GiB = .*\n  together +[\d.]+ GiB\n", done.stdout), done.stdout
+    assert "on GPUs of 80 GB: fits without recompute" in done.stdout and not (tmp_path / "run").exists()
+    absent = run("--init-from", str(tmp_path / "none"))
+    assert absent.returncode == 1 and "or name its published shape, as in --dry-run-shape qwen2.5-7b" in absent.stderr
+
+
+def test_what_would_end_the_run_ends_the_dry_run(start: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no reward 'none'"):
+        report(run_config(start, tmp_path, reward=RewardConfig(correct="none")))
+    with pytest.raises(ConfigError, match=r"rollout\.sampling\.max_tokens .* more than policy\.seq_length 20"):
+        report(run_config(start, tmp_path, policy=PolicyConfig(seq_length=20)))
+    with pytest.raises(CheckpointError, match="--dry-run-shape"):
+        report(run_config(start, tmp_path, init_from=str(tmp_path)))
+
+
+def test_a_published_shape_stands_for_a_model_that_is_not_here(start: Path, tmp_path: Path) -> None:
+    absent = run_config(start, tmp_path, init_from=str(tmp_path / "none"), reward=RewardConfig(correct="exact"))
+    told = report(absent, "qwen2.5-7b")
+    assert "not read, since only the shape of the model is here" in told and "7.62 billion parameters" in told
+    task = dataclasses.replace(absent.task, tokenizer_model=str(TOKENIZER))
+    assert ": 20 prompts, " in report(dataclasses.replace(absent, task=task), "qwen2.5-7b")
