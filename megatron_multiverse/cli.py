@@ -18,12 +18,15 @@ from typing import Any, TypeVar
 import yaml
 
 from megatron_multiverse.cli_files import part_of, refuse_unknown_part_keys, refuse_wrong_file
+from megatron_multiverse.cli_messages import hyphenated, told
 from megatron_multiverse.errors import ConfigError, MultiverseError
 
 T = TypeVar("T")
 
 DEBUG_FLAG = "--debug"
 EXIT_CODE_INTERRUPTED = 130
+UNSET = "null"
+"""What stands for None on a command line; a file of this name is ./null."""
 
 _ELSEWHERE = {
     "load": ("init_from",),
@@ -87,7 +90,8 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
     Flags may be written as Megatron does: with hyphens (``--num-rows``) or underscores, switches without a value
     (``--append-eod``), lists as several words (``--json-keys prompt response``; those of numbers and of fixed names
     with commas, too: ``--budgets 1024,2048``), fields of a nested dataclass after a dot (``--sampling.top-k 5``). Texts
-    and paths are taken as they are written, also where YAML would read them as nothing (``null``, ``# a comment``).
+    and paths are taken as they are written, also where YAML would read them as nothing (``# a comment``), but for
+    ``null``, which unsets an optional name or path, not a `FreeText`.
     Values of the wrong type end the script with a message. Flags override the files of ``--config`` wherever these
     stand; of a flag that is given twice the last one counts, and stderr says so.
 
@@ -104,14 +108,16 @@ def parse_options(cls: type[T], args: Sequence[str] | None = None) -> T:
         """Shows flags the way they are written: `--num-rows`, `--from`."""
 
         def format_help(self, *args: Any, **kwargs: Any) -> str:
-            return re.sub(r"<class\s+'(\w+)'>", r"\1", _hyphenated(str(super().format_help(*args, **kwargs))))
+            return re.sub(r"<class\s+'(\w+)'>", r"\1", hyphenated(str(super().format_help(*args, **kwargs))))
 
         def error(self, message: str, ex: Exception | None = None) -> typing.NoReturn:
             """One line, without the usage, which is a page long."""
-            self.exit(2, f"error: {_told(message)}; --help explains the flags\n")
+            if not self.exit_on_error:  # the parser of an optional part: whoever asked it knows the part's name
+                super().error(message, ex)
+            self.exit(2, f"error: {told(message)}; --help explains the flags\n")
 
         def format_usage(self) -> str:
-            return _hyphenated(str(super().format_usage()))
+            return hyphenated(str(super().format_usage()))
 
     # Not auto_cli: it would offer the methods of `cls` as subcommands.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -152,32 +158,10 @@ def _tell_of_repetitions(args: list[str]) -> None:
     seen: dict[str, list[str]] = {}
     for flag, words in _flags_with_words(args):
         if seen.get(flag, words) != words and flag != "--config" and os.environ.get("RANK", "0") == "0":
-            shown = _hyphenated(flag)
+            shown = hyphenated(flag)
             print(f"{shown} is given twice: {' '.join(words) or 'the second'} counts", file=sys.stderr)
         if flag.startswith("--") and not flag.endswith("+"):  # the ending appends to a list
             seen[flag] = words
-
-
-def _told(message: str) -> str:
-    """What jsonargparse says of a wrong value, with flags as people write them and types in short."""
-    text = " ".join(message.split())
-    text = re.sub(r"^unrecognized arguments: (.*)", r"no flag takes \1: flags begin with --, values follow them", text)
-    text = re.sub(r'Parser key "([^"]+)":', lambda key: _hyphenated(f"--{key[1]}") + ":", text)
-    text = re.sub(
-        r"^(\S+): Unable to load config '(.*?)' .*", r"\1 takes a YAML file (\1.NAME one setting), got \2", text
-    )
-    text = re.sub(r"\. Got value: ", ", got ", text)
-    text = re.sub(r"Expected an? typing\.Literal\[([^]]*)\]", r"expected one of \1", text)
-    text = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", text)
-    text = re.sub(
-        r"Does not validate against any .*? Errors: (.*) Given value type: .* Given value: (.*)", _union, text
-    )
-    return re.sub(r"(?<=are required: ).*", lambda names: _hyphenated(re.sub(r"(\S+)", r"--\1", names[0])), text)
-
-
-def _union(told: re.Match[str]) -> str:
-    types = dict.fromkeys(re.findall(r"- expected (\w+)", told[1]))
-    return f"expected {' or '.join(types).replace('NoneType', 'null')}, got {told[2]}" if types else told[0]
 
 
 def _build(cls: type[T], values: Any) -> T:
@@ -198,7 +182,7 @@ def _refuse_unknown_flags(cls: type[Any], args: list[str]) -> None:
     for flag, _ in _flags_with_words(args):
         name = flag.removesuffix("+")  # jsonargparse's way to append to a list
         if name.startswith("--") and name not in known and not _is_in_mapping(name, known):
-            raise ConfigError(f"unknown flag {_hyphenated(flag)}; {_hyphenated(_advice(name, known))}")
+            raise ConfigError(f"unknown flag {hyphenated(flag)}; {hyphenated(_advice(name, known))}")
 
 
 def _advice(name: str, known: list[str]) -> str:
@@ -246,10 +230,6 @@ def _refuse_wrong_keys(cls: type[Any], args: list[str]) -> None:
                 refuse_wrong_file(part, Path(file))
 
 
-def _hyphenated(text: str) -> str:
-    return re.sub(r"--[a-z][a-z0-9_.]*", lambda flag: "--" + flag.group()[2:].rstrip("_").replace("_", "-"), text)
-
-
 def _underscored(argument: str) -> str:
     if not argument.startswith("--"):
         return argument
@@ -263,7 +243,7 @@ def _with_values(cls: type[Any], args: list[str]) -> tuple[list[str], dict[str, 
     """Give bare switches their value and gather the words after a list flag into one YAML list.
 
     Returns:
-        The new command line, and by field the optional texts and paths that YAML would read as None.
+        The new command line, and by field the optional texts and paths that YAML would read as None and are not.
     """
     kinds = _kinds(cls, "--")
     result: list[str] = []
@@ -279,7 +259,7 @@ def _with_values(cls: type[Any], args: list[str]) -> tuple[list[str], dict[str, 
             result.append(f"{flag}={words[0] if is_list else json.dumps(words, ensure_ascii=False)}")
         elif kind in _OPTIONAL_TEXTS and len(words) == 1:
             result.append(f"{flag}={words[0]}")
-            if _from_yaml(words[0]) is None:
+            if _from_yaml(words[0]) is None and (words[0] != UNSET or kind in _FREE_TEXTS):
                 texts[flag[2:]] = _OPTIONAL_TEXTS[kind](words[0])
         elif kind and len(words) == 1:
             result.append(f"{flag}={words[0]}")
@@ -289,7 +269,8 @@ def _with_values(cls: type[Any], args: list[str]) -> tuple[list[str], dict[str, 
 
 
 _TEXTS = ("list[str", "list[Path", "tuple[str", "tuple[Path")
-_OPTIONAL_TEXTS: dict[str, Callable[[str], Any]] = {"str | None": str, "Path | None": Path}
+_FREE_TEXTS = ("FreeText | None",)
+_OPTIONAL_TEXTS: dict[str, Callable[[str], Any]] = {"str | None": str, "Path | None": Path, _FREE_TEXTS[0]: str}
 
 
 def _flags_with_words(args: list[str]) -> list[tuple[str, list[str]]]:
@@ -315,9 +296,9 @@ def _from_yaml(text: str) -> Any:
 
 
 def _kinds(cls: type[Any], prefix: str) -> dict[str, str]:
-    """Flag to annotation, the flags of nested dataclasses (``--sampling.top_k``) included."""
+    """Flag to annotation, the flags of nested dataclasses (``--sampling.top_k``) and of optional ones included."""
     kinds = {f"{prefix}{field.name}": str(field.type) for field in dataclasses.fields(cls)}
     for name, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            kinds |= _kinds(hint, f"{prefix}{name}.")
+        if part := part_of(hint):
+            kinds |= _kinds(part, f"{prefix}{name}.")
     return kinds

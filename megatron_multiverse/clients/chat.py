@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_multiverse.clients.http import connect, stream
+from megatron_multiverse.config.choices import FreeText
 from megatron_multiverse.views.terminal import LiveBranches
 
 
@@ -16,7 +17,7 @@ class ChatConfig:
 
     url: str = "http://127.0.0.1:5000"
     """Base of the server, without /v1. Its key: environment variable MULTIVERSE_API_KEY."""
-    prompt: str | None = None
+    prompt: FreeText | None = None
     """Ask this and end; by default the lines that are typed are turns of a conversation."""
     max_tokens: int | None = None
     """Of each answer; by default what the model has room for."""

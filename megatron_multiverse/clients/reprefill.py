@@ -23,6 +23,7 @@ import httpx2
 
 from megatron_multiverse.clients.http import connect, get, post
 from megatron_multiverse.clients.prompts import read_prompts
+from megatron_multiverse.config.choices import FreeText
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.structure import StructureMachine
 from megatron_multiverse.structure.frames import Event
@@ -43,7 +44,7 @@ class ReprefillConfig:
     environment variable MULTIVERSE_API_KEY."""
     model: str | None = None
     """Name to send; by default the first of /v1/models."""
-    prompt: str | None = None
+    prompt: FreeText | None = None
     """Ask this, and print the answer."""
     input: Path | None = None
     """JSON Lines with a field "prompt" each, instead of --prompt; answers come as JSON Lines."""

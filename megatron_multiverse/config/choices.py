@@ -12,3 +12,5 @@ TokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"]
 """Megatron's names of the kinds of tokenizer."""
 Quantization = Literal["none", "fp8"]
 """Formats of the weights that an engine multiplies by; none: the one they are loaded in."""
+FreeText = str
+"""What people write to a model, of which any word is one: as an optional flag, `null` is not its absence."""

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from megatron_multiverse.checkpoints.sources import loadable
 from megatron_multiverse.config import EngineConfig, EngineDType, SamplingParams, TokenizerType
+from megatron_multiverse.config.choices import FreeText
 from megatron_multiverse.data.chat_templates import DEFAULT_DATE, parse_date
 from megatron_multiverse.data.generation_config import end_ids
 from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
@@ -53,7 +54,7 @@ class GenerateConfig:
     """Megatron's name of the kind of tokenizer."""
     tokenizer_model: str | None = None
     """Tokenizer folder, file or hub name; by default the model folder."""
-    prompt: str | None = None
+    prompt: FreeText | None = None
     """One prompt; or give --input."""
     input: Path | None = None
     """Rows with a field "prompt", or with --chat "messages", the turns of a conversation, each with role and content: a

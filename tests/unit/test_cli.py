@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 
 from megatron_multiverse.cli import parse_options, run_tool
+from megatron_multiverse.config.choices import FreeText
 from megatron_multiverse.errors import ConfigError
 
 
@@ -201,29 +202,51 @@ def test_numbers_and_fixed_names_may_have_commas_between_them_and_texts_keep_the
 
 
 @dataclass(frozen=True, kw_only=True)
+class Named:
+    """A part with a name."""
+
+    name: str | None = "c"
+    """A name."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Texts:
     """A tool with texts."""
 
-    prompt: str | None = None
+    prompt: FreeText | None = None
     """Text."""
-    output: Path | None = None
+    name: str | None = "a"
+    """A name."""
+    output: Path | None = Path("b")
     """A path."""
     stop: list[str] = field(default_factory=list)
     """Texts."""
     limit: int | None = 3
     """A number or nothing."""
+    part: Named | None = None
+    """A part that may be left out."""
 
 
 @pytest.mark.parametrize("text", ["# Explain it", "null", "~", "", "[1, 2]", "a: b", '"quoted"', "-5 + 3", "é\n😀"])
 def test_texts_are_taken_as_they_are_written(text: str) -> None:
     assert parse_options(Texts, ["--prompt", text]).prompt == text
     assert parse_options(Texts, [f"--prompt={text}"]).prompt == text
-    assert parse_options(Texts, ["--output", text]).output == Path(text)
+    if text != "null":
+        assert parse_options(Texts, ["--name", text]).name == text
+        assert parse_options(Texts, ["--output", text]).output == Path(text)
     assert parse_options(Texts, ["--stop", text, "b"]).stop == [text, "b"]
 
 
-def test_null_still_unsets_what_is_no_text() -> None:
+def test_null_unsets_what_is_no_text(tmp_path: Path) -> None:
     assert parse_options(Texts, ["--limit", "null"]).limit is None
+    (tmp_path / "run.yaml").write_text("name: x\noutput: y\npart: {name: z}\n")
+    file = f"--config={tmp_path}/run.yaml"
+    assert parse_options(Texts, [file, "--name", "null", "--output=null"]) == Texts(
+        name=None, output=None, part=Named(name="z")
+    )
+    assert parse_options(Texts, [file, "--part.name", "null"]).part == Named(name=None)
+    assert parse_options(Texts, [file, "--part.name", "~"]).part == Named(name="~")
+    assert parse_options(Texts, ["--output", "./null"]).output == Path("null")
     assert parse_options(Texts, ["--stop", "[a, b]"]).stop == ["a", "b"]
     assert parse_options(Texts, ["--stop", "["]).stop == ["["]
 
@@ -300,6 +323,60 @@ def test_an_unknown_key_of_an_optional_part_is_named(tmp_path: Path) -> None:
     given = ["--config", str(file), "--model.debug", "true"]
     assert parse_options(Texts, ["--stop+=a", "--stop+", "b"]).stop == ["a", "b"]
     assert parse_options(WithOptionalPart, given) == WithOptionalPart(model=Nested(page_size=3, debug=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deep:
+    """A part with a part, both of which may be left out."""
+
+    inner: Nested | None = None
+    """A part."""
+    size: int
+    """A number."""
+    most: int | None = None
+    """A number or nothing."""
+    kind: Literal["a", "b"] = "a"
+    """A name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithDeepPart:
+    """A tool with such a part."""
+
+    deep: Deep | None = None
+    """A part."""
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--deep.size", "x"], "--deep.size: expected int, got x"),
+        (["--deep.most", "x"], "--deep.most: expected int or null, got x"),
+        (["--deep.kind", "c"], "--deep.kind: expected one of 'a', 'b', got c"),
+        (["--deep.inner.page-size", "x"], "--deep.inner.page-size: expected int, got x"),
+        (["--deep.inner.page-size", "3"], "the following arguments are required: --deep.size"),
+        (["--deep.inner", "7"], "--deep.inner: expected a YAML file or null, got 7: name single settings after a dot"),
+        (["--deep", "7"], "--deep: expected a YAML file or null, got 7: name single settings after a dot"),
+        (["deep: {size: x}"], "--deep.size: expected int, got x"),
+        (["deep: {size: 3, inner: {debug: 5}}"], "--deep.inner.debug: expected bool, got 5"),
+        (["deep: {kind: a}"], "the following arguments are required: --deep.size"),
+    ],
+)
+def test_a_wrong_field_of_an_optional_part_is_named_with_its_section(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], told: str
+) -> None:
+    if not words[0].startswith("--"):
+        (tmp_path / "run.yaml").write_text(words[0])
+        words = ["--config", str(tmp_path / "run.yaml")]
+    with pytest.raises(SystemExit) as ended:
+        parse_options(WithDeepPart, words)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {told}; --help explains the flags\n"
+
+
+def test_switches_and_lists_of_an_optional_part_are_written_like_others() -> None:
+    given = ["--model.debug", "--model.stop-ids", "3", "4"]
+    assert parse_options(WithOptionalPart, given).model == Nested(debug=True, stop_ids=(3, 4))
 
 
 def test_help_names_types_without_python_s_words(capsys: pytest.CaptureFixture[str]) -> None:
