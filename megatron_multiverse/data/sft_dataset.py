@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,7 @@ class SFTDataset:
         self.malformed = malformed
         self.prefixes = [prefixes] if isinstance(prefixes, str) else list(prefixes)
         self._parts = [_open(prefix) for prefix in self.prefixes]
+        self._sizes = [Path(f"{prefix}.bin").stat().st_size for prefix in self.prefixes]
         pairs = [part.sequence_lengths.reshape(-1, SEQUENCES_PER_DOCUMENT) for part in self._parts]
         self._first = np.cumsum([0, *map(len, pairs)])
         self.lengths: npt.NDArray[np.int64] = np.concatenate([pair.sum(axis=1, dtype=np.int64) for pair in pairs])
@@ -86,10 +88,9 @@ class SFTDataset:
 
         Raises:
             DataError: the response breaks the grammar and `malformed` is "refuse"; names prefix, document and token.
+                Or a .bin file was cut off since it was opened.
         """
-        part, document = self._place(index)
-        first = document * SEQUENCES_PER_DOCUMENT
-        prompt, response = self._parts[part][first : first + SEQUENCES_PER_DOCUMENT]
+        prompt, response = self._sequences(index)
         ids = np.concatenate((prompt, response)).astype(np.int64)
         try:
             tree = parse(
@@ -107,8 +108,7 @@ class SFTDataset:
 
     def prompt(self, index: int) -> list[int]:
         """The ids of the prompt of document `index`."""
-        part, document = self._place(index)
-        return [int(token) for token in self._parts[part][document * SEQUENCES_PER_DOCUMENT]]
+        return [int(token) for token in self._sequences(index)[0]]
 
     def name(self, index: int) -> str:
         """Prefix and number of document `index`, as errors and reports name it."""
@@ -121,9 +121,26 @@ class SFTDataset:
 
     def last_token(self, index: int) -> int | None:
         """The last id of document `index`; None if its response is empty."""
-        part, document = self._place(index)
-        response = self._parts[part][document * SEQUENCES_PER_DOCUMENT + 1]
+        response = self._sequences(index)[1]
         return int(response[-1]) if len(response) else None
+
+    def _sequences(self, index: int) -> list[npt.NDArray[Any]]:
+        """Prompt and response of document `index`.
+
+        The file is mapped: of one that became shorter in place the kernel ends whoever reads beyond its end (SIGBUS),
+        and nobody learns why. Asking for its size takes one or two microseconds. One that is cut off between the
+        question and the read still ends the process; a file that is written elsewhere and renamed harms nobody.
+        """
+        part, document = self._place(index)
+        data, first = self._parts[part], document * SEQUENCES_PER_DOCUMENT
+        if (size := os.fstat(data.bin_reader._bin_file_reader.fileno()).st_size) < self._sizes[part]:
+            raise DataError(
+                f"{self.prefixes[part]}.bin was cut off as it was read: it has {size} bytes, and had "
+                f"{self._sizes[part]}; make it whole again, and do not write over files that a run reads: write "
+                "others and rename them"
+            )
+        sequences: list[npt.NDArray[Any]] = data[first : first + SEQUENCES_PER_DOCUMENT]
+        return sequences
 
     def _place(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._first, index, side="right")) - 1

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -212,3 +215,37 @@ def test_missing_empty_and_foreign_files_are_refused(tmp_path):
     builder.finalize(str(tmp_path / "other.idx"))
     with pytest.raises(DataError, match="two sequences"):
         SFTDataset(str(tmp_path / "other"), VOCAB)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_an_error_and_no_bus_error(tmp_path):
+    """In a process of its own, which a bus error would end."""
+    many = [(np.full(4000, PIECES.index("a")), _ids("d end"))] * 20
+    write_documents(tmp_path / "set", [(_ids("a b"), _ids("c end")), *many])
+    code = f"""
+import os
+from pathlib import Path
+from megatron_multiverse.data.sft_dataset import SFTDataset
+from megatron_multiverse.errors import DataError
+from tests.unit.data.test_sft_dataset import VOCAB
+
+data, file = SFTDataset({str(tmp_path / "set")!r}, VOCAB), Path({str(tmp_path / "set.bin")!r})
+last, whole = len(data) - 1, file.read_bytes()
+os.replace(file, file.with_suffix(".old"))
+file.write_bytes(b"")  # another file of the name: what was opened is whole
+assert len(data[last].ids) == 4002
+os.truncate(file.with_suffix(".old"), 8)
+for read in (data.__getitem__, data.prompt, data.last_token):
+    try:
+        read(last)
+    except DataError as error:
+        print(error)
+file.with_suffix(".old").write_bytes(whole)
+print(len(data[last].ids))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    *told, length = done.stdout.splitlines()
+    assert len(told) == 3 and length == "4002"
+    assert all(
+        re.match(r".*set\.bin was cut off as it was read: it has 8 bytes, and had \d+; make", line) for line in told
+    )
