@@ -20,7 +20,6 @@ import os
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ import torch
 
 from benchmarks.kernels.cases import TAG_IDS
 from benchmarks.training_rows import PackedRows
+from megatron_multiverse.checkout import commit_here
 from megatron_multiverse.checkpoints.run_files import METRICS_FILE
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import ModelConfig, TrainConfig
@@ -160,10 +160,9 @@ def measure(o: Options) -> dict[str, Any]:
         plain.append(plain_write(Path(o.folder), int(1e9 * runs[-1]["gigabytes"]), runs[-1]["files"]))
     placeholders = {o.folder: "SCRATCH", o.output: "OUTPUT"}
     arguments = [placeholders.get(argument, argument) for argument in sys.argv[1:]]
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": o.commit or head,
+        "commit": o.commit or commit_here() or "",
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if o.device == "cuda" else None,
         "torch": torch.__version__,

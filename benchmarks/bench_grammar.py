@@ -13,7 +13,6 @@ import json
 import random
 import statistics
 import string
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from megatron_multiverse.checkout import commit_here
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import SamplingParams
 from megatron_multiverse.files import write_json_atomic
@@ -113,10 +113,9 @@ def measure(options: Options) -> dict[str, Any]:
         return guide
 
     masks = sorted(draw(begin, options.tokens))
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": head,
+        "commit": commit_here() or "",
         "command": "python -m benchmarks.bench_grammar",
         "ids": size,
         "tokens": len(masks),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_multiverse.checkout import commit_here
 from megatron_multiverse.errors import ConfigError
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,21 +38,13 @@ def environment(commit: str | None = None, command: str | None = None) -> dict[s
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    head = _git("rev-parse", "--short", "HEAD")
-    if head and _git("status", "--porcelain", "--untracked-files=no"):
-        head += "-dirty"
     return {
         "gpu": torch.cuda.get_device_name(),
         "versions": versions,
-        "commit": commit or head,
+        "commit": commit or commit_here() or "",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join([command or f"python -m benchmarks.kernels.{Path(sys.argv[0]).stem}", *_arguments()]),
     }
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def _arguments() -> list[str]:

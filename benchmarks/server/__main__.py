@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_multiverse.checkout import commit_here
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config.choices import DType
 
@@ -75,8 +75,7 @@ def main() -> None:
     from benchmarks.server.stalls import measure_stalls
 
     config = parse_options(ServerBenchConfig)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.strip()}
+    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "commit": commit_here() or ""}
     if "overhead" in config.parts:
         report["overhead"] = measure_overhead(config)
     if "forks" in config.parts:

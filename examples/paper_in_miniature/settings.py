@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from training_rows import MiniLoader, RowConfig, RowMaker
 
+from megatron_multiverse.checkout import commit_here
 from megatron_multiverse.config import (
     CheckpointConfig,
     DataConfig,
@@ -164,12 +164,9 @@ def training(
 
 def measured_on() -> dict[str, str | None]:
     """What a result was measured on: device, version of torch, date, and the commit, None outside of a git checkout."""
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     return {
         "device": device_name(choose_device("auto")),
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": git.stdout.strip() or None,
+        "commit": commit_here(),
     }

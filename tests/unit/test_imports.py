@@ -21,6 +21,7 @@ PACKAGE = ROOT / "megatron_multiverse"
 ALLOWED = {
     "errors": set(),
     "child_processes": set(),
+    "checkout": set(),
     "checksums": {"errors", "files"},
     "cli": {"cli_files", "cli_messages", "errors"},
     "cli_files": {"errors"},

@@ -87,6 +87,7 @@ def counts(cases: list[Case]) -> dict[str, object]:
 
 
 def main() -> None:
+    from megatron_multiverse.checkout import commit_here
     from megatron_multiverse.cli import parse_options
 
     options = parse_options(FuzzOptions)
@@ -105,10 +106,9 @@ def main() -> None:
                 if got[1]:
                     broken += 1
                     print(got[1], flush=True)
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     summary = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": options.commit or git.stdout.strip(),
+        "commit": options.commit or commit_here() or "",
         "python": sys.version.split()[0],
         "portions": options.portions,
         "seconds": round(time.monotonic() - started, 1),

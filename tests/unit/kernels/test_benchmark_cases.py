@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.kernels import record
 from benchmarks.kernels.cases import CASES, TAG_IDS, document, make_labels
+from megatron_multiverse import checkout
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.kernels.multiverse_attention import visibility
 
@@ -90,5 +91,6 @@ def test_a_changed_working_tree_is_named(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X")
-    monkeypatch.setattr(record, "_git", lambda verb, *rest: {"rev-parse": "abc", "status": changes}[verb])
+    said = {"--show-toplevel": str(checkout.ROOT), "--short": "abc", "--porcelain": changes}
+    monkeypatch.setattr(checkout, "_git", lambda verb, option, *rest: said[option])
     assert record.environment(told)["commit"] == commit
