@@ -1,4 +1,4 @@
-"""The training loop. Read `train` from top to bottom: everything a run does happens there.
+"""The training loop. Read `train` from top to bottom: all that a run does happens there, in steps that loop.py takes.
 
 It decides when something happens. How a step is computed, and on which devices, is the engine's part (engine.py).
 """
@@ -9,10 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from megatron_multiverse.checkpoints.run_files import MODEL_FOLDER
@@ -26,7 +23,8 @@ from megatron_multiverse.training.checkpoint import TrainState, explained
 from megatron_multiverse.training.description import RunDescription
 from megatron_multiverse.training.engine import EngineFactory, TrainEngine
 from megatron_multiverse.training.fused_adamw import check_optimizer
-from megatron_multiverse.training.metrics import MetricsWriter, StepMeter
+from megatron_multiverse.training.loop import Loop, Observer
+from megatron_multiverse.training.metrics import MetricsWriter
 from megatron_multiverse.training.microbatches import Loader, Position, streaming
 from megatron_multiverse.training.one_process import OneProcessEngine
 from megatron_multiverse.training.run_folder import RunFolder
@@ -34,13 +32,9 @@ from megatron_multiverse.training.saver import Saver
 from megatron_multiverse.training.seeds import seed_everything
 from megatron_multiverse.training.signals import StopSignals, listening
 from megatron_multiverse.training.start import create_chunks, create_model, describe_model, joined_groups
-from megatron_multiverse.training.stragglers import Stragglers
 from megatron_multiverse.training.trackers import check_trackers, open_trackers
 
 logger = logging.getLogger(__name__)
-
-
-Observer = Callable[[TrainEngine, int, MetricsWriter], None]
 
 
 @dataclass(frozen=True)
@@ -100,8 +94,7 @@ def train(
         resumed = run.resume(state, description)
         metrics = start_record(description, run.folder if ranks.is_first else None, state.step, resumed)
         saver = Saver(run, state, description, metrics)
-        stragglers = Stragglers(ranks, config.log.straggler_percent)
-        meter = StepMeter(engine.device, engine.clock, ranks.size)
+        loop = Loop(config, model_config, state, metrics, saver, ranks)
 
         with (
             listening(stop) as stop,
@@ -111,40 +104,23 @@ def train(
         ):
             is_stopping = ranks.any(bool(stop))
             while state.step < config.train_iters and not is_stopping:
-                waiting = time.perf_counter()
-                microbatches = [next(batches) for _ in range(config.num_microbatches)]
-                meter.waited_s += time.perf_counter() - waiting
-
-                result = engine.step(microbatches)
-                state.step += 1
-                state.consumed_samples += config.data.global_batch_size
-                meter.add(result.loss_sum, result.loss_tokens, result.tokens, result.visible_pairs, result.grad_norm)
+                loop.step(batches)
                 advance()
-                meter.leave_out(saver.look())
-
                 is_stopping = ranks.any(bool(stop))
                 last = state.step == config.train_iters or is_stopping
-                if last or state.step % config.log.log_interval == 0:
-                    engine.check(metrics)
-                    meter.check_trained(state.step)
-                    numbers = meter.read(model_config, engine.peak_tflops)
-                    metrics.train(state.step, numbers, engine.learning_rate, state.consumed_samples)
-                    stragglers.look(state.step, numbers)
+                if last or is_due(state.step, config.log.log_interval):
+                    loop.log()
                 validation_due = is_due(state.step, config.eval_interval) or (last and not is_stopping)
                 if valid_loader is not None and validation_due:
-                    run_validation(engine, valid_loader, config.eval_iters, metrics, state.step)
+                    loop.validate(valid_loader)
                     # This takes long, and so does a save: a signal that came meanwhile waits for no further step.
                     is_stopping = ranks.any(bool(stop))
                     if observe is not None and not is_stopping:
-                        observe(engine, state.step, metrics)
+                        loop.observe(observe)
                         is_stopping = ranks.any(bool(stop))
-                    meter.reset()
                 if last or is_stopping or is_due(state.step, config.checkpoint.save_interval):
-                    engine.check(metrics)  # names documents trained as plain text: a resumed run starts after them
-                    saver.save()
-                    meter.reset()
+                    loop.save()
                     is_stopping = ranks.any(bool(stop))
-
             saver.finish()
             finished = state.step >= config.train_iters
             if finished:  # inside the block, so that a signal does not cut the writing off
@@ -180,15 +156,6 @@ def check_not_past(config: TrainConfig | RLConfig, run: RunFolder) -> None:
 def is_due(step: int, interval: int) -> bool:
     """True every `interval` steps; never if the interval is 0."""
     return interval > 0 and step % interval == 0
-
-
-def run_validation(engine: TrainEngine, loader: Loader, iters: int, metrics: MetricsWriter, step: int) -> None:
-    """Validate on the same microbatches every time; the training data and the generators do not move."""
-    position = loader.state_dict()
-    found = engine.validate(islice(loader, iters))
-    loader.load_state_dict(position)
-    engine.check(metrics)
-    metrics.valid(step, found)
 
 
 def check_agreement(config: TrainConfig | RLConfig, data: Position, ranks: Ranks) -> None:
