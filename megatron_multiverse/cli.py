@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import yaml
 
 from megatron_multiverse.cli_files import part_of, refuse_unknown_part_keys, refuse_wrong_file
-from megatron_multiverse.cli_messages import hyphenated, told
+from megatron_multiverse.cli_messages import hyphenated, in_section, told
 from megatron_multiverse.errors import ConfigError, MultiverseError
 
 T = TypeVar("T")
@@ -164,16 +164,25 @@ def _tell_of_repetitions(args: list[str]) -> None:
             seen[flag] = words
 
 
-def _build(cls: type[T], values: Any) -> T:
-    """The dataclass of parsed values. jsonargparse would bury the errors of optional parts in those of a union."""
+def _build(cls: type[T], values: Any, section: str = "") -> T:
+    """The dataclass of parsed values. jsonargparse would bury the errors of optional parts in those of a union.
+
+    Parts that stand in several places, such as those of the engine, name their fields alone where they refuse a value:
+    the section is put before them.
+    """
     from jsonargparse import Namespace
 
     hints = typing.get_type_hints(cls)
     built = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         value, part = values[field.name], part_of(hints[field.name])
-        built[field.name] = _build(part, value) if part and isinstance(value, Namespace) else value
-    return cls(**built)
+        is_part = part is not None and isinstance(value, Namespace)
+        built[field.name] = _build(part, value, f"{section}{field.name}.") if part and is_part else value
+    try:
+        return cls(**built)
+    except MultiverseError as error:
+        error.args = (in_section(str(error), section, built),)
+        raise
 
 
 def _refuse_unknown_flags(cls: type[Any], args: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 
 
 def told(message: str) -> str:
@@ -56,3 +57,18 @@ def _union(told: re.Match[str]) -> str:
 def hyphenated(text: str) -> str:
     """Flags in a text as people write them: `--num-rows`, `--from`."""
     return re.sub(r"--[a-z][a-z0-9_.]*", lambda flag: "--" + flag.group()[2:].rstrip("_").replace("_", "-"), text)
+
+
+def in_section(text: str, section: str, names: Container[str]) -> str:
+    """What a part says of one of its fields, with the section that it stands in.
+
+    Args:
+        text: begins with the name of the field, or with that of the part and a dot, if it speaks of a field.
+        section: of the part, with a dot at its end: `model.rope_scaling.`; empty for no part.
+        names: of its fields.
+    """
+    outer, _, own = section.removesuffix(".").rpartition(".")
+    word = text.partition(" ")[0]
+    if word in names:
+        return f"{section}{text}"
+    return f"{outer}.{text}" if outer and word.startswith(f"{own}.") else text

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config.choices import FreeText
-from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.errors import ConfigError, GenerationError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,6 +372,53 @@ def test_a_wrong_field_of_an_optional_part_is_named_with_its_section(
         parse_options(WithDeepPart, words)
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: {told}; --help explains the flags\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A part that several tools have, which knows no section."""
+
+    size: int = 1
+    """A number."""
+
+    def __post_init__(self) -> None:
+        if self.size == 0:
+            raise GenerationError("size must be at least 1, got 0")
+        if self.size == -1:
+            raise GenerationError("checked.size must not be -1")
+        if self.size < 0:
+            raise GenerationError("the part has no size below 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A part with such a part."""
+
+    checked: Checked = field(default_factory=Checked)
+    """A part."""
+    optional: Checked | None = None
+    """One that may be left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithHolder:
+    """A tool."""
+
+    holder: Holder = field(default_factory=Holder)
+    """A part."""
+
+
+def test_a_value_that_a_part_refuses_is_named_with_its_section() -> None:
+    for name in ("checked", "optional"):
+        with pytest.raises(GenerationError, match=rf"^holder\.{name}\.size must be at least 1, got 0$"):
+            parse_options(WithHolder, [f"--holder.{name}.size", "0"])
+        with pytest.raises(GenerationError, match=r"^the part has no size below 0$"):
+            parse_options(WithHolder, [f"--holder.{name}.size", "-3"])
+    with pytest.raises(GenerationError, match=r"^holder\.checked\.size must not be -1$"):
+        parse_options(WithHolder, ["--holder.checked.size", "-1"])
+    for size, told in (("0", "size must be at least 1, got 0"), ("-1", r"checked\.size must not be -1")):
+        with pytest.raises(GenerationError, match=f"^{told}$"):
+            parse_options(Checked, ["--size", size])
 
 
 def test_switches_and_lists_of_an_optional_part_are_written_like_others() -> None:
