@@ -22,7 +22,7 @@ from megatron_multiverse.rl.prompts import Prompts
 from megatron_multiverse.rl.rewards import Grader
 from megatron_multiverse.rl.rollout import check_length, engine_config, has_own_model, played_dtype
 from megatron_multiverse.training.memory import Beside, Part, pretended_ranks, tokens_of
-from megatron_multiverse.training.memory_report import memory_lines, shape_to_try
+from megatron_multiverse.training.memory_report import advice_lines, memory_lines, shape_to_try
 from megatron_multiverse.training.start import check_start, dtypes, weights_dtype
 from megatron_multiverse.training.trackers import check_trackers
 
@@ -56,7 +56,12 @@ def report(config: RLConfig, published: str | None = None) -> str:
         f"{model.num_parameters / 1e9:.2f} billion parameters on {parallel.world_size} ranks: tensor "
         f"{parallel.tensor_model_parallel_size} x {parallel.data_parallel_size} replicas",
     ]
-    return "\n".join(lines + memory_lines(base, model, beside(config, model, longest)))
+    lines += memory_lines(base, model, beside(config, model, longest))
+    if not rollout.free_cache:
+        freeing = dataclasses.replace(config, rollout=dataclasses.replace(rollout, free_cache=True))
+        advice = advice_lines(base, model, beside(freeing, model, longest))
+        lines += [f"with rollout.free_cache true, {line}" for line in advice if line not in lines]
+    return "\n".join(lines)
 
 
 def _prompts(config: RLConfig, base: TrainConfig, model: ModelConfig, published: str | None) -> tuple[str, int]:

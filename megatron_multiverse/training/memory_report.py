@@ -88,7 +88,12 @@ def memory_lines(config: TrainConfig, model: ModelConfig, beside: Beside | None 
     lines.append(
         f"not counted: buffers of NCCL, workspaces, fragmentation; leave about {NOT_COUNTED_GIB:g} GiB for them"
     )
-    return lines + [f"on GPUs of {card}: {_advice(config, model, gib, beside)}" for card, gib in CARDS.items()]
+    return lines + advice_lines(config, model, beside)
+
+
+def advice_lines(config: TrainConfig, model: ModelConfig, beside: Beside | None = None) -> list[str]:
+    """For each card of `CARDS`, with what recompute the run fits; see `memory_lines`."""
+    return [f"on GPUs of {card}: {_advice(config, model, gib, beside)}" for card, gib in CARDS.items()]
 
 
 def _advice(config: TrainConfig, model: ModelConfig, gib: float, beside: Beside | None) -> str:

@@ -18,6 +18,7 @@ import yaml
 from torch import distributed
 
 from benchmarks.rl_shared_prefix import Options, answer, shape_of
+from megatron_multiverse.cli import parse_options
 from megatron_multiverse.config import (
     CheckpointConfig,
     EngineConfig,
@@ -174,3 +175,14 @@ def test_a_published_shape_stands_for_a_model_that_is_not_here(start: Path, tmp_
     assert "not read, since only the shape of the model is here" in told and "7.62 billion parameters" in told
     task = dataclasses.replace(absent.task, tokenizer_model=str(TOKENIZER))
     assert ": 20 prompts, " in report(dataclasses.replace(absent, task=task), "qwen2.5-7b")
+
+
+def test_what_a_cache_that_is_given_back_brings_is_said() -> None:
+    run = parse_options(RLConfig, ["--config", str(ROOT / "pretrain_scripts/configs/rl_quickstart.yaml")])
+    told = report(run, "qwen2.5-1.5b").splitlines()
+    assert "on GPUs of 80 GB: does not fit, however much is recomputed" in told
+    (freed,) = (line for line in told if line.startswith("with rollout.free_cache true, "))
+    assert "on GPUs of 80 GB: fits with the first " in freed and " of 28 layers recomputed" in freed
+    freeing = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, free_cache=True))
+    told = report(freeing, "qwen2.5-1.5b").splitlines()
+    assert freed.removeprefix("with rollout.free_cache true, ") in told and "free_cache" not in " ".join(told)
