@@ -84,7 +84,7 @@ def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | N
 
 
 def few_rows(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
-    """Whether a kernel for few rows multiplies, which can end with what comes after a product."""
+    """Whether x [n, in] is multiplied by the kernel for few rows, rather than by torch; `scale` as in `linear`."""
     if scale is not None:
         return x.is_cuda and x.dtype == torch.bfloat16 and len(x) <= MAX_ROWS
     return _on_gpu(x, weight) and len(x) <= MAX_ROWS

@@ -18,6 +18,7 @@ def _norm_kernel(x, weight, out, width, x_row, eps, LANES: tl.constexpr, PDL: tl
     inside = lane < width
     scale = tl.load(weight + lane, mask=inside, other=0.0).to(tl.float32)
     if PDL:
+        # In this order: the next kernel reads the table of the step before it waits (kv_write/triton_product.py).
         gdc_wait()
         gdc_launch_dependents()
     value = tl.load(x + row * x_row + lane, mask=inside, other=0.0).to(tl.float32)

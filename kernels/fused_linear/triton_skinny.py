@@ -207,7 +207,12 @@ def prepare_product(
     swiglu: bool = False,
     most_outputs: int | None = None,
 ) -> Product:
-    """Tiles and scratch memory of a product, see `skinny_linear`; most_outputs: weight rows that a program may have."""
+    """Tiles and scratch memory of a product.
+
+    Args:
+        x: [n, in]; weight, bias, scale, pdl, blocks and swiglu as `skinny_linear` takes them.
+        most_outputs: rows of the weight that a program may have at most; a power of two.
+    """
     rows, depth = x.shape
     scaled = scale is not None
     parts, x_scale = split_rows_triton(x, pdl=pdl) if scaled else (x, x)

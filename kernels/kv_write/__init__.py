@@ -1,4 +1,4 @@
-"""From the mixed projection to a rotated query and new entries of the cache: one launch on a GPU."""
+"""To a rotated query and new entries of the cache: from the mixed projection, or from what is projected."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def linear_write_kv(
     key_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """`fused_linear.linear` to the mixed projection, then `write_kv`; for few rows without norms in one launch.
+    """`fused_linear.linear` to the mixed projection, then `write_kv`; for up to 8 rows in half precision, without norms
+    and with weights that are not in FP8, in one launch.
 
     Args:
         x: ``[n, hidden]``; weight, bias and scale as `linear` takes them.
@@ -58,11 +59,11 @@ def linear_write_kv(
     Returns:
         The rotated query ``[n, heads, head dim]``.
     """
-    if query_norm is None and tokens is not None and few_rows(x, weight, scale):
+    if query_norm is None and tokens is not None and scale is None and few_rows(x, weight, None):
         from .triton_product import fits, linear_write_kv_triton
 
-        if fits(table.shape[-1], len(slots), weight.dtype):
-            return linear_write_kv_triton(x, weight, table, keys, values, slots, tokens, bias=bias, scale=scale)
+        if fits(len(x), table.shape[-1], len(slots)):
+            return linear_write_kv_triton(x, weight, table, keys, values, slots, tokens, bias=bias)
     mixed = linear(x, weight, bias, scale)
     mixed = mixed.view(len(mixed), keys.shape[-2], -1)
     return write_kv(mixed, table, keys, values, slots, tokens, query_norm=query_norm, key_norm=key_norm, eps=eps)

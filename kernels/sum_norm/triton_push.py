@@ -53,6 +53,7 @@ def _sum_norm_kernel(part, residual, norm_weight, out, normed, places, flags, pl
     at = row * width + lane
     scale = tl.load(norm_weight + lane, mask=inside, other=0.0).to(tl.float32)
     if PDL:
+        # In this order: the next kernel reads the table of the step before it waits (kv_write/triton_product.py).
         gdc_wait()
         gdc_launch_dependents()
     mine = tl.load(part + at, mask=inside, other=0.0)

@@ -310,13 +310,14 @@ class PagedForward:
 
     def _attend(self, normed: Tensor, layer: _Layer, table: Tensor, step: StepTensors, store: KVStore) -> Tensor:
         """Attention of one layer over the cache: [n, hidden] -> [n, heads * head dim]."""
-        to, norms = layer.qkv, {"query_norm": layer.query_norm, "key_norm": layer.key_norm, "eps": self.eps}
-        into = table, *store.flat[layer.index], step.write_slots, step.write_tokens
+        by = layer.qkv
+        cached = table, *store.flat[layer.index], step.write_slots, step.write_tokens
+        norms = {"query_norm": layer.query_norm, "key_norm": layer.key_norm, "eps": self.eps}
         if self.round_as_trained:
-            mixed = self._product(normed, to)
-            query = write_kv(mixed.view(len(mixed), self.num_groups, -1), *into, **norms)
+            mixed = self._product(normed, by)
+            query = write_kv(mixed.view(len(mixed), self.num_groups, -1), *cached, **norms)
         else:
-            query = linear_write_kv(normed, to.weight, to.bias, to.scale, *into, **norms)
+            query = linear_write_kv(normed, by.weight, by.bias, by.scale, *cached, **norms)
         out = step.attention(query, store.keys[layer.index], store.values[layer.index], self.softmax_scale)
         return out.flatten(1)
 

@@ -15,6 +15,7 @@ from megatron_multiverse.inference.step.graph_sizes import (
     SIZES,
     Fit,
     GraphSizes,
+    Kind,
 )
 from megatron_multiverse.inference.step.plan import SamplingArrays, StepPlan
 from megatron_multiverse.kernels.tree_decode import prompt_rows
@@ -119,3 +120,15 @@ def test_prompts_that_see_few_keys_are_listed_also_where_flash_attention_does_no
     assert found is not None and found.segments is None and found.kind.keys == 0 and found.kind.size == 384
     assert fit([300], [1000], segments=False) is None
     assert fit([700], [700], segments=False) is None
+
+
+def test_graphs_of_few_tokens_fit_the_projection_that_writes_into_the_cache() -> None:
+    pytest.importorskip("triton")
+    from megatron_multiverse.kernels.kv_write.triton_product import MOST_ROWS, fits
+
+    few = [size for size in SIZES if size <= MOST_ROWS]
+    assert few
+    for size in few:
+        kind = Kind(rows=size, size=size, items=1, sharers=1, slots=1, keys=0, draw="greedy")
+        assert fits(size, 128, kind.writes), f"a graph of {size} tokens would fall back to two launches"
+    assert not fits(MOST_ROWS + 1, 128, 32) and not fits(1, 96, 32)

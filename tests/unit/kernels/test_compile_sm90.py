@@ -5,6 +5,7 @@ A driver that stands for an H100 lets Triton's own launch code compile; the laun
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from collections.abc import Callable
@@ -121,15 +122,11 @@ def launch_write_product() -> None:
     from megatron_multiverse.kernels.kv_write.triton_product import linear_write_kv_triton
 
     for depth, groups, per_group, dim in ((1536, 2, 6, 128), (3584, 4, 7, 128), (4096, 8, 4, 128), (896, 2, 7, 64)):
-        width = groups * (per_group + 2) * dim
-        weight = torch.zeros(width, 1, dtype=torch.bfloat16).expand(-1, depth)
-        cache = torch.zeros(2, 144, groups, dim, dtype=torch.bfloat16)
-        for rows in (1, 32):
-            x, slots = torch.zeros(rows, depth, dtype=torch.bfloat16), torch.arange(rows + 8)
-            given = x, weight, torch.zeros(1, rows, dim), *cache, slots, slots
-            linear_write_kv_triton(*given, bias=weight[:, 0])
-            scale = torch.zeros(1).expand(width)
-            linear_write_kv_triton(x, weight.to(torch.float8_e4m3fn), *given[2:], scale=scale)
+        for dtype, (rows, writes) in itertools.product((torch.bfloat16, torch.float16), ((1, 19), (8, 40))):
+            weight = torch.zeros(groups * (per_group + 2) * dim, 1, dtype=dtype).expand(-1, depth)
+            cache = torch.zeros(2, 144, groups, dim, dtype=dtype)
+            x, slots = torch.zeros(rows, depth, dtype=dtype), torch.arange(writes)
+            linear_write_kv_triton(x, weight, torch.zeros(1, rows, dim), *cache, slots, slots, bias=weight[:, 0])
 
 
 def launch_decode() -> None:
