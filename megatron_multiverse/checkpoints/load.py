@@ -78,7 +78,7 @@ def model_from_source(
         CheckpointError: the name table does not give every parameter of the model exactly once.
         ConfigError: the model cannot be cut for the tensor and pipeline parallel sizes.
     """
-    tp, rank = tensor_parallel_place()
+    tp, _ = tensor_parallel_place()
     config = dataclasses.replace(source.config, vocab_size=pad_vocab_size(source.config.vocab_size, tp))
     check_divisible(config, tp, pipeline_parallel_size())
     model = build_gpt_model(config, dtype=dtype, device=device, initialize=False, **options)
@@ -89,7 +89,7 @@ def model_from_source(
         names = names_on_stage(entry, first_layer, config)
         here = [name for name in names if name in missing]
         if here:  # other tensors belong to other stages and are not read
-            part = slices(entry.rule, pad_rows(entry, source.read(entry), config.vocab_size), tp)[rank]
+            part = part_of_rank(entry, source.read(entry), config)
             for name in here:
                 del missing[name]
                 write(parameters[name], part)
@@ -98,6 +98,18 @@ def model_from_source(
     if missing:
         raise CheckpointError(f"{source.folder}: no tensor for {len(missing)} parameters, e.g. {min(missing)}")
     return model, config
+
+
+def part_of_rank(entry: Entry, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """What this tensor parallel rank holds of a whole megatron-core tensor.
+
+    Args:
+        entry: says how it is cut.
+        tensor: of the shape `entry.shape`.
+        config: of the whole model, whose vocabulary is padded so that it can be cut.
+    """
+    tp, rank = tensor_parallel_place()
+    return slices(entry.rule, pad_rows(entry, tensor, config.vocab_size), tp)[rank]
 
 
 def names_on_stage(entry: Entry, first_layer: int, config: ModelConfig) -> list[str]:

@@ -136,7 +136,7 @@ def pad_rows(entry: Entry, tensor: Tensor, rows: int) -> Tensor:
     """Vocabulary matrices with zero rows added up to `rows`; other tensors as they are."""
     if entry.rule != "vocab" or len(tensor) == rows:
         return tensor
-    padded = empty((rows, *tensor.shape[1:]), tensor.dtype)
+    padded = empty((rows, *tensor.shape[1:]), tensor.dtype, tensor.device)
     padded[: len(tensor)] = tensor
     padded[len(tensor) :] = 0  # padding stays recognisable
     return padded

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 _LARGE = 16 << 20  # smaller ones malloc keeps by itself
+_CPU = torch.device("cpu")
 
 _lock = threading.RLock()  # a finalizer may run while this thread is in here
 _free: list[mmap.mmap] = []
@@ -44,11 +45,11 @@ def is_recycling() -> bool:
     return bool(_users)
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU with undefined content, in the memory of one that is gone, if there is one large enough."""
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
+    """A tensor with undefined content; on the CPU in the memory of one that is gone, if there is one large enough."""
     size = math.prod(shape) * dtype.itemsize
-    if size < _LARGE or not _users:
-        return torch.empty(tuple(shape), dtype=dtype)
+    if size < _LARGE or not _users or device != _CPU:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
     block = _take(size)
     array = np.frombuffer(block, dtype=np.uint8)
     # The tensor and its views keep this array, so it goes with the last of them.

@@ -6,6 +6,7 @@ The names are those of the local layer spec, whatever the model was built with (
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from megatron_multiverse.weight_names import is_extra_state, plain_name
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+SCALE = ".weight_scale"
+"""How the names of scales end that stand beside weights of FP8."""
 
 
 def weight_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -31,28 +34,39 @@ def weight_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Copy the weights of a model into another of the same shape, in place, each in the dtype and on the device of the
-    target: tensors that an engine holds stay the ones it holds. Those that an engine has rounded to FP8 are rounded
-    anew, from the format of the target's other weights, as when the engine was made.
+    """Copy the weights of a model into another of the same shape, see `copy_tensors`.
 
     Raises:
         ConfigError: the models have different weights.
     """
     given, wanted = weight_state(source), weight_state(target)
-    scales = {name: wanted.pop(name) for name in wanted.keys() - given.keys() if name.endswith(".weight_scale")}
-    misfits = given.keys() ^ wanted.keys()
+    misfits = given.keys() ^ {name for name in wanted if name in given or not name.endswith(SCALE)}
     misfits |= {name for name in given.keys() & wanted.keys() if given[name].shape != wanted[name].shape}
     if misfits:
         raise ConfigError(
             f"the models differ in {len(misfits)} weights, e.g. {min(misfits)}: copy between models of one shape"
         )
-    format_of_others = next(tensor.dtype for tensor in wanted.values() if tensor.dtype != FP8)
-    for name, tensor in wanted.items():
-        if (scale := scales.get(f"{name}_scale")) is None:
-            tensor.copy_(given[name])
+    copy_tensors(given, target)
+
+
+@torch.no_grad()
+def copy_tensors(given: Mapping[str, torch.Tensor], target: nn.Module) -> None:
+    """Copy some weights into a model, in place, each in the dtype and on the device of the target: tensors that an
+    engine holds stay the ones it holds. Those that an engine has rounded to FP8 are rounded anew, from the format of
+    the target's other weights, as when the engine was made.
+
+    Args:
+        given: by plain name, of the target's shapes.
+        target: the model.
+    """
+    state = weight_state(target)
+    format_of_others = next(t.dtype for name, t in state.items() if t.dtype != FP8 and not name.endswith(SCALE))
+    for name, value in given.items():
+        if (scale := state.get(f"{name}_scale")) is None:
+            state[name].copy_(value)
         else:
-            rounded, new_scale = quantize_rows(given[name].to(tensor.device, format_of_others))
-            tensor.copy_(rounded)
+            rounded, new_scale = quantize_rows(value.to(state[name].device, format_of_others))
+            state[name].copy_(rounded)
             scale.copy_(new_scale)
 
 

@@ -21,7 +21,8 @@ def merge(entry: Entry, parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
     if entry.rule == "qkv":
         groups = config.num_query_groups
         grouped = [p.reshape(groups, -1, *p.shape[1:]) for p in parts]
-        whole = empty((groups, sum(p.shape[1] for p in grouped), *grouped[0].shape[2:]), parts[0].dtype)
+        shape = (groups, sum(p.shape[1] for p in grouped), *grouped[0].shape[2:])
+        whole = empty(shape, parts[0].dtype, parts[0].device)
         return torch.cat(grouped, dim=1, out=whole).flatten(0, 1)
     if entry.rule == "gate_up":
         return torch.cat(list(parts))
