@@ -22,7 +22,7 @@ from megatron_multiverse.server.engine_client import EngineClient
 from megatron_multiverse.server.errors import ApiError
 from megatron_multiverse.server.metrics import Metrics
 from megatron_multiverse.server.model import ServedModel
-from megatron_multiverse.server.routes import chat, completions, control, megatron, rollout, service, tokenizer
+from megatron_multiverse.server.routes import chat, completions, control, megatron, rollout, service, tokenizer, weights
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ ROUTERS = (
     tokenizer.router,
     rollout.router,
     control.router,
+    weights.router,
     service.router,
 )
 PATHS = frozenset(route.path for router in ROUTERS for route in router.routes if isinstance(route, Route))

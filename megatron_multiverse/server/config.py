@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -40,6 +41,8 @@ class LimitConfig:
     """Seconds a reader of a stream may take nothing before its answer is cancelled."""
     drain_timeout: float = 60.0
     """Seconds that running answers get to finish after SIGTERM."""
+    weights_timeout: float = 300.0
+    """Seconds that a trainer gets to meet the engine, and to send the weights of one request. No step is taken then."""
     engine_timeout: float = 120.0
     """Seconds without a sign of life from the engine after which the server is not ready. A long step is no fault."""
 
@@ -87,6 +90,9 @@ class ServerConfig:
     """Type of weights and cache; auto takes bf16 on a GPU and float32 on a CPU."""
     weights_root: Path | None = None
     """Folder within which /update_weights_from_disk may name checkpoints; unset, it names none."""
+    weights_interface: str | None = None
+    """Network interface over which trainers may send weights (/init_weights_update_group): lo for those on this
+    machine; unset, none may."""
     tensor_model_parallel_size: int = 1
     """Processes, on as many GPUs, that each hold a part of every layer; the server starts them itself."""
     pipeline_model_parallel_size: int = 1
@@ -99,6 +105,9 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"--port {self.port} is none: choose 1 to 65535, or 0 for a free one")
+        interfaces = [name for _, name in socket.if_nameindex()]
+        if self.weights_interface is not None and self.weights_interface not in interfaces:
+            raise ConfigError(f"--weights-interface {self.weights_interface}: this machine has {', '.join(interfaces)}")
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

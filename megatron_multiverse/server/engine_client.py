@@ -40,6 +40,8 @@ class EngineState:
     """Kinds of memory that it has given back; there is no engine until it has them again."""
     versions: tuple[str, ...] = ("default",)
     """Names of the weights that were in use, by their number; the last ones are now."""
+    incomplete: tuple[str, ...] = ()
+    """Tensors that a trainer has sent and that wait for others of the same matrix."""
     weights: str = ""
     """A hash of those that are in use now; empty until the engine is ready."""
 
@@ -128,6 +130,7 @@ class EngineClient:
             "device": config.device,
             "parallel_sizes": [config.tensor_model_parallel_size, config.pipeline_model_parallel_size],
             "log_level": config.log_level,
+            "weights_interface": config.weights_interface,
         }
 
     async def close(self) -> None:

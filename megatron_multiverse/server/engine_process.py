@@ -4,7 +4,7 @@ Where a model is spread over several ranks there is such a process for each. The
 run its plans; their channels only show that they live. None knows of HTTP or text. Messages (see `wire.py`), by their
 field "op":
 
-- in: start (first), add, cancel; pause, continue, flush, update, release, resume;
+- in: start (first), add, cancel; pause, continue, flush, update, join, receive, leave, rename, release, resume;
 - out: ready or failed (once, first), accepted or refused (for each add), step (what was written
   and what finished), controlled (for each message of the second kind), beat.
 
@@ -129,10 +129,12 @@ class EngineHost:
         """What the other side keeps as its `EngineState`."""
         control = self.control
         facts = {"released": sorted(control.released), "versions": control.versions, "weights": control.weights}
-        return {"paused": self._paused, **facts}
+        return {"paused": self._paused, "incomplete": control.incomplete, **facts}
 
     def _act(self, message: Message) -> None:
         op = message["op"]
+        if message.get("abort"):
+            self._cancel(list(self._engine_ids))
         if op == "pause":
             if message["mode"] == "abort":
                 self._cancel(list(self._engine_ids))
@@ -146,10 +148,10 @@ class EngineHost:
                 raise GenerationError("answers are in work; pause with mode abort or retract, or wait for them")
             self.engine.scheduler.places.prefixes.clear()
         elif op == "update":
-            if message["abort"]:
-                self._cancel(list(self._engine_ids))
             self.control.update(message["folder"], message["version"])
             self._paused = self._paused or message["keep_pause"]
+        elif op in ("join", "leave", "receive", "rename"):
+            getattr(self.control, op)(**message["options"])
         elif op == "release":
             self.control.release(set(message["regions"]))
         elif op == "resume":
@@ -257,7 +259,7 @@ def _serve(channel: Channel, options: Message) -> None:
         device = choose_device(options["device"])
         dtype = engine_dtype(options["dtype"], device)
         if not ranks.is_first:
-            follow_control(load_checkpoint(options["load"], dtype=dtype, device=device)[0])
+            follow_control(load_checkpoint(options["load"], dtype=dtype, device=device)[0], options["load"])
             return
         tokenizer = build_tokenizer(options["tokenizer_type"], options["tokenizer_model"])
         config = EngineConfig(**options["engine"])

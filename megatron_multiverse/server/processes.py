@@ -46,8 +46,10 @@ class EngineProcesses:
         command = [sys.executable, "-m", "megatron_multiverse.server.engine_process", str(theirs.fileno())]
         # Whatever started this process, torchrun or srun, the engine's ranks are no part of that.
         environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-        for library in ("GLOO", "NCCL"):  # they talk within this machine; host names need not resolve
-            environment.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+        # They talk within this machine; host names need not resolve. But NCCL has one interface for all it does, and a
+        # trainer may be on another machine.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        environment.setdefault("NCCL_SOCKET_IFNAME", message.get("weights_interface") or "lo")
         with theirs:
             self._processes.append(
                 subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)

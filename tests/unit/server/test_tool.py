@@ -196,8 +196,8 @@ def test_the_engine_goes_on_while_http_stands_still(tool: Tool) -> None:
 def test_sigterm_lets_answers_finish_and_says_no_to_new_ones() -> None:
     found: dict[str, Any] = {}
     body = {"prompt": PROMPT, "max_tokens": 900, "temperature": 0}
-    thread = threading.Thread(target=lambda: found.update(answer=tool.post("/v1/completions", body)))
     with started("--limits.drain-timeout", str(PATIENCE_S)) as tool:
+        thread = threading.Thread(target=lambda: found.update(answer=tool.post("/v1/completions", body)))
         (engine,) = tool.children()
         with standing_still(engine):
             thread.start()
