@@ -258,8 +258,8 @@ def _sent(tensors: Sequence[Sequence[Any]]) -> list[Sent]:
 def _receive(group: OutsideGroup, tensor: Sent, device: torch.device, limit: float) -> Tensor:
     """The next tensor of a group.
 
-    gloo ends the process that receives more than it has room for, and nobody says when less has come than was
-    announced. So there is room for twice as much (float32 announced as bfloat16), and marks tell what came.
+    gloo makes no error of it where another number of bytes comes than was announced. So there is room for twice as
+    much (float32 announced as bfloat16), and marks tell what came.
     """
     size = tensor.num_bytes
     spare = size if group.backend == "gloo" else 0
