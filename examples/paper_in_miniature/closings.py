@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_multiverse.structure import Tag
+
 LABEL = re.compile(r"([\d.]+): (.*)")
 
 
@@ -47,6 +49,12 @@ class Closed:
 def read_tree(text: str) -> tuple[dict[str, str], dict[str, Closed]]:
     """The paths and the blocks of a tagged search, whole or broken.
 
+    `structure.parse` will not do, tolerant as it can be: it lists a block that the text ends in like one that is
+    closed, and forgets one whose header is broken, by which those around it would have a level less.
+
+    Args:
+        text: an answer, or its beginning, with each tag on a line of its own.
+
     Returns:
         The line with which each path begins, without its label, by the label; and the blocks by the label of the path
         they stand in, ``""`` for the outermost one.
@@ -58,10 +66,10 @@ def read_tree(text: str) -> tuple[dict[str, str], dict[str, Closed]]:
     levels: list[int] = []
     label = ""
     for line, next_line in zip(lines, [*lines[1:], ""], strict=True):
-        if line == "<Parallel>":
+        if line == Tag.PARALLEL.text:
             stood_in.append(label)
             levels.append(0)
-        elif line == "</Parallel>" and levels:
+        elif line == Tag.END_PARALLEL.text and levels:
             closed, label = levels.pop() + 1, stood_in.pop()
             blocks.setdefault(label, Closed(closed, next_line))
             if levels:
@@ -88,7 +96,7 @@ def compare(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
             found = blocks.get(label)
             if found is not None and found.next_line == block.next_line:
                 count["right"] += 1
-            elif found is not None and found.next_line == "</Think>":
+            elif found is not None and found.next_line == Tag.END_THINK.text:
                 count["ended"] += 1
     return {"paths": trials, "closings": {str(levels): closings[levels] for levels in sorted(closings)}}
 
