@@ -134,11 +134,23 @@ def test_an_answer_that_ends_one_level_too_soon_is_read() -> None:
     broken = wanted.replace(verdict, f"</Parallel>\n</Think>\n\nAnswer: {problem.answer}\n", 1)
     found = compare([(wanted, broken)])
     assert found["paths"] == whole["paths"] and found["closings"]["5"] == whole["closings"]["5"]
-    assert found["closings"]["4"] == {"of": 2, "right": 1, "ended": 1}
+    assert found["closings"]["4"] == {"of": 2, "right": 1, "ended": 1} and not whole["wrong"]
+    right = blocks["1"].next_line
+    lines = {"right": right, "outermost": right, "written": "</Think>"}
+    assert found["wrong"] == [{"problem": 0, "path": "1", "levels": 4} | lines]
+    inner = blocks["2.1"]
+    other = wanted.replace(
+        f"</Parallel>\n{inner.next_line}\n</Path>\n<Path>\n2.2: ",
+        f"</Parallel>\n{blocks['2'].next_line}\n</Path>\n<Path>\n2.2: ",
+        1,
+    )
+    found = compare([(wanted, wanted), (wanted, other)])
+    lines = {"right": inner.next_line, "outermost": blocks["2"].next_line, "written": blocks["2"].next_line}
+    assert found["wrong"] == [{"problem": 1, "path": "2.1", "levels": 3} | lines] and lines["right"] != lines["written"]
     cut = wanted[: wanted.rindex("\n2: ")]  # what was never written is not right, and no end either
     found = compare([(wanted, cut)])
     assert found["paths"]["right"] < found["paths"]["of"]
-    assert found["closings"]["4"] == {"of": 2, "right": 1, "ended": 0}
+    assert found["closings"]["4"] == {"of": 2, "right": 1, "ended": 0} and not found["wrong"]
 
 
 def test_blocks_count_as_closed_that_their_tag_closes_which_the_parser_does_not_tell() -> None:
