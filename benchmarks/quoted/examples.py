@@ -205,6 +205,12 @@ def _closings() -> Iterator[str]:
         yield f"| right behind them, {name[-1]} variables | {' | '.join(cells)} |"
     fourth = deeper["closings"]["4"]
     yield f"Behind four levels stands `</Think>` with the answer, {fourth['ended']} of {fourth['of']} times"
+    third = [line for line in deeper["wrong"] if line["levels"] == 3]
+    for line in third:
+        assert line["written"] == line["outermost"][:-1] + line["right"][-1] != line["right"], "or do not say so"
+    yield f"Behind three, all {len(third)} of the wrong verdicts have"
+    yield f"and the right sign: `{third[0]['written']}` for `{third[0]['right']}`"
+    assert found["model"]["right"]["variables-5"] == 0 and found["model"]["run"] == found["run"]
 
 
 def _wall_clock() -> Iterator[str]:

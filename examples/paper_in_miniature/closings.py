@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_multiverse.structure import Tag
+
 LABEL = re.compile(r"([\d.]+): (.*)")
 
 
@@ -47,6 +49,12 @@ class Closed:
 def read_tree(text: str) -> tuple[dict[str, str], dict[str, Closed]]:
     """The paths and the blocks of a tagged search, whole or broken.
 
+    `structure.parse` will not do, tolerant as it can be: it lists a block that the text ends in like one that is
+    closed, and forgets one whose header is broken, by which those around it would have a level less.
+
+    Args:
+        text: an answer, or its beginning, with each tag on a line of its own.
+
     Returns:
         The line with which each path begins, without its label, by the label; and the blocks by the label of the path
         they stand in, ``""`` for the outermost one.
@@ -58,10 +66,10 @@ def read_tree(text: str) -> tuple[dict[str, str], dict[str, Closed]]:
     levels: list[int] = []
     label = ""
     for line, next_line in zip(lines, [*lines[1:], ""], strict=True):
-        if line == "<Parallel>":
+        if line == Tag.PARALLEL.text:
             stood_in.append(label)
             levels.append(0)
-        elif line == "</Parallel>" and levels:
+        elif line == Tag.END_PARALLEL.text and levels:
             closed, label = levels.pop() + 1, stood_in.pop()
             blocks.setdefault(label, Closed(closed, next_line))
             if levels:
@@ -73,11 +81,21 @@ def read_tree(text: str) -> tuple[dict[str, str], dict[str, Closed]]:
 
 
 def compare(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Right texts beside those written: of the paths of the right ones how many are written as they are; of their
-    blocks, by levels closed, behind how many stands what is right, and behind how many of the others the end."""
+    """Right texts beside those written, search by search.
+
+    Args:
+        pairs: the right text and the one written, of each problem.
+
+    Returns:
+        `paths`: how many of the right ones there are (`of`), and how many are written as they are (`right`);
+        `closings`, by levels closed: how many blocks there are (`of`), behind how many stands what is right, behind how
+        many of the others the end (`ended`); `wrong`: what stands behind each block that is closed and has not what is
+        right behind it, beside what is right there and what is right behind the block of the outermost path around it.
+    """
     trials = {"right": 0, "of": 0}
     closings: dict[int, dict[str, int]] = {}
-    for wanted, written in pairs:
+    wrong = []
+    for number, (wanted, written) in enumerate(pairs):
         right_paths, right_blocks = read_tree(wanted)
         paths, blocks = read_tree(written)
         trials["of"] += len(right_paths)
@@ -86,11 +104,17 @@ def compare(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
             count = closings.setdefault(block.levels, {"of": 0, "right": 0, "ended": 0})
             count["of"] += 1
             found = blocks.get(label)
-            if found is not None and found.next_line == block.next_line:
+            if found is None:
+                continue
+            if found.next_line == block.next_line:
                 count["right"] += 1
-            elif found is not None and found.next_line == "</Think>":
-                count["ended"] += 1
-    return {"paths": trials, "closings": {str(levels): closings[levels] for levels in sorted(closings)}}
+                continue
+            count["ended"] += found.next_line == Tag.END_THINK.text
+            outermost = right_blocks[label.partition(".")[0]].next_line
+            lines = {"right": block.next_line, "outermost": outermost, "written": found.next_line}
+            wrong.append({"problem": number, "path": label, "levels": block.levels} | lines)
+    by_levels = {str(levels): closings[levels] for levels in sorted(closings)}
+    return {"paths": trials, "closings": by_levels, "wrong": wrong}
 
 
 def main() -> None:

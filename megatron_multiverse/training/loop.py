@@ -48,7 +48,15 @@ class Loop:
         self.stragglers = Stragglers(ranks, config.log.straggler_percent)
 
     def step(self, batches: Iterator[Microbatch]) -> None:
-        """Train on the next microbatches, and look after a checkpoint that is being written."""
+        """Train on the next microbatches, and look after a checkpoint that is being written.
+
+        Args:
+            batches: the training data, from where the run stands.
+
+        Raises:
+            CheckpointError: the checkpoint that is being written cannot be; the last one in force stays so.
+            DataError: a file of the data was cut off while the run reads it.
+        """
         waiting = time.perf_counter()
         microbatches = [next(batches) for _ in range(self.config.num_microbatches)]
         self.meter.waited_s += time.perf_counter() - waiting
@@ -73,7 +81,15 @@ class Loop:
         self.stragglers.look(step, numbers)
 
     def validate(self, loader: Loader) -> None:
-        """Validate on the same microbatches every time; the training data and the generators do not move."""
+        """Validate on the same microbatches every time; the training data and the generators do not move.
+
+        Args:
+            loader: of the validation data; left at the place where it stood.
+
+        Raises:
+            DataError: a file of the data was cut off while the run reads it.
+            TrainingError: a loss or gradient since the last check is not finite, or a document was to be refused.
+        """
         position = loader.state_dict()
         found = self.engine.validate(islice(loader, self.config.eval_iters))
         loader.load_state_dict(position)
@@ -82,12 +98,24 @@ class Loop:
         self.meter.reset()
 
     def observe(self, observer: Observer) -> None:
-        """Let the caller look at the model as it is now."""
+        """Let the caller look at the model as it is now.
+
+        Args:
+            observer: of the caller; what it raises ends the run.
+        """
         observer(self.engine, self.state.step, self.metrics)
         self.meter.reset()
 
     def save(self) -> None:
-        """Write a checkpoint. A resumed run starts after its documents, so those trained as plain text are named."""
+        """Write a checkpoint.
+
+        Documents that were trained as plain text up to here are named in the metrics first: a run that goes on from the
+        checkpoint starts behind them and would never name them.
+
+        Raises:
+            CheckpointError: this checkpoint, or the one before, cannot be written; the last one in force stays so.
+            TrainingError: a loss or gradient since the last check is not finite, or a document was to be refused.
+        """
         self.engine.check(self.metrics)
         self.saver.save()
         self.meter.reset()

@@ -37,7 +37,17 @@ def quantize_products(model: nn.Module, ranks: ModelRanks) -> None:
 
 
 def products_of(model: nn.Module) -> Iterator[Any]:
-    """The linear layers whose weights are rounded."""
+    """The linear layers whose weights are rounded: four for each decoder layer.
+
+    Args:
+        model: as `build_gpt_model` makes it, whole or the part of one rank.
+
+    Returns:
+        Layer by layer the products with `weight` of shape [out, in], in order: queries, keys and values
+        [(num_attention_heads + 2 num_query_groups) kv_channels, hidden_size]; what attention gives
+        [hidden_size, num_attention_heads kv_channels]; gate and up [2 ffn_hidden_size, hidden_size]; down
+        [hidden_size, ffn_hidden_size]. With tensor parallelism a rank has its share of all but hidden_size.
+    """
     for layer in model.decoder.layers:  # type: ignore[union-attr]
         attention, mlp = layer.self_attention, layer.mlp
         yield from (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)

@@ -26,6 +26,7 @@ from tasks import check, sample_satisfiability  # noqa: E402
 from training_rows import MOST_VARIABLES, RowConfig, RowMaker  # noqa: E402
 
 from megatron_multiverse.errors import ConfigError  # noqa: E402
+from megatron_multiverse.structure import parse  # noqa: E402
 
 CLOSING = re.compile(r"\n(\S+)\n</Conclusion>\n</Parallel>\n(\S+)")
 """A conclusion and what follows its block."""
@@ -133,11 +134,38 @@ def test_an_answer_that_ends_one_level_too_soon_is_read() -> None:
     broken = wanted.replace(verdict, f"</Parallel>\n</Think>\n\nAnswer: {problem.answer}\n", 1)
     found = compare([(wanted, broken)])
     assert found["paths"] == whole["paths"] and found["closings"]["5"] == whole["closings"]["5"]
-    assert found["closings"]["4"] == {"of": 2, "right": 1, "ended": 1}
+    assert found["closings"]["4"] == {"of": 2, "right": 1, "ended": 1} and not whole["wrong"]
+    right = blocks["1"].next_line
+    lines = {"right": right, "outermost": right, "written": "</Think>"}
+    assert found["wrong"] == [{"problem": 0, "path": "1", "levels": 4} | lines]
+    inner = blocks["2.1"]
+    other = wanted.replace(
+        f"</Parallel>\n{inner.next_line}\n</Path>\n<Path>\n2.2: ",
+        f"</Parallel>\n{blocks['2'].next_line}\n</Path>\n<Path>\n2.2: ",
+        1,
+    )
+    found = compare([(wanted, wanted), (wanted, other)])
+    lines = {"right": inner.next_line, "outermost": blocks["2"].next_line, "written": blocks["2"].next_line}
+    assert found["wrong"] == [{"problem": 1, "path": "2.1", "levels": 3} | lines] and lines["right"] != lines["written"]
     cut = wanted[: wanted.rindex("\n2: ")]  # what was never written is not right, and no end either
     found = compare([(wanted, cut)])
     assert found["paths"]["right"] < found["paths"]["of"]
-    assert found["closings"]["4"] == {"of": 2, "right": 1, "ended": 0}
+    assert found["closings"]["4"] == {"of": 2, "right": 1, "ended": 0} and not found["wrong"]
+
+
+def test_blocks_count_as_closed_that_their_tag_closes_which_the_parser_does_not_tell() -> None:
+    made, text = tokenizer(), sample_satisfiability(random.Random(6), 5).response("tagged")
+
+    def parsed(text: str) -> int:
+        return len(list(parse(made.tokenize(text), made.structure_vocab, strict=False).walk()))
+
+    whole = read_tree(text)[1]
+    assert len(whole) == parsed(text)
+    cut = text[: text.rindex("\n2: ")]
+    assert set(whole) - set(read_tree(cut)[1]) == {"", *(label for label in whole if label.startswith("2"))}
+    assert parsed(cut) == len(read_tree(cut)[1]) + 1, "the outermost block, which the text ends in"
+    broken = text.replace("</Outline>\n</Goal>", "</Outline>", 1)
+    assert read_tree(broken)[1] == whole and parsed(broken) == len(whole) - 1
 
 
 def test_closings_are_counted_over_the_sets_of_the_evaluation(
