@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import re
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.cli_messages import in_section
-from megatron_multiverse.config import EngineConfig, SamplingParams
+from megatron_multiverse.config import EngineConfig, RLConfig, SamplingParams, TrainConfig
 from megatron_multiverse.config.choices import FreeText
 from megatron_multiverse.config.model import RopeScaling
 from megatron_multiverse.errors import ConfigError, GenerationError
@@ -491,3 +492,26 @@ def test_every_message_of_a_part_gets_its_section(cls: type[Any], own: str, leas
     assert len(messages) >= least
     for text in messages:
         assert re.match(rf"outer\.{own}\b", in_section(text, f"outer.{own}.", names)), text
+
+
+def test_a_file_of_the_other_training_script_leads_there() -> None:
+    configs = Path(__file__).parents[2] / "pretrain_scripts/configs"
+    for cls, file, key, script in (
+        (TrainConfig, "rl_quickstart", "task", "rl_multiverse"),
+        (RLConfig, "tiny_cpu", "model", "sft_multiverse"),
+    ):
+        told = (
+            rf"{file}\.yaml: no setting is called '{key}'; it is one of pretrain_scripts/{script}\.py, for whose runs"
+        )
+        with pytest.raises(ConfigError, match=told):
+            parse_options(cls, ["--config", str(configs / f"{file}.yaml")])
+
+
+@pytest.mark.parametrize(("script", "file"), [("rl_multiverse", "rl_quickstart"), ("sft_multiverse", "tiny_cpu")])
+def test_a_shape_to_try_is_refused_without_a_dry_run(script: str, file: str) -> None:
+    options = importlib.import_module(f"pretrain_scripts.{script}").Options
+    args = ["--config", f"{Path(__file__).parents[2]}/pretrain_scripts/configs/{file}.yaml"]
+    args += ["--dry-run-shape", "qwen2.5-7b"]
+    with pytest.raises(ConfigError, match=r"^dry_run_shape qwen2\.5-7b has no effect without --dry-run: set both"):
+        parse_options(options, args)
+    assert parse_options(options, [*args, "--dry-run"]).dry_run_shape == "qwen2.5-7b"
