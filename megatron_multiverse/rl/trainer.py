@@ -122,7 +122,7 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
                 write_records(run.folder / ROLLOUTS_FILE, batch, state.step, config.rollout.keep_records)
             is_stopping = ranks.any(bool(stop))
             last = state.step == config.train_iters or is_stopping
-            if last or state.step % config.log.log_interval == 0:
+            if last or is_due(state.step, config.log.log_interval):
                 logger.info(log_line(state.step, config.train_iters, numbers))
             if is_due(state.step, config.checkpoint.save_interval):
                 saver.save()
