@@ -227,6 +227,8 @@ def test_what_a_cache_that_is_given_back_brings_is_said() -> None:
     told = report(run, "qwen2.5-1.5b").splitlines()
     assert "on GPUs of 80 GB: does not fit, however much is recomputed" in told
     (freed,) = (line for line in told if line.startswith("with rollout.free_cache true, "))
+    shown = (ROOT / "docs/rl.md").read_text(encoding="utf-8")
+    assert "\n".join(["```text", *(line for line in told if "on GPUs of " in line), "```"]) in shown
     assert "on GPUs of 80 GB: fits with the first " in freed and " of 28 layers recomputed" in freed
     freeing = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, free_cache=True))
     told = report(freeing, "qwen2.5-1.5b").splitlines()
