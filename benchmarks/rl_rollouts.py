@@ -30,9 +30,10 @@ from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import TrainingError
 from megatron_multiverse.inference import Request, Result, build_engine
 from megatron_multiverse.model.device import choose_device
+from megatron_multiverse.rl.drawing import drawing_of
 from megatron_multiverse.rl.prompts import Prompts
 from megatron_multiverse.rl.replica import Replica
-from megatron_multiverse.rl.rollout import Rollouts, check_length, engine_config
+from megatron_multiverse.rl.rollout import Rollouts
 from megatron_multiverse.rl.trainer import build_engine as build_trainer
 from megatron_multiverse.training.start import describe_model, joined_groups
 
@@ -82,10 +83,9 @@ def measure(o: Options) -> dict[str, Any]:
     with joined_groups(base) as ranks:
         replica = Replica.of(ranks)
         trainer, model, _ = build_trainer(config, model_config, tokenizer, prompts)
-        rollouts = Rollouts(config, model, model_config, trainer.layers, tokenizer, prompts, replica)
-        longest = check_length(config, model_config, prompts.longest)
-        sizes = engine_config(config, longest, replica.count)
-        bare = build_engine(config.init_from, tokenizer, sizes, dtype=DTYPES[config.dtype], device=device)
+        asked = drawing_of(config, model_config, tokenizer, prompts, replica.count)
+        rollouts = Rollouts(config, model, model_config, trainer.layers, tokenizer, asked, replica)
+        bare = build_engine(config.init_from, tokenizer, asked.engine, dtype=DTYPES[config.dtype], device=device)
         rates: dict[str, list[float]] = {"whole": [], "drawing": [], "bare": []}
         position = prompts.state_dict()
         requests = requests_of(config, prompts, rollouts)

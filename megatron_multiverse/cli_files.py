@@ -16,6 +16,9 @@ import yaml
 from megatron_multiverse.errors import ConfigError
 
 _OF_EVERY_TOOL = ("config", "debug")
+_RL, _SFT = "pretrain_scripts/rl_multiverse.py", "pretrain_scripts/sft_multiverse.py"
+_OF_ANOTHER_RUN = {"task": _RL, "reward": _RL, "rollout": _RL, "policy": _RL, "data": _SFT, "model": _SFT}
+"""Sections that one of the training scripts has alone, whose files are taken for those of the other."""
 
 
 def part_of(hint: Any) -> type[Any] | None:
@@ -99,6 +102,8 @@ def _refuse_key(whole: type[Any], cls: type[Any], key: str, no_setting: str, sec
     close = difflib.get_close_matches(key, allowed, n=1) or elsewhere
     close = close or [path for path in _paths(whole) if path.rpartition(".")[2] in _near(key, whole)]
     hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(allowed)}"
+    if whole is cls and key in _OF_ANOTHER_RUN and {"init_from", "train_iters"} <= {*allowed}:
+        hint = f"it is one of {_OF_ANOTHER_RUN[key]}, for whose runs this file seems to be meant"
     raise ConfigError(f"{no_setting} {key!r}; {hint}")
 
 

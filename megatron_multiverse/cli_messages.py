@@ -63,12 +63,13 @@ def in_section(text: str, section: str, names: Container[str]) -> str:
     """What a part says of one of its fields, with the section that it stands in.
 
     Args:
-        text: begins with the name of the field, or with that of the part and a dot, if it speaks of a field.
+        text: begins with the name of the field, if it speaks of one; or with that of the part, and that of the field
+            after a dot.
         section: of the part, with a dot at its end: `model.rope_scaling.`; empty for no part.
         names: of its fields.
     """
     outer, _, own = section.removesuffix(".").rpartition(".")
-    word = text.partition(" ")[0]
+    word = text.partition(" ")[0].removesuffix(":")
     if word in names:
         return f"{section}{text}"
-    return f"{outer}.{text}" if outer and word.startswith(f"{own}.") else text
+    return f"{outer}.{text}" if outer and word.partition(".")[0] == own else text

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from megatron_multiverse.cli import narrowed, parse_options, run_tool
 from megatron_multiverse.config import RLConfig
+from megatron_multiverse.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,14 @@ class Options(RLConfig):
     each rank will need, and stop. Needs no GPU; WORLD_SIZE says for how many ranks."""
     dry_run_shape: str | None = None
     """Published shape, e.g. qwen2.5-7b, for a dry run where the checkpoint that init_from names is not at hand; prompts
-    are then read where task.tokenizer_model is."""
+    are then read where task.tokenizer_model is set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dry_run_shape is not None and not self.dry_run:
+            raise ConfigError(
+                f"dry_run_shape {self.dry_run_shape} has no effect without --dry-run: set both or neither"
+            )
 
 
 def main() -> None:

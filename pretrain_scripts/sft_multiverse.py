@@ -40,6 +40,8 @@ class Options(TrainConfig):
             raise ConfigError(f"dry_run_steps must be 0 or at least 2, since the first step is not timed, got {steps}")
         if steps and not self.dry_run:
             raise ConfigError(f"dry_run_steps {steps} has no effect without --dry-run: set both or neither")
+        if shape is not None and not self.dry_run:
+            raise ConfigError(f"dry_run_shape {shape} has no effect without --dry-run: set both or neither")
         if steps and shape is not None:
             raise ConfigError(
                 f"dry_run_steps {steps} trains the model of the config itself, of which dry_run_shape ({shape}) gives "

@@ -78,6 +78,9 @@ class SFTDataset:
         """Tokens per document, shape [len(self)]."""
         self.prompt_lengths: npt.NDArray[np.int64] = np.concatenate([pair[:, 0].astype(np.int64) for pair in pairs])
         """Those of them that are its prompt, shape [len(self)]; 0 where a document has none."""
+        self._first_token: npt.NDArray[np.int64] = np.cumsum(np.append(0, self.lengths))
+        """Tokens of all documents before each, shape [len(self) + 1]; those of a .bin follow each other without gaps,
+        which `_check_index` has seen."""
         self._fingerprint: str | None = None
 
     def __len__(self) -> int:
@@ -127,20 +130,25 @@ class SFTDataset:
     def _sequences(self, index: int) -> list[npt.NDArray[Any]]:
         """Prompt and response of document `index`.
 
-        The file is mapped: of one that became shorter in place the kernel ends whoever reads beyond its end (SIGBUS),
-        and nobody learns why. Asking for its size takes one or two microseconds. One that is cut off between the
-        question and the read still ends the process; a file that is written elsewhere and renamed harms nobody.
+        The .bin is mapped: of a file that became shorter in place the kernel ends whoever reads beyond its end
+        (SIGBUS), and nobody learns why. So its size is asked for before each read. A file that is cut off between the
+        question and the read still ends the process; one that is written elsewhere and renamed harms nobody. Of the
+        .idx, which is mapped as well, nothing is read after the start: places and lengths are in memory.
         """
-        part, document = self._place(index)
-        data, first = self._parts[part], document * SEQUENCES_PER_DOCUMENT
+        part, _ = self._place(index)
+        data = self._parts[part]
         if (size := os.fstat(data.bin_reader._bin_file_reader.fileno()).st_size) < self._sizes[part]:
             raise DataError(
                 f"{self.prefixes[part]}.bin was cut off as it was read: it has {size} bytes, and had "
                 f"{self._sizes[part]}; make it whole again, and do not write over files that a run reads: write "
                 "others and rename them"
             )
-        sequences: list[npt.NDArray[Any]] = data[first : first + SEQUENCES_PER_DOCUMENT]
-        return sequences
+        first = int(self._first_token[index] - self._first_token[self._first[part]])
+        tokens: npt.NDArray[Any] = data.bin_reader.read(
+            dtype=data.index.dtype, count=int(self.lengths[index]), offset=first * data.index.dtype_size
+        )
+        prompt_length = int(self.prompt_lengths[index])
+        return [tokens[:prompt_length], tokens[prompt_length:]]
 
     def _place(self, index: int) -> tuple[int, int]:
         part = int(np.searchsorted(self._first, index, side="right")) - 1

@@ -235,17 +235,25 @@ class _Server:
             self.name = str(models["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
             raise GenerationError(f"--url {url}: /v1/models names no model; is this our server?") from error
-        self._told("/health/ready")  # one that loads its model still, which a 503 says, tells nothing of it yet
+        self._wait_until_ready()
         info = self._told("/model_info")
         weights = info.get("weights")
         self.weights = weights if isinstance(weights, str) and weights else None
         self.device = _device_of(info)
 
+    def _wait_until_ready(self) -> None:
+        """Wait for a server that loads its model still: it tells nothing of it yet. What others than ours say there, in
+        whatever form, is of no matter."""
+        ready, _ = self._response("GET", "/health/ready", None)
+        if ready.status_code == 503:  # after all that patience
+            self._content(ready)
+
     def _told(self, route: str) -> dict[str, Any]:
         """What the server says there; nothing if it is an older one, or another, or something in between passes on what
-        asks for answers alone."""
+        asks for answers alone, or answers by itself."""
+        response, _ = self._response("GET", route, None)
         try:
-            return self._ask("GET", route, None)
+            return {} if response.status_code == 200 and _object_of(response) is None else self._content(response)
         except (_Refused, _Unknown):
             return {}
 
@@ -271,7 +279,13 @@ class _Server:
         return self._timed(method, route, body)[0]
 
     def _timed(self, method: str, route: str, body: dict[str, Any] | None) -> tuple[dict[str, Any], float]:
-        """The answer, and the seconds of the try that brought it. A server that is busy or starting is asked again."""
+        """The answer, and the seconds of the try that brought it."""
+        response, seconds = self._response(method, route, body)
+        return self._content(response), seconds
+
+    def _response(self, method: str, route: str, body: dict[str, Any] | None) -> tuple[httpx2.Response, float]:
+        """The response, whatever it says, and the seconds of the try that brought it. A server that is busy or starting
+        is asked again."""
         import httpx2
 
         deadline, pause = time.monotonic() + _PATIENCE_S, 1.0
@@ -287,25 +301,30 @@ class _Server:
                     "same command goes on"
                 ) from error
             if response.status_code not in (429, 503) or time.monotonic() > deadline:
-                return self._content(response), time.perf_counter() - started
+                return response, time.perf_counter() - started
             asked = response.headers.get("retry-after", "")
             time.sleep(min(float(asked) if asked.isdecimal() else pause, _LONGEST_PAUSE_S))
             pause *= 2
 
     def _content(self, response: httpx2.Response) -> dict[str, Any]:
-        if response.status_code == 200:
-            try:
-                content = response.json()
-            except ValueError:
-                content = None
-            if isinstance(content, dict):
-                return content
+        content = _object_of(response)
+        if content is not None:
+            return content
         message = f"--url {self.url}: {error_text(response.status_code, response.text)}"
         if response.status_code in (400, 500):
             raise _Refused(message)
         if response.status_code in (401, 403, 404, 405):
             raise _Unknown(message)
         raise GenerationError(message)
+
+
+def _object_of(response: httpx2.Response) -> dict[str, Any] | None:
+    """The JSON object of a response; None if it holds none, or is an error."""
+    try:
+        content = response.json() if response.status_code == 200 else None
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _device_of(info: dict[str, Any]) -> str:

@@ -86,7 +86,8 @@ def choose_transformer_impl(layers: LayerConfig, device: torch.device, compute_d
             f"restores CUDA's random state), got {device.type}: leave it unset"
         )
     _check_recompute_of_norms(layers, impl)
-    _log_once(impl, reason)
+    if device.type != "meta":  # shapes alone, of layers that compute nothing
+        _log_once(impl, reason)
     return impl
 
 

@@ -1,9 +1,12 @@
 """What a run of reinforcement learning would do, and what it needs on each GPU, worked out without one.
 
-Everything is looked at that needs no GPU: the config, the model's shape, its tokenizer, all prompts, the reward
-functions. The trainer's part of the memory is that of `training/memory.py`; an engine, its cache and a reference model
-come on top, and the output layer holds other logits. Two measured peaks of an update were 0.2 and 0.3 GiB above the
-estimate (tests/unit/rl/test_dry_run.py).
+Looked at are the config, the model's shape, its tokenizer, all prompts, what is asked of the engine for the longest,
+the reward functions, and the step at which the run would go on; not the weights, what lies in the checkpoint it would
+go on from, nor what the machine of the run must have installed (TransformerEngine, apex).
+
+The trainer's part of the memory is that of `training/memory.py`; an engine, its cache and a reference model come on
+top, and the output layer holds other logits. Two measured peaks of an update were 0.2 and 0.3 GiB above the estimate
+(tests/unit/rl/test_dry_run.py).
 """
 
 from __future__ import annotations
@@ -17,14 +20,17 @@ from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.inference.step.forward import KVStore
 from megatron_multiverse.inference.step.quantize import products_of
 from megatron_multiverse.model.gpt import build_gpt_model
+from megatron_multiverse.rl.drawing import drawing_of, engine_config
 from megatron_multiverse.rl.loss import CHUNK
 from megatron_multiverse.rl.prompts import Prompts
 from megatron_multiverse.rl.rewards import Grader
-from megatron_multiverse.rl.rollout import check_length, engine_config, has_own_model, played_dtype
+from megatron_multiverse.rl.rollout import has_own_model, played_dtype
 from megatron_multiverse.training.memory import Beside, Part, pretended_ranks, tokens_of
 from megatron_multiverse.training.memory_report import advice_lines, memory_lines, shape_to_try
+from megatron_multiverse.training.run_folder import RunFolder
 from megatron_multiverse.training.start import check_start, dtypes, weights_dtype
 from megatron_multiverse.training.trackers import check_trackers
+from megatron_multiverse.training.trainer import check_not_past
 
 
 def report(config: RLConfig, published: str | None = None) -> str:
@@ -37,11 +43,15 @@ def report(config: RLConfig, published: str | None = None) -> str:
 
     Raises:
         CheckpointError: the model is not at hand.
-        ConfigError: settings that do not fit together or to the prompts; a reward cannot be found.
+        ConfigError: settings that do not fit together, to the prompts or to the checkpoint in `checkpoint.save`; a
+            reward cannot be found; the engine would refuse the longest prompt.
         DataError: the prompts cannot be read.
     """
     base = config.train_config()
     check_trackers(config.log)
+    run = RunFolder(config.checkpoint)
+    run.look()
+    check_not_past(config, run)
     Grader(config.reward)
     model = shape_to_try(base, published, "policy.seq_length")
     base.parallel.check_model(model)
@@ -73,7 +83,7 @@ def _prompts(config: RLConfig, base: TrainConfig, model: ModelConfig, published:
     if published is None:
         check_start(base, tokenizer, learns_from_answers=True)
     prompts = Prompts(config.task, tokenizer, config.seed)
-    longest = check_length(config, model, prompts.longest)
+    longest = drawing_of(config, model, tokenizer, prompts, config.parallel.data_parallel_size).longest
     return f"{config.task.input}: {len(prompts)} prompts, the longest of {prompts.longest} tokens", longest
 
 

@@ -65,7 +65,12 @@ class Prompts:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
-        return max(len(prompt.ids) for prompt in self._prompts)
+        return len(self.longest_ids)
+
+    @property
+    def longest_ids(self) -> list[int]:
+        """Its ids."""
+        return max((prompt.ids for prompt in self._prompts), key=len)
 
     def draw(self) -> tuple[int, Prompt]:
         """The next prompt, and its number in the run, from 0."""

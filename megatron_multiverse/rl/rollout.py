@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +14,14 @@ import torch
 from torch import nn
 
 from megatron_multiverse.config import LayerConfig, ModelConfig, RLConfig
-from megatron_multiverse.data.generation_config import end_ids
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
-from megatron_multiverse.errors import ConfigError, TrainingError
-from megatron_multiverse.inference import Engine, EngineConfig, Request, Result, answer_text
+from megatron_multiverse.errors import TrainingError
+from megatron_multiverse.inference import Engine, Request, Result, answer_text
 from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.model.gpt import build_gpt_model
 from megatron_multiverse.model.weights import copy_weights
 from megatron_multiverse.rl.advantages import group_advantages, is_settled
+from megatron_multiverse.rl.drawing import Drawing
 from megatron_multiverse.rl.prompts import Prompt, Prompts
 from megatron_multiverse.rl.replica import Replica
 from megatron_multiverse.rl.rewards import Graded, Grader
@@ -86,11 +85,11 @@ class Rollouts:
         model_config: its shape.
         layers: how the trainer computes it.
         tokenizer: of the model.
-        prompts: what is asked.
-        replica: this rank's share of it.
+        drawing: what is asked for each prompt, and the sizes of the engine.
+        replica: this rank's share of the prompts.
 
     Raises:
-        ConfigError: the longest prompt and answer do not fit into a row, or into the model; a reward cannot be found.
+        ConfigError: a reward cannot be found.
     """
 
     def __init__(
@@ -100,12 +99,12 @@ class Rollouts:
         model_config: ModelConfig,
         layers: LayerConfig,
         tokenizer: MultiverseTokenizer,
-        prompts: Prompts,
+        drawing: Drawing,
         replica: Replica,
     ) -> None:
         self.config, self.tokenizer, self._trained, self.replica = config, tokenizer, model, replica
         self.grader = Grader(config.reward)
-        self._sizes = engine_config(config, check_length(config, model_config, prompts.longest), replica.count)
+        self._drawing = drawing
         self._played = model
         weight, played = next(model.parameters()), played_dtype(config)
         if has_own_model(config):
@@ -113,12 +112,6 @@ class Rollouts:
             self._played = build_gpt_model(
                 model_config, dtype=played, device=weight.device, initialize=False, layers=layers
             )
-        # The end tokens that generation_config.json names end answers too, as they do where the model is served.
-        ends = end_ids(Path(config.init_from), tokenizer)
-        sampling = config.rollout.sampling
-        self._sampling = dataclasses.replace(
-            sampling, n=config.rollout.group_size, stop_token_ids=(*sampling.stop_token_ids, *ends)
-        )
         self._engine: Engine | None = None
         self._runner: Runner | None = None
         """What runs the steps on this rank: the engine's, or one that follows the first rank of the replica."""
@@ -138,7 +131,7 @@ class Rollouts:
                 self._engine = Engine(
                     self._played,
                     self.tokenizer.structure_vocab,
-                    self._sizes,
+                    self._drawing.engine,
                     vocab_size=self.tokenizer.vocab_size,
                     detokenize=self.tokenizer.detokenize,
                 )
@@ -198,7 +191,7 @@ class Rollouts:
     def request(self, number: int, prompt: Prompt) -> Request:
         """What is asked of the engine for the prompt of this number: a group of answers, with noise of its own."""
         seed = (self.config.seed << 32) + number
-        return Request(prompt_ids=prompt.ids, sampling=dataclasses.replace(self._sampling, seed=seed))
+        return Request(prompt_ids=prompt.ids, sampling=dataclasses.replace(self._drawing.sampling, seed=seed))
 
     def _answer(self, requests: Sequence[Request], is_stopping: Callable[[], bool]) -> list[Result] | None:
         """All answers, in the order of the requests; None if that was left off. The ranks that follow the first one of
@@ -235,23 +228,6 @@ class Rollouts:
         return Group(number, prompt, results, texts, correct, rewards, advantages)
 
 
-def check_length(config: RLConfig, model: ModelConfig, longest_prompt: int) -> int:
-    """Tokens of the longest prompt and answer together.
-
-    Raises:
-        ConfigError: they do not fit into a row, or into the positions of the model.
-    """
-    longest = longest_prompt + config.rollout.sampling.max_tokens
-    for name, room in (("policy.seq_length", config.policy.seq_length), ("the model's", model.max_sequence_length)):
-        if longest > room:
-            raise ConfigError(
-                f"the longest prompt ({longest_prompt} tokens) and rollout.sampling.max_tokens "
-                f"({config.rollout.sampling.max_tokens}) are {longest} tokens, more than {name} {room}: lower "
-                "max_tokens or raise policy.seq_length"
-            )
-    return longest
-
-
 def played_dtype(config: RLConfig) -> torch.dtype:
     """dtype of the weights that the engine runs."""
     return torch.bfloat16 if config.dtype == "bf16" else weights_dtype(config.train_config())
@@ -260,12 +236,3 @@ def played_dtype(config: RLConfig) -> torch.dtype:
 def has_own_model(config: RLConfig) -> bool:
     """Whether the engine runs a copy of the trained weights: of another dtype, or with rounded products."""
     return played_dtype(config) != weights_dtype(config.train_config()) or config.rollout.engine.quantization != "none"
-
-
-def engine_config(config: RLConfig, longest: int, replicas: int) -> EngineConfig:
-    """The sizes of a replica's engine, with pages for all answers that run at once where the run leaves them open."""
-    engine, rollout = config.rollout.engine, config.rollout
-    if engine.num_pages:
-        return engine
-    at_once = min(-(-rollout.prompts_per_step // replicas) * rollout.group_size, engine.max_rows)
-    return dataclasses.replace(engine, num_pages=at_once * (-(-longest // engine.page_size) + 16))

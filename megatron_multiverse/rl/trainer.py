@@ -20,6 +20,7 @@ from megatron_multiverse.checkpoints.run_files import MODEL_FOLDER
 from megatron_multiverse.config import LayerConfig, ModelConfig, RLConfig
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.model.device import choose_device
+from megatron_multiverse.rl.drawing import drawing_of
 from megatron_multiverse.rl.loss import PolicyLoss
 from megatron_multiverse.rl.prompts import Prompts
 from megatron_multiverse.rl.records import ROLLOUTS_FILE, keep_records_until, write_records
@@ -77,12 +78,13 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
         seed_everything(config.seed)
         prompts, replica = Prompts(config.task, tokenizer, config.seed), Replica.of(ranks)
         check_agreement(config, prompts, ranks)
+        drawing = drawing_of(config, model_config, tokenizer, prompts, replica.count)  # before weights are loaded
         engine, model, loss = build_engine(config, model_config, tokenizer, prompts)
         state = TrainState(engine, prompts)
         description = RunDescription(model_config, dataclasses.replace(config, layers=engine.layers), tokenizer)
         resumed = run.resume(state, description)
         rollouts = closing.enter_context(
-            contextlib.closing(Rollouts(config, model, model_config, engine.layers, tokenizer, prompts, replica))
+            contextlib.closing(Rollouts(config, model, model_config, engine.layers, tokenizer, drawing, replica))
         )
         metrics = start_record(description, run.folder if ranks.is_first else None, state.step, resumed)
         if ranks.is_first:
@@ -120,7 +122,7 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
                 write_records(run.folder / ROLLOUTS_FILE, batch, state.step, config.rollout.keep_records)
             is_stopping = ranks.any(bool(stop))
             last = state.step == config.train_iters or is_stopping
-            if last or state.step % config.log.log_interval == 0:
+            if last or is_due(state.step, config.log.log_interval):
                 logger.info(log_line(state.step, config.train_iters, numbers))
             if is_due(state.step, config.checkpoint.save_interval):
                 saver.save()

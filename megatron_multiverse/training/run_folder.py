@@ -105,6 +105,17 @@ class RunFolder:
                 raise
         return step
 
+    def look(self) -> None:
+        """Find out which checkpoint the pointer names, as on entering, but without the lock and changing nothing: for a
+        dry run, beside which the run itself may be at work.
+
+        Raises:
+            ConfigError: it has a checkpoint, but `checkpoint.resume` is false.
+        """
+        text = self.pointer.read_text(errors="replace").strip() if self.pointer.exists() else ""
+        self.start_step = int(text) if text.isdigit() else None
+        self._check_resume(self.start_step)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

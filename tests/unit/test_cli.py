@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from megatron_multiverse.cli import parse_options, run_tool
+from megatron_multiverse.cli_messages import in_section
+from megatron_multiverse.config import EngineConfig, RLConfig, SamplingParams, TrainConfig
 from megatron_multiverse.config.choices import FreeText
+from megatron_multiverse.config.model import RopeScaling
 from megatron_multiverse.errors import ConfigError, GenerationError
 
 
@@ -461,3 +469,49 @@ def test_a_wrong_value_is_one_line(capsys: pytest.CaptureFixture[str], words: li
         parse_options(Options, words)
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: {message}; --help explains the flags\n"
+
+
+def refusals(cls: type[Any]) -> list[str]:
+    """How the messages begin by which a part refuses values, but for those that begin with what a loop goes through."""
+    found = []
+    for call in ast.walk(ast.parse(inspect.getsource(cls))):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("check", "refuse_unless"):
+            message = call.args[1]
+            first = message.values[0] if isinstance(message, ast.JoinedStr) else message
+            if isinstance(first, ast.Constant):
+                found.append(str(first.value))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cls", "own", "least"),
+    [(RopeScaling, "rope_scaling", 2), (EngineConfig, "engine", 2), (SamplingParams, "sampling", 12)],
+)
+def test_every_message_of_a_part_gets_its_section(cls: type[Any], own: str, least: int) -> None:
+    messages, names = refusals(cls), {field.name for field in dataclasses.fields(cls)}
+    assert len(messages) >= least
+    for text in messages:
+        assert re.match(rf"outer\.{own}\b", in_section(text, f"outer.{own}.", names)), text
+
+
+def test_a_file_of_the_other_training_script_leads_there() -> None:
+    configs = Path(__file__).parents[2] / "pretrain_scripts/configs"
+    for cls, file, key, script in (
+        (TrainConfig, "rl_quickstart", "task", "rl_multiverse"),
+        (RLConfig, "tiny_cpu", "model", "sft_multiverse"),
+    ):
+        told = (
+            rf"{file}\.yaml: no setting is called '{key}'; it is one of pretrain_scripts/{script}\.py, for whose runs"
+        )
+        with pytest.raises(ConfigError, match=told):
+            parse_options(cls, ["--config", str(configs / f"{file}.yaml")])
+
+
+@pytest.mark.parametrize(("script", "file"), [("rl_multiverse", "rl_quickstart"), ("sft_multiverse", "tiny_cpu")])
+def test_a_shape_to_try_is_refused_without_a_dry_run(script: str, file: str) -> None:
+    options = importlib.import_module(f"pretrain_scripts.{script}").Options
+    args = ["--config", f"{Path(__file__).parents[2]}/pretrain_scripts/configs/{file}.yaml"]
+    args += ["--dry-run-shape", "qwen2.5-7b"]
+    with pytest.raises(ConfigError, match=r"^dry_run_shape qwen2\.5-7b has no effect without --dry-run: set both"):
+        parse_options(options, args)
+    assert parse_options(options, [*args, "--dry-run"]).dry_run_shape == "qwen2.5-7b"

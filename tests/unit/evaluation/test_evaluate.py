@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import EngineConfig
 from megatron_multiverse.errors import ConfigError, DataError, GenerationError
+from megatron_multiverse.evaluation import backends
 from megatron_multiverse.evaluation.backends import ServerBackend
 from megatron_multiverse.evaluation.config import DrawConfig, EvaluateConfig
 from megatron_multiverse.evaluation.report import comparison_lines
@@ -111,7 +112,13 @@ def test_a_run_does_not_go_on_with_other_weights_of_a_server(config: EvaluateCon
         evaluate(dataclasses.replace(over_http, url=[other.url]))  # those of the first answers are served there
 
 
-@pytest.mark.parametrize("answer", [httpx2.Response(404), httpx2.Response(500), httpx2.Response(200, json={})])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(httpx2.Response(404), httpx2.Response(500)),
+        *(httpx2.Response(200, json={}), httpx2.Response(200, text="OK"), httpx2.Response(200, json=["model"])),
+    ],
+)
 def test_a_server_that_tells_nothing_of_its_weights_goes_on(
     config: EvaluateConfig, answer: httpx2.Response, caplog: Any, monkeypatch: Any
 ) -> None:
@@ -150,6 +157,39 @@ def test_a_server_that_loads_its_model_is_waited_for(config: EvaluateConfig, mon
         evaluate(dataclasses.replace(config, load=None, url=[server.url], limit=1))
         report = json.loads((config.output / "report.json").read_text())
         assert (report["weights"], report["device"]) == (server.client.control.weights, "CPU")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(httpx2.Response(200, text="OK"), httpx2.Response(200), httpx2.Response(200, json=["ready"])),
+        *(httpx2.Response(204), httpx2.Response(404), httpx2.Response(502, text="<html>Bad Gateway</html>")),
+    ],
+)
+def test_what_another_server_says_of_being_ready_is_of_no_matter(
+    config: EvaluateConfig, answer: httpx2.Response, monkeypatch: Any
+) -> None:
+    asked = []
+
+    def request(client: httpx2.Client, method: str, url: str, **options: Any) -> httpx2.Response:
+        asked.append(url)
+        told = {"/v1/models": {"data": [{"id": "model"}]}, "/model_info": {"device": "X", "weights": "abc"}}
+        return answer if url == "/health/ready" else httpx2.Response(200, json=told[url])
+
+    monkeypatch.setattr(httpx2.Client, "request", request)
+    backend = ServerBackend(dataclasses.replace(config, load=None, url=["http://a"]))
+    assert "/health/ready" in asked and (backend.settings, backend.device) == ({"weights": "abc"}, "X")
+
+
+def test_a_server_that_never_gets_ready_is_given_up(config: EvaluateConfig, monkeypatch: Any) -> None:
+    def request(client: httpx2.Client, method: str, url: str, **options: Any) -> httpx2.Response:
+        models = httpx2.Response(200, json={"data": [{"id": "model"}]})
+        return models if url == "/v1/models" else httpx2.Response(503, text="it loads the model")
+
+    monkeypatch.setattr(httpx2.Client, "request", request)
+    monkeypatch.setattr(backends, "_PATIENCE_S", -1.0)
+    with pytest.raises(GenerationError, match="it loads the model"):
+        ServerBackend(dataclasses.replace(config, load=None, url=["http://a"]))
 
 
 @pytest.mark.parametrize(

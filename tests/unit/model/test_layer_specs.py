@@ -45,6 +45,7 @@ def absent(monkeypatch):
 def test_auto_takes_transformer_engine_where_it_is_fast(installed, caplog) -> None:
     layer_specs._log_once.cache_clear()
     with caplog.at_level(logging.INFO):
+        assert choose_transformer_impl(LayerConfig(transformer_impl="local"), torch.device("meta"), HALF) == "local"
         assert choose_transformer_impl(LayerConfig(), CUDA, HALF) == "transformer_engine"
         assert choose_transformer_impl(LayerConfig(), CUDA, HALF) == "transformer_engine"
         assert choose_transformer_impl(LayerConfig(), CUDA, FULL) == "local"

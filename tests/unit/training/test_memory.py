@@ -56,7 +56,7 @@ def dry_run(world: int, name: str, shape: str | None = "qwen2.5-32b") -> subproc
 
 def test_the_dry_run_of_a_real_config_needs_no_gpu() -> None:
     done = dry_run(16, "qwen2.5_32b_tp8_pp2")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "transformer layers" not in done.stderr, done.stderr
     parameters = [float(number) for number in re.findall(r"([\d.]+) billion parameters on each rank", done.stdout)]
     # Two stages of 8 tensor parallel ranks; the norms and nothing else are on all of these.
     assert 8 * sum(parameters) == pytest.approx(32.76, rel=1e-3)
