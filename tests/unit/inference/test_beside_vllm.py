@@ -73,7 +73,7 @@ def test_both_engines_measure_in_turn(
         rounds=2,
     )
     begun, *rows = measure(config, tmp_path)
-    assert begun["vllm"]["vllm"] == "stand-in" and begun["ours"]["gpu"] == "cpu"
+    assert begun["vllm"]["vllm"] == "stand-in" and begun["ours"]["gpu"] == "CPU"
     assert [(row["part"], row["side"], row["round"]) for row in rows] == [
         (part, side, number) for part in ("block", "decode-7b") for number in (0, 1) for side in ("ours", "vllm")
     ]
