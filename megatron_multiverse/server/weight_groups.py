@@ -119,7 +119,8 @@ class WeightGroups:
     """
 
     def __init__(self, model: nn.Module, folder: str) -> None:
-        self._model, self._names = model, WeightNames(model, folder)
+        self._model, self._folder = model, folder
+        self._names: WeightNames | None = None  # read with the first group: most servers have none
         self._ranks: Ranks = current_ranks()
         self._groups: dict[str, OutsideGroup] = {}
         self._waiting: dict[str, dict[str, Tensor]] = {}  # by group: parts of matrices that are not complete
@@ -152,6 +153,7 @@ class WeightGroups:
 
         Raises:
             GenerationError: there is no room for all ranks, or the backend is another device's.
+            CheckpointError: the folder of the model cannot be read any more.
             RankError: the trainer did not come.
         """
         if name in self._groups:
@@ -167,6 +169,7 @@ class WeightGroups:
         place = {"rank": rank_offset + self._ranks.rank, "size": size, "device": self._device}
         options = {"name": name, "backend": backend, "seconds": seconds, "interface": interface}
         try:
+            self._names = self._names or WeightNames(self._model, self._folder)
             self._groups[name] = OutsideGroup(address, port, **place, **options)  # type: ignore[arg-type]
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
             failure = error
@@ -198,6 +201,7 @@ class WeightGroups:
 
     def check_tensors(self, tensors: Sequence[Sequence[Any]]) -> None:
         """Raise GenerationError unless all are tensors of the model; see `receive`."""
+        assert self._names is not None, "read when a group was joined"
         self._names.check(_sent(tensors))
 
     def receive(
@@ -220,6 +224,7 @@ class WeightGroups:
         """
         failure: Exception | None = None
         try:
+            assert self._names is not None, "read when the group was joined"
             arrived = dict(self._arriving(self._groups[name], _sent(tensors), flattened, time.monotonic() + seconds))
             ready, waiting = self._names.assemble(self._waiting.get(name, {}) | arrived)
         except Exception as error:  # whatever it is, the other ranks wait to hear of it

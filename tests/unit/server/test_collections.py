@@ -51,5 +51,5 @@ def test_objects_that_refer_to_each_other_are_freed_though_they_were_frozen() ->
     del first, second
     gc.collect()
     assert gone() is not None
-    RankModel(torch.nn.Linear(1, 1)).free()
+    RankModel(torch.nn.Linear(1, 1), "").free()
     assert gone() is None
