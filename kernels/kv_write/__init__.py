@@ -1,4 +1,4 @@
-"""To a rotated query and new entries of the cache: from the mixed projection, or from what is projected."""
+"""The rotated query and the new entries of the cache, from the mixed projection or in one launch with it."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ MOST_WRITES = 64
 def _product_kernel(x, x_scale, weight, scale, bias, partial, arrived, rows, depth, x_row, table, keys, values,
                     slots, tokens, query, writes, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
                     BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
-                    PREFETCH: tl.constexpr, GROUPS: tl.constexpr,
-                    PER_GROUP: tl.constexpr, HALF: tl.constexpr, WRITES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                    PREFETCH: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, HALF: tl.constexpr,
+                    WRITES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Program (i, j): the i-th BLOCK_OUT rows of the weights, the j-th stretch of their sums, see `multiply_rows`."""
     tile = tl.program_id(0)
     outputs: tl.constexpr = BLOCK_OUT // 2
@@ -96,7 +96,8 @@ def linear_write_kv_triton(
     Args:
         x: ``[n, hidden]`` as `skinny_linear` takes it.
         weight: ``[heads * head dim, hidden]`` in the dtype of `x`; per kv head its queries, its key, its value.
-        table: see `write_kv_reference`, as are keys, values, slots and tokens; all contiguous. See `fits`, too.
+        table: see `write_kv_reference`, as are keys, values, slots and tokens; all contiguous. Slots beyond
+            `MOST_WRITES` would not be written: ask `fits` first.
         bias: ``[heads * head dim]`` or None.
         pdl: see `skinny_linear`.
         blocks: see `skinny_linear`.
