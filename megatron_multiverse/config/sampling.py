@@ -103,9 +103,9 @@ class SamplingParams:
     of your own: `Request.accept`."""
     grammar: str = ""
     """What the text must be, as `grammar_kind` says; empty for anything. It holds for what comes after `</Think>`, and
-    for the whole answer where that does not begin with `<Think>`; thinking, its blocks included, is free. The answer
-    ends when its grammar is complete, or where the model ends it and the grammar allows that; it is cut short by
-    `max_tokens` all the same."""
+    for the whole answer where that begins neither with `<Think>` nor in a thought that its prompt opened; thinking, its
+    blocks included, is free. The answer ends when its grammar is complete, or where the model ends it and the grammar
+    allows that; it is cut short by `max_tokens` all the same."""
     grammar_kind: GrammarKind = "json_schema"
     """json_schema: a JSON schema, without blanks between its parts, unless its `x-guidance` says so. regex: a regular
     expression, which the whole text matches. choice: a JSON list of texts. grammar: Lark's or llama.cpp's (GBNF)

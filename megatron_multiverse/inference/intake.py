@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from megatron_multiverse.config.engine import EngineConfig
-from megatron_multiverse.config.sampling import SamplingParams
 from megatron_multiverse.errors import ContextError, GenerationError
 from megatron_multiverse.inference.text.guide import Grammars, Guide
 from megatron_multiverse.inference.text.prompt_scores import PromptScores
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, end_ids, new_state
-from megatron_multiverse.structure import Event, StructureMachine, StructureVocab
+from megatron_multiverse.structure import Event, StructureMachine, StructureVocab, Thought, ends_in_thought
 
 
 class Intake:
@@ -64,9 +63,9 @@ class Intake:
         )
         states = []
         for k in range(sampling.n):
-            machine = self._machine(sampling)
+            machine = self._machine(request)
             answer = dataclasses.replace(request, sample=request.sample + k) if k else request
-            guide = self._guide(sampling)
+            guide = self._guide(request)
             state = new_state(first + k, answer, machine, self.max_position, on_token, self.detokenize, guide)
             state.scores = scores
             states.append(state)
@@ -107,36 +106,47 @@ class Intake:
                 )
 
         self._check_start(request, prompt)
-        if (guide := self._guide(sampling)) is not None:
+        if (guide := self._guide(request)) is not None:
             for index, token in enumerate(request.answer_start):
                 guide.push(token)
                 if guide.error or guide.is_complete:
                     problem = "breaks" if guide.error else "completes"
                     raise GenerationError(f"token {index} of answer_start {problem} the grammar; shorten answer_start")
 
-    def _machine(self, sampling: SamplingParams) -> StructureMachine:
+    def _machine(self, request: Request) -> StructureMachine:
         """The grammar of an answer that has not begun, with the limits of engine and request."""
-        return StructureMachine(
+        machine = StructureMachine(
             self.vocab,
-            max_depth=_smaller(self.config.max_depth, sampling.max_depth),
-            max_paths=_smaller(self.config.max_paths, sampling.max_paths),
+            max_depth=_smaller(self.config.max_depth, request.sampling.max_depth),
+            max_paths=_smaller(self.config.max_paths, request.sampling.max_paths),
         )
+        if self._thought(request) == "open":
+            machine.begin_in_thought()
+        return machine
 
-    def _guide(self, sampling: SamplingParams) -> Guide | None:
+    def _thought(self, request: Request) -> Thought:
+        if request.thought is not None:
+            return request.thought
+        is_open = ends_in_thought(request.prompt_ids, self.vocab, request.sampling.stop_token_ids)
+        return "open" if is_open else "none"
+
+    def _guide(self, request: Request) -> Guide | None:
+        sampling = request.sampling
         if not sampling.grammar:
             return None
         if self.grammars is None:
             raise GenerationError(
                 "a grammar needs the Hugging Face tokenizer of the model: Engine(..., grammars=Grammars(...))"
             )
-        return self.grammars.begin(sampling, end_ids(sampling, self.vocab.eos_id))
+        ends = end_ids(sampling, self.vocab.eos_id)
+        return self.grammars.begin(sampling, ends, self._thought(request))
 
     def _check_start(self, request: Request, prompt: int) -> None:
         ids, sampling = request.answer_start, request.sampling
         if not ids:
             return
         self._check_ids("token {} of answer_start", ids)
-        machine = self._machine(sampling)
+        machine = self._machine(request)
         for index, token in enumerate(ids):
             event, problem = machine.push(token), machine.problem
             if problem is not None:

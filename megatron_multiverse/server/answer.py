@@ -152,13 +152,14 @@ class ThoughtSplitter:
     Args:
         tokenizer: of the model.
         split: whether to; if not, all text is content.
+        in_thought: whether the answer begins in a thought. Models that open it again are heard once.
     """
 
-    def __init__(self, tokenizer: MultiverseTokenizer, *, split: bool) -> None:
+    def __init__(self, tokenizer: MultiverseTokenizer, *, split: bool, in_thought: bool = False) -> None:
         self._tokenizer = tokenizer
         self.splits = split
         self._tags = tokenizer.structure_vocab.tag_of
-        self._thinking = False
+        self._thinking = self._may_open_again = in_thought
         self._detokenizer = IncrementalDetokenizer(tokenizer.detokenize)
 
     @property
@@ -173,10 +174,13 @@ class ThoughtSplitter:
         texts = ["", ""]
         start = 0
         for k, token in enumerate(ids):
-            if self._tags.get(token) is (Tag.END_THINK if self._thinking else Tag.THINK):
+            tag = self._tags.get(token)
+            opens_again = tag is Tag.THINK and self._may_open_again
+            if opens_again or tag is (Tag.END_THINK if self._thinking else Tag.THINK):
                 texts[self._thinking] += self._detokenizer.push(ids[start:k]) + self._detokenizer.finish()
                 self._detokenizer = IncrementalDetokenizer(self._tokenizer.detokenize)
-                self._thinking, start = not self._thinking, k + 1
+                self._thinking, start = tag is Tag.THINK, k + 1
+                self._may_open_again = False
         texts[self._thinking] += self._detokenizer.push(ids[start:])
         return texts[0], texts[1]
 
@@ -191,17 +195,20 @@ class ThoughtSplitter:
         return self.add("")
 
 
-def answer_texts(result: Result, tokenizer: MultiverseTokenizer, *, split: bool) -> tuple[str, str]:
+def answer_texts(
+    result: Result, tokenizer: MultiverseTokenizer, *, split: bool, in_thought: bool = False
+) -> tuple[str, str]:
     """(content, thought) of a complete answer, without the stop texts that ended it or its paths.
 
     Args:
         result: the answer.
         tokenizer: of the model.
         split: whether to tell the thought apart; if not, all is content.
+        in_thought: whether the answer begins in a thought.
     """
     if not split:
         return answer_text(result, tokenizer.detokenize), ""
-    splitter, parts, done = ThoughtSplitter(tokenizer, split=True), [], 0
+    splitter, parts, done = ThoughtSplitter(tokenizer, split=True, in_thought=in_thought), [], 0
     for stop in result.stops:
         parts += [splitter.push(result.token_ids[done : stop.start]), splitter.add(stop.kept)]
         done = stop.end

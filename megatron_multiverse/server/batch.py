@@ -12,6 +12,7 @@ from megatron_multiverse.config import SamplingParams
 from megatron_multiverse.inference.text.result import Result, TopLogprobs
 from megatron_multiverse.server.errors import ApiError
 from megatron_multiverse.server.logprobs import TokenLogprobs
+from megatron_multiverse.structure import Thought
 
 
 class Write(NamedTuple):
@@ -57,6 +58,8 @@ class Asked:
     """Where in the prompt, which is the only one then, earlier answers stand whose blocks are laid out again."""
     answer_start: Sequence[int] = ()
     """Ids that each answer begins with."""
+    thought: Thought | None = None
+    """Where the prompt leaves the answers, see `inference.Request`."""
 
 
 @dataclasses.dataclass(eq=False)

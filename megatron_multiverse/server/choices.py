@@ -29,6 +29,7 @@ class ChoiceAnswer(ABC, Generic[F]):
         request: that it answers.
         fields: of the request.
         prompts: ids of each prompt.
+        in_thought: whether the answers begin in a thought, where a route tells that from the rest.
     """
 
     id_prefix: ClassVar[str]
@@ -39,8 +40,11 @@ class ChoiceAnswer(ABC, Generic[F]):
     has_one_prompt: ClassVar[bool]
     """Whether all choices answer one prompt, whose ids then stand beside them, not in them."""
 
-    def __init__(self, request: Request, fields: F, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, request: Request, fields: F, prompts: Sequence[Sequence[int]], *, in_thought: bool = False
+    ) -> None:
         self.request = request
+        self.in_thought = in_thought
         self.fields = fields
         self.prompts = prompts
         self.model: ServedModel = request.app.state.model
@@ -108,7 +112,7 @@ class ChoiceAnswer(ABC, Generic[F]):
             choice, ids = await self.opening(index), self._prompt_ids(index)
             opened = ids | {"choices": [choice]} if self.has_one_prompt else {"choices": [choice | ids]}
             yield event(head | opened | self._usage_so_far(0))
-        async for piece in pieces(self.request, batch, self.fields):
+        async for piece in pieces(self.request, batch, self.fields, in_thought=self.in_thought):
             if piece is None:
                 yield PING
                 continue

@@ -232,6 +232,7 @@ class EngineClient:
                     "priority": asked.priority,
                     "replay_structure": asked.replay_structure,
                     "answer_start": asked.answer_start,
+                    "thought": asked.thought,
                 }
             )
         self._idle.clear()

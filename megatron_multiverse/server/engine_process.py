@@ -173,6 +173,7 @@ class EngineHost:
                 priority=message["priority"],
                 replay_structure=message["replay_structure"],
                 answer_start=message["answer_start"],
+                thought=message["thought"],
             )
             own = self.engine.add_request(request, on_token=self._hear if message["stream"] else None)
             for k, number in enumerate(ids[start : start + together]):

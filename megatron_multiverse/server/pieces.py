@@ -36,10 +36,12 @@ class _Pieces:
         index: of the answer in its request.
         model: that is served.
         fields: of the request.
+        in_thought: whether the answer begins in a thought.
     """
 
-    def __init__(self, index: int, model: ServedModel, fields: GenerationFields) -> None:
+    def __init__(self, index: int, model: ServedModel, fields: GenerationFields, *, in_thought: bool = False) -> None:
         self._index = index
+        self._in_thought = in_thought
         self._tokenizer: MultiverseTokenizer = model.tokenizer
         end_path = self._tokenizer.structure_vocab.tag_ids[Tag.END_PATH]
         self._tree: AnswerTree[_Told] = AnswerTree(end_path, lambda told: told.token.token)
@@ -51,9 +53,9 @@ class _Pieces:
 class LinearPieces(_Pieces):
     """Pieces of one answer in the order of its text: what paths write waits until those before them have ended."""
 
-    def __init__(self, index: int, model: ServedModel, fields: GenerationFields) -> None:
-        super().__init__(index, model, fields)
-        self._splitter = ThoughtSplitter(model.tokenizer, split=fields.splits_thought)
+    def __init__(self, index: int, model: ServedModel, fields: GenerationFields, *, in_thought: bool = False) -> None:
+        super().__init__(index, model, fields, in_thought=in_thought)
+        self._splitter = ThoughtSplitter(model.tokenizer, split=fields.splits_thought, in_thought=in_thought)
         self._ids: list[int] = []  # that were taken from the tree
         self._texts = ["", ""]  # what is known of content and thought
         self._sent = [0, 0]  # characters of each that are out
@@ -75,7 +77,8 @@ class LinearPieces(_Pieces):
             check_result(result)
             self._add(self._splitter.finish())
             if result.stops:
-                self._texts = list(answer_texts(result, self._tokenizer, split=self._splitter.splits))
+                splits = self._splitter.splits
+                self._texts = list(answer_texts(result, self._tokenizer, split=splits, in_thought=self._in_thought))
         text, thought = self._new(0, held_back), self._new(1, held_back)
         if not (text or thought or taken or result):
             return []
@@ -123,8 +126,8 @@ class _Open:
 class BranchPieces(_Pieces):
     """Pieces of one answer as its branches write, each with the name of its branch."""
 
-    def __init__(self, index: int, model: ServedModel, fields: GenerationFields) -> None:
-        super().__init__(index, model, fields)
+    def __init__(self, index: int, model: ServedModel, fields: GenerationFields, *, in_thought: bool = False) -> None:
+        super().__init__(index, model, fields, in_thought=in_thought)
         self._stops_in_paths = fields.ours.stop_in_branches
         self._open: dict[BranchNode[_Told], _Open] = {}
         self._stopped = False  # whether the stop text that ended the answer has been taken away

@@ -69,15 +69,23 @@ async def complete(request: Request, asked: Asked) -> list[Result]:
     return results
 
 
-async def pieces(request: Request, batch: Batch, fields: GenerationFields) -> AsyncGenerator[Piece | None, None]:
+async def pieces(
+    request: Request, batch: Batch, fields: GenerationFields, *, in_thought: bool
+) -> AsyncGenerator[Piece | None, None]:
     """What answers become, as it happens; None now and then while nothing does. Ends when all are complete.
+
+    Args:
+        request: of the client.
+        batch: the answers.
+        fields: of the request.
+        in_thought: whether they begin in a thought.
 
     Raises:
         ApiError: the engine failed.
     """
     model: ServedModel = request.app.state.model
     kind = BranchPieces if fields.ours.stream_mode == "branches" else LinearPieces
-    writers = [kind(index, model, fields) for index in range(len(batch.generations))]
+    writers = [kind(index, model, fields, in_thought=in_thought) for index in range(len(batch.generations))]
     started, heard = batch.generations[0].started, False
     try:
         going = len(writers)

@@ -6,9 +6,10 @@ package is the one definition of that. Data, kernels, training and decoding all 
 It works on token ids and plain integers, and does not import torch.
 
 Read in this order: `tags.py` (the twelve tags, and what must be known of a vocabulary), `document.py` (where blocks and
-paths stand), `machine.py` (the grammar, one token at a time), `parser.py` (a whole sample), `layout.py` (positions,
-visibility labels, loss). `trajectory.py` writes and reads trajectories as strings, `statistics.py` measures how
-parallel a sample is. docs/structure.md explains the same with pictures.
+paths stand), `machine.py` (the grammar, one token at a time), `prompt.py` (what the tags of a prompt mean for it),
+`parser.py` (a whole sample), `layout.py` (positions, visibility labels, loss). `trajectory.py` writes and reads
+trajectories as strings, `statistics.py` measures how parallel a sample is. docs/structure.md explains the same with
+pictures.
 """
 
 from megatron_multiverse.structure.batch import BatchMeter, BatchStatistics
@@ -24,6 +25,7 @@ from megatron_multiverse.structure.layout import (
 )
 from megatron_multiverse.structure.machine import StructureMachine
 from megatron_multiverse.structure.parser import parse
+from megatron_multiverse.structure.prompt import Thought, ends_in_thought, last_thought
 from megatron_multiverse.structure.statistics import (
     BlockStatistics,
     Statistics,
@@ -63,9 +65,12 @@ __all__ = [
     "StructureMachine",
     "StructureVocab",
     "Tag",
+    "Thought",
     "acceleration_ratio",
     "check_text",
     "cut_at_labels",
+    "ends_in_thought",
+    "last_thought",
     "lay_out",
     "lex",
     "measure",

@@ -66,6 +66,7 @@ class StructureMachine:
         """A machine made by `fork` has read the `</Path>` of its path."""
         self._stack: list[Frame] = []
         self._think = 0  # 0: <Think> has not come, 1: it is open, 2: it is closed
+        self._begins_in_thought = False  # and <Think> or </Think> has not come
         # A machine made by `fork` begins inside a path, at this depth and with this label.
         self._in_path = False
         self._base_depth = 0
@@ -93,6 +94,16 @@ class StructureMachine:
         """Whether `</Goal>` may come next: an outline is closed, and its line has ended."""
         frame = self._stack[-1] if self._stack else None
         return frame is not None and frame.phase is Phase.GOAL and frame.gap == 1 and bool(frame.outlines)
+
+    @property
+    def in_thought(self) -> bool:
+        """Whether a thought is open, be it one that the prompt opened."""
+        return self._think == 1 or self._begins_in_thought
+
+    def begin_in_thought(self) -> None:
+        """The prompt ends inside of a thought, so `</Think>` may come first. It need not: what the prompt opened is not
+        this stream's to close. Nor is `<Think>` out of place, which opens the thought here."""
+        self._begins_in_thought = True
 
     def skip(self, count: int, last_id: int) -> None:
         """Take `count` plain tokens at once, the last of them `last_id`. Allowed only while not `watching`."""
@@ -132,14 +143,18 @@ class StructureMachine:
         for outline in frame.outlines:
             frame.span.paths.append(PathSpan(self.num_tokens, self.num_tokens, self.num_tokens, outline.label))
 
-    def closing_ids(self) -> list[int]:
-        """The ids that close everything this stream has open, innermost first, each tag on a line of its own."""
+    def closing_ids(self, *, of_prompt: bool = False) -> list[int]:
+        """The ids that close everything this stream has open, innermost first, each tag on a line of its own.
+
+        Args:
+            of_prompt: close a thought that the prompt opened, too.
+        """
         tags: list[Tag] = []
         for frame in reversed(self._stack):
             tags += CLOSERS[frame.phase]
         if self._in_path and not self.ended:
             tags.append(Tag.END_PATH)
-        if self._think == 1:
+        if self._think == 1 or (of_prompt and self._begins_in_thought):
             tags.append(Tag.END_THINK)
         ids: list[int] = []
         for tag in tags:
@@ -231,8 +246,9 @@ class StructureMachine:
         # <Think> and </Think> may come once each, in this order, and outside of blocks alone.
         if tag in (Tag.THINK, Tag.END_THINK) and frame is None and not self._in_path:
             due = Tag.THINK if self._think == 0 else Tag.END_THINK
-            if tag is due and self._think < 2:
-                self._think += 1
+            if self._begins_in_thought or (tag is due and self._think < 2):
+                self._begins_in_thought = False
+                self._think = 1 if tag is Tag.THINK else 2
                 return Event.TAG
         return self._stray(tag, Phase.PATH.value if frame is not None or self._in_path else "text or <Parallel>")
 

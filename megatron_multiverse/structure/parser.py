@@ -10,6 +10,7 @@ import numpy.typing as npt
 from megatron_multiverse.errors import StructureError
 from megatron_multiverse.structure.document import Document
 from megatron_multiverse.structure.machine import StructureMachine
+from megatron_multiverse.structure.prompt import ends_in_thought
 from megatron_multiverse.structure.tags import StructureVocab
 
 
@@ -28,7 +29,8 @@ def parse(
     Args:
         ids: token ids of prompt and response, shape [N].
         vocab: the ids in which structure is written.
-        prompt_length: the first `prompt_length` tokens are the prompt: tags in it are inert.
+        prompt_length: the first `prompt_length` tokens are the prompt: tags in it are inert, but that a response to a
+            prompt which ends inside of a thought may close it.
         strict: raise at the first broken rule; otherwise broken structure is read as plain text and counted in
             `Document.malformed`.
         sample: name of the sample for the error.
@@ -44,6 +46,8 @@ def parse(
     array = np.asarray(ids, dtype=np.int64)
     machine = StructureMachine(vocab, max_depth=max_depth, max_paths=max_paths)
     machine.num_tokens = prompt_length
+    if ends_in_thought(array[:prompt_length], vocab):
+        machine.begin_in_thought()
     tag_indices = vocab.find_tags(array[prompt_length:]) + prompt_length
     position = prompt_length
     # Tokens count one by one only in gaps and labels, where the machine is watching. All other text up to the next tag

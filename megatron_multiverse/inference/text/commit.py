@@ -17,7 +17,7 @@ from megatron_multiverse.inference.text.result import BranchFinish, FinishReason
 from megatron_multiverse.inference.text.scanner import StopScanner
 from megatron_multiverse.inference.text.state import RequestState, Written
 from megatron_multiverse.inference.text.trial import inner_branches, is_late, note_end, written_by
-from megatron_multiverse.structure import Event, Tag
+from megatron_multiverse.structure import Event
 from megatron_multiverse.structure.frames import Problem
 
 # By a name of the module: Python 3.11 takes five times as long to look up a member of an enum, for every token.
@@ -151,8 +151,8 @@ def _close_tree(state: RequestState, branch: Branch, reason: BranchFinish) -> No
 def _ends_thought(state: RequestState, branch: Branch, guide: Guide) -> bool:
     """The model ended its text: whether that ends a thought alone, since the answer is held to a grammar and has not
     said anything. The thought is closed then."""
-    closing = branch.machine.closing_ids()
-    is_open = branch.machine.vocab.tag_ids[Tag.END_THINK] in closing and len(closing) <= branch.room
+    closing = branch.machine.closing_ids(of_prompt=True)
+    is_open = branch.machine.in_thought and len(closing) <= branch.room
     if guide.holds or not is_open or state.request.sampling.on_malformed == "error":
         return False
     branch.forced_close = True
@@ -166,7 +166,9 @@ def _ends_thought(state: RequestState, branch: Branch, guide: Guide) -> bool:
 def _refuse_end(state: RequestState, branch: Branch) -> None:
     """The model ended its text in a branch: that breaks the grammar where anything is open, a path itself included."""
     tag_of = branch.machine.vocab.tag_of
-    missing = next((tag_of[token] for token in branch.machine.closing_ids() if token in tag_of), None)
+    # An answer that is held to a grammar has said nothing yet in a thought, whoever opened that.
+    closing = branch.machine.closing_ids(of_prompt=branch.guide is not None)
+    missing = next((tag_of[token] for token in closing if token in tag_of), None)
     if missing is not None:
         index = len(branch.ids) - branch.prompt_length
         _refuse(state, branch, Problem("unclosed", index, "the end of the text", missing.text))

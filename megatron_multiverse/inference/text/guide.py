@@ -1,8 +1,9 @@
 """Answers held to a grammar: a JSON schema, a regular expression, a choice, a grammar in Lark's or llama.cpp's words.
 
 What an answer thinks is free, blocks and all: the grammar holds for the text after `</Think>`, or for all of it where
-the answer does not begin with `<Think>`. llguidance (https://github.com/guidance-ai/llguidance) reads grammars and
-tells which tokens may come next; here stands when they count.
+the answer begins neither with `<Think>` nor in a thought that its prompt opened. llguidance
+(https://github.com/guidance-ai/llguidance) reads grammars and tells which tokens may come next; here stands when they
+count.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from megatron_multiverse.config.sampling import GrammarKind, SamplingParams
 from megatron_multiverse.errors import GenerationError
-from megatron_multiverse.structure import StructureVocab, Tag
+from megatron_multiverse.structure import StructureVocab, Tag, Thought
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -44,12 +45,13 @@ class Grammars:
         self._first_letters: dict[int, int] = {}
         self._compiled: OrderedDict[tuple[GrammarKind, str], LLMatcher] = OrderedDict()
 
-    def begin(self, sampling: SamplingParams, end_ids: frozenset[int]) -> Guide:
+    def begin(self, sampling: SamplingParams, end_ids: frozenset[int], thought: Thought = "none") -> Guide:
         """The guide of an answer that has not begun.
 
         Args:
             sampling: whose `grammar` it is held to.
             end_ids: ids that end the answer when they are drawn.
+            thought: where the prompt leaves the answer.
 
         Raises:
             GenerationError: the grammar cannot be read, the message says where; or llguidance is not installed.
@@ -60,7 +62,8 @@ class Grammars:
             if len(self._compiled) > MOST_GRAMMARS:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
-        return Guide(self._compiled[key].deep_copy(), self._vocab, self._num_ids, end_ids, self._first_letters)
+        matcher = self._compiled[key].deep_copy()
+        return Guide(matcher, self._vocab, self._num_ids, end_ids, self._first_letters, thought)
 
     def prepare(self) -> LLTokenizer:
         """Read the tokenizer, which takes a second for a large vocabulary, before a request waits for it.
@@ -114,6 +117,7 @@ class Guide:
         num_ids: ids of the vocabulary.
         end_ids: ids that end the answer when they are drawn.
         first_letters: id of a token that stands for no text in a grammar -> id of the first letter of its name.
+        thought: where the prompt leaves the answer.
     """
 
     def __init__(
@@ -123,12 +127,13 @@ class Guide:
         num_ids: int,
         end_ids: frozenset[int],
         first_letters: Mapping[int, int],
+        thought: Thought = "none",
     ) -> None:
         self._matcher, self._first_letters = matcher, first_letters
         self._think, self._end_think = vocab.tag_ids[Tag.THINK], vocab.tag_ids[Tag.END_THINK]
         self._tags, self._ends = list(vocab.tag_of), [token for token in end_ids if token < num_ids]
         self._words = -(-num_ids // 32)
-        self._begun = self._thinks = False
+        self._begun, self._thinks = thought != "none", thought == "open"
         self.is_complete = False
         """Whether the grammar allows no further text."""
         self.error = ""

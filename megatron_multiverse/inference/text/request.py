@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from megatron_multiverse.config.sampling import SamplingParams, whole_number
 from megatron_multiverse.errors import GenerationError
+from megatron_multiverse.structure import Thought
 
 
 class Try(NamedTuple):
@@ -30,8 +31,8 @@ class Request:
     """
 
     prompt_ids: Sequence[int]
-    """Token ids; tags among them are inert, but for `replay_structure`. Kept as a tuple, so that what is done to the
-    list later changes nothing."""
+    """Token ids; tags among them are inert, but for `replay_structure` and `thought`. Kept as a tuple, so that what is
+    done to the list later changes nothing."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """How the answer is drawn, and where it ends."""
     sample: int = 0
@@ -52,6 +53,11 @@ class Request:
     answer_start: Sequence[int] = ()
     """What the answer begins with, as ids that nobody draws. Unlike a prompt's its tags count: the header of a block,
     up to its `</Goal>`, forks, so a client can say what is to be done in parallel. Counts towards the budgets."""
+
+    thought: Thought | None = None
+    """Where the prompt leaves the answer: in a thought, whose end its grammar then waits for, after one, so that its
+    grammar holds from the first token on, or neither. None: in a thought if the ids say so
+    (`structure.ends_in_thought`), else neither."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_ids", tuple(whole_number("prompt_ids", token) for token in self.prompt_ids))

@@ -10,11 +10,11 @@ from starlette.responses import JSONResponse, Response
 
 from megatron_multiverse.server.body import Fields, check_others, read_fields
 from megatron_multiverse.server.chat_fields import ChatFields
+from megatron_multiverse.server.chat_prompt import chat_prompt
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.messages import Message
 from megatron_multiverse.server.model import ServedModel
 from megatron_multiverse.server.refused import Refused
-from megatron_multiverse.server.routes.chat import chat_prompt
 from megatron_multiverse.server.tools import Tool
 
 router = APIRouter()
@@ -73,7 +73,7 @@ async def tokenize(request: Request) -> Response:
         names = ("add_special_tokens", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
         given = {name: getattr(fields, name) for name in ("tools", *names)}
         asked = ChatFields(messages=fields.messages, **given)
-        ids, _ = await chat_prompt(asked, model)
+        ids = (await chat_prompt(asked, model)).ids
     else:
         begin = model.tokenizer.special_tokens().get("bos_token", "") if fields.add_special_tokens else ""
         (ids,) = await model.tokenize([f"{begin}{fields.prompt}"])

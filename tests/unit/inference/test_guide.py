@@ -96,6 +96,29 @@ def test_text_is_what_the_grammar_says_and_thought_is_free(engine: Engine, token
         assert result.finish_reason != "stop" or re.fullmatch(r"(\[*)\(\d+\)(\]*)", each)
 
 
+def test_a_prompt_may_open_the_thought(engine: Engine, tokenizer: HuggingFaceTokenizer) -> None:
+    """The answer is that of a model that opens it itself: blocks fork in it, and what comes behind it is held."""
+    schema = json.dumps(PERSON)
+    free, held = (ask(tokenizer, f"{PROMPT}<Think>", **extra) for extra in ({}, {"grammar": schema}))
+    eos = tokenizer.structure_vocab.eos_id
+    assert eos is not None
+    early = ask(tokenizer, f"{PROMPT}<Think>", grammar=schema, logit_bias={eos: 100.0}, max_tokens=80)
+    tight = ask(tokenizer, f"{PROMPT}<Think>", grammar=schema, logit_bias={eos: 100.0}, max_tokens=1)
+    after = replace(held, thought="closed")
+    results = engine.generate([ask(tokenizer, PROMPT), free, held, early, tight, after])
+    itself, opened, guided, ended, cut, after_it = results
+    think, end_think = (tokenizer.structure_vocab.tag_ids[tag] for tag in (Tag.THINK, Tag.END_THINK))
+    assert itself.token_ids == [think, *opened.token_ids]
+    assert len(opened.blocks) == len(guided.blocks) == 1 and not opened.malformed and not guided.malformed
+    end = guided.token_ids.index(end_think)
+    assert guided.token_ids[: end + 1] == opened.token_ids[: end + 1]
+    for result in (guided, ended):
+        assert result.finish_reason == "stop" and sorted(json.loads(said(tokenizer, result))) == ["age", "name"]
+    assert tokenizer.detokenize(ended.token_ids).startswith("\n</Think>{") and ended.logprobs[:2] == [None, None]
+    assert ended.malformed == {"forced_close": 1} and len(cut.token_ids) <= 1
+    assert sorted(json.loads(tokenizer.detokenize(after_it.token_ids))) == ["age", "name"]
+
+
 def test_answers_are_the_same_alone_and_after_stepping_back(engine: Engine, tokenizer: HuggingFaceTokenizer) -> None:
     requests = [
         ask(tokenizer, PROMPT, grammar=json.dumps(PERSON), temperature=0.7, seed=seed, repetition_penalty=1.1, top_k=40)

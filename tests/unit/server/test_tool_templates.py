@@ -12,10 +12,10 @@ import pytest
 
 from megatron_multiverse.data.tokenizers import HuggingFaceTokenizer
 from megatron_multiverse.server.chat_fields import ChatFields
+from megatron_multiverse.server.chat_prompt import chat_prompt
 from megatron_multiverse.server.config import ServerConfig
 from megatron_multiverse.server.messages import Message, plain_turns
 from megatron_multiverse.server.model import ServedModel
-from megatron_multiverse.server.routes.chat import chat_prompt
 from megatron_multiverse.server.tool_calls import read_calls
 from megatron_multiverse.server.tools import Tool, tool_use
 from tests.real_tokenizers import real_tokenizer_folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import hypothesis.strategies as st
@@ -16,6 +17,8 @@ from megatron_multiverse.structure import (
     StructureMachine,
     StructureVocab,
     Tag,
+    ends_in_thought,
+    last_thought,
     lay_out,
     parse,
     parse_text,
@@ -112,6 +115,46 @@ def test_strict_names_the_broken_rule_and_its_place(old: str, new: str, code: st
     assert in_text.value.char_index is not None
     # Tolerant reading goes on and counts it.
     assert parse(ids_of(text), VOCAB, strict=False).malformed[code] >= 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "thought"),
+    [
+        ("a<Think>\n", "open"),
+        ("<Think>a</Think>b<Think>", "open"),
+        ("<Think>a<Path>", "open"),
+        ("<Think>a</Think>b", "closed"),
+        ("<Think><eos>a", "none"),
+        ("a<Think>.b", "none"),
+        ("<Parallel>a", "none"),
+    ],
+)
+def test_a_response_may_close_the_thought_that_its_prompt_opened(prompt: str, thought: str) -> None:
+    pieces = [*PIECES, "<eos>", "."]
+    vocab = StructureVocab.from_pieces(pieces, eos_id=pieces.index("<eos>"))
+    before = [pieces.index(piece) for piece in re.findall("<.*?>|.|\n", prompt)]
+    assert last_thought(before, vocab, [pieces.index(".")]) == thought
+    assert ends_in_thought(before, vocab, [pieces.index(".")]) == (thought == "open")
+    in_thought = ends_in_thought(np.array(before), vocab)
+    body = GOOD.removeprefix("<Think>\n")
+    for text, is_right in ((body, in_thought), (GOOD, True), (body.removesuffix("\n</Think>"), True)):
+        document = parse([*before, *ids_of(text)], vocab, prompt_length=len(before), strict=False)
+        assert (not document.malformed) == is_right and len(document.blocks[0].paths) == 2, text
+    twice = parse([*before, *ids_of(f"{GOOD}\n</Think>")], vocab, prompt_length=len(before), strict=False)
+    assert twice.malformed == Counter(stray_tag=1)
+
+
+def test_what_the_prompt_opened_is_closed_where_that_is_asked_for() -> None:
+    machine = StructureMachine(VOCAB)
+    assert not machine.in_thought
+    machine.begin_in_thought()
+    for token in ids_of("a<Parallel>\n"):
+        machine.push(token)
+    assert machine.in_thought and machine.closing_ids() == ids_of("</Parallel>")
+    assert machine.closing_ids(of_prompt=True) == ids_of("</Parallel>\n</Think>")
+    for token in ids_of("</Parallel>\n</Think>"):
+        machine.push(token)
+    assert not machine.in_thought and machine.closing_ids(of_prompt=True) == []
 
 
 def test_tags_in_the_prompt_are_inert() -> None:

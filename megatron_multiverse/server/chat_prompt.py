@@ -1,0 +1,202 @@
+"""A conversation as the prompt of its next turn: through the chat template to ids, and what is to be known of them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from megatron_multiverse.errors import GenerationError
+from megatron_multiverse.inference.conversation import cut_at_answers
+from megatron_multiverse.server.chat_fields import ChatFields
+from megatron_multiverse.server.errors import ApiError, refuse
+from megatron_multiverse.server.messages import Message, plain_turns
+from megatron_multiverse.server.model import ServedModel
+from megatron_multiverse.server.tool_calls import CLOSE
+from megatron_multiverse.structure import Thought, ends_in_thought, last_thought, lex
+
+TEMPLATE_NAMES = frozenset({"messages", "conversations", "chat_template", "documents", "tools"})
+"""Names that the template itself is given."""
+_HERE = "<<goes on here>>"
+"""Put behind a thought that goes on, to find its end in what the template makes of it."""
+
+
+class ChatPrompt(NamedTuple):
+    """What an answer goes on from."""
+
+    ids: list[int]
+    answers: list[tuple[int, int]]
+    """[start, end) in them of each earlier answer that is to be laid out again, if any."""
+    thought: Thought
+    """Where the answer begins: in a thought that the template has opened for it, or in which it goes on; after one; or
+    neither."""
+
+
+async def chat_prompt(fields: ChatFields, model: ServedModel) -> ChatPrompt:
+    """The conversation as a prompt.
+
+    Where the last turn of the assistant brings the ids that it was made of (`prevent_retokenization`), they are used as
+    they are, and only what comes after it is tokenized: text tokenized again could give other ids than were drawn.
+
+    Raises:
+        ApiError: 400, naming what is wrong.
+    """
+    if not fields.messages:
+        raise refuse("messages", "empty; give at least one message")
+    variables = _template_variables(fields)
+    messages = plain_turns(fields.messages)
+    template = model.tool_template if "tools" in variables else model.template
+    if any("tool_calls" in message for message in messages) and "tool_calls" not in template:
+        raise refuse("messages", "a turn with tool_calls, which the chat template of the model does not show")
+    text = await _render(messages, variables, model)
+    if fields.tool_use.functions and text == await _render(messages, variables | {"tools": None}, model):
+        raise refuse("tools", "the chat template of the model does not show them; serve it with one that does")
+    goes_on, kept = bool(variables["continue_final_message"]), _kept_ids(fields, model)
+    if kept is None:
+        ids, spans = await _tokenized(fields, model, messages, text)
+    else:
+        ids = await _after_kept(kept, messages, variables, text, model)
+        spans = _known_spans(fields.messages, kept[1]) if fields.ours.replay_structure else []
+    if not ids:
+        raise refuse("messages", "the conversation has no tokens")
+    if goes_on and kept is not None and kept[0] == len(messages):
+        thought = _thought_of_ids(fields.messages[-1], model)
+    elif (thought := last_thought(ids, model.tokenizer.structure_vocab, model.end_ids)) != "none":
+        thought = await _thought_of_answer(messages[:-1] if goes_on else messages, variables, text, model)
+    return ChatPrompt(ids, [(start, end) for start, end in spans if start < end < len(ids)], thought)
+
+
+async def _tokenized(
+    fields: ChatFields, model: ServedModel, messages: list[dict[str, Any]], text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of a conversation, and where the answers in it stand that are to be laid out again."""
+    pieces: list[str] = [text]
+    answers: list[tuple[int, int]] = []
+    if fields.ours.replay_structure:
+        try:
+            pieces, answers = cut_at_answers(text, messages)
+        except GenerationError as error:
+            raise refuse("multiverse", str(error)) from None
+    tokenized = await model.tokenize(pieces)
+    ends = [0, *itertools.accumulate(map(len, tokenized))]
+    spans = [(ends[first], ends[last]) for first, last in answers]
+    ids = list(itertools.chain.from_iterable(tokenized))
+    begin = model.begun([]) if fields.add_special_tokens else []
+    begin = model.begin_ids("add_BOS") if fields.add_BOS else begin
+    if ids[: len(begin)] != begin:  # most templates write it themselves
+        ids, spans = begin + ids, [(start + len(begin), end + len(begin)) for start, end in spans]
+    return ids, spans
+
+
+async def _after_kept(
+    kept: tuple[int, list[int]],
+    messages: list[dict[str, Any]],
+    variables: dict[str, Any],
+    text: str,
+    model: ServedModel,
+) -> list[int]:
+    """The ids of a conversation whose last turn of the assistant has brought its own, with all before it."""
+    count, known = kept
+    goes_on = variables["continue_final_message"] and count == len(messages)
+    parts = {"add_generation_prompt": False, "continue_final_message": goes_on}
+    before = await model.render(messages[:count], variables | parts)
+    last = CLOSE if "tool_calls" in messages[count - 1] else messages[count - 1]["content"]
+    end = before.rfind(last) + len(last)
+    if not last or not text.startswith(before) or end < len(last):
+        raise refuse("messages", "this chat template changes earlier turns; set prevent_retokenization to false")
+    return known + (await model.tokenize([text[end:]]))[0]
+
+
+async def _render(messages: list[dict[str, Any]], variables: dict[str, Any], model: ServedModel) -> str:
+    """The text of the prompt. Where the last turn is to go on and has come no further than its thought, the text ends
+    there: templates alone would close the thought, since it is followed by what the turn says, be that nothing."""
+    last = messages[-1]
+    thought = last.get("reasoning_content")
+    if not (variables["continue_final_message"] and thought and not last["content"]):
+        return await model.render(messages, variables)
+    marked = [*messages[:-1], last | {"reasoning_content": thought + _HERE}]
+    text, found, _ = (await model.render(marked, variables | {"continue_final_message": False})).rpartition(_HERE)
+    if not found:
+        raise refuse(
+            "continue_final_message",
+            "the last turn has a thought and no content, and the chat template does not show the thought; give it as "
+            "content, with its tag, or drop continue_final_message",
+        )
+    return text
+
+
+def _thought_of_ids(turn: Message, model: ServedModel) -> Thought:
+    """Where a turn goes on that has brought its ids. The prompt that it answered may have opened its thought."""
+    vocab = model.tokenizer.structure_vocab
+    own = last_thought(turn.generation_token_ids or [], vocab)
+    is_open = own == "none" and ends_in_thought(turn.prompt_token_ids or [], vocab, model.end_ids)
+    return "open" if is_open else own
+
+
+async def _thought_of_answer(
+    earlier: list[dict[str, Any]], variables: dict[str, Any], text: str, model: ServedModel
+) -> Thought:
+    """Where an answer begins whose prompt has Think tags: they count in what the template writes for it, and in the
+    turn that goes on. What others have thought, or written of tags, in earlier turns is none of its thoughts.
+
+    Args:
+        earlier: the turns before the answer.
+        variables: of the template.
+        text: the conversation, up to where the answer goes on.
+        model: that is served.
+    """
+    before = ""
+    if earlier:
+        parts = {"add_generation_prompt": False, "continue_final_message": False}
+        with contextlib.suppress(ApiError):  # templates may want another turn last
+            before = await model.render(earlier, variables | parts)
+    if not text.startswith(before):
+        before = ""  # the template changes earlier turns, so nothing tells them apart
+    ids, _, vocab = lex(text[len(before) :])
+    thought = last_thought(ids, vocab)
+    return thought if before or not earlier or thought == "open" else "none"
+
+
+def _template_variables(fields: ChatFields) -> dict[str, Any]:
+    """What the template is given beside the messages."""
+    variables = dict(fields.chat_template_kwargs or {})
+    taken = TEMPLATE_NAMES & variables.keys()
+    if taken:
+        raise refuse("chat_template_kwargs", f"{sorted(taken)[0]} cannot be given")
+    goes_on = bool(fields.continue_final_message)
+    if goes_on and fields.add_generation_prompt:
+        raise refuse(
+            "continue_final_message", "goes on with the last turn, add_generation_prompt begins another; drop one"
+        )
+    variables["add_generation_prompt"] = not goes_on and fields.add_generation_prompt is not False
+    variables["continue_final_message"] = goes_on
+    if fields.tool_use.functions:
+        variables["tools"] = fields.tool_use.shown
+    return variables
+
+
+def _known_spans(messages: Sequence[Message], known: Sequence[int]) -> list[tuple[int, int]]:
+    """Where the answers stand whose turns bring their ids."""
+    spans = []
+    for message in messages:
+        before, ids = message.prompt_token_ids, message.generation_token_ids
+        if before is not None and ids is not None and [*before, *ids] == list(known[: len(before) + len(ids)]):
+            spans.append((len(before), len(before) + len(ids)))
+    return spans
+
+
+def _kept_ids(fields: ChatFields, model: ServedModel) -> tuple[int, list[int]] | None:
+    """(messages up to and with the last one of the assistant, its ids with those of the prompt before it)."""
+    if fields.prevent_retokenization is False:
+        return None
+    for count in range(len(fields.messages), 0, -1):
+        message = fields.messages[count - 1]
+        # An empty one stands nowhere in the text.
+        if message.role == "assistant" and (message.content or message.tool_calls):
+            if message.prompt_token_ids is None or message.generation_token_ids is None:
+                return None
+            ids = [*message.prompt_token_ids, *message.generation_token_ids]
+            model.check_ids("messages", ids)
+            return count, ids
+    return None
