@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
 
 
 def freeze_objects() -> None:
@@ -11,3 +13,16 @@ def freeze_objects() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """No collection while the block makes many objects at once, none of which is garbage: each collection would look
+    at all of them again, which took longer than to read a large body (benchmarks/server/bodies.py)."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import json
 import random
 import socket
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
+from starlette.requests import Request
 
 from megatron_multiverse.server import refused
+from megatron_multiverse.server.body import Fields, read_fields
 from megatron_multiverse.server.config import LimitConfig
 from megatron_multiverse.server.errors import ApiError
 from megatron_multiverse.server.messages import Message
@@ -210,6 +215,61 @@ def test_bodies_that_are_no_json_object(server: Running, body: bytes) -> None:
     for path in (TEXT, CHAT, "/tokenize", "/detokenize"):
         response = server.http.post(path, content=body)
         assert response.status_code == 400 and len(error_of(response)["message"]) < 300
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"prompt": "a",\n "n": tru}', "the body is no JSON: expected ident at line 2"),
+        (b'{"prompt": "a", "n": NaN}', "no JSON: expected value at line 1 column 22"),
+        (b'{"prompt": "a"} x', "no JSON: trailing characters at line 1"),
+        (b'{"prompt": ' + b"[" * 201 + b"]" * 201 + b"}", "its numbers or its nesting are too large"),
+        (b'{"n": 1' + b"0" * 5000 + b"}", "its numbers or its nesting are too large"),
+        (b'{"prompt": "\\ud800"}', "half of a character"),
+        (b'{"prompt": "\\udc00 a"}', "half of a character"),
+        ('{"prompt": "a"}'.encode("utf-16"), "not UTF-8"),
+        (b"[1]", "must be a JSON object, got a list"),
+    ],
+)
+def test_a_body_that_is_no_json_is_told_where(body: bytes, message: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(read_fields(request_of(body), Fields))
+    assert caught.value.status == 400 and message in caught.value.message
+
+
+def test_large_bodies_are_read_without_collections() -> None:
+    """Each would look at all objects of the body again, while all streams wait."""
+    body = b'{"prompt": "a", "others": [' + b"[]," * 100_000 + b"[]]}"
+    collections: list[str] = []
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        collections.append(phase)
+
+    class Watched(Fields):
+        @model_validator(mode="after")
+        def over(self) -> Watched:
+            collections.append("read")
+            return self
+
+    gc.callbacks.append(watch)
+    try:
+        fields = asyncio.run(read_fields(request_of(body), Watched))
+        with pytest.raises(ApiError):
+            asyncio.run(read_fields(request_of(body[:-1]), Watched))
+    finally:
+        gc.callbacks.remove(watch)
+    assert len((fields.model_extra or {})["others"]) == 100_001 and gc.isenabled()
+    assert collections[: collections.index("read")].count("start") < 10, "else some hundred"
+
+
+def request_of(body: bytes) -> Request:
+    """A request with this body."""
+    app = SimpleNamespace(state=SimpleNamespace(config=SimpleNamespace(limits=LimitConfig())))
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return Request({"type": "http", "headers": [], "app": app}, receive)
 
 
 def test_a_json_body_needs_no_content_type(server: Running) -> None:
