@@ -4,7 +4,8 @@ Where a model is spread over several ranks there is such a process for each. The
 run its plans; their channels only show that they live. None knows of HTTP or text. Messages (see `wire.py`), by their
 field "op":
 
-- in: start (first), add, cancel; pause, continue, flush, update, join, receive, leave, rename, release, resume;
+- in: start (first), add, cancel; pause, continue, flush, update, join, receive, leave, rename, check, release,
+  resume;
 - out: ready or failed (once, first), accepted or refused (for each add), step (what was written
   and what finished), controlled (for each message of the second kind), beat.
 
@@ -37,8 +38,9 @@ from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.inference.text.state import Written
 from megatron_multiverse.model.device import choose_device, device_name
-from megatron_multiverse.server.engine_control import EngineControl, follow_control
+from megatron_multiverse.server.engine_control import EngineControl
 from megatron_multiverse.server.garbage import freeze_objects
+from megatron_multiverse.server.rank_model import follow_control
 from megatron_multiverse.server.wire import STEP_SECONDS, Channel, Message
 
 logger = logging.getLogger(__name__)
@@ -150,7 +152,7 @@ class EngineHost:
         elif op == "update":
             self.control.update(message["folder"], message["version"])
             self._paused = self._paused or message["keep_pause"]
-        elif op in ("join", "leave", "receive", "rename"):
+        elif op in ("join", "leave", "receive", "rename", "check"):
             getattr(self.control, op)(**message["options"])
         elif op == "release":
             self.control.release(set(message["regions"]))

@@ -19,6 +19,12 @@ from megatron_multiverse.server.errors import ApiError, refuse
 
 router = APIRouter()
 
+CHECK_REFUSED: dict[str, tuple[Any, ...]] = {
+    "allow_quant_error": (False,),  # what an engine rounds it rounds alike, so nothing has to be allowed
+    "selector": ("all", "target"),
+    "skip_tensor_list": ([],),  # by SGLang's names of tensors
+}
+"""Fields of /weights_checker that are not served, with the values that ask for nothing."""
 GROUP = "weight_update_group"
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Size = Annotated[int, Field(ge=1, le=2**48)]
@@ -54,6 +60,14 @@ class ReceiveFields(GroupFields):
     weight_version: str | None = None
     load_format: Literal["auto", "flattened_bucket"] | None = None
     """flattened_bucket: the bytes of all tensors, one after the other, as one tensor."""
+
+
+class CheckFields(Fields):
+    """Fields of /weights_checker."""
+
+    action: Literal["snapshot", "reset_tensors", "compare"]
+    """snapshot notes the weights, reset_tensors makes random numbers of them, compare says whether they are as
+    noted."""
 
 
 class VersionFields(Fields):
@@ -108,6 +122,20 @@ async def update_weights_from_distributed(request: Request) -> Response:
     }
     received = f"received {len(fields.names)} tensors"
     return await _act(request, received, "receive", options=options, abort=fields.abort_all_requests)
+
+
+@router.post("/weights_checker")
+async def weights_checker(request: Request) -> Response:
+    """Find out whether weights that a trainer sends arrive: on all ranks, to the bit."""
+    fields = await read_fields(request, CheckFields)
+    check_others(fields, CHECK_REFUSED)
+    config = request.app.state.config
+    if config.weights_root is None and config.weights_interface is None:
+        raise ApiError(
+            403, "this server takes no weights; start it with --weights-root or --weights-interface", code="weights"
+        )
+    done = {"snapshot": "noted", "reset_tensors": "made random", "compare": "compared: all tensors are as noted"}
+    return await _act(request, done[fields.action], "check", options={"action": fields.action})
 
 
 @router.post("/update_weight_version")

@@ -12,9 +12,9 @@ import torch
 
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.inference import EngineConfig, build_engine
-from megatron_multiverse.server.engine_control import RankModel
 from megatron_multiverse.server.engine_process import EngineHost
 from megatron_multiverse.server.garbage import freeze_objects
+from megatron_multiverse.server.rank_model import RankModel
 from tests.unit.server.running import MODEL
 
 

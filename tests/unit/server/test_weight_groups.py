@@ -64,6 +64,12 @@ def test_a_trainer_of_sglangs_kind_sends_a_model_to_all_ranks(
             assert tool.post("/init_weights_update_group", place | {"group_name": name}).status_code == 400
         leave_while_waited_for(tool, tensor * pipeline)
         assert written(tool) == expected
+        for action in ("snapshot", "reset_tensors"):
+            assert tool.post("/weights_checker", {"action": action}).json()["success"]
+        refused = tool.post("/weights_checker", {"action": "compare"})
+        assert refused.status_code == 400 and written(tool) != expected, "no rank keeps what it had"
+        send_as_to_sglang(tool, tensor * pipeline, folder)
+        assert tool.post("/weights_checker", {"action": "compare"}).json()["success"] and written(tool) == expected
 
 
 def leave_while_waited_for(tool: Tool, ranks: int) -> None:
