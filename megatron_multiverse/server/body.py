@@ -44,8 +44,17 @@ async def read_fields(request: Request, fields: type[F], *, may_be_empty: bool =
         ApiError: 400 for what is no JSON object, for a wrong field and for a text that is no Unicode; 408 and 413.
     """
     body = await read_body(request, request.app.state.config.limits)
+    return read_object(b"{}" if may_be_empty and not body else body, fields)
+
+
+def read_object(body: bytes, fields: type[F]) -> F:
+    """The fields of a JSON object.
+
+    Raises:
+        ApiError: 400, see `read_fields`.
+    """
     with no_collections():
-        data = {} if may_be_empty and not body else parse_json(body)
+        data = parse_json(body)
         if not isinstance(data, dict):
             raise ApiError(400, f"the body must be a JSON object, got {_kind(data)}", code="invalid_json")
         try:

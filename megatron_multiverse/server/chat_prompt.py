@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from megatron_multiverse.structure import Thought, ends_in_thought, last_thought
 
 TEMPLATE_NAMES = frozenset({"messages", "conversations", "chat_template", "documents", "tools"})
 """Names that the template itself is given."""
+THREAD_TURNS = 1000
 _HERE = "<<goes on here>>"
 """Put behind a thought that goes on, to find its end in what the template makes of it."""
 
@@ -45,7 +47,9 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> ChatPrompt:
     if not fields.messages:
         raise refuse("messages", "empty; give at least one message")
     variables = _template_variables(fields)
-    messages = plain_turns(fields.messages)
+    # In a thread, which lets others go on now and then, unless that takes longer than the turns themselves.
+    is_long = len(fields.messages) > THREAD_TURNS
+    messages = await asyncio.to_thread(plain_turns, fields.messages) if is_long else plain_turns(fields.messages)
     template = model.tool_template if "tools" in variables else model.template
     if any("tool_calls" in message for message in messages) and "tool_calls" not in template:
         raise refuse("messages", "a turn with tool_calls, which the chat template of the model does not show")

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from megatron_multiverse.server.body import Fields, check_others, read_fields
 from megatron_multiverse.server.chat_fields import ChatFields
 from megatron_multiverse.server.chat_prompt import chat_prompt
+from megatron_multiverse.server.encode import AnswerResponse
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.messages import Message
 from megatron_multiverse.server.model import ServedModel
@@ -81,7 +82,7 @@ async def tokenize(request: Request) -> Response:
     found: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": longest}
     if fields.return_token_strs:
         found["token_strs"] = [model.tokenizer.id_to_text[token] for token in ids]
-    return JSONResponse(found)
+    return AnswerResponse(found)
 
 
 @router.post("/detokenize")

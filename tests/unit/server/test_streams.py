@@ -85,6 +85,18 @@ def test_minus_infinity_is_a_number_that_json_has() -> None:
     assert found["top_logprobs"][0][found["tokens"][0]] == LEAST, "the very same number"
 
 
+def test_answers_are_written_as_pythons_json_writes_them() -> None:
+    """Text that names such numbers is text, a number that is none an error, in answers as in events."""
+    numbers = [0, -1, 2**70, 1.0, -0.0, 0.1 + 0.2, 5e-324, 1e300]
+    data = {"a": ['é\u2028\x00\x7f"\\/<&>', *numbers], "b": (None, True), "c": {"d": {}}}
+    for given in (data, data | {"e": "NaN or Infinity"}):
+        assert to_json(given) == json.dumps(given, ensure_ascii=False, separators=(",", ":")).encode()
+    assert json.loads(to_json([1e-7, 2e-9])) == [1e-7, 2e-9], "the very same, if with fewer digits in the exponent"
+    for wrong in (math.nan, "\ud800"):
+        with pytest.raises(ValueError):
+            to_json([1, wrong])
+
+
 @pytest.mark.parametrize("error", [unavailable("dead"), ApiError(500, "x")])
 def test_an_error_in_the_middle_is_an_object_and_no_done_follows(error: ApiError) -> None:
     async def main() -> None:
