@@ -32,6 +32,8 @@ class ChatFields(GenerationFields):
     prevent_retokenization: bool | None = None
     return_tokenized_data: bool | None = None
     return_raw_text: bool | None = None
+    separate_reasoning: bool | None = None
+    """SGLang's name for the field of the object `multiverse`."""
     add_BOS: bool | None = None
 
     @cached_property
@@ -42,6 +44,13 @@ class ChatFields(GenerationFields):
             ApiError: 400, naming the field.
         """
         return tool_use(self.tools or [], self.tool_choice, parallel=self.parallel_tool_calls is not False)
+
+    @property
+    def asks_apart(self) -> bool | None:
+        own = self.ours.separate_reasoning
+        if own is not None and self.separate_reasoning not in (None, own):
+            raise refuse("separate_reasoning", "contradicts the one of the object multiverse; give one of them")
+        return self.separate_reasoning if own is None else own
 
     @property
     def has_form(self) -> bool:
@@ -61,7 +70,7 @@ class ChatFields(GenerationFields):
         instead = "or tool_choice none, with which none are read"
         if self.stream and self.ours.stream_mode == "branches":
             raise refuse("tools", f"calls are read in the order of the text; give stream_mode linear, {instead}")
-        if self.ours.separate_reasoning is False:
+        if self.asks_apart is False:
             raise refuse("tools", f"calls stand after the thought; leave out separate_reasoning false, {instead}")
         if self.logprobs:
             raise refuse("logprobs", f"not of calls, whose text comes in parts; leave it out, {instead}")

@@ -107,8 +107,6 @@ class MultiverseFields(Fields):
             raise refuse("multiverse", "separate_reasoning is for chat; this route gives the text as it is")
         if stream and self.commit_after and self.stream_mode == "linear":
             raise refuse("multiverse", "commit_after drops what was streamed; give stream_mode branches, or no stream")
-        if stream and self.separate_reasoning and self.stream_mode == "branches":
-            raise refuse("multiverse", "separate_reasoning reads the text in its order; give stream_mode linear")
 
 
 class GenerationFields(Fields):
@@ -188,9 +186,14 @@ class GenerationFields(Fields):
         return self.grammar
 
     @property
+    def asks_apart(self) -> bool | None:
+        """Whether the request says that the thought is to come apart, or that it is not."""
+        return self.ours.separate_reasoning
+
+    @property
     def splits_thought(self) -> bool:
         """Whether the thought comes apart from the content."""
-        asked = self.ours.separate_reasoning
+        asked = self.asks_apart
         in_order = not self.stream or self.ours.stream_mode == "linear"
         return asked if asked is not None else self.is_chat and self.has_form and in_order
 
@@ -233,6 +236,8 @@ class GenerationFields(Fields):
         model.check_name(self.model)
         check_others(self, REFUSED)
         self.ours.check(is_chat=self.is_chat, stream=bool(self.stream))
+        if self.stream and self.asks_apart and self.ours.stream_mode == "branches":
+            raise refuse("multiverse", "separate_reasoning reads the text in its order; give stream_mode linear")
         if self.count > limits.max_n:
             raise refuse("n", f"{self.count} answers asked for, at most {limits.max_n} are allowed")
         if self.stop_token_ids:

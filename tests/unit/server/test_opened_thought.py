@@ -71,6 +71,11 @@ def test_the_answer_begins_in_the_thought(opening: Running) -> None:
     assert choice["multiverse"]["malformed"] == {}, "the tag that closes it is in its place"
     assert streamed(opening, APART)[:2] == (thought, answer)
     assert streamed(opening, {})[:2] == ("", plain["content"])
+    for theirs in ({"separate_reasoning": True}, {"separate_reasoning": True, "stream_reasoning": True}):
+        assert chat(opening, theirs)["message"] == choice["message"], "SGLang's name"
+    assert streamed(opening, {"separate_reasoning": True})[:2] == (thought, answer)
+    together = chat(opening, IN_JSON | {"separate_reasoning": False})["message"]
+    assert together["content"].startswith(f"{thought}</Think>" + "{") and "reasoning_content" not in together
 
 
 def test_a_model_that_opens_the_thought_again_is_heard_once(opening: Running) -> None:

@@ -108,6 +108,18 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
         {"messages": MESSAGES, "stream": True, "multiverse": {"separate_reasoning": True, "stream_mode": "branches"}},
         "multiverse",
     ),
+    (
+        CHAT,
+        {"messages": MESSAGES, "stream": True, "separate_reasoning": True, "multiverse": {"stream_mode": "branches"}},
+        "multiverse",
+    ),
+    (
+        CHAT,
+        {"messages": MESSAGES, "separate_reasoning": True, "multiverse": {"separate_reasoning": False}},
+        "separate_reasoning",
+    ),
+    (CHAT, {"messages": MESSAGES, "separate_reasoning": True, "logprobs": True}, "logprobs"),
+    (CHAT, {"messages": MESSAGES, "stream_reasoning": False}, "stream_reasoning"),
     (CHAT, {}, "messages"),
     (CHAT, {"messages": []}, "messages"),
     (CHAT, {"messages": "hi"}, "messages"),
@@ -370,7 +382,7 @@ PEERS_FIELDS = {
     + """ messages max_completion_tokens max_tokens top_logprobs tools tool_choice parallel_tool_calls functions
         function_call modalities audio prediction reasoning_effort reasoning thinking task verbosity web_search_options
         moderation chat_template chat_template_kwargs documents echo add_generation_prompt continue_final_message
-        mm_processor_kwargs include_reasoning separate_reasoning input_ids return_prompt_text""",
+        mm_processor_kwargs include_reasoning separate_reasoning stream_reasoning input_ids return_prompt_text""",
     "message": """role content name reasoning reasoning_content tool_calls tool_call_id refusal audio function_call
         tools""",
     "generate": """text input_ids sampling_params return_logprob top_logprobs_num return_text_in_logprobs rid stream
