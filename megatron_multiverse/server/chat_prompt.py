@@ -53,18 +53,21 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> ChatPrompt:
     template = model.tool_template if "tools" in variables else model.template
     if any("tool_calls" in message for message in messages) and "tool_calls" not in template:
         raise refuse("messages", "a turn with tool_calls, which the chat template of the model does not show")
+    goes_on, kept = bool(variables["continue_final_message"]), _kept_ids(fields, model)
+    from_ids = goes_on and kept is not None and kept[0] == len(messages)
+    if from_ids:
+        variables["continue_final_message"] = False  # no text of the turn is needed
     text = await _render(messages, variables, model)
     if fields.tool_use.functions and text == await _render(messages, variables | {"tools": None}, model):
         raise refuse("tools", "the chat template of the model does not show them; serve it with one that does")
-    goes_on, kept = bool(variables["continue_final_message"]), _kept_ids(fields, model)
     if kept is None:
         ids, spans = await _tokenized(fields, model, messages, text)
     else:
-        ids = await _after_kept(kept, messages, variables, text, model)
+        ids = kept[1] if from_ids else await _after_kept(kept, messages, variables, text, model)
         spans = _known_spans(fields.messages, kept[1]) if fields.ours.replay_structure else []
     if not ids:
         raise refuse("messages", "the conversation has no tokens")
-    if goes_on and kept is not None and kept[0] == len(messages):
+    if from_ids:
         thought = _thought_of_ids(fields.messages[-1], model)
     elif (thought := last_thought(ids, model.tokenizer.structure_vocab, model.end_ids)) != "none":
         thought = await _thought_of_answer(messages[:-1] if goes_on else messages, variables, text, model)
@@ -102,8 +105,7 @@ async def _after_kept(
 ) -> list[int]:
     """The ids of a conversation whose last turn of the assistant has brought its own, with all before it."""
     count, known = kept
-    goes_on = variables["continue_final_message"] and count == len(messages)
-    parts = {"add_generation_prompt": False, "continue_final_message": goes_on}
+    parts = {"add_generation_prompt": False, "continue_final_message": False}
     before = await model.render(messages[:count], variables | parts)
     last = CLOSE if "tool_calls" in messages[count - 1] else messages[count - 1]["content"]
     end = before.rfind(last) + len(last)
@@ -196,8 +198,9 @@ def _kept_ids(fields: ChatFields, model: ServedModel) -> tuple[int, list[int]] |
         return None
     for count in range(len(fields.messages), 0, -1):
         message = fields.messages[count - 1]
-        # An empty one stands nowhere in the text.
-        if message.role == "assistant" and (message.content or message.tool_calls):
+        goes_on = fields.continue_final_message and count == len(fields.messages) and message.generation_token_ids
+        # An empty one stands nowhere in the text, where what comes behind it has to be found.
+        if message.role == "assistant" and (message.content or message.tool_calls or goes_on):
             if message.prompt_token_ids is None or message.generation_token_ids is None:
                 return None
             ids = [*message.prompt_token_ids, *message.generation_token_ids]

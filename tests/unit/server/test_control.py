@@ -196,7 +196,7 @@ def test_a_fault_of_the_engine_is_an_answer_too(server: Running, monkeypatch: py
     def fail(*args: Any, **options: Any) -> Any:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr("megatron_multiverse.server.engine_control.load_checkpoint", fail)
+    monkeypatch.setattr("megatron_multiverse.server.rank_model.load_checkpoint", fail)
     response = server.post("/update_weights_from_disk", {"model_path": "changed"})
     assert response.status_code == 400 and "its log says why" in response.text and "secret" not in response.text
 

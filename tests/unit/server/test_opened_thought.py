@@ -163,12 +163,14 @@ def test_ids_that_go_on_tell_of_the_thought_that_their_prompt_opened(opening: Ru
     """The turn's text does not: the tag is in no turn, and the template opens thoughts of new turns alone."""
     kept = chat(opening, APART | {"max_tokens": 9, "prevent_retokenization": True})["message"]
     turn = {name: kept[name] for name in ("role", "prompt_token_ids", "generation_token_ids")}
-    turn["content"] = kept["reasoning_content"]
-    goes_on = {"messages": [*ASKED, turn], "continue_final_message": True}
-    message = chat(opening, goes_on | IN_JSON)["message"]
-    assert "<Path>" in message["reasoning_content"] and sorted(json.loads(message["content"])) == ["A"]
     whole = chat(opening, IN_JSON)["message"]
-    assert kept["reasoning_content"] + message["reasoning_content"] == whole["reasoning_content"]
+    for given in (turn | {"content": kept["reasoning_content"]}, kept):
+        goes_on = {"messages": [*ASKED, given], "continue_final_message": True, "return_token_ids": True}
+        response = opening.post(CHAT, goes_on | IN_JSON | {"temperature": 0}).json()
+        assert response["prompt_token_ids"] == kept["prompt_token_ids"] + kept["generation_token_ids"]
+        message = response["choices"][0]["message"]
+        assert kept["reasoning_content"] + message["reasoning_content"] == whole["reasoning_content"]
+        assert "<Path>" in message["reasoning_content"] and sorted(json.loads(message["content"])) == ["A"]
 
 
 def test_a_thought_that_no_template_shows_cannot_go_on(server: Running) -> None:
@@ -176,6 +178,12 @@ def test_a_thought_that_no_template_shows_cannot_go_on(server: Running) -> None:
     response = server.post(CHAT, {"messages": turns, "continue_final_message": True})
     assert response.status_code == 400 and response.json()["error"]["param"] == "continue_final_message"
     assert "does not show the thought" in response.json()["message"]
+    plain = {"multiverse": {"separate_reasoning": True, "enabled": False}}  # what is open stays so
+    kept = chat(server, plain | {"max_tokens": 9, "return_tokenized_data": True})["message"]
+    assert kept["content"] == "" and kept["reasoning_content"].startswith("\nLet's think")
+    after = chat(server, plain | {"messages": [*ASKED, kept], "continue_final_message": True})["message"]
+    whole = chat(server, plain)["message"]
+    assert kept["reasoning_content"] + after["reasoning_content"] == whole["reasoning_content"], "from its ids it can"
 
 
 def test_a_tag_that_a_user_writes_about_opens_no_thought(server: Running) -> None:
