@@ -109,6 +109,15 @@ class ServedModel:
             if not 0 <= token < size:
                 raise refuse(param, f"{token} is no token id; the vocabulary has 0 to {size - 1}")
 
+    async def check_prompts(self, param: str, prompts: Sequence[Sequence[int]]) -> None:
+        """`check_ids` of several prompts; where they are long in a thread, which lets others go on now and then."""
+
+        def check() -> None:
+            for ids in prompts:
+                self.check_ids(param, ids)
+
+        await asyncio.to_thread(check) if sum(map(len, prompts)) > THREAD_CHARACTERS else check()
+
     async def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         """A conversation as the text of a prompt.
 

@@ -96,8 +96,8 @@ async def prompt_ids(
     ids: list[list[int]] = await model.tokenize(prompts) if are_texts else prompts
     if begin and are_texts:
         ids = [model.begun(one) for one in ids]
-    for one in [] if are_texts else ids:
-        model.check_ids(param, one)
+    if not are_texts:
+        await model.check_prompts(param, ids)
     if not all(ids):
         raise refuse(param, "an empty prompt; give at least one token")
     return ids

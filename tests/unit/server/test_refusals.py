@@ -249,6 +249,12 @@ def test_a_body_that_is_no_json_is_told_where(body: bytes, message: str) -> None
     assert caught.value.status == 400 and message in caught.value.message
 
 
+@pytest.mark.parametrize("count", [1, 100_000])
+def test_ids_that_the_vocabulary_does_not_have_are_found_in_prompts_of_any_length(server: Running, count: int) -> None:
+    response = server.post(TEXT, {"prompt": [[5], [7] * count + [10**6] + [5]]})
+    assert response.status_code == 400 and "1000000 is no token id" in error_of(response)["message"]
+
+
 def test_large_bodies_are_read_without_collections() -> None:
     """Each would look at all objects of the body again, while all streams wait."""
     body = b'{"prompt": "a", "others": [' + b"[]," * 100_000 + b"[]]}"
