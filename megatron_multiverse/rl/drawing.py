@@ -94,4 +94,4 @@ def engine_config(config: RLConfig, longest: int, replicas: int) -> EngineConfig
     if engine.num_pages:
         return engine
     at_once = min(-(-rollout.prompts_per_step // replicas) * rollout.group_size, engine.max_rows)
-    return dataclasses.replace(engine, num_pages=at_once * (-(-longest // engine.page_size) + 16))
+    return dataclasses.replace(engine, num_pages=engine.pages_for(longest, at_once))
