@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LFS_POINTER = b"version https://git-lfs"
+
 
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Replace the content of a file; it is on the disk when this returns.
@@ -42,6 +44,12 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Whether git left a pointer here in place of a large file that was not fetched."""
+    with open(path, "rb") as stream:
+        return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def is_same_file(one: Path, other: Path) -> bool:

@@ -33,7 +33,7 @@ from megatron_multiverse.checkpoints.protocols import (
     target_dtype,
 )
 from megatron_multiverse.checkpoints.recycled import contiguous
-from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.errors import CheckpointError, first_line
 from megatron_multiverse.weight_names import CORE_ATTENTION, extra_state_modules, fused_name, plain_name
 
 logger = logging.getLogger(__name__)
@@ -233,9 +233,7 @@ class LegacyTarget:
             with torch.serialization.skip_data(materialize_fake_tensors=True):
                 torch.save({"model": model, "args": self.args, "checkpoint_version": 3.0, "iteration": 0}, file)
         except RuntimeError as error:  # torch's writer does not say what the system said
-            raise CheckpointError(
-                f"{file} cannot be written ({str(error).splitlines()[0]}): is the disk full?"
-            ) from error
+            raise CheckpointError(f"{file} cannot be written ({first_line(error)}): is the disk full?") from error
 
     def finish(self, records: list[Record], folder: Path) -> None:
         """Nothing spans the files of this format."""
