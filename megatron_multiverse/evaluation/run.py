@@ -93,10 +93,10 @@ def _recorded_weights(config: EvaluateConfig, now: str | None) -> str | None:
     Raises:
         ConfigError: the answers in the folder are of other weights.
     """
-    file, answers = config.output / RECORD, config.output / SAMPLES
-    if not (file.is_file() and answers.is_file() and answers.stat().st_size):
+    answers = config.output / SAMPLES
+    if not ((config.output / RECORD).is_file() and answers.is_file() and answers.stat().st_size):
         return now
-    before = json.loads(file.read_text(encoding="utf-8")).get("weights")
+    before = _settings(config.output).get("weights")
     if before is not None and now is None:
         logger.warning("%s: the server does not tell whether its weights are still those of the answers", config.output)
     elif before not in (None, now):
