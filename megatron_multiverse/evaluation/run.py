@@ -18,12 +18,12 @@ from megatron_multiverse.evaluation.samples import SAMPLES, Job, Sample, SampleL
 from megatron_multiverse.evaluation.scores import Score, Setting, score_settings
 from megatron_multiverse.evaluation.tasks import load_problems
 from megatron_multiverse.locked_folder import RECORD, LockedFolder
+from megatron_multiverse.progress import PLAIN_LINE_EVERY_S
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _IN_COMMON = ("chat", "dtype", "quantization")
-_PLAIN_LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _answer(backend: Backend, jobs: list[Job], log: SampleLog, concurrency: int)
             bar.set_postfix_str(f"{right} right, {len(errors)} missing", refresh=False)
             bar.update()
             now = time.monotonic()
-            if bar.disable and now - printed >= _PLAIN_LINE_EVERY_S:
+            if bar.disable and now - printed >= PLAIN_LINE_EVERY_S:
                 printed = now
                 eta = (len(jobs) - done) * (now - started) / done
                 logger.info(
