@@ -158,6 +158,9 @@ class TorchDistReader:
             entry: which one.
             prefix: what stands before the key of the weight where the optimizer's state of it is meant, e.g.
                 "optimizer.state.exp_avg.".
+
+        Raises:
+            CheckpointError: it is not there, or its slices are damaged or do not cover it.
         """
         key, stacked = self._stored(entry, prefix)
         layer = entry.layer if stacked else None
