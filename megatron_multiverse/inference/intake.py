@@ -115,11 +115,7 @@ class Intake:
 
     def _machine(self, request: Request) -> StructureMachine:
         """The grammar of an answer that has not begun, with the limits of engine and request."""
-        machine = StructureMachine(
-            self.vocab,
-            max_depth=_smaller(self.config.max_depth, request.sampling.max_depth),
-            max_paths=_smaller(self.config.max_paths, request.sampling.max_paths),
-        )
+        machine = StructureMachine(self.vocab, **self.config.limits_of(request.sampling))
         if self._thought(request) == "open":
             machine.begin_in_thought()
         return machine
@@ -230,8 +226,3 @@ def count_ids(vocab_size: int | None, model_rows: int | None) -> int | None:
             "use the tokenizer of the model"
         )
     return model_rows if vocab_size is None else vocab_size
-
-
-def _smaller(one: int | None, other: int | None) -> int | None:
-    """The smaller of two limits; None is no limit."""
-    return min((limit for limit in (one, other) if limit is not None), default=None)
