@@ -188,7 +188,7 @@ def test_a_server_that_never_gets_ready_is_given_up(config: EvaluateConfig, monk
         return models if url == "/v1/models" else httpx2.Response(503, text="it loads the model")
 
     monkeypatch.setattr(httpx2.Client, "request", request)
-    monkeypatch.setattr(backends, "_PATIENCE_S", -1.0)
+    monkeypatch.setattr("megatron_multiverse.patience.PATIENCE_S", -1.0)
     with pytest.raises(GenerationError, match="it loads the model"):
         ServerBackend(dataclasses.replace(config, load=None, url=["http://a"]))
 
