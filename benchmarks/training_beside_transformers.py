@@ -153,7 +153,7 @@ def ours(o: Options, tokens: int, rows: PackedRows, *, causal: bool = False, **l
     if causal:
         placer = CausalPlacer(rows, device, layers.attention_backend)
         placer.attention = CausalAttention(config.model)
-        engine._placer = placer
+        engine._placers.train = placer
     return lambda microbatches: engine.step(microbatches).loss
 
 

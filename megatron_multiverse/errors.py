@@ -7,6 +7,11 @@ class MultiverseError(Exception):
     """Base of every error this package raises on purpose."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another library says; the name of its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class ConfigError(MultiverseError, ValueError):
     """A setting, or a combination of settings, that cannot work."""
 

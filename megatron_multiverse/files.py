@@ -1,11 +1,13 @@
 """Small files that are whole or not there: readers see the old or the new content, never half of it.
 
-And errors that name their file.
+And errors that name their file, and locks.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,6 +17,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
+
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -38,6 +44,12 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Whether git left a pointer here in place of a large file that was not fetched."""
+    with open(path, "rb") as stream:
+        return stream.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def is_same_file(one: Path, other: Path) -> bool:
@@ -110,6 +122,21 @@ def naming(path: str | Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Lock an open file for this process, without waiting; closing the file gives the lock back.
+
+    Returns:
+        False if another process holds it. Where the file system has no locks a warning says so, and it is True.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): start only one run there", file.name, error.strerror)
+    return True
 
 
 def flush(path: str | Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_multiverse.errors import ConfigError, DataError
-from megatron_multiverse.files import write_json_atomic
+from megatron_multiverse.files import try_lock, write_json_atomic
 
 NAMES = RECORD, _LOCK = "run.json", "lock"
 _PATIENCE_S = 2.0  # a killed run takes a moment to let go
@@ -71,15 +70,10 @@ class LockedFolder:
 
     def _take_lock(self, lock: IO[str]) -> None:
         deadline = time.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise DataError(
-                        f"another run works in {self.path}: wait for it, or choose another --output"
-                    ) from None
-                time.sleep(0.05)
+        while not try_lock(lock):
+            if time.monotonic() > deadline:
+                raise DataError(f"another run works in {self.path}: wait for it, or choose another --output")
+            time.sleep(0.05)
 
     def _check_settings(self) -> None:
         file = self.path / RECORD

@@ -14,6 +14,7 @@ from types import TracebackType
 logger = logging.getLogger(__name__)
 
 PLAIN_LINE_EVERY_S = 10.0
+"""Seconds between two lines of the log where there is no terminal."""
 
 
 class ProgressLine:
@@ -71,8 +72,8 @@ def step_bar(total: int, done: int, *, shown: bool) -> Iterator[Callable[[], obj
         done: steps that an earlier run has done; they count as done, but not for the speed.
         shown: false shows no bar anywhere.
 
-    Returns:
-        To be called after each step.
+    Yields:
+        What is to be called after each step.
     """
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm

@@ -85,7 +85,7 @@ def build_block(model: ModelConfig, layers: LayerConfig, spec: Any, dtype: torch
 
     impl = choose_transformer_impl(layers, torch.device("cuda"), BF16)
     ensure_cuda_rng_states()
-    config = transformer_config(model, dtype, False, layers, impl)
+    config = transformer_config(model, dtype, initialize=False, layers=layers, transformer_impl=impl)
     for name, value in settings.items():
         setattr(config, name, value)
     return TransformerBlock(config, TransformerBlockSubmodules(layer_specs=[spec]), post_layer_norm=False).cuda()

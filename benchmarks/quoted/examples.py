@@ -135,13 +135,9 @@ def quickstart_model() -> Iterator[str]:
 def miniature() -> Iterator[str]:
     """examples/paper_in_miniature/README.md, whose other tables are made by its paper_report.py."""
     trials = source.results("results/miniature_trials_h200")
-    runs = trials["1600_steps"]
-    columns = ("multiverse-0", "multiverse-1", "no-links", "fixed-labels", "no-position-gaps", "looks-back")
-    for name in runs["multiverse-0"]["right"]:
-        task, number = name.split("-")[0], name.split("-")[1]
-        yield f"| {number} {task} | " + " | ".join(
-            f"{100 * runs[run]['right'][name] / trials['problems']:.0f}" for run in columns
-        )
+    eight = {name: 100 * run["right"]["chains-8"] / trials["problems"] for name, run in trials["1600_steps"].items()}
+    whole = f"{eight['multiverse-0']:.0f} and {eight['multiverse-1']:.0f}"
+    yield f"right in {eight['looks-back']:.0f} % of 8 chains, the whole recipe in {whole}"
     for name, run in trials["learning_rate"].items():
         yield f"| {name} | {run['loss']['240']:.3f} | {run['loss']['480']:.3f} |"
     run = source.results(f"{OWN}multiverse-0")
@@ -162,6 +158,7 @@ def miniature() -> Iterator[str]:
     yield f"are {first}, {' and '.join(others)} instead of {found['accuracy']['plain-0']['loss']:.4f}"
     yield from _labelled_lists()
     yield from _closings()
+    yield from _deeper()
     looks = source.results("results/miniature_qk_norm_h200")["runs"]
     tied, untied = looks["tied embeddings, no QK norm"], looks["untied embeddings, QK norm"]
     yield f"from {tied['loss']['1300']:.3f} to {untied['loss']['1300']:.3f}"
@@ -211,6 +208,24 @@ def _closings() -> Iterator[str]:
     yield f"Behind three, all {len(third)} of the wrong verdicts have"
     yield f"and the right sign: `{third[0]['written']}` for `{third[0]['right']}`"
     assert found["model"]["right"]["variables-5"] == 0 and found["model"]["run"] == found["run"]
+
+
+def _deeper() -> Iterator[str]:
+    """What links back do for searches deeper than trained."""
+
+    def right(run: str) -> int:
+        return sum(source.results(f"{OWN}{run}")["sets"]["variables-5"]["right"])
+
+    linked = [right(f"{run}-{seed}") for run in ("back-links", "low-trees") for seed in (0, 1)]
+    assert linked == [32] * 4, "or do not say so"
+    yield f"In all four runs all {linked[0]}"
+    yield f"right in {right('tagged-back-links-0')} of 32 and plain text in {right('plain-back-links-0')}"
+    runs = source.results("results/miniature_deeper_h200")["runs"]
+    six, seven = (
+        [sum(runs[f"low-trees-{seed}"]["sets"][f"variables-{number}"]["right"]) for seed in (0, 1)] for number in (6, 7)
+    )
+    yield f"are right in {six[0]} and {six[1]} of 32 searches of 6 variables"
+    yield f"and in {seven[0]} and {seven[1]} of 32 of 7"
 
 
 def _wall_clock() -> Iterator[str]:

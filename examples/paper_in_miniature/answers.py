@@ -14,7 +14,7 @@ import torch
 from chains import without_links
 from settings import Size, tokenizer
 from tasks import REQUESTS, Problem, check, sample_arithmetic, sample_satisfiability
-from training_rows import MOST_CHAINS, MOST_VARIABLES, Kind, RowConfig, text_of
+from training_rows import FEWEST_VARIABLES, MOST_CHAINS, MOST_VARIABLES, Kind, RowConfig, text_of
 
 from megatron_multiverse.checkpoints.load import load_checkpoint
 from megatron_multiverse.config import EngineConfig, SamplingParams
@@ -28,23 +28,26 @@ TIMED_STEPS = 4
 
 
 def problem_sets(count: int, rows: RowConfig) -> dict[str, list[Problem]]:
-    """`count` problems of every size, the same in every run but for how `rows` words them. No training row has their
-    seed."""
-
-    def draw(task: str, number: int) -> list[Problem]:
-        rng = random.Random(f"evaluation:{task}-{number}")
-        if task == "variables":
-            searches = (sample_satisfiability(rng, number) for _ in range(count))
-            return [replace(one, back_links=rows.back_links) for one in searches]
-        drawn = (sample_arithmetic(rng, number) for _ in range(count))
-        found = [replace(one, copies_rest=rows.copies_rest) for one in drawn]
-        return [problem if rows.links else without_links(problem) for problem in found]
-
+    """The sets of the evaluation, see `problem_set`, by name."""
     sizes = {
         "chains": [*range(2, MOST_CHAINS + 1), MOST_CHAINS + 2, 2 * MOST_CHAINS, 3 * MOST_CHAINS],
-        "variables": range(3, MOST_VARIABLES + 2),
+        "variables": range(FEWEST_VARIABLES, MOST_VARIABLES + 2),
     }
-    return {f"{task}-{number}": draw(task, number) for task, numbers in sizes.items() for number in numbers}
+    names = (f"{task}-{number}" for task, numbers in sizes.items() for number in numbers)
+    return {name: problem_set(name, count, rows) for name in names}
+
+
+def problem_set(name: str, count: int, rows: RowConfig) -> list[Problem]:
+    """`count` problems of ``chains-N`` or ``variables-N``, the same in every run but for how `rows` words them. No
+    training row has their seed."""
+    task, size = name.split("-")
+    number, rng = int(size), random.Random(f"evaluation:{name}")
+    if task == "variables":
+        searches = (sample_satisfiability(rng, number) for _ in range(count))
+        return [replace(one, back_links=rows.back_links) for one in searches]
+    drawn = (sample_arithmetic(rng, number) for _ in range(count))
+    found = [replace(one, copies_rest=rows.copies_rest) for one in drawn]
+    return [problem if rows.links else without_links(problem) for problem in found]
 
 
 def timed_problems(num_chains: int, count: int) -> list[Problem]:

@@ -19,6 +19,8 @@ from typing import Any
 from megatron_multiverse.structure import Tag
 
 LABEL = re.compile(r"([\d.]+): (.*)")
+LARGEST = 8
+"""Variables of a search, by which an answer may have some 14,000 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class ClosingsOptions:
     model: Path | None = None
     """Folder of the model; by default the one of the run in runs/paper_in_miniature/models."""
     sets: tuple[str, ...] = ("variables-4", "variables-5")
-    """Sets of the evaluation, searches."""
+    """Searches; those of up to 5 variables are the evaluation's, larger ones are drawn in the same way."""
     problems: int = 32
     """The first so many of each set."""
 
@@ -120,7 +122,8 @@ def compare(pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
 def main() -> None:
     import settings
     import torch
-    from answers import Answerer, problem_sets
+    from answers import Answerer, problem_set
+    from training_rows import FEWEST_VARIABLES
 
     from megatron_multiverse.cli import parse_options
     from megatron_multiverse.errors import ConfigError
@@ -131,15 +134,14 @@ def main() -> None:
     if rows is None or rows.kind != "multiverse":
         known = [name for name, one in settings.runs().items() if one.kind == "multiverse"]
         raise ConfigError(f"--run {options.run}: known are {', '.join(known)}")
-    sets = problem_sets(settings.FULL.problems, rows)
-    if unknown := [name for name in options.sets if not name.startswith("variables") or name not in sets]:
-        known = [name for name in sets if name.startswith("variables")]
+    known = [f"variables-{number}" for number in range(FEWEST_VARIABLES, LARGEST + 1)]
+    if unknown := [name for name in options.sets if name not in known]:
         raise ConfigError(f"--sets {unknown}: searches are {', '.join(known)}")
     folder = options.model or Path(__file__).parents[2] / "runs" / "paper_in_miniature" / "models" / options.run
     answerer = Answerer(folder, rows.kind, settings.FULL)
     started, found = time.monotonic(), {}
     for name in options.sets:
-        problems = sets[name][: options.problems]
+        problems = problem_set(name, options.problems, rows)
         results, _ = answerer.answer(problems, "parallel")
         written = [answerer.tokenizer.detokenize(result.token_ids) for result in results]
         right = [int(answerer.is_right(*pair)) for pair in zip(problems, results, strict=True)]

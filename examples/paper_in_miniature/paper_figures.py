@@ -188,9 +188,17 @@ def _sizes(run: Any, task: str) -> dict[int, Any]:
 
 def _draw_sizes(axis: Axes, results: Mapping[str, Any], task: str) -> None:
     lines = {kind: (runs, COLORS[kind], "o-") for kind, runs in _runs(results).items()}
-    for name, style in (("looks-back", ":"), ("no-links", "--")):
+    singles = {
+        "chains": (("multiverse", "fixed-labels", "labels from 1"), ("multiverse", "no-links", "no links")),
+        "variables": (
+            ("plain", "plain-back-links-0", "links back"),
+            ("tagged", "tagged-back-links-0", "links back"),
+            ("multiverse", "back-links-0", "links back"),
+        ),
+    }
+    for (kind, name, title), form in zip(singles[task], ("x:", "x--", "^--"), strict=False):
         if name in results:
-            lines[f"multiverse, {name.replace('-', ' ')}"] = [results[name]], COLORS["multiverse"], f"x{style}"
+            lines[f"{kind}, {title}"] = [results[name]], COLORS[kind], form
     for label, (runs, color, form) in lines.items():
         values = {
             size: [100 * mean(_sizes(run, task)[size]["right"]) for run in runs] for size in _sizes(runs[0], task)
@@ -201,7 +209,7 @@ def _draw_sizes(axis: Axes, results: Mapping[str, Any], task: str) -> None:
         axis.errorbar(list(values), means, yerr=errors, fmt=form, color=color, capsize=3, label=label, alpha=0.85)
     axis.axvspan(TRAINED + 0.1, max(values) + 0.2, color="#00000010", label="more than trained")
     axis.set(title=f"right answers over {task}", xlabel=task, ylabel="right, %", ylim=(-3, 103), xticks=list(values))
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(loc="center left" if task == "chains" else "lower left", frameon=False, fontsize=8)
 
 
 def _draw_budget(axis: Axes, results: Mapping[str, Any]) -> None:
@@ -216,11 +224,16 @@ def _draw_budget(axis: Axes, results: Mapping[str, Any]) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
+def searcher(results: Mapping[str, Any]) -> str:
+    """The run whose searches are measured: one that goes beyond its training, if it is there."""
+    return "back-links-0" if "back-links-0" in results else "multiverse-0"
+
+
 def _draw_search(axis: Axes, results: Mapping[str, Any]) -> None:
     for run, measure, label, color in (
         ("plain-0", "critical", "plain: steps", COLORS["plain"]),
-        ("multiverse-0", "critical", "multiverse: steps", COLORS["multiverse"]),
-        ("multiverse-0", "tokens", "multiverse: all tokens", DEPTH_COLORS[0]),
+        (searcher(results), "critical", "multiverse: steps", COLORS["multiverse"]),
+        (searcher(results), "tokens", "multiverse: all tokens", DEPTH_COLORS[0]),
     ):
         points = {}
         for size, found in _sizes(results[run], "variables").items():

@@ -57,7 +57,7 @@ def accuracy_table(results: Results) -> list[str]:
 
 
 def mend_table(results: Results) -> list[str]:
-    """Right answers on the sets beyond training, with and without what mends them."""
+    """Right answers of single runs, a line each, with and without what carries a model beyond its training."""
     names = {
         "multiverse-0": "the whole recipe",
         "unlabelled-lists": "lists without labels",
@@ -79,11 +79,14 @@ def mend_table(results: Results) -> list[str]:
         "back-links-1": "values given, links back, other seed",
         "low-trees-0": "values given, links back, low trees",
         "low-trees-1": "values given, links back, low trees, other seed",
+        "tagged-back-links-0": "tagged: values given, links back",
+        "plain-back-links-0": "plain: values given, links back",
     }
-    runs = {name: title for name, title in names.items() if name in results}
-    lines = _header("right answers, %", *runs.values())
-    for name in results["multiverse-0"]["sets"]:
-        lines.append(_row(_title(name), *(f"{percent(results[run], name):.1f}" for run in runs)))
+    sets = list(results["multiverse-0"]["sets"])
+    lines = _header("right answers, %", *(" ".join(reversed(name.split("-"))) for name in sets))
+    for run, title in names.items():
+        if run in results:
+            lines.append(_row(title, *(f"{percent(results[run], name):.0f}" for name in sets)))
     return lines
 
 
@@ -171,9 +174,10 @@ def fit_line(results: Results) -> list[str]:
 def search_table(results: Results) -> list[str]:
     """Steps of right answers over the size of the search."""
     lines = _header("variables", "steps, plain", "steps, in parallel", "tokens, in parallel")
+    searcher = figures.searcher(results)
     for name in (name for name in results["multiverse-0"]["sets"] if name.startswith("variables")):
         cells = []
-        for run, measure in (("plain-0", "critical"), ("multiverse-0", "critical"), ("multiverse-0", "tokens")):
+        for run, measure in (("plain-0", "critical"), (searcher, "critical"), (searcher, "tokens")):
             found = results[run]["sets"][name]
             length = figures.mean_of_right(found, measure)
             cells.append("-" if length is None else f"{length:.0f}")

@@ -120,6 +120,8 @@ def runs() -> dict[str, RowConfig]:
         found[f"given-values-{seed}"] = RowConfig(kind="multiverse", given_values=True, seed=seed)
         linked = RowConfig(kind="multiverse", given_values=True, back_links=True, seed=seed)
         found |= {f"back-links-{seed}": linked, f"low-trees-{seed}": replace(linked, low_trees=True)}
+    for kind in ("plain", "tagged"):
+        found[f"{kind}-back-links-0"] = RowConfig(kind=kind, given_values=True, back_links=True)
     found["no-spare-definitions"] = RowConfig(kind="multiverse", spare_definitions=False)
     found["no-first-batches"] = RowConfig(kind="multiverse", first_batches=0)
     return found

@@ -5,7 +5,6 @@ The files of a unit are flushed to disk before its line is, so a line that can b
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, POINTER
 from megatron_multiverse.checksums import CHECKSUMS_FILE, checksum
 from megatron_multiverse.data.generation_config import GENERATION_FILE
 from megatron_multiverse.errors import CheckpointError
-from megatron_multiverse.files import flush
+from megatron_multiverse.files import flush, try_lock
 
 MANIFEST_FILE = "conversion_progress.jsonl"
 _NAMES = [*TOKENIZER_FILES, GENERATION_FILE, CARD_FILE, INDEX_FILE, "config.json"]
@@ -61,11 +60,9 @@ class Manifest:
                 f"{MANIFEST_FILE}: move it away or choose another --save"
             )
         self._stream = open(folder / MANIFEST_FILE, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._stream):
             self._stream.close()
-            raise CheckpointError(f"{folder} is being written by another conversion: wait for it or stop it") from None
+            raise CheckpointError(f"{folder} is being written by another conversion: wait for it or stop it")
         lines = self._read_lines()
         if lines and lines[0] == json.loads(json.dumps(fingerprint)):
             self.finished = {line["unit"]: line for line in lines[1:] if "unit" in line and self._is_whole(line)}

@@ -126,7 +126,7 @@ def verify_checkpoints(options: VerifyOptions) -> Result:
 
 
 def parse_parallel_size(text: str) -> tuple[int, int]:
-    """ "2x1" -> tensor parallel size 2, pipeline parallel size 1."""
+    """ "2x1" -> tensor parallel size 2, pipeline parallel size 1. Raises ConfigError for another form."""
     parts = text.split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ConfigError(f"parallel size {text!r} must be TENSORxPIPELINE, e.g. 2x1")
@@ -212,6 +212,9 @@ def compare_logits(
         sizes: (tensor, pipeline) parallel sizes.
         options: tolerance and the like.
         changed: ids whose rows differ on purpose.
+
+    Raises:
+        CheckpointError: the model can be cut in none of these ways.
     """
     reference, tested = (second, first) if is_hf(second) and not is_hf(first) else (first, second)
     rows = min(first.config.vocab_size, second.config.vocab_size)

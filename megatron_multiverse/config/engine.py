@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_multiverse.config.choices import Quantization
-from megatron_multiverse.config.sampling import refuse_unless
+from megatron_multiverse.config.sampling import SamplingParams, refuse_unless
 from megatron_multiverse.structure.tags import MAX_DEPTH
 
 
@@ -68,6 +68,12 @@ class EngineConfig:
             value = getattr(self, name)
             refuse_unless(value is None or value >= 0, f"{name} must not be negative (unset for no limit), got {value}")
 
-    def pages_for(self, longest: int) -> int:
-        """Pages for eight answers of `longest` tokens, prompt included, and their forks."""
-        return 8 * (-(-longest // self.page_size) + 16)
+    def pages_for(self, longest: int, answers: int = 8) -> int:
+        """Pages for so many answers of `longest` tokens, prompt included, and their forks."""
+        return answers * (-(-longest // self.page_size) + 16)
+
+    def limits_of(self, sampling: SamplingParams) -> dict[str, int | None]:
+        """`max_depth` and `max_paths` of an answer: the smaller ones of the engine's and the request's, None where
+        neither has a limit."""
+        pairs = {name: (getattr(self, name), getattr(sampling, name)) for name in ("max_depth", "max_paths")}
+        return {name: min((limit for limit in pair if limit is not None), default=None) for name, pair in pairs.items()}

@@ -110,8 +110,3 @@ class CurateConfig:
             raise ConfigError("--model is missing: name one, e.g. claude-sonnet-5-5, or try --dry-run")
         if self.batch and (self.provider != "anthropic" or self.dry_run):
             raise ConfigError("--batch needs --provider anthropic: other servers have no batches of this kind")
-
-    @property
-    def inputs(self) -> list[str]:
-        """`input` as a list."""
-        return [self.input] if isinstance(self.input, str) else self.input

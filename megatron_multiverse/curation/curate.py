@@ -62,7 +62,7 @@ def curate_data(config: CurateConfig, confirm: Callable[[str], bool]) -> CurateR
         DataError: another run works in the output folder.
         ProviderError: the provider takes no request; all that was answered has been kept.
     """
-    source = open_source(config.inputs, split=config.split)
+    source = open_source(config.input, split=config.split)
     columns = choose_columns(source, config.json_keys)
     prices = _prices(config)
     rules = _rules(config)

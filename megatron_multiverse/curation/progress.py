@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 
-logger = logging.getLogger(__name__)
+from megatron_multiverse.progress import PLAIN_LINE_EVERY_S
 
-_PLAIN_LINE_EVERY_S = 10.0
+logger = logging.getLogger(__name__)
 
 
 class SampleProgress:
@@ -39,7 +39,7 @@ class SampleProgress:
         if not self._bar.disable:
             self._bar.set_postfix_str(f"{set_aside} set aside{cost}", refresh=False)
             self._bar.update()
-        elif now - self._printed >= _PLAIN_LINE_EVERY_S:
+        elif now - self._printed >= PLAIN_LINE_EVERY_S:
             self._printed = now
             left = (self._total - self._done) * (now - self._started) / (self._done - self._before)
             logger.info(

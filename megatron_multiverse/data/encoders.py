@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_multiverse.data.tokenizers import HuggingFaceTokenizer, MultiverseTokenizer
-from megatron_multiverse.errors import DataError
+from megatron_multiverse.errors import DataError, first_line
 from megatron_multiverse.structure import TAGS
 
 logger = logging.getLogger(__name__)
@@ -209,8 +209,8 @@ def choose_encoder(tokenizer: MultiverseTokenizer, sample: Callable[[], Sequence
     except DifferentIds as error:
         reason = str(error)
     except Exception as error:  # it raises errors of several kinds where it does not know a kind of tokenizer
-        why = str(error).splitlines() or [type(error).__name__]  # after the first line comes a place in its own source
-        reason = f"gigatoken does not know this tokenizer ({why[0]})"
+        # After the first line comes a place in its own source.
+        reason = f"gigatoken does not know this tokenizer ({first_line(error)})"
     else:
         logger.info("encoding with gigatoken, whose ids are those of tokenizers on a sample of the rows")
         return fast

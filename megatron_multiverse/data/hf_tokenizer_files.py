@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from megatron_multiverse.data.hub import asking_hub
 from megatron_multiverse.data.input_files import refuse_lfs_pointer
-from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def _fetch(name: str, why_not: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(_READ)))
     except LocalEntryNotFoundError as error:
-        reason = why_not or str(error).splitlines()[0]
+        reason = why_not or first_line(error)
         raise ConfigError(
             f"no Hugging Face tokenizer at {name}: it is no folder here, and the hub's cache does not hold it, while "
             f"{reason}: give a folder with tokenizer.json, or run `hf download {name}` where there is a network"

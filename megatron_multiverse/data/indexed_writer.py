@@ -57,7 +57,11 @@ class ShardWriter:
         self._lengths: list[int] = []
 
     def add(self, documents: Sequence[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]]) -> None:
-        """Append documents, the ids of prompt and response of each."""
+        """Append documents, the ids of prompt and response of each.
+
+        Raises:
+            DataError: an id lies outside of the vocabulary.
+        """
         if not documents:
             return
         ids = np.concatenate([sequence for document in documents for sequence in document])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.files import is_lfs_pointer
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ _SPLIT_WORDS = {
 }
 """The words by which the `datasets` library, too, tells the files of a split."""
 _SPLIT_OF = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
-_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,7 @@ def is_compressed(path: str | Path) -> bool:
 
 def refuse_lfs_pointer(path: str | Path) -> None:
     """Raise ConfigError if git put a pointer where the content of a large file should be."""
-    with open(path, "rb") as file:
-        start = file.read(len(_LFS_POINTER))
-    if start == _LFS_POINTER:
+    if is_lfs_pointer(path):
         raise ConfigError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
 
 

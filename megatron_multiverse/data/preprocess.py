@@ -108,11 +108,6 @@ class PreprocessConfig:
             )
         parse_date(self.template_date)
 
-    @property
-    def inputs(self) -> list[str]:
-        """`input` as a list."""
-        return [self.input] if isinstance(self.input, str) else self.input
-
 
 @dataclass(frozen=True)
 class PreprocessResult:
@@ -136,7 +131,7 @@ def preprocess_data(config: PreprocessConfig) -> PreprocessResult:
     # Each worker is one process on one core; threads inside the tokenizer would only fight over the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     started = time.monotonic()
-    source = open_source(config.inputs, split=config.split)
+    source = open_source(config.input, split=config.split)
     _check_places(config.output_prefix, source)
     _log_files(source)
     tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model)

@@ -18,6 +18,8 @@ from megatron_multiverse.structure import Tag
 
 PARALLEL_SUFFIX = " Think step by step and in parallel before answering."
 SEQUENTIAL_SUFFIX = " Think step by step before answering."
+SUFFIXES = {"none": "", "parallel": PARALLEL_SUFFIX, "sequential": SEQUENTIAL_SUFFIX}
+"""What is put after a prompt, by the name of the choice."""
 
 ChatTemplate = Literal["auto", "always", "never"]
 PromptSuffix = Literal["auto", "parallel", "sequential", "none"]
@@ -223,11 +225,11 @@ def _render(render_chat: Callable[[str | list[Turn]], str], prompt: str | list[T
 
 
 def _suffix(choice: PromptSuffix, is_question: bool, is_parallel: bool) -> str:
-    if choice == "none" or (choice == "auto" and not is_question):
+    if choice != "auto":
+        return SUFFIXES[choice]
+    if not is_question:
         return ""
-    if choice == "auto":
-        return PARALLEL_SUFFIX if is_parallel else SEQUENTIAL_SUFFIX
-    return PARALLEL_SUFFIX if choice == "parallel" else SEQUENTIAL_SUFFIX
+    return PARALLEL_SUFFIX if is_parallel else SEQUENTIAL_SUFFIX
 
 
 def _wrap_think(trajectory: str) -> str:

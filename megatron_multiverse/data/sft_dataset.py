@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_multiverse.checksums import quick_checksum, sampled_pieces
 from megatron_multiverse.data.indexed_writer import SEQUENCES_PER_DOCUMENT
-from megatron_multiverse.errors import DataError, StructureError
+from megatron_multiverse.errors import DataError, StructureError, first_line
 from megatron_multiverse.structure import (
     MAX_DEPTH,
     Document,
@@ -271,7 +271,7 @@ def _open(prefix: str) -> Any:
         IndexedDataset.__init__(dataset, prefix)
         documents = dataset.document_indices
     except Exception as error:  # it parses the header with assertions, struct and numpy
-        raise DataError(f"{prefix}.idx is damaged ({_first_line(error)}): {_AGAIN}") from error
+        raise DataError(f"{prefix}.idx is damaged ({first_line(error)}): {_AGAIN}") from error
     _check_index(prefix, dataset)
     if not np.array_equal(documents, np.arange(0, len(dataset.sequence_lengths) + 1, SEQUENCES_PER_DOCUMENT)):
         raise DataError(
@@ -329,7 +329,3 @@ def _check_content(prefix: str, files: Any) -> None:
                 f"{prefix}{suffix} is not the file that {prefix}_manifest.json speaks of: its content is of another "
                 f"run, or damaged; {_AGAIN}"
             )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

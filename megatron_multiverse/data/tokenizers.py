@@ -80,7 +80,7 @@ class MultiverseTokenizer(ABC):
     @property
     @abstractmethod
     def pad(self) -> int:
-        """Id that fills up a batch; never trained on."""
+        """Id that fills up a batch; never trained on. Raises ConfigError if the tokenizer names none."""
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of one text; no begin or end token is added."""

@@ -6,8 +6,6 @@ only if it is new, or carries such a plan and holds nothing but files that a run
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_multiverse.errors import DataError
-from megatron_multiverse.files import write_json_atomic
+from megatron_multiverse.files import try_lock, write_json_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +106,8 @@ class WorkFolder:
         except FileNotFoundError:
             return False  # the run that held it has just deleted the folder
         try:
-            _flock(lock)
-            is_current = os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path / _LOCK))
-        except (BlockingIOError, FileNotFoundError):
+            is_current = try_lock(lock) and os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path / _LOCK))
+        except FileNotFoundError:
             is_current = False
         if is_current:
             self._lock = lock
@@ -196,15 +193,6 @@ def read_object(path: Path) -> dict[str, Any]:
 def has_key(value: dict[str, Any]) -> bool:
     """Whether this is a manifest or a plan of ours."""
     return isinstance(value.get("key"), str) and _KEY.fullmatch(value["key"]) is not None
-
-
-def _flock(file: IO[str]) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        logger.warning("%s: this file system has no locks (%s); start only one run on it", file.name, error.strerror)
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -81,11 +81,10 @@ class FreeRunning:
             return []
         longest = max(map(len, prompts)) + self._config.eval_tokens
         sizes = EngineConfig(cuda_graphs=False)  # capturing them would take longer than so few answers
-        pages = len(prompts) * (-(-longest // sizes.page_size) + sizes.page_size)
         engine = Engine(
             model,
             self._tokenizer.structure_vocab,
-            dataclasses.replace(sizes, num_pages=pages),
+            dataclasses.replace(sizes, num_pages=sizes.pages_for(longest, len(prompts))),
             vocab_size=self._tokenizer.vocab_size,
             detokenize=self._tokenizer.detokenize,
         )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_multiverse.evaluation.compare import Comparison, Interval
 from megatron_multiverse.evaluation.samples import Sample
@@ -68,15 +68,15 @@ def _draw_accuracy(axis: Axes, scores: Mapping[Setting, Score]) -> None:
 
 
 def _draw_parallel(axis: Axes, samples: Sequence[Sample]) -> None:
-    groups = _by_thinking(samples, lambda sample: sample.tokens / max(sample.critical_tokens, 1))
-    _draw_histogram(axis, groups)
+    groups = _by_thinking(samples)
+    shares = {how: [one.tokens / max(one.critical_tokens, 1) for one in chosen] for how, chosen in groups.items()}
+    _draw_histogram(axis, shares)
     axis.set(title="# parallel", xlabel="tokens / longest chain, of each answer", ylabel="answers")
     count_whole(axis)
 
 
 def _draw_lengths(axis: Axes, samples: Sequence[Sample]) -> None:
-    for thinking in _by_thinking(samples, lambda sample: 0.0):
-        chosen = [sample for sample in samples if sample.thinking == thinking]
+    for thinking, chosen in _by_thinking(samples).items():
         for correct, marker in ((True, "o"), (False, "x")):
             dots = [sample for sample in chosen if sample.correct is correct]
             if dots:
@@ -124,10 +124,10 @@ def _draw_budgets(axis: Axes, scores: Mapping[Setting, Score], name: str, label:
     axis.legend(frameon=False, fontsize=8)
 
 
-def _by_thinking(samples: Sequence[Sample], value: Any) -> dict[Thinking, list[float]]:
-    groups: dict[Thinking, list[float]] = {}
+def _by_thinking(samples: Sequence[Sample]) -> dict[Thinking, list[Sample]]:
+    groups: dict[Thinking, list[Sample]] = {}
     for sample in samples:
-        groups.setdefault(sample.thinking, []).append(value(sample))
+        groups.setdefault(sample.thinking, []).append(sample)
     return groups
 
 

@@ -20,6 +20,7 @@ from megatron_multiverse.evaluation.samples import SAMPLES, Job, Sample, SampleL
 from megatron_multiverse.evaluation.scores import Score, Setting, score_settings
 from megatron_multiverse.evaluation.tasks import load_problems
 from megatron_multiverse.locked_folder import RECORD, LockedFolder
+from megatron_multiverse.progress import PLAIN_LINE_EVERY_S
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,6 @@ _FORMAT = 1
 _IN_COMMON = ("chat", "device", "dtype", "quantization")
 _THEN = ", then "
 """Between the devices, or the weights, of a run that went on with others."""
-_PLAIN_LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ def _recorded_weights(config: EvaluateConfig, now: str | None) -> str | None:
     Raises:
         ConfigError: the answers in the folder are of other weights.
     """
-    file, answers = config.output / RECORD, config.output / SAMPLES
-    if not (file.is_file() and answers.is_file() and answers.stat().st_size):
+    answers = config.output / SAMPLES
+    if not ((config.output / RECORD).is_file() and answers.is_file() and answers.stat().st_size):
         return now
-    before = json.loads(file.read_text(encoding="utf-8")).get("weights")
+    before = _settings(config.output).get("weights")
     if before is not None and now is None:
         logger.warning("%s: the server does not tell whether its weights are still those of the answers", config.output)
     elif before not in (None, now):
@@ -166,7 +166,7 @@ def _answer(
             bar.set_postfix_str(f"{right} right, {len(errors)} missing", refresh=False)
             bar.update()
             now = time.monotonic()
-            if bar.disable and now - printed >= _PLAIN_LINE_EVERY_S:
+            if bar.disable and now - printed >= PLAIN_LINE_EVERY_S:
                 printed = now
                 eta = (len(jobs) - done) * (now - started) / done
                 logger.info(

@@ -8,9 +8,9 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX, why_a_time
+from megatron_multiverse.data.prompts import SUFFIXES, why_a_time
 from megatron_multiverse.data.readers import load_dataset, read_rows
 from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.errors import ConfigError, DataError
@@ -19,8 +19,6 @@ from megatron_multiverse.grading import boxes, gold_answer, is_right, stated_ans
 logger = logging.getLogger(__name__)
 
 Thinking = Literal["parallel", "sequential", "none"]
-THINKING: tuple[Thinking, ...] = get_args(Thinking)
-_SUFFIXES: dict[Thinking, str] = {"parallel": PARALLEL_SUFFIX, "sequential": SEQUENTIAL_SUFFIX, "none": ""}
 
 _QUESTION = ("problem", "question", "prompt")
 _GOLD = ("answer", "expected_answer", "target")
@@ -68,7 +66,7 @@ class Problem:
 
     def prompt(self, thinking: Thinking) -> str:
         """The turn of the user, with the sentence that models were trained to fork by, or not to."""
-        return self.question + _SUFFIXES[thinking]
+        return self.question + SUFFIXES[thinking]
 
     def grade(self, text: str) -> tuple[str | None, bool]:
         """The answer that a response states, and whether it is right. In the main thread only."""

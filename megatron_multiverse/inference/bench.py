@@ -91,7 +91,11 @@ class BenchConfig:
 
 
 def measure(config: BenchConfig) -> Iterator[dict[str, Any]]:
-    """One row of figures per case, on the first rank."""
+    """One row of figures per case, on the first rank.
+
+    Raises:
+        ConfigError: a part that runs on one GPU is asked of several, or there are too few steps to measure.
+    """
     first = ModelRanks.current().is_first
     device = choose_device("auto")
     shape = preset(config.model_preset)

@@ -19,7 +19,7 @@ from megatron_multiverse.config import EngineConfig, EngineDType, SamplingParams
 from megatron_multiverse.config.choices import FreeText
 from megatron_multiverse.data.chat_templates import DEFAULT_DATE, parse_date
 from megatron_multiverse.data.generation_config import end_ids
-from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
+from megatron_multiverse.data.prompts import SUFFIXES
 from megatron_multiverse.data.readers import read_rows
 from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
@@ -37,8 +37,6 @@ from megatron_multiverse.inference.text.state import TokenCallback
 from megatron_multiverse.model.device import choose_device
 
 logger = logging.getLogger(__name__)
-
-_SUFFIXES = {"none": "", "parallel": PARALLEL_SUFFIX, "sequential": SEQUENTIAL_SUFFIX}
 
 Watch: TypeAlias = Callable[[MultiverseTokenizer, str], TokenCallback]
 """Called with the tokenizer and the prompt."""
@@ -150,7 +148,7 @@ def generate_answers(config: GenerateConfig, *, watch: Watch | None = None) -> I
     config = dataclasses.replace(config, load=loadable(config.load))
     tokenizer = _tokenizer(config)
     date = parse_date(config.template_date or DEFAULT_DATE) if config.chat else None
-    suffix, replay = _SUFFIXES[config.prompt_suffix], config.replay_structure
+    suffix, replay = SUFFIXES[config.prompt_suffix], config.replay_structure
     texts = [render_prompt(prompt, tokenizer, suffix=suffix, date=date, replay=replay) for prompt in prompts]
     encoded = encode(texts, tokenizer)
     engine = _build_engine(config, tokenizer, max(len(ids) for ids, _ in encoded))

@@ -116,11 +116,7 @@ class Intake:
 
     def _machine(self, sampling: SamplingParams) -> StructureMachine:
         """The grammar of an answer that has not begun, with the limits of engine and request."""
-        return StructureMachine(
-            self.vocab,
-            max_depth=_smaller(self.config.max_depth, sampling.max_depth),
-            max_paths=_smaller(self.config.max_paths, sampling.max_paths),
-        )
+        return StructureMachine(self.vocab, **self.config.limits_of(sampling))
 
     def _guide(self, sampling: SamplingParams) -> Guide | None:
         if not sampling.grammar:
@@ -220,8 +216,3 @@ def count_ids(vocab_size: int | None, model_rows: int | None) -> int | None:
             "use the tokenizer of the model"
         )
     return model_rows if vocab_size is None else vocab_size
-
-
-def _smaller(one: int | None, other: int | None) -> int | None:
-    """The smaller of two limits; None is no limit."""
-    return min((limit for limit in (one, other) if limit is not None), default=None)

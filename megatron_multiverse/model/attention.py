@@ -77,7 +77,7 @@ class LayoutParams(AttentionParams):
         return cls.from_labels(index.expand(input_ids.shape[0], -1), backend=backend)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer_number: int, softmax_scale: float) -> Tensor:
-        """See AttentionParams.attend."""
+        """See AttentionParams.attend. Raises ConfigError if the layout is for other numbers of tokens."""
         want = query.shape[1], query.shape[0], key.shape[0]
         if self.layout.shape != want:
             raise ConfigError(f"the layout of LayoutParams must be for (b, s_q, s_k) = {want}, got {self.layout.shape}")

@@ -22,6 +22,7 @@ from megatron_multiverse.model.mcore import ensure_cuda_rng_states, ensure_paral
 def transformer_config(
     config: ModelConfig,
     dtype: torch.dtype,
+    *,
     initialize: bool = True,
     layers: LayerConfig | None = None,
     transformer_impl: str = "local",
@@ -170,7 +171,15 @@ def build_gpt_model(
     if layers.attention_backend != "auto":
         check_backend(layers.attention_backend, attention_case(config, device, compute_dtype or dtype))
     impl = choose_transformer_impl(layers, device, compute_dtype or dtype)
-    mcore_config = transformer_config(config, dtype, initialize, layers, impl, sequence_parallel, on_device)
+    mcore_config = transformer_config(
+        config,
+        dtype,
+        initialize=initialize,
+        layers=layers,
+        transformer_impl=impl,
+        sequence_parallel=sequence_parallel,
+        on_device=on_device,
+    )
     spec = get_gpt_layer_spec(impl, qk_layernorm=config.qk_layernorm)
     block = TransformerBlockSubmodules(
         layer_specs=[spec] * get_num_layers_to_build(mcore_config, vp_stage=vp_stage), layer_norm=get_final_norm(impl)

@@ -127,7 +127,11 @@ class SelfAttention(McoreSelfAttention):  # type: ignore[misc]
     def forward(
         self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As megatron-core's; activation recompute calls it again, with the same params."""
+        """As megatron-core's; activation recompute calls it again, with the same params.
+
+        Raises:
+            ConfigError: the params are none of ours or have no rotary table, or another rotation is asked for.
+        """
         params = require_attention_params(packed_seq_params)
         if params.rotary_table is None:
             raise ConfigError(
@@ -187,7 +191,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """See AttentionParams.attend; attention_mask must be None, the params say what is seen."""
+        """See AttentionParams.attend. Raises ConfigError for a mask or a bias: the params say what is seen."""
         if attention_bias is not None:
             raise ConfigError("Multiverse attention takes no attention_bias: leave it out")
         params = require_attention_params(packed_seq_params, attention_mask)

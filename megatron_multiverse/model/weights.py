@@ -96,6 +96,8 @@ def write_weights(tensors: dict[str, torch.Tensor], config: ModelConfig, folder:
     """Write the weights of a whole model by plain name, on the CPU and contiguous, and its config.
 
     Args:
+        tensors: the weights.
+        config: of the whole model.
         folder: created if missing; files of an earlier save in it are replaced.
     """
     path = Path(folder)

@@ -44,10 +44,10 @@ def drawing_of(
         replicas: of the model.
 
     Raises:
-        ConfigError: the longest prompt and answer do not fit into a row, the model or the cache; the engine refuses
-            what is asked of it; generation_config.json of the model is damaged.
+        ConfigError: the longest prompt and answer do not fit into a row or into the cache; the engine refuses what is
+            asked of it; generation_config.json of the model is damaged.
     """
-    longest = check_length(config, model, prompts.longest)
+    longest = check_length(config, prompts.longest)
     sampling = config.rollout.sampling
     # The end tokens that generation_config.json names end answers too, as they do where the model is served.
     stops = (*sampling.stop_token_ids, *end_ids(Path(config.init_from), tokenizer))
@@ -72,20 +72,19 @@ def drawing_of(
     return drawing
 
 
-def check_length(config: RLConfig, model: ModelConfig, longest_prompt: int) -> int:
+def check_length(config: RLConfig, longest_prompt: int) -> int:
     """Tokens of the longest prompt and answer together.
 
     Raises:
-        ConfigError: they do not fit into a row, or into the positions of the model.
+        ConfigError: they do not fit into a row, which is no longer than the positions of the model.
     """
-    longest = longest_prompt + config.rollout.sampling.max_tokens
-    for name, room in (("policy.seq_length", config.policy.seq_length), ("the model's", model.max_sequence_length)):
-        if longest > room:
-            raise ConfigError(
-                f"the longest prompt ({longest_prompt} tokens) and rollout.sampling.max_tokens "
-                f"({config.rollout.sampling.max_tokens}) are {longest} tokens, more than {name} {room}: lower "
-                "max_tokens or raise policy.seq_length"
-            )
+    longest, room = longest_prompt + config.rollout.sampling.max_tokens, config.policy.seq_length
+    if longest > room:
+        raise ConfigError(
+            f"the longest prompt ({longest_prompt} tokens) and rollout.sampling.max_tokens "
+            f"({config.rollout.sampling.max_tokens}) are {longest} tokens, more than policy.seq_length {room}: lower "
+            "max_tokens or raise policy.seq_length"
+        )
     return longest
 
 
@@ -95,4 +94,4 @@ def engine_config(config: RLConfig, longest: int, replicas: int) -> EngineConfig
     if engine.num_pages:
         return engine
     at_once = min(-(-rollout.prompts_per_step // replicas) * rollout.group_size, engine.max_rows)
-    return dataclasses.replace(engine, num_pages=at_once * (-(-longest // engine.page_size) + 16))
+    return dataclasses.replace(engine, num_pages=engine.pages_for(longest, at_once))

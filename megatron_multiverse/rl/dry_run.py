@@ -78,7 +78,7 @@ def _prompts(config: RLConfig, base: TrainConfig, model: ModelConfig, published:
     """What is said of the prompts, and the tokens of the longest one and its answer."""
     if published is not None and not config.task.tokenizer_model:
         told = f"{config.task.input}: not read, since only the shape of the model is here; task.tokenizer_model helps"
-        return told, min(config.policy.seq_length, model.max_sequence_length)
+        return told, config.policy.seq_length
     tokenizer = build_tokenizer(config.task.tokenizer_type, config.tokenizer_model)
     if published is None:
         check_start(base, tokenizer, learns_from_answers=True)

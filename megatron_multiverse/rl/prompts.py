@@ -11,14 +11,12 @@ import numpy as np
 
 from megatron_multiverse.config import TaskConfig
 from megatron_multiverse.data.chat_templates import DEFAULT_DATE, parse_date
-from megatron_multiverse.data.prompts import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
+from megatron_multiverse.data.prompts import SUFFIXES
 from megatron_multiverse.data.readers import read_rows
 from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError
 from megatron_multiverse.grading import gold_answer
-
-_SUFFIXES = {"none": "", "parallel": PARALLEL_SUFFIX, "sequential": SEQUENTIAL_SUFFIX}
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def read_prompts(config: TaskConfig, tokenizer: MultiverseTokenizer) -> list[Pro
             rows.append(row.fields)
     if not rows:
         raise DataError(f"{config.input} holds no rows; give rows with {config.prompt_key} and {config.answer_key}")
-    texts = [_text(row[config.prompt_key]) + _SUFFIXES[config.prompt_suffix] for row in rows]
+    texts = [_text(row[config.prompt_key]) + SUFFIXES[config.prompt_suffix] for row in rows]
     if config.chat and tokenizer.chat_template is None:
         raise ConfigError(
             "task.chat is true, but the tokenizer has no default chat template: set it false, or name a tokenizer that "

@@ -216,14 +216,7 @@ def parts_of(batch: Batch, count: int, replica: Replica) -> list[list[Group]]:
 
 def rows_of(groups: list[Group], config: RLConfig, tokenizer: MultiverseTokenizer, step: int) -> list[Microbatch]:
     """The answers of some groups as the microbatches of one update."""
-    policy, engine = config.policy, config.rollout.engine
-    sampling = config.rollout.sampling
-    limits = {
-        name: min(
-            (limit for limit in (getattr(engine, name), getattr(sampling, name)) if limit is not None), default=None
-        )
-        for name in ("max_depth", "max_paths")
-    }
+    policy, limits = config.policy, config.rollout.engine.limits_of(config.rollout.sampling)
     trees: list[Tree] = []
     for group in groups:
         own = [

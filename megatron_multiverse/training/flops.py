@@ -47,13 +47,12 @@ def training_flops(config: ModelConfig, num_tokens: int, num_visible_pairs: int)
     return float(linear + attention)
 
 
-def peak_tflops(device: torch.device, dtype: str, override: float | None = None) -> float | None:
-    """Peak of one device in TFLOP/s, or None if it is not known."""
-    if override is not None:
-        return override
-    if device.type != "cuda":
-        return None
-    return peak_of(torch.cuda.get_device_name(device), dtype)
+def peak_tflops(device: torch.device, dtype: str, override: float | None = None, *, devices: int = 1) -> float | None:
+    """Peak of so many devices together in TFLOP/s, or None if it is not known; `override` is that of one."""
+    peak = override
+    if peak is None and device.type == "cuda":
+        peak = peak_of(torch.cuda.get_device_name(device), dtype)
+    return None if peak is None else devices * peak
 
 
 def peak_of(name: str, dtype: str) -> float | None:

@@ -32,7 +32,7 @@ from megatron_multiverse.training.microbatches import Documents, Microbatch
 from megatron_multiverse.training.optim import NonFiniteGuard, build_scheduler, warn_of_another_schedule
 from megatron_multiverse.training.phases import PhaseClock
 from megatron_multiverse.training.pipeline import reduced, run_schedule, tokens_of_step
-from megatron_multiverse.training.placement import TokenPlacer
+from megatron_multiverse.training.placement import Placers, TokenPlacer
 from megatron_multiverse.training.validation import TagCounter, Validation
 from megatron_multiverse.weight_names import is_extra_state
 
@@ -63,8 +63,7 @@ class MegatronEngine:
         self.config, self.models, self.model_config, self.layers = config, list(chunks), model_config, layers
         weight = next(chunks[0].parameters())
         self.device, self.ranks = weight.device, current_ranks()
-        peak = peak_tflops(self.device, config.dtype, config.log.peak_tflops)
-        self.peak_tflops = None if peak is None else peak * self.ranks.size
+        self.peak_tflops = peak_tflops(self.device, config.dtype, config.log.peak_tflops, devices=self.ranks.size)
         with cuda_is_cpu(self.device):
             self.chunks = [wrapped(model, first=number == 0) for number, model in enumerate(self.models)]
             self.optimizer = DistributedAdamW(self.chunks, config.optim, weight.dtype)
@@ -73,11 +72,8 @@ class MegatronEngine:
         self._loss = loss
         self.scheduler = build_scheduler(self.optimizer.adamw, config.optim, config.train_iters)
         self._guard = NonFiniteGuard(self.device)
-        self._placer = self._placer_of(loader)
-        self._valid_placer = None if valid_loader is None else self._placer_of(valid_loader)
-
-    def _placer_of(self, loader: Documents) -> TokenPlacer:
-        return TokenPlacer(loader, self.device, self.layers.attention_backend, self.config.data.malformed)
+        malformed = config.data.malformed
+        self._placers = Placers(loader, valid_loader, self.device, layers.attention_backend, malformed)
 
     def _connect(self) -> None:
         """Tell megatron-core's schedules how to treat this model; they read it from the model's config."""
@@ -116,7 +112,9 @@ class MegatronEngine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         scale = 1 / max(1, loss_tokens)
-        sums = self._run(microbatches, self._placer, scale, forward_only=False, loss=self._loss, clock=self.clock)
+        sums = self._run(
+            microbatches, self._placers.train, scale, forward_only=False, loss=self._loss, clock=self.clock
+        )
         loss_sum, pairs, *_ = reduced(sums)
         self.clock.begin("optimizer")
         grad_norm = self.optimizer.clip_gradients()
@@ -133,11 +131,10 @@ class MegatronEngine:
     @torch.no_grad()
     def validate(self, microbatches: Iterable[Microbatch]) -> Validation:
         """See `TrainEngine.validate`."""
-        assert self._valid_placer is not None, "an engine that validates is built with a valid_loader"
         batches = self._whole_turns(list(microbatches))
         count, _ = tokens_of_step(self.ranks, batches)
-        with TagCounter(self.models, self._valid_placer.tag_ids) as tags:
-            sums = reduced(self._run(batches, self._valid_placer, 1.0, tags=tags, forward_only=True))
+        with TagCounter(self.models, self._placers.valid.tag_ids) as tags:
+            sums = reduced(self._run(batches, self._placers.valid, 1.0, tags=tags, forward_only=True))
         return Validation.of_sums(sums[[0, 2, 3]], count)
 
     def _whole_turns(self, batches: list[Microbatch]) -> list[Microbatch]:
@@ -150,9 +147,7 @@ class MegatronEngine:
     def check(self, metrics: MetricsWriter) -> None:
         """See `TrainEngine.check`."""
         self._guard.check()
-        for placer in (self._placer, self._valid_placer):
-            if placer is not None:
-                placer.report(self.scheduler.num_steps, metrics)
+        self._placers.report(self.scheduler.num_steps, metrics)
 
     def state(self, *, is_loading: bool = False, host: HostMemory | None = None) -> dict[str, Any]:
         """See `TrainEngine.state`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_multiverse.config import ModelConfig, TrainConfig
+from megatron_multiverse.config import ModelConfig, TrainConfig, check_sequence_length
 from megatron_multiverse.errors import CheckpointError
 from megatron_multiverse.model.families import preset
 from megatron_multiverse.training.memory import (
@@ -36,7 +36,9 @@ def shape_to_try(config: TrainConfig, published: str | None, row_setting: str = 
         CheckpointError, ConfigError: see `describe_model`; there is no such published shape.
     """
     if published is not None:
-        return preset(published)
+        model = preset(published)
+        check_sequence_length(config.data, model, row_setting)
+        return model
     try:
         return describe_model(config, row_setting)
     except CheckpointError as error:

@@ -120,7 +120,7 @@ class StepMeter:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Highest memory of this process so far: on the GPU if that is the device, else resident."""
+    """Memory of this process in GiB: on a GPU the most that its tensors took so far, else what is resident now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import psutil
@@ -175,11 +175,10 @@ class MetricsWriter:
         """A training interval, to the file and to the log."""
         eta_s = (numbers["step_time_s"] or 0.0) * (self.train_iters - step)
         self.write("train", step, lr=lr, eta_s=eta_s, consumed_samples=consumed_samples, **numbers)
-        mfu = numbers["mfu"]
         self._log(
             "step %d/%d | loss %s | lr %.3e | grad norm %.3f | %s | MFU %s | %.2f GiB | ETA %s",
             step, self.train_iters, format_loss(numbers["loss"]), lr, numbers["grad_norm"], format_speed(numbers),
-            "n/a" if mfu is None else f"{100 * mfu:.1f} %", numbers["memory_gib"], format_duration(eta_s),
+            format_mfu(numbers["mfu"]), numbers["memory_gib"], format_duration(eta_s),
         )  # fmt: skip
 
     def valid(self, step: int, found: Validation) -> None:
@@ -213,6 +212,11 @@ def end_unfinished_line(path: Path) -> None:
 def format_loss(loss: float | None) -> str:
     """Four decimals; "n/a" where no token was trained."""
     return "n/a" if loss is None or math.isnan(loss) else f"{loss:.4f}"
+
+
+def format_mfu(mfu: float | None) -> str:
+    """In percent; "n/a" where the peak of the devices is not known."""
+    return "n/a" if mfu is None else f"{100 * mfu:.1f} %"
 
 
 def format_speed(numbers: Mapping[str, float | None]) -> str:

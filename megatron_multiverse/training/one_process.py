@@ -36,7 +36,7 @@ from megatron_multiverse.training.optim import (
     warn_of_another_schedule,
 )
 from megatron_multiverse.training.phases import PhaseClock
-from megatron_multiverse.training.placement import TokenPlacer
+from megatron_multiverse.training.placement import Placers
 from megatron_multiverse.training.validation import Validation
 
 
@@ -71,11 +71,8 @@ class OneProcessEngine:
         self.clock = PhaseClock(self.device)
         self._loss = loss
         self._guard = NonFiniteGuard(self.device)
-        self._placer = self._placer_of(loader)
-        self._valid_placer = None if valid_loader is None else self._placer_of(valid_loader)
-
-    def _placer_of(self, loader: Documents) -> TokenPlacer:
-        return TokenPlacer(loader, self.device, self.layers.attention_backend, self.config.data.malformed)
+        malformed = config.data.malformed
+        self._placers = Placers(loader, valid_loader, self.device, layers.attention_backend, malformed)
 
     @property
     def learning_rate(self) -> float:
@@ -90,7 +87,7 @@ class OneProcessEngine:
         """See `TrainEngine.step`."""
         self.scheduler.step(1)
         loss = self.clock.around_forward(self._loss)
-        sums = forward_backward(self.model, microbatches, self._placer, self.config.dtype, loss)
+        sums = forward_backward(self.model, microbatches, self._placers.train, self.config.dtype, loss)
         self.clock.begin("optimizer")
         grad_norm = clip_gradients(self.model.parameters(), self.config.optim.clip_grad)
         self._guard.watch(self.optimizer, self.scheduler.num_steps, sums.loss, grad_norm)
@@ -101,15 +98,12 @@ class OneProcessEngine:
 
     def validate(self, microbatches: Iterable[Microbatch]) -> Validation:
         """See `TrainEngine.validate`."""
-        assert self._valid_placer is not None, "an engine that validates is built with a valid_loader"
-        return validate(self.model, microbatches, self._valid_placer, self.config.dtype)
+        return validate(self.model, microbatches, self._placers.valid, self.config.dtype)
 
     def check(self, metrics: MetricsWriter) -> None:
         """See `TrainEngine.check`."""
         self._guard.check()
-        for placer in (self._placer, self._valid_placer):
-            if placer is not None:
-                placer.report(self.scheduler.num_steps, metrics)
+        self._placers.report(self.scheduler.num_steps, metrics)
 
     def state(self, *, is_loading: bool = False, host: HostMemory | None = None) -> dict[str, Any]:
         """See `TrainEngine.state`. Puts no tensor together."""

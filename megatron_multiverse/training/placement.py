@@ -109,6 +109,29 @@ class TokenPlacer:
         metrics.write("malformed", step, sample=name, sample_id=sample, found_by=found_by, problem=problem)
 
 
+class Placers:
+    """The placers of an engine: `train` of the microbatches of its steps, `valid` of those of its validations, if it is
+    given a loader of such. All else as for `TokenPlacer`."""
+
+    def __init__(
+        self, loader: Documents, valid_loader: Documents | None, device: torch.device, backend: str, malformed: str
+    ) -> None:
+        self.train = TokenPlacer(loader, device, backend, malformed)
+        self._valid = None if valid_loader is None else TokenPlacer(valid_loader, device, backend, malformed)
+
+    @property
+    def valid(self) -> TokenPlacer:
+        """The second of them."""
+        assert self._valid is not None, "an engine that validates is built with a valid_loader"
+        return self._valid
+
+    def report(self, step: int, metrics: MetricsWriter) -> None:
+        """See `TokenPlacer.report`."""
+        for placer in (self.train, self._valid):
+            if placer is not None:
+                placer.report(step, metrics)
+
+
 def raise_unless_equal(scan: StructureScan, batch: Microbatch) -> None:
     """A scan must be what the loader computed on the host (waits for the device).
 

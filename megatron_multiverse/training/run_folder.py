@@ -10,7 +10,6 @@ named in the pointer before it gets its name: an iter_ folder without a pointer 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
@@ -30,7 +29,7 @@ from megatron_multiverse.checkpoints.run_files import (
 from megatron_multiverse.checksums import check_files, folder_checksums, write_checksums
 from megatron_multiverse.config import CheckpointConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
-from megatron_multiverse.files import flush, write_text_atomic
+from megatron_multiverse.files import flush, try_lock, write_text_atomic
 from megatron_multiverse.parallel.ranks import Ranks
 from megatron_multiverse.training.checkpoint import TrainState, begin_saving, explained, load_state
 from megatron_multiverse.training.description import RunDescription
@@ -95,7 +94,11 @@ class RunFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / LOCK_FILE, "a", encoding="utf-8")  # noqa: SIM115 (held for the whole run)
             try:
-                self._take_lock(self._lock)
+                if not try_lock(self._lock):
+                    raise CheckpointError(
+                        f"{self.folder} is in use by another training run: wait for it, stop it, or name another "
+                        "folder in checkpoint.save"
+                    )
                 for leftover in self._left_over("partial", "replaced"):
                     self._check_ours(leftover)
                 step = self.latest()
@@ -129,17 +132,6 @@ class RunFolder:
             logger.warning("an old checkpoint in %s could not be deleted: %s", self.folder, error)
         if self._lock is not None:
             self._lock.close()  # which gives the lock back; the file stays, since another run may be waiting at it
-
-    def _take_lock(self, lock: IO[str]) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"{self.folder} is in use by another training run: wait for it, stop it, or name another folder in "
-                "checkpoint.save"
-            ) from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): start no second run in it", self.folder, error.strerror)
 
     def _check_resume(self, step: int | None) -> None:
         if step is not None and not self.config.resume:

@@ -6,7 +6,14 @@ import time
 
 from megatron_multiverse.config import TrainConfig
 from megatron_multiverse.training.data import build_loaders, open_tokenizer
-from megatron_multiverse.training.metrics import MetricsWriter, StepMeter, format_duration, format_loss, format_speed
+from megatron_multiverse.training.metrics import (
+    MetricsWriter,
+    StepMeter,
+    format_duration,
+    format_loss,
+    format_mfu,
+    format_speed,
+)
 from megatron_multiverse.training.microbatches import streaming
 from megatron_multiverse.training.seeds import seed_everything
 from megatron_multiverse.training.start import describe_model, joined_groups
@@ -49,11 +56,11 @@ def try_steps(config: TrainConfig, steps: int) -> str:
             numbers = meter.read(model_config, engine.peak_tflops)
         engine.check(MetricsWriter(None, config.train_iters))
         memory = max(float(gib or 0.0) for gib in ranks.gather(numbers["memory_gib"]))
-    step_s, mfu = numbers["step_time_s"] or 0.0, numbers["mfu"]
+    step_s = numbers["step_time_s"] or 0.0
     return (
         f"tried {steps} steps: loss {format_loss(first_loss)} in the first, which took {first_s:.1f} s; {step_s:.3g} s "
         f"for each other one, {format_speed(numbers)}, "
-        f"MFU {'n/a' if mfu is None else f'{100 * mfu:.1f} %'}, {memory:.2f} GiB on the fullest rank; "
+        f"MFU {format_mfu(numbers['mfu'])}, {memory:.2f} GiB on the fullest rank; "
         f"all {config.train_iters} steps would take {format_duration(step_s * config.train_iters)} without validation "
         "and checkpoints"
     )

@@ -39,7 +39,7 @@ from megatron_multiverse.training.optim import (
 )
 from megatron_multiverse.training.phases import PhaseClock
 from megatron_multiverse.training.pipeline import PlacedMicrobatch, place, reduced, tokens_of_step
-from megatron_multiverse.training.placement import TokenPlacer
+from megatron_multiverse.training.placement import Placers, TokenPlacer
 from megatron_multiverse.training.start import create_chunks
 from megatron_multiverse.training.validation import TagCounter, Validation
 from megatron_multiverse.training.zero_state import ZeroState, whole_shapes, whole_weight, write_partitioned
@@ -140,17 +140,13 @@ class ZeroEngine:
         self.config, self.zero, self.model, self.optimizer = config, zero, model, optimizer
         self.model_config, self.layers = model_config, layers
         self.device, self.ranks = torch.device(zero.device), current_ranks()
-        peak = peak_tflops(self.device, config.dtype, config.log.peak_tflops)
-        self.peak_tflops = None if peak is None else peak * self.ranks.size
+        self.peak_tflops = peak_tflops(self.device, config.dtype, config.log.peak_tflops, devices=self.ranks.size)
         self.scheduler = build_scheduler(optimizer, config.optim, config.train_iters)
         self._state = ZeroState(zero, model, optimizer, MegatronGroups.get_data_parallel_group())
         self.clock = PhaseClock(self.device)
         self._guard = NonFiniteGuard(self.device)
-        self._placer = self._placer_of(loader)
-        self._valid_placer = None if valid_loader is None else self._placer_of(valid_loader)
-
-    def _placer_of(self, loader: Loader) -> TokenPlacer:
-        return TokenPlacer(loader, self.device, self.layers.attention_backend, self.config.data.malformed)
+        malformed = config.data.malformed
+        self._placers = Placers(loader, valid_loader, self.device, layers.attention_backend, malformed)
 
     @property
     def learning_rate(self) -> float:
@@ -172,7 +168,7 @@ class ZeroEngine:
         sums = self._no_sums(2)
         for number, batch in enumerate(microbatches, 1):
             self.clock.begin("forward")
-            placed = self._place(batch, self._placer)
+            placed = self._place(batch, self._placers.train)
             loss_sum = self._loss_sum(placed)
             self.clock.begin("backward")
             self.zero.backward(loss_sum * scale, scale_wrt_gas=False)
@@ -223,13 +219,12 @@ class ZeroEngine:
     @torch.no_grad()
     def validate(self, microbatches: Iterable[Microbatch]) -> Validation:
         """See `TrainEngine.validate`."""
-        assert self._valid_placer is not None, "an engine that validates is built with a valid_loader"
         batches, sums = list(microbatches), self._no_sums(3)
         count, _ = tokens_of_step(self.ranks, batches)
         self.zero.eval()
-        with TagCounter([self.model], self._valid_placer.tag_ids) as tags:
+        with TagCounter([self.model], self._placers.valid.tag_ids) as tags:
             for batch in batches:
-                placed = self._place(batch, self._valid_placer)
+                placed = self._place(batch, self._placers.valid)
                 sums[0] += self._loss_sum(placed) * self._counts()
                 sums[1:] += tags.count(placed.labels, placed.loss_mask) * self._counts()
         self.zero.train()
@@ -237,9 +232,7 @@ class ZeroEngine:
 
     def check(self, metrics: MetricsWriter) -> None:
         """See `TrainEngine.check`."""
-        for placer in (self._placer, self._valid_placer):
-            if placer is not None:
-                placer.report(self.scheduler.num_steps, metrics)
+        self._placers.report(self.scheduler.num_steps, metrics)
 
     def state(self, *, is_loading: bool = False, host: HostMemory | None = None) -> dict[str, Any]:
         """See `TrainEngine.state`. Loading asks for no tensor here: `load` reads them one after the other."""

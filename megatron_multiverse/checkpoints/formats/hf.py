@@ -19,7 +19,7 @@ from megatron_multiverse.checkpoints.formats.hf_config import (
     read_hf_config,
 )
 from megatron_multiverse.checkpoints.formats.hf_safetensors import SINGLE_FILE, HFReader, write_index, write_safetensors
-from megatron_multiverse.checkpoints.formats.raw import read_tensor
+from megatron_multiverse.checkpoints.formats.raw import Location, read_tensor
 from megatron_multiverse.checkpoints.names.rules import merge, split
 from megatron_multiverse.checkpoints.names.table import Entry, Family, entries
 from megatron_multiverse.checkpoints.protocols import (
@@ -120,7 +120,7 @@ class HFSource:
         for start in range(0, len(embedding) if same else 0, rows):
             mine = embedding[start : start + rows]
             offset = place.offset + byte_size(place.dtype, (start, *place.shape[1:]))
-            theirs = read_tensor(place.file, offset, place.dtype, tuple(mine.shape), name=HEAD)
+            theirs = read_tensor(Location(place.file, offset, place.dtype, tuple(mine.shape)), name=HEAD)
             same = same and torch.equal(mine, theirs.to(mine.dtype))
         if not same:
             raise CheckpointError(

@@ -11,7 +11,6 @@ import json
 import logging
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.checkpoints.formats.json_files import read_json_object, refuse_lfs_pointer
-from megatron_multiverse.checkpoints.formats.raw import as_bytes, read_tensor
+from megatron_multiverse.checkpoints.formats.raw import Location, as_bytes, read_tensor
 from megatron_multiverse.checkpoints.names.table import Shape
 from megatron_multiverse.checkpoints.protocols import byte_size
 from megatron_multiverse.checkpoints.recycled import contiguous
@@ -42,17 +41,6 @@ OTHER_LAYOUTS = {
 """Files that hold weights in a way that is not read here, and what to do."""
 FILE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FILE_DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where a tensor lies on disk."""
-
-    file: Path
-    offset: int
-    """First byte in the file."""
-    dtype: torch.dtype
-    shape: Shape
 
 
 def read_header(file: Path) -> dict[str, Location]:
@@ -171,8 +159,7 @@ class HFReader:
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """One tensor, in memory of its own or in `out` (see `read_tensor`)."""
-        place = self.location(name)
-        return read_tensor(place.file, place.offset, place.dtype, place.shape, name=name, out=out)
+        return read_tensor(self.location(name), name=name, out=out)
 
 
 def write_safetensors(

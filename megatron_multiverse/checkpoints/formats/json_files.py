@@ -9,8 +9,7 @@ from typing import Any
 from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.config.strict import dataclass_from_mapping
 from megatron_multiverse.errors import CheckpointError
-
-LFS_POINTER = b"version https://git-lfs"
+from megatron_multiverse.files import is_lfs_pointer
 
 
 def read_json_object(file: str | Path) -> dict[str, Any]:
@@ -33,9 +32,8 @@ def read_json_object(file: str | Path) -> dict[str, Any]:
 
 def refuse_lfs_pointer(file: Path) -> None:
     """Raise CheckpointError if the file is what git leaves in place of a large one that was not fetched."""
-    with open(file, "rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise CheckpointError(f"{file} is a git-lfs pointer, not the file itself: run git lfs pull in its folder")
+    if is_lfs_pointer(file):
+        raise CheckpointError(f"{file} is a git-lfs pointer, not the file itself: run git lfs pull in its folder")
 
 
 def read_model_config(file: str | Path) -> ModelConfig:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_multiverse.checkpoints.formats.megatron_args import args_from_config
 from megatron_multiverse.checkpoints.formats.pickles import load_torch_file, storage_offset
-from megatron_multiverse.checkpoints.formats.raw import as_bytes, read_tensor
+from megatron_multiverse.checkpoints.formats.raw import Location, as_bytes, read_tensor
 from megatron_multiverse.checkpoints.names.rules import join, slices
 from megatron_multiverse.checkpoints.names.table import Entry, Shape
 from megatron_multiverse.checkpoints.protocols import (
@@ -34,7 +33,7 @@ from megatron_multiverse.checkpoints.protocols import (
     target_dtype,
 )
 from megatron_multiverse.checkpoints.recycled import contiguous
-from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.errors import CheckpointError, first_line
 from megatron_multiverse.weight_names import CORE_ATTENTION, extra_state_modules, fused_name, plain_name
 
 logger = logging.getLogger(__name__)
@@ -50,16 +49,6 @@ def is_legacy(folder: Path) -> bool:
     return folder.is_dir() and any(RANK_FOLDER.match(p.name) for p in folder.iterdir())
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a rank's tensor lies."""
-
-    file: Path
-    offset: int
-    dtype: torch.dtype
-    shape: Shape
-
-
 class LegacyReader:
     """Tensors of an mp_rank_XX folder, joined over the tensor-parallel ranks."""
 
@@ -73,7 +62,7 @@ class LegacyReader:
         self.files: list[Path] = []
         self.described_by: list[Path] = []
         self.args: Any = None
-        self.places: dict[str, list[Place]] = {}
+        self.places: dict[str, list[Location]] = {}
         first_layer = 0
         for pipeline_rank in range(max(ranks) + 1):
             for tensor_rank in range(self.tp):
@@ -110,7 +99,7 @@ class LegacyReader:
         begin = storage_offset(tensor)
         if begin + tensor.nbytes > file.stat().st_size:
             raise CheckpointError(f"{file}: ends before tensor {name} does; it is truncated, copy it again")
-        self.places.setdefault(name, []).append(Place(file, begin, tensor.dtype, tuple(tensor.shape)))
+        self.places.setdefault(name, []).append(Location(file, begin, tensor.dtype, tuple(tensor.shape)))
 
     def keys(self) -> set[str]:
         """Names of the model's tensors, local spec."""
@@ -124,7 +113,7 @@ class LegacyReader:
         """A file that holds a part of the tensor of this name."""
         return self.places[key][0].file
 
-    def _of(self, entry: Entry) -> list[Place]:
+    def _of(self, entry: Entry) -> list[Location]:
         if entry.mcore not in self.places:
             raise CheckpointError(f"{self.folder}: none of the {len(self.files)} files has a tensor {entry.mcore}")
         places = self.places[entry.mcore]
@@ -154,7 +143,7 @@ class LegacyReader:
         """The whole tensor. Ranks that should hold the same but do not are told of; the first one counts, as it does
         for Megatron itself."""
         places = self._of(entry)
-        parts = [read_tensor(p.file, p.offset, p.dtype, p.shape, name=entry.mcore) for p in places]
+        parts = [read_tensor(place, name=entry.mcore) for place in places]
         if entry.rule == "replicated":
             for place, part in zip(places, parts, strict=True):
                 if not torch.equal(part, parts[0]):
@@ -244,9 +233,7 @@ class LegacyTarget:
             with torch.serialization.skip_data(materialize_fake_tensors=True):
                 torch.save({"model": model, "args": self.args, "checkpoint_version": 3.0, "iteration": 0}, file)
         except RuntimeError as error:  # torch's writer does not say what the system said
-            raise CheckpointError(
-                f"{file} cannot be written ({str(error).splitlines()[0]}): is the disk full?"
-            ) from error
+            raise CheckpointError(f"{file} cannot be written ({first_line(error)}): is the disk full?") from error
 
     def finish(self, records: list[Record], folder: Path) -> None:
         """Nothing spans the files of this format."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_multiverse.errors import CheckpointError
+from megatron_multiverse.errors import CheckpointError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,7 @@ def load_torch_file(file: Path, trust_pickle: bool = False, *, part: Any = None)
             raise CheckpointError(f"{file} is damaged or truncated (its pickle is): copy it again") from error
         raise CheckpointError(f"{file} cannot be read without running code from it ({reason}); {HINT}") from error
     except Exception as error:  # damage can raise anything in an unpickler or in torch's readers
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file} is damaged or truncated ({first}): copy it again") from error
+        raise CheckpointError(f"{file} is damaged or truncated ({first_line(error)}): copy it again") from error
 
 
 def storage_offset(tensor: torch.Tensor) -> int:

@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_multiverse.checkpoints.names.table import Shape
 from megatron_multiverse.checkpoints.recycled import contiguous, empty, is_recycling
 from megatron_multiverse.errors import CheckpointError
 
 _PIECE = 16 << 20
 
 
-def read_tensor(
-    file: Path, offset: int, dtype: torch.dtype, shape: Sequence[int], *, name: str, out: Tensor | None = None
-) -> Tensor:
-    """Read `shape` elements of `dtype` that lie contiguous at byte `offset`.
+@dataclass(frozen=True)
+class Location:
+    """Where a tensor lies on disk, its elements one after the other."""
+
+    file: Path
+    offset: int
+    """First byte in the file."""
+    dtype: torch.dtype
+    shape: Shape
+
+
+def read_tensor(place: Location, *, name: str, out: Tensor | None = None) -> Tensor:
+    """Read a tensor.
 
     Args:
-        file: the file.
-        offset: where the first element begins.
-        dtype: as stored.
-        shape: of the result.
+        place: where it lies.
         name: of the tensor, for messages.
-        out: contiguous memory of this dtype and shape to read into, e.g. a part of a larger tensor; default new memory.
+        out: contiguous memory of its dtype and shape to read into, e.g. a part of a larger tensor; default new memory.
 
     Raises:
         CheckpointError: the file ends before the tensor does.
     """
-    tensor = empty(shape, dtype) if out is None else out
-    assert tensor.is_contiguous() and tensor.dtype == dtype and tensor.shape == tuple(shape)
+    file, offset = place.file, place.offset
+    tensor = empty(place.shape, place.dtype) if out is None else out
+    assert tensor.is_contiguous() and tensor.dtype == place.dtype and tensor.shape == place.shape
     size = tensor.numel() * tensor.element_size()
     if size == 0:
         return tensor

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_multiverse.checkpoints.formats.megatron_args import args_from_config
 from megatron_multiverse.checkpoints.formats.pickles import load_metadata, load_torch_file, storage_offset
-from megatron_multiverse.checkpoints.formats.raw import as_bytes, read_tensor
+from megatron_multiverse.checkpoints.formats.raw import Location, as_bytes, read_tensor
 from megatron_multiverse.checkpoints.names.rules import slices
 from megatron_multiverse.checkpoints.names.table import Entry, Shape, dist_key
 from megatron_multiverse.checkpoints.protocols import (
@@ -158,6 +158,9 @@ class TorchDistReader:
             entry: which one.
             prefix: what stands before the key of the weight where the optimizer's state of it is meant, e.g.
                 "optimizer.state.exp_avg.".
+
+        Raises:
+            CheckpointError: it is not there, or its slices are damaged or do not cover it.
         """
         key, stacked = self._stored(entry, prefix)
         layer = entry.layer if stacked else None
@@ -201,9 +204,9 @@ class TorchDistReader:
         out = out if out is not None and out.dtype == meta.dtype else None
         start = info.offset + storage_offset(meta)
         if layer is None:
-            return read_tensor(file, start, meta.dtype, sizes, name=key, out=out)
+            return read_tensor(Location(file, start, meta.dtype, sizes), name=key, out=out)
         start += (layer - chunk.offsets[0]) * math.prod(sizes[1:]) * meta.itemsize
-        return read_tensor(file, start, meta.dtype, sizes[1:], name=key, out=out)
+        return read_tensor(Location(file, start, meta.dtype, sizes[1:]), name=key, out=out)
 
 
 class TorchDistTarget:

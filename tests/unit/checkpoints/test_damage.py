@@ -344,8 +344,9 @@ def test_legacy_files_of_megatron_itself_are_read(hf: Path) -> None:
     run(mcore, hf.parent / "back", "mcore", "hf", vocab_size=50)
     assert_same(hf, hf.parent / "back")
     file = mcore / "release/mp_rank_01_001/model_optim_rng.pt"
-    with torch.serialization.safe_globals([Namespace]):
-        content = torch.load(file, weights_only=True)
+    # As megatron-core does when it is imported; `safe_globals` would take the registration back for tests after this.
+    torch.serialization.add_safe_globals([Namespace])
+    content = torch.load(file, weights_only=True)
     assert isinstance(content["args"], Namespace)
     file.write_bytes(file.read_bytes()[:-300])
     with pytest.raises(CheckpointError, match=r"mp_rank_01_001/model_optim_rng.pt is damaged or truncated"):

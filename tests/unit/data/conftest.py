@@ -103,11 +103,6 @@ def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_sentencepiece(tmp_path_factory.mktemp("sp"))
 
 
-@pytest.fixture(scope="session")
-def hf_tokenizer(hf_folder: Path) -> MultiverseTokenizer:
-    return build_tokenizer("HuggingFaceTokenizer", hf_folder)
-
-
 @pytest.fixture(scope="session", params=["HuggingFaceTokenizer", "SentencePieceTokenizer"])
 def tokenizer(request: pytest.FixtureRequest) -> MultiverseTokenizer:
     """Each kind of tokenizer in turn."""

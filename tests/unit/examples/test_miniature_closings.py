@@ -199,6 +199,14 @@ def test_closings_are_counted_over_the_sets_of_the_evaluation(
     assert found["run"] == "back-links-0" and list(found["sets"]) == ["variables-4", "variables-5"]
     assert found["sets"]["variables-5"]["right"] == [0, 1] and found["sets"]["variables-5"]["closings"]["5"]["of"] == 2
     assert "'Answer: ' comes" not in found["sets"]["variables-4"]["first_wrong"]
+    monkeypatch.setattr(sys, "argv", [*command, "--model", str(tmp_path / "model"), "--sets", "variables-6"])
+    closings.main()
+    deeper = json.loads(output.read_text())["sets"]
+    assert list(deeper) == ["variables-6"] and deeper["variables-6"]["closings"]["6"] == {
+        "of": 2,
+        "right": 2,
+        "ended": 0,
+    }
     assert "back-links-0 variables-4: 1 of 2 right" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*command, "--sets", "chains-4"])
     with pytest.raises(ConfigError, match="searches are variables-3"):

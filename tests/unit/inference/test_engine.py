@@ -24,7 +24,7 @@ from .toy import (
     ToyModel,
     ask,
     assert_drained,
-    label_ids,
+    ids_of,
     largest_difference,
     random_prompt,
     random_script,
@@ -39,7 +39,7 @@ def goal(paths: int, labels: bool = True) -> list[int]:
     """The header of a block."""
     ids = [Tag.PARALLEL, NEWLINE, Tag.GOAL]
     for k in range(paths):
-        label = label_ids(f"{k + 1}:") if labels else []
+        label = ids_of(f"{k + 1}:") if labels else []
         ids += [NEWLINE, Tag.OUTLINE, NEWLINE, *label, TEXT + k % 10, Tag.END_OUTLINE]
     return [int(token) for token in [*ids, NEWLINE, Tag.END_GOAL]]
 
@@ -269,7 +269,7 @@ def test_a_capped_branch_is_closed_and_flagged_and_the_answer_goes_on():
 
 @pytest.mark.usefixtures("overlap")
 def test_a_path_is_closed_at_its_own_limit_and_its_inner_paths_at_theirs():
-    outline = [Tag.OUTLINE, NEWLINE, *label_ids("2.1:"), TEXT, Tag.END_OUTLINE]
+    outline = [Tag.OUTLINE, NEWLINE, *ids_of("2.1:"), TEXT, Tag.END_OUTLINE]
     script = {
         (): [*goal(3), TEXT, Tag.END_CONCLUSION, NEWLINE, Tag.END_PARALLEL, EOS],
         ((0, 0),): [TEXT] * 300,
@@ -283,7 +283,7 @@ def test_a_path_is_closed_at_its_own_limit_and_its_inner_paths_at_theirs():
     first, second, third = result.blocks[0].branches
     (inner,) = result.blocks[1].branches
     assert [path.finish for path in (first, second, inner, third)] == ["length", "length", "length", "path_end"]
-    label, inner_label = 3 + len(label_ids("1:")), 3 + len(label_ids("2.1:"))
+    label, inner_label = 3 + len(ids_of("1:")), 3 + len(ids_of("2.1:"))
     assert [path.end - path.start for path in (first, inner, third)] == [label + 30, inner_label + 30, label + 29]
     assert second.end - second.start - (inner.end - inner.start) == label + 30
     assert_balanced(result)

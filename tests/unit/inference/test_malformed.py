@@ -22,7 +22,7 @@ from .toy import (
     ask,
     assert_drained,
     changed,
-    label_ids,
+    ids_of,
     random_prompt,
     random_script,
     toy_engine,
@@ -69,7 +69,7 @@ def test_one_broken_branch_anywhere_ends_its_answer_with_an_error_that_names_it(
     assert [first.token_ids, last.token_ids] == [serial[0].token_ids, serial[2].token_ids]
     assert ended.finish_reason == "error" and ended.malformed["refused"] == 1
     name = ".".join(str(k + 1) for _, k in path)
-    place = f"token {3 + len(label_ids(name + ':'))} of path {name}" if path else "token 0 of the text outside of paths"
+    place = f"token {3 + len(ids_of(name + ':'))} of path {name}" if path else "token 0 of the text outside of paths"
     assert f"breaks the grammar at {place}: found {found}, expected" in ended.error
     assert_balanced(ended)
 

@@ -20,8 +20,8 @@ from .toy import (
     ask,
     assert_drained,
     changed,
+    ids_of,
     jumping_clock,
-    label_ids,
     structure_positions,
     toy_engine,
 )
@@ -40,7 +40,7 @@ def check_paths(request: Request, result) -> None:
     paths = [branch for block in result.blocks for branch in block.branches]
     for path in paths:
         inner = sum(kid.end - kid.start for kid in paths if kid.path[:-1] == path.path)
-        assert path.end - path.start - inner <= 3 + len(label_ids(path.outline)) + limit
+        assert path.end - path.start - inner <= 3 + len(ids_of(path.outline)) + limit
 
 
 def check(request: Request, result, *, exact: bool) -> None:

@@ -17,7 +17,6 @@ from .test_engine import assert_balanced, goal
 from .toy import (
     EOS,
     NEWLINE,
-    PIECES,
     TEXT,
     VOCAB,
     NullModel,
@@ -27,6 +26,7 @@ from .toy import (
     ask,
     assert_drained,
     changed,
+    ids_of,
     random_prompt,
     toy_engine,
     toy_text,
@@ -35,10 +35,6 @@ from .toy import (
 MODEL = NullModel()
 
 pytestmark = pytest.mark.usefixtures("overlap")
-
-
-def ids_of(text: str) -> list[int]:
-    return [PIECES.index(char) for char in text]
 
 
 def serve(script: dict[tuple[tuple[int, int], ...], list[int]], request: Request, **settings: object) -> Result:

@@ -20,7 +20,6 @@ from .test_engine import assert_balanced, goal
 from .toy import (
     EOS,
     NEWLINE,
-    PIECES,
     TEXT,
     VOCAB,
     Script,
@@ -32,6 +31,7 @@ from .toy import (
     changed,
     force_preemption,
     forward_logits,
+    ids_of,
     largest_difference,
     random_prompt,
     random_script,
@@ -43,10 +43,6 @@ from .toy import (
 MODEL = ToyModel(6)
 
 pytestmark = pytest.mark.usefixtures("overlap")
-
-
-def ids_of(text: str) -> list[int]:
-    return [PIECES.index(char) for char in text]
 
 
 END = [int(Tag.END_CONCLUSION), NEWLINE, int(Tag.END_PARALLEL)]

@@ -68,7 +68,7 @@ def test_a_line_ends_with_any_token_that_ends_in_a_newline():
 
 def test_a_fork_may_come_after_a_whole_outline_and_a_newline():
     machine = StructureMachine(toy.VOCAB)
-    header = [Tag.PARALLEL, toy.NEWLINE, Tag.GOAL, toy.NEWLINE, Tag.OUTLINE, toy.NEWLINE, *toy.label_ids("1:")]
+    header = [Tag.PARALLEL, toy.NEWLINE, Tag.GOAL, toy.NEWLINE, Tag.OUTLINE, toy.NEWLINE, *toy.ids_of("1:")]
     found = []
     for token in [*header, toy.TEXT, Tag.END_OUTLINE, toy.NEWLINE, Tag.END_GOAL]:
         machine.push(int(token))
@@ -83,7 +83,7 @@ def test_what_is_foreseen_of_a_fork_is_what_it_begins_with(depth):
     def header(prefix: str, paths: int) -> list[int]:
         ids = [Tag.PARALLEL, toy.NEWLINE, Tag.GOAL]
         for path in range(paths):
-            ids += [toy.NEWLINE, Tag.OUTLINE, toy.NEWLINE, *toy.label_ids(f"{prefix}{path + 1}:"), Tag.END_OUTLINE]
+            ids += [toy.NEWLINE, Tag.OUTLINE, toy.NEWLINE, *toy.ids_of(f"{prefix}{path + 1}:"), Tag.END_OUTLINE]
         return [int(token) for token in (*ids, toy.NEWLINE, Tag.END_GOAL)]
 
     def write(*, foresee: bool) -> RequestState:

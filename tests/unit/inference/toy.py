@@ -34,8 +34,9 @@ def toy_text(ids: Sequence[int]) -> str:
 DIM, HEADS, GROUPS, HEAD_DIM = 16, 4, 2, 8
 
 
-def label_ids(label: str) -> list[int]:
-    return [PIECES.index(char) for char in label]
+def ids_of(text: str) -> list[int]:
+    """The ids of a text without tags, character by character."""
+    return [PIECES.index(char) for char in text]
 
 
 class ToyModel(nn.Module):
@@ -111,7 +112,7 @@ def random_script(
             paths = rng.randint(1, most_paths)
             own += [Tag.PARALLEL, NEWLINE, Tag.GOAL]
             for k in range(paths):
-                own += [NEWLINE, Tag.OUTLINE, NEWLINE, *label_ids(f"{prefix}{k + 1}:"), *words(), Tag.END_OUTLINE]
+                own += [NEWLINE, Tag.OUTLINE, NEWLINE, *ids_of(f"{prefix}{k + 1}:"), *words(), Tag.END_OUTLINE]
             own += [NEWLINE, Tag.END_GOAL]
             for k in range(paths):
                 branch((*path, (ordinal, k)), f"{prefix}{k + 1}.", level + 1)
@@ -177,7 +178,7 @@ class SoupSampler:
             gap = [NEWLINE] if rng.random() < 0.9 else []
             ids = [int(Tag.PARALLEL), *gap, int(Tag.GOAL)]
             for number in range(paths):
-                label = label_ids(f"{number + 1}:") if rng.random() < 0.95 else []
+                label = ids_of(f"{number + 1}:") if rng.random() < 0.95 else []
                 ids += [*gap, int(Tag.OUTLINE), NEWLINE, *label, TEXT, int(Tag.END_OUTLINE)]
             ids += [*gap, int(Tag.END_GOAL)]
             return ids if rng.random() < 0.9 else ids[: rng.randint(1, len(ids))]

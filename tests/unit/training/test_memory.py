@@ -32,6 +32,7 @@ from megatron_multiverse.training.memory import (
     logits_of,
     state_bytes,
 )
+from megatron_multiverse.training.memory_report import shape_to_try
 
 from .synthetic import config
 
@@ -72,6 +73,15 @@ def test_the_dry_run_of_a_real_config_needs_no_gpu() -> None:
     assert "WORLD_SIZE=16 in its environment" in refused.stderr
     absent = dry_run(4, "qwen2.5_7b_tp4", shape=None)  # the checkpoint is not here
     assert absent.returncode == 1 and "or name its published shape, as in --dry-run-shape qwen2.5-7b" in absent.stderr
+
+
+def test_rows_longer_than_a_published_shape_end_the_dry_run_as_they_end_the_run(tmp_path: Path) -> None:
+    long = config(tmp_path, **{"data.seq_length": 65536, "model": None, "init_from": "absent"})
+    with pytest.raises(ConfigError, match=r"^data\.seq_length \(65536\) must not exceed .* \(32768\)$"):
+        shape_to_try(long, "qwen2.5-7b")
+    with pytest.raises(ConfigError, match=r"^policy\.seq_length \(65536\)"):
+        shape_to_try(long, "qwen2.5-7b", "policy.seq_length")
+    assert shape_to_try(config(tmp_path), "qwen2.5-7b") == preset("qwen2.5-7b")
 
 
 @pytest.mark.parametrize(
