@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,14 +22,21 @@ class LockedFolder:
         path: made if it is missing.
         settings: what must be the same when the run goes on, as JSON values.
         run: what such a run is called in messages, with its article.
+        remarks: what run.json also tells a reader, as JSON values, and may be otherwise when the run goes on.
+
+    Attributes:
+        remarks: once entered: those that run.json tells; None for one that it does not, as of an earlier version.
 
     Raises:
         ConfigError: on entering: the folder holds something else, or a run with other settings.
         DataError: on entering: another process works here.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], run: str) -> None:
+    def __init__(
+        self, path: Path, settings: dict[str, Any], run: str, remarks: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = path
+        self.remarks = dict(remarks or {})
         self._settings = settings
         self._run = run
         self._lock: IO[str] | None = None
@@ -55,6 +63,11 @@ class LockedFolder:
         where a key is missing."""
         return all(file.name in NAMES for file in self.path.iterdir())
 
+    def remark(self, **remarks: Any) -> None:
+        """Let run.json tell these from now on."""
+        self.remarks |= remarks
+        write_json_atomic(self.path / RECORD, self._settings | self.remarks)
+
     def _take_lock(self, lock: IO[str]) -> None:
         deadline = time.monotonic() + _PATIENCE_S
         while not try_lock(lock):
@@ -65,9 +78,10 @@ class LockedFolder:
     def _check_settings(self) -> None:
         file = self.path / RECORD
         if not file.is_file() or self.is_unused():
-            write_json_atomic(file, self._settings)
+            self.remark()
             return
         earlier = json.loads(file.read_text(encoding="utf-8"))
+        self.remarks = {name: earlier.pop(name, None) for name in self.remarks}
         now = self._settings
         told = [
             f"{name} was {earlier[name]!r} and is {now[name]!r} now"

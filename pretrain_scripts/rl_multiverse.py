@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from megatron_multiverse.cli import narrowed, parse_options, run_tool
 from megatron_multiverse.config import RLConfig
-from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.config.dry_run import check_dry_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,28 @@ class Options(RLConfig):
     dry_run_shape: str | None = None
     """Published shape, e.g. qwen2.5-7b, for a dry run where the checkpoint that init_from names is not at hand; prompts
     are then read where task.tokenizer_model is set."""
+    dry_run_steps: int = 0
+    """Steps that a dry run also takes, answers, rewards and updates, on the run's own ranks, devices and prompts, to
+    print their time and memory; they are not saved. 0 or at least 2."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dry_run_shape is not None and not self.dry_run:
-            raise ConfigError(
-                f"dry_run_shape {self.dry_run_shape} has no effect without --dry-run: set both or neither"
-            )
+        check_dry_run(self.dry_run, self.dry_run_shape, self.dry_run_steps)
+
+
+def dry_run(config: RLConfig, options: Options) -> None:
+    """Print what the run would do and need, by arithmetic and, if asked for, by a few steps of it."""
+    from megatron_multiverse.rl.dry_run import report
+    from megatron_multiverse.rl.trial import try_steps
+
+    # Before the ranks meet: the report makes process groups of its own. One of them speaks for all.
+    lines, speaks = report(config, options.dry_run_shape), os.environ.get("RANK", "0") == "0"
+    if speaks:
+        print(lines, flush=True)
+    if options.dry_run_steps:
+        lines = try_steps(config, options.dry_run_steps)
+        if speaks:
+            print(lines)
 
 
 def main() -> None:
@@ -44,11 +59,7 @@ def main() -> None:
     options = parse_options(Options)
     config = narrowed(options, RLConfig)
     if options.dry_run:
-        from megatron_multiverse.rl.dry_run import report
-
-        lines = report(config, options.dry_run_shape)
-        if os.environ.get("RANK", "0") == "0":
-            print(lines)
+        dry_run(config, options)
         return
     from megatron_multiverse.training.signals import EXIT_CODE_STOPPED, StopSignals
 

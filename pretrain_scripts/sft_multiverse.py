@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from megatron_multiverse.cli import narrowed, parse_options, run_tool
 from megatron_multiverse.config import TrainConfig
-from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.config.dry_run import check_dry_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +35,7 @@ class Options(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        steps, shape = self.dry_run_steps, self.dry_run_shape
-        if steps < 0 or steps == 1:
-            raise ConfigError(f"dry_run_steps must be 0 or at least 2, since the first step is not timed, got {steps}")
-        if steps and not self.dry_run:
-            raise ConfigError(f"dry_run_steps {steps} has no effect without --dry-run: set both or neither")
-        if shape is not None and not self.dry_run:
-            raise ConfigError(f"dry_run_shape {shape} has no effect without --dry-run: set both or neither")
-        if steps and shape is not None:
-            raise ConfigError(
-                f"dry_run_steps {steps} trains the model of the config itself, of which dry_run_shape ({shape}) gives "
-                "the shape alone: leave one of them out"
-            )
+        check_dry_run(self.dry_run, self.dry_run_shape, self.dry_run_steps)
 
 
 def dry_run(config: TrainConfig, options: Options) -> None:

@@ -24,11 +24,17 @@ class Options:
     line: int | None = None
     """Show the answer in this line, from 1, segment by segment; needs tokenizer_model."""
     timeline: Path | None = None
-    """Picture of that answer's branches over decode steps to write."""
+    """Picture of that answer's branches over decode steps to write; with --line."""
     tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
     """HuggingFaceTokenizer or SentencePieceTokenizer."""
     tokenizer_model: str = ""
     """Tokenizer of the model."""
+
+    def __post_init__(self) -> None:
+        if self.timeline is not None and self.line is None:
+            raise ConfigError(
+                f"--timeline {self.timeline} draws one answer: name it with --line 1; without both, all are listed"
+            )
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_multiverse.clients.http import connect, stream
+from megatron_multiverse.clients.http import connect, served_model, stream
 from megatron_multiverse.config.choices import FreeText
 from megatron_multiverse.views.terminal import LiveBranches
 
@@ -70,6 +70,8 @@ async def converse(config: ChatConfig) -> None:
     Raises:
         ServerError, httpx2.HTTPError: see `answer`.
     """
+    async with connect(config.url) as client:
+        await served_model(client)
     if config.prompt is not None:
         await answer(config, [{"role": "user", "content": config.prompt}])
         return

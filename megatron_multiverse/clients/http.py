@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -11,6 +12,7 @@ from typing import Any
 import httpx2
 
 from megatron_multiverse.errors import ConfigError, GenerationError
+from megatron_multiverse.patience import Patience, Question
 
 KEY_VARIABLE = "MULTIVERSE_API_KEY"
 
@@ -81,6 +83,49 @@ def _json(response: httpx2.Response) -> Any:
     if response.status_code != 200:
         raise ServerError(response.status_code, error_text(response.status_code, response.text))
     return response.json()
+
+
+async def served_model(client: httpx2.AsyncClient, name: str | None = None) -> str:
+    """Wait for a server that starts, restarts or loads its model, and say what its model is called: the first question
+    to any server.
+
+    Args:
+        client: of the server, of this project or any other with OpenAI's routes.
+        name: what the user calls the model, if he does; the server is waited for all the same.
+
+    Returns:
+        `name`, or the first one of /v1/models.
+
+    Raises:
+        ServerError: it cannot be reached, is not ready after `patience.PATIENCE_S`, or names no model.
+        httpx2.HTTPError: it broke off.
+    """
+    patience = Patience(str(client.base_url))
+    models = await _patiently(client, "/v1/models", patience.question())
+    await _patiently(client, "/health/ready", patience.question({429, 503}))  # others may have no such route
+    if name is not None:
+        return name
+    try:
+        return str(_json(models)["data"][0]["id"])
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ServerError(
+            models.status_code, f"{client.base_url}: /v1/models names no model; is this the address of a server?"
+        ) from error
+
+
+async def _patiently(client: httpx2.AsyncClient, path: str, question: Question) -> httpx2.Response:
+    while True:
+        with _told(client):
+            response = await client.get(path)
+        status, text = response.status_code, "" if response.status_code == 200 else response.text
+        said = f"{path} answers {error_text(status, text)}"
+        pause = question.pause(status, text, said, response.headers.get("retry-after"))
+        if pause is not None:
+            await asyncio.sleep(pause)
+        elif given_up := question.given_up(status, text):
+            raise ServerError(status, f"{client.base_url}: {said}{given_up}")
+        else:
+            return response
 
 
 async def stream(client: httpx2.AsyncClient, path: str, body: dict[str, Any]) -> AsyncIterator[Any]:

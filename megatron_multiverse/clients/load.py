@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx2
 
-from megatron_multiverse.clients.http import ServerError, connect, get, post, stream
+from megatron_multiverse.clients.http import ServerError, connect, post, served_model, stream
 from megatron_multiverse.clients.prompts import read_prompts
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.structure import TAGS
@@ -116,7 +116,7 @@ async def measure(config: LoadConfig) -> AsyncIterator[dict[str, Any]]:
     """
     bodies = list(_bodies(config))
     async with connect(config.url) as client:
-        name = config.model or (await get(client, "/v1/models"))["data"][0]["id"]
+        name = await served_model(client, config.model)
         bodies = [body | {"model": name} for body in bodies]
         if config.forced_branches:
             bodies = [await _with_forced_block(client, config, body) for body in bodies]

@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx2
 
-from megatron_multiverse.clients.http import connect, get, post
+from megatron_multiverse.clients.http import connect, post, served_model
 from megatron_multiverse.clients.prompts import read_prompts
 from megatron_multiverse.config.choices import FreeText
 from megatron_multiverse.errors import ConfigError
@@ -206,7 +206,7 @@ async def answers(config: ReprefillConfig) -> AsyncIterator[dict[str, Any]]:
         prompts = read_prompts(config.input)
     room = asyncio.Semaphore(config.concurrency)
     async with connect(config.url) as client:
-        model = config.model or (await get(client, "/v1/models"))["data"][0]["id"]
+        model = await served_model(client, config.model)
         engine = Reprefill(client, {"model": model, **config.fields()})
 
         async def one(prompt: str) -> dict[str, Any]:

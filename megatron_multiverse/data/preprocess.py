@@ -224,10 +224,15 @@ def _check_tokenizer(tokenizer: MultiverseTokenizer, recipe: Recipe) -> str:
     if not uses_template(recipe.style, recipe.columns):
         return "not applied (auto applies it to question columns only)"
     if recipe.columns.is_conversation and (recipe.style.chat_template == "never" or not tokenizer.chat_templates):
-        lacks = "--chat-template is never" if tokenizer.chat_templates else "the tokenizer has no chat template"
+        lacks = (
+            "--chat-template is never: leave it out"
+            if tokenizer.chat_templates
+            else "the tokenizer has no chat template: put one, as chat_template.jinja, into a copy of its folder that "
+            "--tokenizer-model names"
+        )
         raise ConfigError(
             f"the column {recipe.columns.response!r} holds conversations, which a chat template makes prompts of, but "
-            f"{lacks}: give one, or write the columns prompt and response"
+            f"{lacks}, or write the columns prompt and response"
         )
     if recipe.style.chat_template == "auto" and not tokenizer.chat_templates:
         return "none in this tokenizer"
@@ -331,5 +336,5 @@ def _join_reports(folder: WorkFolder, source: Source, rejected_path: Path) -> To
         rejected_path.unlink(missing_ok=True)  # of an earlier run
     if 0 < totals.untagged < totals.documents:
         some = ", ".join(untagged[:_NAMED_FILES])
-        logger.warning("%d of %d files hold no tag: %s", totals.untagged, totals.documents, some)
+        logger.warning("%d of the %d files that passed hold no tag: %s", totals.untagged, totals.documents, some)
     return totals

@@ -67,7 +67,9 @@ def open_source(inputs: str | Sequence[str], *, split: str | None = None) -> Sou
         raise ConfigError("--input is empty: give at least one file, folder or data set")
     found = [find_input_files(name) for name in names]
     if len({part.kind == "trajectories" for part in found}) > 1:
-        raise ConfigError("--input: trajectory files and rows cannot be mixed in one run")
+        raise ConfigError(
+            "--input: trajectory files and rows cannot be mixed in one run: give each kind a run of its own"
+        )
     parts = [part if part.kind == "dataset" else select_split(part, split) for part in found]
     _refuse_repeats(parts)
     sizes = {file: _size(part.kind, file) for part in parts for file in part.files}

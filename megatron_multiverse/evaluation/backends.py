@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +18,7 @@ from megatron_multiverse.clients.http import KEY_VARIABLE, base_of, error_text
 from megatron_multiverse.errors import ConfigError, GenerationError, MultiverseError
 from megatron_multiverse.evaluation.config import EvaluateConfig
 from megatron_multiverse.evaluation.samples import Answer, Job
+from megatron_multiverse.patience import BUSY, STARTING, Patience
 
 if TYPE_CHECKING:
     import httpx2
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from megatron_multiverse.inference import Result
 
 logger = logging.getLogger(__name__)
-
-_PATIENCE_S = 300.0
-_LONGEST_PAUSE_S = 30.0
 
 Outcome = Answer | MultiverseError
 """An answer, or why this one prompt got none; the others go on."""
@@ -223,6 +221,7 @@ class _Server:
 
         self.url = url
         self._config = config
+        self._patience = Patience(f"--url {url}")
         key = os.environ.get(KEY_VARIABLE)
         self._client = httpx2.Client(
             base_url=base_of(url),
@@ -244,9 +243,7 @@ class _Server:
     def _wait_until_ready(self) -> None:
         """Wait for a server that loads its model still: it tells nothing of it yet. What others than ours say there, in
         whatever form, is of no matter."""
-        ready, _ = self._response("GET", "/health/ready", None)
-        if ready.status_code == 503:  # after all that patience
-            self._content(ready)
+        self._response("GET", "/health/ready", None, {429, 503})
 
     def _told(self, route: str) -> dict[str, Any]:
         """What the server says there; nothing if it is an older one, or another, or something in between passes on what
@@ -283,12 +280,18 @@ class _Server:
         response, seconds = self._response(method, route, body)
         return self._content(response), seconds
 
-    def _response(self, method: str, route: str, body: dict[str, Any] | None) -> tuple[httpx2.Response, float]:
+    def _response(
+        self, method: str, route: str, body: dict[str, Any] | None, statuses: Collection[int] | None = None
+    ) -> tuple[httpx2.Response, float]:
         """The response, whatever it says, and the seconds of the try that brought it. A server that is busy or starting
-        is asked again."""
+        is asked again: one that answers with one of `statuses`, by default what the method can mean by that.
+
+        Raises:
+            GenerationError: it answers nothing, or one of these still after all that patience.
+        """
         import httpx2
 
-        deadline, pause = time.monotonic() + _PATIENCE_S, 1.0
+        question = self._patience.question(statuses or (STARTING if method == "GET" else BUSY))
         while True:
             started = time.perf_counter()
             try:
@@ -300,11 +303,15 @@ class _Server:
                     f"--url {self.url}: {error}; start tools/run_text_generation_server.py there, then the "
                     "same command goes on"
                 ) from error
-            if response.status_code not in (429, 503) or time.monotonic() > deadline:
+            status, text = response.status_code, "" if response.status_code == 200 else response.text
+            said = f"{route} answers {error_text(status, text)}"
+            pause = question.pause(status, text, said, response.headers.get("retry-after"))
+            if pause is not None:
+                time.sleep(pause)
+            elif given_up := question.given_up(status, text):
+                raise GenerationError(f"--url {self.url}: {said}{given_up}")
+            else:
                 return response, time.perf_counter() - started
-            asked = response.headers.get("retry-after", "")
-            time.sleep(min(float(asked) if asked.isdecimal() else pause, _LONGEST_PAUSE_S))
-            pause *= 2
 
     def _content(self, response: httpx2.Response) -> dict[str, Any]:
         content = _object_of(response)

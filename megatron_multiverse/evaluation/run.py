@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from megatron_multiverse.progress import PLAIN_LINE_EVERY_S
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-_IN_COMMON = ("chat", "dtype", "quantization")
+_IN_COMMON = ("chat", "device", "dtype", "quantization")
+_THEN = ", then "
+"""Between the devices, or the weights, of a run that went on with others."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +66,21 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
         weights = _recorded_weights(config, now)
     if weights is not None:
         settings["weights"] = weights
-    with LockedFolder(config.output, settings, "an evaluation"):
+    remarks = {"device": backend.device, "later_weights": []}
+    with LockedFolder(config.output, settings, "an evaluation", remarks) as folder:
         log = SampleLog(config.output / SAMPLES)
         log.hold_against(jobs)
-        errors = _answer(backend, [job for job in jobs if job.key not in log.samples], log, config.concurrency)
+        begin = partial(_remark_origin, folder, backend.device, now, weights, bool(log.samples))
+        errors = _answer(backend, [job for job in jobs if job.key not in log.samples], log, config.concurrency, begin)
         chosen = [log.samples[job.key] for job in jobs if job.key in log.samples]
         if not chosen:
             raise DataError(f"no answer could be had; the first one failed because {errors[0]}")
         scores = score_settings(chosen)
-        if weights is not None and now not in (None, weights):
-            settings["weights"] = f"{weights}, then {now}"
         asked = {"tasks": config.tasks, "problems": len(problems), "seeds": config.num_seeds}
-        where = {"date": time.strftime("%Y-%m-%d"), "device": backend.device}
+        where = {"date": time.strftime("%Y-%m-%d"), "device": folder.remarks["device"] or "unknown"}
         facts = {**settings, **asked, **where}
+        if weights is not None:
+            facts["weights"] = _THEN.join([weights, *(folder.remarks["later_weights"] or [])])
         del facts["format"]  # of the folder, which tells a reader nothing
         write_report(config.output, {**facts, "missing answers": len(errors)}, scores, chosen)
     return Evaluated(scores, len(errors), errors[0] if errors else "")
@@ -109,8 +115,33 @@ def _recorded_weights(config: EvaluateConfig, now: str | None) -> str | None:
     return str(before) if before is not None else None
 
 
-def _answer(backend: Backend, jobs: list[Job], log: SampleLog, concurrency: int) -> list[str]:
-    """Answer and grade jobs; returns why answers are missing."""
+def _remark_origin(folder: LockedFolder, device: str, weights: str | None, recorded: str | None, goes_on: bool) -> None:
+    """Let run.json tell what the answers from now on are made by, beside what the earlier ones were.
+
+    Args:
+        folder: of the run.
+        device: that of the answers to come.
+        weights: a hash of theirs; None if that is not told.
+        recorded: that of the first ones.
+        goes_on: whether there are earlier answers.
+    """
+    devices = (folder.remarks["device"] or "unknown") if goes_on else device
+    later = folder.remarks["later_weights"] or []
+    if device not in devices.split(_THEN):
+        logger.warning(
+            "%s holds answers made on %s, further ones are made on %s: seconds in its report are of both",
+            *(folder.path, devices, device),
+        )
+        devices = f"{devices}{_THEN}{device}"
+    if None not in (weights, recorded) and weights not in (recorded, *later):
+        later = [*later, weights]
+    folder.remark(device=devices, later_weights=later)
+
+
+def _answer(
+    backend: Backend, jobs: list[Job], log: SampleLog, concurrency: int, begin: Callable[[], None]
+) -> list[str]:
+    """Answer and grade jobs; `begin` is called before the first answer is kept. Returns why answers are missing."""
     from tqdm import tqdm
 
     errors: list[str] = []
@@ -118,7 +149,7 @@ def _answer(backend: Backend, jobs: list[Job], log: SampleLog, concurrency: int)
         return errors
     if log.samples:
         logger.info("%d answers are there already, %d are asked for", len(log.samples), len(jobs))
-    right = done = 0
+    right = done = kept = 0
     started = printed = time.monotonic()
     with tqdm(total=len(jobs), unit="answer", disable=None, desc="evaluating") as bar:
         for job, outcome in backend.answers(jobs):
@@ -126,6 +157,9 @@ def _answer(backend: Backend, jobs: list[Job], log: SampleLog, concurrency: int)
                 errors.append(str(outcome))
             else:
                 answer, correct = job.problem.grade(outcome.text)
+                if not kept:
+                    begin()
+                kept += 1
                 log.append(_sample(job, vars(outcome), answer, correct, concurrency))
                 right += correct
             done += 1
@@ -188,5 +222,5 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     return [
         f"The runs were made with another {name} ({one} and {other}): what differs may come from that."
         for name, one, other in sorted(pairs)
-        if one != other
+        if one != other and "unknown" not in (one, other)
     ]

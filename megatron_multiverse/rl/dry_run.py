@@ -26,7 +26,7 @@ from megatron_multiverse.rl.prompts import Prompts
 from megatron_multiverse.rl.rewards import Grader
 from megatron_multiverse.rl.rollout import has_own_model, played_dtype
 from megatron_multiverse.training.memory import Beside, Part, pretended_ranks, tokens_of
-from megatron_multiverse.training.memory_report import advice_lines, memory_lines, shape_to_try
+from megatron_multiverse.training.memory_report import advice_lines, counted, memory_lines, shape_to_try
 from megatron_multiverse.training.run_folder import RunFolder
 from megatron_multiverse.training.start import check_start, dtypes, weights_dtype
 from megatron_multiverse.training.trackers import check_trackers
@@ -63,7 +63,7 @@ def report(config: RLConfig, published: str | None = None) -> str:
         f"{rollout.sampling.max_tokens} tokens and makes {policy.updates_per_step} update"
         f"{'s' * (policy.updates_per_step > 1)} of them, in rows of {policy.micro_batch_size} x {policy.seq_length} "
         "tokens",
-        f"{model.num_parameters / 1e9:.2f} billion parameters on {parallel.world_size} ranks: tensor "
+        f"{counted(model.num_parameters)} parameters on {parallel.world_size} ranks: tensor "
         f"{parallel.tensor_model_parallel_size} x {parallel.data_parallel_size} replicas",
     ]
     lines += memory_lines(base, model, beside(config, model, longest))

@@ -124,7 +124,8 @@ def read_prompts(config: TaskConfig, tokenizer: MultiverseTokenizer) -> list[Pro
                     why = row.error or f"no text in column {key!r} (it has {', '.join(row.fields) or 'none'})"
                     raise DataError(
                         f"{config.input}, row {row.row}: {why}; name the columns with task.prompt_key, "
-                        "task.answer_key and task.family_key, or remove the row"
+                        "task.answer_key and task.family_key (--task.family_key= divides into no families), or remove "
+                        "the row"
                     )
             rows.append(row.fields)
     if not rows:

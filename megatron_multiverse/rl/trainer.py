@@ -12,6 +12,9 @@ import dataclasses
 import itertools
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -32,7 +35,7 @@ from megatron_multiverse.training.checkpoint import TrainState
 from megatron_multiverse.training.description import RunDescription
 from megatron_multiverse.training.engine import TrainEngine
 from megatron_multiverse.training.fused_adamw import check_optimizer
-from megatron_multiverse.training.metrics import memory_gib
+from megatron_multiverse.training.metrics import MetricsWriter, memory_gib
 from megatron_multiverse.training.microbatches import Microbatch
 from megatron_multiverse.training.one_process import OneProcessEngine
 from megatron_multiverse.training.run_folder import RunFolder
@@ -86,6 +89,7 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
         rollouts = closing.enter_context(
             contextlib.closing(Rollouts(config, model, model_config, engine.layers, tokenizer, drawing, replica))
         )
+        learner = Learner(config, tokenizer, prompts, engine, loss, rollouts)
         metrics = start_record(description, run.folder if ranks.is_first else None, state.step, resumed)
         if ranks.is_first:
             keep_records_until(run.folder / ROLLOUTS_FILE, state.step)
@@ -95,25 +99,11 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
         closing.enter_context(engine.running())
         is_stopping = ranks.any(bool(stop))
         while state.step < config.train_iters and not is_stopping:
-            began = time.perf_counter()
-            engine.clock.begin("weights")
-            rollouts.use_weights(state.step)
-            engine.clock.end()
-            batch = rollouts.draw(prompts, state.step, lambda: bool(stop))
-            if batch is None:
+            learned = learner.step(state.step, lambda: bool(stop), metrics)
+            if learned is None:
                 break  # a signal; a run that goes on draws these answers again
 
-            started, updates = time.perf_counter(), []
-            for part in parts_of(batch, config.policy.updates_per_step, replica):
-                rows = rows_of(part, config, tokenizer, state.step) if replica.is_first else None
-                result = engine.step(replica.from_first(rows))
-                engine.check(metrics)
-                updates.append((result, loss.take()))
-            train_s = time.perf_counter() - started
-
-            numbers = {**step_numbers(batch, replica), **update_numbers(updates)}
-            numbers |= {"train_s": train_s, **engine.clock.read(1), "memory_gib": memory_gib(device)}
-            numbers["step_time_s"] = time.perf_counter() - began
+            batch, numbers = learned
             state.step += 1
             state.consumed_samples += numbers["answers"]
             saver.look()
@@ -135,6 +125,52 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
         if finished:  # inside the block, so that a signal does not cut the writing off
             save_model(engine, description, run.folder / MODEL_FOLDER, ranks)
         return end_run(run, state.step, finished, stop, metrics)
+
+
+@dataclass
+class Learner:
+    """What takes the steps of a run on this rank."""
+
+    config: RLConfig
+    tokenizer: MultiverseTokenizer
+    prompts: Prompts
+    engine: TrainEngine
+    loss: PolicyLoss
+    rollouts: Rollouts
+
+    def step(
+        self, number: int, is_stopping: Callable[[], bool], metrics: MetricsWriter
+    ) -> tuple[Batch, dict[str, Any]] | None:
+        """Draw and grade answers with the weights as they are, and learn from them.
+
+        Args:
+            number: steps done.
+            is_stopping: whether to leave off while answers are drawn.
+            metrics: where the engine reports what is wrong with an update.
+
+        Returns:
+            This replica's answers and the numbers of the step; None if it was left off.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite, or an answer or a reward failed.
+        """
+        config, engine, replica, began = self.config, self.engine, self.rollouts.replica, time.perf_counter()
+        engine.clock.begin("weights")
+        self.rollouts.use_weights(number)
+        engine.clock.end()
+        batch = self.rollouts.draw(self.prompts, number, is_stopping)
+        if batch is None:
+            return None
+        started, updates = time.perf_counter(), []
+        for part in parts_of(batch, config.policy.updates_per_step, replica):
+            rows = rows_of(part, config, self.tokenizer, number) if replica.is_first else None
+            result = engine.step(replica.from_first(rows))
+            engine.check(metrics)
+            updates.append((result, self.loss.take()))
+        train_s = time.perf_counter() - started
+        numbers = {**step_numbers(batch, replica), **update_numbers(updates)}
+        numbers |= {"train_s": train_s, **engine.clock.read(1), "memory_gib": memory_gib(engine.device)}
+        return batch, numbers | {"step_time_s": time.perf_counter() - began}
 
 
 def build_engine(

@@ -49,7 +49,7 @@ def report(config: TrainConfig, model: ModelConfig) -> str:
     """The estimate of a run of supervised training as text, with its arithmetic."""
     parallel = config.parallel
     first = (
-        f"{model.num_parameters / 1e9:.2f} billion parameters on {parallel.world_size} ranks: "
+        f"{counted(model.num_parameters)} parameters on {parallel.world_size} ranks: "
         f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
         f"context {parallel.context_parallel_size} x data {parallel.data_parallel_size}; "
         f"{config.num_microbatches} microbatches of {config.data.micro_batch_size} x {config.data.seq_length} tokens"
@@ -71,7 +71,7 @@ def memory_lines(config: TrainConfig, model: ModelConfig, beside: Beside | None 
     for stage, memory in enumerate(estimate(config, model, beside)):
         in_flight = layers_in_flight(config, memory.layers, stage)
         lines += [
-            f"stage {stage}: {memory.layers} layers, {memory.parameters / 1e9:.3f} billion parameters on each rank",
+            f"stage {stage}: {memory.layers} layers, {counted(memory.parameters, 3)} parameters on each rank",
             f"  weights      {_gib(memory.weights)} = parameters x {_shared(state.weights)}",
             f"  gradients    {_gib(memory.gradients)} = parameters x {_shared(state.gradients)}",
             f"  optimizer    {_gib(memory.optimizer)} = parameters x {_shared(state.optimizer)}",
@@ -110,6 +110,15 @@ def _advice(config: TrainConfig, model: ModelConfig, gib: float, beside: Beside 
         "layers.recompute_granularity full, recompute_method block, "
         f"recompute_num_layers {layers.recompute_num_layers}"
     )
+
+
+def counted(parameters: int, digits: int = 2) -> str:
+    """A number of parameters in words: 7.62 billion; 3.6 million or 18,432, where billions would be 0.00."""
+    if parameters < 10**5:
+        return f"{parameters:,}"
+    if parameters < 10**8:
+        return f"{parameters / 1e6:.1f} million"
+    return f"{parameters / 1e9:.{digits}f} billion"
 
 
 def _shared(state: tuple[int, int]) -> str:

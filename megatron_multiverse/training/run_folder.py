@@ -260,7 +260,10 @@ class RunFolder:
 
     @staticmethod
     def _explained(target: Path) -> contextlib.AbstractContextManager[None]:
-        remedy = "free space or correct the rights, then start again: the run goes on from its last checkpoint"
+        remedy = (
+            "free space or correct the rights, then start again: the run goes on from its last checkpoint, from the "
+            "beginning where it has none"
+        )
         return explained(f"{target} cannot be written", remedy)
 
     def _make_partial(self, target: Path, description: RunDescription) -> Path:

@@ -19,6 +19,8 @@ from megatron_multiverse.files import save_figure
 
 logger = logging.getLogger(__name__)
 
+_FEW = 30
+
 
 @dataclass(frozen=True)
 class RunHistory:
@@ -117,6 +119,18 @@ def column(records: dict[int, dict[str, Any]], name: str) -> list[float]:
     return [float(value) if isinstance(value, (int, float)) else np.nan for value in values]
 
 
+def marker_of(steps: Sequence[int]) -> str | None:
+    """A dot for each step where they are few: a value between two that are missing is no line."""
+    return "." if len(steps) <= _FEW else None
+
+
+def whole_steps(axis: Any) -> None:
+    """Ticks at whole steps, also where few have been made."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def pyplot_for(output: Path) -> Any:
     """matplotlib's pyplot, without a screen.
 
@@ -152,7 +166,7 @@ def plot_loss(folders: Sequence[Path], output: Path, *, smooth: int = 1, log_sca
     for number, history in enumerate(histories):
         color, steps = f"C{number}", sorted(history.train)
         curve = running_mean(column(history.train, "loss"), smooth)
-        top.plot(steps, curve, color=color, linewidth=1.2, label=history.name)
+        top.plot(steps, curve, color=color, linewidth=1.2, marker=marker_of(steps), label=history.name)
         if history.valid:
             at = sorted(history.valid)
             top.plot(
@@ -162,7 +176,7 @@ def plot_loss(folders: Sequence[Path], output: Path, *, smooth: int = 1, log_sca
         for index, step in enumerate(history.resumes):
             label = f"{history.name}, resumed" if index == 0 else None
             top.axvline(step, color=color, linestyle=":", linewidth=1, label=label)
-        bottom.plot(steps, column(history.train, "lr"), color=color, linewidth=1.2)
+        bottom.plot(steps, column(history.train, "lr"), color=color, linewidth=1.2, marker=marker_of(steps))
     top.set_ylabel("loss per trained token")
     if log_scale:
         top.set_yscale("log")
@@ -170,6 +184,7 @@ def plot_loss(folders: Sequence[Path], output: Path, *, smooth: int = 1, log_sca
     top.legend(frameon=False)
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
+    whole_steps(bottom)
     bottom.set_ylim(bottom=0)
     bottom.grid(alpha=0.3)
     save_figure(figure, output, dpi=150)

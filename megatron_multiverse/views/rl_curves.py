@@ -7,9 +7,19 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.files import save_figure
-from megatron_multiverse.views.loss_curves import RunHistory, column, pyplot_for, read_histories, running_mean
+from megatron_multiverse.views.loss_curves import (
+    RunHistory,
+    column,
+    marker_of,
+    pyplot_for,
+    read_histories,
+    running_mean,
+    whole_steps,
+)
 
 PANELS = (
     (("reward", "accuracy"), "mean over the answers of a step"),
@@ -23,6 +33,7 @@ PANELS = (
 _FORMER_NAMES = {"acceleration_ratio": "saved_share"}
 """Names in metrics.jsonl of earlier versions, and the present ones."""
 _STYLES = ("-", "--", ":", "-.")
+_NOTHING = "no value yet: no step had an update\n(all answers to each prompt earned the same)"
 
 
 def by_family(name: str, histories: Sequence[RunHistory]) -> list[str]:
@@ -38,6 +49,11 @@ def with_present_names(history: RunHistory) -> RunHistory:
         for step, record in history.train.items()
     }
     return dataclasses.replace(history, train=train)
+
+
+def _line(style: str, names: Sequence[str]) -> dict[str, float]:
+    """How a curve is drawn: the first of several broad and pale, so that one that runs on it is seen."""
+    return {"linewidth": 2.6, "alpha": 0.45} if style == _STYLES[0] and len(names) > 1 else {"linewidth": 1.3}
 
 
 def plot_rl(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
@@ -68,14 +84,18 @@ def plot_rl(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
             steps = sorted(history.train)
             for name, style in zip(names, itertools.cycle(_STYLES), strict=False):
                 curve = running_mean(column(history.train, name), smooth)
-                axis.plot(steps, curve, style, color=f"C{number}", linewidth=1.3)
+                axis.plot(steps, curve, style, color=f"C{number}", marker=marker_of(steps), **_line(style, names))
         for name, style in zip(names, itertools.cycle(_STYLES), strict=False):
-            axis.plot([], [], style, color="black", label=name.replace("_", " "))
+            axis.plot([], [], style, color="black", label=name.replace("_", " "), **_line(style, names))
+        if all(np.isnan(line.get_ydata()).all() for line in axis.get_lines()):
+            axis.text(0.5, 0.5, _NOTHING, transform=axis.transAxes, ha="center", va="center", color="0.4", fontsize=9)
+            axis.set_yticks([])
         axis.set_ylabel(unit)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
     for axis in axes[1]:
         axis.set_xlabel("step")
+        whole_steps(axis)
     if len(histories) > 1:
         lines = [plt.Line2D([], [], color=f"C{number}", label=run.name) for number, run in enumerate(histories)]
         figure.legend(handles=lines, loc="outside upper center", ncols=min(6, len(lines)), frameon=False)

@@ -16,6 +16,7 @@ from megatron_multiverse.config import OptimConfig, ParallelConfig, PolicyConfig
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.parallel.local_ranks import run_ranks
 from megatron_multiverse.rl.trainer import train
+from megatron_multiverse.rl.trial import try_steps
 from tests.unit.rl.runs import SHAPE, make_start, metrics, run_config
 
 from .runs import LIMIT_S
@@ -90,6 +91,19 @@ def test_ranks_learn_what_one_process_learns(
     assert moved > 1e-3, "three steps do something"
     for name, weight in wanted.items():
         assert (weights[name] - weight).abs().max() < 1e-5, name
+
+
+def tried(start: Path, save: Path) -> str:
+    os.environ["WORLD_SIZE"] = "2"
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    return try_steps(run_config(start, save, parallel=ParallelConfig(tensor_model_parallel_size=2)), 2)
+
+
+def test_ranks_try_steps_together(start: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(tried, 2, start, tmp_path / "run", timeout=LIMIT_S)
+    assert first.startswith("tried 2 steps: reward 0.") and not (tmp_path / "run").exists()
+    memory = [line.partition(" tokens/s drawn, ")[2].partition(";")[0] for line in (first, second)]
+    assert memory[0] == memory[1], "of the fullest rank"
 
 
 def first_weights(start: Path) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ ALLOWED = {
     "grading": set(),
     "large_files": {"files"},
     "locked_folder": {"errors", "files"},
+    "patience": set(),
     "progress": set(),
     "weight_names": set(),
     "structure": {"errors"},
@@ -54,10 +55,11 @@ ALLOWED = {
     "training": {"checkpoints", "child_processes"},
     "inference": {"checkpoints"},
     "server": {"errors", "config", "structure", "data", "dtypes", "parallel", "model", "checkpoints", "inference"},
-    "clients": {"errors", "config", "files", "structure", "data", "inference", "views"},
+    "clients": {"errors", "config", "files", "patience", "structure", "data", "inference", "views"},
     "views": {"errors", "config", "files", "structure", "data", "model", "checkpoints", "inference"},
 }
 ALLOWED["data"] |= {"checksums", "large_files"}
+ALLOWED["curation"] |= {"patience"}
 ALLOWED["checkpoints"] |= ALLOWED["model"] | {"data", "model"}
 ALLOWED["training"] |= ALLOWED["checkpoints"]
 ALLOWED["inference"] |= ALLOWED["checkpoints"]
@@ -68,6 +70,7 @@ ALLOWED["evaluation"] = ALLOWED["views"] | {
     "grading",
     "locked_folder",
     "parallel",
+    "patience",
     "progress",
     "training",
     "views",
@@ -83,6 +86,7 @@ NO_TORCH = {
     "grading",
     "large_files",
     "locked_folder",
+    "patience",
     "progress",
     "structure",
     "weight_names",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from megatron_multiverse.curation.exchange import Answer, Failure, Request, Stop, Usage
 from megatron_multiverse.curation.providers.protocol import ProviderError, key_from, redact
 from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.patience import Patience
 
 _STOPS: dict[str, Stop] = {"stop": "end", "length": "max_tokens", "content_filter": "refusal"}
 _OWN_SERVER_KEY = "none"
@@ -47,6 +49,8 @@ class OpenAIProvider:
         self.label = f"openai {model}"
         self.model = model
         self._sdk = openai
+        # The SDK itself tries again for half a minute, which is long for a vendor and short for a model that loads.
+        self._starting = Patience(base_url).question({502, 503}) if base_url is not None else None
         self._client = openai.AsyncOpenAI(
             api_key=self._key or _OWN_SERVER_KEY,
             base_url=base_url,
@@ -68,19 +72,35 @@ class OpenAIProvider:
         if request.schema is not None:
             schema = {"name": request.stage, "schema": request.schema, "strict": True}
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
-        try:
-            completion: Any = await self._client.chat.completions.create(
-                model=self.model,
-                max_completion_tokens=request.max_tokens,
-                messages=[
-                    {"role": "system", "content": request.system},
-                    {"role": "user", "content": f"{request.shared}\n\n{request.task}"},
-                ],
-                **options,
-            )
-        except Exception as error:
-            return self._failure(error)
-        return self._answer(completion)
+        while True:
+            try:
+                completion: Any = await self._client.chat.completions.create(
+                    model=self.model,
+                    max_completion_tokens=request.max_tokens,
+                    messages=[
+                        {"role": "system", "content": request.system},
+                        {"role": "user", "content": f"{request.shared}\n\n{request.task}"},
+                    ],
+                    **options,
+                )
+            except Exception as error:
+                if (pause := self._pause(error)) is None:
+                    return self._failure(error)
+                await asyncio.sleep(pause)
+            else:
+                self._starting = None
+                return self._answer(completion)
+
+    def _pause(self, error: Exception) -> float | None:
+        """Seconds to wait for a server of one's own that starts still; None if it has, or is not at fault."""
+        status, response = getattr(error, "status_code", None), getattr(error, "response", None)
+        if self._starting is None or status is None or response is None:
+            return None
+        after = response.headers.get("retry-after")
+        pause = self._starting.pause(status, response.text, f"it answers with status {status}", after)
+        if pause is None:
+            self._starting = None
+        return pause
 
     def _answer(self, completion: Any) -> Answer | Failure:
         if not isinstance(completion, self._sdk.types.chat.ChatCompletion) or not completion.choices:

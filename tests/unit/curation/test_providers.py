@@ -165,6 +165,8 @@ class _Chat(BaseHTTPRequestHandler):
 
     answer: ClassVar[dict[str, Any]] = {}
     status: ClassVar[int] = 200
+    statuses_before: ClassVar[list[int]] = []
+    """Of the first answers, in place of `status`."""
     latency_s: ClassVar[float] = 0.0
     bodies: ClassVar[list[dict[str, Any]]] = []
     under_way: ClassVar[list[int]] = []
@@ -175,9 +177,10 @@ class _Chat(BaseHTTPRequestHandler):
         time.sleep(self.latency_s)
         self.under_way.append(-1)
         data = json.dumps(self.answer).encode()
-        self.send_response(self.status)
+        self.send_response(self.statuses_before.pop(0) if self.statuses_before else self.status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
+        self.send_header("retry-after", "0")
         self.end_headers()
         self.wfile.write(data)
 
@@ -261,3 +264,31 @@ def test_its_failures_are_told_apart(chat: str, status: int, is_final: bool) -> 
     _Chat.status = 404
     with pytest.raises(ProviderError, match="check OPENAI_API_KEY"):
         asyncio.run(ask(OpenAIProvider("m", base_url=chat, max_retries=0), OUTLINE))
+
+
+def test_a_server_of_ones_own_that_starts_is_waited_for(
+    chat: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def provider() -> OpenAIProvider:
+        return OpenAIProvider("m", base_url=chat, max_retries=0)
+
+    _Chat.answer, _Chat.status, _Chat.bodies = completion("stop"), 200, []
+    monkeypatch.setattr(_Chat, "statuses_before", [502, 503])
+    assert isinstance(asyncio.run(ask(provider(), OUTLINE)), Answer) and len(_Chat.bodies) == 3
+    assert "it answers with status 502; it is asked again for up to 300 s" in caplog.text
+
+    async def ask_twice() -> list[Answer | Failure]:
+        one = provider()
+        try:
+            return [await one.complete(OUTLINE) for _ in range(2)]
+        finally:
+            await one.close()
+
+    _Chat.bodies.clear()
+    _Chat.statuses_before[:] = [200, 503]
+    first, second = asyncio.run(ask_twice())  # what passes by later is the caller's, as ever
+    assert isinstance(first, Answer) and isinstance(second, Failure) and len(_Chat.bodies) == 2
+    monkeypatch.setattr("megatron_multiverse.patience.PATIENCE_S", 0.05)
+    _Chat.status = 503
+    got = asyncio.run(ask(provider(), OUTLINE))
+    assert isinstance(got, Failure) and not got.is_final and "503" in got.reason

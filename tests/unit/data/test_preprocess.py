@@ -324,7 +324,10 @@ def test_conversations_go_through_the_chat_template(tmp_path, glued_folder, suff
     assert tokenizer.detokenize(ids) == before + SEQUENTIAL + "<|im_end|>"
     assert dataset.prompt(0) == tokenizer.tokenize(before)
     assert not layout.loss_mask()[: len(dataset.prompt(0))].any() and layout.loss_mask()[-1]
-    for options, lacks in (({"chat_template": "never"}, "is never"), ({"tokenizer_model": "PLAIN"}, "has no chat")):
+    for options, lacks in (
+        ({"chat_template": "never"}, "is never: leave it out"),
+        ({"tokenizer_model": "PLAIN"}, "put one, as chat_te"),
+    ):
         if options.get("tokenizer_model"):
             options["tokenizer_model"] = str(_without_template(glued_folder, tmp_path / "plain"))
         with pytest.raises(ConfigError, match=lacks):

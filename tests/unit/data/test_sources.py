@@ -220,7 +220,7 @@ def test_blank_files_are_rejected_and_files_without_tags_named(tmp_path, hf_fold
     with caplog.at_level(logging.WARNING):
         result = preprocess_data(_config(tmp_path / "in", tmp_path / "out", hf_folder, max_rejected=1))
     assert result.totals.rejected == {"empty": 1}
-    assert "2 of 3 files hold no tag: 2.xml, LICENSE.txt" in caplog.text
+    assert "2 of the 3 files that passed hold no tag: 2.xml, LICENSE.txt" in caplog.text
 
 
 def test_options_without_effect_are_refused(tmp_path, hf_folder):
@@ -230,7 +230,7 @@ def test_options_without_effect_are_refused(tmp_path, hf_folder):
         preprocess_data(_config(rows, tmp_path / "out", hf_folder, prompt="p"))
     with pytest.raises(ConfigError, match="--json-keys has no effect"):
         preprocess_data(_config(tmp_path / "1.xml", tmp_path / "out", hf_folder, json_keys=["response"]))
-    with pytest.raises(ConfigError, match="cannot be mixed"):
+    with pytest.raises(ConfigError, match="cannot be mixed in one run: give each kind a run of its own"):
         open_source([str(rows), str(tmp_path / "1.xml")])
 
 

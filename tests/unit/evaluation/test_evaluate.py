@@ -110,6 +110,7 @@ def test_a_run_does_not_go_on_with_other_weights_of_a_server(config: EvaluateCon
         assert len(measured(config.output)) == 2
         assert json.loads((config.output / "report.json").read_text())["weights"] == f"{first}, then {later}"
         evaluate(dataclasses.replace(over_http, url=[other.url]))  # those of the first answers are served there
+        assert json.loads((config.output / "report.json").read_text())["weights"] == f"{first}, then {later}"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_a_server_that_never_gets_ready_is_given_up(config: EvaluateConfig, monk
         return models if url == "/v1/models" else httpx2.Response(503, text="it loads the model")
 
     monkeypatch.setattr(httpx2.Client, "request", request)
-    monkeypatch.setattr(backends, "_PATIENCE_S", -1.0)
+    monkeypatch.setattr("megatron_multiverse.patience.PATIENCE_S", -1.0)
     with pytest.raises(GenerationError, match="it loads the model"):
         ServerBackend(dataclasses.replace(config, load=None, url=["http://a"]))
 
@@ -295,13 +296,17 @@ def test_two_runs_are_compared(config: EvaluateConfig, tmp_path: Path) -> None:
     }
     ours = json.loads((config.output / "run.json").read_text())
     other = ours | {"model": "other", "dtype": "bfloat16", "draw": ours["draw"] | {"temperature": 0.6}}
-    (tmp_path / "slow/run.json").write_text(json.dumps(other))
+    (tmp_path / "slow/run.json").write_text(json.dumps(other | {"device": "unknown"}))
     compare(EvaluateConfig(compare=[tmp_path / "slow", config.output], output=tmp_path / "comparison"))
     report = (tmp_path / "comparison/comparison.md").read_text()
     assert (
         "\nThe runs were made with another dtype (bfloat16 and float32): what differs may come from that.\n" in report
     )
     assert "another temperature (0.6 and 0)" in report and report.count("made with another") == 2
+    (tmp_path / "slow/run.json").write_text(json.dumps(ours | {"device": "CPU, then NVIDIA H200"}))
+    compare(EvaluateConfig(compare=[tmp_path / "slow", config.output], output=tmp_path / "comparison"))
+    report = (tmp_path / "comparison/comparison.md").read_text()
+    assert "made with another device (CPU, then NVIDIA H200 and CPU)" in report and report.count("made with") == 1
 
 
 def test_what_is_named_twice_is_asked_for_once() -> None:
@@ -314,6 +319,33 @@ def test_the_report_says_what_the_seconds_are_of(config: EvaluateConfig) -> None
     report = json.loads((config.output / "report.json").read_text())
     assert "format" not in report and report["device"] == "CPU" and re.fullmatch(r"20\d\d-\d\d-\d\d", report["date"])
     assert "\n- device: CPU\n" in (config.output / "report.md").read_text()
+
+
+def test_a_run_remembers_on_what_its_answers_were_made(config: EvaluateConfig, caplog: Any, monkeypatch: Any) -> None:
+    def device_in(name: str) -> str | None:
+        told: str | None = json.loads((config.output / name).read_text()).get("device")
+        return told
+
+    evaluate(dataclasses.replace(config, limit=1))
+    assert device_in("run.json") == "CPU"
+    monkeypatch.setattr("megatron_multiverse.model.device.device_name", lambda device: "GPU")
+    evaluate(dataclasses.replace(config, limit=1))  # asks for nothing, so nothing was made on another device
+    assert device_in("run.json") == device_in("report.json") == "CPU" and "seconds" not in caplog.text
+    with monkeypatch.context() as broken:
+        broken.setattr(backends.EngineBackend, "answers", lambda self, jobs: iter([(jobs[0], GenerationError("no"))]))
+        evaluate(config)
+    assert device_in("run.json") == "CPU"
+    evaluate(config)
+    assert "holds answers made on CPU, further ones are made on GPU" in caplog.text
+    assert device_in("run.json") == device_in("report.json") == "CPU, then GPU"
+    evaluate(dataclasses.replace(config, thinking=["parallel", "none"]))
+    assert device_in("run.json") == "CPU, then GPU" and caplog.text.count("further ones") == 1
+    file = config.output / "run.json"
+    file.write_text(
+        json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "device"})
+    )
+    evaluate(dataclasses.replace(config, thinking=["parallel", "none", "sequential"]))  # a run of an earlier version
+    assert device_in("run.json") == "unknown, then GPU"
 
 
 def write(file: Path, samples: list[Sample]) -> None:

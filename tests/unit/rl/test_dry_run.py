@@ -38,11 +38,14 @@ from megatron_multiverse.rl.drawing import drawing_of
 from megatron_multiverse.rl.dry_run import beside, logits_of_targets, report
 from megatron_multiverse.rl.prompts import Prompts
 from megatron_multiverse.rl.replica import Replica
+from megatron_multiverse.rl.rewards import Graded
 from megatron_multiverse.rl.rollout import Rollouts
+from megatron_multiverse.rl.trial import try_steps
 from megatron_multiverse.training.memory import GIB, Beside, StateBytes, estimate, state_bytes
+from megatron_multiverse.training.memory_report import counted
 from megatron_multiverse.training.start import create_model
 
-from .runs import SHAPE, TOKENIZER, make_start, run_config
+from .runs import SHAPE, TOKENIZER, make_start, metrics, run_config
 
 ROOT = Path(__file__).parents[3]
 
@@ -56,6 +59,10 @@ def no_process_group() -> None:
 def no_group() -> None:
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def nothing(answer: Graded) -> float:
+    return 0.0
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +166,16 @@ def test_the_script_looks_at_a_run_and_leaves_nothing(start: Path, tmp_path: Pat
     prompts, steps, ranks, *_ = done.stdout.splitlines()
     assert re.fullmatch(r".*rows\.jsonl: 20 prompts, the longest of \d+ tokens", prompts)
     assert steps.startswith("100 steps: each draws 16 x 8 answers of at most 12 tokens and makes 1 update of them")
-    assert ranks.endswith("billion parameters on 4 ranks: tensor 2 x 2 replicas")
+    assert ranks == f"{SHAPE.num_parameters:,} parameters on 4 ranks: tensor 2 x 2 replicas"
     assert re.search(r"\n  cache +[\d.]+ GiB = .*\n  together +[\d.]+ GiB\n", done.stdout), done.stdout
     assert "on GPUs of 80 GB: fits without recompute" in done.stdout and not (tmp_path / "run").exists()
     absent = run("--init-from", str(tmp_path / "none"))
     assert absent.returncode == 1 and "or name its published shape, as in --dry-run-shape qwen2.5-7b" in absent.stderr
+
+
+def test_parameters_are_counted_in_what_can_be_read() -> None:
+    assert [counted(count) for count in (18_432, 3_601_000, 7_620_000_000)] == ["18,432", "3.6 million", "7.62 billion"]
+    assert counted(95_000_000) == "95.0 million" and counted(494_000_000, 3) == "0.494 billion"
 
 
 def test_what_would_end_the_run_ends_the_dry_run(start: Path, tmp_path: Path) -> None:
@@ -212,6 +224,51 @@ def test_a_folder_that_the_run_could_not_go_on_in_ends_the_dry_run(start: Path, 
         report(run_config(start, tmp_path, checkpoint=CheckpointConfig(save=str(tmp_path), resume=False)))
     assert "4 steps: each draws" in report(run_config(start, tmp_path, train_iters=4))
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_tried_steps_are_the_first_of_the_run_and_leave_no_trace(start: Path, tmp_path: Path) -> None:
+    run = run_config(start, tmp_path / "run", train_iters=9000)
+    said = try_steps(run, 3)
+    assert not (tmp_path / "run").exists()
+    found = re.fullmatch(
+        r"tried 3 steps: reward ([\d.]+), ([\d.]+)% right in the first, which took [\d.]+ s; ([\d.e-]+) s for each "
+        r"other one: ([\d.e-]+) s weights, ([\d.e-]+) s rollouts, [\d.e-]+ s rewards, ([\d.e-]+) s training; (\d+) "
+        r"tokens/s drawn, ([\d.]+) GiB on the fullest rank; all 9000 steps would take (\d+):(\d\d):(\d\d) .* as long",
+        said,
+    )
+    assert found and 0 < float(found[8]) < 100 and int(found[7]) > 0, said
+    step_s, parts = float(found[3]), [float(found[k]) for k in (4, 5, 6)]
+    assert 0.5 * step_s < sum(parts) < 1.2 * step_s
+    assert abs(3600 * int(found[9]) + 60 * int(found[10]) + int(found[11]) - 9000 * step_s) < 0.01 * 9000 * step_s + 1
+    trainer.train(dataclasses.replace(run, train_iters=2))
+    first = metrics(tmp_path / "run")[0]
+    assert (f"{first['reward']:.3f}", f"{first['accuracy']:.1%}") == (found[1], f"{found[2]}%")
+    settled = dataclasses.replace(run, reward=RewardConfig(correct="tests.unit.rl.test_dry_run:nothing"))
+    assert "s for each other one (1 of them without an update: all answers to" in try_steps(settled, 2)
+    told = try_steps(run, 2)  # whatever the folder holds
+    assert told.startswith(f"tried 2 steps: reward {found[1]}") and len(metrics(tmp_path / "run")) == 2
+
+
+def test_the_script_tries_steps_after_it_has_looked(start: Path, tmp_path: Path) -> None:
+    config = {
+        "init_from": str(start / "model"), "task": {"input": str(start / "rows.jsonl")}, "device": "cpu",
+        "checkpoint": {"save": str(tmp_path / "run")}, "policy": {"seq_length": 96}, "reward": {"correct": "exact"},
+        "rollout": {"sampling": {"max_tokens": 12, "temperature": 1.0}, "prompts_per_step": 2, "group_size": 2},
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        script = ROOT / "pretrain_scripts/rl_multiverse.py"
+        return subprocess.run(
+            [sys.executable, script, "--config", tmp_path / "run.yaml", *options], capture_output=True, text=True
+        )
+
+    done = run("--dry-run", "--dry-run-steps", "2")
+    assert done.returncode == 0 and not (tmp_path / "run").exists(), done.stderr
+    assert re.search(r"on GPUs of 141 GB: .*\ntried 2 steps: reward ", done.stdout), done.stdout
+    assert "step 1/2 | reward " in done.stderr and "step 2/2 | reward " in done.stderr
+    shape = run("--dry-run", "--dry-run-steps", "2", "--dry-run-shape", "qwen2.5-7b")
+    assert shape.returncode == 1 and "gives the shape alone: leave one of them out" in shape.stderr
 
 
 def test_a_published_shape_stands_for_a_model_that_is_not_here(start: Path, tmp_path: Path) -> None:

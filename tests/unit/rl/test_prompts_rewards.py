@@ -68,7 +68,7 @@ def test_prompts_have_families_where_a_column_says_so(tmp_path: Path, tokenizer:
     rows = [{"question": "1 + 1?", "answer": 2, "kind": "short"}, {"question": "2 + 2?", "answer": 4, "kind": 7}]
     task = dataclasses.replace(rows_file(tmp_path, rows), family_key="kind")
     assert {prompt.family for prompt in read_prompts(task, tokenizer)} == {"short", "7"}
-    with pytest.raises(DataError, match="no text in column 'kin'"):
+    with pytest.raises(DataError, match=r"no text in column 'kin'.*--task\.family_key= divides into no families"):
         read_prompts(dataclasses.replace(task, family_key="kin"), tokenizer)
 
 

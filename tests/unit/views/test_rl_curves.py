@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,30 @@ def test_runs_are_drawn_with_steps_that_trained_nothing(tmp_path: Path) -> None:
         plot_rl([tmp_path / "a"], tmp_path / "rl.png", smooth=0)
     with pytest.raises(DataError, match="does not exist"):
         plot_rl([tmp_path / "none"], tmp_path / "rl.png")
+
+
+def figure_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    drawn: list[Any] = []
+    monkeypatch.setattr(rl_curves, "save_figure", lambda figure, *_, **__: drawn.append(figure))
+    plot_rl([folder], folder / "rl.png")
+    return drawn[0]
+
+
+def test_a_short_run_without_updates_is_still_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = {"entropy", "logprob_drift", "clip_share"}
+    names = [name for names, _ in PANELS for name in names if name not in updates]
+    rows = [{"kind": "train", "step": step, **dict.fromkeys(names, 0.5)} for step in (1, 2, 3)]
+    rows[1] |= {"entropy": 0.25}
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    figure = figure_of(tmp_path, monkeypatch)
+    panels = dict(zip([names for names, _ in PANELS], figure.axes, strict=True))
+    assert "no step had an update" in panels["logprob_drift", "clip_share"].texts[0].get_text()
+    assert all(not axis.texts for names, axis in panels.items() if names != ("logprob_drift", "clip_share"))
+    assert panels[("entropy",)].get_lines()[0].get_marker() == ".", "one value alone is no line"
+    assert all(float(tick).is_integer() for tick in figure.axes[-1].get_xticks())
+    reward, accuracy = panels["reward", "accuracy"].get_lines()[:2]
+    assert reward.get_linewidth() > accuracy.get_linewidth() and reward.get_alpha() < 1, "both are seen where equal"
 
 
 def test_a_run_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 from pathlib import Path
@@ -46,3 +47,10 @@ def test_answers_are_listed_and_shown_segment_by_segment(tmp_path: Path) -> None
         read_records(tmp_path / "none")
     with pytest.raises(ConfigError, match=": a folder; name rollouts"):
         read_records(tmp_path)
+
+
+def test_a_picture_of_no_answer_is_refused() -> None:
+    options = importlib.import_module("tools.show_rollouts").Options
+    with pytest.raises(ConfigError, match=r"--timeline t\.png draws one answer: name it with --line 1"):
+        options(input=Path("rollouts.jsonl"), timeline=Path("t.png"))
+    assert options(input=Path("rollouts.jsonl"), timeline=Path("t.png"), line=2).line == 2
