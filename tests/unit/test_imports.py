@@ -306,3 +306,12 @@ def test_a_benchmark_that_imports_others_is_started_as_a_module() -> None:
         text = file.read_text(encoding="utf-8")
         if re.search(r"^from benchmarks\b", text, re.MULTILINE):
             assert f"python {file.relative_to(ROOT)}" not in text, f"{file}: name python -m in its docstring"
+
+
+def test_files_that_packages_are_read_by_exist() -> None:
+    """A package says in its docstring which files to read; a file that was renamed since is no help."""
+    for package in PACKAGE.rglob("__init__.py"):
+        docstring = ast.get_docstring(ast.parse(package.read_text(encoding="utf-8"))) or ""
+        named = re.findall(r"`([\w/]+\.py)`", docstring)
+        missing = [name for name in named if not any((at / name).exists() for at in (package.parent, PACKAGE, ROOT))]
+        assert not missing, f"{package.parent.name}/__init__.py names {', '.join(missing)}"
