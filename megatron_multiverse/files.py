@@ -5,6 +5,7 @@ And errors that name their file, and locks.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -129,12 +130,17 @@ def try_lock(file: IO[str]) -> bool:
 
     Returns:
         False if another process holds it. Where the file system has no locks a warning says so, and it is True.
+
+    Raises:
+        OSError: it cannot be locked for another reason.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
         logger.warning("%s cannot be locked (%s): start only one run there", file.name, error.strerror)
     return True
 

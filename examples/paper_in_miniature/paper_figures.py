@@ -231,9 +231,9 @@ def searcher(results: Mapping[str, Any]) -> str:
 
 def _draw_search(axis: Axes, results: Mapping[str, Any]) -> None:
     for run, measure, label, color in (
-        ("plain-0", "critical", "plain: steps", COLORS["plain"]),
-        (searcher(results), "critical", "multiverse: steps", COLORS["multiverse"]),
-        (searcher(results), "tokens", "multiverse: all tokens", DEPTH_COLORS[0]),
+        ("plain-0", "critical", "plain-0: steps", COLORS["plain"]),
+        (searcher(results), "critical", f"{searcher(results)}: steps", COLORS["multiverse"]),
+        (searcher(results), "tokens", f"{searcher(results)}: all tokens", DEPTH_COLORS[0]),
     ):
         points = {}
         for size, found in _sizes(results[run], "variables").items():

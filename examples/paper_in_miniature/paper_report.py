@@ -173,8 +173,8 @@ def fit_line(results: Results) -> list[str]:
 
 def search_table(results: Results) -> list[str]:
     """Steps of right answers over the size of the search."""
-    lines = _header("variables", "steps, plain", "steps, in parallel", "tokens, in parallel")
     searcher = figures.searcher(results)
+    lines = _header("variables", "steps, `plain-0`", f"steps, `{searcher}`", f"tokens, `{searcher}`")
     for name in (name for name in results["multiverse-0"]["sets"] if name.startswith("variables")):
         cells = []
         for run, measure in (("plain-0", "critical"), (searcher, "critical"), (searcher, "tokens")):

@@ -34,6 +34,15 @@ def test_where_the_file_system_has_no_locks_work_goes_on_with_a_warning(
     assert len(warned) == 2 and all("cannot be locked (No locks available)" in line for line in warned)
 
 
+def test_a_lock_that_fails_otherwise_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with open(tmp_path / "lock", "a") as file, pytest.raises(OSError, match="Input/output error"):
+        try_lock(file)
+
+
 def test_other_settings_are_refused_once_something_has_been_made(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for model in ("a", "b"):
