@@ -15,7 +15,7 @@ from megatron_multiverse.server.errors import ApiError, refuse
 from megatron_multiverse.server.messages import Message, plain_turns
 from megatron_multiverse.server.model import ServedModel
 from megatron_multiverse.server.tool_calls import CLOSE
-from megatron_multiverse.structure import Thought, ends_in_thought, last_thought, lex
+from megatron_multiverse.structure import Thought, last_thought, lex
 
 TEMPLATE_NAMES = frozenset({"messages", "conversations", "chat_template", "documents", "tools"})
 """Names that the template itself is given."""
@@ -136,7 +136,7 @@ def _thought_of_ids(turn: Message, model: ServedModel) -> Thought:
     """Where a turn goes on that has brought its ids. The prompt that it answered may have opened its thought."""
     vocab = model.tokenizer.structure_vocab
     own = last_thought(turn.generation_token_ids or [], vocab)
-    is_open = own == "none" and ends_in_thought(turn.prompt_token_ids or [], vocab, model.end_ids)
+    is_open = own == "none" and last_thought(turn.prompt_token_ids or [], vocab, model.end_ids) == "open"
     return "open" if is_open else own
 
 
