@@ -3,24 +3,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from statistics import fmean
 
 from megatron_multiverse.config import RLConfig
-from megatron_multiverse.data.tokenizers import build_tokenizer
-from megatron_multiverse.model.device import choose_device
-from megatron_multiverse.rl.drawing import drawing_of
-from megatron_multiverse.rl.prompts import Prompts
-from megatron_multiverse.rl.replica import Replica
 from megatron_multiverse.rl.report import log_line
-from megatron_multiverse.rl.rollout import Rollouts
-from megatron_multiverse.rl.trainer import Learner, build_engine
-from megatron_multiverse.training.fused_adamw import check_optimizer
+from megatron_multiverse.rl.trainer import built_learner, describe_start
 from megatron_multiverse.training.metrics import MetricsWriter, format_duration
-from megatron_multiverse.training.seeds import seed_everything
-from megatron_multiverse.training.start import check_start, describe_model, joined_groups
-from megatron_multiverse.training.trainer import check_agreement
+from megatron_multiverse.training.start import joined_groups
 
 logger = logging.getLogger(__name__)
 
@@ -40,22 +30,13 @@ def try_steps(config: RLConfig, steps: int) -> str:
     Raises:
         MultiverseError: see `trainer.train`.
     """
-    base = config.train_config()
-    model_config = describe_model(base, "policy.seq_length")
-    check_optimizer(base, choose_device(config.device))
-    tokenizer = build_tokenizer(config.task.tokenizer_type, config.tokenizer_model)
-    check_start(base, tokenizer, learns_from_answers=True)
-    with joined_groups(base) as ranks, contextlib.ExitStack() as closing:
-        seed_everything(config.seed)
-        prompts, replica = Prompts(config.task, tokenizer, config.seed), Replica.of(ranks)
-        check_agreement(config, prompts, ranks)
-        drawing = drawing_of(config, model_config, tokenizer, prompts, replica.count)
-        engine, model, loss = build_engine(config, model_config, tokenizer, prompts)
-        rollouts = Rollouts(config, model, model_config, engine.layers, tokenizer, drawing, replica)
-        closing.enter_context(contextlib.closing(rollouts))
-        closing.enter_context(engine.running())
-        learner, metrics = Learner(config, tokenizer, prompts, engine, loss, rollouts), MetricsWriter(None, steps)
-        taken = []
+    model_config, tokenizer = describe_start(config)
+    with (
+        joined_groups(config.train_config()) as ranks,
+        built_learner(config, model_config, tokenizer, ranks) as learner,
+        learner.engine.running(),
+    ):
+        metrics, taken = MetricsWriter(None, steps), []
         for number in range(steps):
             learned = learner.step(number, lambda: False, metrics)
             assert learned is not None, "nobody asks to stop"
