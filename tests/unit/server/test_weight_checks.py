@@ -59,6 +59,23 @@ def test_weights_that_were_sent_are_told_from_those_that_were_not(
         assert check(server, "compare").status_code == 200 and text_of(server) == texts[1]
 
 
+def test_a_part_of_a_matrix_from_before_a_reset_completes_none(
+    server: Running, pool: ThreadPoolExecutor, weights: dict[str, Tensor]
+) -> None:
+    part = "model.layers.0.self_attn.q_proj.weight"
+    with trainer(server, pool) as sender:
+        sender.send(weights)
+        check(server, "snapshot")
+        sender.send({part: weights[part]})
+        assert "are used once the others" in check(server, "compare").json()["message"]
+        assert "are used once the others" not in check(server, "reset_tensors").json()["message"]
+        rest = sender.send({name: tensor for name, tensor in weights.items() if name != part})
+        assert "2 tensors, e.g. model.layers.0.self_attn.k_proj.weight, are used once" in rest.json()["message"]
+        refused = check(server, "compare")
+        assert refused.status_code == 400
+        assert "1 tensors differ" in refused.json()["message"] and "layers.0.self_attention.linear_qkv" in refused.text
+
+
 def test_weights_from_disk_are_checked_and_released_ones_are_not(
     server: Running, pool: ThreadPoolExecutor, texts: tuple[str, str]
 ) -> None:
