@@ -76,6 +76,30 @@ def test_a_part_of_a_matrix_from_before_a_reset_completes_none(
         assert "1 tensors differ" in refused.json()["message"] and "layers.0.self_attention.linear_qkv" in refused.text
 
 
+def test_a_reset_that_fails_midway_leaves_no_trace_of_the_old_weights(
+    server: Running, pool: ThreadPoolExecutor, texts: tuple[str, str]
+) -> None:
+    rand, calls = torch.rand, iter(range(5))
+
+    def fail_at_last(*args: Any, **kwargs: Any) -> Tensor:
+        if next(calls) == 4:
+            raise RuntimeError("no memory")
+        return rand(*args, **kwargs)
+
+    prefixes = server.engine.scheduler.places.prefixes
+    with trainer(server, pool):
+        assert text_of(server) == texts[0] and len(prefixes)
+        before = server.http.get("/model_info").json()["weights"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "rand", fail_at_last)
+            refused = check(server, "reset_tensors")
+        assert refused.status_code == 400 and "weights are random now" in refused.json()["message"]
+        assert "no memory" not in refused.text, "errors that are not ours are told to the log"
+        info = server.http.get("/model_info").json()
+        assert info["weight_version"] == "reset_tensors" and info["weights"] != before
+        assert not len(prefixes) and text_of(server) not in texts
+
+
 def test_weights_from_disk_are_checked_and_released_ones_are_not(
     server: Running, pool: ThreadPoolExecutor, texts: tuple[str, str]
 ) -> None:
