@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from tests.unit.server.trainers import pool as pool
 from tests.unit.server.trainers import server as server
 from tests.unit.server.trainers import texts as texts
 from tests.unit.server.trainers import weights as weights
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 
 OWN_NORM = "decoder.final_layernorm.weight"
 
@@ -98,6 +100,27 @@ def test_a_reset_that_fails_midway_leaves_no_trace_of_the_old_weights(
         info = server.http.get("/model_info").json()
         assert info["weight_version"] == "reset_tensors" and info["weights"] != before
         assert not len(prefixes) and text_of(server) not in texts
+
+
+def test_a_trainer_that_gives_up_does_not_stall_the_server(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger weights than these take longer to read than a client may want to wait."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def read_long(action: str) -> list[str]:
+        begun.set()
+        assert may_end.wait(PATIENCE_S)
+        return []
+
+    monkeypatch.setattr(server.host.control._part, "check", read_long)
+    with server.visitor("/weights_checker", {"action": "snapshot"}):
+        assert begun.wait(PATIENCE_S)
+    server.client._last_heard = -math.inf
+    try:
+        assert server.http.get("/health/ready").status_code == 200
+    finally:
+        may_end.set()
+    wait_until(lambda: server.client._last_heard > 0, "the engine goes on")
+    assert server.http.get("/health/ready").status_code == 200
 
 
 def test_weights_from_disk_are_checked_and_released_ones_are_not(
