@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import secrets
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,8 @@ from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.server.rank_messages import tell
 from megatron_multiverse.server.rank_model import RankModel
 from megatron_multiverse.server.weight_checks import CheckAction
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, CACHE = "weights", "kv_cache"
 REGIONS = (WEIGHTS, CACHE)
@@ -136,25 +139,39 @@ class EngineControl:
 
         Raises:
             GenerationError: the weights differ from the snapshot, or there is none; answers are in work that would go
-                on with random weights.
+                on with random weights; some weights could not be made random, while others have been.
         """
         self._check_weights()
-        if action == "reset_tensors" and self.has_work:
-            raise GenerationError(
-                "answers are in work, which would go on with random weights; wait for them, or call abort_request with "
-                "abort_all"
-            )
+        if action == "reset_tensors":
+            self._reset()
+            return
         with self._on_all_ranks({"op": "check", "action": action}):
             different = self._part.check(action)
-        if action == "reset_tensors":
-            self._loaded = self.weights = secrets.token_hex(8)
-            self._received = {}
-            self._use(action)
         if different:
             raise GenerationError(
                 f"{len(different)} tensors differ from the snapshot (megatron-core's names): "
                 f"{', '.join(different[:MOST_NAMED])}{', ...' if len(different) > MOST_NAMED else ''}"
             )
+
+    def _reset(self) -> None:
+        if self.has_work:
+            raise GenerationError(
+                "answers are in work, which would go on with random weights; wait for them, or call abort_request with "
+                "abort_all"
+            )
+        try:
+            with self._on_all_ranks({"op": "check", "action": "reset_tensors"}):
+                self._part.check("reset_tensors")
+        except Exception as error:
+            logger.exception("reset_tensors failed")
+            raise GenerationError(
+                "reset_tensors failed midway, the engine's log says why; weights are random now, all or some of them, "
+                "so send all of them, or read them by update_weights_from_disk"
+            ) from error
+        finally:  # also after an error: they are not what they were called before
+            self._loaded = self.weights = secrets.token_hex(8)
+            self._received = {}
+            self._use("reset_tensors")
 
     def rename(self, version: str) -> None:
         """Call the weights that are in use by another name."""

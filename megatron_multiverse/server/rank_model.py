@@ -68,6 +68,8 @@ class RankModel:
         """
         failure: Exception | None = None
         found: list[str] = []
+        if action == "reset_tensors":
+            self.groups.forget()  # else a part from before would complete a matrix that is sent without it
         try:
             found = self._checks.run(action)
         except Exception as error:  # whatever it is, the other ranks wait to hear of it

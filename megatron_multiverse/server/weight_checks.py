@@ -1,12 +1,13 @@
 """Whether weights that a trainer sends arrive, as SGLang has it: note them, make them useless, have them sent, compare.
 
-Hashes are noted, not the weights, which would take their size of the host's memory.
+Hashes are noted, not the weights, which would take their size of the host's memory. The engine takes no step meanwhile.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import torch
@@ -18,6 +19,8 @@ from megatron_multiverse.model.weights import weight_state
 CheckAction = Literal["snapshot", "reset_tensors", "compare"]
 _CHUNK = 1 << 24
 """Numbers that are made, or copied to the host, at once."""
+_THREADS = 8
+"""That hash a tensor each, and hold a chunk of it on the host; hashlib lets them run side by side."""
 
 
 class WeightChecks:
@@ -69,7 +72,9 @@ class WeightChecks:
         return [name for name, digest in self._noted.items() if now[name] != digest]
 
     def _hashes(self) -> dict[str, str]:
-        return {name: _hash(tensor) for name, tensor in weight_state(self._model).items()}
+        state = weight_state(self._model)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return dict(zip(state, pool.map(_hash, state.values()), strict=True))
 
 
 def _hash(tensor: Tensor) -> str:

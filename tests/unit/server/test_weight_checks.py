@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from tests.unit.server.trainers import pool as pool
 from tests.unit.server.trainers import server as server
 from tests.unit.server.trainers import texts as texts
 from tests.unit.server.trainers import weights as weights
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 
 OWN_NORM = "decoder.final_layernorm.weight"
 
@@ -57,6 +59,68 @@ def test_weights_that_were_sent_are_told_from_those_that_were_not(
         assert OWN_NORM in check(server, "compare").json()["message"], "one bit"
         assert sender.send({NORM: weights[NORM]}, weight_version="1").status_code == 200
         assert check(server, "compare").status_code == 200 and text_of(server) == texts[1]
+
+
+def test_a_part_of_a_matrix_from_before_a_reset_completes_none(
+    server: Running, pool: ThreadPoolExecutor, weights: dict[str, Tensor]
+) -> None:
+    part = "model.layers.0.self_attn.q_proj.weight"
+    with trainer(server, pool) as sender:
+        sender.send(weights)
+        check(server, "snapshot")
+        sender.send({part: weights[part]})
+        assert "are used once the others" in check(server, "compare").json()["message"]
+        assert "are used once the others" not in check(server, "reset_tensors").json()["message"]
+        rest = sender.send({name: tensor for name, tensor in weights.items() if name != part})
+        assert "2 tensors, e.g. model.layers.0.self_attn.k_proj.weight, are used once" in rest.json()["message"]
+        refused = check(server, "compare")
+        assert refused.status_code == 400
+        assert "1 tensors differ" in refused.json()["message"] and "layers.0.self_attention.linear_qkv" in refused.text
+
+
+def test_a_reset_that_fails_midway_leaves_no_trace_of_the_old_weights(
+    server: Running, pool: ThreadPoolExecutor, texts: tuple[str, str]
+) -> None:
+    rand, calls = torch.rand, iter(range(5))
+
+    def fail_at_last(*args: Any, **kwargs: Any) -> Tensor:
+        if next(calls) == 4:
+            raise RuntimeError("no memory")
+        return rand(*args, **kwargs)
+
+    prefixes = server.engine.scheduler.places.prefixes
+    with trainer(server, pool):
+        assert text_of(server) == texts[0] and len(prefixes)
+        before = server.http.get("/model_info").json()["weights"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "rand", fail_at_last)
+            refused = check(server, "reset_tensors")
+        assert refused.status_code == 400 and "weights are random now" in refused.json()["message"]
+        assert "no memory" not in refused.text, "errors that are not ours are told to the log"
+        info = server.http.get("/model_info").json()
+        assert info["weight_version"] == "reset_tensors" and info["weights"] != before
+        assert not len(prefixes) and text_of(server) not in texts
+
+
+def test_a_trainer_that_gives_up_does_not_stall_the_server(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger weights than these take longer to read than a client may want to wait."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def read_long(action: str) -> list[str]:
+        begun.set()
+        assert may_end.wait(PATIENCE_S)
+        return []
+
+    monkeypatch.setattr(server.host.control._part, "check", read_long)
+    with server.visitor("/weights_checker", {"action": "snapshot"}):
+        assert begun.wait(PATIENCE_S)
+    server.client._last_heard = -math.inf
+    try:
+        assert server.http.get("/health/ready").status_code == 200
+    finally:
+        may_end.set()
+    wait_until(lambda: server.client._last_heard > 0, "the engine goes on")
+    assert server.http.get("/health/ready").status_code == 200
 
 
 def test_weights_from_disk_are_checked_and_released_ones_are_not(
