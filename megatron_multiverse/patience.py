@@ -10,13 +10,29 @@ from collections.abc import Collection
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 300.0
-"""Longest time that one question is asked again."""
+"""Longest time of one wait, from the first answer that is waited for."""
 BUSY = frozenset({429, 502, 503})
 """What a server says that is busy, loads its model or gets ready, and what a proxy says of one that is not up."""
 STARTING = BUSY | {504}
 """The same of a question that is answered at once: for one that takes long, 504 means that a proxy waits less than
 that."""
+SHORTEST_PAUSE_S = 0.5
+"""Also where a server says `Retry-After: 0`."""
 _LONGEST_PAUSE_S = 30.0
+
+
+class Deadline:
+    """Of one wait, for one question or several: it begins with the first answer that is waited for."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+
+    def waited(self) -> float:
+        """Seconds since it began; the first call begins it."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now
+        return now - self._began
 
 
 class Patience:
@@ -30,9 +46,14 @@ class Patience:
         self.server = server
         self._told_at = -PATIENCE_S
 
-    def question(self, statuses: Collection[int] = STARTING) -> Question:
-        """A question that is about to be asked; `statuses` are those that pass by."""
-        return Question(self, statuses)
+    def question(self, statuses: Collection[int] = STARTING, deadline: Deadline | None = None) -> Question:
+        """A question that is about to be asked.
+
+        Args:
+            statuses: those that pass by.
+            deadline: what it shares with other questions; default is one of its own.
+        """
+        return Question(self, statuses, deadline or Deadline())
 
     def tell(self, said: str) -> None:
         """Say that it is waited for, once for all questions that are under way."""
@@ -45,9 +66,9 @@ class Patience:
 class Question:
     """One question, until it has an answer that stands."""
 
-    def __init__(self, patience: Patience, statuses: Collection[int]) -> None:
-        self._patience, self._statuses = patience, statuses
-        self._began, self._pause = time.monotonic(), 1.0
+    def __init__(self, patience: Patience, statuses: Collection[int], deadline: Deadline) -> None:
+        self._patience, self._statuses, self._deadline = patience, statuses, deadline
+        self._pause = 1.0
 
     def pause(self, status: int, text: str, said: str, retry_after: str | None = None) -> float | None:
         """Seconds until it is asked again; None if the answer stands.
@@ -58,21 +79,22 @@ class Question:
             said: the answer, for a person.
             retry_after: its header of that name.
         """
-        waited = time.monotonic() - self._began
-        if status not in self._statuses or waited >= PATIENCE_S or _is_dead(text):
+        if status not in self._statuses or _is_dead(text) or (waited := self._deadline.waited()) >= PATIENCE_S:
             return None
         if status != 429:
             self._patience.tell(said)
         asked = float(retry_after) if retry_after and retry_after.isdecimal() else self._pause
         self._pause *= 2
-        return min(asked, _LONGEST_PAUSE_S, PATIENCE_S - waited)
+        return min(max(asked, SHORTEST_PAUSE_S), _LONGEST_PAUSE_S, PATIENCE_S - waited)
 
-    def given_up(self, status: int, text: str) -> str:
-        """What to add to the message of an error that stands; nothing if it was not waited for."""
-        if status not in self._statuses or _is_dead(text):
+    def given_up(self, status: int, text: str) -> str | None:
+        """What to add to the message of an answer that stands, where that ends the wait for the server: it is still
+        starting, or never gets ready. None of any other answer, which the caller understands best."""
+        if status not in self._statuses:
+            return None
+        if _is_dead(text):
             return ""
-        waited = time.monotonic() - self._began
-        return f", still so after {waited:.0f} s: see what keeps it, then the same command asks again"
+        return f", still so after {self._deadline.waited():.0f} s: see what keeps it, then the same command asks again"
 
 
 def _is_dead(text: str) -> bool:

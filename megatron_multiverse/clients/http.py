@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 
 from megatron_multiverse.errors import ConfigError, GenerationError
-from megatron_multiverse.patience import Patience, Question
+from megatron_multiverse.patience import Deadline, Patience, Question
 
 KEY_VARIABLE = "MULTIVERSE_API_KEY"
 
@@ -97,12 +97,14 @@ async def served_model(client: httpx2.AsyncClient, name: str | None = None) -> s
         `name`, or the first one of /v1/models.
 
     Raises:
-        ServerError: it cannot be reached, is not ready after `patience.PATIENCE_S`, or names no model.
+        ServerError: it cannot be reached, its engine has died, it is not ready after `patience.PATIENCE_S` in all, or
+            it names no model.
         httpx2.HTTPError: it broke off.
     """
-    patience = Patience(str(client.base_url))
-    models = await _patiently(client, "/v1/models", patience.question())
-    await _patiently(client, "/health/ready", patience.question({429, 503}))  # others may have no such route
+    patience, deadline = Patience(str(client.base_url)), Deadline()
+    models = await _patiently(client, "/v1/models", patience.question(deadline=deadline))
+    # Others may have no such route. Ours says here alone that its engine has died.
+    await _patiently(client, "/health/ready", patience.question({429, 503}, deadline))
     if name is not None:
         return name
     try:
@@ -122,7 +124,7 @@ async def _patiently(client: httpx2.AsyncClient, path: str, question: Question) 
         pause = question.pause(status, text, said, response.headers.get("retry-after"))
         if pause is not None:
             await asyncio.sleep(pause)
-        elif given_up := question.given_up(status, text):
+        elif (given_up := question.given_up(status, text)) is not None:
             raise ServerError(status, f"{client.base_url}: {said}{given_up}")
         else:
             return response

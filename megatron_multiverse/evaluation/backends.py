@@ -18,7 +18,7 @@ from megatron_multiverse.clients.http import KEY_VARIABLE, base_of, error_text
 from megatron_multiverse.errors import ConfigError, GenerationError, MultiverseError
 from megatron_multiverse.evaluation.config import EvaluateConfig
 from megatron_multiverse.evaluation.samples import Answer, Job
-from megatron_multiverse.patience import BUSY, STARTING, Patience
+from megatron_multiverse.patience import BUSY, STARTING, Deadline, Patience
 
 if TYPE_CHECKING:
     import httpx2
@@ -221,7 +221,7 @@ class _Server:
 
         self.url = url
         self._config = config
-        self._patience = Patience(f"--url {url}")
+        self._patience, self._beginning = Patience(f"--url {url}"), Deadline()
         key = os.environ.get(KEY_VARIABLE)
         self._client = httpx2.Client(
             base_url=base_of(url),
@@ -241,8 +241,8 @@ class _Server:
         self.device = _device_of(info)
 
     def _wait_until_ready(self) -> None:
-        """Wait for a server that loads its model still: it tells nothing of it yet. What others than ours say there, in
-        whatever form, is of no matter."""
+        """Wait for a server that loads its model still: it tells nothing of it yet. Ours says here alone that its
+        engine has died. What others say there, in whatever form, is of no matter."""
         self._response("GET", "/health/ready", None, {429, 503})
 
     def _told(self, route: str) -> dict[str, Any]:
@@ -284,14 +284,16 @@ class _Server:
         self, method: str, route: str, body: dict[str, Any] | None, statuses: Collection[int] | None = None
     ) -> tuple[httpx2.Response, float]:
         """The response, whatever it says, and the seconds of the try that brought it. A server that is busy or starting
-        is asked again: one that answers with one of `statuses`, by default what the method can mean by that.
+        is asked again: one that answers with one of `statuses`, by default what the method can mean by that. What is
+        asked when the command begins (GET) has one deadline in all, and each problem (POST) one of its own.
 
         Raises:
-            GenerationError: it answers nothing, or one of these still after all that patience.
+            GenerationError: it answers nothing, or one of these still after all that patience, or its engine has died.
         """
         import httpx2
 
-        question = self._patience.question(statuses or (STARTING if method == "GET" else BUSY))
+        usual, deadline = (STARTING, self._beginning) if method == "GET" else (BUSY, None)
+        question = self._patience.question(statuses or usual, deadline)
         while True:
             started = time.perf_counter()
             try:
@@ -308,7 +310,7 @@ class _Server:
             pause = question.pause(status, text, said, response.headers.get("retry-after"))
             if pause is not None:
                 time.sleep(pause)
-            elif given_up := question.given_up(status, text):
+            elif (given_up := question.given_up(status, text)) is not None:
                 raise GenerationError(f"--url {self.url}: {said}{given_up}")
             else:
                 return response, time.perf_counter() - started

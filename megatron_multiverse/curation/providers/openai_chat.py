@@ -8,7 +8,7 @@ from typing import Any
 from megatron_multiverse.curation.exchange import Answer, Failure, Request, Stop, Usage
 from megatron_multiverse.curation.providers.protocol import ProviderError, key_from, redact
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.patience import Patience
+from megatron_multiverse.patience import Deadline, Patience, Question
 
 _STOPS: dict[str, Stop] = {"stop": "end", "length": "max_tokens", "content_filter": "refusal"}
 _OWN_SERVER_KEY = "none"
@@ -50,7 +50,9 @@ class OpenAIProvider:
         self.model = model
         self._sdk = openai
         # The SDK itself tries again for half a minute, which is long for a vendor and short for a model that loads.
-        self._starting = Patience(base_url).question({502, 503}) if base_url is not None else None
+        self._may_start = base_url is not None
+        # Requests that are under way at once wait for one server: one deadline, and each with its own growing pauses.
+        self._patience, self._deadline = Patience(str(base_url)), Deadline()
         self._client = openai.AsyncOpenAI(
             api_key=self._key or _OWN_SERVER_KEY,
             base_url=base_url,
@@ -72,6 +74,7 @@ class OpenAIProvider:
         if request.schema is not None:
             schema = {"name": request.stage, "schema": request.schema, "strict": True}
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
+        question = self._patience.question({502, 503}, self._deadline)
         while True:
             try:
                 completion: Any = await self._client.chat.completions.create(
@@ -84,22 +87,22 @@ class OpenAIProvider:
                     **options,
                 )
             except Exception as error:
-                if (pause := self._pause(error)) is None:
+                if (pause := self._pause(question, error)) is None:
                     return self._failure(error)
                 await asyncio.sleep(pause)
             else:
-                self._starting = None
+                self._may_start = False
                 return self._answer(completion)
 
-    def _pause(self, error: Exception) -> float | None:
+    def _pause(self, question: Question, error: Exception) -> float | None:
         """Seconds to wait for a server of one's own that starts still; None if it has, or is not at fault."""
         status, response = getattr(error, "status_code", None), getattr(error, "response", None)
-        if self._starting is None or status is None or response is None:
+        if not self._may_start or status is None or response is None:
             return None
         after = response.headers.get("retry-after")
-        pause = self._starting.pause(status, response.text, f"it answers with status {status}", after)
+        pause = question.pause(status, response.text, f"it answers with status {status}", after)
         if pause is None:
-            self._starting = None
+            self._may_start = False
         return pause
 
     def _answer(self, completion: Any) -> Answer | Failure:

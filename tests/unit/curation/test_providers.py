@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -167,6 +168,7 @@ class _Chat(BaseHTTPRequestHandler):
     status: ClassVar[int] = 200
     statuses_before: ClassVar[list[int]] = []
     """Of the first answers, in place of `status`."""
+    retry_after: ClassVar[str] = "0"
     latency_s: ClassVar[float] = 0.0
     bodies: ClassVar[list[dict[str, Any]]] = []
     under_way: ClassVar[list[int]] = []
@@ -180,7 +182,7 @@ class _Chat(BaseHTTPRequestHandler):
         self.send_response(self.statuses_before.pop(0) if self.statuses_before else self.status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
-        self.send_header("retry-after", "0")
+        self.send_header("retry-after", self.retry_after)
         self.end_headers()
         self.wfile.write(data)
 
@@ -292,3 +294,29 @@ def test_a_server_of_ones_own_that_starts_is_waited_for(
     _Chat.status = 503
     got = asyncio.run(ask(provider(), OUTLINE))
     assert isinstance(got, Failure) and not got.is_final and "503" in got.reason
+
+
+def test_it_is_waited_for_from_its_first_failure_on_and_by_each_request(
+    chat: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, pauses = 1000.0, []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        pauses.append(seconds)
+        for _ in range(1000):  # until all that are under way have failed
+            if len(pauses) < 8:
+                await sleep(0.01)
+
+    monkeypatch.setattr("megatron_multiverse.patience.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("megatron_multiverse.curation.providers.openai_chat.asyncio.sleep", noted)
+    monkeypatch.setattr(_Chat, "retry_after", "soon")  # no number: the pauses are our own
+    monkeypatch.setattr(_Chat, "answer", completion("stop"))
+    monkeypatch.setattr(_Chat, "status", 200)
+    monkeypatch.setattr(_Chat, "statuses_before", [503] * 8)
+    monkeypatch.setattr(_Chat, "bodies", [])
+    provider = OpenAIProvider("m", base_url=chat, max_retries=0, concurrency=8)
+    now += 3600.0  # meanwhile the user was asked whether to begin
+    answers = asyncio.run(ask_at_once(provider, 8))
+    assert all(isinstance(answer, Answer) for answer in answers) and len(_Chat.bodies) == 16
+    assert pauses == [1.0] * 8
