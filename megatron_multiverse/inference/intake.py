@@ -11,7 +11,7 @@ from megatron_multiverse.inference.text.guide import Grammars, Guide
 from megatron_multiverse.inference.text.prompt_scores import PromptScores
 from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.state import Detokenize, RequestState, TokenCallback, end_ids, new_state
-from megatron_multiverse.structure import Event, StructureMachine, StructureVocab, Thought, ends_in_thought
+from megatron_multiverse.structure import Event, StructureMachine, StructureVocab, Thought, opens_thought
 
 
 class Intake:
@@ -123,8 +123,7 @@ class Intake:
     def _thought(self, request: Request) -> Thought:
         if request.thought is not None:
             return request.thought
-        is_open = ends_in_thought(request.prompt_ids, self.vocab, request.sampling.stop_token_ids)
-        return "open" if is_open else "none"
+        return "open" if opens_thought(request.prompt_ids, self.vocab) else "none"
 
     def _guide(self, request: Request) -> Guide | None:
         sampling = request.sampling

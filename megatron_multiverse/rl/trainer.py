@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron_multiverse.checkpoints.run_files import MODEL_FOLDER
 from megatron_multiverse.config import LayerConfig, ModelConfig, RLConfig
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.model.device import choose_device
+from megatron_multiverse.parallel.ranks import Ranks
 from megatron_multiverse.rl.drawing import drawing_of
 from megatron_multiverse.rl.loss import PolicyLoss
 from megatron_multiverse.rl.prompts import Prompts
@@ -72,24 +73,14 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
     """
     base = config.train_config()
     check_trackers(config.log)
-    model_config, device = describe_model(base, "policy.seq_length"), choose_device(config.device)
-    check_optimizer(base, device)
-    tokenizer = build_tokenizer(config.task.tokenizer_type, config.tokenizer_model)
-    check_start(base, tokenizer, learns_from_answers=True)
+    model_config, tokenizer = describe_start(config)
     with joined_groups(base) as ranks, RunFolder(config.checkpoint, ranks) as run, contextlib.ExitStack() as closing:
         check_not_past(config, run)
-        seed_everything(config.seed)
-        prompts, replica = Prompts(config.task, tokenizer, config.seed), Replica.of(ranks)
-        check_agreement(config, prompts, ranks)
-        drawing = drawing_of(config, model_config, tokenizer, prompts, replica.count)  # before weights are loaded
-        engine, model, loss = build_engine(config, model_config, tokenizer, prompts)
+        learner = closing.enter_context(built_learner(config, model_config, tokenizer, ranks))
+        engine, prompts = learner.engine, learner.prompts
         state = TrainState(engine, prompts)
         description = RunDescription(model_config, dataclasses.replace(config, layers=engine.layers), tokenizer)
         resumed = run.resume(state, description)
-        rollouts = closing.enter_context(
-            contextlib.closing(Rollouts(config, model, model_config, engine.layers, tokenizer, drawing, replica))
-        )
-        learner = Learner(config, tokenizer, prompts, engine, loss, rollouts)
         metrics = start_record(description, run.folder if ranks.is_first else None, state.step, resumed)
         if ranks.is_first:
             keep_records_until(run.folder / ROLLOUTS_FILE, state.step)
@@ -171,6 +162,48 @@ class Learner:
         numbers = {**step_numbers(batch, replica), **update_numbers(updates)}
         numbers |= {"train_s": train_s, **engine.clock.read(1), "memory_gib": memory_gib(engine.device)}
         return batch, numbers | {"step_time_s": time.perf_counter() - began}
+
+
+def describe_start(config: RLConfig) -> tuple[ModelConfig, MultiverseTokenizer]:
+    """Shape and tokenizer of the model to train, held against the settings before ranks join and weights are loaded.
+
+    Raises:
+        CheckpointError: the model is not at hand.
+        ConfigError: settings that do not fit together or to the model.
+    """
+    base = config.train_config()
+    model_config = describe_model(base, "policy.seq_length")
+    check_optimizer(base, choose_device(config.device))
+    tokenizer = build_tokenizer(config.task.tokenizer_type, config.tokenizer_model)
+    check_start(base, tokenizer, learns_from_answers=True)
+    return model_config, tokenizer
+
+
+@contextlib.contextmanager
+def built_learner(
+    config: RLConfig, model_config: ModelConfig, tokenizer: MultiverseTokenizer, ranks: Ranks
+) -> Iterator[Learner]:
+    """What takes the steps, at the start of the run; its cache is let go of at the end.
+
+    Args:
+        config: the run.
+        model_config: shape of the model.
+        tokenizer: of the model.
+        ranks: all of the run, divided into its parallel groups.
+
+    Raises:
+        CheckpointError: the weights cannot be read.
+        ConfigError: settings that do not fit together, to the prompts or between ranks.
+        DataError: the prompts cannot be read.
+    """
+    seed_everything(config.seed)
+    prompts, replica = Prompts(config.task, tokenizer, config.seed), Replica.of(ranks)
+    check_agreement(config, prompts, ranks)
+    drawing = drawing_of(config, model_config, tokenizer, prompts, replica.count)  # before weights are loaded
+    engine, model, loss = build_engine(config, model_config, tokenizer, prompts)
+    rollouts = Rollouts(config, model, model_config, engine.layers, tokenizer, drawing, replica)
+    with contextlib.closing(rollouts):
+        yield Learner(config, tokenizer, prompts, engine, loss, rollouts)
 
 
 def build_engine(

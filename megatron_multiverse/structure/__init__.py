@@ -25,7 +25,7 @@ from megatron_multiverse.structure.layout import (
 )
 from megatron_multiverse.structure.machine import StructureMachine
 from megatron_multiverse.structure.parser import parse
-from megatron_multiverse.structure.prompt import Thought, ends_in_thought, last_thought
+from megatron_multiverse.structure.prompt import Thought, last_thought, opens_thought
 from megatron_multiverse.structure.statistics import (
     BlockStatistics,
     Statistics,
@@ -69,12 +69,12 @@ __all__ = [
     "acceleration_ratio",
     "check_text",
     "cut_at_labels",
-    "ends_in_thought",
     "last_thought",
     "lay_out",
     "lex",
     "measure",
     "measure_blocks",
+    "opens_thought",
     "pack_layouts",
     "padding_layout",
     "parse",

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from megatron_multiverse.errors import StructureError
 from megatron_multiverse.structure.document import Document
 from megatron_multiverse.structure.machine import StructureMachine
-from megatron_multiverse.structure.prompt import ends_in_thought
+from megatron_multiverse.structure.prompt import opens_thought
 from megatron_multiverse.structure.tags import StructureVocab
 
 
@@ -46,7 +46,7 @@ def parse(
     array = np.asarray(ids, dtype=np.int64)
     machine = StructureMachine(vocab, max_depth=max_depth, max_paths=max_paths)
     machine.num_tokens = prompt_length
-    if ends_in_thought(array[:prompt_length], vocab):
+    if opens_thought(array[:prompt_length], vocab):
         machine.begin_in_thought()
     tag_indices = vocab.find_tags(array[prompt_length:]) + prompt_length
     position = prompt_length

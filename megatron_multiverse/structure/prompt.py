@@ -32,11 +32,13 @@ def last_thought(
     return next((found[token] for token in reversed(ids) if token in found), "none")
 
 
-def ends_in_thought(
-    ids: Sequence[int] | npt.NDArray[np.integer], vocab: StructureVocab, end_ids: Collection[int] = ()
-) -> bool:
-    """Whether a prompt ends inside of a thought, in which the answer then begins: many chat templates open one for it.
+def opens_thought(ids: Sequence[int] | npt.NDArray[np.integer], vocab: StructureVocab) -> bool:
+    """Whether a prompt ends by opening a thought, in which the answer then begins: with ``<Think>``, and nothing but
+    newlines behind it, as many chat templates do. A tag that more text follows may be quoted, so it opens none.
 
-    The arguments are those of `last_thought`.
+    Args:
+        ids: token ids of the prompt, shape [N].
+        vocab: the ids in which structure is written.
     """
-    return vocab.tag_ids[Tag.THINK] in ids and last_thought(ids, vocab, end_ids) == "open"
+    last = next((token for token in reversed(ids) if token != vocab.newline_id), None)
+    return bool(last == vocab.tag_ids[Tag.THINK])

@@ -33,7 +33,8 @@ PANELS = (
 _FORMER_NAMES = {"acceleration_ratio": "saved_share"}
 """Names in metrics.jsonl of earlier versions, and the present ones."""
 _STYLES = ("-", "--", ":", "-.")
-_NOTHING = "no value yet: no step had an update\n(all answers to each prompt earned the same)"
+_OF_UPDATES = {"entropy", "logprob_drift", "clip_share"}
+"""Metrics that only a step with an update has."""
 
 
 def by_family(name: str, histories: Sequence[RunHistory]) -> list[str]:
@@ -54,6 +55,14 @@ def with_present_names(history: RunHistory) -> RunHistory:
 def _line(style: str, names: Sequence[str]) -> dict[str, float]:
     """How a curve is drawn: the first of several broad and pale, so that one that runs on it is seen."""
     return {"linewidth": 2.6, "alpha": 0.45} if style == _STYLES[0] and len(names) > 1 else {"linewidth": 1.3}
+
+
+def _why_empty(panel: Sequence[str], histories: Sequence[RunHistory]) -> str:
+    """What a panel without any value says; that no step had an update only where each step says so."""
+    records = [record for history in histories for record in history.train.values()]
+    if _OF_UPDATES.issuperset(panel) and records and all(record.get("targets") == 0 for record in records):
+        return "no value yet: no step had an update\n(all answers to each prompt earned the same)"
+    return "not recorded"
 
 
 def plot_rl(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
@@ -88,7 +97,8 @@ def plot_rl(folders: Sequence[Path], output: Path, *, smooth: int = 1) -> None:
         for name, style in zip(names, itertools.cycle(_STYLES), strict=False):
             axis.plot([], [], style, color="black", label=name.replace("_", " "), **_line(style, names))
         if all(np.isnan(line.get_ydata()).all() for line in axis.get_lines()):
-            axis.text(0.5, 0.5, _NOTHING, transform=axis.transAxes, ha="center", va="center", color="0.4", fontsize=9)
+            note = _why_empty(panel, histories)
+            axis.text(0.5, 0.5, note, transform=axis.transAxes, ha="center", va="center", color="0.4", fontsize=9)
             axis.set_yticks([])
         axis.set_ylabel(unit)
         axis.grid(alpha=0.3)

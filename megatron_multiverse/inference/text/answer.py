@@ -45,7 +45,10 @@ def make_result(state: RequestState) -> Result:
     _append_branch(result, state.root, -1)
     for branch in state.branches():
         result.malformed.update(branch.machine.malformed)
-        by_model = branch.forced_close and branch.finish == "eos"  # it ended its text in something open
+        is_open = (
+            branch.machine.in_thought and not state.request.sampling.leave_open
+        )  # a thought that the prompt opened
+        by_model = branch.finish == "eos" and (branch.forced_close or is_open)  # it ended its text in something open
         closed, refused = int(branch.forced_close), int(branch.fork_refused)
         ended = Counter(forced_close=closed, fork_refused=refused, unclosed=int(by_model))
         result.malformed.update(+ended)

@@ -166,8 +166,7 @@ def _ends_thought(state: RequestState, branch: Branch, guide: Guide) -> bool:
 def _refuse_end(state: RequestState, branch: Branch) -> None:
     """The model ended its text in a branch: that breaks the grammar where anything is open, a path itself included."""
     tag_of = branch.machine.vocab.tag_of
-    # An answer that is held to a grammar has said nothing yet in a thought, whoever opened that.
-    closing = branch.machine.closing_ids(of_prompt=branch.guide is not None)
+    closing = branch.machine.closing_ids(of_prompt=True)
     missing = next((tag_of[token] for token in closing if token in tag_of), None)
     if missing is not None:
         index = len(branch.ids) - branch.prompt_length

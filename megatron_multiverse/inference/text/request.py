@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from megatron_multiverse.config.sampling import SamplingParams, whole_number
 from megatron_multiverse.errors import GenerationError
@@ -56,13 +56,16 @@ class Request:
 
     thought: Thought | None = None
     """Where the prompt leaves the answer: in a thought, whose end its grammar then waits for, after one, so that its
-    grammar holds from the first token on, or neither. None: in a thought if the ids say so
-    (`structure.ends_in_thought`), else neither."""
+    grammar holds from the first token on, or neither. None: in a thought if the ids end by opening one
+    (`structure.opens_thought`), else neither."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_ids", tuple(whole_number("prompt_ids", token) for token in self.prompt_ids))
         start = tuple(whole_number("answer_start", token) for token in self.answer_start)
         object.__setattr__(self, "answer_start", start)
+        if self.thought not in (None, *get_args(Thought)):
+            allowed = ", ".join(get_args(Thought))
+            raise GenerationError(f"thought is {self.thought!r}; give one of {allowed}, or None to go by the prompt")
         object.__setattr__(self, "sample", whole_number("sample", self.sample))
         object.__setattr__(self, "priority", whole_number("priority", self.priority))
         if self.accept is not None and not self.sampling.commit_after:

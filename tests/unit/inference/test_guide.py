@@ -105,8 +105,10 @@ def test_a_prompt_may_open_the_thought(engine: Engine, tokenizer: HuggingFaceTok
     early = ask(tokenizer, f"{PROMPT}<Think>", grammar=schema, logit_bias={eos: 100.0}, max_tokens=80)
     tight = ask(tokenizer, f"{PROMPT}<Think>", grammar=schema, logit_bias={eos: 100.0}, max_tokens=1)
     after = replace(held, thought="closed")
-    results = engine.generate([ask(tokenizer, PROMPT), free, held, early, tight, after])
-    itself, opened, guided, ended, cut, after_it = results
+    silent = ask(tokenizer, f"{PROMPT}<Think>", logit_bias={eos: 100.0})
+    quoted = ask(tokenizer, f"What is <Think>? {PROMPT}", grammar=schema)
+    results = engine.generate([ask(tokenizer, PROMPT), free, held, early, tight, after, silent, quoted])
+    itself, opened, guided, ended, cut, after_it, said_nothing, plain = results
     think, end_think = (tokenizer.structure_vocab.tag_ids[tag] for tag in (Tag.THINK, Tag.END_THINK))
     assert itself.token_ids == [think, *opened.token_ids]
     assert len(opened.blocks) == len(guided.blocks) == 1 and not opened.malformed and not guided.malformed
@@ -117,6 +119,10 @@ def test_a_prompt_may_open_the_thought(engine: Engine, tokenizer: HuggingFaceTok
     assert tokenizer.detokenize(ended.token_ids).startswith("\n</Think>{") and ended.logprobs[:2] == [None, None]
     assert ended.malformed == {"forced_close": 1} and len(cut.token_ids) <= 1
     assert sorted(json.loads(tokenizer.detokenize(after_it.token_ids))) == ["age", "name"]
+    assert not said_nothing.token_ids and said_nothing.malformed == {"unclosed": 1}, "which no reward is for"
+    assert sorted(json.loads(said(tokenizer, plain))) == ["age", "name"], "a tag that is quoted opens nothing"
+    with pytest.raises(GenerationError, match="thought is 'opened'; give one of none, open, closed"):
+        replace(held, thought="opened")
 
 
 def test_answers_are_the_same_alone_and_after_stepping_back(engine: Engine, tokenizer: HuggingFaceTokenizer) -> None:

@@ -17,9 +17,9 @@ from megatron_multiverse.structure import (
     StructureMachine,
     StructureVocab,
     Tag,
-    ends_in_thought,
     last_thought,
     lay_out,
+    opens_thought,
     parse,
     parse_text,
     visible_matrix,
@@ -118,26 +118,27 @@ def test_strict_names_the_broken_rule_and_its_place(old: str, new: str, code: st
 
 
 @pytest.mark.parametrize(
-    ("prompt", "thought"),
+    ("prompt", "thought", "opens"),
     [
-        ("a<Think>\n", "open"),
-        ("<Think>a</Think>b<Think>", "open"),
-        ("<Think>a<Path>", "open"),
-        ("<Think>a</Think>b", "closed"),
-        ("<Think><eos>a", "none"),
-        ("a<Think>.b", "none"),
-        ("<Parallel>a", "none"),
+        ("a<Think>\n", "open", True),
+        ("<Think>a</Think>b<Think>", "open", True),
+        ("a<Think>\n\n", "open", True),
+        ("<Think>a<Path>", "open", False),
+        ("what is <Think>\n?", "open", False),
+        ("<Think>a</Think>b", "closed", False),
+        ("<Think><eos>a", "none", False),
+        ("a<Think>.b", "none", False),
+        ("<Parallel>a", "none", False),
     ],
 )
-def test_a_response_may_close_the_thought_that_its_prompt_opened(prompt: str, thought: str) -> None:
-    pieces = [*PIECES, "<eos>", "."]
+def test_a_response_may_close_the_thought_that_its_prompt_opened(prompt: str, thought: str, opens: bool) -> None:
+    pieces = [*PIECES, "<eos>", ".", *sorted(set("what is ?") - {*PIECES})]
     vocab = StructureVocab.from_pieces(pieces, eos_id=pieces.index("<eos>"))
     before = [pieces.index(piece) for piece in re.findall("<.*?>|.|\n", prompt)]
     assert last_thought(before, vocab, [pieces.index(".")]) == thought
-    assert ends_in_thought(before, vocab, [pieces.index(".")]) == (thought == "open")
-    in_thought = ends_in_thought(np.array(before), vocab)
+    assert opens_thought(before, vocab) is opens is opens_thought(np.array(before), vocab)
     body = GOOD.removeprefix("<Think>\n")
-    for text, is_right in ((body, in_thought), (GOOD, True), (body.removesuffix("\n</Think>"), True)):
+    for text, is_right in ((body, opens), (GOOD, True), (body.removesuffix("\n</Think>"), True)):
         document = parse([*before, *ids_of(text)], vocab, prompt_length=len(before), strict=False)
         assert (not document.malformed) == is_right and len(document.blocks[0].paths) == 2, text
     twice = parse([*before, *ids_of(f"{GOOD}\n</Think>")], vocab, prompt_length=len(before), strict=False)

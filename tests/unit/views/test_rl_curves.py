@@ -30,28 +30,50 @@ def test_runs_are_drawn_with_steps_that_trained_nothing(tmp_path: Path) -> None:
         plot_rl([tmp_path / "none"], tmp_path / "rl.png")
 
 
-def figure_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def figure_with(rows: list[dict[str, Any]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The figure of a run that reported these steps."""
+    text = "".join(json.dumps({"kind": "train", **row}) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
     drawn: list[Any] = []
     monkeypatch.setattr(rl_curves, "save_figure", lambda figure, *_, **__: drawn.append(figure))
     plot_rl([folder], folder / "rl.png")
     return drawn[0]
 
 
+def notes_of(figure: Any) -> dict[tuple[str, ...], str]:
+    """What is written into panels without values."""
+    panels = zip([names for names, _ in PANELS], figure.axes, strict=True)
+    return {names: axis.texts[0].get_text() for names, axis in panels if axis.texts}
+
+
 def test_a_short_run_without_updates_is_still_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     updates = {"entropy", "logprob_drift", "clip_share"}
     names = [name for names, _ in PANELS for name in names if name not in updates]
-    rows = [{"kind": "train", "step": step, **dict.fromkeys(names, 0.5)} for step in (1, 2, 3)]
-    rows[1] |= {"entropy": 0.25}
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
-    figure = figure_of(tmp_path, monkeypatch)
+    rows: list[dict[str, Any]] = [{"step": step, "targets": 0, **dict.fromkeys(names, 0.5)} for step in (1, 2, 3)]
+    notes = notes_of(figure_with(rows, tmp_path, monkeypatch))
+    assert notes.keys() == {("entropy",), ("logprob_drift", "clip_share")}
+    assert all("no step had an update" in note for note in notes.values())
+    rows[1] |= {"entropy": 0.25, "targets": 9}
+    figure = figure_with(rows, tmp_path, monkeypatch)
+    assert notes_of(figure) == {("logprob_drift", "clip_share"): "not recorded"}, "a step had an update"
     panels = dict(zip([names for names, _ in PANELS], figure.axes, strict=True))
-    assert "no step had an update" in panels["logprob_drift", "clip_share"].texts[0].get_text()
-    assert all(not axis.texts for names, axis in panels.items() if names != ("logprob_drift", "clip_share"))
     assert panels[("entropy",)].get_lines()[0].get_marker() == ".", "one value alone is no line"
     assert all(float(tick).is_integer() for tick in figure.axes[-1].get_xticks())
     reward, accuracy = panels["reward", "accuracy"].get_lines()[:2]
     assert reward.get_linewidth() > accuracy.get_linewidth() and reward.get_alpha() < 1, "both are seen where equal"
+
+
+def test_what_was_not_recorded_is_not_laid_on_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, Any]] = [{"step": step, "reward": 0.5, "length": 9.0} for step in (1, 2)]
+    empty = [names for names, _ in PANELS if not {"reward", "length"} & set(names)]
+    assert notes_of(figure_with(rows, tmp_path, monkeypatch)) == dict.fromkeys(empty, "not recorded")
+    rows[0]["targets"] = 0  # of the other step it is not known
+    assert notes_of(figure_with(rows, tmp_path, monkeypatch)) == dict.fromkeys(empty, "not recorded")
+    rows[1]["targets"] = 0
+    notes = notes_of(figure_with(rows, tmp_path, monkeypatch))
+    for names in (("trigger_ratio", "saved_share"), ("num_parallel",)):
+        assert notes.pop(names) == "not recorded", "no update is needed for these"
+    assert len(notes) == 2 and all("no step had an update" in note for note in notes.values())
 
 
 def test_a_run_of_another_kind_is_refused(tmp_path: Path) -> None:
