@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from megatron_multiverse.server.config import LimitConfig
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, GenerationFields
 from megatron_multiverse.server.grammars import Grammar
@@ -48,8 +49,6 @@ class ChatFields(GenerationFields):
     @property
     def asks_apart(self) -> bool | None:
         own = self.ours.separate_reasoning
-        if own is not None and self.separate_reasoning not in (None, own):
-            raise refuse("separate_reasoning", "contradicts the one of the object multiverse; give one of them")
         return self.separate_reasoning if own is None else own
 
     @property
@@ -58,6 +57,12 @@ class ChatFields(GenerationFields):
 
     def grammar_for(self, model: ServedModel) -> Grammar | None:
         return call_grammar(self.tool_use, self.grammar, model.tokenizer) if self.tool_use.may_call else self.grammar
+
+    def check(self, model: ServedModel, limits: LimitConfig) -> None:
+        super().check(model, limits)
+        own = self.ours.separate_reasoning
+        if own is not None and self.separate_reasoning not in (None, own):
+            raise refuse("separate_reasoning", "contradicts the one of the object multiverse; give one of them")
 
     def check_tools(self) -> None:
         """Refuse what contradicts that calls are read in what the answer says once it has thought.

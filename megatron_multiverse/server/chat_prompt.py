@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ async def chat_prompt(fields: ChatFields, model: ServedModel) -> ChatPrompt:
     if not ids:
         raise refuse("messages", "the conversation has no tokens")
     if from_ids:
-        thought = _thought_of_ids(fields.messages[-1], model)
+        thought = await _thought_of_ids(fields.messages[-1], messages[:-1], variables, model)
     elif (thought := last_thought(ids, model.tokenizer.structure_vocab, model.end_ids)) != "none":
         thought = await _thought_of_answer(messages[:-1] if goes_on else messages, variables, text, model)
     return ChatPrompt(ids, [(start, end) for start, end in spans if start < end < len(ids)], thought)
@@ -119,6 +120,12 @@ async def _render(messages: list[dict[str, Any]], variables: dict[str, Any], mod
     there: templates alone would close the thought, since it is followed by what the turn says, be that nothing."""
     last = messages[-1]
     thought = last.get("reasoning_content")
+    if variables["continue_final_message"] and "tool_calls" in last:  # they stand behind what would go on
+        raise refuse(
+            "continue_final_message",
+            "the last turn has tool_calls, which end it; leave them out, give the turn with its prompt_token_ids and "
+            "generation_token_ids, or drop continue_final_message",
+        )
     if not (variables["continue_final_message"] and thought and not last["content"]):
         return await model.render(messages, variables)
     marked = [*messages[:-1], last | {"reasoning_content": thought + _HERE}]
@@ -132,12 +139,33 @@ async def _render(messages: list[dict[str, Any]], variables: dict[str, Any], mod
     return text
 
 
-def _thought_of_ids(turn: Message, model: ServedModel) -> Thought:
-    """Where a turn goes on that has brought its ids. The prompt that it answered may have opened its thought."""
+async def _thought_of_ids(
+    turn: Message, earlier: list[dict[str, Any]], variables: dict[str, Any], model: ServedModel
+) -> Thought:
+    """Where a turn goes on that has brought its ids: as its own last tag says, whatever ends stand behind it; else
+    where the turn itself began, as the chat said of it that made it.
+
+    Args:
+        turn: the last one, with its ids.
+        earlier: the turns before it.
+        variables: of the template.
+        model: that is served.
+    """
     vocab = model.tokenizer.structure_vocab
-    own = last_thought(turn.generation_token_ids or [], vocab)
-    is_open = own == "none" and last_thought(turn.prompt_token_ids or [], vocab, model.end_ids) == "open"
-    return "open" if is_open else own
+    own = last_thought([token for token in turn.generation_token_ids or [] if token != vocab.eos_id], vocab)
+    if own != "none":
+        return own
+    prompt = turn.prompt_token_ids or []
+    begun = last_thought(prompt, vocab, model.end_ids)
+    if begun == "none":
+        return begun
+    with contextlib.suppress(ApiError):  # templates may want turns before an answer
+        text = await model.render(earlier, variables | {"add_generation_prompt": True, "continue_final_message": False})
+        start = await _start_of_answer(earlier, variables, text, model)
+        # The ids may be of a prompt that was asked for otherwise, such as with another enable_thinking.
+        if (start or not earlier) and (await model.detokenize(prompt)).endswith(text[start:]):
+            return _thought_behind(start, text)
+    return begun
 
 
 async def _thought_of_answer(
@@ -152,16 +180,30 @@ async def _thought_of_answer(
         text: the conversation, up to where the answer goes on.
         model: that is served.
     """
+    start = await _start_of_answer(earlier, variables, text, model)
+    thought = _thought_behind(start, text)
+    return thought if start or not earlier or thought == "open" else "none"
+
+
+async def _start_of_answer(
+    earlier: list[dict[str, Any]], variables: dict[str, Any], text: str, model: ServedModel
+) -> int:
+    """The character of the text up to which it is that of the earlier turns alone; 0 if nothing tells them apart.
+    Behind them some templates write something else, such as an end, where no answer follows."""
     before = ""
     if earlier:
         parts = {"add_generation_prompt": False, "continue_final_message": False}
         with contextlib.suppress(ApiError):  # templates may want another turn last
             before = await model.render(earlier, variables | parts)
-    if not text.startswith(before):
-        before = ""  # the template changes earlier turns, so nothing tells them apart
-    ids, _, vocab = lex(text[len(before) :])
-    thought = last_thought(ids, vocab)
-    return thought if before or not earlier or thought == "open" else "none"
+    return len(os.path.commonprefix([text, before]))  # noqa: RUF071 (of characters; these are no paths)
+
+
+def _thought_behind(start: int, text: str) -> Thought:
+    """Where a text stands at its end, as the last Think tag says that ends behind a character. The tag may begin before
+    it: `<Think>` and an end such as `<|end|>` have their first character in common."""
+    ids, offsets, vocab = lex(text)
+    ends = [*offsets[1:], len(text)]
+    return last_thought([token for token, end in zip(ids, ends, strict=False) if end > start], vocab)
 
 
 def _template_variables(fields: ChatFields) -> dict[str, Any]:

@@ -350,6 +350,20 @@ def test_what_can_never_be_held_does_not_reach_the_engine(server: Running, monke
     assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
 
 
+def test_a_contradiction_of_a_chat_does_not_reach_the_engine(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the thought comes apart is asked first where an answer is written, when all of it has been drawn."""
+    told: list[Any] = []
+    add = server.host._add
+    monkeypatch.setattr(server.host, "_add", lambda message: (told.append(message), add(message)))
+    body = {"messages": MESSAGES, "max_tokens": 1, "separate_reasoning": True}
+    assert server.post(CHAT, body).status_code == 200 and len(told) == 1
+    for stream in (False, True):
+        contradicting = body | {"stream": stream, "multiverse": {"separate_reasoning": False}}
+        response = server.post(CHAT, contradicting)
+        assert response.status_code == 400 and error_of(response)["param"] == "separate_reasoning"
+    assert len(told) == 1
+
+
 def test_a_long_prompt_of_ids_is_told_from_other_kinds_at_its_first_entry() -> None:
     """Every kind of list that it is not would else write a fault for each id."""
     with pytest.raises(ValidationError) as raised:
