@@ -21,6 +21,7 @@ from megatron_multiverse.structure import Thought, last_thought, lex
 TEMPLATE_NAMES = frozenset({"messages", "conversations", "chat_template", "documents", "tools"})
 """Names that the template itself is given."""
 THREAD_TURNS = 1000
+"""Turns of a conversation beyond which they are read in a thread."""
 _HERE = "<<goes on here>>"
 """Put behind a thought that goes on, to find its end in what the template makes of it."""
 
