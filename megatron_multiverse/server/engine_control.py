@@ -14,7 +14,7 @@ import torch
 from megatron_multiverse.checkpoints.sources import weights_fingerprint
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference.engine import Engine
-from megatron_multiverse.server.rank_messages import tell
+from megatron_multiverse.server.rank_messages import PartlyChanged, tell
 from megatron_multiverse.server.rank_model import RankModel
 from megatron_multiverse.server.weight_checks import CheckAction
 
@@ -85,9 +85,10 @@ class EngineControl:
 
         Raises:
             Exception: the folder cannot be read, or holds another model; nothing has changed then.
+            PartlyChanged: not all weights could be replaced.
         """
         self._check_weights()
-        with self._on_all_ranks({"op": "load", "folder": folder}):
+        with self._changing({"op": "load", "folder": folder}):
             self._part.load(folder)
         self._loaded = self.weights = weights_fingerprint(folder)
         self._received = {}
@@ -119,6 +120,7 @@ class EngineControl:
 
         Raises:
             GenerationError, RankError: they cannot be weights of this model, or did not come; nothing has changed then.
+            PartlyChanged: not all could be put into the model.
         """
         groups = self._part.groups
         groups.check_name(name)
@@ -128,7 +130,7 @@ class EngineControl:
         except GenerationError:
             self.leave(name)
             raise
-        with self._on_all_ranks({"op": "receive", "name": name, "tensors": tensors, "options": options}):
+        with self._changing({"op": "receive", "name": name, "tensors": tensors, "options": options}):
             self._received |= groups.receive(name, tensors, **options)
         parts = "\n".join([self._loaded, *(f"{key} {digest}" for key, digest in sorted(self._received.items()))])
         self.weights = hashlib.sha256(parts.encode()).hexdigest()[:16]
@@ -139,7 +141,8 @@ class EngineControl:
 
         Raises:
             GenerationError: the weights differ from the snapshot, or there is none; answers are in work that would go
-                on with random weights; some weights could not be made random, while others have been.
+                on with random weights.
+            PartlyChanged: not all weights could be made random.
         """
         self._check_weights()
         if action == "reset_tensors":
@@ -159,19 +162,9 @@ class EngineControl:
                 "answers are in work, which would go on with random weights; wait for them, or call abort_request with "
                 "abort_all"
             )
-        try:
-            with self._on_all_ranks({"op": "check", "action": "reset_tensors"}):
-                self._part.check("reset_tensors")
-        except Exception as error:
-            logger.exception("reset_tensors failed")
-            raise GenerationError(
-                "reset_tensors failed midway, the engine's log says why; weights are random now, all or some of them, "
-                "so send all of them, or read them by update_weights_from_disk"
-            ) from error
-        finally:  # also after an error: they are not what they were called before
-            self._loaded = self.weights = secrets.token_hex(8)
-            self._received = {}
-            self._use("reset_tensors")
+        with self._changing({"op": "check", "action": "reset_tensors"}):
+            self._part.check("reset_tensors")
+        self._use_unknown("reset_tensors")
 
     def rename(self, version: str) -> None:
         """Call the weights that are in use by another name."""
@@ -192,6 +185,23 @@ class EngineControl:
         finally:
             if self._engine is not None:
                 tell({"op": "follow"})
+
+    @contextlib.contextmanager
+    def _changing(self, message: dict[str, Any]) -> Iterator[None]:
+        """`_on_all_ranks` for what changes weights: where that fails midway, they are not what they were called."""
+        try:
+            with self._on_all_ranks(message):
+                yield
+        except PartlyChanged:
+            logger.exception("weights were changed in part only")
+            self._use_unknown("partly_changed")
+            raise
+
+    def _use_unknown(self, version: str) -> None:
+        """Go on with weights that are those of no checkpoint and no trainer."""
+        self._loaded = self.weights = secrets.token_hex(8)
+        self._received = {}
+        self._use(version)
 
     def _use(self, version: str, *, is_more: bool = False) -> None:
         """The weights have changed, or more of them have."""

@@ -18,7 +18,7 @@ def freeze_objects() -> None:
 @contextlib.contextmanager
 def no_collections() -> Iterator[None]:
     """No collection while the block makes many objects at once, none of which is garbage: each collection would look
-    at all of them again, which took longer than to read a large body (benchmarks/server/bodies.py)."""
+    at all of them again, which holds streams up while a large body is read (benchmarks/server/bodies.py)."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

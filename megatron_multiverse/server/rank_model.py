@@ -17,7 +17,7 @@ from megatron_multiverse.inference.step.runner import Runner
 from megatron_multiverse.model.weights import copy_weights
 from megatron_multiverse.parallel.ranks import Ranks, current_ranks
 from megatron_multiverse.server.garbage import freeze_objects
-from megatron_multiverse.server.rank_messages import hear
+from megatron_multiverse.server.rank_messages import change_weights, hear
 from megatron_multiverse.server.weight_checks import CheckAction, WeightChecks
 from megatron_multiverse.server.weight_groups import WeightGroups
 
@@ -48,6 +48,7 @@ class RankModel:
 
         Raises:
             Exception: what is wrong with the folder; GenerationError where another rank found it.
+            PartlyChanged: it could be read, but not all weights replaced.
         """
         failure: Exception | None = None
         try:
@@ -57,7 +58,7 @@ class RankModel:
             failure = error
         if self.ranks.any(failure is not None):
             raise failure or GenerationError("another rank could not read its part of the weights; its log says why")
-        copy_weights(new, self.model)
+        change_weights(lambda: copy_weights(new, self.model))
         self.groups.forget()
 
     def check(self, action: CheckAction) -> list[str]:
@@ -65,11 +66,14 @@ class RankModel:
 
         Raises:
             GenerationError: there is no snapshot, or another rank failed.
+            PartlyChanged: not all weights could be made random.
         """
         failure: Exception | None = None
         found: list[str] = []
         if action == "reset_tensors":
             self.groups.forget()  # else a part from before would complete a matrix that is sent without it
+            change_weights(lambda: self._checks.run(action))
+            return []
         try:
             found = self._checks.run(action)
         except Exception as error:  # whatever it is, the other ranks wait to hear of it

@@ -27,6 +27,7 @@ from megatron_multiverse.model.mcore import tensor_parallel_place
 from megatron_multiverse.model.weights import copy_tensors, weight_state
 from megatron_multiverse.parallel.outside_group import GroupBackend, OutsideGroup
 from megatron_multiverse.parallel.ranks import Ranks, current_ranks
+from megatron_multiverse.server.rank_messages import change_weights
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -221,6 +222,7 @@ class WeightGroups:
         Raises:
             RankError: they did not come, or not whole; no weight has changed.
             GenerationError: so it was on another rank.
+            PartlyChanged: they came, but not all could be put into the model; the group stays.
         """
         failure: Exception | None = None
         try:
@@ -232,7 +234,7 @@ class WeightGroups:
         if self._ranks.any(failure is not None):
             self.leave(name)
             raise failure or GenerationError("another rank did not receive the weights; its log says why")
-        copy_tensors(ready, self._model)
+        change_weights(lambda: copy_tensors(ready, self._model))
         self._waiting[name] = waiting
         return {key: _digest(tensor) for key, tensor in arrived.items()} if self._ranks.is_first else {}
 

@@ -45,10 +45,9 @@ def make_result(state: RequestState) -> Result:
     _append_branch(result, state.root, -1)
     for branch in state.branches():
         result.malformed.update(branch.machine.malformed)
-        is_open = (
-            branch.machine.in_thought and not state.request.sampling.leave_open
-        )  # a thought that the prompt opened
-        by_model = branch.finish == "eos" and (branch.forced_close or is_open)  # it ended its text in something open
+        # The model ended its text in a thought that its prompt opened, or in something that the engine has closed.
+        is_open = branch.machine.in_thought and not state.request.sampling.leave_open
+        by_model = branch.finish == "eos" and (branch.forced_close or is_open)
         closed, refused = int(branch.forced_close), int(branch.fork_refused)
         ended = Counter(forced_close=closed, fork_refused=refused, unclosed=int(by_model))
         result.malformed.update(+ended)

@@ -11,9 +11,11 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_multiverse.config import EngineConfig
+from megatron_multiverse.model.weights import copy_tensors
+from megatron_multiverse.server import weight_groups
 from megatron_multiverse.server.rank_model import RankModel
 from tests.unit.server.running import Running, running
 from tests.unit.server.trainers import NORM, Trainer, text_of, trainer
@@ -95,11 +97,31 @@ def test_a_reset_that_fails_midway_leaves_no_trace_of_the_old_weights(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "rand", fail_at_last)
             refused = check(server, "reset_tensors")
-        assert refused.status_code == 400 and "weights are random now" in refused.json()["message"]
+        assert refused.status_code == 400 and "changed in part only" in refused.json()["message"]
         assert "no memory" not in refused.text, "errors that are not ours are told to the log"
         info = server.http.get("/model_info").json()
-        assert info["weight_version"] == "reset_tensors" and info["weights"] != before
+        assert info["weight_version"] == "partly_changed" and info["weights"] != before
         assert not len(prefixes) and text_of(server) not in texts
+
+
+def test_weights_that_are_replaced_in_part_have_another_name(
+    server: Running, pool: ThreadPoolExecutor, weights: dict[str, Tensor], texts: tuple[str, str]
+) -> None:
+    def copy_one(given: dict[str, Tensor], target: nn.Module) -> None:
+        name = next(iter(given))
+        copy_tensors({name: given[name]}, target)
+        raise RuntimeError("no memory")
+
+    with trainer(server, pool) as sender:
+        before = server.http.get("/model_info").json()["weights"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(weight_groups, "copy_tensors", copy_one)
+            refused = sender.send(weights, weight_version="1")
+        assert refused.status_code == 400 and "changed in part only" in refused.json()["message"]
+        info = server.http.get("/model_info").json()
+        assert info["weight_version"] == "partly_changed" and info["weights"] != before
+        assert sender.send(weights, weight_version="1").status_code == 200, "the group stays"
+        assert text_of(server) == texts[1]
 
 
 def test_a_trainer_that_gives_up_does_not_stall_the_server(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
