@@ -73,6 +73,24 @@ def linear_add(
     return linear_add_reference(x, dequantize_rows(weight, scale, x.dtype), residual, bias)
 
 
+def linear_add_norm(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """`linear_add` into the residual stream, which is written, and what `norm` makes of that, [n, out]: the same bits."""
+    if few_rows(x, weight, scale) and residual.dtype == norm_weight.dtype == x.dtype:
+        from .triton_rows import add_norm_rows
+        from .triton_skinny import skinny_parts
+
+        return add_norm_rows(skinny_parts(x, weight, scale=scale), residual, norm_weight, eps, bias=bias, scale=scale)
+    return norm(linear_add(x, weight, residual, bias, scale), norm_weight, eps)
+
+
 def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     """`linear` by torch's products."""
     if scale is None or not _some_rows(x, weight, scale):
@@ -108,6 +126,7 @@ __all__ = [
     "few_rows",
     "linear",
     "linear_add",
+    "linear_add_norm",
     "linear_add_reference",
     "linear_swiglu",
     "linear_swiglu_reference",

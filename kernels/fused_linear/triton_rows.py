@@ -27,6 +27,38 @@ def _norm_kernel(x, weight, out, width, x_row, eps, LANES: tl.constexpr, PDL: tl
 
 
 @triton.jit
+def _add_norm_kernel(partial, scale, bias, residual, weight, out, width, residual_row, eps, SPLITS: tl.constexpr,
+                     ROWS: tl.constexpr, LANES: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
+                     PDL: tl.constexpr):  # fmt: skip
+    """One program per row: adds the parts of a product up, in their order, adds them to the residual, and norms it."""
+    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)
+    inside = lane < width
+    gain = tl.load(weight + lane, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        factor = tl.load(scale + lane, mask=inside, other=0.0)
+    if BIAS:
+        shift = tl.load(bias + lane, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        # In this order, as in the norm.
+        gdc_wait()
+        gdc_launch_dependents()
+    kept = tl.load(residual + row * residual_row + lane, mask=inside, other=0.0).to(tl.float32)
+    sums = tl.zeros((LANES,), tl.float32)
+    for part in tl.static_range(SPLITS):
+        sums += tl.load(partial + (part * ROWS + row) * width + lane, mask=inside, other=0.0)
+    if SCALED:
+        sums *= factor
+    if BIAS:
+        sums += shift
+    # Normed as it is kept, rounded.
+    total = (sums + kept).to(residual.dtype.element_ty)
+    tl.store(residual + row * residual_row + lane, total, mask=inside)
+    value = total.to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / width + eps) * gain
+    tl.store(out + row * width + lane, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _swiglu_kernel(x, out, width, x_row, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program (i, j): the j-th BLOCK of row i."""
     row, lane = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -81,6 +113,42 @@ def norm_rows(x: Tensor, weight: Tensor, eps: float, *, pdl: bool = True) -> Ten
     _norm_kernel[(rows,)](
         x, weight, out, width, x.stride(0), eps, LANES=lanes, PDL=pdl, num_warps=8 if lanes > 1024 else 4, **options
     )
+    return out
+
+
+def add_norm_rows(
+    partial: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    *,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    pdl: bool = True,
+) -> Tensor:
+    """Add the parts of a product to the residual stream, in place, and norm it.
+
+    Args:
+        partial: float32 [parts, at least n, width], contiguous, what `skinny_parts` leaves.
+        residual: [n, width].
+        norm_weight: [width], of the RMSNorm.
+        eps: of the RMSNorm.
+        bias: [width] or None.
+        scale: float32 [width], of a weight in FP8, or None.
+        pdl: start while the preceding kernel ends; False where there is no GPU.
+
+    Returns:
+        The normed rows [n, width].
+    """
+    rows, width = residual.shape
+    out = residual.new_empty(rows, width)
+    lanes = triton.next_power_of_2(width)
+    options = {"launch_pdl": True} if pdl else {}
+    _add_norm_kernel[(rows,)](
+        partial, partial if scale is None else scale, partial if bias is None else bias, residual, norm_weight, out,
+        width, residual.stride(0), eps, SPLITS=partial.shape[0], ROWS=partial.shape[1], LANES=lanes,
+        SCALED=scale is not None, BIAS=bias is not None, PDL=pdl, num_warps=16 if lanes > 1024 else 4, **options,
+    )  # fmt: skip
     return out
 
 

@@ -31,11 +31,11 @@ def _prefetch(address):
 
 
 @triton.jit
-def multiply_rows(x, x_scale, weight, scale, bias, partial, arrived, weight_row, in_width, rows, depth, weight_rows,
-                  x_row, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-                  BIAS: tl.constexpr, SCALED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def multiply_stretch(x, x_scale, weight, weight_row, rows, depth, x_row, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+                     BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, SCALED: tl.constexpr, PREFETCH: tl.constexpr,
+                     PDL: tl.constexpr):  # fmt: skip
     """What program (i, j) of a kernel adds up: BLOCK_OUT rows of the weights by all rows of x, the j-th of SPLITS
-    stretches of the sum; the last of SPLITS programs to arrive has the sums of all.
+    stretches of the sum.
 
     Weights in FP8 (SCALED) are multiplied by the tensor cores as they are: what the parts of x give is exact, and the
     tensor cores, which add up FP8 products with few bits, hand over their sums after every tile.
@@ -43,24 +43,18 @@ def multiply_rows(x, x_scale, weight, scale, bias, partial, arrived, weight_row,
     Args:
         x: [rows, depth], or with SCALED what `split_rows` makes of that, [2 * rows, depth].
         x_scale: float32 [rows], if SCALED.
-        scale: float32 [weight_rows], if SCALED.
-        bias: [weight_rows], if BIAS.
-        partial: float32 [SPLITS, ROWS, weight_rows].
-        arrived: int32 [programs along i], zero; left zero.
-        weight_row: int [BLOCK_OUT], which rows of the weights; those not `in_width` are 0.
-        weight_rows: of all programs.
+        weight_row: int [BLOCK_OUT], which rows of the weights.
         x_row: elements from one row of x to the next.
         PREFETCH: bytes of each weight row asked for before the wait.
 
     Returns:
-        float32 [BLOCK_OUT, ROWS], and whether the sums are whole.
+        float32 [BLOCK_OUT, ROWS]; with SCALED not yet multiplied by the weights' scales.
     """
-    tile, split = tl.program_id(0), tl.program_id(1)
     parts: tl.constexpr = 2 if SCALED else 1
     row, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
-    part, in_rows = tl.arange(0, parts * ROWS), row < rows
+    part = tl.arange(0, parts * ROWS)
     stretch = tl.cdiv(tl.cdiv(depth, BLOCK_K), SPLITS) * BLOCK_K
-    begin = split * stretch
+    begin = tl.program_id(1) * stretch
     end = tl.minimum(begin + stretch, depth)
     # int64: the weights of an output layer may have more than 2^31 elements.
     first = weight + weight_row.to(tl.int64)[:, None] * depth
@@ -83,12 +77,42 @@ def multiply_rows(x, x_scale, weight, scale, bias, partial, arrived, weight_row,
         )  # fmt: skip
     if SCALED:
         high, low = tl.split(tl.reshape(sums, (BLOCK_OUT, ROWS, 2)))
-        sums = (high + low / 16) * tl.load(x_scale + row, mask=in_rows, other=0.0)[None, :]
+        sums = (high + low / 16) * tl.load(x_scale + row, mask=row < rows, other=0.0)[None, :]
+    return sums
+
+
+@triton.jit
+def multiply_rows(x, x_scale, weight, scale, bias, partial, arrived, weight_row, in_width, rows, depth, weight_rows,
+                  x_row, ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+                  BIAS: tl.constexpr, SCALED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """`multiply_stretch`; the last of SPLITS programs to arrive has the sums of all.
+
+    Args:
+        scale: float32 [weight_rows], if SCALED.
+        bias: [weight_rows], if BIAS.
+        partial: float32 [SPLITS, ROWS, weight_rows].
+        arrived: int32 [programs along i], zero; left zero.
+        weight_row: int [BLOCK_OUT], which rows of the weights; those not `in_width` are 0.
+        weight_rows: of all programs.
+
+    Returns:
+        float32 [BLOCK_OUT, ROWS], and whether the sums are whole.
+    """
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row = tl.arange(0, ROWS)
+    # No kernel writes these, so they come while the one before still runs.
+    if SCALED:
+        factor = tl.load(scale + weight_row, mask=in_width, other=0.0)[:, None]
+    if BIAS:
+        shift = tl.load(bias + weight_row, mask=in_width, other=0.0).to(tl.float32)[:, None]
+    sums = multiply_stretch(
+        x, x_scale, weight, weight_row, rows, depth, x_row, ROWS, BLOCK_OUT, BLOCK_K, SPLITS, SCALED, PREFETCH, PDL
+    )  # fmt: skip
     last = True
     if SPLITS > 1:
         plane = ROWS * weight_rows
         mine = partial + row[None, :] * weight_rows + weight_row[:, None]
-        both = in_width[:, None] & in_rows[None, :]
+        both = in_width[:, None] & (row < rows)[None, :]
         tl.store(mine + split * plane, sums, mask=both)
         tl.debug_barrier()  # all threads' stores come before the one that says so
         last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1
@@ -99,10 +123,25 @@ def multiply_rows(x, x_scale, weight, scale, bias, partial, arrived, weight_row,
             tl.store(arrived + tile, 0)
     if last:
         if SCALED:
-            sums *= tl.load(scale + weight_row, mask=in_width, other=0.0)[:, None]
+            sums *= factor
         if BIAS:
-            sums += tl.load(bias + weight_row, mask=in_width, other=0.0).to(tl.float32)[:, None]
+            sums += shift
     return sums, last
+
+
+@triton.jit
+def _parts_kernel(x, x_scale, weight, scale, bias, partial, arrived, rows, depth, x_row, width, ROWS: tl.constexpr,
+                  BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
+                  SCALED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Program (i, j): the i-th BLOCK_OUT rows of the weights, the j-th stretch of their sums, for the next launch."""
+    output, row = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, ROWS)
+    in_width = output < width
+    sums = multiply_stretch(
+        x, x_scale, weight, tl.where(in_width, output, 0), rows, depth, x_row, ROWS, BLOCK_OUT, BLOCK_K, SPLITS,
+        SCALED, PREFETCH, PDL,
+    )  # fmt: skip
+    at = partial + (tl.program_id(1) * ROWS + row[None, :]) * width + output[:, None]
+    tl.store(at, sums, mask=in_width[:, None] & (row < rows)[None, :])
 
 
 @triton.jit
@@ -149,11 +188,12 @@ def _counters(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _blocks(depth: int, width: int, swiglu: bool, lanes: int, itemsize: int) -> dict[str, int]:
+def _blocks(depth: int, width: int, swiglu: bool, parted: bool, lanes: int, itemsize: int) -> dict[str, int]:
     """Tile sizes of a shape: those that make a whole decode step shortest (benchmarks/results/decode_tiles_h200.md).
 
     Args:
         depth, width, swiglu: see `skinny_linear`.
+        parted: see `prepare_product`.
         lanes: rows of x, rounded up.
         itemsize: bytes of a weight.
     """
@@ -171,16 +211,18 @@ def _blocks(depth: int, width: int, swiglu: bool, lanes: int, itemsize: int) -> 
         tile, warps, stages = ((64, 256), 8, 3) if lanes == 16 else ((64, 128), 4, 4)
     elif rows >= 8192:
         tile, warps, stages = (64, 128), 4, 4
-    elif rows >= 4096:
-        tile, warps, stages = (16, 128), 2, 6
+    elif rows >= 4096 or (parted and (lanes == 16 or (depth < 4096) == (rows < 2048))):
+        # Somewhat more programs than multiprocessors, and stretches that are not too long.
+        tile, warps, stages = (64, 128), 4, 4
+        splits = max(1, triton.cdiv(depth, 9472), min(depth // 512, round(150 / triton.cdiv(rows, 64))))
     elif lanes > 16 and (depth < 4096 or rows < 2048):
         tile, warps, stages = (64, 256), 8, 3
-        splits = 2 if depth < 4096 else 4
+        splits = 2 if depth < 4096 else 5 if parted else 4
     else:
         # About 230 programs, nearly two for every multiprocessor.
         tile = (64 if rows >= 2048 else 32, 128)
         splits = max(1, min(depth // 512, round(230 / triton.cdiv(rows, tile[0]))))
-        warps, stages = (8 if tile[0] == 64 and depth < 8192 else 4), 4 if tile[0] == 64 else 5
+        warps, stages = 4, 4 if tile[0] == 64 else 5
     sizes = dict(zip(("BLOCK_OUT", "BLOCK_K"), tile, strict=True))
     prefetch = 512 if depth < 2048 else 256
     return sizes | {"SPLITS": splits, "num_warps": warps, "num_stages": stages, "PREFETCH": prefetch}
@@ -194,6 +236,8 @@ class Product(NamedTuple):
     """x, x_scale, weight, scale, bias, partial, arrived, rows, depth, x_row."""
     options: dict[str, int | bool]
     """What is known when it is compiled."""
+    partial: Tensor
+    """float32 [splits, rows or more, out], where the parts of the sums go."""
 
 
 def prepare_product(
@@ -206,28 +250,32 @@ def prepare_product(
     blocks: dict[str, int] | None,
     swiglu: bool = False,
     most_outputs: int | None = None,
+    parted: bool = False,
 ) -> Product:
     """Tiles and scratch memory of a product.
 
     Args:
         x: [n, in]; weight, bias, scale, pdl, blocks and swiglu as `skinny_linear` takes them.
         most_outputs: rows of the weight that a program may have at most; a power of two.
+        parted: another launch adds the parts up, also if there is one alone.
     """
     rows, depth = x.shape
     scaled = scale is not None
     parts, x_scale = split_rows_triton(x, pdl=pdl) if scaled else (x, x)
     lanes = max(8 if scaled else 16, triton.next_power_of_2(rows))
-    blocks = blocks or _blocks(depth, len(weight) // 2 if swiglu else len(weight), swiglu, lanes, weight.dtype.itemsize)
+    width = len(weight) // 2 if swiglu else len(weight)
+    blocks = blocks or _blocks(depth, width, swiglu, parted, lanes, weight.dtype.itemsize)
     if most_outputs is not None:
         blocks = blocks | {"BLOCK_OUT": min(blocks["BLOCK_OUT"], most_outputs)}
     splits = blocks["SPLITS"]
-    partial = x.new_empty((splits, lanes, len(weight)), dtype=torch.float32) if splits > 1 else x
+    partial = x.new_empty((splits, lanes, len(weight)), dtype=torch.float32) if splits > 1 or parted else x
     options = {"ROWS": lanes, "BIAS": bias is not None, "SCALED": scaled, "PDL": pdl}
     return Product(
         (triton.cdiv(len(weight), blocks["BLOCK_OUT"]), splits),
         (parts, x_scale, weight, x if scale is None else scale, x if bias is None else bias, partial,
          _counters(x.device), rows, depth, parts.stride(-2)),
         options | blocks | ({"launch_pdl": True} if pdl else {}),
+        partial,
     )  # fmt: skip
 
 
@@ -264,3 +312,19 @@ def skinny_linear(
         *product.arguments, out, width, out.stride(0), SWIGLU=swiglu, RESIDUAL=residual is not None, **product.options,
     )  # fmt: skip
     return out
+
+
+def skinny_parts(
+    x: Tensor, weight: Tensor, *, scale: Tensor | None = None, pdl: bool = True, blocks: dict[str, int] | None = None
+) -> Tensor:
+    """The sums of x [n, in] weight^T in parts, for a next launch that adds them up, such as `add_norm_rows`.
+
+    Args: see `skinny_linear`. With `scale` the parts are not multiplied by it yet.
+
+    Returns:
+        float32 [parts, n or more rows, out]; rows from n on hold anything.
+    """
+    product = prepare_product(x, weight, bias=None, scale=scale, pdl=pdl, blocks=blocks, parted=True)
+    partial = product.partial
+    _parts_kernel[product.grid](*product.arguments, len(weight), **product.options)
+    return partial

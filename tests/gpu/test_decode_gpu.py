@@ -26,6 +26,7 @@ from megatron_multiverse.kernels.fused_linear import (
     dequantize_rows,
     linear,
     linear_add,
+    linear_add_norm,
     linear_swiglu,
     norm,
     quantize_rows,
@@ -102,6 +103,24 @@ def test_products_of_weights_in_fp8_equal_float64(rows, depth, width):
     residual = torch.randn(rows, width, device="cuda", generator=generator).to(BF16)
     want = residual.double() + F.linear(x.double(), exact[:width])
     assert relative(linear_add(x, weight[:width], residual, None, scale[:width]), want) < 6e-3
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 32, 64])
+@pytest.mark.parametrize(("depth", "width"), [(256, 384), (3584, 3584), (18944, 3584), (8960, 1536), (1536, 5120)])
+def test_a_norm_that_adds_parts_up_gives_the_bits_of_both_alone(rows, depth, width, fp8):
+    generator = torch.Generator("cuda").manual_seed(rows + depth)
+    x, residual, bias, gain = (
+        torch.randn(*shape, device="cuda", generator=generator).to(BF16)
+        for shape in ((rows, depth), (rows, width), (width,), (width,))
+    )
+    wide = torch.randn(width, depth, device="cuda", generator=generator) * depth**-0.5
+    weight, scale = quantize_rows(wide) if fp8 else (wide.to(BF16), None)
+    for some in (None, bias):
+        total = linear_add(x, weight, residual.clone(), some, scale)
+        kept = residual.clone()
+        got = linear_add_norm(x, weight, kept, gain, 1e-6, some, scale)
+        assert torch.equal(kept, total) and torch.equal(got, norm(total, gain, 1e-6))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron_multiverse.inference.step.model_ranks import ModelRanks
 from megatron_multiverse.inference.step.plan import Ints, StepPlan
 from megatron_multiverse.kernels.decode_step import begin_step, known_ids
-from megatron_multiverse.kernels.fused_linear import linear, linear_add, linear_swiglu, norm, rms_norm
+from megatron_multiverse.kernels.fused_linear import linear, linear_add, linear_add_norm, linear_swiglu, norm, rms_norm
 from megatron_multiverse.kernels.kv_copy import copy_slots
 from megatron_multiverse.kernels.kv_write import linear_write_kv, write_kv
 from megatron_multiverse.kernels.tree_decode import Attention, TreeDecode
@@ -290,6 +290,8 @@ class PagedForward:
         if norm_weight is not None and small_sum is not None and small_sum.takes_rows(len(x)):
             part = into(x) if first else into.without_bias(x)  # what is there once, one rank brings
             return small_sum.add_norm(part, residual, norm_weight, self.eps, turn=turn)
+        if norm_weight is not None and self.ranks.tensor_size == 1:
+            return residual, linear_add_norm(x, into.weight, residual, norm_weight, self.eps, into.bias, into.scale)
         part = linear_add(x, into.weight, residual, into.bias, into.scale) if first else into.without_bias(x)
         total = self.ranks.sum(part)
         return total, None if norm_weight is None else norm(total, norm_weight, self.eps)

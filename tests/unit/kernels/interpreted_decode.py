@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -23,8 +24,8 @@ from megatron_multiverse.kernels.fused_linear import (
     rms_norm,
     split_rows,
 )
-from megatron_multiverse.kernels.fused_linear.triton_rows import norm_rows, split_rows_triton, swiglu_rows
-from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear
+from megatron_multiverse.kernels.fused_linear.triton_rows import add_norm_rows, norm_rows, split_rows_triton, swiglu_rows
+from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear, skinny_parts
 from megatron_multiverse.kernels.kv_write import write_kv_reference
 from megatron_multiverse.kernels.kv_write.triton_product import linear_write_kv_triton
 from megatron_multiverse.kernels.kv_write.triton_write import write_kv_triton
@@ -97,6 +98,21 @@ def check_skinny_fp8() -> None:
         gate, second = torch.nn.functional.linear(x, exact).chunk(2, -1)
         got = skinny_linear(x, weight, swiglu=True, **options)
         torch.testing.assert_close(got, torch.nn.functional.silu(gate) * second, rtol=1e-4, atol=1e-3)
+
+
+def check_parts() -> None:
+    """A product whose parts the norm adds up gives the very bits of the one that adds them up itself."""
+    generator = torch.Generator().manual_seed(2)
+    for rows, depth, width, splits in ((1, 40, 33, 1), (5, 64, 16, 2), (19, 96, 40, 5)):
+        x, wide, stream = (torch.randn(*s, generator=generator) for s in ((rows, depth), (width, depth), (rows, width)))
+        bias, norm_weight = torch.randn(2, width, generator=generator)
+        options = {"pdl": False, "blocks": BLOCKS | {"SPLITS": splits}}
+        for (weight, scale), some in itertools.product(((wide, None), quantize_rows(wide)), (None, bias)):
+            want = skinny_linear(x, weight, residual=stream.clone(), bias=some, scale=scale, **options)
+            kept, partial = stream.clone(), skinny_parts(x, weight, scale=scale, **options)
+            got = add_norm_rows(partial, kept, norm_weight, 1e-5, bias=some, scale=scale, pdl=False)
+            assert partial.shape[0] == splits and torch.equal(kept, want)
+            assert torch.equal(got, norm_rows(want, norm_weight, 1e-5, pdl=False))
 
 
 def check_rows() -> None:
@@ -356,6 +372,6 @@ if __name__ == "__main__":
     choices = check_greedy, check_draw, check_begin, check_end
     decodes = check_decode, check_decode_moved
     writes = check_write, check_write_product
-    for check in (check_skinny, check_skinny_fp8, check_rows, *writes, *choices, *decodes, check_sum_norm):
+    for check in (check_skinny, check_skinny_fp8, check_parts, check_rows, *writes, *choices, *decodes, check_sum_norm):
         check()
         print(check.__name__)

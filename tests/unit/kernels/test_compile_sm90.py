@@ -91,8 +91,8 @@ def launch_structure_scan() -> None:
 
 
 def launch_skinny() -> None:
-    from megatron_multiverse.kernels.fused_linear.triton_rows import norm_rows, swiglu_rows
-    from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear
+    from megatron_multiverse.kernels.fused_linear.triton_rows import add_norm_rows, norm_rows, swiglu_rows
+    from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear, skinny_parts
 
     kinds = ((3584, 4608, "bias"), (3584, 4608, "residual"), (3584, 18944, "swiglu"), (1536, 8960, "swiglu"),
              (1536, 151936, "bias"))  # fmt: skip
@@ -116,6 +116,19 @@ def launch_skinny() -> None:
                 swiglu=kind == "swiglu",
             )
         swiglu_rows(norm_rows(x, x[0], 1e-6))
+
+
+def launch_parts() -> None:
+    from megatron_multiverse.kernels.fused_linear.triton_rows import add_norm_rows
+    from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_parts
+
+    for depth, width, dtype in itertools.product((1536, 18944), (3584, 5120), (torch.bfloat16, torch.float8_e4m3fn)):
+        for rows in (1, 32):
+            weight = torch.zeros(width, 1, dtype=dtype).expand(-1, depth)
+            stream = torch.zeros(rows + 1, width, dtype=torch.bfloat16)
+            scale = stream[0].float() if dtype.itemsize == 1 else None
+            parts = skinny_parts(torch.zeros(rows, depth, dtype=torch.bfloat16), weight, scale=scale)
+            add_norm_rows(parts, stream[1:], stream[0], 1e-6, bias=stream[0], scale=scale)
 
 
 def launch_write_product() -> None:
@@ -210,6 +223,7 @@ LAUNCHES: dict[Callable[[], None], set[str]] = {
     launch_rope: {"_rope_kernel"},
     launch_rope_qkv: {"_qkv_kernel"},
     launch_skinny: {"_skinny_kernel", "_norm_kernel", "_split_kernel", "_swiglu_kernel"},
+    launch_parts: {"_parts_kernel", "_add_norm_kernel", "_split_kernel"},
     launch_greedy: {"_piece_kernel", "_merge_kernel"},
     launch_draw: {"_piece_kernel", "_settle_kernel"},
     launch_step: {"_begin_kernel", "_end_kernel"},
