@@ -35,3 +35,14 @@ def test_decisions_are_all_in_the_table_before_them() -> None:
     table, first, rest = (ROOT / "docs/decisions.md").read_text(encoding="utf-8").partition("\n## 1. ")
     numbers = re.findall(r"^## (\d+)\.", first.lstrip("\n") + rest, re.MULTILINE)
     assert numbers[:2] == ["1", "2"] and set(numbers) == set(re.findall(r"\[(\d+)\]\(#", table))
+
+
+def test_the_map_of_the_code_names_every_module() -> None:
+    """But those of folders whose files are alike."""
+    text = (ROOT / "docs/code.md").read_text(encoding="utf-8")
+    package = ROOT / "megatron_multiverse"
+    alike = {"formats", "names", "providers", "routes"}
+    files = [file for file in package.rglob("*.py") if file.parent.name not in alike and file.name != "__init__.py"]
+    assert len(files) > 100
+    missing = [str(file.relative_to(package)) for file in files if not re.search(rf"(?<!\w){file.name}", text)]
+    assert not missing, f"name them in docs/code.md: {', '.join(missing)}"
