@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_multiverse.server.app import PATHS
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("kernels/**/*.md")]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -46,3 +48,10 @@ def test_the_map_of_the_code_names_every_module() -> None:
     assert len(files) > 100
     missing = [str(file.relative_to(package)) for file in files if not re.search(rf"(?<!\w){file.name}", text)]
     assert not missing, f"name them in docs/code.md: {', '.join(missing)}"
+
+
+def test_the_page_of_the_server_names_every_route() -> None:
+    """A request to any other is told to look there."""
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    named = {re.sub(r"/NAME$", "/{name:path}", path) for path in re.findall(r"`(?:[A-Z]+ )?(/[\w/]*)`", page)}
+    assert named >= PATHS
