@@ -28,8 +28,8 @@ from megatron_multiverse.config.choices import DType
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import GenerationError
 from megatron_multiverse.inference import Engine, Request, Result, training_row
-from megatron_multiverse.inference.bench import random_model, random_prompt
 from megatron_multiverse.inference.bench_blocks import silence_tags
+from megatron_multiverse.inference.bench_model import random_model, random_prompt
 from megatron_multiverse.inference.bench_script import VOCAB, block_header
 from megatron_multiverse.model.attention import LayoutParams
 from megatron_multiverse.model.device import choose_device, device_name

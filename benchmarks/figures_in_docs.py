@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.quoted import engine, examples, others, training
+from benchmarks.quoted import engine, examples, others, serving, training
 from megatron_multiverse.cli import run_tool
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ STATEMENTS: dict[str, Callable[[], Iterator[str]]] = {
     "docs/evaluation.md": examples.evaluation,
     "docs/layers.md": engine.layers,
     "docs/rl.md": examples.rl,
-    "docs/serving.md": engine.serving,
+    "docs/serving.md": serving.serving,
     "docs/training.md": training.training,
     "examples/paper_in_miniature/README.md": examples.miniature,
     "examples/quickstart/README.md": examples.quickstart,

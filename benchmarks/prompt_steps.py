@@ -27,7 +27,7 @@ from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config import EngineConfig, ModelConfig, SamplingParams
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference import Engine, Request
-from megatron_multiverse.inference.bench import random_model, random_prompt
+from megatron_multiverse.inference.bench_model import random_model, random_prompt
 from megatron_multiverse.inference.bench_script import VOCAB
 from megatron_multiverse.model.device import choose_device, device_name
 from megatron_multiverse.model.families import preset

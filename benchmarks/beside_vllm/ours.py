@@ -12,8 +12,9 @@ from benchmarks.beside_vllm.worker import Measure, serve, step_figures
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.inference import Engine, Request
-from megatron_multiverse.inference.bench import copy_rate, random_model, random_prompt, step_times
+from megatron_multiverse.inference.bench import step_times
 from megatron_multiverse.inference.bench_blocks import LABEL
+from megatron_multiverse.inference.bench_model import copy_rate, random_model, random_prompt
 from megatron_multiverse.inference.bench_script import CONCLUSION, VOCAB, Script, block_header, block_script
 from megatron_multiverse.model.device import choose_device, device_name
 from megatron_multiverse.model.families import preset

@@ -21,7 +21,7 @@ from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import GenerationError
-from megatron_multiverse.inference.bench import random_model
+from megatron_multiverse.inference.bench_model import random_model
 from megatron_multiverse.inference.build import build_engine
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.text.request import Request

@@ -58,13 +58,21 @@ def connect(url: str, *, timeout: float = 600.0, most: int | None = None) -> htt
     )
 
 
-async def post(client: httpx2.AsyncClient, path: str, body: dict[str, Any]) -> Any:
+async def post(client: httpx2.AsyncClient, path: str, body: dict[str, Any], question: Question | None = None) -> Any:
     """The JSON of an answer.
+
+    Args:
+        client: of the server.
+        path: of the route.
+        body: of the request.
+        question: until when a server that starts or is busy is asked again; default is once.
 
     Raises:
         ServerError: the server refused, or cannot be reached.
         httpx2.HTTPError: it broke off.
     """
+    if question is not None:
+        return _json(await _patiently(client, path, question, body))
     with _told(client):
         return _json(await client.post(path, json=body))
 
@@ -115,10 +123,13 @@ async def served_model(client: httpx2.AsyncClient, name: str | None = None) -> s
         ) from error
 
 
-async def _patiently(client: httpx2.AsyncClient, path: str, question: Question) -> httpx2.Response:
+async def _patiently(
+    client: httpx2.AsyncClient, path: str, question: Question, body: dict[str, Any] | None = None
+) -> httpx2.Response:
+    """The answer that stands, of a GET or, with a body, of a POST."""
     while True:
         with _told(client):
-            response = await client.get(path)
+            response = await (client.get(path) if body is None else client.post(path, json=body))
         status, text = response.status_code, "" if response.status_code == 200 else response.text
         said = f"{path} answers {error_text(status, text)}"
         pause = question.pause(status, text, said, response.headers.get("retry-after"))

@@ -12,12 +12,21 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_multiverse.config import EngineConfig, LayerConfig, ModelConfig, SamplingParams
+from megatron_multiverse.config import EngineConfig, ModelConfig, SamplingParams
 from megatron_multiverse.config.choices import DType, Quantization
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.inference.bench_blocks import fit_law, joint, silence_tags, speedup, work_for
-from megatron_multiverse.inference.bench_script import CONCLUSION, TEXT, VOCAB, Script, block_script
+from megatron_multiverse.inference.bench_blocks import joint, silence_tags, speedup, work_for
+from megatron_multiverse.inference.bench_model import copy_rate, random_model, random_prompt
+from megatron_multiverse.inference.bench_report import (
+    report_fork,
+    report_joint,
+    report_law,
+    report_prompt,
+    report_speedup,
+    report_steps,
+)
+from megatron_multiverse.inference.bench_script import CONCLUSION, VOCAB, Script, block_script
 from megatron_multiverse.inference.engine import Engine
 from megatron_multiverse.inference.step.model_ranks import ModelRanks
 from megatron_multiverse.inference.step.runner import Runner
@@ -26,7 +35,6 @@ from megatron_multiverse.inference.text.request import Request
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.model.device import choose_device, device_name
 from megatron_multiverse.model.families import preset
-from megatron_multiverse.model.gpt import build_gpt_model
 
 SETTLE = 8
 """First steps of a measurement that are left out."""
@@ -118,12 +126,13 @@ def measure(config: BenchConfig) -> Iterator[dict[str, Any]]:
             runs = [decode_step(model, shape, config, batch) for _ in range(config.repeats)]
             size = step_bytes(shape, config, batch * config.context)
             if first:
-                yield report(f"decode, batch {batch}", runs, size, copy, batch)
+                yield report_steps(f"decode, batch {batch}", runs, size=size, copy=copy, rows=batch)
     if "fork" in config.parts:
         forks = [fork_step(model, shape, config, at_once=True) for _ in range(config.repeats)]
         _, serial = fork_step(model, shape, config, at_once=False)
         if first:
-            yield report_fork(shape, config, forks, serial, copy)
+            size = step_bytes(shape, config, config.fork_prefix + config.fork_branches * config.fork_tokens // 2)
+            yield report_fork(forks, serial, size=size, copy=copy, branches=config.fork_branches)
     if "joint" in config.parts or "speedup" in config.parts:
         if config.tensor_model_parallel_size > 1:
             raise ConfigError("the parts joint and speedup run on one GPU: leave --tensor-model-parallel-size out")
@@ -161,55 +170,11 @@ def measure_speedup(
     engine.generate([Request(prompt_ids=prompt, sampling=one) for prompt in prompts])  # the prefix cache has them now
     rows = []
     for x in config.num_parallel:
-        row = speedup(engine, prompts, x, config.answer_tokens, config.repeats)
-        print(
-            f"batch {batch:<4} num_parallel {row['num_parallel']:.3f}: {row['seconds']:.3f} s, path after path "
-            f"{row['serial_seconds']:.3f} s: {row['speedup']:.3f}x, {row['speedup_per_parallel']:.3f} of num_parallel, "
-            f"{row['ms_per_token']:.3f} ms per token",
-            flush=True,
-        )
-        rows.append(row)
-        yield row
+        rows.append(report_speedup(speedup(engine, prompts, x, config.answer_tokens, config.repeats)))
+        yield rows[-1]
     engine.runner.close()
     if len(rows) > 1:
-        a, b = fit_law(rows)
-        print(f"batch {batch:<4} ms per token = {a:.2f} / num_parallel + {b:.2f}", flush=True)
-        yield {"case": f"law, batch {batch}", "batch": batch, "a": a, "b": b}
-
-
-def report_joint(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Print what fork and join cost, and return the median run as a row."""
-    row = sorted(runs, key=lambda run: run["fork_and_join_ms"])[len(runs) // 2]
-    row |= {"runs_ms": [run["fork_and_join_ms"] for run in runs]}
-    print(
-        f"{row['case']}, after {row['prefix']} tokens: {row['fork_and_join_ms']:.2f} ms, {row['in_steps']:.2f} of a "
-        f"step of {row['ms_per_step']:.2f} ms; {row['more_steps']} more steps than tokens of the longest chain; copied "
-        f"{row['copied_tokens']} tokens (at most {row['most_copied_tokens']}), fed again {row['fed_again_tokens']}",
-        flush=True,
-    )
-    turns = (
-        f"{kind} " + ", ".join(f"{part.removesuffix('_ms')} {ms:.2f}" for part, ms in figures.items())
-        for kind, figures in row["turns"].items()
-    )
-    print(f"  ms of {'; '.join(turns)}", flush=True)
-    return row
-
-
-def report_fork(
-    shape: ModelConfig, config: BenchConfig, forks: list[tuple[float, float]], serial: float, copy: float
-) -> dict[str, Any]:
-    """Print the case of one block and return it as a row; `forks` and `serial` are what `fork_step` gave."""
-    blocks = [seconds for _, seconds in forks]
-    seen = config.fork_prefix + config.fork_branches * config.fork_tokens // 2
-    row = report("fork", [step for step, _ in forks], step_bytes(shape, config, seen), copy, config.fork_branches)
-    row |= {"block_seconds": statistics.median(blocks), "serial_seconds": serial}
-    row["speedup"] = serial / row["block_seconds"]
-    print(
-        f"  whole block {row['block_seconds']:.3f} s {[round(b, 3) for b in blocks]}, path after path "
-        f"{serial:.3f} s: {row['speedup']:.2f}x with {config.fork_branches} paths",
-        flush=True,
-    )
-    return row
+        yield report_law(rows)
 
 
 def follows(model: torch.nn.Module, config: BenchConfig, sampler: Sampler | None = None) -> bool:
@@ -218,17 +183,6 @@ def follows(model: torch.nn.Module, config: BenchConfig, sampler: Sampler | None
         return False
     Runner(model, num_pages=0, page_size=0, sampler=sampler, cuda_graphs=config.cuda_graphs).follow()
     return True
-
-
-def random_model(shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    """A model with random weights, drawn on the device."""
-    local = LayerConfig(transformer_impl="local")
-    model: torch.nn.Module = build_gpt_model(shape, dtype=dtype, device=device, initialize=False, layers=local)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.fill_(1.0) if "layernorm" in name else weight.normal_(0, 0.02, generator=generator)
-    return model
 
 
 def first_tokens(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, length: int) -> list[float]:
@@ -350,13 +304,6 @@ def step_times(engine: Engine, *, batch: int) -> Iterator[float]:
             yield time.perf_counter() - start
 
 
-def random_prompt(length: int, shape: ModelConfig, seed: int) -> list[int]:
-    """Ids of words."""
-    generator = torch.Generator().manual_seed(seed)
-    ids: list[int] = torch.randint(TEXT, shape.vocab_size, (length,), generator=generator).tolist()
-    return ids
-
-
 def step_bytes(shape: ModelConfig, config: BenchConfig, cached_tokens: int) -> int:
     """Bytes that a decode step reads at least on each GPU: weights without the embedding, cached keys and values."""
     width = DTYPES[config.dtype].itemsize
@@ -365,51 +312,3 @@ def step_bytes(shape: ModelConfig, config: BenchConfig, cached_tokens: int) -> i
     products = shape.num_layers * layer * (1 if config.quantization == "fp8" else width)
     cached = 2 * shape.num_layers * groups * dim * cached_tokens
     return (products + width * (shape.vocab_size * hidden + cached)) // config.tensor_model_parallel_size
-
-
-def report(name: str, runs: list[float], size: int, copy: float, rows: int) -> dict[str, Any]:
-    """Print a case and return it as a row."""
-    step = statistics.median(runs)
-    row = {
-        "case": name,
-        "ms_per_step": step * 1e3,
-        "runs_ms": [run * 1e3 for run in runs],
-        "tokens_per_second": rows / step,
-        "gigabytes": size / 1e9,
-        "times_copy_bound": step * copy / size,
-    }
-    listed = " ".join(f"{run * 1e3:.2f}" for run in runs)
-    print(
-        f"{name:18} {step * 1e3:7.2f} ms/step [{listed}]  {rows / step:9.0f} tokens/s  {size / 1e9:6.2f} GB  "
-        f"{row['times_copy_bound']:.2f} x copy bound",
-        flush=True,
-    )
-    return row
-
-
-def report_prompt(length: int, runs: list[float]) -> dict[str, Any]:
-    """Print the time to a first token and return it as a row."""
-    seconds = statistics.median(runs)
-    listed = " ".join(f"{run * 1e3:.1f}" for run in runs)
-    print(f"prompt {length:<11} {seconds * 1e3:7.1f} ms to the first token [{listed}]", flush=True)
-    return {"case": f"prompt, {length} tokens", "ms": seconds * 1e3, "runs_ms": [run * 1e3 for run in runs]}
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written, of a large copy."""
-    source = torch.empty(1 << (29 if device.type == "cuda" else 24), dtype=torch.int32, device=device).random_()
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(6):
-        wait(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has nothing to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

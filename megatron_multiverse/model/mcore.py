@@ -83,7 +83,7 @@ def ensure_parallel_state() -> None:
     """
     ensure_process_group()
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        set_parallel_sizes(1, 1)
 
 
 def ensure_process_group() -> None:
@@ -151,7 +151,8 @@ def set_parallel_sizes(tensor: int, pipeline: int, *, context: int = 1, virtual_
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
         context_parallel_size=context,
-        create_gloo_process_groups=False,  # what is said between hosts goes over the default group
+        # What is said between hosts goes over the default group, and each group over gloo costs three threads.
+        create_gloo_process_groups=False,
     )
 
 

@@ -64,15 +64,6 @@ def begin_saving(state: TrainState, folder: Path) -> StateWriting:
     return writing
 
 
-def save_state(state: TrainState, folder: Path) -> None:
-    """Write the state into a folder.
-
-    Raises:
-        CheckpointException: see `begin_saving`.
-    """
-    begin_saving(state, folder).finish()
-
-
 def load_state(state: TrainState, folder: Path) -> None:
     """Read a checkpoint into the state, in place, random generators included.
 

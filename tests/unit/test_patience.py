@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,50 +22,18 @@ from megatron_multiverse.evaluation.config import EvaluateConfig
 from megatron_multiverse.evaluation.samples import Job, Key
 from megatron_multiverse.evaluation.tasks import Problem
 from megatron_multiverse.patience import BUSY, PATIENCE_S, SHORTEST_PAUSE_S, STARTING, Deadline, Patience
+from tests.scripted_server import Said, Scripted, scripted_server
 
 MODELS = {"data": [{"id": "m"}]}
 GATEWAY = "<html>Bad Gateway</html>"
 DEAD = {"error": {"message": "the engine has ended", "code": "dead"}}
-Said = tuple[int, Any]
-
-
-@dataclass
-class Scripted:
-    """A server that says, at each route, one thing after the other, and the last one from then on."""
-
-    url: str
-    script: dict[str, list[Said]]
-    asked: Counter[str] = field(default_factory=Counter)
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scripted]:
     monkeypatch.setattr(patience, "SHORTEST_PAUSE_S", 0.01)
-
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            self.rfile.read(int(self.headers.get("content-length", 0)))
-            said = scripted.script.get(self.path, [(404, {"error": {"message": "no such route"}})])
-            status, body = said[min(scripted.asked[self.path], len(said) - 1)]
-            scripted.asked[self.path] += 1
-            data = (body if isinstance(body, str) else json.dumps(body)).encode()
-            self.send_response(status)
-            self.send_header("content-length", str(len(data)))
-            self.send_header("retry-after", "0")
-            self.end_headers()
-            self.wfile.write(data)
-
-        do_GET = do_POST = answer
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    scripted = Scripted(f"http://127.0.0.1:{http.server_port}", {})
-    yield scripted
-    http.shutdown()
-    http.server_close()
+    with scripted_server() as started:
+        yield started
 
 
 async def load(url: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 from megatron_multiverse.curation.exchange import Answer, Effort, Failure, Request, Stop, Usage
+from megatron_multiverse.curation.providers.own_server import OwnServer
 from megatron_multiverse.curation.providers.protocol import ProviderError, Unreachable, redact
 from megatron_multiverse.errors import ConfigError
 
@@ -69,6 +70,7 @@ class AnthropicProvider:
         self.effort = effort
         self.poll_s = poll_s
         self._sdk = anthropic
+        self._server = OwnServer(base_url)
         self._client = anthropic.AsyncAnthropic(
             base_url=base_url,
             max_retries=max_retries,
@@ -88,23 +90,25 @@ class AnthropicProvider:
 
     async def complete(self, request: Request) -> Answer | Failure:
         """See `Provider`."""
-        params = self._params(request)
         try:
-            if request.max_tokens > _STREAM_ABOVE:
-                async with self._client.messages.stream(**params) as stream:
-                    message: Any = await stream.get_final_message()
-            else:
-                message = await self._client.messages.create(**params)
+            message = await self._server.ask(lambda: self._message(request))
         except Exception as error:
             return self._failure(error)
         return self._answer(message, is_batch=False)
+
+    async def _message(self, request: Request) -> Any:
+        params = self._params(request)
+        if request.max_tokens <= _STREAM_ABOVE:
+            return await self._client.messages.create(**params)
+        async with self._client.messages.stream(**params) as stream:
+            return await stream.get_final_message()
 
     async def count_tokens(self, request: Request) -> int | None:
         """See `Provider`."""
         params = self._params(request)
         del params["max_tokens"]
         try:
-            counted: Any = await self._client.messages.count_tokens(**params)
+            counted: Any = await self._server.ask(lambda: self._client.messages.count_tokens(**params))
         except Exception as error:
             failure = self._failure(error)
             raise ProviderError(f"tokens cannot be counted: {failure.reason}") from None

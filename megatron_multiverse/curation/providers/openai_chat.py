@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from megatron_multiverse.curation.exchange import Answer, Failure, Request, Stop, Usage
+from megatron_multiverse.curation.providers.own_server import OwnServer
 from megatron_multiverse.curation.providers.protocol import ProviderError, key_from, redact
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.patience import Deadline, Patience, Question
 
 _STOPS: dict[str, Stop] = {"stop": "end", "length": "max_tokens", "content_filter": "refusal"}
 _OWN_SERVER_KEY = "none"
@@ -49,10 +48,7 @@ class OpenAIProvider:
         self.label = f"openai {model}"
         self.model = model
         self._sdk = openai
-        # The SDK itself tries again for half a minute, which is long for a vendor and short for a model that loads.
-        self._may_start = base_url is not None
-        # Requests that are under way at once wait for one server: one deadline, and each with its own growing pauses.
-        self._patience, self._deadline = Patience(str(base_url)), Deadline()
+        self._server = OwnServer(base_url)
         self._client = openai.AsyncOpenAI(
             api_key=self._key or _OWN_SERVER_KEY,
             base_url=base_url,
@@ -74,36 +70,16 @@ class OpenAIProvider:
         if request.schema is not None:
             schema = {"name": request.stage, "schema": request.schema, "strict": True}
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
-        question = self._patience.question({502, 503}, self._deadline)
-        while True:
-            try:
-                completion: Any = await self._client.chat.completions.create(
-                    model=self.model,
-                    max_completion_tokens=request.max_tokens,
-                    messages=[
-                        {"role": "system", "content": request.system},
-                        {"role": "user", "content": f"{request.shared}\n\n{request.task}"},
-                    ],
-                    **options,
-                )
-            except Exception as error:
-                if (pause := self._pause(question, error)) is None:
-                    return self._failure(error)
-                await asyncio.sleep(pause)
-            else:
-                self._may_start = False
-                return self._answer(completion)
-
-    def _pause(self, question: Question, error: Exception) -> float | None:
-        """Seconds to wait for a server of one's own that starts still; None if it has, or is not at fault."""
-        status, response = getattr(error, "status_code", None), getattr(error, "response", None)
-        if not self._may_start or status is None or response is None:
-            return None
-        after = response.headers.get("retry-after")
-        pause = question.pause(status, response.text, f"it answers with status {status}", after)
-        if pause is None:
-            self._may_start = False
-        return pause
+        messages: Any = [
+            {"role": "system", "content": request.system},
+            {"role": "user", "content": f"{request.shared}\n\n{request.task}"},
+        ]
+        options |= {"model": self.model, "max_completion_tokens": request.max_tokens, "messages": messages}
+        try:
+            completion: Any = await self._server.ask(lambda: self._client.chat.completions.create(**options))
+        except Exception as error:
+            return self._failure(error)
+        return self._answer(completion)
 
     def _answer(self, completion: Any) -> Answer | Failure:
         if not isinstance(completion, self._sdk.types.chat.ChatCompletion) or not completion.choices:

@@ -96,6 +96,8 @@ class AnthropicServer:
         self.echo_key = False
         self.status: int | None = None
         """Answers every request with this status."""
+        self.statuses_before: list[int] = []
+        """Of the first answers, before all else."""
         self.lose_next_batch_answer = False
         """The next batch is taken, but its answer is lost."""
         self._tries: Counter[str] = Counter()
@@ -161,6 +163,8 @@ class AnthropicServer:
     ) -> bool:
         """Answer one request; False closes the connection."""
         self.calls[f"{method} {path.partition('?')[0]}"] += 1
+        if self.statuses_before:
+            return await send_error(writer, self.statuses_before.pop(0), "api_error", "starting", {"retry-after": "0"})
         if self.status is not None:
             return await send_error(writer, self.status, "api_error", f"asked with {self._echo(headers)}")
         if headers.get("authorization") != f"Bearer {KEY}":

@@ -309,7 +309,7 @@ def test_it_is_waited_for_from_its_first_failure_on_and_by_each_request(
                 await sleep(0.01)
 
     monkeypatch.setattr("megatron_multiverse.patience.time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr("megatron_multiverse.curation.providers.openai_chat.asyncio.sleep", noted)
+    monkeypatch.setattr("megatron_multiverse.curation.providers.own_server.asyncio.sleep", noted)
     monkeypatch.setattr(_Chat, "retry_after", "soon")  # no number: the pauses are our own
     monkeypatch.setattr(_Chat, "answer", completion("stop"))
     monkeypatch.setattr(_Chat, "status", 200)
@@ -320,3 +320,30 @@ def test_it_is_waited_for_from_its_first_failure_on_and_by_each_request(
     answers = asyncio.run(ask_at_once(provider, 8))
     assert all(isinstance(answer, Answer) for answer in answers) and len(_Chat.bodies) == 16
     assert pauses == [1.0] * 8
+
+
+@pytest.mark.parametrize("request_", [OUTLINE, STREAMED], ids=["json", "stream"])
+def test_a_server_with_anthropics_messages_is_waited_for_alike(
+    request_: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_multiverse.patience.SHORTEST_PAUSE_S", 0.01)
+    with AnthropicServer(SCRIPTS) as server:
+
+        async def count_and_ask() -> list[Any]:
+            """In the order of a run, whose estimate is the first to ask."""
+            provider, found = anthropic(server), []
+            server.statuses_before[:] = [502, 503]
+            found.append(await provider.count_tokens(request_))
+            server.statuses_before[:] = [503]
+            return [*found, await ask(provider, request_)]
+
+        tokens, later = asyncio.run(count_and_ask())
+        assert tokens > 0 and server.calls["POST /v1/messages/count_tokens"] == 3
+        assert isinstance(later, Failure) and server.calls["POST /v1/messages"] == 1, "it has answered before"
+        server.statuses_before[:] = [502, 503]
+        assert isinstance(asyncio.run(ask(anthropic(server), request_)), Answer)
+        assert server.calls["POST /v1/messages"] == 1 + 3
+        server.statuses_before[:] = [503]
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
+        vendor = AnthropicProvider(MODEL, "medium", max_retries=0)
+        assert isinstance(asyncio.run(ask(vendor, request_)), Failure), "a vendor's is no server that starts"

@@ -43,6 +43,17 @@ def test_groups_of_ranks_that_are_gone_are_made_anew() -> None:
     assert done.stdout.split("\n")[0] == "(1, 0)"
 
 
+@pytest.mark.parametrize("make", [OURS, "mcore.ensure_process_group(); mcore.set_parallel_sizes(1, 1)"])
+def test_no_second_groups_over_gloo_are_made(make: str) -> None:
+    """Nothing here asks for them, and each would have threads of its own."""
+    program = (
+        f"from megatron_multiverse.model import mcore\n{make}\n"
+        "from torch.distributed.distributed_c10d import _world; print(*(group.group_desc for group in _world.pg_map))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert "TENSOR_MODEL_PARALLEL_GROUP" in done.stdout and "GLOO" not in done.stdout, done.stderr
+
+
 def test_fused_functions_are_compiled_once_at_their_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[dict[str, object]] = []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
@@ -29,12 +28,6 @@ class Sum(BaseModel):
     """What the client library makes a schema of."""
 
     sign: Literal["plus", "minus"]
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def test_a_chat_answers_in_json_and_its_thought_comes_apart(client: openai.OpenAI) -> None:

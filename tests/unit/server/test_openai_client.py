@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import openai
@@ -14,12 +13,6 @@ from megatron_multiverse.structure import TAGS, Tag
 from tests.unit.server.running import PROMPT, Running, tokenizer
 
 NAME = "model"
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as made:
-        yield made
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -27,12 +27,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield started
 
 
-@pytest.fixture(scope="module")
-def client(server: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 def asked(**options: Any) -> dict[str, Any]:
     user = {"role": "user", "content": PROMPT}
     return {"model": "model", "messages": [user], "temperature": 0, "max_tokens": 900, "tools": [ADD, NOW], **options}

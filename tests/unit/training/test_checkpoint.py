@@ -18,7 +18,7 @@ from megatron_multiverse.config import ModelConfig
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.model.gpt import build_gpt_model
-from megatron_multiverse.training.checkpoint import TrainState, explained, load_state, save_state
+from megatron_multiverse.training.checkpoint import TrainState, begin_saving, explained, load_state
 from megatron_multiverse.training.one_process import OneProcessEngine
 from tests.extra_states import assert_extra_states_load
 
@@ -45,7 +45,7 @@ def test_everything_comes_back(tmp_path: Path, tied: bool) -> None:
         one_step(state)
     state.consumed_samples = 12
     torch.manual_seed(5)
-    save_state(state, tmp_path)
+    begin_saving(state, tmp_path).finish()
     drawn = torch.rand(3)
 
     other = new_state(1, tied)
@@ -65,7 +65,7 @@ def test_everything_comes_back(tmp_path: Path, tied: bool) -> None:
 
 def test_a_checkpoint_before_the_first_step_changes_nothing(tmp_path: Path) -> None:
     saved, plain, loaded = new_state(0, True), new_state(0, True), new_state(1, True)
-    save_state(saved, tmp_path)
+    begin_saving(saved, tmp_path).finish()
     load_state(loaded, tmp_path)
     for state in (saved, plain, loaded):
         one_step(state)
@@ -76,7 +76,7 @@ def test_a_checkpoint_before_the_first_step_changes_nothing(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("qk_layernorm", [True, False])
 def test_megatron_with_the_other_spec_finds_its_extra_states(tmp_path: Path, qk_layernorm: bool) -> None:
-    save_state(new_state(0, True, qk_layernorm=qk_layernorm, num_layers=2), tmp_path)
+    begin_saving(new_state(0, True, qk_layernorm=qk_layernorm, num_layers=2), tmp_path).finish()
     names = ["core_attention", "linear_qkv", "linear_proj", *(["q_layernorm", "k_layernorm"] if qk_layernorm else [])]
     assert_extra_states_load(tmp_path, [*(f"self_attention.{name}" for name in names), "mlp.linear_fc1"], layers=2)
     with pytest.raises(CheckpointException, match="no_such_module"):
@@ -94,7 +94,7 @@ def scramble(file: Path) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    save_state(new_state(0, True), folder)
+    begin_saving(new_state(0, True), folder).finish()
     return folder
 
 
@@ -151,13 +151,13 @@ import multiprocessing, pathlib, sys
 import torch
 torch.set_num_threads(1)
 from unit.training.test_checkpoint import new_state
-from megatron_multiverse.training.checkpoint import save_state
+from megatron_multiverse.training.checkpoint import begin_saving
 import psutil
 if __name__ == "__main__":
     for name in ("a", "b"):
         folder = pathlib.Path(sys.argv[1], name)
         folder.mkdir()
-        save_state(new_state(0, True), folder)
+        begin_saving(new_state(0, True), folder).finish()
     print(len([child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]))
 """
 

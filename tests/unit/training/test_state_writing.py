@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_multiverse.checksums import checksum
 from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.training import state_writing
-from megatron_multiverse.training.checkpoint import save_state
+from megatron_multiverse.training.checkpoint import begin_saving
 from megatron_multiverse.training.host_memory import HostMemory
 
 from .test_checkpoint import new_state
@@ -100,7 +100,7 @@ def test_a_state_that_is_staged_as_on_a_gpu_is_the_same(tmp_path: Path, monkeypa
         if name == "staged":
             monkeypatch.setattr(state_writing, "_changes", lambda tensor, host: not host.holds(tensor))
         (tmp_path / name).mkdir()
-        save_state(state, tmp_path / name)
+        begin_saving(state, tmp_path / name).finish()
         sizes.append(state.host.size)
         contents.append({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.distcp")})
     assert contents[0] == contents[1] == contents[2]
