@@ -21,6 +21,7 @@ def engine() -> Iterator[str]:
     yield from _drawing()
     yield from _small_and_short()
     yield from _beside_vllm()
+    yield from _parts()
     yield from _tiles()
     found = source.results("results/fp8_logits_cpu")
     right = found["right_answers"]["fp8"] * found["problems"]
@@ -235,6 +236,19 @@ def _beside_vllm() -> Iterator[str]:
             mine, *others = (1e3 * of(part, side, "begun_seconds", tokens) for side in names)
             times.append(f"{mine:.0f} ms ({min(others):.0f})")
         yield ", ".join(times[:-1]) + f" and {times[-1]}"
+
+
+def _parts() -> Iterator[str]:
+    """Sums that the norm adds up, in place of the last program that shares them."""
+    found = source.results("results/engine_parts_h200")["last call"]
+    small, large = (
+        [[f"{median(found[model][batch][way]):.2f}" for batch in ("1", "8", "32")] for way in ("norm w16", "old")]
+        for model in ("qwen2.5-1.5b", "qwen2.5-7b")
+    )
+    yield (
+        "a step of Qwen2.5-1.5B takes {} ms so at batch 1, {} at 8 and {} at 32, in place of {}, {} and {} where the "
+        "last of those programs adds them up, and one of 7B {}, {} and {} in place of {}, {} and {}"
+    ).format(*small[0], *small[1], *large[0], *large[1])
 
 
 def _tiles() -> Iterator[str]:

@@ -82,7 +82,10 @@ def linear_add_norm(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """`linear_add` into the residual stream, which is written, and what `norm` makes of that, [n, out]: the same bits."""
+    """`linear_add` into the residual stream, in place, and what `norm` makes of that, [n, out].
+
+    A kernel adds the sums up in the order of its tiles, so the stream is that of `linear_add` but for rounding.
+    """
     if few_rows(x, weight, scale) and residual.dtype == norm_weight.dtype == x.dtype:
         from .triton_rows import add_norm_rows
         from .triton_skinny import skinny_parts
