@@ -24,7 +24,12 @@ from megatron_multiverse.kernels.fused_linear import (
     rms_norm,
     split_rows,
 )
-from megatron_multiverse.kernels.fused_linear.triton_rows import add_norm_rows, norm_rows, split_rows_triton, swiglu_rows
+from megatron_multiverse.kernels.fused_linear.triton_rows import (
+    add_norm_rows,
+    norm_rows,
+    split_rows_triton,
+    swiglu_rows,
+)
 from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear, skinny_parts
 from megatron_multiverse.kernels.kv_write import write_kv_reference
 from megatron_multiverse.kernels.kv_write.triton_product import linear_write_kv_triton

@@ -91,8 +91,8 @@ def launch_structure_scan() -> None:
 
 
 def launch_skinny() -> None:
-    from megatron_multiverse.kernels.fused_linear.triton_rows import add_norm_rows, norm_rows, swiglu_rows
-    from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear, skinny_parts
+    from megatron_multiverse.kernels.fused_linear.triton_rows import norm_rows, swiglu_rows
+    from megatron_multiverse.kernels.fused_linear.triton_skinny import skinny_linear
 
     kinds = ((3584, 4608, "bias"), (3584, 4608, "residual"), (3584, 18944, "swiglu"), (1536, 8960, "swiglu"),
              (1536, 151936, "bias"))  # fmt: skip
