@@ -121,14 +121,18 @@ class EvaluateConfig:
         """Task -> local file.
 
         Raises:
-            ConfigError: not of the form NAME=FILE, or a task that is not asked for.
+            ConfigError: not of the form NAME=FILE, a task that is not asked for, or two files for one.
         """
-        found = {}
+        found: dict[str, str] = {}
         for entry in self.data:
             name, equals, file = entry.partition("=")
             if not (name and equals and file):
                 raise ConfigError(f"--data {entry}: write NAME=FILE, e.g. --data aime24=aime24.jsonl")
             if name not in self.tasks:
                 raise ConfigError(f"--data {entry}: {name} is not among --tasks {' '.join(self.tasks)}")
-            found[name] = file
+            if found.setdefault(name, file) != file:
+                raise ConfigError(
+                    f"--data {entry}: {name} is {found[name]} already; a task is one file or one folder, so join them, "
+                    "or give each a name of its own"
+                )
         return found
