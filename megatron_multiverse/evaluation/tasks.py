@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_multiverse.data.prompts import SUFFIXES, why_a_time
+from megatron_multiverse.data.prompts import SUFFIXES
 from megatron_multiverse.data.readers import load_dataset, read_rows
 from megatron_multiverse.data.sources import open_source
+from megatron_multiverse.data.turns import why_a_time
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.grading import boxes, gold_answer, is_right, stated_answer, stated_letter
 

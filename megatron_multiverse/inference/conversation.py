@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 
-from megatron_multiverse.data.prompts import Turn, read_turns
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
+from megatron_multiverse.data.turns import Turn, read_turns
 from megatron_multiverse.errors import DataError, GenerationError, MultiverseError
 from megatron_multiverse.structure.trajectory import cut_at_labels
 

@@ -291,6 +291,7 @@ def test_conversations_are_answered_and_their_answers_laid_out_again(tmp_path: P
     user = {"role": "user", "content": "Work out A = 5 + 6."}
     turns = [user, {"role": "assistant", "content": EARLIER}, user]
     rows = [{"messages": turns}, {"messages": turns[:2]}, {"messages": [{"role": "user"}]}, {"prompt": "a"}]
+    rows.append({"messages": turns, "tools": [{"type": "function", "function": {"name": "add"}}]})
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"load": model, "input": tmp_path / "in.jsonl", "sampling": SamplingParams(max_tokens=4)}
     tokenizer = build_tokenizer("HuggingFaceTokenizer", str(model))
@@ -300,6 +301,7 @@ def test_conversations_are_answered_and_their_answers_laid_out_again(tmp_path: P
         answers = {answer["index"]: answer for answer in generate_answers(config)}
         assert answers[0]["messages"] == turns and answers[3]["prompt"] == "a"
         assert 'row 2: "messages" must end' in answers[1]["error"] and "row 3: turn 1 of" in answers[2]["error"]
+        assert "row 5: column 'tools' is not read" in answers[4]["error"]
         records = [record for record in read(tmp_path / "records.jsonl") if record["index"] == 0]
         result = from_record({name: value for name, value in records[0].items() if name != "index"})
         # The shorter of the two paths takes no positions of its own.
