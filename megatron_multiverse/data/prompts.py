@@ -12,7 +12,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_multiverse.data.turns import TOOLS, RowError, Turn, read_turns, refuse_tools, text_of, texts_of
+from megatron_multiverse.data.turns import (
+    TOOLS,
+    RowError,
+    Turn,
+    read_turns,
+    refuse_hidden_calls,
+    refuse_tools,
+    text_of,
+    texts_of,
+)
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.structure import Tag
 
@@ -176,7 +185,11 @@ def _conversation(
     if control_tokens is not None:
         for text in (text for turn in asked for text in texts_of(turn)):
             _refuse_control_tokens(text, column, control_tokens)
-    return asked[-1]["content"] if render_chat is None else _render(render_chat, asked), answer
+    if render_chat is None:
+        return asked[-1]["content"], answer
+    prompt = _render(render_chat, asked)
+    refuse_hidden_calls(asked, prompt, render_chat)
+    return prompt, answer
 
 
 def _answer_of(turn: Turn, column: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_multiverse.errors import DataError
@@ -55,6 +55,26 @@ def refuse_tools(fields: Mapping[str, Any]) -> None:
             "tools",
             f"column {TOOLS!r} is not read, so that the prompt would not show them: give prompts with the tools in "
             "them, as the chat template writes them, in a column of texts",
+        )
+
+
+def refuse_hidden_calls(turns: list[Turn], rendered: str, render: Callable[[list[Turn]], str]) -> None:
+    """A conversation in which tools were called is another one without their calls.
+
+    Args:
+        turns: its turns.
+        rendered: what a chat template makes of them.
+        render: the chat template.
+
+    Raises:
+        RowError: it makes the same of them without the calls.
+    """
+    without = [{name: value for name, value in turn.items() if name != "tool_calls"} for turn in turns]
+    if without != turns and render(without) == rendered:
+        raise RowError(
+            "hidden_calls",
+            "a turn with tool_calls, which the chat template does not show: take a tokenizer whose template does, or "
+            "put the calls into the turn's content",
         )
 
 

@@ -123,6 +123,9 @@ def test_earlier_turns_reach_the_chat_template_as_on_the_server():
     plain = plain_turns([Message.model_validate(turn) for turn in turns])
     assert read_turns(turns, "messages") == plain
     assert build_sample({"messages": turns}, CONVERSATION, PromptStyle(), repr) == (repr(plain[:-1]), TRAJECTORY)
+    with pytest.raises(RowError, match="tool_calls, which the chat template does not show") as caught:
+        build_sample({"messages": turns}, CONVERSATION, PromptStyle(), lambda asked: str([t["content"] for t in asked]))
+    assert caught.value.code == "hidden_calls"
     tools = [{"type": "function", "function": {"name": "add"}}]
     with pytest.raises(RowError, match="column 'tools' is not read"):
         build_sample({"messages": turns, "tools": tools}, CONVERSATION, PromptStyle(), repr)

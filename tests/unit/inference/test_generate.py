@@ -15,6 +15,7 @@ from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, GenerationError
 from megatron_multiverse.inference import Request, from_record, generate
+from megatron_multiverse.inference.conversation import cut_at_answers
 from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
 from megatron_multiverse.structure import Tag
 from megatron_multiverse.views.terminal_answers import show_answers
@@ -281,6 +282,16 @@ EARLIER = """<Parallel>
 A = 3; B = 7
 </Conclusion>
 </Parallel>"""
+
+
+def test_blocks_of_a_thought_apart_are_not_read_as_text_without_a_word() -> None:
+    """Templates that show no thoughts of earlier turns, as Qwen3's, have nothing to lay out."""
+    user = {"role": "user", "content": "Why?"}
+    turns = [user, {"role": "assistant", "content": "So.", "reasoning_content": f"\n{EARLIER}\n"}, user]
+    with pytest.raises(GenerationError, match="blocks of a reasoning_content are not laid out again; give the thought"):
+        cut_at_answers(f"Why?\n<Think>\n{EARLIER}\n</Think>\nSo.\nWhy?\n", turns)
+    pieces, answers = cut_at_answers("Why?\nSo.\nWhy?\n", turns)
+    assert "".join(pieces[slice(*answers[0])]) == "So."
 
 
 def test_conversations_are_answered_and_their_answers_laid_out_again(tmp_path: Path) -> None:
