@@ -113,7 +113,10 @@ def resolve_columns(names: Collection[str], json_keys: Sequence[str] | None) -> 
         if set(columns.names) <= set(names):
             return columns
     known = "; ".join(", ".join(columns.names) for columns in KNOWN_COLUMNS)
-    raise ConfigError(f"the input has the columns {sorted(names)}; known sets: {known}. Name yours with --json-keys")
+    raise ConfigError(
+        f"the input has the columns {sorted(names)}; known sets: {known}. Name columns of texts with --json-keys, "
+        "and call a column of conversations messages, lists of turns with role and content"
+    )
 
 
 def uses_template(style: PromptStyle, columns: Columns) -> bool:
