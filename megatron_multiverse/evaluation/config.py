@@ -110,6 +110,11 @@ class EvaluateConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if any(budget < 1 for budget in self.budgets):
             raise ConfigError(f"--budgets must be at least 1, got {self.budgets}")
+        if max(self.budgets, default=0) > (most := self.draw.max_tokens):
+            raise ConfigError(
+                f"--budgets {max(self.budgets)} is above --draw.max-tokens {most}, the most tokens of all branches "
+                "together, so that it bounds nothing: raise that, or lower the budget"
+            )
         if self.draw.temperature == 0 and self.num_seeds > 1:
             raise ConfigError(
                 f"--num-seeds {self.num_seeds} at temperature 0, where all answers are the same: leave one of them out"

@@ -368,6 +368,10 @@ def write(file: Path, samples: list[Sample]) -> None:
         ({"tasks": ["aime24"], "load": MODEL, "url": ["http://x"]}, "either --load"),
         ({"tasks": ["aime24"], "load": MODEL, "num_seeds": 0}, "--num-seeds must be at least 1"),
         ({"tasks": ["aime24"], "load": MODEL, "budgets": [0]}, "--budgets must be at least 1"),
+        (
+            {"tasks": ["aime24"], "load": MODEL, "budgets": [9, 32769]},
+            "--budgets 32769 is above --draw.max-tokens 32768",
+        ),
         ({"tasks": ["aime24"], "load": MODEL, "num_seeds": 2, "draw": DrawConfig(temperature=0)}, "all answers are"),
         ({"compare": [Path("a")]}, "--compare takes two"),
     ],
