@@ -47,7 +47,13 @@ from megatron_multiverse.checkpoints.names.rules import check_divisible
 from megatron_multiverse.checkpoints.names.table import Entry
 from megatron_multiverse.checkpoints.protocols import Source, Stream, Target, target_dtype
 from megatron_multiverse.checkpoints.recycled import recycling
-from megatron_multiverse.checkpoints.run_files import MODEL_CONFIG_FILE, POINTER_FILE, RECORD_FILE, RELEASE
+from megatron_multiverse.checkpoints.run_files import (
+    MODEL_CONFIG_FILE,
+    POINTER_FILE,
+    RECORD_FILE,
+    RELEASE,
+    trained_steps,
+)
 from megatron_multiverse.checkpoints.sources import open_checkpoint
 from megatron_multiverse.checksums import checksum, is_checked, write_checksums
 from megatron_multiverse.config import pad_vocab_size
@@ -284,7 +290,7 @@ def _finish(
         save_tokenizer(source.tokenizer, folder)
     if config.to == "hf":
         write_generation_config(folder)
-        provenance = {k: record[k] for k in ("source", "source_kind", "control_tokens")}
+        provenance = {k: record[k] for k in ("source", "source_kind", "training_step", "control_tokens")}
         write_model_card(folder, Path(config.save).name, source.config, source.family.architecture, provenance)
         if ids := (source.plan.tag_ids if isinstance(source, ControlTokenSource) else tag_ids(folder)):
             check_tags(folder, ids)
@@ -303,10 +309,13 @@ def _write_checksums(manifest: Manifest, weights: Path) -> None:
 
 def conversion_record(config: ConvertConfig, source: Source, padded: int) -> dict[str, Any]:
     """Where a checkpoint came from, and what the way back needs (conversion.json)."""
+    weights = source.files[0].parent  # of older Megatron's format a folder of one rank, in that of the step
+    steps = [step for folder in (weights, weights.parent) if (step := trained_steps(folder)) is not None]
     return {
         "converter": f"megatron-multiverse {megatron_multiverse.__version__}",
         "source": Path(config.load).resolve().name,
         "source_kind": config.from_,
+        "training_step": steps[0] if steps else None,
         "family": source.family.name,
         "vocab_size": source.config.vocab_size,
         "padded_vocab_size": padded,

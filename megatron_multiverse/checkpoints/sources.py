@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_multiverse.checkpoints.run_files import (
     POINTER_FILE,
     iteration_folder,
     step_of,
+    why_outdated,
 )
 from megatron_multiverse.checksums import check_files, is_checked, quick_checksum
 from megatron_multiverse.errors import CheckpointError, ConfigError
@@ -69,7 +71,15 @@ def open_checkpoint(
                 f"{name} {value} is for Megatron's formats; {path} says in its config.json what model it holds: leave "
                 f"{name} out, or correct that file"
             )
+    if ours and (outdated := why_outdated(path)) is not None:
+        _warn_once(outdated)
     return ModelFolderSource(path, family) if ours else HFSource(path, family)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Loading a model opens its checkpoint several times."""
+    logger.warning("%s", message)
 
 
 def loadable(load: Path) -> Path:

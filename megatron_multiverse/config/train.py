@@ -72,7 +72,8 @@ class DataConfig:
     """What is read and how it is cut into batches."""
 
     data_prefixes: tuple[str, ...]
-    """.bin/.idx prefixes written by tools/preprocess_data.py."""
+    """.bin/.idx prefixes written by tools/preprocess_data.py. Their documents are one data set, without weights as in
+    Megatron's --data-path: each is seen once in an epoch, twice where its prefix is named twice."""
     plain_prefixes: tuple[str, ...] = ()
     """Prefixes of rows without blocks, for mixture."""
     mixture: tuple[float, ...] = ()

@@ -49,7 +49,7 @@ from megatron_multiverse.files import write_json_atomic
 logger = logging.getLogger(__name__)
 
 _LOGGED_FILES, _NAMED_FILES = 10, 5
-_FORMAT = 2  # change when the same input gives other bytes
+_FORMAT = 3  # change when the same input gives other bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +137,8 @@ def preprocess_data(config: PreprocessConfig) -> PreprocessResult:
     tokenizer = build_tokenizer(config.tokenizer_type, config.tokenizer_model)
     columns = TRAJECTORY_COLUMNS if source.is_trajectories else resolve_columns(column_names(source), config.json_keys)
     _check_options(config, source)
+    if not source.is_trajectories:
+        logger.info("columns %s", ", ".join(columns.names))
     style = PromptStyle(config.chat_template, config.prompt_suffix)
     recipe = Recipe(columns, style, config.prompt, config.append_eod, config.template_date, config.one_sequence)
     template = _check_tokenizer(tokenizer, recipe)

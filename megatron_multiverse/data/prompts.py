@@ -7,13 +7,22 @@ without tags is wrapped in ``<Think>``.
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_multiverse.errors import ConfigError, DataError
+from megatron_multiverse.data.turns import (
+    TOOLS,
+    RowError,
+    Turn,
+    read_turns,
+    refuse_hidden_calls,
+    refuse_tools,
+    text_of,
+    texts_of,
+)
+from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.structure import Tag
 
 PARALLEL_SUFFIX = " Think step by step and in parallel before answering."
@@ -23,20 +32,6 @@ SUFFIXES = {"none": "", "parallel": PARALLEL_SUFFIX, "sequential": SEQUENTIAL_SU
 
 ChatTemplate = Literal["auto", "always", "never"]
 PromptSuffix = Literal["auto", "parallel", "sequential", "none"]
-Turn = dict[str, str]
-"""Of a conversation: its role and its content."""
-
-
-class RowError(DataError):
-    """A row that cannot become a sample; `code` is a short stable reason for the report of rejected rows."""
-
-    def __init__(
-        self, code: str, message: str, *, token_index: int | None = None, char_index: int | None = None
-    ) -> None:
-        super().__init__(message)
-        self.code = code
-        self.token_index = token_index
-        self.char_index = char_index
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class Columns:
         answer: final answer, which follows the trajectory after a blank line.
         is_question: the prompt is a bare question: it gets the suffix and, by default, the chat template.
         prompt_may_be_empty: whether a row without a prompt is a sample all the same.
-        is_conversation: `response` holds turns, each with role and content: the last one, of the assistant, is the
+        is_conversation: `response` holds turns, see `turns.read_turns`: the last one, of the assistant, is the
             response, and those before it are the prompt, by the chat template.
     """
 
@@ -62,8 +57,13 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """The columns to be read."""
+        """The columns that make a sample."""
         return [name for name in (self.prompt, self.response, self.answer) if name is not None]
+
+    @property
+    def read(self) -> list[str]:
+        """The columns to be read where a row has them; what stands in "tools" speaks against a conversation."""
+        return [*self.names, TOOLS] if self.is_conversation else self.names
 
 
 KNOWN_COLUMNS: tuple[Columns, ...] = (
@@ -113,7 +113,10 @@ def resolve_columns(names: Collection[str], json_keys: Sequence[str] | None) -> 
         if set(columns.names) <= set(names):
             return columns
     known = "; ".join(", ".join(columns.names) for columns in KNOWN_COLUMNS)
-    raise ConfigError(f"the input has the columns {sorted(names)}; known sets: {known}. Name yours with --json-keys")
+    raise ConfigError(
+        f"the input has the columns {sorted(names)}; known sets: {known}. Name columns of texts with --json-keys, "
+        "and call a column of conversations messages, lists of turns with role and content"
+    )
 
 
 def uses_template(style: PromptStyle, columns: Columns) -> bool:
@@ -145,13 +148,13 @@ def build_sample(
     """
     if columns.is_conversation:
         return _conversation(fields, columns.response, style, render_chat, control_tokens)
-    response = _text(fields, columns.response)
+    response = text_of(fields, columns.response)
     is_parallel = Tag.PARALLEL.text in response
     if columns.answer is not None:
-        response = _wrap_think(response) + "\n\n" + _answer(_text(fields, columns.answer))
+        response = _wrap_think(response) + "\n\n" + _answer(text_of(fields, columns.answer))
     if columns.prompt is None:
         return "", response
-    prompt = _text(fields, columns.prompt, may_be_empty=columns.prompt_may_be_empty)
+    prompt = text_of(fields, columns.prompt, may_be_empty=columns.prompt_may_be_empty)
     if not prompt or prompt.isspace():
         return "", response
     use_template = render_chat is not None and uses_template(style, columns)
@@ -173,39 +176,43 @@ def _conversation(
     """Prompt and response of a row of turns. Without a chat template the prompt is the last turn that is answered."""
     if column not in fields:
         raise RowError("missing_key", f"no column {column!r}; the row has {sorted(fields)[:20]}")
+    refuse_tools(fields)
     turns = read_turns(fields[column], column)
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise RowError(
             "no_answer", f"column {column!r} must end with an answer of the assistant, after a turn before it"
         )
-    *asked, answer = turns
-    asked[-1]["content"] += _suffix(style.prompt_suffix, False, Tag.PARALLEL.text in answer["content"])
+    *asked, last = turns
+    answer = _answer_of(last, column)
+    asked[-1]["content"] += _suffix(style.prompt_suffix, False, Tag.PARALLEL.text in answer)
     if control_tokens is not None:
-        for turn in asked:
-            _refuse_control_tokens(turn["content"], column, control_tokens)
-    return asked[-1]["content"] if render_chat is None else _render(render_chat, asked), answer["content"]
+        for text in (text for turn in asked for text in texts_of(turn)):
+            _refuse_control_tokens(text, column, control_tokens)
+    if render_chat is None:
+        return asked[-1]["content"], answer
+    prompt = _render(render_chat, asked)
+    refuse_hidden_calls(asked, prompt, render_chat)
+    return prompt, answer
 
 
-def read_turns(value: Any, column: str) -> list[Turn]:
-    """The turns of a conversation; copies, without what they hold beside role and content.
-
-    Args:
-        value: the cell.
-        column: its name, for messages.
-
-    Raises:
-        RowError: it is no list of turns, each with texts; only the last one's content may not be empty.
-    """
-    if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
-        raise RowError("not_turns", f"column {column!r} must be a list of turns, each with role and content")
-    return [_turn(turn, f"turn {number} of {column!r}", number < len(value)) for number, turn in enumerate(value, 1)]
-
-
-def _turn(turn: Mapping[str, Any], name: str, may_be_empty: bool) -> Turn:
-    try:
-        return {"role": _text(turn, "role"), "content": _text(turn, "content", may_be_empty=may_be_empty)}
-    except RowError as error:
-        raise RowError(error.code, f"{name}: {error}", char_index=error.char_index) from error
+def _answer_of(turn: Turn, column: str) -> str:
+    """The response in the last turn: its thought, where that stands apart, and its content."""
+    if "tool_calls" in turn:
+        raise RowError(
+            "tool_calls",
+            f"the last turn of {column!r} calls tools, which are not written out: put the calls into its content, in "
+            "the words that the model is to write",
+        )
+    thought, content = str(turn.get("reasoning_content", "")), str(turn["content"])
+    if not thought or thought.isspace():
+        return content
+    if Tag.THINK.text in content:
+        raise RowError(
+            "two_thoughts",
+            f"the last turn of {column!r} has a thought in its content and another apart from it: leave one of them "
+            "out",
+        )
+    return _wrap_think(thought.strip("\n")) + "\n\n" + content.lstrip("\n")
 
 
 def _refuse_control_tokens(prompt: str, column: str, control_tokens: re.Pattern[str]) -> None:
@@ -240,27 +247,3 @@ def _wrap_think(trajectory: str) -> str:
 
 def _answer(answer: str) -> str:
     return answer if "Answer:" in answer else "Answer: " + answer
-
-
-def _text(fields: Mapping[str, Any], key: str, *, may_be_empty: bool = False) -> str:
-    if key not in fields:
-        raise RowError("missing_key", f"no column {key!r}; the row has {sorted(fields)[:20]}")
-    value = fields[key]
-    if not isinstance(value, str):
-        raise RowError("not_text", f"column {key!r} holds {type(value).__name__}, not text{why_a_time(value)}")
-    if not may_be_empty and (not value or value.isspace()):
-        raise RowError("empty", f"column {key!r} is empty" if not value else f"column {key!r} holds white space alone")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            message = f"column {key!r} holds half of a surrogate pair"
-            raise RowError("encoding", message, char_index=error.start) from error
-    return value
-
-
-def why_a_time(value: Any) -> str:
-    """The rest of a message about a cell that is no text, where the cell is a time; else nothing."""
-    if not isinstance(value, datetime.date):
-        return ""
-    return " (if it is text in a JSON file: the library datasets makes times of ISO dates; give the file as input)"

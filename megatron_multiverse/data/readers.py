@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_multiverse.data.hub import asking_hub
 from megatron_multiverse.data.input_files import PROMPT_SUFFIX, Kind, is_compressed, open_bytes
-from megatron_multiverse.data.prompts import RowError
+from megatron_multiverse.data.turns import RowError
 from megatron_multiverse.errors import DataError
 
 ASSUMED_ROW_BYTES = 32 << 10

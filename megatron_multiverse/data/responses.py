@@ -9,8 +9,8 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from megatron_multiverse.data.prompts import RowError
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
+from megatron_multiverse.data.turns import RowError
 from megatron_multiverse.errors import StructureError
 from megatron_multiverse.structure import MAX_DEPTH, BatchMeter, Statistics, check_text, measure, parse
 

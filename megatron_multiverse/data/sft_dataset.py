@@ -259,6 +259,8 @@ def _open(prefix: str) -> Any:
             named = Path(prefix)
             if named.suffix in (".bin", ".idx") and named.is_file():
                 raise DataError(f"no {file}: {prefix} is a file; name it without its ending, {named.with_suffix('')}")
+            if any(sign in prefix for sign in ", "):  # as Megatron's --data-path has them
+                raise DataError(f"no {file}; if these are several prefixes, write '[A, B]', without weights")
             raise DataError(f"no {file}; make it with tools/preprocess_data.py --output-prefix {prefix}")
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty: preprocessing rejected every row, see {prefix}_rejected.jsonl")

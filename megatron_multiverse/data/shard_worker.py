@@ -18,11 +18,12 @@ from megatron_multiverse.data.chat_templates import parse_date
 from megatron_multiverse.data.counters import Progress
 from megatron_multiverse.data.encoders import DifferentIds, Encoder, IdArray
 from megatron_multiverse.data.indexed_writer import ShardWriter, optimal_dtype
-from megatron_multiverse.data.prompts import Columns, PromptStyle, RowError, build_sample
+from megatron_multiverse.data.prompts import Columns, PromptStyle, build_sample
 from megatron_multiverse.data.readers import RawRow, Shard, read_rows
 from megatron_multiverse.data.report import Totals
 from megatron_multiverse.data.responses import Response, ResponseReader
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
+from megatron_multiverse.data.turns import RowError
 from megatron_multiverse.files import write_json_atomic
 from megatron_multiverse.structure import TAGS
 
@@ -63,7 +64,7 @@ def process_shard(
         DifferentIds: the encoder was found to give other ids than the tokenizer; the shard stays unfinished.
     """
     worker = _ShardJob(path, recipe, tokenizer, encoder)
-    for batch in _batches(read_rows(shard, recipe.columns.names, recipe.default_prompt)):
+    for batch in _batches(read_rows(shard, recipe.columns.read, recipe.default_prompt)):
         before = worker.totals.documents
         worker.add(batch)
         progress.add(sum(row.num_bytes for row in batch), worker.totals.documents - before)
@@ -75,7 +76,7 @@ def sample_texts(shards: Sequence[Shard], recipe: Recipe, tokenizer: MultiverseT
     write_texts = TextWriter(recipe, tokenizer)
     texts: list[str] = []
     for shard in shards[:: -(-len(shards) // _SAMPLED_SHARDS)]:
-        for row in islice(read_rows(shard, recipe.columns.names, recipe.default_prompt), _SAMPLED_ROWS):
+        for row in islice(read_rows(shard, recipe.columns.read, recipe.default_prompt), _SAMPLED_ROWS):
             try:
                 texts += write_texts(row)
             except RowError:

@@ -110,6 +110,11 @@ class EvaluateConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if any(budget < 1 for budget in self.budgets):
             raise ConfigError(f"--budgets must be at least 1, got {self.budgets}")
+        if max(self.budgets, default=0) > (most := self.draw.max_tokens):
+            raise ConfigError(
+                f"--budgets {max(self.budgets)} is above --draw.max-tokens {most}, the most tokens of all branches "
+                "together, so that it bounds nothing: raise that, or lower the budget"
+            )
         if self.draw.temperature == 0 and self.num_seeds > 1:
             raise ConfigError(
                 f"--num-seeds {self.num_seeds} at temperature 0, where all answers are the same: leave one of them out"
@@ -121,14 +126,18 @@ class EvaluateConfig:
         """Task -> local file.
 
         Raises:
-            ConfigError: not of the form NAME=FILE, or a task that is not asked for.
+            ConfigError: not of the form NAME=FILE, a task that is not asked for, or two files for one.
         """
-        found = {}
+        found: dict[str, str] = {}
         for entry in self.data:
             name, equals, file = entry.partition("=")
             if not (name and equals and file):
                 raise ConfigError(f"--data {entry}: write NAME=FILE, e.g. --data aime24=aime24.jsonl")
             if name not in self.tasks:
                 raise ConfigError(f"--data {entry}: {name} is not among --tasks {' '.join(self.tasks)}")
-            found[name] = file
+            if found.setdefault(name, file) != file:
+                raise ConfigError(
+                    f"--data {entry}: {name} is {found[name]} already; a task is one file or one folder, so join them, "
+                    "or give each a name of its own"
+                )
         return found

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_multiverse.config import TokenizerType
-from megatron_multiverse.data.prompts import RowError
 from megatron_multiverse.data.readers import read_rows
 from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.data.tokenizers import build_tokenizer
+from megatron_multiverse.data.turns import RowError
 from megatron_multiverse.errors import DataError
 from megatron_multiverse.evaluation.text_pages import MostParallel
 from megatron_multiverse.evaluation.texts import Texts

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_multiverse.data.prompts import SUFFIXES, why_a_time
+from megatron_multiverse.data.prompts import SUFFIXES
 from megatron_multiverse.data.readers import load_dataset, read_rows
 from megatron_multiverse.data.sources import open_source
+from megatron_multiverse.data.turns import why_a_time
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.grading import boxes, gold_answer, is_right, stated_answer, stated_letter
 
@@ -25,6 +26,7 @@ _GOLD = ("answer", "expected_answer", "target")
 _SOLUTION = ("solution",)
 _CORRECT = ("correct answer",)
 _INCORRECT = ("incorrect answer 1", "incorrect answer 2", "incorrect answer 3")
+_UNREAD = ("choices", "options", "endings")
 _LETTERS = "ABCD"
 
 _MATH = r"Put your final answer within \boxed{}."
@@ -146,6 +148,7 @@ def _problem(task: str, instruction: str, row: Mapping[str, Any], where: str) ->
     name = hashlib.blake2b(question.encode(), digest_size=6).hexdigest()
     if any(column in fields for column in _CORRECT):
         return _choice(task, name, question, instruction or _CHOICE, fields, where)
+    _refuse_unread_choices(fields, where)
     if any(column in fields for column in _GOLD):
         gold = _text(fields, _GOLD, where)
     else:
@@ -154,6 +157,19 @@ def _problem(task: str, instruction: str, row: Mapping[str, Any], where: str) ->
             raise DataError(f"{where}: no answer, and no \\boxed{{}} in the solution")
     gold = gold_answer(gold)
     return Problem(task, name, f"{question}\n\n{instruction}" if instruction else question, gold)
+
+
+def _refuse_unread_choices(fields: Mapping[str, Any], where: str) -> None:
+    """Choices in columns of other forms: asked without them, no question could be answered."""
+    found = [name for name in _UNREAD if fields.get(name)]
+    letters = [letter.lower() for letter in _LETTERS]
+    if not found and all(fields.get(letter) not in (None, "") for letter in letters):
+        found = letters
+    if found:
+        raise DataError(
+            f"{where}: the choices in {', '.join(found)} are not read; name them Correct Answer and Incorrect Answer 1 "
+            "to 3, or write them into the question, with the letter of the right one as answer"
+        )
 
 
 def _choice(task: str, name: str, question: str, instruction: str, fields: Mapping[str, Any], where: str) -> Problem:

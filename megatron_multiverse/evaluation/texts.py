@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_multiverse.data.prompts import (
-    TRAJECTORY_COLUMNS,
-    Columns,
-    PromptStyle,
-    RowError,
-    build_sample,
-    resolve_columns,
-)
+from megatron_multiverse.data.prompts import TRAJECTORY_COLUMNS, Columns, PromptStyle, build_sample, resolve_columns
 from megatron_multiverse.data.readers import RawRow
 from megatron_multiverse.data.sources import Source, column_names
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
+from megatron_multiverse.data.turns import RowError
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.views.sample_view import SampleView, view_ids, view_text
 

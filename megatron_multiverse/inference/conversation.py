@@ -5,13 +5,15 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 
-from megatron_multiverse.data.prompts import Turn, read_turns
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
+from megatron_multiverse.data.turns import Turn, read_turns, refuse_hidden_calls
 from megatron_multiverse.errors import DataError, GenerationError, MultiverseError
+from megatron_multiverse.structure import Tag
 from megatron_multiverse.structure.trajectory import cut_at_labels
 
 Messages: TypeAlias = list[Turn]
@@ -45,7 +47,7 @@ def cut_at_answers(text: str, messages: Sequence[Mapping[str, Any]]) -> tuple[li
         messages: turns with role and content.
 
     Raises:
-        GenerationError: the template does not show a turn as it is.
+        GenerationError: the template does not show a turn as it is, or it shows blocks of a thought that stands apart.
     """
     pieces: list[str] = []
     answers: Spans = []
@@ -55,6 +57,12 @@ def cut_at_answers(text: str, messages: Sequence[Mapping[str, Any]]) -> tuple[li
         start = text.find(content, done)
         if start < 0:
             raise GenerationError("replay_structure: this chat template changes earlier turns; leave it out")
+        thought = str(message.get("reasoning_content") or "").strip()
+        if Tag.PARALLEL.text in thought and thought in text:
+            raise GenerationError(
+                "replay_structure: the blocks of a reasoning_content are not laid out again; give the thought in the "
+                "content of its turn, with its tags, or leave replay_structure out"
+            )
         if message["role"] == "assistant" and content:
             pieces.append(text[done:start])
             cut = cut_at_labels(content)
@@ -89,6 +97,7 @@ def render_prompt(
             return prompt
         turns = [*prompt[:-1], prompt[-1] | {"content": prompt[-1]["content"] + suffix}]
         text = tokenizer.render_chat(turns, date=date)
+        refuse_hidden_calls(turns, text, partial(tokenizer.render_chat, date=date))
         return cut_at_answers(text, turns) if replay else ([text], [])
     except MultiverseError as error:
         return error

@@ -23,6 +23,7 @@ from megatron_multiverse.data.prompts import SUFFIXES
 from megatron_multiverse.data.readers import read_rows
 from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
+from megatron_multiverse.data.turns import refuse_tools
 from megatron_multiverse.dtypes import engine_dtype
 from megatron_multiverse.errors import DataError, GenerationError, MultiverseError
 from megatron_multiverse.files import is_same_file, naming, write_line
@@ -252,6 +253,7 @@ def _prompts(config: GenerateConfig) -> Prompts:
             elif prompt is None and messages is not None:
                 if not config.chat:
                     raise DataError('"messages" need a chat template: add --chat')
+                refuse_tools(row.fields)
                 prompts.append(check_messages(messages))
             else:
                 fields = ", ".join(row.fields) or "none"

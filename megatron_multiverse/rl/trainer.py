@@ -114,7 +114,7 @@ def train(config: RLConfig, *, stop: StopSignals | None = None) -> TrainResult:
 
         finished = state.step >= config.train_iters
         if finished:  # inside the block, so that a signal does not cut the writing off
-            save_model(engine, description, run.folder / MODEL_FOLDER, ranks)
+            save_model(state, description, run.folder / MODEL_FOLDER, ranks)
         return end_run(run, state.step, finished, stop, metrics)
 
 

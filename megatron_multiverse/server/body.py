@@ -14,6 +14,7 @@ from starlette.requests import Request
 from megatron_multiverse.server.config import LimitConfig
 from megatron_multiverse.server.errors import ApiError
 from megatron_multiverse.server.garbage import no_collections
+from megatron_multiverse.server.refused import ALIKE, ELSEWHERE, Refused
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def parse_json(body: bytes) -> Any:
         raise _json_fault(body, str(error)) from error
 
 
-def check_others(fields: Fields, refused: dict[str, tuple[Any, ...]], hint: str = "") -> None:
+def check_others(fields: Fields, refused: Refused, hint: str = "") -> None:
     """Refuse fields that clients of this route know and the server does not have; others are ignored.
 
     Args:
@@ -115,7 +116,7 @@ def check_others(fields: Fields, refused: dict[str, tuple[Any, ...]], hint: str 
     for name, value in (fields.model_extra or {}).items():
         if name not in refused:
             logger.debug("field %r of a request is not known and ignored", name[:SHOWN_CHARACTERS])
-        elif value is not None and not any(value == neutral for neutral in refused[name]):
+        elif _asks(value, refused[name]):
             allowed = " or ".join(json.dumps(neutral) for neutral in refused[name])
             instead = f"leave it out{f', or give {allowed}' if allowed else ''}{hint}"
             raise ApiError(
@@ -124,6 +125,39 @@ def check_others(fields: Fields, refused: dict[str, tuple[Any, ...]], hint: str 
                 param=name,
                 code="unsupported_parameter",
             )
+
+
+def check_elsewhere(fields: Fields, inner: tuple[str, type[Fields]] | None = None) -> None:
+    """Refuse fields that only other routes of this server take: the answer would be another one than asked for.
+
+    Args:
+        fields: of the request.
+        inner: name and fields of an object of the request that takes some of them.
+
+    Raises:
+        ApiError: 400, naming the first, and what this route has in its place.
+    """
+    own = type(fields).model_fields
+    place, within = (inner[0], inner[1].model_fields) if inner else ("", {})
+    for name, value in (fields.model_extra or {}).items():
+        if name not in ELSEWHERE or not _asks(value, ELSEWHERE[name]):
+            continue
+        names = [name, *(other for group in ALIKE if name in group for other in group if other != name)]
+        if any(getattr(fields, other) == value for other in names if other in own):
+            continue  # clients that know several names give them all
+        known = [other for other in names if other in own] + [f"{place}.{other}" for other in names if other in within]
+        instead = f"it has {known[0]}" if known else "leave it out"
+        raise ApiError(
+            400,
+            f"{name}: no field of this route (got {_shown(value)}); {instead}",
+            param=name,
+            code="unsupported_parameter",
+        )
+
+
+def _asks(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Whether a field asks for anything."""
+    return value is not None and not any(value == one for one in neutral)
 
 
 def _json_fault(body: bytes, fault: str) -> ApiError:

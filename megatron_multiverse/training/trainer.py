@@ -12,10 +12,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_multiverse.checkpoints.run_files import MODEL_FOLDER
+from megatron_multiverse.checkpoints.run_files import MODEL_FOLDER, STEP_FILE, why_outdated
 from megatron_multiverse.config import ModelConfig, RLConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError
-from megatron_multiverse.files import write_json_atomic
+from megatron_multiverse.files import write_json_atomic, write_text_atomic
 from megatron_multiverse.model.device import choose_device
 from megatron_multiverse.parallel.ranks import Ranks
 from megatron_multiverse.progress import step_bar
@@ -124,7 +124,7 @@ def train(
             saver.finish()
             finished = state.step >= config.train_iters
             if finished:  # inside the block, so that a signal does not cut the writing off
-                save_model(engine, description, run.folder / MODEL_FOLDER, ranks)
+                save_model(state, description, run.folder / MODEL_FOLDER, ranks)
         return end_run(run, state.step, finished, stop, metrics)
 
 
@@ -135,6 +135,8 @@ def end_run(run: RunFolder, step: int, finished: bool, stop: StopSignals, metric
     metrics.close()
     if not finished:
         logger.info("stopped by %s after step %d; start again to go on", stopped_by, step)
+        if run.ranks.is_first and (outdated := why_outdated(run.folder / MODEL_FOLDER)) is not None:
+            logger.warning("%s", outdated)
     return TrainResult(step, stopped_by, run.folder / MODEL_FOLDER if finished else None)
 
 
@@ -208,13 +210,16 @@ def start_record(description: RunDescription, folder: Path | None, step: int, re
     return metrics
 
 
-def save_model(engine: TrainEngine, description: RunDescription, folder: Path, ranks: Ranks) -> None:
-    """Write the final weights with their tokenizer, so that the folder is whole by itself.
+def save_model(state: TrainState, description: RunDescription, folder: Path, ranks: Ranks) -> None:
+    """Write the final weights with their tokenizer and their step, so that the folder is whole by itself.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     with explained(f"{folder} cannot be written", "free space or correct the rights, then start again"):
-        engine.save_model(folder)
+        if ranks.is_first:
+            (folder / STEP_FILE).unlink(missing_ok=True)  # it vouches for the weights that are replaced now
+        state.engine.save_model(folder)
         if ranks.is_first:
             description.write_tokenizer(folder)
+            write_text_atomic(folder / STEP_FILE, f"{state.step}\n")

@@ -154,7 +154,7 @@ def plot_loss(folders: Sequence[Path], output: Path, *, smooth: int = 1, log_sca
 
     Raises:
         ConfigError: `smooth` is below 1, a run is named twice, or no format ends the name of `output`.
-        DataError: a run has no readable metrics.
+        DataError: a run has no readable metrics, or is one of reinforcement learning.
     """
     if smooth < 1:
         raise ConfigError(
@@ -162,6 +162,12 @@ def plot_loss(folders: Sequence[Path], output: Path, *, smooth: int = 1, log_sca
         )
     plt = pyplot_for(output)
     histories = read_histories(folders)
+    for folder, history in zip(folders, histories, strict=True):
+        if any("reward" in record for record in history.train.values()):
+            raise DataError(
+                f"{folder} is a run of reinforcement learning, whose loss is none per trained token: tools/plot_rl.py "
+                "draws its curves"
+            )
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(9, 6), height_ratios=[3, 1], layout="constrained")
     for number, history in enumerate(histories):
         color, steps = f"C{number}", sorted(history.train)

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from megatron_multiverse.config import TokenizerType
-from megatron_multiverse.data.prompts import TRAJECTORY_COLUMNS, PromptStyle, RowError, build_sample, resolve_columns
+from megatron_multiverse.data.prompts import TRAJECTORY_COLUMNS, PromptStyle, build_sample, resolve_columns
 from megatron_multiverse.data.readers import RawRow, read_rows, trajectory_text
 from megatron_multiverse.data.sources import Source, column_names, open_source
+from megatron_multiverse.data.turns import RowError
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.structure import check_text
 from megatron_multiverse.views.sample_view import SampleView, view_ids, view_text

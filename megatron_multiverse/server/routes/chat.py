@@ -13,7 +13,7 @@ from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import refused, shapes
 from megatron_multiverse.server.answer import Piece, answer_texts
 from megatron_multiverse.server.batch import Asked
-from megatron_multiverse.server.body import check_others, read_fields
+from megatron_multiverse.server.body import check_elsewhere, check_others, read_fields
 from megatron_multiverse.server.chat_fields import ChatFields
 from megatron_multiverse.server.chat_prompt import chat_prompt
 from megatron_multiverse.server.choices import ChoiceAnswer
@@ -32,6 +32,7 @@ async def chat_completions(request: Request) -> Response:
     model, limits = request.app.state.model, request.app.state.config.limits
     fields.check(model, limits)
     check_others(fields, refused.CHAT)
+    check_elsewhere(fields)
     fields.check_tools()
     if (fields.top_logprobs or 0) > limits.max_logprobs:
         raise refuse("top_logprobs", f"{fields.top_logprobs} asked for, at most {limits.max_logprobs} are allowed")

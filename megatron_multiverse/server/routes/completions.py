@@ -17,7 +17,7 @@ from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import logprobs, shapes
 from megatron_multiverse.server.answer import Piece
 from megatron_multiverse.server.batch import Asked
-from megatron_multiverse.server.body import read_fields
+from megatron_multiverse.server.body import check_elsewhere, read_fields
 from megatron_multiverse.server.choices import ChoiceAnswer
 from megatron_multiverse.server.config import LimitConfig
 from megatron_multiverse.server.errors import refuse
@@ -45,6 +45,7 @@ async def completions(request: Request) -> Response:
     fields = await read_fields(request, CompletionFields)
     model, limits = request.app.state.model, request.app.state.config.limits
     fields.check(model, limits)
+    check_elsewhere(fields)
     prompts = await prompt_ids(fields.prompt, model, limits, begin=bool(fields.add_special_tokens))
     max_tokens = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
     if max_tokens == 0 and (fields.stream or not fields.echo):

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import logprobs, refused, shapes
 from megatron_multiverse.server.batch import Asked
-from megatron_multiverse.server.body import Fields, check_others, read_fields
+from megatron_multiverse.server.body import Fields, check_elsewhere, check_others, read_fields
 from megatron_multiverse.server.encode import AnswerResponse
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, MultiverseFields, Number, Seed, make_sampling
@@ -45,6 +45,7 @@ async def api(request: Request) -> Response:
     fields = await read_fields(request, ApiFields)
     model, limits = request.app.state.model, request.app.state.config.limits
     check_others(fields, refused.API)
+    check_elsewhere(fields)
     if not 1 <= len(fields.prompts) <= limits.max_prompts:
         raise refuse("prompts", f"{len(fields.prompts)} prompts, 1 to {limits.max_prompts} are allowed")
     if fields.tokens_to_generate == 0 and not fields.logprobs:

@@ -17,7 +17,7 @@ from megatron_multiverse.inference.text.answer import answer_text
 from megatron_multiverse.inference.text.result import Result
 from megatron_multiverse.server import refused, shapes
 from megatron_multiverse.server.batch import Asked
-from megatron_multiverse.server.body import Fields, check_others, read_fields
+from megatron_multiverse.server.body import Fields, check_elsewhere, check_others, read_fields
 from megatron_multiverse.server.encode import AnswerResponse
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.fields import Count, GenerationFields, Ids, Seed, SeveralIds, Texts, joined_salt
@@ -70,6 +70,7 @@ async def generate(request: Request) -> Response:
     """
     fields = await read_fields(request, GenerateFields)
     check_others(fields, refused.GENERATE)
+    check_elsewhere(fields, ("sampling_params", SamplingFields))
     model, limits = request.app.state.model, request.app.state.config.limits
     if (fields.text is None) == (fields.input_ids is None):
         found = "neither" if fields.text is None else "both"
@@ -79,6 +80,7 @@ async def generate(request: Request) -> Response:
     drawn = fields.sampling_params or SamplingFields()
     drawn.check(model, limits)
     check_others(drawn, refused.SAMPLING, "; /generate has max_new_tokens, return_logprob and top_logprobs_num")
+    check_elsewhere(drawn)
     num_top = fields.top_logprobs_num or 0
     if num_top > limits.max_logprobs:
         raise refuse("top_logprobs_num", f"{num_top} asked for, at most {limits.max_logprobs} are allowed")

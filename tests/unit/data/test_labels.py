@@ -7,9 +7,9 @@ import json
 import pytest
 
 from megatron_multiverse.data.preprocess import PreprocessConfig, preprocess_data
-from megatron_multiverse.data.prompts import RowError
 from megatron_multiverse.data.responses import ResponseReader
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
+from megatron_multiverse.data.turns import RowError
 from megatron_multiverse.errors import StructureError
 from megatron_multiverse.structure import Event, StructureMachine, check_text, parse, parse_text
 from tests.unit.data.conftest import GLUED, TRAJECTORY

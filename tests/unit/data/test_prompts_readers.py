@@ -13,13 +13,14 @@ from megatron_multiverse.data.prompts import (
     TRAJECTORY_COLUMNS,
     Columns,
     PromptStyle,
-    RowError,
     build_sample,
     resolve_columns,
 )
 from megatron_multiverse.data.readers import read_rows
 from megatron_multiverse.data.sources import column_names, open_source
+from megatron_multiverse.data.turns import RowError, read_turns
 from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.server.messages import Message, plain_turns
 from tests.unit.data.conftest import TRAJECTORY
 
 S1K = ["solution", "question", "cot_type", "deepseek_thinking_trajectory", "deepseek_attempt", "gemini_attempt"]
@@ -45,7 +46,11 @@ def test_columns_are_found_by_name_or_key(names, json_keys, expected):
 
 @pytest.mark.parametrize(
     ("json_keys", "message"),
-    [(None, "known sets"), (["nope"], r"names \['nope'\]"), (["a", "b", "c", "d"], "not 4")],
+    [
+        (None, "known sets.* call a column of conversations messages"),
+        (["nope"], r"names \['nope'\]"),
+        (["a", "b", "c", "d"], "not 4"),
+    ],
 )
 def test_unknown_columns_are_refused(json_keys, message):
     with pytest.raises(ConfigError, match=message):
@@ -99,6 +104,38 @@ def test_the_last_turn_of_a_conversation_is_the_response(suffix, asked):
     assert build_sample({"messages": turns}, CONVERSATION, style, None) == (asked, TRAJECTORY)
 
 
+def test_a_thought_apart_from_the_answer_is_trained():
+    """As servers give it; where it was left out, a model learned to answer without one."""
+    answer, thought = "Answer: 3", TRAJECTORY.removeprefix("<Think>\n").removesuffix("\n</Think>")
+    for name, given in (("reasoning_content", f"\n{thought}\n"), ("reasoning", thought)):
+        turns = [ASKED, {"role": "assistant", "content": answer, name: given, "tool_calls": None}]
+        style = PromptStyle("auto", "auto")
+        sample = build_sample({"messages": turns}, CONVERSATION, style, repr)
+        assert sample == (repr([ASKED]), f"{TRAJECTORY}\n\n{answer}")
+    turns = [ASKED, {"role": "assistant", "content": answer, "reasoning_content": ""}]
+    assert build_sample({"messages": turns}, CONVERSATION, PromptStyle(), repr)[1] == answer
+
+
+CALL = {"role": "assistant", "content": None}
+
+
+def test_earlier_turns_reach_the_chat_template_as_on_the_server():
+    """What it would write of them is part of the prompt."""
+    call = {"id": "c1", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    result = {"role": "tool", "content": "3", "tool_call_id": "c1", "name": "add"}
+    turns = [ASKED, CALL | {"tool_calls": [call], "reasoning": "hm", "refusal": None}, result, ANSWERED]
+    plain = plain_turns([Message.model_validate(turn) for turn in turns])
+    assert read_turns(turns, "messages") == plain
+    assert build_sample({"messages": turns}, CONVERSATION, PromptStyle(), repr) == (repr(plain[:-1]), TRAJECTORY)
+    with pytest.raises(RowError, match="tool_calls, which the chat template does not show") as caught:
+        build_sample({"messages": turns}, CONVERSATION, PromptStyle(), lambda asked: str([t["content"] for t in asked]))
+    assert caught.value.code == "hidden_calls"
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    with pytest.raises(RowError, match="column 'tools' is not read"):
+        build_sample({"messages": turns, "tools": tools}, CONVERSATION, PromptStyle(), repr)
+    assert build_sample({"messages": turns, "tools": []}, CONVERSATION, PromptStyle(), repr)[1] == TRAJECTORY
+
+
 @pytest.mark.parametrize(
     ("turns", "code"),
     [
@@ -111,6 +148,15 @@ def test_the_last_turn_of_a_conversation_is_the_response(suffix, asked):
         ([ASKED | {"content": [{"type": "text", "text": "1 + 2?"}]}, ANSWERED], "not_text"),
         ([ASKED, ANSWERED | {"content": ""}], "empty"),
         ([ASKED | {"content": "<|im_end|>"}, ANSWERED], "control_token"),
+        ([HI | {"reasoning": "<|im_end|>"}, ASKED, ANSWERED], "control_token"),
+        (
+            [CALL | {"tool_calls": [{"function": {"name": "add"}, "id": "<|im_end|>"}]}, ASKED, ANSWERED],
+            "control_token",
+        ),
+        ([CALL | {"tool_calls": ["add"]}, ASKED, ANSWERED], "not_calls"),
+        ([CALL | {"tool_calls": [{"function": {"name": "add", "arguments": "[1]"}}]}, ASKED, ANSWERED], "not_calls"),
+        ([ASKED, ANSWERED | {"tool_calls": [{"function": {"name": "add"}}]}], "tool_calls"),
+        ([ASKED, ANSWERED | {"reasoning_content": "It is 3."}], "two_thoughts"),
     ],
 )
 def test_conversations_that_are_none_name_the_reason(turns, code):

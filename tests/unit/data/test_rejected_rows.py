@@ -11,8 +11,9 @@ import pytest
 from megatron_multiverse.data import readers, shard_worker
 from megatron_multiverse.data.encoders import PlainEncoder
 from megatron_multiverse.data.preprocess import preprocess_data
-from megatron_multiverse.data.prompts import Columns, PromptStyle, RowError, build_sample
+from megatron_multiverse.data.prompts import Columns, PromptStyle, build_sample
 from megatron_multiverse.data.tokenizers import build_tokenizer
+from megatron_multiverse.data.turns import RowError
 from tests.unit.data.test_preprocess import _config, _write_rows
 
 GOOD = '{"prompt": "p", "response": "fine"}'

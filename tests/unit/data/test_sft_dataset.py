@@ -145,6 +145,8 @@ def test_several_prefixes_follow_one_another(tmp_path, table_set):
     assert both[3].ids.tolist() == _ids("d d end").tolist()
     assert both[1].ids.tolist() == table_set[1].ids.tolist()
     assert both.fingerprint() != table_set.fingerprint()
+    twice = SFTDataset(table_set.prefixes * 2, VOCAB)
+    assert twice.lengths.tolist() == table_set.lengths.tolist() * 2, "there are no weights but this"
 
 
 def test_fingerprint_sees_other_tokens_of_the_same_lengths(tmp_path):

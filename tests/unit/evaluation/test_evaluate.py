@@ -314,6 +314,14 @@ def test_what_is_named_twice_is_asked_for_once() -> None:
     assert (config.tasks, config.budgets, config.thinking) == (["a"], [64, 32], ["none"])
 
 
+def test_two_files_for_one_task_are_refused() -> None:
+    """The last one would stand for both."""
+    config = EvaluateConfig(tasks=["a", "b"], load=MODEL, data=["a=x.jsonl", "b=x.jsonl", "a=x.jsonl"])
+    assert config.sources() == {"a": "x.jsonl", "b": "x.jsonl"}
+    with pytest.raises(ConfigError, match=r"--data a=y\.jsonl: a is x\.jsonl already"):
+        dataclasses.replace(config, data=[*config.data, "a=y.jsonl"]).sources()
+
+
 def test_the_report_says_what_the_seconds_are_of(config: EvaluateConfig) -> None:
     evaluate(config)
     report = json.loads((config.output / "report.json").read_text())
@@ -360,6 +368,10 @@ def write(file: Path, samples: list[Sample]) -> None:
         ({"tasks": ["aime24"], "load": MODEL, "url": ["http://x"]}, "either --load"),
         ({"tasks": ["aime24"], "load": MODEL, "num_seeds": 0}, "--num-seeds must be at least 1"),
         ({"tasks": ["aime24"], "load": MODEL, "budgets": [0]}, "--budgets must be at least 1"),
+        (
+            {"tasks": ["aime24"], "load": MODEL, "budgets": [9, 32769]},
+            "--budgets 32769 is above --draw.max-tokens 32768",
+        ),
         ({"tasks": ["aime24"], "load": MODEL, "num_seeds": 2, "draw": DrawConfig(temperature=0)}, "all answers are"),
         ({"compare": [Path("a")]}, "--compare takes two"),
     ],

@@ -98,11 +98,22 @@ def test_limit_and_repeated_questions(tmp_path: Path) -> None:
         ({"problem": " ", "answer": 3}, "row 1: none of the columns problem, question"),
         ({"problem": "q", "answer": ["3"]}, "holds list"),
         ({"Question": "q", "Correct Answer": "a"}, "incorrect answer 1"),
+        (
+            {"question": "q", "choices": ["a", "b"], "answer": 1},
+            "row 1: the choices in choices are not read; name them",
+        ),
+        ({"question": "q", "Options": {"A": "a"}, "answer": "A"}, "the choices in options are not read"),
+        ({"question": "q", "A": 0, "B": "b", "C": "c", "D": "d", "answer": "A"}, "choices in a, b, c, d are not read"),
     ],
 )
 def test_rows_that_are_no_problem(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_problems("own", rows(tmp_path, fields), None)
+
+
+def test_empty_columns_for_choices_are_none(tmp_path: Path) -> None:
+    row = {"question": "q", "choices": [], "options": None, "A": "a", "answer": "3"}
+    assert load_problems("own", rows(tmp_path, row), None)[0].gold == "3"
 
 
 def test_dates_are_text_in_a_file_and_refused_where_they_became_times(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.data.tokenizers import build_tokenizer
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, GenerationError
 from megatron_multiverse.inference import Request, from_record, generate
+from megatron_multiverse.inference.conversation import cut_at_answers
 from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
 from megatron_multiverse.structure import Tag
 from megatron_multiverse.views.terminal_answers import show_answers
@@ -283,6 +284,16 @@ A = 3; B = 7
 </Parallel>"""
 
 
+def test_blocks_of_a_thought_apart_are_not_read_as_text_without_a_word() -> None:
+    """Templates that show no thoughts of earlier turns, as Qwen3's, have nothing to lay out."""
+    user = {"role": "user", "content": "Why?"}
+    turns = [user, {"role": "assistant", "content": "So.", "reasoning_content": f"\n{EARLIER}\n"}, user]
+    with pytest.raises(GenerationError, match="blocks of a reasoning_content are not laid out again; give the thought"):
+        cut_at_answers(f"Why?\n<Think>\n{EARLIER}\n</Think>\nSo.\nWhy?\n", turns)
+    pieces, answers = cut_at_answers("Why?\nSo.\nWhy?\n", turns)
+    assert "".join(pieces[slice(*answers[0])]) == "So."
+
+
 def test_conversations_are_answered_and_their_answers_laid_out_again(tmp_path: Path) -> None:
     model = shutil.copytree(MODEL, tmp_path / "model")
     settings = json.loads((model / "tokenizer_config.json").read_text())
@@ -291,6 +302,7 @@ def test_conversations_are_answered_and_their_answers_laid_out_again(tmp_path: P
     user = {"role": "user", "content": "Work out A = 5 + 6."}
     turns = [user, {"role": "assistant", "content": EARLIER}, user]
     rows = [{"messages": turns}, {"messages": turns[:2]}, {"messages": [{"role": "user"}]}, {"prompt": "a"}]
+    rows.append({"messages": turns, "tools": [{"type": "function", "function": {"name": "add"}}]})
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"load": model, "input": tmp_path / "in.jsonl", "sampling": SamplingParams(max_tokens=4)}
     tokenizer = build_tokenizer("HuggingFaceTokenizer", str(model))
@@ -300,6 +312,7 @@ def test_conversations_are_answered_and_their_answers_laid_out_again(tmp_path: P
         answers = {answer["index"]: answer for answer in generate_answers(config)}
         assert answers[0]["messages"] == turns and answers[3]["prompt"] == "a"
         assert 'row 2: "messages" must end' in answers[1]["error"] and "row 3: turn 1 of" in answers[2]["error"]
+        assert "row 5: column 'tools' is not read" in answers[4]["error"]
         records = [record for record in read(tmp_path / "records.jsonl") if record["index"] == 0]
         result = from_record({name: value for name, value in records[0].items() if name != "index"})
         # The shorter of the two paths takes no positions of its own.

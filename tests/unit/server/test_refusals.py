@@ -437,6 +437,55 @@ def test_every_field_of_megatrons_servers_is_honoured_or_refused() -> None:
         assert set(MEGATRON_FIELDS[name].split()) <= known, name
 
 
+WITHOUT_EFFECT = {"model", "user", "stream_options", "cache_salt", "extra_key", "priority", "rid"}
+"""Fields that change no answer: where a route does not have them, they are ignored."""
+
+
+def test_every_field_of_one_route_is_known_to_the_others() -> None:
+    kinds = (completions.CompletionFields, chat.ChatFields, megatron.ApiFields, rollout.GenerateFields)
+    taken = {name for kind in (*kinds, rollout.SamplingFields) for name in kind.model_fields}
+    assert refused.ELSEWHERE.keys() == taken - WITHOUT_EFFECT
+    assert {name for group in refused.ALIKE for name in group} <= refused.ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value", "has"),
+    [
+        (TEXT, "max_completion_tokens", 5, "max_tokens"),
+        (TEXT, "tokens_to_generate", 5, "max_tokens"),
+        (TEXT, "messages", MESSAGES, "prompt"),
+        (TEXT, "tools", [{"type": "function"}], None),
+        (CHAT, "max_new_tokens", 5, "max_tokens"),
+        (CHAT, "random_seed", 0, "seed"),
+        ("/generate", "temperature", 0, "sampling_params.temperature"),
+        ("/generate", "max_tokens", 5, "sampling_params.max_new_tokens"),
+        ("/generate", "multiverse", {"enabled": False}, "sampling_params.multiverse"),
+        ("/generate", "logprobs", True, "return_logprob"),
+        ("/api", "n", 2, None),
+        ("/api", "max_tokens", 5, "tokens_to_generate"),
+        ("/api", "stop", ["x"], "stop_token"),
+        ("/api", "repetition_penalty", 1.1, None),
+    ],
+)
+def test_a_field_of_another_route_is_refused_with_what_this_one_has(
+    server: Running, path: str, name: str, value: Any, has: str | None
+) -> None:
+    body: dict[str, Any] = {TEXT: {"prompt": "a", "max_tokens": 1}, CHAT: {"messages": MESSAGES, "max_tokens": 1}}.get(
+        path, {"prompts": ["a"], "tokens_to_generate": 1} if path == "/api" else {"text": "a"}
+    )
+    method = "PUT" if path == "/api" else "POST"
+    response = server.http.request(method, path, json=body | {name: value})
+    assert response.status_code == 400 and error_of(response)["param"] == name
+    assert response.json()["message"].endswith("leave it out" if has is None else f"it has {has}")
+
+
+def test_a_field_of_another_route_that_asks_for_nothing_more_is_taken(server: Running) -> None:
+    """As by clients that know several servers, and give every name that one of them has."""
+    also = {"max_completion_tokens": 1, "tools": [], "random_seed": None, "separate_reasoning": False}
+    assert server.post(TEXT, {"prompt": "a", "max_tokens": 1} | also).status_code == 200
+    assert server.http.put("/api", json={"prompts": ["a"], "tokens_to_generate": 1, "n": 1}).status_code == 200
+
+
 def test_errors_that_ask_to_come_later_do_so_within_two_minutes() -> None:
     """The OpenAI client gives up at once where it is told to wait for longer."""
     waits = {ApiError(429, "x", retry_after=seconds).headers["Retry-After"] for seconds in (0.01, 1, 5000, 1e9)}

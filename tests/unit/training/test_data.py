@@ -100,6 +100,8 @@ def test_a_file_in_place_of_its_prefix_is_told_from_a_missing_one(prefix: str, t
         loaders(run_config(f"{prefix}.bin", TOKENIZER))
     with pytest.raises(DataError, match=r"no .*absent\.bin; make it with tools/preprocess_data\.py"):
         loaders(run_config(str(tmp_path / "absent"), TOKENIZER))
+    with pytest.raises(DataError, match=r"several prefixes, write '\[A, B\]', without weights"):
+        loaders(run_config(f"0.7,{prefix},0.3,{prefix}", TOKENIZER))
 
 
 def test_the_log_says_how_many_steps_an_epoch_or_the_mixture_is(

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_multiverse.checkpoints.convert import convert_checkpoint
+from megatron_multiverse.checkpoints.convert_config import ConvertConfig
 from megatron_multiverse.checkpoints.load import load_checkpoint
+from megatron_multiverse.checkpoints.sources import open_checkpoint
 from megatron_multiverse.config import ModelConfig, TrainConfig
 from megatron_multiverse.errors import ConfigError, TrainingError
 from megatron_multiverse.kernels.multiverse_attention import AttentionCase, backends
@@ -88,6 +91,27 @@ def test_a_stopped_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path
         a, b = ([r[key] for r in records(tmp_path / run, "train")] for run in "ab")
         assert a == b, key
     assert [(r["step"], r["resumed"]) for r in records(tmp_path / "b", "start")] == [(0, False), (3, True)]
+
+
+def test_weights_of_an_earlier_end_are_told_from_those_of_now(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that goes on leaves RUN/model as it was until its next end; who loads that hears so."""
+    run = tmp_path / "run"
+    train(config(run, train_iters=3), SyntheticLoader())
+    open_checkpoint(run / "model")
+    assert "before" not in caplog.text
+    assert train(config(run), SignallingLoader(at=7, number=signal.SIGTERM)).step == 4
+    told = f"{run / 'model'} holds the weights of step 3, where this run had ended before; the run stands at step 4"
+    assert caplog.text.count(told) == 1
+    for source, step in ((run / "model", 3), (run, 4), (run / "iter_0000003", 3)):
+        caplog.clear()
+        export = tmp_path / f"hf_{source.name}"
+        convert_checkpoint(ConvertConfig(from_="mcore", to="hf", load=str(source), save=str(export)))
+        assert (told in caplog.text) is (source == run / "model")
+        assert f"| training_step | {step} |" in (export / "README.md").read_text()
+    caplog.clear()
+    assert train(config(run), SyntheticLoader()).step == 6
+    assert (run / "model" / "training_step.txt").read_text() == "6\n"
+    assert "before" not in caplog.text
 
 
 @pytest.mark.parametrize("during", ["validation", "free answers", "save"])

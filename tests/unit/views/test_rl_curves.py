@@ -10,7 +10,7 @@ import pytest
 
 from megatron_multiverse.errors import ConfigError, DataError
 from megatron_multiverse.views import rl_curves
-from megatron_multiverse.views.loss_curves import RunHistory, column
+from megatron_multiverse.views.loss_curves import RunHistory, column, plot_loss
 from megatron_multiverse.views.rl_curves import PANELS, by_family, plot_rl, with_present_names
 
 
@@ -80,6 +80,10 @@ def test_a_run_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 5, "loss": 1.0, "lr": 0.1}\n')
     with pytest.raises(DataError, match=r"is no run of reinforcement learning .* tools/plot_loss\.py"):
         plot_rl([tmp_path], tmp_path / "rl.png")
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 5, "loss": -1.0, "lr": 0.1, "reward": 1.0}\n')
+    with pytest.raises(DataError, match=r"is a run of reinforcement learning, .* tools/plot_rl\.py draws"):
+        plot_loss([tmp_path], tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
 
 
 def test_families_take_the_place_of_what_is_reported_of_all() -> None:
