@@ -154,7 +154,7 @@ def written(tool: Tool | Running) -> str:
 
 def send_as_to_sglang(tool: Tool, ranks: int, folder: Path, backend: str = "gloo") -> str:
     """Five tensors a request, so that matrices come in pieces; what the server said."""
-    options = [tool.url, str(free_port()), str(ranks), folder, "5", backend]
+    options = [tool.url, str(free_port()), str(ranks), str(folder), "5", backend]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     done = run_forked("-m", "tests.unit.server.trainer_of_sglang", *options, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
