@@ -17,6 +17,12 @@ CONSTRAINTS := requirements/constraints-cpu.txt
 # The tests run small tensors: one thread each is faster than many threads fighting for the cores.
 export OMP_NUM_THREADS ?= 1
 
+# Each process of a test would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+# Files in their order, which begins with the slowest: by default the files of few tests come last, and one of them that
+# takes a minute keeps one process waiting for the other.
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+
 # Further pytest options of `make test`, and what `make coverage` measures.
 TEST_ARGS ?=
 COVERED := structure inference
@@ -41,14 +47,14 @@ quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests $(TEST_ARGS)
+	$(BIN)/python -m pytest -q $(SPREAD) tests $(TEST_ARGS)
 
 # An environment for another Python has no pinned torch wheel: pip takes the constraint's version from the index.
 test-mcore:
 	test -x $(MCORE_VENV)/bin/python || $(PYTHON) -m venv $(MCORE_VENV)
 	sed 's/^megatron-core==.*/megatron-core==$(MCORE)/' $(CONSTRAINTS) > $(MCORE_VENV)/constraints.txt
 	$(MCORE_VENV)/bin/pip install --quiet -c $(MCORE_VENV)/constraints.txt -e '.[dev]'
-	$(MCORE_VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests $(TEST_ARGS)
+	$(MCORE_VENV)/bin/python -m pytest -q $(SPREAD) tests $(TEST_ARGS)
 
 # Another transformers wants another tokenizers and huggingface_hub, so pip chooses them.
 test-transformers:
@@ -63,7 +69,7 @@ test-slurm: $(STAMP)
 
 # The two parts where a branch that no test takes would be a wrong answer.
 coverage: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(COVERED:%=tests/unit/%) $(COVERED:%=--cov=megatron_multiverse.%) \
+	$(BIN)/python -m pytest -q $(SPREAD) $(COVERED:%=tests/unit/%) $(COVERED:%=--cov=megatron_multiverse.%) \
 		--cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 lint: $(STAMP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,16 @@ with contextlib.suppress(ImportError):  # some environments run the few tests th
     patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
     settings.register_profile("patient", settings.get_profile(settings.get_current_profile_name()), **patient)
     settings.load_profile("patient")
+
+
+gc.disable()  # until all modules of tests are there: of what they import nothing is garbage
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage collections do not look at what was imported, most of what there is."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +25,7 @@ from megatron_multiverse.checksums import CHECKSUMS_FILE
 from megatron_multiverse.errors import CheckpointError, ConfigError
 from megatron_multiverse.model.weights import save_model, weight_state
 from megatron_multiverse.structure import TAGS
+from tests.forked import run_forked
 from tests.in_process import Done, run_here
 from tests.unit.checkpoints.hf_folders import save_hf_model, save_tokenizer
 
@@ -211,8 +210,7 @@ def test_the_tool_reports_and_its_exit_code_tells(
     save_hf_model(other, "qwen3", seed=9, vocab_size=301, head_dim=16, tie_word_embeddings=False)
     bad = run(folders["hf"], other, "--no-logits")
     assert bad.returncode == 1 and "DIFFERENT model.embed_tokens.weight" in bad.stdout
-    command = [sys.executable, str(ROOT / tool), str(folders["hf"]), str(tmp_path / "nowhere")]
-    missing = subprocess.run(command, capture_output=True, text=True, check=False)
+    missing = run_forked(ROOT / tool, folders["hf"], tmp_path / "nowhere")
     assert missing.returncode == 1 and missing.stderr.startswith("error: ") and "Traceback" not in missing.stderr
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from megatron_multiverse.inference.conversation import cut_at_answers
 from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
 from megatron_multiverse.structure import Tag
 from megatron_multiverse.views.terminal_answers import show_answers
+from tests.forked import run_forked
 from tests.in_process import run_here
 
 ROOT = Path(__file__).parents[3]
@@ -54,8 +53,8 @@ def test_the_tool_reads_and_writes_jsonl(tmp_path, monkeypatch, capsys):
     answers = sorted(read(tmp_path / "out.jsonl"), key=lambda answer: answer["index"])
     assert [{"prompt": answer["prompt"]} for answer in answers] == rows
     assert all(answer["tokens"] <= 20 for answer in answers)
-    command = [sys.executable, ROOT / "tools" / "generate.py", *options, "--prompt", "a", "--engine.num-pages", "1"]
-    refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    command = [ROOT / "tools" / "generate.py", *options, "--prompt", "a", "--engine.num-pages", "1"]
+    refused = run_forked(*command, cwd=ROOT)
     assert refused.returncode == 1
     assert "cache slots" in refused.stderr
     assert "Traceback" not in refused.stderr

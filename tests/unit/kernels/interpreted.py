@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from quick_interpreter import quicken
 from random_layouts import random_labels
 
 from megatron_multiverse.kernels.multiverse_attention import tiles, triton_tiles
@@ -27,6 +28,7 @@ from megatron_multiverse.kernels.rope import (
 from megatron_multiverse.kernels.rope.triton_qkv import split_and_rotate_triton
 from megatron_multiverse.kernels.rope.triton_rotate import rotate_triton
 
+quicken()
 torch.set_num_threads(1)
 
 

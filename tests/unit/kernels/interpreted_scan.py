@@ -11,12 +11,14 @@ os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from quick_interpreter import quicken
 from random_tags import TAG_IDS, damage, deep_tags, make_pack, random_pack, random_tags, words, write
 
 from megatron_multiverse.kernels.structure_scan import structure_scan_reference
 from megatron_multiverse.kernels.structure_scan.triton_scan import structure_scan_triton
 from megatron_multiverse.structure import Tag
 
+quicken()
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)  # fills what torch.empty returns, so that nothing is read unwritten
 TAGS = torch.tensor(TAG_IDS)
@@ -94,10 +96,6 @@ def check_bad_inputs() -> None:
 
 
 if __name__ == "__main__":
-    {
-        "random": check_random,
-        "malformed": check_malformed,
-        "counts": check_counts,
-        "extremes": check_extremes,
-        "bad_inputs": check_bad_inputs,
-    }[sys.argv[1]]()
+    for check in (check_random, check_malformed, check_counts, check_extremes, check_bad_inputs):
+        check()
+        print(check.__name__, flush=True)

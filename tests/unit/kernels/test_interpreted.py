@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_decode.py"])
+@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_decode.py", "interpreted_scan.py"])
 def test_kernels_equal_their_references_in_the_interpreter(file: str) -> None:
     program = Path(__file__).parent / file
     result = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)

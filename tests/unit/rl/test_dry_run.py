@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ from megatron_multiverse.rl.trial import summary, try_steps
 from megatron_multiverse.training.memory import GIB, Beside, StateBytes, estimate, state_bytes
 from megatron_multiverse.training.memory_report import counted
 from megatron_multiverse.training.start import create_model
+from tests.forked import run_forked
 
 from .runs import SHAPE, TOKENIZER, make_start, metrics, run_config
 
@@ -158,8 +158,8 @@ def test_the_script_looks_at_a_run_and_leaves_nothing(start: Path, tmp_path: Pat
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, script, "--config", tmp_path / "run.yaml", "--dry-run", *options]
-        return subprocess.run(command, env=os.environ | {"WORLD_SIZE": "4"}, capture_output=True, text=True)
+        command = [script, "--config", tmp_path / "run.yaml", "--dry-run", *options]
+        return run_forked(*command, env=os.environ | {"WORLD_SIZE": "4"})
 
     done = run()
     assert done.returncode == 0 and "transformer layers" not in done.stderr, done.stderr
@@ -286,9 +286,7 @@ def test_the_script_tries_steps_after_it_has_looked(start: Path, tmp_path: Path)
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:
         script = ROOT / "pretrain_scripts/rl_multiverse.py"
-        return subprocess.run(
-            [sys.executable, script, "--config", tmp_path / "run.yaml", *options], capture_output=True, text=True
-        )
+        return run_forked(script, "--config", tmp_path / "run.yaml", *options)
 
     done = run("--dry-run", "--dry-run-steps", "2")
     assert done.returncode == 0 and not (tmp_path / "run").exists(), done.stderr

@@ -152,10 +152,12 @@ def running_with(template: str, folder: Path) -> contextlib.AbstractContextManag
 
 
 @contextlib.contextmanager
-def running(*, keys: Sequence[str] = (), engine: EngineConfig | None = None, **options: Any) -> Iterator[Running]:
-    """Serve the quickstart's model until the block ends."""
-    config = ServerConfig(load=MODEL, engine=engine or EngineConfig(max_rows=16), **options)
-    built = build_engine(MODEL, tokenizer(), config.engine)
+def running(
+    *, load: Path = MODEL, keys: Sequence[str] = (), engine: EngineConfig | None = None, **options: Any
+) -> Iterator[Running]:
+    """Serve a model, the quickstart's by default, until the block ends."""
+    config = ServerConfig(load=load, engine=engine or EngineConfig(max_rows=16), **options)
+    built = build_engine(load, tokenizer(), config.engine)
     own, theirs = socket.socketpair()
     host = SteppedHost(built, Channel(theirs), str(config.load))
     stepping = threading.Thread(target=host.run, daemon=True)

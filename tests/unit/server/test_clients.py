@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +19,9 @@ from megatron_multiverse.clients.load import LoadConfig, measure
 from megatron_multiverse.clients.prompts import read_prompts
 from megatron_multiverse.clients.soak import LENGTHS, PROMPTS, Clients, SoakConfig
 from megatron_multiverse.errors import ConfigError
+from tests.forked import run_forked
 from tests.in_process import run_here
 from tests.unit.server.running import PROMPT, Running
-from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
 
@@ -125,8 +123,7 @@ def test_addresses_as_people_write_them(server: Running) -> None:
 
 def test_a_server_that_is_not_there_is_one_line() -> None:
     for tool in ("text_generation_cli.py", "bench_server.py"):
-        command = [sys.executable, str(ROOT / "tools" / tool), "--url", "http://127.0.0.1:9", "--prompt", "x"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+        done = run_forked(ROOT / "tools" / tool, "--url", "http://127.0.0.1:9", "--prompt", "x")
         assert done.returncode == 1 and done.stderr.startswith("error: no server answers at http://127.0.0.1:9")
         assert len(done.stderr.splitlines()) == 1
 

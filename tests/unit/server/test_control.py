@@ -21,8 +21,8 @@ from megatron_multiverse.model.weights import save_model
 from tests.unit.server.running import MODEL, PROMPT, Running, running
 from tests.waiting import PATIENCE_S, wait_until
 
-LONG = {"text": PROMPT, "sampling_params": {"max_new_tokens": 1500, "temperature": 0, "ignore_eos": True}}
-SHORT = {"text": PROMPT, "sampling_params": {"max_new_tokens": 700, "temperature": 0}, "return_logprob": True}
+LONG = {"text": PROMPT, "sampling_params": {"max_new_tokens": 300, "temperature": 0, "ignore_eos": True}}
+SHORT = {"text": PROMPT, "sampling_params": {"max_new_tokens": 300, "temperature": 0}, "return_logprob": True}
 
 
 @pytest.fixture(scope="module")

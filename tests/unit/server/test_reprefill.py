@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,8 @@ from megatron_multiverse.clients.http import connect, post
 from megatron_multiverse.clients.reprefill import Reprefill, ReprefillConfig, answers
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.structure.trajectory import check_text
+from tests.forked import run_forked
 from tests.unit.server.running import PROMPT, Running
-from tests.waiting import PATIENCE_S
 
 TOOL = Path(__file__).parents[3] / "tools" / "serve_by_reprefill.py"
 PLAIN = {"temperature": 0, "multiverse": {"enabled": False}}
@@ -57,9 +55,9 @@ def test_the_budget_holds_and_structure_is_closed_where_it_ends(server: Running)
 def test_the_tool_prints_an_answer_and_writes_many(server: Running, tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": PROMPT}), json.dumps({"prompt": SEQUENTIAL})]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    command = [sys.executable, str(TOOL), "--url", server.url, "--extra-body", json.dumps(PLAIN)]
-    files = ["--input", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "out" / "answers.jsonl")]
-    subprocess.run([*command, *files], check=True, timeout=PATIENCE_S)
+    command = [TOOL, "--url", server.url, "--extra-body", json.dumps(PLAIN)]
+    done = run_forked(*command, "--input", tmp_path / "prompts.jsonl", "--output", tmp_path / "out" / "answers.jsonl")
+    assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [json.loads(line)["prompt"] for line in lines]
     assert "<Conclusion>" in rows[0]["text"] and "Answer: A = 125; B = 64" in rows[1]["text"]

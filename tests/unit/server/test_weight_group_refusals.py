@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_multiverse.errors import RankError
+from tests.forked import run_forked
 from tests.unit.server.running import MODEL, Running, running
 from tests.unit.server.test_tool import TOOL
 from tests.unit.server.trainers import (
@@ -131,6 +130,5 @@ def test_a_server_joins_no_group_unless_it_is_told_so(pool: ThreadPoolExecutor) 
     with running() as closed:
         refused = closed.post("/init_weights_update_group", place)
         assert refused.status_code == 403 and "--weights-interface" in refused.json()["message"]
-    command = [sys.executable, str(TOOL), "--load", str(MODEL), "--weights-interface", "no0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    done = run_forked(TOOL, "--load", MODEL, "--weights-interface", "no0")
     assert done.returncode == 1 and re.search("--weights-interface no0: this machine has .*lo", done.stderr)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor
 from megatron_multiverse.config import EngineConfig
 from megatron_multiverse.errors import RankError
 from megatron_multiverse.parallel.outside_group import OutsideGroup
+from tests.forked import run_forked
 from tests.unit.server.running import PROMPT, Running, running
 from tests.unit.server.test_tool import FENCE, ROOT, Tool, started
 from tests.unit.server.trainers import (
@@ -36,14 +35,14 @@ from tests.unit.server.trainers import texts as texts
 from tests.unit.server.trainers import weights as weights
 from tests.waiting import PATIENCE_S
 
-LONG = {"text": PROMPT, "sampling_params": {"max_new_tokens": 1500, "temperature": 0, "ignore_eos": True}}
+LONG = {"text": PROMPT, "sampling_params": {"max_new_tokens": 300, "temperature": 0, "ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> str:
     """What a server writes that is started with the changed weights."""
-    with started("--load", str(folder)) as tool:
-        return written(tool)
+    with running(load=folder) as server:
+        return written(server)
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2)])
@@ -86,15 +85,15 @@ def leave_while_waited_for(tool: Tool, ranks: int) -> None:
         assert refused.status_code == 400 and "did not arrive whole" in refused.json()["message"], refused.text
 
 
-def test_the_trainer_of_the_docs_runs_as_written(folder: Path) -> None:
+def test_the_trainer_of_the_docs_runs_as_written(server: Running, pool: ThreadPoolExecutor, folder: Path) -> None:
     text = (ROOT / "docs" / "rl.md").read_text(encoding="utf-8")
     (script,) = [code for kind, code in FENCE.findall(text) if kind == "python" and "OutsideGroup" in code]
-    with started("--weights-interface", "lo") as tool:
-        script = script.replace("http://127.0.0.1:5000", tool.url).replace("29600", str(free_port()))
+    with trainer(server, pool):  # after which the server has its own weights again
+        script = script.replace("http://127.0.0.1:5000", server.url).replace("29600", str(free_port()))
         script = script.replace('"model/', f'"{folder}/')
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S)
+        done = run_forked("-c", script)
         assert done.returncode == 0 and "the weights are 'step 1'" in done.stdout, done.stdout + done.stderr
-        assert tool.get("/model_info").json()["weight_version"] == "step 1"
+        assert server.http.get("/model_info").json()["weight_version"] == "step 1"
 
 
 @pytest.mark.parametrize("form", [{}, {"load_format": "flattened_bucket"}], ids=str)

@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch import Tensor
 from megatron_multiverse.errors import RankError
 from megatron_multiverse.parallel.outside_group import OutsideGroup
 from megatron_multiverse.server.config import LimitConfig
+from tests.forked import run_forked
 from tests.unit.server.running import MODEL, PROMPT, Running, running
 from tests.unit.server.test_tool import ROOT, Tool
 from tests.waiting import PATIENCE_S
@@ -147,7 +146,7 @@ def texts(server: Running, pool: ThreadPoolExecutor) -> tuple[str, str]:
     return own, changed
 
 
-def written(tool: Tool) -> str:
+def written(tool: Tool | Running) -> str:
     body = {"prompt": PROMPT, "max_tokens": 200, "temperature": 0}
     text: str = tool.post("/v1/completions", body).json()["choices"][0]["text"]
     return text
@@ -156,8 +155,7 @@ def written(tool: Tool) -> str:
 def send_as_to_sglang(tool: Tool, ranks: int, folder: Path, backend: str = "gloo") -> str:
     """Five tensors a request, so that matrices come in pieces; what the server said."""
     options = [tool.url, str(free_port()), str(ranks), str(folder), "5", backend]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.unit.server.trainer_of_sglang", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    done = run_forked("-m", "tests.unit.server.trainer_of_sglang", *options, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

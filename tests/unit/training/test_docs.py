@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -18,6 +17,7 @@ from megatron_multiverse.cli import parse_options
 from megatron_multiverse.config import TrainConfig
 from megatron_multiverse.data.preprocess import PreprocessConfig
 from pretrain_scripts.sft_multiverse import Options
+from tests.forked import run_forked
 from tests.unit.test_readme import ROOT, checkout, commands
 
 FOUND = commands((ROOT / "docs/training.md").read_text(encoding="utf-8"))
@@ -27,12 +27,14 @@ __all__ = ["checkout"]
 
 def run(command: str, folder: Path) -> None:
     """Run a line of the document by this interpreter."""
-    line = re.sub(r"^python\b", shlex.quote(sys.executable), command)
-    line = re.sub(r"^torchrun\b", f"{shlex.quote(sys.executable)} -m torch.distributed.run", line)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
-    )
+    program, *words = shlex.split(command)
+    if program == "python" and not {">", "|"} & {*words}:
+        done = run_forked(*words, cwd=folder, timeout=600)
+    else:
+        line = re.sub(r"^python\b", shlex.quote(sys.executable), command)
+        line = re.sub(r"^torchrun\b", f"{shlex.quote(sys.executable)} -m torch.distributed.run", line)
+        shell = ["bash", "-c", line]
+        done = subprocess.run(shell, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from megatron_multiverse.training.memory import (
     state_bytes,
 )
 from megatron_multiverse.training.memory_report import shape_to_try
+from tests.forked import run_forked
 
 from .synthetic import config
 
@@ -50,9 +50,8 @@ def no_process_group() -> None:
 
 def dry_run(world: int, name: str, shape: str | None = "qwen2.5-32b") -> subprocess.CompletedProcess[str]:
     script, file = ROOT / "pretrain_scripts/sft_multiverse.py", ROOT / f"pretrain_scripts/configs/{name}.yaml"
-    options = ["--config", str(file), "--dry-run", *(["--dry-run-shape", shape] if shape else [])]
-    environment = os.environ | {"WORLD_SIZE": str(world)}
-    return subprocess.run([sys.executable, script, *options], env=environment, capture_output=True, text=True)
+    options = ["--config", file, "--dry-run", *(["--dry-run-shape", shape] if shape else [])]
+    return run_forked(script, *options, env=os.environ | {"WORLD_SIZE": str(world)})
 
 
 def test_the_dry_run_of_a_real_config_needs_no_gpu() -> None:

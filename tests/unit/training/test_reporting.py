@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from megatron_multiverse.training.flops import matmul_parameters, peak_of, peak_
 from megatron_multiverse.training.metrics import MetricsWriter, format_duration
 from megatron_multiverse.training.optim import build_optimizer, build_scheduler
 from megatron_multiverse.views.loss_curves import plot_loss, read_histories, read_history, running_mean
+from tests.forked import run_forked
 
 
 def write_metrics(folder: Path, *records: dict) -> None:
@@ -111,7 +110,8 @@ def test_the_tool_takes_hyphens(tmp_path: Path) -> None:
     write_metrics(tmp_path, line("train", 1, loss=2.0), line("train", 2, loss=1.0))
     tool = Path(__file__).parents[3] / "tools" / "plot_loss.py"
     given = ["--runs", str(tmp_path), "--output", str(tmp_path / "loss.png"), "--log-scale", "--smooth", "2"]
-    subprocess.run([sys.executable, str(tool), *given], check=True, capture_output=True)
+    done = run_forked(tool, *given)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "loss.png").is_file()
 
 

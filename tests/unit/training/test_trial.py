@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from megatron_multiverse.training.trainer import train
 from megatron_multiverse.training.trial import try_steps
+from tests.forked import run_forked
 from tests.unit.checkpoints.hf_folders import save_hf_model, save_tokenizer
 from tests.unit.training.test_start import preprocess, run_config
 
@@ -45,8 +44,7 @@ def test_a_trial_that_would_say_nothing_is_refused() -> None:
     config = SCRIPT.parent / "configs/tiny_cpu.yaml"
 
     def refused(*flags: str) -> str:
-        command = [sys.executable, str(SCRIPT), "--config", str(config), *flags]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_forked(SCRIPT, "--config", config, *flags)
         assert done.returncode == 1 and done.stdout == ""
         return done.stderr
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.forked import run_forked
 
 ROOT = Path(__file__).parents[3]
 
 
 def show(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "show_structure.py"), *arguments]
-    return subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=ROOT)
+    return run_forked(ROOT / "tools" / "show_structure.py", *arguments, cwd=ROOT, text=text)
 
 
 def test_draws_the_example_and_prints_its_statistics(tmp_path: Path) -> None:
