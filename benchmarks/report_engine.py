@@ -28,9 +28,9 @@ TEXT = """# Decoding beside vLLM, one H200
 
 Random weights, bf16, 1,024 tokens of prompt, 128 new ones, greedy; median milliseconds from answer to answer, all that
 a user waits for included. vLLM {vllm} with its defaults (engine in its own process, asynchronous scheduling,
-FlashAttention 3, full CUDA graphs), for the 1.5B model with the faster of its two runners and the best run of either;
-same machine, same call, in turn. In brackets all runs. The copy bound is the time in which a plain copy on this GPU
-moves as many bytes as a step must read.
+FlashAttention 3, full CUDA graphs), for the 1.5B model with the faster of its two runners, whose runs differ by up to a
+half; its best run may be the other's. Same machine, same call, in turn; in brackets the runs. The copy bound is the
+time in which a plain copy on this GPU moves as many bytes as a step must read.
 
 | Model | Batch | Ours | Ours / copy bound | vLLM | Ours / vLLM |
 |---|---|---|---|---|---|

@@ -230,6 +230,10 @@ def _beside_vllm() -> Iterator[str]:
         f"take {ours:.2f} s, in vLLM {min(theirs):.2f}: {our_first:.2f} until the last has begun (vLLM "
         f"{min(first):.2f}), then {our_step:.2f} ms a step ({min(their_steps):.2f})"
     )
+    whole, begun = (
+        [of("decode-7b", side, name, 128) for side in ("ours", "vllm")] for name in ("seconds", "begun_seconds")
+    )
+    yield f"of 7B {whole[0]:.2f} s and {whole[1]:.2f}, since its prompts take {begun[0]:.2f} and {begun[1]:.2f}"
     for part, names in (("prompts", sides), ("prompts-7b", ("ours", "vllm"))):
         times = []
         for tokens in (300, 1000, 4000):
@@ -239,16 +243,16 @@ def _beside_vllm() -> Iterator[str]:
 
 
 def _parts() -> Iterator[str]:
-    """Sums that the norm adds up, in place of the last program that shares them."""
+    """Sums that the norm adds up, in place of the last program that shares them: how much of a step that saves."""
     found = source.results("results/engine_parts_h200")["last call"]
-    small, large = (
-        [[f"{median(found[model][batch][way]):.2f}" for batch in ("1", "8", "32")] for way in ("norm w16", "old")]
-        for model in ("qwen2.5-1.5b", "qwen2.5-7b")
+    small, large, larger = (
+        [100 * (1 - median(runs["norm w16" if "norm w16" in runs else "new"]) / median(runs["old"])) for runs in cases]
+        for cases in ([found[name][batch] for batch in ("1", "8", "32")] for name in found if "fp8" not in name)
     )
     yield (
-        "a step of Qwen2.5-1.5B takes {} ms so at batch 1, {} at 8 and {} at 32, in place of {}, {} and {} where the "
-        "last of those programs adds them up, and one of 7B {}, {} and {} in place of {}, {} and {}"
-    ).format(*small[0], *small[1], *large[0], *large[1])
+        f"makes a step of Qwen2.5-1.5B {min(small):.0f} to {max(small):.0f} % shorter at batch 1 to 32, one of 7B "
+        f"{min(large):.0f} to {max(large):.0f} %, and sixteen layers of 32B {min(larger):.0f} to {max(larger):.0f} %"
+    )
 
 
 def _tiles() -> Iterator[str]:

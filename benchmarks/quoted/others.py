@@ -13,7 +13,8 @@ def readme() -> Iterator[str]:
     """README.md."""
     fork = source.results("results/engine_h200")["fork"]
     speedup = fork["serial_seconds"] / min(fork["block_seconds_runs"])
-    yield f"a block of {fork['paths']} paths ends {speedup:.1f} times as soon as the same paths one by one"
+    times = f"[{speedup:.1f} times](benchmarks/results/engine_h200.md)"
+    yield f"a block of {fork['paths']} paths ends {times} as soon as the same paths one by one"
     runs = [run for run in source.results("results/beside_vllm_h200")["runs"] if run["part"] == "block"]
     ours, theirs = (median(run["seconds"] for run in runs if run["side"] == side) for side in ("ours", "vllm"))
     yield f"[{ours / theirs:.2f} of the time](benchmarks/results/beside_vllm_h200.json) of paths and join in vLLM"

@@ -2,7 +2,8 @@
 
 Every program streams a stretch of the weights of some outputs, in tiles as deep in flight as shared memory allows; the
 rows of x stay in the L2 cache. Where there are too few outputs to keep the GPU busy, several programs share them: each
-leaves its partial sums, and the last to arrive adds them up, in a fixed order, so the result is always the same.
+leaves its partial sums, and the last to arrive adds them up, or the launch that follows (`skinny_parts`), in a fixed
+order, so the result is always the same.
 
 With programmatic dependent launch the kernel starts while its predecessor ends, and asks for its first weights, which
 no predecessor writes, before it waits for x.
@@ -100,7 +101,7 @@ def multiply_rows(x, x_scale, weight, scale, bias, partial, arrived, weight_row,
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     row = tl.arange(0, ROWS)
-    # No kernel writes these, so they come while the one before still runs.
+    # No kernel of a step writes these, so they come while the one before still runs.
     if SCALED:
         factor = tl.load(scale + weight_row, mask=in_width, other=0.0)[:, None]
     if BIAS:
@@ -133,7 +134,10 @@ def multiply_rows(x, x_scale, weight, scale, bias, partial, arrived, weight_row,
 def _parts_kernel(x, x_scale, weight, scale, bias, partial, arrived, rows, depth, x_row, width, ROWS: tl.constexpr,
                   BLOCK_OUT: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
                   SCALED: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Program (i, j): the i-th BLOCK_OUT rows of the weights, the j-th stretch of their sums, for the next launch."""
+    """Program (i, j): the i-th BLOCK_OUT rows of the weights, the j-th stretch of their sums, for the next launch.
+
+    Scales, bias and counters are not used: all kernels are launched with the arguments of a `Product`.
+    """
     output, row = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT), tl.arange(0, ROWS)
     in_width = output < width
     sums = multiply_stretch(
@@ -181,6 +185,11 @@ def _skinny_kernel(x, x_scale, weight, scale, bias, partial, arrived, rows, dept
         tl.store(out + row[None, :] * out_row + column[:, None], result.to(out.dtype.element_ty), mask=stored)
 
 
+LONGEST_STRETCH = 9216
+"""Of a sum, for one program: with two of 13,824 for the down projection of Qwen2.5-32B a step takes 2 % longer than
+with three of 9,216, with two of 9,472 for that of 7B 1 % longer than with three (engine_parts_h200.json)."""
+
+
 @functools.cache
 def _counters(device: torch.device) -> Tensor:
     """Zeros that the programs of a launch count on; launches of one stream share them."""
@@ -212,9 +221,10 @@ def _blocks(depth: int, width: int, swiglu: bool, parted: bool, lanes: int, item
     elif rows >= 8192:
         tile, warps, stages = (64, 128), 4, 4
     elif rows >= 4096 or (parted and (lanes == 16 or (depth < 4096) == (rows < 2048))):
-        # Somewhat more programs than multiprocessors, and stretches that are not too long.
+        # Somewhat more programs than multiprocessors. With 17 to 32 rows of x this is for sums that are neither as deep
+        # and narrow as the down projection of Qwen2.5-1.5B nor as flat and wide as the output projection of 7B.
         tile, warps, stages = (64, 128), 4, 4
-        splits = max(1, triton.cdiv(depth, 9472), min(depth // 512, round(150 / triton.cdiv(rows, 64))))
+        splits = max(1, triton.cdiv(depth, LONGEST_STRETCH), min(depth // 512, round(150 / triton.cdiv(rows, 64))))
     elif lanes > 16 and (depth < 4096 or rows < 2048):
         tile, warps, stages = (64, 256), 8, 3
         splits = 2 if depth < 4096 else 5 if parted else 4
@@ -229,7 +239,7 @@ def _blocks(depth: int, width: int, swiglu: bool, parted: bool, lanes: int, item
 
 
 class Product(NamedTuple):
-    """How a kernel that calls `multiply_rows` is launched."""
+    """How a kernel that calls `multiply_rows` or `multiply_stretch` is launched."""
 
     grid: tuple[int, int]
     arguments: tuple[Tensor | int | float, ...]
@@ -237,7 +247,7 @@ class Product(NamedTuple):
     options: dict[str, int | bool]
     """What is known when it is compiled."""
     partial: Tensor
-    """float32 [splits, rows or more, out], where the parts of the sums go."""
+    """float32 [splits, rows or more, out], where the parts of the sums go; x where there are none."""
 
 
 def prepare_product(
