@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_multiverse.data.turns import (
-    TOOLS,
+    TOOL_COLUMNS,
     RowError,
     Turn,
     read_turns,
@@ -21,6 +21,7 @@ from megatron_multiverse.data.turns import (
     refuse_tools,
     text_of,
     texts_of,
+    with_suffix,
 )
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.structure import Tag
@@ -62,8 +63,8 @@ class Columns:
 
     @property
     def read(self) -> list[str]:
-        """The columns to be read where a row has them; what stands in "tools" speaks against a conversation."""
-        return [*self.names, TOOLS] if self.is_conversation else self.names
+        """The columns to be read where a row has them; tools that stand in one speak against a conversation."""
+        return [*self.names, *TOOL_COLUMNS] if self.is_conversation else self.names
 
 
 KNOWN_COLUMNS: tuple[Columns, ...] = (
@@ -176,7 +177,8 @@ def _conversation(
     """Prompt and response of a row of turns. Without a chat template the prompt is the last turn that is answered."""
     if column not in fields:
         raise RowError("missing_key", f"no column {column!r}; the row has {sorted(fields)[:20]}")
-    refuse_tools(fields)
+    if render_chat is not None:
+        refuse_tools(fields)
     turns = read_turns(fields[column], column)
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise RowError(
@@ -184,12 +186,13 @@ def _conversation(
         )
     *asked, last = turns
     answer = _answer_of(last, column)
-    asked[-1]["content"] += _suffix(style.prompt_suffix, False, Tag.PARALLEL.text in answer)
+    suffix = _suffix(style.prompt_suffix, False, Tag.PARALLEL.text in answer)
     if control_tokens is not None:
         for text in (text for turn in asked for text in texts_of(turn)):
             _refuse_control_tokens(text, column, control_tokens)
     if render_chat is None:
-        return asked[-1]["content"], answer
+        return asked[-1]["content"] + suffix, answer
+    asked = with_suffix(asked, suffix)
     prompt = _render(render_chat, asked)
     refuse_hidden_calls(asked, prompt, render_chat)
     return prompt, answer

@@ -58,7 +58,8 @@ def read_rows(shard: Shard, columns: list[str] | None = None, prompt: str = "") 
 
     Args:
         shard: what to read.
-        columns: columns needed (all if None); Parquet reads no others.
+        columns: columns wanted, of which a source need not have all (all if None); others are not read from Parquet
+            files and data sets.
         prompt: prompt of trajectory files without a sidecar NAME.prompt.txt.
 
     Raises:
@@ -150,7 +151,7 @@ def _parquet_row(batch: Any, index: int, number: int, weight: int) -> RawRow:
 
 def _read_dataset(shard: Shard, columns: list[str] | None) -> Iterator[RawRow]:
     table = load_dataset(shard.path)
-    table = table.select_columns(columns) if columns else table
+    table = table.select_columns([name for name in columns if name in table.column_names]) if columns else table
     for number in range(shard.start, shard.stop):
         try:
             yield RawRow(number + 1, "", table[number], ASSUMED_ROW_BYTES)

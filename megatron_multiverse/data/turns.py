@@ -13,8 +13,8 @@ Turn = dict[str, Any]
 """Of a conversation: role and content, and where they are given reasoning_content, name, tool_calls and tool_call_id,
 which chat templates read; the server hands them the same."""
 
-TOOLS = "tools"
-"""The column of the tools that a conversation may call."""
+TOOL_COLUMNS = ("tools", "functions")
+"""The columns of the tools that a conversation may call; "functions" is OpenAI's older name."""
 
 
 class RowError(DataError):
@@ -50,12 +50,26 @@ def refuse_tools(fields: Mapping[str, Any]) -> None:
     Raises:
         RowError: the row has some.
     """
-    if fields.get(TOOLS):
-        raise RowError(
-            "tools",
-            f"column {TOOLS!r} is not read, so that the prompt would not show them: give prompts with the tools in "
-            "them, as the chat template writes them, in a column of texts",
-        )
+    for column in TOOL_COLUMNS:
+        if _holds(fields.get(column)):
+            raise RowError(
+                "tools",
+                f"column {column!r} is not read, so that the prompt would not show them: give prompts with the tools "
+                "in them, as the chat template writes them, in a column of texts",
+            )
+
+
+def with_suffix(turns: list[Turn], suffix: str) -> list[Turn]:
+    """The turns with a text put after the last one of the user, or after the last one of all where no user speaks:
+    the result of a tool holds what the tool gave and nothing else.
+
+    Args:
+        turns: at least one.
+        suffix: the text.
+    """
+    of_user = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
+    place = of_user[-1] if of_user else len(turns) - 1
+    return [*turns[:place], turns[place] | {"content": turns[place]["content"] + suffix}, *turns[place + 1 :]]
 
 
 def refuse_hidden_calls(turns: list[Turn], rendered: str, render: Callable[[list[Turn]], str]) -> None:
@@ -70,7 +84,13 @@ def refuse_hidden_calls(turns: list[Turn], rendered: str, render: Callable[[list
         RowError: it makes the same of them without the calls.
     """
     without = [{name: value for name, value in turn.items() if name != "tool_calls"} for turn in turns]
-    if without != turns and render(without) == rendered:
+    if without == turns:
+        return
+    try:
+        is_hidden = render(without) == rendered
+    except Exception:  # a template that misses the calls looks at them; some refuse results that no call came before
+        return
+    if is_hidden:
         raise RowError(
             "hidden_calls",
             "a turn with tool_calls, which the chat template does not show: take a tokenizer whose template does, or "
@@ -87,7 +107,7 @@ def texts_of(turn: Turn) -> Iterator[str]:
 
 def _turn(turn: Mapping[str, Any], name: str, may_be_empty: bool) -> Turn:
     try:
-        calls = [_call(call) for call in turn.get("tool_calls") or []]
+        calls = _calls(turn)
         is_call = bool(calls) and turn.get("content") is None
         content = "" if is_call else text_of(turn, "content", may_be_empty=may_be_empty or bool(calls))
         read: Turn = {"role": text_of(turn, "role"), "content": content}
@@ -98,6 +118,34 @@ def _turn(turn: Mapping[str, Any], name: str, may_be_empty: bool) -> Turn:
         return read | ({"tool_calls": calls} if calls else {})
     except RowError as error:
         raise RowError(error.code, f"{name}: {error}", char_index=error.char_index) from error
+
+
+def _calls(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The calls of a turn as templates take them."""
+    if _holds(turn.get("function_call")):
+        raise RowError(
+            "function_call",
+            "function_call is not read: give the call of an earlier turn in tool_calls, as [{'type': 'function', "
+            "'function': CALL}], and write that of an answer into its content",
+        )
+    calls = turn.get("tool_calls")
+    if not _holds(calls):
+        return []
+    if not isinstance(calls, list):
+        raise RowError("not_calls", f"tool_calls must be a list of calls, not {type(calls).__name__}")
+    return [_call(call) for call in calls]
+
+
+def _holds(value: Any) -> bool:
+    """Whether a cell holds something; some data sets write lists and objects as JSON text, the empty ones too."""
+    if isinstance(value, str):
+        try:
+            return bool(json.loads(value))
+        except (ValueError, RecursionError):
+            return bool(value.strip())
+    if isinstance(value, Mapping):  # tables fill an object that a row has not with empty cells
+        return any(cell is not None for cell in value.values())
+    return bool(value)
 
 
 def _call(call: Any) -> dict[str, Any]:
@@ -114,7 +162,14 @@ def _call(call: Any) -> dict[str, Any]:
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise RowError("not_calls", "tool_calls must be calls of functions, with a name and a JSON object of arguments")
     read = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    return read if call.get("id") is None else read | {"id": call["id"]}
+    read |= {} if call.get("id") is None else {"id": call["id"]}
+    try:
+        json.dumps(read, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RowError("encoding", "tool_calls hold half of a surrogate pair") from error
+    except (TypeError, ValueError, RecursionError) as error:  # e.g. a time, which a Parquet file can hold
+        raise RowError("not_calls", f"tool_calls hold what JSON cannot: {error}") from error
+    return read
 
 
 def text_of(fields: Mapping[str, Any], key: str, *, may_be_empty: bool = False) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from jinja2 import TemplateError
 
 from megatron_multiverse.data.tokenizers import MultiverseTokenizer
-from megatron_multiverse.data.turns import Turn, read_turns, refuse_hidden_calls
+from megatron_multiverse.data.turns import Turn, read_turns, refuse_hidden_calls, with_suffix
 from megatron_multiverse.errors import DataError, GenerationError, MultiverseError
 from megatron_multiverse.structure import Tag
 from megatron_multiverse.structure.trajectory import cut_at_labels
@@ -85,7 +85,7 @@ def render_prompt(
     Args:
         prompt: a conversation needs `date`.
         tokenizer: its chat template is used where `date` is given.
-        suffix: put after the last turn.
+        suffix: put after the prompt, or after the last turn of the user.
         date: what a chat template writes; None: no template.
         replay: whether earlier answers are to be laid out again.
     """
@@ -95,7 +95,7 @@ def render_prompt(
             return [text if date is None else tokenizer.render_chat(text, date=date)], []
         if isinstance(prompt, MultiverseError):
             return prompt
-        turns = [*prompt[:-1], prompt[-1] | {"content": prompt[-1]["content"] + suffix}]
+        turns = with_suffix(prompt, suffix)
         text = tokenizer.render_chat(turns, date=date)
         refuse_hidden_calls(turns, text, partial(tokenizer.render_chat, date=date))
         return cut_at_answers(text, turns) if replay else ([text], [])

@@ -298,26 +298,35 @@ def test_question_rows_go_through_the_chat_template(tmp_path, hf_folder):
     assert response == "<Think>\nthree\n</Think>\n\nAnswer: 3"
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def _write_as(path, rows):
+    """Rows in the format that the ending of `path` names; without one, a saved Hugging Face data set."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        import datasets
+
+        datasets.Dataset.from_list(rows).save_to_disk(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ""])
 def test_conversations_about_tools_are_rejected_in_every_format(tmp_path, glued_folder, suffix, caplog):
     """Their prompts would not show the tools."""
     turns = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": SEQUENTIAL}]
     rows = [{"messages": turns, "tools": tools} for tools in ([], [{"type": "function"}], None)]
     source = tmp_path / f"rows{suffix}"
-    if suffix == ".jsonl":
-        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.Table.from_pylist(rows), source)
+    _write_as(source, rows)
     with caplog.at_level("INFO"):
         result = preprocess_data(_config(source, tmp_path / "out", glued_folder, max_rejected=1))
     assert (result.totals.documents, result.totals.rejected) == (2, {"tools": 1})
     assert "columns messages" in caplog.messages
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ""])
 def test_conversations_go_through_the_chat_template(tmp_path, glued_folder, suffix):
     """All turns but the last are the prompt, as the server renders them; that turn is trained, and no other."""
     turns = [
@@ -327,13 +336,7 @@ def test_conversations_go_through_the_chat_template(tmp_path, glued_folder, suff
         {"role": "assistant", "content": SEQUENTIAL},
     ]
     source = tmp_path / f"rows{suffix}"
-    if suffix == ".jsonl":
-        source.write_text(json.dumps({"messages": turns, "id": 7}) + "\n")
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.table({"messages": [turns], "id": [7]}), source)
+    _write_as(source, [{"messages": turns, "id": 7}])
     preprocess_data(_config(source, tmp_path / "out", glued_folder, append_eod=True))
     tokenizer = build_tokenizer("HuggingFaceTokenizer", glued_folder)
     dataset = SFTDataset(str(tmp_path / "out"), tokenizer.structure_vocab)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import json
 import re
 
 import pytest
+from jinja2 import TemplateError
 
 from megatron_multiverse.data.prompts import (
     PARALLEL_SUFFIX,
@@ -18,7 +21,7 @@ from megatron_multiverse.data.prompts import (
 )
 from megatron_multiverse.data.readers import read_rows
 from megatron_multiverse.data.sources import column_names, open_source
-from megatron_multiverse.data.turns import RowError, read_turns
+from megatron_multiverse.data.turns import RowError, read_turns, with_suffix
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.server.messages import Message, plain_turns
 from tests.unit.data.conftest import TRAJECTORY
@@ -133,7 +136,38 @@ def test_earlier_turns_reach_the_chat_template_as_on_the_server():
     tools = [{"type": "function", "function": {"name": "add"}}]
     with pytest.raises(RowError, match="column 'tools' is not read"):
         build_sample({"messages": turns, "tools": tools}, CONVERSATION, PromptStyle(), repr)
-    assert build_sample({"messages": turns, "tools": []}, CONVERSATION, PromptStyle(), repr)[1] == TRAJECTORY
+    for none in ([], None, {}, "", "[]", "null", "{}"):
+        row = {"messages": turns, "tools": none, "functions": none}
+        assert build_sample(row, CONVERSATION, PromptStyle(), repr)[1] == TRAJECTORY
+    with pytest.raises(RowError, match="column 'functions' is not read"):
+        build_sample({"messages": turns, "functions": json.dumps(tools)}, CONVERSATION, PromptStyle(), repr)
+    row = {"messages": turns, "tools": tools}
+    assert build_sample(row, CONVERSATION, PromptStyle(), None) == ("3", TRAJECTORY), "no template, nothing is hidden"
+
+
+def test_a_template_that_misses_the_calls_shows_them():
+    """Many check that a result comes after a call."""
+
+    def render(turns):
+        for before, turn in itertools.pairwise(turns):
+            if turn["role"] == "tool" and "tool_calls" not in before:
+                raise TemplateError("a result without a call")
+        return repr(turns)
+
+    called = CALL | {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    turns = [ASKED, called, {"role": "tool", "content": "3"}, ANSWERED]
+    prompt, response = build_sample({"messages": turns}, CONVERSATION, PromptStyle(), render)
+    assert "'add'" in prompt and response == TRAJECTORY
+
+
+def test_a_suffix_stands_after_the_question_and_not_in_the_result_of_a_tool():
+    called = CALL | {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    turns = [ASKED, called, {"role": "tool", "content": "3"}, ANSWERED]
+    prompt, _ = build_sample({"messages": turns}, CONVERSATION, PromptStyle("auto", "parallel"), repr)
+    asked = [ASKED | {"content": ASKED["content"] + PARALLEL_SUFFIX}, *turns[1:-1]]
+    assert prompt == repr(read_turns(asked, "messages"))
+    no_user = [{"role": "human", "content": "1 + 2?"}]
+    assert with_suffix(no_user, "!") == [{"role": "human", "content": "1 + 2?!"}]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +189,21 @@ def test_earlier_turns_reach_the_chat_template_as_on_the_server():
         ),
         ([CALL | {"tool_calls": ["add"]}, ASKED, ANSWERED], "not_calls"),
         ([CALL | {"tool_calls": [{"function": {"name": "add", "arguments": "[1]"}}]}, ASKED, ANSWERED], "not_calls"),
+        *(
+            ([CALL | {"content": "x", "tool_calls": calls}, ASKED, ANSWERED], "not_calls")
+            for calls in (5, True, 3.5, "add", {"function": {"name": "add"}})
+        ),
+        *(
+            ([CALL | {"tool_calls": [{"function": function}]}, ASKED, ANSWERED], code)
+            for function, code in (
+                ({"name": "add\ud800"}, "encoding"),
+                ({"name": "add", "arguments": {"a": "\ud800"}}, "encoding"),
+                ({"name": "add", "arguments": r'{"\ud800": 1}'}, "encoding"),
+                ({"name": "add", "arguments": {"a": datetime.date(2026, 1, 1)}}, "not_calls"),
+            )
+        ),
+        ([CALL | {"content": "x", "function_call": {"name": "add"}}, ASKED, ANSWERED], "function_call"),
+        ([ASKED, ANSWERED | {"function_call": {"name": "add", "arguments": "{}"}}], "function_call"),
         ([ASKED, ANSWERED | {"tool_calls": [{"function": {"name": "add"}}]}], "tool_calls"),
         ([ASKED, ANSWERED | {"reasoning_content": "It is 3."}], "two_thoughts"),
     ],
