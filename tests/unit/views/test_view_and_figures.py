@@ -10,7 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_multiverse.data.readers import read_rows
+from megatron_multiverse.data.sources import open_source
 from megatron_multiverse.errors import ConfigError, DataError, StructureError
+from megatron_multiverse.evaluation.texts import Texts
 from megatron_multiverse.structure import Block, render, visible_matrix
 from megatron_multiverse.views.figures import draw_positions, draw_timeline, draw_visibility
 from megatron_multiverse.views.sample_file import load_view
@@ -116,6 +119,18 @@ def test_load_view_reads_rows_and_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(StructureError, match=r"broken\.txt"):
         load_view(str(broken), strict=True)
     assert load_view(str(broken)).document.malformed
+
+
+def test_conversations_with_tools_can_be_looked_at(tmp_path: Path) -> None:
+    """No prompt is rendered that would have to show them."""
+    text = EXAMPLE.read_text().rstrip("\n")
+    turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": text}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": turns, "tools": [{"type": "function", "function": {"name": "f"}}]}) + "\n")
+    assert "".join(load_view(str(rows)).pieces) == "p" + text
+    source = open_source(str(rows))
+    question, response, _ = Texts(source, None, None).read(next(read_rows(source.shards[0])))
+    assert (question, response) == ("p", text)
 
 
 ODD_FILES = {
