@@ -309,7 +309,7 @@ def _write_checksums(manifest: Manifest, weights: Path) -> None:
 
 def conversion_record(config: ConvertConfig, source: Source, padded: int) -> dict[str, Any]:
     """Where a checkpoint came from, and what the way back needs (conversion.json)."""
-    weights = source.files[0].parent  # of older Megatron's format a folder of one rank, in that of the step
+    weights = source.files[0].parent.resolve()  # of older Megatron's format a folder of one rank, in that of the step
     steps = [step for folder in (weights, weights.parent) if (step := trained_steps(folder)) is not None]
     return {
         "converter": f"megatron-multiverse {megatron_multiverse.__version__}",

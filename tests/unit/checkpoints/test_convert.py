@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from megatron_multiverse.checkpoints.convert import ConvertResult, convert_checkpoint
 from megatron_multiverse.checkpoints.convert_config import ConvertConfig
 from megatron_multiverse.checkpoints.names.registry import FAMILIES
+from megatron_multiverse.checkpoints.run_files import POINTER_FILE, RECORD_FILE, STEP_FILE, why_outdated
 from megatron_multiverse.checkpoints.verify import VerifyOptions
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.model.cpu import device_neutral_cuda
@@ -73,6 +74,24 @@ def test_megatron_core_formats_convert_into_each_other(tmp_path: Path) -> None:
     run(tmp_path / "b", tmp_path / "c", "mcore", "mcore", tensor_model_parallel_size=3, make_vocab_size_divisible_by=7)
     run(tmp_path / "c", tmp_path / "back", "mcore", "hf")
     assert_same(source, tmp_path / "back")
+
+
+@pytest.mark.parametrize("place", [".", "inner/.."])
+def test_the_step_is_known_inside_of_the_folder_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    source = hf_folder(tmp_path / "iter_0000007")
+    (source / "inner").mkdir()
+    monkeypatch.chdir(source)
+    run(Path(place), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / RECORD_FILE).read_text())["training_step"] == 7
+    model = tmp_path / "run" / "model"
+    (model / "inner").mkdir(parents=True)
+    (model / STEP_FILE).write_text("3\n")
+    (model.parent / POINTER_FILE).write_text("5\n")
+    monkeypatch.chdir(model)
+    assert why_outdated(Path(place)) == why_outdated(model)
+    assert str(why_outdated(model)).startswith(f"{model} holds the weights of step 3")
 
 
 def test_megatron_core_itself_opens_the_result(tmp_path: Path) -> None:
