@@ -9,6 +9,7 @@ from typing import TypeVar
 from megatron_multiverse.patience import Deadline, Patience, Question
 
 Found = TypeVar("Found")
+_STARTING = frozenset({502, 503})
 
 
 class OwnServer:
@@ -34,7 +35,7 @@ class OwnServer:
         Raises:
             Exception: the SDK's, where the server has answered before, is not starting, or takes too long to.
         """
-        question = self._patience.question({502, 503}, self._deadline)
+        question = self._patience.question(_STARTING, self._deadline)
         while True:
             try:
                 found = await call()
@@ -50,6 +51,10 @@ class OwnServer:
         """Seconds until the server is asked again; None if the error stands."""
         status, response = getattr(error, "status_code", None), getattr(error, "response", None)
         if not self._may_start or status is None or response is None:
+            return None
+        if status not in _STARTING:
+            # The text is not looked at: that of an answer which was streamed and is closed cannot be read any more.
+            self._may_start = False
             return None
         after = response.headers.get("retry-after")
         pause = question.pause(status, response.text, f"it answers with status {status}", after)

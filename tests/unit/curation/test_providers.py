@@ -13,12 +13,15 @@ from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import httpx2
 import pytest
+from anthropic import APIStatusError
 from anthropic.types.message_create_params import MessageCreateParamsNonStreaming
 
 from megatron_multiverse.curation.exchange import Answer, Failure, Request
 from megatron_multiverse.curation.providers.anthropic_messages import AnthropicProvider
 from megatron_multiverse.curation.providers.openai_chat import OpenAIProvider
+from megatron_multiverse.curation.providers.own_server import OwnServer
 from megatron_multiverse.curation.providers.protocol import BatchProvider, Provider, ProviderError
 from megatron_multiverse.curation.providers.rule_based import RuleBasedProvider
 from megatron_multiverse.curation.questions import Questions
@@ -294,6 +297,26 @@ def test_a_server_of_ones_own_that_starts_is_waited_for(
     _Chat.status = 503
     got = asyncio.run(ask(provider(), OUTLINE))
     assert isinstance(got, Failure) and not got.is_final and "503" in got.reason
+
+
+def test_an_error_in_the_middle_of_a_stream_stays_what_it_is() -> None:
+    """The body of such an answer has been closed, and cannot be read."""
+
+    async def ask_streamed() -> None:
+        response = httpx2.Response(
+            200, stream=httpx2.ByteStream(b"event: error"), request=httpx2.Request("POST", "http://x")
+        )
+        await response.aclose()
+        fault = APIStatusError("Overloaded", response=response, body=None)
+
+        async def fail() -> None:
+            raise fault
+
+        with pytest.raises(APIStatusError) as caught:
+            await OwnServer("http://x").ask(fail)
+        assert caught.value is fault
+
+    asyncio.run(ask_streamed())
 
 
 def test_it_is_waited_for_from_its_first_failure_on_and_by_each_request(
