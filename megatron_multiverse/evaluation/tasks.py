@@ -168,7 +168,8 @@ def _refuse_unread_choices(fields: Mapping[str, Any], where: str) -> None:
     if found:
         raise DataError(
             f"{where}: the choices in {', '.join(found)} are not read; name them Correct Answer and Incorrect Answer 1 "
-            "to 3, or write them into the question, with the letter of the right one as answer"
+            "to 3, or write them into the question, with the letter of the right one as answer, and leave "
+            f"{'that column' if len(found) == 1 else 'those columns'} out"
         )
 
 

@@ -100,10 +100,10 @@ def test_limit_and_repeated_questions(tmp_path: Path) -> None:
         ({"Question": "q", "Correct Answer": "a"}, "incorrect answer 1"),
         (
             {"question": "q", "choices": ["a", "b"], "answer": 1},
-            "row 1: the choices in choices are not read; name them",
+            "row 1: the choices in choices are not read; name them .* as answer, and leave that column out",
         ),
         ({"question": "q", "Options": {"A": "a"}, "answer": "A"}, "the choices in options are not read"),
-        ({"question": "q", "A": 0, "B": "b", "C": "c", "D": "d", "answer": "A"}, "choices in a, b, c, d are not read"),
+        ({"question": "q", "A": 0, "B": "b", "C": "c", "D": "d", "answer": "A"}, "in a, b, c, d .* those columns out"),
     ],
 )
 def test_rows_that_are_no_problem(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
