@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,9 +260,10 @@ def _open(prefix: str) -> Any:
             named = Path(prefix)
             if named.suffix in (".bin", ".idx") and named.is_file():
                 raise DataError(f"no {file}: {prefix} is a file; name it without its ending, {named.with_suffix('')}")
-            if any(sign in prefix for sign in ", "):  # as Megatron's --data-path has them
-                raise DataError(f"no {file}; if these are several prefixes, write '[A, B]', without weights")
-            raise DataError(f"no {file}; make it with tools/preprocess_data.py --output-prefix {prefix}")
+            # Several are written with commas or blanks in Megatron's --data-path.
+            several = "if these are several prefixes, write '[A, B]', without weights; else "
+            how = f"make it with tools/preprocess_data.py --output-prefix {shlex.quote(prefix)}"
+            raise DataError(f"no {file}; {several if any(sign in prefix for sign in ', ') else ''}{how}")
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty: preprocessing rejected every row, see {prefix}_rejected.jsonl")
     # Imported here: it brings torch and takes seconds, which the rest of the package does not need.

@@ -209,6 +209,8 @@ def test_missing_empty_and_foreign_files_are_refused(tmp_path):
 
     with pytest.raises(DataError, match=r"preprocess_data\.py --output-prefix"):
         SFTDataset(str(tmp_path / "none"), VOCAB)
+    with pytest.raises(DataError, match=r"several prefixes, .*; else make it with .* --output-prefix '.*/my set'"):
+        SFTDataset(str(tmp_path / "my set"), VOCAB)
     with pytest.raises(DataError, match="is empty"):
         write_documents(tmp_path / "empty", [])
     builder = IndexedDatasetBuilder(str(tmp_path / "other.bin"))
