@@ -10,7 +10,8 @@ import pytest
 from megatron_multiverse.server.app import PATHS
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("kernels/**/*.md")]
+FOLDERS = ("*.md", "docs/*.md", "examples/**/*.md", "kernels/**/*.md", "benchmarks/**/*.md")
+DOCUMENTS = [document for pattern in FOLDERS for document in ROOT.glob(pattern)]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 CODE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -39,14 +40,31 @@ def test_decisions_are_all_in_the_table_before_them() -> None:
     assert numbers[:2] == ["1", "2"] and set(numbers) == set(re.findall(r"\[(\d+)\]\(#", table))
 
 
+def section_of(folder: Path, text: str) -> str:
+    """What docs/code.md says of a folder and of the files in it, without the folders below that have sections."""
+    for depth, name in enumerate(folder.parts):
+        section = re.search(rf"^{'  ' * depth}{re.escape(name)}/(?!\w).*\n(?:{'  ' * depth} .*\n)*", text, re.MULTILINE)
+        assert section is not None, f"docs/code.md has no section for {folder}"
+        text = section[0]
+    below = "  " * len(folder.parts)
+    return re.sub(rf"^{below}\w+/.*\n(?:{below} .*\n)*", "", text, flags=re.MULTILINE)
+
+
+def is_named(file: Path, text: str) -> bool:
+    return (
+        re.search(rf"(?<![\w/]){re.escape(file.name)}(?!\w)", section_of(file.parent.relative_to(ROOT), text))
+        is not None
+    )
+
+
 def test_the_map_of_the_code_names_every_module() -> None:
-    """But those of folders whose files are alike."""
+    """Each in the section of its folder, but those of folders whose files are alike."""
     text = (ROOT / "docs/code.md").read_text(encoding="utf-8")
     package = ROOT / "megatron_multiverse"
     alike = {"formats", "names", "providers", "routes"}
     files = [file for file in package.rglob("*.py") if file.parent.name not in alike and file.name != "__init__.py"]
     assert len(files) > 100
-    missing = [str(file.relative_to(package)) for file in files if not re.search(rf"(?<!\w){file.name}", text)]
+    missing = [str(file.relative_to(package)) for file in files if not is_named(file, text)]
     assert not missing, f"name them in docs/code.md: {', '.join(missing)}"
 
 
