@@ -8,8 +8,8 @@
 # Seen: index_add_, index_copy_ and scatter_add_ do nothing there, and worse: from then on x says that every rank holds all
 #   of it (Replicate), while each has its shard still. full_tensor() is one rank's shard, so half of the rows are gone; a
 #   sum is that of a shard, on each rank another. Nothing warns. Along other dimensions, and out of place, they are right.
-#   Layers of experts that add up what comes back in this way, zeros_like(x).index_add_(0, tokens, parts), return zeros,
-#   and new rows copied into an embedding that FSDP2 splits leave it with the rows of one rank.
+#   What a layer of experts adds up in this way, zeros_like(x).index_add_(0, tokens, parts), is as many zeros as one
+#   rank has rows; new rows copied into an embedding that FSDP2 splits leave it with the rows of one rank.
 # Output seen (a matrix of four rows and two columns; "shard only": unchanged and one rank's shard for the whole):
 #   index_add_    sharded by rows: shard only  by columns: right
 #   index_copy_   sharded by rows: shard only  by columns: right
@@ -19,6 +19,7 @@
 #   scatter_      sharded by rows: refused     by columns: right
 #   index_add     sharded by rows: right       by columns: right
 #   placement of x before and after index_add_: (Shard(dim=0),) (Replicate(),), sum on the ranks: 3.0 7.0 instead of 18.0
+#   zeros_like(x).index_add_(0, rows, 2.0): full_tensor() has 2 rows, their sum is 0.0
 #   FSDP2: an embedding of 8 rows after index_copy_ of two new ones: full_tensor() has 4 rows, new ones among them: no
 # The forms out of place, or writing to to_local() with indices of one's own, avoid it.
 #
@@ -89,6 +90,12 @@ def compare(rank, port):
         f"{sums[0]} {sums[1]} instead of {wanted}"
     )
 
+    zeros = torch.zeros_like(distribute_tensor(start(), mesh, [Shard(0)]))
+    added = CHANGES["index_add_"](zeros, lambda tensor: distribute_tensor(tensor, mesh, [Replicate()])).full_tensor()
+    lines.append(
+        f"zeros_like(x).index_add_(0, rows, 2.0): full_tensor() has {len(added)} rows, their sum is {added.sum().item()}"
+    )
+
     embedding = nn.Embedding(8, 2)
     fully_shard(embedding, mesh=mesh)
     new, ids = torch.full((2, 2), 9.0), torch.tensor([1, 6])
@@ -105,7 +112,8 @@ def compare(rank, port):
     dist.destroy_process_group()
     described = [("shard only", "right")] * 3 + [("refused", "right")] * 3 + [("right", "right")]
     as_described = list(found.values()) == described and (before, x.placements) == ((Shard(0),), (Replicate(),))
-    if not as_described or wanted in sums or len(whole) != 4 or there:
+    as_described &= (sums, wanted, len(added), added.any().item()) == ([3.0, 7.0], 18.0, 2, False)
+    if not as_described or len(whole) != 4 or there:
         raise SystemExit("this has changed")
 
 
