@@ -103,7 +103,7 @@ def parse_json(body: bytes) -> Any:
 
 
 def check_others(fields: Fields, refused: Refused, hint: str = "") -> None:
-    """Refuse fields that clients of this route know and the server does not have; others are ignored.
+    """Refuse fields that clients of this route know and the server does not have.
 
     Args:
         fields: of the request.
@@ -114,21 +114,15 @@ def check_others(fields: Fields, refused: Refused, hint: str = "") -> None:
         ApiError: 400, naming the first.
     """
     for name, value in (fields.model_extra or {}).items():
-        if name not in refused:
-            logger.debug("field %r of a request is not known and ignored", name[:SHOWN_CHARACTERS])
-        elif _asks(value, refused[name]):
+        if name in refused and _asks(value, refused[name]):
             allowed = " or ".join(json.dumps(neutral) for neutral in refused[name])
             instead = f"leave it out{f', or give {allowed}' if allowed else ''}{hint}"
-            raise ApiError(
-                400,
-                f"{name}: not supported by this server (got {_shown(value)}); {instead}",
-                param=name,
-                code="unsupported_parameter",
-            )
+            raise _unsupported(name, value, "not supported by this server", instead)
 
 
 def check_elsewhere(fields: Fields, inner: tuple[str, type[Fields]] | None = None) -> None:
-    """Refuse fields that only other routes of this server take: the answer would be another one than asked for.
+    """Refuse fields that only other routes of this server take: the answer would be another one than asked for. Called
+    after `check_others`, since what neither of them refuses is ignored, which the log is told.
 
     Args:
         fields: of the request.
@@ -137,27 +131,52 @@ def check_elsewhere(fields: Fields, inner: tuple[str, type[Fields]] | None = Non
     Raises:
         ApiError: 400, naming the first, and what this route has in its place.
     """
-    own = type(fields).model_fields
-    place, within = (inner[0], inner[1].model_fields) if inner else ("", {})
+    own = type(fields)
     for name, value in (fields.model_extra or {}).items():
         if name not in ELSEWHERE or not _asks(value, ELSEWHERE[name]):
             continue
-        names = [name, *(other for group in ALIKE if name in group for other in group if other != name)]
-        if any(getattr(fields, other) == value for other in names if other in own):
+        names = (name, *ALIKE.get(name, ()))
+        if any(_is_same(getattr(fields, other), value) for other in names if other in own.model_fields):
             continue  # clients that know several names give them all
-        known = [other for other in names if other in own] + [f"{place}.{other}" for other in names if other in within]
-        instead = f"it has {known[0]}" if known else "leave it out"
-        raise ApiError(
-            400,
-            f"{name}: no field of this route (got {_shown(value)}); {instead}",
-            param=name,
-            code="unsupported_parameter",
-        )
+        known = [(_takes(own, other, value), other) for other in names if other in own.model_fields]
+        if inner is not None:
+            place, kind = inner
+            known += [(_takes(kind, other, value), f"{place}.{other}") for other in names if other in kind.model_fields]
+        # The first that takes such a value; else the first that asks for the like in another way.
+        best = min(known, key=lambda one: not one[0], default=None)
+        instead = "leave it out" if best is None else f"it has {best[1]}"
+        raise _unsupported(name, value, "no field of this route", instead)
+    log_ignored(fields)
+
+
+def log_ignored(fields: Fields) -> None:
+    """Tell the log of the fields of a request that nothing has refused and nothing reads."""
+    for name in fields.model_extra or {}:
+        logger.debug("field %r of a request is ignored", name[:SHOWN_CHARACTERS])
+
+
+def _unsupported(name: str, value: Any, reason: str, instead: str) -> ApiError:
+    message = f"{name}: {reason} (got {_shown(value)}); {instead}"
+    return ApiError(400, message, param=name, code="unsupported_parameter")
 
 
 def _asks(value: Any, neutral: tuple[Any, ...]) -> bool:
     """Whether a field asks for anything."""
-    return value is not None and not any(value == one for one in neutral)
+    return value is not None and not any(_is_same(value, one) for one in neutral)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether two values say the same. To Python true is 1, but it is no number of alternatives."""
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
+
+
+def _takes(kind: type[Fields], name: str, value: Any) -> bool:
+    """Whether a field takes a value of such a type."""
+    try:
+        kind.__pydantic_validator__.validate_assignment(kind.model_construct(), name, value)
+    except ValidationError:
+        return False
+    return True
 
 
 def _json_fault(body: bytes, fault: str) -> ApiError:

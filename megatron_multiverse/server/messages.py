@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from megatron_multiverse.server import refused
-from megatron_multiverse.server.body import Fields
-from megatron_multiverse.server.errors import refuse
+from megatron_multiverse.server.body import Fields, parse_json
+from megatron_multiverse.server.errors import ApiError, refuse
 
 
 class TextPart(Fields):
@@ -44,11 +43,15 @@ class ToolCall(Fields):
         arguments: Any = self.function.arguments or {}
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
+                arguments = parse_json(arguments.encode())
+            except ApiError:
                 arguments = None
         if not isinstance(arguments, dict):
-            raise refuse("messages", f"the arguments of a call of {self.function.name[:40]!r} are no JSON object")
+            raise refuse(
+                "messages",
+                f"the arguments of a call of {self.function.name[:40]!r} are no JSON object, or one with half of a "
+                "character (\\ud800 to \\udfff); give the object, or its JSON text",
+            )
         call = {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
         return call if self.id is None else call | {"id": self.id}
 

@@ -57,7 +57,7 @@ CHAT: Refused = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "include_reasoning": (True,),
-    "input_ids": (),
+    "input_ids": ([],),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "moderation": (),
@@ -79,27 +79,20 @@ MESSAGE: Refused = {"audio": (), "function_call": (), "refusal": ("",), "tools":
 
 GENERATE: Refused = {
     "audio_data": (),
-    "custom_logit_processor": (),
     "image_data": (),
-    "input_embeds": (),
     "logprob_start_len": (-1,),
-    "lora_path": (),
     "max_thinking_tokens": (),
     "positional_embed_overrides": (),
     "priority": (0,),  # with SGLang a larger number comes first; sampling_params take vLLM's
     "return_entropy": (False,),
     "return_flat_raw_top_logprobs": (False,),
-    "return_hidden_states": (False,),
     "return_indexer_topk": (False,),
-    "return_prompt_token_ids": (False,),
-    "return_routed_experts": (False,),
     "return_sampling_mask": (False,),
-    "session_params": (),
     "stream": (False,),
     "token_ids_logprob": (),
     "video_data": (),
 }
-"""Of /generate."""
+"""Of /generate, beside `REFUSED`."""
 
 SAMPLING: Refused = {
     "beam_width": (1,),
@@ -111,7 +104,6 @@ SAMPLING: Refused = {
 
 API: Refused = {
     "beam_width": (),
-    "length_penalty": (1, 1.0),
     "max_len": (),
     "prevent_newline_after_colon": (False,),
     "sentences": (),
@@ -119,16 +111,18 @@ API: Refused = {
     "top_p_bound": (0, 0.0),
     "top_p_decay": (0, 0.0),
 }
-"""Of Megatron's `PUT /api`, which dropped most of them."""
+"""Of Megatron's `PUT /api`, beside `REFUSED`; Megatron drops most of them."""
 
 ELSEWHERE: Refused = {
     "add_BOS": (False,),
-    "add_generation_prompt": (True,),
+    "add_generation_prompt": (True, False),
     "add_special_tokens": (False,),
+    "cache_salt": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "ebnf": (),
     "echo": (False,),
+    "extra_key": (),
     "frequency_penalty": (0,),
     "guided_choice": (),
     "guided_grammar": (),
@@ -136,14 +130,14 @@ ELSEWHERE: Refused = {
     "guided_regex": (),
     "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
-    "input_ids": (),
+    "input_ids": ("", []),
     "json_schema": (),
     "logit_bias": ({},),
     "logprobs": (False,),
     "max_completion_tokens": (),
     "max_new_tokens": (),
     "max_tokens": (),
-    "messages": (),
+    "messages": ("", []),
     "min_new_tokens": (0,),
     "min_p": (0,),
     "min_tokens": (0,),
@@ -153,8 +147,8 @@ ELSEWHERE: Refused = {
     "parallel_tool_calls": (True, False),
     "presence_penalty": (0,),
     "prevent_retokenization": (False,),
-    "prompt": (),
-    "prompts": (),
+    "prompt": ("", []),
+    "prompts": ("", []),
     "random_seed": (),
     "regex": (),
     "repetition_penalty": (1,),
@@ -176,9 +170,9 @@ ELSEWHERE: Refused = {
     "stream": (False,),
     "structured_outputs": ({},),
     "temperature": (1,),
-    "text": (),
+    "text": ("", []),
     "tokens_to_generate": (),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_k": (0, -1),
     "top_logprobs": (0,),
@@ -187,13 +181,22 @@ ELSEWHERE: Refused = {
 }
 """What some routes of this server take, for the others: a client that takes one route for another is to hear of it."""
 
-ALIKE = (
+_SAME = (
     ("max_tokens", "max_completion_tokens", "max_new_tokens", "tokens_to_generate"),
     ("min_tokens", "min_new_tokens"),
     ("seed", "sampling_seed", "random_seed"),
     ("prompt", "prompts", "text", "input_ids", "messages"),
-    ("logprobs", "return_logprob", "top_logprobs", "top_logprobs_num"),
-    ("stop", "stop_token", "stop_token_ids", "stop_on_eol"),
     ("add_BOS", "add_special_tokens"),
 )
-"""Fields that ask for the same, or nearly so, each on other routes."""
+ALIKE = {name: tuple(other for other in group if other != name) for group in _SAME for name in group} | {
+    # Whether log-probabilities come; in /v1/completions with how many alternatives, which others ask for apart.
+    "logprobs": ("return_logprob", "top_logprobs_num"),
+    "return_logprob": ("logprobs",),
+    "top_logprobs": ("top_logprobs_num", "logprobs"),
+    "top_logprobs_num": ("top_logprobs", "logprobs"),
+    # A text is no token, but the end of a line is a text.
+    "stop_on_eol": ("stop",),
+    "stop_token": ("stop_token_ids",),
+    "stop_token_ids": ("stop_token",),
+}
+"""Name of a field -> those that ask for the same, or nearly so, on other routes, the nearest first."""

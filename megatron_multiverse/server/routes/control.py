@@ -12,7 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from megatron_multiverse.server.body import Fields, check_others, read_fields
+from megatron_multiverse.server.body import Fields, check_others, log_ignored, read_fields
 from megatron_multiverse.server.engine_client import EngineClient
 from megatron_multiverse.server.errors import ApiError, refuse
 
@@ -101,6 +101,7 @@ async def update_weights_from_disk(request: Request) -> Response:
     """Go on with the weights of a checkpoint; answers in work go on from the text they have."""
     fields = await read_fields(request, UpdateFields)
     check_others(fields, REFUSED)
+    log_ignored(fields)
     if not fields.flush_cache:
         raise refuse("flush_cache", "what other weights computed is never read again; leave it out")
     client = _client(request)

@@ -44,7 +44,7 @@ async def api(request: Request) -> Response:
     """Continue prompts: `text`, `segments` and `tokens` hold prompt and answer together."""
     fields = await read_fields(request, ApiFields)
     model, limits = request.app.state.model, request.app.state.config.limits
-    check_others(fields, refused.API)
+    check_others(fields, refused.REFUSED | refused.API)
     check_elsewhere(fields)
     if not 1 <= len(fields.prompts) <= limits.max_prompts:
         raise refuse("prompts", f"{len(fields.prompts)} prompts, 1 to {limits.max_prompts} are allowed")

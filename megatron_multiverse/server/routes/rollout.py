@@ -69,7 +69,7 @@ async def generate(request: Request) -> Response:
     label, parent, log-probability, whether it was drawn or forced.
     """
     fields = await read_fields(request, GenerateFields)
-    check_others(fields, refused.GENERATE)
+    check_others(fields, refused.REFUSED | refused.GENERATE)
     check_elsewhere(fields, ("sampling_params", SamplingFields))
     model, limits = request.app.state.model, request.app.state.config.limits
     if (fields.text is None) == (fields.input_ids is None):

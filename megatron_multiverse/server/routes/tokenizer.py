@@ -8,36 +8,25 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from megatron_multiverse.server.body import Fields, check_others, read_fields
+from megatron_multiverse.server import refused
+from megatron_multiverse.server.body import Fields, check_elsewhere, check_others, read_fields
 from megatron_multiverse.server.chat_fields import ChatFields
 from megatron_multiverse.server.chat_prompt import chat_prompt
 from megatron_multiverse.server.encode import AnswerResponse
 from megatron_multiverse.server.errors import refuse
 from megatron_multiverse.server.messages import Message
 from megatron_multiverse.server.model import ServedModel
-from megatron_multiverse.server.refused import Refused
-from megatron_multiverse.server.tools import Tool
 
 router = APIRouter()
 
 
-REFUSED: Refused = {"chat_template": (), "mm_processor_kwargs": ({},)}
-"""Fields of vLLM's route that are not served."""
-
-
-class TokenizeFields(Fields):
-    """Fields of /tokenize: a text, or the turns of a chat with what /v1/chat/completions takes beside them."""
+class TokenizeFields(ChatFields):
+    """Fields of /tokenize: a text, or what /v1/chat/completions takes, so that the ids are those of the same chat."""
 
     prompt: str | None = None
-    messages: list[Message] | None = None
-    tools: list[Tool] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    messages: list[Message] | None = None  # type: ignore[assignment]  # a chat needs them, a text has none
     return_token_strs: bool | None = None
     """Whether the texts of the tokens come, too."""
-    model: str | None = None
 
 
 class DetokenizeFields(Fields):
@@ -59,25 +48,25 @@ async def tokenizer_info(request: Request) -> Response:
 @router.post("/tokenize")
 @router.post("/v1/tokenize")
 async def tokenize(request: Request) -> Response:
-    """Ids of a text, or of a chat as /v1/chat/completions reads it.
+    """Ids of a text, or of a chat as /v1/chat/completions reads it, which takes and refuses the same fields.
 
-    With `add_special_tokens` the token that begins texts comes first, if the tokenizer has one.
+    With `add_special_tokens` the token that begins texts comes first, if the tokenizer has one; with `add_BOS`, or an
+    error says that it has none.
     """
     fields = await read_fields(request, TokenizeFields)
-    check_others(fields, REFUSED)
     model: ServedModel = request.app.state.model
-    model.check_name(fields.model)
+    fields.check(model, request.app.state.config.limits)
+    check_others(fields, refused.CHAT)
+    check_elsewhere(fields)
     if (fields.prompt is None) == (fields.messages is None):
         count = "neither" if fields.prompt is None else "both"
         raise refuse("prompt", f"give either prompt or messages; {count} is given")
-    if fields.messages is not None:
-        names = ("add_special_tokens", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-        given = {name: getattr(fields, name) for name in ("tools", *names)}
-        asked = ChatFields(messages=fields.messages, **given)
-        ids = (await chat_prompt(asked, model)).ids
+    if fields.prompt is None:
+        ids = (await chat_prompt(fields, model)).ids
     else:
-        begin = model.tokenizer.special_tokens().get("bos_token", "") if fields.add_special_tokens else ""
-        (ids,) = await model.tokenize([f"{begin}{fields.prompt}"])
+        (ids,) = await model.tokenize([fields.prompt])
+        ids = model.begun(ids) if fields.add_special_tokens else ids
+        ids = model.begin_ids("add_BOS") + ids if fields.add_BOS else ids
     longest = request.app.state.client.facts.get("max_position")
     found: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": longest}
     if fields.return_token_strs:

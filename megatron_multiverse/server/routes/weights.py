@@ -13,7 +13,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from megatron_multiverse.server.body import Fields, check_others, read_fields
+from megatron_multiverse.server.body import Fields, check_others, log_ignored, read_fields
 from megatron_multiverse.server.engine_client import EngineClient
 from megatron_multiverse.server.errors import ApiError, refuse
 
@@ -109,6 +109,7 @@ async def update_weights_from_distributed(request: Request) -> Response:
     """Receive tensors from rank 0 of a group and go on with them; answers in work go on from the text they have."""
     fields = await read_fields(request, ReceiveFields)
     check_others(fields, {"manifest": ()})
+    log_ignored(fields)
     if not fields.names or not len(fields.names) == len(fields.dtypes) == len(fields.shapes):
         counts = f"{len(fields.names)} names, {len(fields.dtypes)} dtypes and {len(fields.shapes)} shapes"
         raise refuse("names", f"there are {counts}; give one of each for every tensor")
@@ -129,6 +130,7 @@ async def weights_checker(request: Request) -> Response:
     """Find out whether weights that a trainer sends arrive: on all ranks, to the bit."""
     fields = await read_fields(request, CheckFields)
     check_others(fields, CHECK_REFUSED)
+    log_ignored(fields)
     config = request.app.state.config
     if config.weights_root is None and config.weights_interface is None:
         raise ApiError(

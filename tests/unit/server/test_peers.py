@@ -217,11 +217,22 @@ def test_a_chat_is_tokenized_as_it_is_read(server: Running) -> None:
         assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
         assert "".join(found["token_strs"]) == tokenizer().detokenize(found["tokens"])
     assert "token_strs" not in answer(server, "/tokenize", {"prompt": "a"})
+    whole = {"temperature": 0.5, "max_tokens": 5, "seed": 1, "stream": True}  # what draws an answer changes no prompt
+    assert answer(server, "/tokenize", {"messages": MESSAGES} | whole) == answer(
+        server, "/tokenize", {"messages": MESSAGES}
+    )
     for body, param in (
         ({}, "prompt"),
         ({"prompt": "a", "messages": MESSAGES}, "prompt"),
         ({"messages": []}, "messages"),
         ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools"),
+        ({"messages": MESSAGES, "tool_choice": "required"}, "tool_choice"),
+        ({"messages": MESSAGES, "add_BOS": True}, "add_BOS"),
+        ({"prompt": "a", "add_BOS": True}, "add_BOS"),
+        ({"messages": MESSAGES, "documents": [{"text": "b"}]}, "documents"),
+        ({"messages": MESSAGES, "reasoning_effort": "low"}, "reasoning_effort"),
+        ({"messages": MESSAGES, "truncate_prompt_tokens": 1}, "truncate_prompt_tokens"),
+        ({"messages": MESSAGES, "text": "b"}, "text"),
     ):
         response = server.post("/tokenize", body)
         assert response.status_code == 400 and response.json()["error"]["param"] == param

@@ -422,7 +422,7 @@ def test_every_field_of_peers_that_changes_an_answer_is_honoured_or_refused() ->
         "completions": completions.CompletionFields.model_fields.keys() | REFUSED.keys(),
         "chat": chat.ChatFields.model_fields.keys() | REFUSED.keys() | refused.CHAT.keys(),
         "message": Message.model_fields.keys() | refused.MESSAGE.keys(),
-        "generate": rollout.GenerateFields.model_fields.keys() | refused.GENERATE.keys(),
+        "generate": rollout.GenerateFields.model_fields.keys() | REFUSED.keys() | refused.GENERATE.keys(),
         "sampling": rollout.SamplingFields.model_fields.keys() | REFUSED.keys() | refused.SAMPLING.keys(),
     }.items():
         assert set(PEERS_FIELDS[name].split()) <= known, name
@@ -430,14 +430,14 @@ def test_every_field_of_peers_that_changes_an_answer_is_honoured_or_refused() ->
 
 def test_every_field_of_megatrons_servers_is_honoured_or_refused() -> None:
     for name, known in {
-        "api": megatron.ApiFields.model_fields.keys() | refused.API.keys(),
+        "api": megatron.ApiFields.model_fields.keys() | REFUSED.keys() | refused.API.keys(),
         "completions": completions.CompletionFields.model_fields.keys() | REFUSED.keys(),
         "chat": chat.ChatFields.model_fields.keys() | REFUSED.keys() | refused.CHAT.keys(),
     }.items():
         assert set(MEGATRON_FIELDS[name].split()) <= known, name
 
 
-WITHOUT_EFFECT = {"model", "user", "stream_options", "cache_salt", "extra_key", "priority", "rid"}
+WITHOUT_EFFECT = {"model", "user", "stream_options", "priority", "rid"}
 """Fields that change no answer: where a route does not have them, they are ignored."""
 
 
@@ -445,7 +445,37 @@ def test_every_field_of_one_route_is_known_to_the_others() -> None:
     kinds = (completions.CompletionFields, chat.ChatFields, megatron.ApiFields, rollout.GenerateFields)
     taken = {name for kind in (*kinds, rollout.SamplingFields) for name in kind.model_fields}
     assert refused.ELSEWHERE.keys() == taken - WITHOUT_EFFECT
-    assert {name for group in refused.ALIKE for name in group} <= refused.ELSEWHERE.keys()
+    assert {other for name, others in refused.ALIKE.items() for other in (name, *others)} <= refused.ELSEWHERE.keys()
+
+
+BODY_OF: dict[str, dict[str, Any]] = {
+    TEXT: {"prompt": "a", "max_tokens": 1},
+    CHAT: {"messages": MESSAGES, "max_tokens": 1},
+    "/generate": {"text": "a", "sampling_params": {"max_new_tokens": 1}},
+    "/api": {"prompts": ["a"], "tokens_to_generate": 1},
+    "/tokenize": {"messages": MESSAGES},
+}
+"""That each route serves."""
+
+
+def sent(server: Running, path: str, fields: dict[str, Any]) -> httpx2.Response:
+    return server.http.request("PUT" if path == "/api" else "POST", path, json=BODY_OF[path] | fields)
+
+
+@pytest.mark.parametrize("path", BODY_OF)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_route_serves_is_refused_by_all(server: Running, path: str, name: str) -> None:
+    response = sent(server, path, {name: "x"})
+    assert response.status_code == 400 and error_of(response)["param"] == name
+    assert error_of(response)["code"] == "unsupported_parameter"
+    for neutral in (None, *REFUSED[name]):
+        assert sent(server, path, {name: neutral}).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["cache_salt", "extra_key"])
+def test_a_prefix_cache_of_its_own_is_not_promised_where_there_is_none(server: Running, name: str) -> None:
+    assert error_of(sent(server, "/api", {name: "a"}))["param"] == name
+    assert sent(server, TEXT, {name: "a"}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -461,29 +491,73 @@ def test_every_field_of_one_route_is_known_to_the_others() -> None:
         ("/generate", "max_tokens", 5, "sampling_params.max_new_tokens"),
         ("/generate", "multiverse", {"enabled": False}, "sampling_params.multiverse"),
         ("/generate", "logprobs", True, "return_logprob"),
+        ("/generate", "logprobs", 5, "top_logprobs_num"),
+        ("/generate", "logprobs", 0, "top_logprobs_num"),
+        ("/generate", "top_logprobs", 5, "top_logprobs_num"),
+        ("/generate", "stop", ["x"], "sampling_params.stop"),
+        (CHAT, "top_logprobs_num", 5, "top_logprobs"),
+        (TEXT, "top_logprobs", 5, "logprobs"),
+        (TEXT, "return_logprob", True, "logprobs"),
+        (TEXT, "stop_token", 5, "stop_token_ids"),
+        (TEXT, "stop_on_eol", True, "stop"),
         ("/api", "n", 2, None),
         ("/api", "max_tokens", 5, "tokens_to_generate"),
-        ("/api", "stop", ["x"], "stop_token"),
+        ("/api", "stop", ["x"], None),
+        ("/api", "stop", "x", None),
+        ("/api", "stop_token_ids", [5], "stop_token"),
         ("/api", "repetition_penalty", 1.1, None),
     ],
 )
 def test_a_field_of_another_route_is_refused_with_what_this_one_has(
     server: Running, path: str, name: str, value: Any, has: str | None
 ) -> None:
-    body: dict[str, Any] = {TEXT: {"prompt": "a", "max_tokens": 1}, CHAT: {"messages": MESSAGES, "max_tokens": 1}}.get(
-        path, {"prompts": ["a"], "tokens_to_generate": 1} if path == "/api" else {"text": "a"}
-    )
-    method = "PUT" if path == "/api" else "POST"
-    response = server.http.request(method, path, json=body | {name: value})
+    response = sent(server, path, {name: value})
     assert response.status_code == 400 and error_of(response)["param"] == name
     assert response.json()["message"].endswith("leave it out" if has is None else f"it has {has}")
 
 
 def test_a_field_of_another_route_that_asks_for_nothing_more_is_taken(server: Running) -> None:
     """As by clients that know several servers, and give every name that one of them has."""
-    also = {"max_completion_tokens": 1, "tools": [], "random_seed": None, "separate_reasoning": False}
-    assert server.post(TEXT, {"prompt": "a", "max_tokens": 1} | also).status_code == 200
-    assert server.http.put("/api", json={"prompts": ["a"], "tokens_to_generate": 1, "n": 1}).status_code == 200
+    also: dict[str, Any] = {"max_completion_tokens": 1, "tools": [], "random_seed": None, "separate_reasoning": False}
+    also |= {"tool_choice": "auto", "add_generation_prompt": False, "text": "", "input_ids": [], "messages": []}
+    for path, fields in (
+        (TEXT, also),
+        (TEXT, {"logprobs": 2, "top_logprobs": 2}),
+        (CHAT, {"logprobs": True, "return_logprob": True, "top_logprobs": 1, "top_logprobs_num": 1, "input_ids": []}),
+        (CHAT, {"text": "", "prompt": "", "prompts": []}),
+        ("/generate", {"return_logprob": True, "logprobs": True, "top_logprobs": 1, "top_logprobs_num": 1}),
+        ("/api", {"n": 1}),
+    ):
+        response = sent(server, path, fields)
+        assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "has"),
+    [
+        (CHAT, {"logprobs": True, "top_logprobs_num": 1}, "top_logprobs_num", "top_logprobs"),
+        ("/generate", {"return_logprob": True, "top_logprobs": 1}, "top_logprobs", "top_logprobs_num"),
+        ("/generate", {"return_logprob": True, "logprobs": 1}, "logprobs", "top_logprobs_num"),
+    ],
+)
+def test_true_is_no_number_of_alternatives(
+    server: Running, path: str, fields: dict[str, Any], param: str, has: str
+) -> None:
+    """Python takes it for 1, and so one field for the same as the other, under another name."""
+    response = sent(server, path, fields)
+    assert response.status_code == 400 and error_of(response)["param"] == param
+    assert response.json()["message"].endswith(f"it has {has}")
+
+
+def test_the_log_names_what_is_ignored_and_nothing_that_is_refused(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG", logger="megatron_multiverse.server.body"):
+        assert sent(server, TEXT, {"frobnicate": 1, "max_new_tokens": 5}).status_code == 400
+        assert not caplog.messages
+        for path in BODY_OF:
+            assert sent(server, path, {"frobnicate": 1}).status_code == 200
+    assert caplog.messages == ["field 'frobnicate' of a request is ignored"] * len(BODY_OF)
 
 
 def test_errors_that_ask_to_come_later_do_so_within_two_minutes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -161,10 +162,16 @@ def test_templates_see_thoughts_names_and_calls_of_tools(templated: Running, ser
     assert prompt_text(templated, messages) == expected
     response = server.post(CHAT, {"messages": messages})
     assert response.status_code == 400 and "does not show" in response.json()["message"], "its template leaves them out"
-    for wrong in ("[1]", "{", "a", 5):
+    half = '{"a": "\\ud800"}'  # escaped in JSON that is a text in JSON
+    for wrong in ("[1]", "{", "a", 5, half, '{"\\udc00": 1}', '{"a": NaN}'):
         call["function"]["arguments"] = wrong  # type: ignore[index]
         response = templated.post(CHAT, {"messages": messages})
         assert response.status_code == 400 and response.json()["error"]["param"] == "messages"
+    for name in ("arguments", "name"):  # in the body itself
+        function = json.dumps({"name": "add", "arguments": {"a": 1}} | {name: "\ud800"})
+        content = f'{{"messages": [{{"role": "assistant", "tool_calls": [{{"function": {function}}}]}}]}}'
+        response = templated.http.post(CHAT, content=content)
+        assert response.status_code == 400 and "half of a character" in response.json()["message"]
 
 
 def test_what_is_not_served_of_a_turn_or_contradicts_itself_is_named(server: Running) -> None:
