@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from jinja2 import TemplateError
 
 from megatron_multiverse.config import EngineConfig, SamplingParams
-from megatron_multiverse.data.tokenizers import build_tokenizer
+from megatron_multiverse.data.tokenizers import MultiverseTokenizer, build_tokenizer
 from megatron_multiverse.errors import CheckpointError, ConfigError, DataError, GenerationError
 from megatron_multiverse.inference import Request, from_record, generate
-from megatron_multiverse.inference.conversation import cut_at_answers
+from megatron_multiverse.inference.conversation import cut_at_answers, render_prompt
 from megatron_multiverse.inference.generate import GenerateConfig, generate_answers, write_answers
 from megatron_multiverse.structure import Tag
 from megatron_multiverse.views.terminal_answers import show_answers
@@ -322,6 +325,25 @@ def test_conversations_are_answered_and_their_answers_laid_out_again(tmp_path: P
     assert "add --chat" in without[0]["error"] and without[3]["finish_reason"] == "length"
     with pytest.raises(GenerationError, match="--replay-structure is of conversations"):
         GenerateConfig(**options, replay_structure=True)
+
+
+class StrictTemplate:
+    """In place of a tokenizer: its chat template takes a tool's result after a call alone."""
+
+    def render_chat(self, turns: list[dict[str, Any]], *, date: object) -> str:
+        if any(turn["role"] == "tool" and "tool_calls" not in before for before, turn in pairwise(turns)):
+            raise TemplateError("a result without a call")
+        return json.dumps(turns)
+
+
+def test_a_conversation_that_ends_with_the_result_of_a_tool_is_rendered() -> None:
+    """Its suffix follows what the user asked."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    called = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "3"}]
+    tokenizer = cast(MultiverseTokenizer, StrictTemplate())
+    turns = [{"role": "user", "content": "1 + 2?"}, *called]
+    rendered = render_prompt(turns, tokenizer, suffix=" Think.", date=None, replay=False)
+    assert rendered == ([json.dumps([{"role": "user", "content": "1 + 2? Think."}, *called])], [])
 
 
 def test_the_training_suffix_is_put_behind_the_prompt() -> None:
