@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections import deque
@@ -309,7 +310,8 @@ def _write_checksums(manifest: Manifest, weights: Path) -> None:
 
 def conversion_record(config: ConvertConfig, source: Source, padded: int) -> dict[str, Any]:
     """Where a checkpoint came from, and what the way back needs (conversion.json)."""
-    weights = source.files[0].parent.resolve()  # of older Megatron's format a folder of one rank, in that of the step
+    # Of older Megatron's format this is a folder of one rank, in that of the step.
+    weights = Path(os.path.abspath(source.files[0])).parent
     steps = [step for folder in (weights, weights.parent) if (step := trained_steps(folder)) is not None]
     return {
         "converter": f"megatron-multiverse {megatron_multiverse.__version__}",

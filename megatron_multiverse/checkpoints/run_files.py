@@ -15,6 +15,7 @@ RUN/metrics.jsonl                       what a training run reported, a line a t
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def step_of(name: str) -> int | None:
 
 def trained_steps(folder: Path) -> int | None:
     """The step that a checkpoint of a training run, or the model at its end, is of; None where that is not told."""
-    folder = folder.resolve()  # "." has no name
+    folder = Path(os.path.abspath(folder))  # "." has no name; links keep theirs
     if (step := step_of(folder.name)) is not None:
         return step
     return _number_in(folder / STEP_FILE)
@@ -55,7 +56,7 @@ def why_outdated(model: Path) -> str | None:
     Args:
         model: RUN/model.
     """
-    model = model.resolve()
+    model = Path(os.path.abspath(model))
     step, now = trained_steps(model), _number_in(model.parent / POINTER_FILE)
     if model.name != MODEL_FOLDER or step is None or now is None or now == step:
         return None
