@@ -286,18 +286,21 @@ def check_write_product() -> None:
 
 def check_decode() -> None:
     """Random trees of rows that share pages at several levels; what no row sees holds NaN."""
-    rng = np.random.default_rng(2)
+    rng, generator = np.random.default_rng(2), torch.Generator().manual_seed(0)
+    # (rows, most tokens of each): more than the other cases have, with and without shared pages.
+    large, together = {1: (6, 1), 2: (6, 10), 3: (4, 1)}, set()
     for case in range(9):
         page_size, groups = int(rng.choice([4, 16, 64])), int(rng.choice([1, 2]))
         heads, dim = groups * int(rng.choice([1, 3, 7])), int(rng.choice([8, 16, 24]))
-        pages, lengths, counts = random_rows(rng, page_size, shared=case % 3 > 0)
+        rows, most = large.get(case) or (int(rng.integers(2, 5)), int(rng.choice([1, 10])))
+        pages, lengths, counts = random_rows(rng, page_size, rows=rows, most=most, shared=case % 3 > 0)
+        assert (pages[1:, 0] == pages[:-1, 0]).any() == (case % 3 > 0), "neighbours share pages"
         borders = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
         keys, values = torch.full((2, pages.max() + 1, page_size, groups, dim), float("nan"))
         for row, length in zip(pages, lengths, strict=True):
             place = row[np.arange(length) // page_size], np.arange(length) % page_size
-            keys[place] = torch.from_numpy(rng.standard_normal((length, groups, dim))).float()
-            values[place] = torch.from_numpy(rng.standard_normal((length, groups, dim))).float()
-        query = torch.from_numpy(rng.standard_normal((borders[-1], heads, dim))).float()
+            keys[place], values[place] = torch.randn(2, length, groups, dim, generator=generator)
+        query = torch.randn(int(borders[-1]), heads, dim, generator=generator)
         arrays = (torch.from_numpy(x) for x in (pages, lengths, borders))
         want = tree_decode_reference(query, keys, values, *arrays, 0.3)
         for processors, slots, sharers, least in (
@@ -312,9 +315,11 @@ def check_decode() -> None:
                 pages, lengths, borders, page_size=page_size, kv_heads=groups, processors=processors, slots=slots,
                 sharers=sharers, least_shared=least,
             )  # fmt: skip
+            together.add(int((work.tokens >= 0).sum(1).max()))
             tensors = (torch.from_numpy(x) for x in (work.pages, *work[:5]))
             got = tree_decode_triton(query, keys, values, *tensors, 0.3, slots=work.slots, pdl=False)
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert together >= {1, 2, 4, 8, 9}, f"no item is for as many queries as may share one, but for {sorted(together)}"
 
 
 def check_decode_moved() -> None:
@@ -360,19 +365,22 @@ def write_key(rng: np.random.Generator, cache: torch.Tensor, pages: np.ndarray, 
     ).float()
 
 
-def random_rows(rng: np.random.Generator, page_size: int, *, shared: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(pages, lengths, new tokens) of rows; neighbours share their first pages if `shared`."""
+def random_rows(
+    rng: np.random.Generator, page_size: int, *, rows: int, most: int, shared: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(pages, lengths, new tokens: at most `most`) of rows; if `shared`, neighbours have their first pages in common:
+    the first two one at least."""
     lists: list[list[int]] = []
     fresh = iter(range(10_000))
-    for _ in range(int(rng.integers(1, 5))):
+    for row in range(rows):
         own = int(rng.integers(1, 130))
-        kept = lists[-1][: int(rng.integers(0, len(lists[-1]) + 1))] if shared and lists else []
+        kept = lists[-1][: int(rng.integers(int(row == 1), len(lists[-1]) + 1))] if shared and lists else []
         lists.append(kept + [next(fresh) for _ in range(-(-own // page_size))])
     lengths = np.array([len(x) * page_size - rng.integers(0, page_size) for x in lists], dtype=np.int32)
     pages = np.full((len(lists), max(map(len, lists))), 0, dtype=np.int32)
     for row, numbers in enumerate(lists):
         pages[row, : len(numbers)] = numbers
-    return pages, lengths, rng.integers(1, 1 + np.minimum(lengths, rng.choice([1, 10])))
+    return pages, lengths, rng.integers(1, 1 + np.minimum(lengths, most))
 
 
 if __name__ == "__main__":
