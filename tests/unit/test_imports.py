@@ -255,8 +255,7 @@ for name in sys.argv[1:]:
                 import_all([name])
             except BaseException:
                 traceback.print_exc()
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(0)
+            sys.exit()  # as an interpreter ends: what it prints then counts, too
         status = os.waitpid(child, 0)[1]
         file.seek(0)
         said[name] = file.read().decode() or f"{status or ''}"
@@ -276,8 +275,9 @@ def import_all(names: list[str]) -> subprocess.CompletedProcess[str]:
 
 @functools.cache
 def imported_alone() -> dict[str, str]:
-    """What is said when each module of ALONE is imported first, in a process that has imported torch and nothing else;
-    it is forked, for torch takes most of the time."""
+    """What is said when each module of ALONE is imported first, from the import to the end of the process. It is forked
+    from one that has imported what takes most of the time, torch with its checkpoints and DTensor: a module that uses
+    these without importing them is not found here."""
     done = run_strictly(IMPORT_EACH, *ALONE)
     assert done.returncode == 0 and not done.stderr, done.stderr[-2000:]
     said: dict[str, str] = json.loads(done.stdout)
