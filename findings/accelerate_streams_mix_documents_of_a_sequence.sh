@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# accelerate 1.15.0, transformers 5.24.0 (PyPI), torch 2.13.0 on the CPU (four ranks over gloo).
+# accelerate 1.15.0 (PyPI), torch 2.13.0 on the CPU (four ranks over gloo); transformers 5.24.0 is there only because
+# ParallelismConfig looks up its version where tp_size is above 1.
 #
 # Guess before trying: batches of a stream are read by rank 0 and handed out, and what hands them out asks the mesh for
 #   dimensions that ParallelismConfig calls otherwise.
@@ -8,11 +9,11 @@
 #   a data set that has a length, and with a stream and dispatch_batches=False.
 # Seen: with a stream (IterableDataset) and nothing else said, each rank of one sequence gets rows of its own. Context
 #   parallel then cuts them as if they were one: a model reads the beginning and the end of one document around the middle
-#   of another, at the right positions, and half of all tokens (with cp_size=8 seven of eight) are read by nobody.
+#   of another, at the right positions, and half of all tokens are read by nobody.
 #   Together with tensor parallelism it is the other way round: all data parallel groups get the same rows, so that a step
 #   of two groups has the documents of one and the second group adds nothing. Shapes are right and nothing warns.
-#   prepare_data_loader is what Accelerator.prepare calls, with the mesh that ParallelismConfig makes; Accelerator itself
-#   wants GPUs for them. Trainer leaves dispatch_batches as it is, too.
+# Read in the source, not run: Accelerator.prepare calls the prepare_data_loader used here, with the mesh that
+#   ParallelismConfig makes.
 # Output seen (eight documents a to h of eight tokens, one document to a batch; what each data parallel group reads in its
 # first step, in the order of positions; how many steps the epoch has and how many of the tokens nobody reads in it):
 #   dp_shard 2, cp 2: data set               a0 a1 a2 a3 a4 a5 a6 a7 | b0 b1 b2 b3 b4 b5 b6 b7  steps 4  never  0 %
@@ -21,7 +22,8 @@
 #   dp_shard 2, tp 2: data set               a0 a1 a2 a3 a4 a5 a6 a7 | b0 b1 b2 b3 b4 b5 b6 b7  steps 4  never  0 %
 #   dp_shard 2, tp 2: stream                 a0 a1 a2 a3 a4 a5 a6 a7 | a0 a1 a2 a3 a4 a5 a6 a7  steps 8  never  0 %
 #   dp_shard 2, tp 2: stream, not dispatched a0 a1 a2 a3 a4 a5 a6 a7 | b0 b1 b2 b3 b4 b5 b6 b7  steps 4  never  0 %
-# DataLoaderConfiguration(dispatch_batches=False) avoids it where every rank reads the same stream in the same order.
+# dispatch_batches=False avoids it where every rank reads the same stream in the same order; huggingface/accelerate pull
+# request 3626 asks for it with context parallelism.
 #
 # Exits with 0 if that is so, with another status if it has changed.
 set -euo pipefail
