@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,11 @@ with contextlib.suppress(ImportError):  # some environments run the few tests th
     settings.load_profile("patient")
 
 
-gc.disable()  # until all modules of tests are there: of what they import nothing is garbage
+def pytest_configure(config: pytest.Config) -> None:
+    """No garbage collections until all modules of tests are there: of what they import nothing is garbage. The process
+    of pytest-xdist that only hands tests out imports none of them."""
+    if config.getoption("dist", "no") == "no":  # so it is in the processes that run the tests, too
+        gc.disable()
 
 
 def pytest_collection_finish() -> None:
@@ -32,6 +37,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> None:
+    """Starts before the first test, if one of them runs programs that are forked: with the environment that pytest was
+    given, not with that of a test."""
+    if "tests.forked" in sys.modules:
+        sys.modules["tests.forked"].start_fork_server()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,10 @@
 megatron-core: a new interpreter would spend seconds on that, most of what a short program takes.
 
 What a program could see of it: modules that are imported already, and settings that libraries read from the environment
-when they are imported. A test of what is imported, or of such a setting, starts an interpreter instead.
+when they are imported. These are of the environment and the folder in which the first test began (`conftest.py`), and
+warnings that are printed at an import are none of the program's (`tests/unit/test_forked.py` looks for them). All
+programs have one hash seed, and those that use a fork server themselves fork from this one, with what it has imported.
+A test of what is imported, or of such a setting, starts an interpreter instead.
 """
 
 from __future__ import annotations
@@ -15,14 +18,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from megatron_multiverse.parallel import local_ranks
 from tests.waiting import PATIENCE_S
 
-# What else tools and servers import, for the process that all are forked from. It starts with the first test that needs
-# it, when all modules of tests have been imported.
+# What else tools and servers import, for the process that all are forked from.
 local_ranks._PRELOAD += [
     "megatron_multiverse.inference.build",
     "megatron_multiverse.rl.trainer",
@@ -30,6 +33,12 @@ local_ranks._PRELOAD += [
     "matplotlib.pyplot",
     "transformers",
 ]
+
+
+def start_fork_server() -> None:
+    """Start the process that all are forked from, with the environment and the folder of now, unless it runs."""
+    local_ranks.forking_context()  # which tells it what to import
+    forkserver.ensure_running()
 
 
 def run_forked(
@@ -54,12 +63,17 @@ def run_forked(
     command = [str(word) for word in words]
     with tempfile.TemporaryDirectory(prefix="forked-") as folder:
         files = [Path(folder) / name for name in ("in", "out", "err")]
-        files[0].write_text(text)
+        for file, content in zip(files, (text, "", ""), strict=True):
+            file.write_text(content)
         process = start_forked(command, files, cwd=cwd, env=env)
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
+        try:
+            process.join(timeout)
+        finally:  # also where this process is interrupted: it would wait at its end for what it started
+            late = process.exitcode is None
+            if late:
+                process.kill()
+                process.join()
+        if late:
             raise subprocess.TimeoutExpired(command, timeout, *(file.read_bytes() for file in files[1:]))
         output, errors = (file.read_text() for file in files[1:])
     return subprocess.CompletedProcess(command, process.exitcode, output, errors)
