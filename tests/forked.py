@@ -69,14 +69,14 @@ def run_forked(
         try:
             process.join(timeout)
         finally:  # also where this process is interrupted: it would wait at its end for what it started
-            late = process.exitcode is None
-            if late:
+            code = process.exitcode
+            if code is None:
                 process.kill()
                 process.join()
-        if late:
+        if code is None:
             raise subprocess.TimeoutExpired(command, timeout, *(file.read_bytes() for file in files[1:]))
         output, errors = (file.read_text() for file in files[1:])
-    return subprocess.CompletedProcess(command, process.exitcode, output, errors)
+    return subprocess.CompletedProcess(command, code, output, errors)
 
 
 def start_forked(
