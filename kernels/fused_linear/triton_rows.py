@@ -147,7 +147,7 @@ def add_norm_rows(
     _add_norm_kernel[(rows,)](
         partial, partial if scale is None else scale, partial if bias is None else bias, residual, norm_weight, out,
         width, residual.stride(0), eps, SPLITS=partial.shape[0], ROWS=partial.shape[1], LANES=lanes,
-        SCALED=scale is not None, BIAS=bias is not None, PDL=pdl, num_warps=16 if lanes > 1024 else 4, **options,
+        SCALED=scale is not None, BIAS=bias is not None, PDL=pdl, num_warps=min(32, max(4, lanes // 128)), **options,
     )  # fmt: skip
     return out
 

@@ -213,13 +213,15 @@ def _blocks(depth: int, width: int, swiglu: bool, parted: bool, lanes: int, item
         sizes = {"BLOCK_OUT": 64, "BLOCK_K": 256, "SPLITS": splits, "PREFETCH": 256}
         return sizes | {"num_warps": 4, "num_stages": 4 if lanes == 8 else 3}
     splits = 1
-    if swiglu and depth < 2048:
-        # Two programs of the smaller tiles fit into a multiprocessor, so that the last few need not wait for a place.
-        tile, warps, stages = ((128, 64), 4, 5) if lanes == 16 else ((128, 128), 4, 4)
-    elif swiglu:
-        tile, warps, stages = ((64, 256), 8, 3) if lanes == 16 else ((64, 128), 4, 4)
+    if swiglu:
+        # Few tiles in flight: with more, by themselves no slower, the next launch finds less room to start early.
+        tile, warps, stages = (64, 128), 4, 3
     elif rows >= 8192:
         tile, warps, stages = (64, 128), 4, 4
+    elif parted and lanes == 16 and depth >= 4096 and rows < 2048:
+        # As deep and narrow as the down projection of Qwen2.5-1.5B: somewhat fewer programs than multiprocessors.
+        tile, warps, stages = (128, 128), 4, 4
+        splits = max(1, min(depth // 512, 120 // triton.cdiv(rows, 128)))
     elif rows >= 4096 or (parted and (lanes == 16 or (depth < 4096) == (rows < 2048))):
         # Somewhat more programs than multiprocessors. With 17 to 32 rows of x this is for sums that are neither as deep
         # and narrow as the down projection of Qwen2.5-1.5B nor as flat and wide as the output projection of 7B.
@@ -234,7 +236,7 @@ def _blocks(depth: int, width: int, swiglu: bool, parted: bool, lanes: int, item
         splits = max(1, min(depth // 512, round(230 / triton.cdiv(rows, tile[0]))))
         warps, stages = 4, 4 if tile[0] == 64 else 5
     sizes = dict(zip(("BLOCK_OUT", "BLOCK_K"), tile, strict=True))
-    prefetch = 512 if depth < 2048 else 256
+    prefetch = 512 if depth < 2048 and not swiglu else 256
     return sizes | {"SPLITS": splits, "num_warps": warps, "num_stages": stages, "PREFETCH": prefetch}
 
 

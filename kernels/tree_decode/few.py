@@ -13,7 +13,6 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from . import pieces
 from .pieces import BLOCK, NO_TAILS, Int32s, Stretch, Work
 from .tiles import Tiles, ahead_of
 
@@ -192,7 +191,7 @@ _NOBODY = np.full(64, -1, dtype=np.int32)
 def _piece_of(sizes: Sequence[int], longest: int, kv_heads: int, programs: int, most: int) -> int:
     """See `pieces.piece_of`."""
     even = -(-sum(sizes) * kv_heads // programs)
-    return -(-max(even, -(-longest // most), pieces.LEAST_PIECE) // BLOCK) * BLOCK
+    return -(-max(even, -(-longest // most), 1) // BLOCK) * BLOCK
 
 
 def _even_piece(size: int, piece: int) -> int:

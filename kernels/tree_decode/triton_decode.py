@@ -135,7 +135,8 @@ def _blocks(m: int, sharers: int, programs: int) -> dict[str, int]:
     if m >= 64:
         return {"BLOCK": 32, "num_warps": 4, "num_stages": 4}
     # Many programs hide each other's waits if they are small enough to be resident together. Tiles are never many.
-    return {"BLOCK": 64, "num_warps": 4, "num_stages": 2 if sharers == 1 and programs > 256 else 3}
+    stages = 2 if sharers == 1 and programs > 256 else 3
+    return {"BLOCK": 64, "num_warps": 8 if programs <= 4 else 4, "num_stages": stages}
 
 
 def tree_decode_triton(

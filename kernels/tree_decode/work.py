@@ -17,7 +17,6 @@ import numpy.typing as npt
 from . import few, many
 from .pieces import (
     BLOCK,
-    LEAST_PIECE,
     LEAST_SHARED,
     LEAST_TILE,
     Int32s,
@@ -34,10 +33,10 @@ of 8,192 keys take 128 us instead of 149 on an H200, 32 of 1,083 keys 24.0 inste
 
 
 AT_ONCE = 2.5
-"""Programs per multiprocessor up to which reading all keys of all rows, row by row, takes less time than tiles for more
-than two queries (an H200, benchmarks/kernels/results/tree_decode_few_keys_h200.json). It reads more, but what few
-programs read takes no longer for that, and products for one query are smaller, unless both have `LEAST_TILE` rows, as
-with one query head per group."""
+"""Pieces of two blocks, per multiprocessor, up to which reading all keys of all rows, row by row, takes less time than
+tiles for more than two queries (an H200, benchmarks/kernels/results/tree_decode_few_keys_h200.json). It reads more, but
+what few programs read takes no longer for that, and products for one query are smaller, unless both have `LEAST_TILE`
+rows, as with one query head per group."""
 
 
 def divide_work(
@@ -76,7 +75,7 @@ def divide_work(
     if rows == tokens:
         tiles = None if common is None else choose_tiles(common, lengths, sharers, least_shared)
         if tiles is not None and least_shared is None and tiles.sharers > 2 and sharers < LEAST_TILE:
-            reads = -(-lengths // LEAST_PIECE).sum() * kv_heads
+            reads = -(-lengths // (2 * BLOCK)).sum() * kv_heads
             tiles = None if reads <= AT_ONCE * processors else tiles
         if tiles is None:
             # Two programs for every multiprocessor hide each other's waits; where there is about one anyway, a second

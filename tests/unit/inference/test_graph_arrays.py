@@ -16,7 +16,7 @@ from megatron_multiverse.inference.step import graph_sizes
 from megatron_multiverse.inference.step.graph_sizes import Fit
 from megatron_multiverse.inference.step.plan import Shaping, StepPlan
 from megatron_multiverse.inference.step.plan_buffer import PlanBuffer
-from megatron_multiverse.kernels.tree_decode import Work, pieces, prompt, tiles, work
+from megatron_multiverse.kernels.tree_decode import Work, prompt, tiles, work
 from tests.unit.kernels.listed_keys import check_reads
 
 from .test_fuzz import random_engine, random_request, seeds
@@ -68,7 +68,6 @@ def share_short_prefixes(monkeypatch: pytest.MonkeyPatch, rng: random.Random) ->
     monkeypatch.setattr(tiles, "PLAIN_TIME", float("inf"))
     monkeypatch.setattr(tiles, "TIMES", rng.choice([(1, 9, 9), (9, 1, 9), (9, 9, 1)]))
     monkeypatch.setattr(tiles, "HUGE", rng.choice([64, 8192]))
-    monkeypatch.setattr(pieces, "LEAST_PIECE", 64)
 
 
 def play(seed: int, monkeypatch: pytest.MonkeyPatch) -> Compared:

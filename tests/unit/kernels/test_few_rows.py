@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megatron_multiverse.kernels.tree_decode import Work, divide_work, few, most_parts, pieces, tiles, work
+from megatron_multiverse.kernels.tree_decode import Work, divide_work, few, most_parts, tiles, work
 from tests.unit.kernels.listed_keys import check_reads
 
 Ints = npt.NDArray[np.int64]
@@ -57,7 +57,6 @@ def test_one_by_one_and_by_arrays_come_the_same_lists(seed: int, monkeypatch: py
             monkeypatch.setattr(tiles, "PLAIN_TIME", float("inf"))
             monkeypatch.setattr(tiles, "TIMES", rng.choice([(1, 9, 9), (9, 1, 9), (9, 9, 1)]))
             monkeypatch.setattr(tiles, "HUGE", rng.choice([64, 8192]))
-            monkeypatch.setattr(pieces, "LEAST_PIECE", 64)
         page_size, moves = rng.choice([1, 4, 16, 16, 64]), rng.random() < 0.5
         pages, lengths, borders = random_rows(rng, page_size)
         options = {
