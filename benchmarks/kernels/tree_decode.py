@@ -95,9 +95,7 @@ def main() -> None:
         "Microseconds of one layer: `shared_us` by a list of work that reads a shared prefix once for as many rows as "
         "fill a tile, `plain_us` by a list in which each row reads all its pages, `engine_us` by the one that the "
         "engine takes; `requests`: how many have a prefix and their part of the rows each, one where it is left out. "
-        "`share`: of the rate at which this GPU reads a large tensor, with shared prefixes counted once. Tried at "
-        "4ea50de alone: `small_us`, shared, by tiles for the rows of one request; `cut_us`, plain, cut as for twice as "
-        "many multiprocessors."
+        "`share`: of the rate at which this GPU reads a large tensor, with shared prefixes counted once."
     )
 
 

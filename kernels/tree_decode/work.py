@@ -32,11 +32,11 @@ LONG = 4096
 of 8,192 keys take 128 us instead of 149 on an H200, 32 of 1,083 keys 24.0 instead of 23.3."""
 
 
-AT_ONCE = 2.5
+AT_ONCE = 3.0
 """Pieces of two blocks, per multiprocessor, up to which reading all keys of all rows, row by row, takes less time than
-tiles for more than two queries (an H200, benchmarks/kernels/results/tree_decode_few_keys_h200.json). It reads more, but
-what few programs read takes no longer for that, and products for one query are smaller, unless both have `LEAST_TILE`
-rows, as with one query head per group."""
+tiles for more than two queries (an H200, benchmarks/kernels/results/tree_decode_few_keys_h200.json; 16 rows with 256
+keys of their own after 512, tree_decode_h200.md there). It reads more, but what few programs read takes no longer for
+that, and products for one query are smaller, unless both have `LEAST_TILE` rows, as with one query head per group."""
 
 
 def divide_work(

@@ -116,12 +116,13 @@ def test_a_norm_adds_up_what_a_product_adds_to_the_residual(rows, depth, width, 
     )
     wide = torch.randn(width, depth, device="cuda", generator=generator) * depth**-0.5
     weight, scale = quantize_rows(wide) if fp8 else (wide.to(BF16), None)
-    exact = dequantize_rows(weight, scale, torch.float64)
+    exact = dequantize_rows(weight, scale, torch.float64).double()
     for some in (None, bias):
         want = residual.double() + F.linear(x.double(), exact, None if some is None else some.double())
         kept = residual.clone()
         got = linear_add_norm(x, weight, kept, gain, 1e-6, some, scale)
-        assert relative(kept, want) < 6e-3 and torch.equal(got, norm(kept, gain, 1e-6))
+        # The squares are added up in another order than in the norm by itself.
+        assert relative(kept, want) < 6e-3 and relative(got, norm(kept, gain, 1e-6).double()) < 6e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
