@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .tiles import TILES, ProductShape, choose_tiles
 from .triton_rows import split_rows_triton
 
 
@@ -185,59 +186,10 @@ def _skinny_kernel(x, x_scale, weight, scale, bias, partial, arrived, rows, dept
         tl.store(out + row[None, :] * out_row + column[:, None], result.to(out.dtype.element_ty), mask=stored)
 
 
-LONGEST_STRETCH = 9216
-"""Of a sum, for one program: with two of 13,824 for the down projection of Qwen2.5-32B a step takes 2 % longer than
-with three of 9,216, with two of 9,472 for that of 7B 1 % longer than with three (engine_parts_h200.json)."""
-
-
 @functools.cache
 def _counters(device: torch.device) -> Tensor:
     """Zeros that the programs of a launch count on; launches of one stream share them."""
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
-
-
-@functools.cache
-def _blocks(depth: int, width: int, swiglu: bool, parted: bool, lanes: int, itemsize: int) -> dict[str, int]:
-    """Tile sizes of a shape: those that make a whole decode step shortest (benchmarks/results/decode_tiles_h200.md).
-
-    Args:
-        depth, width, swiglu: see `skinny_linear`.
-        parted: see `prepare_product`.
-        lanes: rows of x, rounded up.
-        itemsize: bytes of a weight.
-    """
-    rows = width * (2 if swiglu else 1)
-    if itemsize == 1:
-        # 64 rows are the least that tensor cores take from shared memory as they are.
-        splits = 1 if rows >= 8192 else max(1, min(depth // 1024, round(264 / triton.cdiv(rows, 64))))
-        sizes = {"BLOCK_OUT": 64, "BLOCK_K": 256, "SPLITS": splits, "PREFETCH": 256}
-        return sizes | {"num_warps": 4, "num_stages": 4 if lanes == 8 else 3}
-    splits = 1
-    if swiglu:
-        # Few tiles in flight: with more, by themselves no slower, the next launch finds less room to start early.
-        tile, warps, stages = (64, 128), 4, 3
-    elif rows >= 8192:
-        tile, warps, stages = (64, 128), 4, 4
-    elif parted and lanes == 16 and depth >= 4096 and rows < 2048:
-        # As deep and narrow as the down projection of Qwen2.5-1.5B: somewhat fewer programs than multiprocessors.
-        tile, warps, stages = (128, 128), 4, 4
-        splits = max(1, min(depth // 512, 120 // triton.cdiv(rows, 128)))
-    elif rows >= 4096 or (parted and (lanes == 16 or (depth < 4096) == (rows < 2048))):
-        # Somewhat more programs than multiprocessors. With 17 to 32 rows of x this is for sums that are neither as deep
-        # and narrow as the down projection of Qwen2.5-1.5B nor as flat and wide as the output projection of 7B.
-        tile, warps, stages = (64, 128), 4, 4
-        splits = max(1, triton.cdiv(depth, LONGEST_STRETCH), min(depth // 512, round(150 / triton.cdiv(rows, 64))))
-    elif lanes > 16 and (depth < 4096 or rows < 2048):
-        tile, warps, stages = (64, 256), 8, 3
-        splits = 2 if depth < 4096 else 5 if parted else 4
-    else:
-        # About 230 programs, nearly two for every multiprocessor.
-        tile = (64 if rows >= 2048 else 32, 128)
-        splits = max(1, min(depth // 512, round(230 / triton.cdiv(rows, tile[0]))))
-        warps, stages = 4, 4 if tile[0] == 64 else 5
-    sizes = dict(zip(("BLOCK_OUT", "BLOCK_K"), tile, strict=True))
-    prefetch = 512 if depth < 2048 and not swiglu else 256
-    return sizes | {"SPLITS": splits, "num_warps": warps, "num_stages": stages, "PREFETCH": prefetch}
 
 
 class Product(NamedTuple):
@@ -276,7 +228,8 @@ def prepare_product(
     parts, x_scale = split_rows_triton(x, pdl=pdl) if scaled else (x, x)
     lanes = max(8 if scaled else 16, triton.next_power_of_2(rows))
     width = len(weight) // 2 if swiglu else len(weight)
-    blocks = blocks or _blocks(depth, width, swiglu, parted, lanes, weight.dtype.itemsize)
+    shape = ProductShape(depth, width, swiglu, parted, lanes, weight.dtype.itemsize)
+    blocks = blocks or TILES.get(shape) or choose_tiles(shape)
     if most_outputs is not None:
         blocks = blocks | {"BLOCK_OUT": min(blocks["BLOCK_OUT"], most_outputs)}
     splits = blocks["SPLITS"]
