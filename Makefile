@@ -21,7 +21,9 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 # Files in their order, which begins with the slowest: by default the files of few tests come last, and one of them that
 # takes a minute keeps one process waiting for the other.
-SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+# One process more than there are cores, since those of servers and ranks wait at times.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + 1, 8))')
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Further pytest options of `make test`, and what `make coverage` measures.
 TEST_ARGS ?=

@@ -135,7 +135,7 @@ def launch_write_product() -> None:
     from megatron_multiverse.kernels.kv_write.triton_product import linear_write_kv_triton
 
     for depth, groups, per_group, dim in ((1536, 2, 6, 128), (3584, 4, 7, 128), (4096, 8, 4, 128), (896, 2, 7, 64)):
-        for dtype, (rows, writes) in itertools.product((torch.bfloat16, torch.float16), ((1, 19), (8, 40))):
+        for dtype, rows, writes in ((torch.bfloat16, 1, 19), (torch.bfloat16, 8, 40), (torch.float16, 8, 40)):
             weight = torch.zeros(groups * (per_group + 2) * dim, 1, dtype=dtype).expand(-1, depth)
             cache = torch.zeros(2, 144, groups, dim, dtype=dtype)
             x, slots = torch.zeros(rows, depth, dtype=dtype), torch.arange(writes)
