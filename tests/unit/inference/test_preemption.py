@@ -62,7 +62,7 @@ def test_a_join_and_the_fork_after_it_are_fed_again_in_one_step(page_size, max_s
 @pytest.mark.parametrize("max_step_tokens", [1, 8, 16, 32, 64])
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_random_trees_preempted_twice_compute_the_same_keys(page_size, max_step_tokens):
-    for seed in range(3):
+    for seed in range(2):
         rng = random.Random(1000 * max_step_tokens + 10 * page_size + seed)
         script = random_script(rng, depth=rng.choice([1, 2]), blocks=2, most_paths=3, text=rng.choice([2, 8]))
         request = ask(random_prompt(rng), max_tokens=3000)

@@ -58,14 +58,11 @@ def test_what_ended_an_answer_stands_beside_why(
         assert [one["stop_reason"] for one in told] == [None] * (len(told) - 1) + [reason]
 
 
-@pytest.mark.parametrize("mode", ["linear", "branches"])
 @pytest.mark.parametrize("in_paths", [True, False])
 @pytest.mark.parametrize("stop", ["carry 1, l", "in parallel", "50; B", ["124", "nowhere"]], ids=str)
-def test_stop_texts_stay_where_they_are_asked_for(
-    server: Running, stop: str | list[str], in_paths: bool, mode: str
-) -> None:
+def test_stop_texts_stay_where_they_are_asked_for(server: Running, stop: str | list[str], in_paths: bool) -> None:
     """Whole and streamed; what follows a stop text in its last token is left out as ever."""
-    ours = {"stop_in_branches": in_paths, "stream_mode": mode}
+    ours: dict[str, Any] = {"stop_in_branches": in_paths}
     without = choice(server, stop=stop, multiverse=ours | {"return_tree": True})
     stops = without["multiverse"]["tree"]["stops"]
     whole = choice(server, stop=stop, multiverse=ours, include_stop_str_in_output=True)
@@ -73,12 +70,13 @@ def test_stop_texts_stay_where_they_are_asked_for(
     assert len(whole["text"]) == len(without["text"]) + sum(len(match["text"]) for match in stops)
     assert all(match["text"] in whole["text"] for match in stops)
     assert bool(stops) == (stop == "in parallel" or (stop != "50; B" and in_paths) or stop == "50; B" or "124" in stop)
-    body = {"prompt": PROMPT, **GREEDY, "stop": stop, "multiverse": ours, "include_stop_str_in_output": True}
-    told = [one["choices"][0] for one in chunks(server, TEXT, body)]
-    if mode == "linear":
-        assert "".join(one["text"] for one in told) == whole["text"]
-    else:
-        assert sum(len(one["text"]) for one in told) == len(whole["text"])
+    told: dict[str, list[str]] = {}
+    for mode in ("linear", "branches"):
+        body = {"prompt": PROMPT, **GREEDY, "stop": stop, "include_stop_str_in_output": True}
+        body["multiverse"] = ours | {"stream_mode": mode}
+        told[mode] = [one["choices"][0]["text"] for one in chunks(server, TEXT, body)]
+    assert "".join(told["linear"]) == whole["text"]
+    assert sum(len(text) for text in told["branches"]) == len(whole["text"])
 
 
 def test_stop_tokens_are_no_text_that_could_stay(server: Running) -> None:
