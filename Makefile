@@ -21,8 +21,8 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 # Files in their order, which begins with the slowest: by default the files of few tests come last, and one of them that
 # takes a minute keeps one process waiting for the other.
-# One process more than there are cores, since those of servers and ranks wait at times.
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() + 1, 8))')
+# As many processes as cores, up to where memory may end: with one more the tests take longer.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count(), 8))')
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Further pytest options of `make test`, and what `make coverage` measures.

@@ -189,6 +189,8 @@ def main() -> None:
     options = parse_options(Options)
     if choose_device("auto").type != "cuda":
         raise ConfigError("tiles are searched on a CUDA GPU, none is visible: run it on a machine that has one")
+    if options.output:  # what cannot be written there is said before the search, not after it
+        options.output.write_text("", encoding="utf-8")
     shape = preset(options.model_preset)
     shape = dataclasses.replace(shape, num_layers=options.num_layers or shape.num_layers)
     names = products(shape, options.batch)

@@ -63,7 +63,7 @@ def requests(**asked: float) -> list[Request]:
     def prompt(length: int, shift: int) -> list[int]:
         return [toy.TEXT + (k + shift) % 9 for k in range(length)]
 
-    several = [Request(prompt_ids=prompt(145 + 3 * k, k), sampling=sampling, sample=k) for k in range(3)]
+    several = [Request(prompt_ids=prompt(60 + 3 * k, k), sampling=sampling, sample=k) for k in range(3)]
     block = Request(prompt_ids=prompt(290, 1), sampling=replace(sampling, ignore_eos=False), answer_start=goal(3))
     return [*several, block]
 
