@@ -56,6 +56,9 @@ def choose_tiles(shape: ProductShape) -> dict[str, int]:
         # and narrow as the down projection of Qwen2.5-1.5B nor as flat and wide as the output projection of 7B.
         tile, warps, stages = (64, 128), 4, 4
         splits = max(1, -(-depth // LONGEST_STRETCH), min(depth // 512, round(150 / -(-rows // 64))))
+    elif lanes > 16 and depth < 2048 and not parted:
+        # As flat as the qkv projection of Qwen2.5-1.5B.
+        tile, warps, stages = (32, 256), 2, 4
     elif lanes > 16 and (depth < 4096 or rows < 2048):
         tile, warps, stages = (64, 256), 8, 3
         splits = 2 if depth < 4096 else 5 if parted else 4
