@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..device import processors
+from .work import ALONE
 
 
 # `slots` differs with the number of tokens; compiled once for all of them, a new one takes no second while others wait.
@@ -144,8 +145,7 @@ def _blocks(m: int, sharers: int, programs: int, processors: int, key_bytes: int
     """
     if m >= 64:
         return {"BLOCK": 32, "num_warps": 4, "num_stages": 4}
-    if sharers == 1 and processors < 2 * programs <= 2 * processors and key_bytes <= 256:
-        # Rows that are not cut (`work.divide_work`) have about one program for each multiprocessor.
+    if sharers == 1 and ALONE * processors < programs < processors and key_bytes <= 256:
         return {"BLOCK": 128, "num_warps": 8, "num_stages": 3}
     # Many programs hide each other's waits if they are small enough to be resident together. Tiles are never many.
     stages = 2 if sharers == 1 and programs > 256 else 3

@@ -138,7 +138,7 @@ def test_paths_of_several_requests_share_where_that_is_faster_and_read_every_key
 
 @pytest.mark.parametrize(
     ("rows", "keys", "items"),
-    [(8, 16384, 64), (32, 8192, 64), (32, 4096, 64), (32, 1083, 32), (34, 8192, 34), (96, 8192, 96)],
+    [(8, 16384, 64), (24, 1083, 48), (25, 8192, 25), (32, 1083, 32), (33, 8192, 66), (34, 8192, 34), (96, 8192, 96)],
 )
 def test_rows_alone_are_cut_for_as_many_programs_as_run_at_once(rows, keys, items):
     pages, lengths = np.arange(rows * 1024, dtype=np.int32).reshape(rows, 1024), np.full(rows, keys, dtype=np.int32)
