@@ -77,7 +77,7 @@ coverage: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/mypy -n $(WORKERS)
 	$(BIN)/lint-imports
 	for file in $$(git ls-files '*.sh' '*.sbatch' .ci/run); do bash -n $$file || exit 1; done
 	$(BIN)/shellcheck $$(git ls-files '*.sh' '*.sbatch' .ci/run)
