@@ -108,8 +108,9 @@ class Gate:
             nonlocal started
             started = True
             if message["type"] == "http.response.start":
-                path = scope["path"] if scope["path"] in PATHS else "other"
-                self._responses.labels(path, message["status"]).inc()
+                # The route is there once the request has been let in; its path may have a place for a name.
+                path = getattr(scope.get("route"), "path", scope["path"])
+                self._responses.labels(path if path in PATHS else "other", message["status"]).inc()
             await send(message)
 
         error = self._refusal(scope["path"], dict(scope["headers"]))

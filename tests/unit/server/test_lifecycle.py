@@ -182,14 +182,16 @@ def test_metrics_tell_of_answers_branches_and_refusals(server: Running) -> None:
     names = ["multiverse_blocks_total", "multiverse_branches_total", 'multiverse_tokens_total{kind="generated"}']
     names += [
         'multiverse_http_responses_total{route="/v1/completions",status="400"}',
+        'multiverse_http_responses_total{route="/v1/models/{name:path}",status="404"}',
         "multiverse_request_seconds_count",
     ]
     before = {name: value(name) for name in names}
     body = {"prompt": PROMPT, "max_tokens": 900, "temperature": 0}
     usage = server.post("/v1/completions", body).json()["usage"]
     server.post("/v1/completions", {"prompt": 5})
+    server.http.get("/v1/models/some/other")
     changes = {name: value(name) - before[name] for name in names}
-    assert list(changes.values()) == [1, 2, usage["completion_tokens"], 1, 1]
+    assert list(changes.values()) == [1, 2, usage["completion_tokens"], 1, 1, 1]
     server.wait_until_free()
     steps = server.engine.num_steps
     wait_until(lambda: value("multiverse_engine_steps ") == steps, "the engine has told of its last step")
