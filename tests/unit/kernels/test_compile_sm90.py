@@ -155,7 +155,7 @@ def launch_decode() -> None:
         items, tokens = torch.zeros(8, 4, dtype=torch.int32), torch.zeros(8, sharers, dtype=torch.int32)
         tails = torch.zeros(8, 3, sharers, dtype=torch.int32)
         tree_decode_triton(query, *cache, items[0], items, tokens, tokens, tails, tokens[:, 0], 1.0, slots=8)
-    query, items = torch.zeros(24, 28, 128, dtype=torch.bfloat16), torch.zeros(24, 4, dtype=torch.int32)
+    query, items = torch.zeros(28, 28, 128, dtype=torch.bfloat16), torch.zeros(28, 4, dtype=torch.int32)
     tree_decode_triton(query, *cache, items[0], items, *3 * (items[:, :1],), items[:, 0], 1.0, slots=1)
 
 
