@@ -14,6 +14,13 @@ LEAST_SHARED = 4 * BLOCK
 LEAST_TILE, SHARERS = 16, 8
 """Rows of the tensor cores' smallest tile, and queries for whose heads tiles are made; see `most_sharers`."""
 
+WHOLE = 0.73, 0.975
+"""Rows that share nothing are not cut where they make between so many programs for each multiprocessor, and have tiles
+of many keys (`triton_decode`). 32 rows of 28 heads over 4 take 22.1 us instead of 24.9 for 1,083 keys and 125 instead
+of 140 for 8,192; 18 rows, cut in two, 37.7 instead of 26.9 for 2,048 (an H200, decode_tiles_h200.md). With 132
+multiprocessors a graph's rows (`GraphSizes`), by which its tiles are chosen, and those of a step that it runs are both
+within these bounds or neither."""
+
 Int32s = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
 
@@ -113,6 +120,12 @@ def most_parts(queries: int) -> int:
 def most_cut(processors: int, kv_heads: int) -> int:
     """Items into which rows are cut that would be fewer: two programs for every multiprocessor."""
     return max(2 * processors // kv_heads, 1)
+
+
+def stay_whole(programs: int, processors: int) -> bool:
+    """Whether rows that share nothing and make so many programs, a row and key/value head each, are left whole."""
+    least, most = WHOLE
+    return least * processors < programs < most * processors
 
 
 def most_sharers(heads: int, kv_heads: int) -> int:

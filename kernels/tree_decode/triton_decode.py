@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..device import processors
-from .work import ALONE
+from .pieces import stay_whole
 
 
 # `slots` differs with the number of tokens; compiled once for all of them, a new one takes no second while others wait.
@@ -133,19 +133,12 @@ def _merge_kernel(parts, logs, counts, out, slots, HEADS: tl.constexpr, DIM: tl.
         tl.store(out + (token * HEADS + head) * DIM + lane, result.to(out.dtype.element_ty), mask=in_dim)
 
 
-def _blocks(m: int, sharers: int, programs: int, processors: int, key_bytes: int) -> dict[str, int]:
-    """Tile sizes for products of m rows: the fastest on an H200 (benchmarks/results/decode_tiles_h200.md).
-
-    Args:
-        m: rows of the products.
-        sharers: queries per item.
-        programs: for so many pairs of a token and a key/value head.
-        processors: multiprocessors of the GPU.
-        key_bytes: of a key of one head.
-    """
+def _blocks(m: int, sharers: int, programs: int, whole: bool) -> dict[str, int]:
+    """Tile sizes for products of m rows, of which each may be left whole: the fastest on an H200
+    (benchmarks/results/decode_tiles_h200.md)."""
     if m >= 64:
         return {"BLOCK": 32, "num_warps": 4, "num_stages": 4}
-    if sharers == 1 and ALONE * processors < programs < processors and key_bytes <= 256:
+    if whole:
         return {"BLOCK": 128, "num_warps": 8, "num_stages": 3}
     # Many programs hide each other's waits if they are small enough to be resident together. Tiles are never many.
     stages = 2 if sharers == 1 and programs > 256 else 3
@@ -199,8 +192,9 @@ def tree_decode_triton(
     logs = query.new_empty((tokens, slots, heads), dtype=torch.float32)
     out = query.new_empty(tokens, heads, dim) if out is None else out
     options = {"launch_pdl": True} if pdl else {}
-    key_bytes = lanes * keys.dtype.itemsize
-    blocks = blocks or _blocks(m, sharers, tokens * groups, processors(keys.device), key_bytes)
+    # So many keys in flight fit into shared memory where each has 256 bytes at most.
+    whole = sharers == 1 and lanes * keys.itemsize <= 256 and stay_whole(tokens * groups, processors(keys.device))
+    blocks = blocks or _blocks(m, sharers, tokens * groups, whole)
     # The heads of an item stand next to each other, so that the padding of the list comes after all of its work.
     _decode_kernel[(groups, len(items))](
         query, keys, values, pages, items, item_tokens, item_limits, tails, counts, parts, logs, out,

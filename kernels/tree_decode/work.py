@@ -24,16 +24,13 @@ from .pieces import (
     Work,
     most_cut,
     most_parts,
+    stay_whole,
 )
 from .tiles import AHEAD, choose_tiles
 
 LONG = 4096
 """Keys of a row from which two programs for every multiprocessor are worth a merge where there are one or two without
 (32 rows on an H200: of 8,192 keys 128 us instead of 149, of 1,083 keys 24.0 instead of 23.3)."""
-ALONE = 0.75
-"""Programs for each multiprocessor from which rows are not cut where there is less than one: they have tiles of many
-keys, see `triton_decode`. 32 rows of 28 heads over 4 take 22.1 us instead of 24.9 for 1,083 keys and 125 instead of 140
-for 8,192; 18 rows, cut in two, 37.7 instead of 26.9 for 2,048 (an H200, benchmarks/results/decode_tiles_h200.md)."""
 
 
 AT_ONCE = 3.0
@@ -84,9 +81,9 @@ def divide_work(
         if tiles is None:
             # Two programs for every multiprocessor hide each other's waits; where there is about one anyway, a second
             # part and the merge cost more than that, but for long rows in smaller tiles.
-            alone = rows * kv_heads / processors
-            twice = alone <= ALONE or (alone >= 1 and int(lengths.sum()) >= LONG * rows)
-            programs = 2 * processors if twice else processors
+            alone = rows * kv_heads
+            twice = alone < processors or int(lengths.sum()) >= LONG * rows
+            programs = 2 * processors if twice and not stay_whole(alone, processors) else processors
             work: Work = makes.list_alone(
                 pages, lengths, kv_heads=kv_heads, programs=programs, most_items=most_items, slots=slots
             )

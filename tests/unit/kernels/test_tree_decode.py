@@ -19,6 +19,7 @@ from megatron_multiverse.kernels.tree_decode import (
     tree_decode,
     with_sharers,
 )
+from megatron_multiverse.kernels.tree_decode.pieces import stay_whole
 from tests.unit.kernels.listed_keys import check_reads
 
 PAGE = 4
@@ -146,6 +147,14 @@ def test_rows_alone_are_cut_for_as_many_programs_as_run_at_once(rows, keys, item
     work = divide_work(pages, lengths, borders, page_size=16, kv_heads=4, processors=132, slots=slots, sharers=9)
     assert len(work.items) == items and (work.slots == 1) == (items == rows)
     check_reads(work, pages, lengths, borders)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+def test_rows_are_left_whole_where_their_graph_has_the_tiles_for_it(kv_heads):
+    """A graph's tiles are chosen by its size, the list by the rows of the step."""
+    for rows in range(1, 193):
+        size = next(size for size in SIZES if size >= rows)
+        assert stay_whole(rows * kv_heads, 132) == stay_whole(size * kv_heads, 132), (rows, size)
 
 
 @pytest.mark.parametrize("seed", range(20))
