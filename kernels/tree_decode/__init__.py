@@ -76,6 +76,7 @@ class TreeDecode:
                 kv_heads=kv_heads,
                 processors=processors(query.device),
                 sharers=most_sharers(query.shape[1], kv_heads),
+                shares=True,
             )
         device_work = None if work is None else DeviceWork.upload(work, query.device)
         if device_work is not None and not prompts.any():
@@ -143,10 +144,11 @@ class DeviceWork:
         limits: Tensor,
         tails: Tensor,
         counts: Tensor,
+        shares: Tensor,
         slots: int,
     ) -> None:
         self.pages, self.items, self.tokens, self.limits = pages, items, tokens, limits
-        self.tails, self.counts, self.slots = tails, counts, slots
+        self.tails, self.counts, self.shares, self.slots = tails, counts, shares, slots
 
     @classmethod
     def upload(cls, work: Work, device: torch.device) -> DeviceWork:
@@ -162,6 +164,7 @@ class DeviceWork:
             up(work.limits),
             up(work.tails),
             up(work.counts),
+            up(work.shares),
             work.slots,
         )
 
@@ -169,6 +172,13 @@ class DeviceWork:
         self, query: Tensor, keys: Tensor, values: Tensor, softmax_scale: float, *, out: Tensor | None = None
     ) -> Tensor:
         """See `TreeDecode`; into `out`, if it is there, and there only what the list's queries attend to."""
+        if len(self.shares):
+            from .triton_shares import attend_shares_triton
+
+            return attend_shares_triton(
+                query, keys, values, self.pages, self.items, self.tokens, self.counts, self.shares, softmax_scale,
+                slots=self.slots, out=out,
+            )  # fmt: skip
         from .triton_decode import tree_decode_triton
 
         return tree_decode_triton(

@@ -52,6 +52,7 @@ class SuccessiveWork:
             slots=slots,
             sharers=self.sharers,
             moves=True,
+            shares=True,
         )
         self._last = _Divided(work, pages, lengths, borders, slots, self.page_size)
         return work
@@ -141,7 +142,8 @@ class _Divided:
         limits, ends = work.limits + more * self.per_query, None if work.ends is None else self.ends
         # Not by `_replace`, which takes a tenth of the time of all of this.
         room = max(work.room - int(more), 0)
-        self.work = Work(items, work.tokens, limits, work.tails, work.counts, flat, work.slots, ends, room)
+        rest = work.slots, ends, room, work.shares
+        self.work = Work(items, work.tokens, limits, work.tails, work.counts, flat, *rest)
         self.pages, self.lengths = pages, lengths
 
     def _with_last_pages(self, pages: Int32s, lengths: npt.NDArray[np.int32]) -> Int32s:

@@ -133,7 +133,20 @@ def _merge_kernel(parts, logs, counts, out, slots, HEADS: tl.constexpr, DIM: tl.
         tl.store(out + (token * HEADS + head) * DIM + lane, result.to(out.dtype.element_ty), mask=in_dim)
 
 
-def _blocks(m: int, sharers: int, programs: int, whole: bool) -> dict[str, int]:
+def merge_parts(parts: Tensor, logs: Tensor, counts: Tensor, out: Tensor, pdl: bool) -> Tensor:
+    """Write to `out` the sums of the parts of each query that has several: `parts` float32 ``[tokens, slots, heads,
+    dim]``, their `logs` ``[tokens, slots, heads]``, `counts` of them ``[tokens]``."""
+    tokens, slots, heads, dim = parts.shape
+    if slots > 1:
+        together = min(32, triton.next_power_of_2(slots))
+        _merge_kernel[(tokens, heads)](
+            parts, logs, counts, out, slots, HEADS=heads, DIM=dim, LANES=max(16, triton.next_power_of_2(dim)),
+            TOGETHER=together, PDL=pdl, num_warps=max(1, together // 8), **({"launch_pdl": True} if pdl else {}),
+        )  # fmt: skip
+    return out
+
+
+def tile_sizes(m: int, sharers: int, programs: int, whole: bool) -> dict[str, int]:
     """Tile sizes for products of m rows, of which each may be left whole: the fastest on an H200
     (benchmarks/results/decode_tiles_h200.md)."""
     if m >= 64:
@@ -194,17 +207,11 @@ def tree_decode_triton(
     options = {"launch_pdl": True} if pdl else {}
     # So many keys in flight fit into shared memory where each has 256 bytes at most.
     whole = sharers == 1 and lanes * keys.itemsize <= 256 and stay_whole(tokens * groups, processors(keys.device))
-    blocks = blocks or _blocks(m, sharers, tokens * groups, whole)
+    blocks = blocks or tile_sizes(m, sharers, tokens * groups, whole)
     # The heads of an item stand next to each other, so that the padding of the list comes after all of its work.
     _decode_kernel[(groups, len(items))](
         query, keys, values, pages, items, item_tokens, item_limits, tails, counts, parts, logs, out,
         softmax_scale, query.stride(0), query.stride(1), slots, HEADS=heads, GROUPS=groups, SHARERS=sharers, M=m,
         DIM=dim, LANES=lanes, PAGE=page, PDL=pdl, **blocks, **options,
     )  # fmt: skip
-    if slots > 1:
-        together = min(32, triton.next_power_of_2(slots))
-        _merge_kernel[(tokens, heads)](
-            parts, logs, counts, out, slots, HEADS=heads, DIM=dim, LANES=lanes, TOGETHER=together, PDL=pdl,
-            num_warps=max(1, together // 8), **options,
-        )  # fmt: skip
-    return out
+    return merge_parts(parts, logs, counts, out, pdl)

@@ -4,7 +4,7 @@ The list is made on the host, once per step for all layers. It knows the exact l
 pieces of equal size until all multiprocessors have work, and it sees where neighbouring rows list the same pages: they
 are read once for all of them. Siblings of a fork are neighbours in a step. Rows of one query each share tiles, see
 `tiles.py`; where rows bring several, each stretch of pages that some of them list becomes items of its own. Here is
-decided what kind of list it is; `few.py` and `many.py` make it.
+decided what kind of list it is; `few.py` and `many.py` make it, `shares.py` where lengths differ.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .pieces import (
     most_parts,
     stay_whole,
 )
+from .shares import list_shares, takes_shares
 from .tiles import AHEAD, choose_tiles
 
 LONG = 4096
@@ -52,6 +53,7 @@ def divide_work(
     sharers: int,
     least_shared: int | None = None,
     moves: bool = False,
+    shares: bool = False,
 ) -> Work:
     """The work of a step, as `tree_decode_reference` describes it.
 
@@ -68,8 +70,10 @@ def divide_work(
             see `tiles.choose_tiles`.
         moves: whether there are to be places for further pages, where rows of one query each share keys, so that the
             list can be moved on; see `successive.py`.
+        shares: whether a program may have several items, where many rows of unequal length share nothing.
     """
     rows, tokens = len(lengths), int(borders[-1])
+    work: Work
     makes = few if rows <= few.FEW and tokens <= few.FEW_TOKENS else many
     most_items = most_cut(processors, kv_heads)
     common: list[int] | None = makes.common_keys(pages, lengths, page_size, least_shared or LEAST_SHARED)
@@ -79,12 +83,15 @@ def divide_work(
             reads = -(-lengths // (2 * BLOCK)).sum() * kv_heads
             tiles = None if reads <= AT_ONCE * processors else tiles
         if tiles is None:
+            if shares and takes_shares(lengths, kv_heads, processors):
+                work = list_shares(pages, lengths, programs=most_items, slots=slots)
+                return work._replace(room=BLOCK) if moves else work
             # Two programs for every multiprocessor hide each other's waits; where there is about one anyway, a second
             # part and the merge cost more than that, but for long rows in smaller tiles.
             alone = rows * kv_heads
             twice = alone < processors or int(lengths.sum()) >= LONG * rows
             programs = 2 * processors if twice and not stay_whole(alone, processors) else processors
-            work: Work = makes.list_alone(
+            work = makes.list_alone(
                 pages, lengths, kv_heads=kv_heads, programs=programs, most_items=most_items, slots=slots
             )
             return work._replace(room=BLOCK) if moves else work
@@ -119,6 +126,7 @@ def divide_rows(
     processors: int,
     sharers: int,
     slots: int | None = None,
+    shares: bool = False,
 ) -> Work:
     """The work of some rows of a step; arguments as of `divide_work`.
 
@@ -140,6 +148,7 @@ def divide_rows(
         processors=processors,
         slots=slots or most_parts(len(numbers)),
         sharers=sharers,
+        shares=shares,
     )
     if numbers[-1] + 1 == len(numbers):
         return work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import statistics
 import time
 from collections.abc import Iterator
@@ -58,6 +59,8 @@ class BenchConfig:
     """Requests at once."""
     context: int = 1024
     """Tokens of each prompt."""
+    shortest_context: int | None = None
+    """decode: tokens of the shortest prompt, if lengths are to differ: evenly up to --context, in mixed order."""
     new_tokens: int = 128
     """Tokens that each request writes."""
     fork_prefix: int = 16384
@@ -96,6 +99,10 @@ class BenchConfig:
             least = min(value, default=1) if isinstance(value, tuple) else value
             if least < 1:
                 raise ConfigError(f"{name} must be at least 1, got {least}")
+        if self.shortest_context is not None and not 0 < self.shortest_context <= self.context:
+            raise ConfigError(
+                f"shortest_context must be from 1 to context, {self.context}, got {self.shortest_context}"
+            )
 
 
 def measure(config: BenchConfig) -> Iterator[dict[str, Any]]:
@@ -124,7 +131,7 @@ def measure(config: BenchConfig) -> Iterator[dict[str, Any]]:
     if "decode" in config.parts:
         for batch in config.batch:
             runs = [decode_step(model, shape, config, batch) for _ in range(config.repeats)]
-            size = step_bytes(shape, config, batch * config.context)
+            size = step_bytes(shape, config, sum(prompt_lengths(config, batch)))
             if first:
                 yield report_steps(f"decode, batch {batch}", runs, size=size, copy=copy, rows=batch)
     if "fork" in config.parts:
@@ -220,8 +227,8 @@ def decode_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig,
         top_k=config.top_k,
         top_p=config.top_p,
     )
-    for number in range(batch):
-        engine.add_request(Request(prompt_ids=random_prompt(config.context, shape, number), sampling=sampling))
+    for number, length in enumerate(prompt_lengths(config, batch)):
+        engine.add_request(Request(prompt_ids=random_prompt(length, shape, number), sampling=sampling))
     times = list(step_times(engine, batch=batch))
     engine.runner.close()
     if len(times) <= SETTLE:
@@ -232,6 +239,14 @@ def decode_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig,
             f"{config.context} are read: try --new-tokens {max(enough, config.new_tokens + SETTLE)}"
         )
     return statistics.median(times[SETTLE:])
+
+
+def prompt_lengths(config: BenchConfig, batch: int) -> list[int]:
+    """Tokens of the prompts of so many requests."""
+    shortest = config.context if config.shortest_context is None else config.shortest_context
+    lengths = [round(shortest + (config.context - shortest) * k / max(batch - 1, 1)) for k in range(batch)]
+    random.Random(0).shuffle(lengths)
+    return lengths
 
 
 def fork_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, *, at_once: bool) -> tuple[float, float]:

@@ -65,6 +65,8 @@ class Kind:
     """See `KEYS`; 0 if no prompts are read."""
     draw: str
     """greedy, noise, or logits: the caller draws."""
+    programs: int = 0
+    """Of attention, if each has several items, see `tree_decode.Work.shares`; 0: each has one."""
 
     @property
     def segments(self) -> int:
@@ -103,7 +105,9 @@ def room_for_items(work: Work, rows: int, processors: int, kv_heads: int) -> int
     rows or more.
     """
     busy = most_cut(processors, kv_heads)
-    if work.tokens.shape[1] > 1:
+    if len(work.shares):
+        rooms = [rows + busy]
+    elif work.tokens.shape[1] > 1:
         rooms = [max(rows // 2, busy), max(rows, busy), 3 * rows + busy]
     else:
         rooms = [rows if work.slots == 1 else max(rows, busy), 3 * rows + busy]
@@ -152,7 +156,8 @@ class GraphSizes:
         if work.tokens is not last or kind is None or (kind.size, kind.draw) != (size, draw):
             # Else the list was moved on, so that the graph is that of the step before.
             items = room_for_items(work, size, self.processors, self.kv_heads)
-            kind = None if items is None else Kind(size, size, items, work.tokens.shape[1], work.slots, 0, draw)
+            programs, sharers = max(len(work.shares) - 1, 0), work.tokens.shape[1]
+            kind = None if items is None else Kind(size, size, items, sharers, work.slots, 0, draw, programs)
             self._last = kind, work.tokens
         return None if kind is None else _fitting(plan, kind, work, None, self.work.moves)
 

@@ -223,7 +223,7 @@ def _attention(kind: Kind, there: dict[str, Tensor]) -> Attention:
     def taken(*names: str) -> list[Tensor]:
         return [there[name] for name in names]
 
-    work = DeviceWork(*taken("pages", "items", "tokens", "limits", "tails", "counts"), kind.slots)
+    work = DeviceWork(*taken("pages", "items", "tokens", "limits", "tails", "counts", "shares"), kind.slots)
     if not kind.keys:
         return work
     segments = DeviceSegments(*taken("segment_borders", "segment_begins", "segment_seen", "prompt_slots"))

@@ -46,6 +46,7 @@ class PlanBuffer:
             "limits": (np.int32, (items, sharers)),
             "tails": (np.int32, (items if sharers > 1 else 0, 3, sharers)),
             "counts": (np.int32, (rows,)),
+            "shares": (np.int32, (kind.programs + 1 if kind.programs else 0,)),
             "at_end": (np.int32, (items,)),
             "ends": (np.int32, (rows,)),
             "segment_borders": (np.int32, (kind.segments + 1,)),
@@ -107,6 +108,7 @@ class PlanBuffer:
             ("limits", work.limits, 0),
             ("tails", work.tails, 0),
             ("counts", work.counts, 0),
+            ("shares", work.shares, 0),
             ("at_end", moves.at_end, 0),
             ("ends", moves.ends, -1),
         )

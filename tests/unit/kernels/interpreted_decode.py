@@ -42,7 +42,9 @@ from megatron_multiverse.kernels.sum_norm import sum_norm_reference
 from megatron_multiverse.kernels.sum_norm.triton_push import Exchange, sum_norm_push
 from megatron_multiverse.kernels.tree_decode import SuccessiveWork, divide_work, tiles, tree_decode_reference
 from megatron_multiverse.kernels.tree_decode import work as dividing
+from megatron_multiverse.kernels.tree_decode.shares import list_shares
 from megatron_multiverse.kernels.tree_decode.triton_decode import tree_decode_triton
+from megatron_multiverse.kernels.tree_decode.triton_shares import attend_shares_triton
 from tests.unit.kernels.moving import random_moving
 from tests.unit.kernels.quick_interpreter import quicken
 
@@ -352,6 +354,30 @@ def check_decode_moved() -> None:
         assert len({id(tokens) for tokens in lists}) <= 2, "made anew where a list can be moved on"
 
 
+def check_shares() -> None:
+    """Programs of several items, of rows of any length, and of one block each; what no row sees holds NaN."""
+    rng, generator = np.random.default_rng(3), torch.Generator().manual_seed(0)
+    for programs, page_size, per_group, dim in ((1, 16, 7, 8), (3, 4, 1, 24), (5, 64, 3, 16), (40, 128, 2, 8)):
+        groups = 2
+        # 64 keys are a block; of 20 items a program reads the headers in two turns.
+        lengths = np.append(rng.integers(1, 200, 18), (64, 128, 1)).astype(np.int32)
+        width = -(-int(lengths.max()) // page_size)
+        pages = rng.permutation(len(lengths) * width).reshape(len(lengths), width).astype(np.int32)
+        cache = torch.full((2, pages.size, page_size, groups, dim), float("nan"))
+        for row, length in zip(pages, lengths, strict=True):
+            place = row[np.arange(length) // page_size], np.arange(length) % page_size
+            cache[0][place], cache[1][place] = torch.randn(2, length, groups, dim, generator=generator)
+        query = torch.randn(len(lengths), groups * per_group, dim, generator=generator)
+        arrays = (torch.from_numpy(x) for x in (pages, lengths, np.arange(len(lengths) + 1)))
+        want = tree_decode_reference(query, *cache, *arrays, 0.3)
+        work = list_shares(pages, lengths, programs=programs, slots=8)
+        several = int(np.diff(work.shares).max())
+        assert several > 16 if programs == 1 else several > 1 or programs == 40
+        given = (torch.from_numpy(x) for x in (work.pages, work.items, work.tokens, work.counts, work.shares))
+        got = attend_shares_triton(query, *cache, *given, 0.3, slots=work.slots, pdl=False)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def write_key(rng: np.random.Generator, cache: torch.Tensor, pages: np.ndarray, key: int) -> None:
     """Put a random key and value of a row where its pages have it; `cache` is [2, pages, page size, kv heads, dim]."""
     page_size = cache.shape[2]
@@ -380,7 +406,7 @@ def random_rows(
 
 if __name__ == "__main__":
     choices = check_greedy, check_draw, check_begin, check_end
-    decodes = check_decode, check_decode_moved
+    decodes = check_decode, check_decode_moved, check_shares
     writes = check_write, check_write_product
     for check in (check_skinny, check_skinny_fp8, check_parts, check_rows, *writes, *choices, *decodes, check_sum_norm):
         check()

@@ -145,6 +145,7 @@ def launch_write_product() -> None:
 def launch_decode() -> None:
     from megatron_multiverse.kernels.kv_write.triton_write import write_kv_triton
     from megatron_multiverse.kernels.tree_decode.triton_decode import tree_decode_triton
+    from megatron_multiverse.kernels.tree_decode.triton_shares import attend_shares_triton
 
     cache = torch.zeros(2, 9, 16, 4, 128, dtype=torch.bfloat16)
     mixed, norm = torch.zeros(8, 4, 9 * 128, dtype=torch.bfloat16), torch.zeros(128, dtype=torch.bfloat16)
@@ -157,6 +158,7 @@ def launch_decode() -> None:
         tree_decode_triton(query, *cache, items[0], items, tokens, tokens, tails, tokens[:, 0], 1.0, slots=8)
     query, items = torch.zeros(28, 28, 128, dtype=torch.bfloat16), torch.zeros(28, 4, dtype=torch.int32)
     tree_decode_triton(query, *cache, items[0], items, *3 * (items[:, :1],), items[:, 0], 1.0, slots=1)
+    attend_shares_triton(query, *cache, items[0], items, items[:, :1], items[:, 0], items[:, 0], 1.0, slots=16)
 
 
 def launch_greedy() -> None:
@@ -231,7 +233,7 @@ LAUNCHES: dict[Callable[[], None], set[str]] = {
     launch_step: {"_begin_kernel", "_end_kernel"},
     launch_sum_norm: {"_sum_norm_kernel"},
     launch_write_product: {"_product_kernel"},
-    launch_decode: {"_write_kernel", "_decode_kernel", "_merge_kernel"},
+    launch_decode: {"_write_kernel", "_decode_kernel", "_shares_kernel", "_merge_kernel"},
     launch_structure_scan: {"tags_kernel", "documents_kernel", "expand_kernel", "_lists_kernel"},
 }
 

@@ -1,0 +1,48 @@
+"""The list of work of many rows of unequal length that share nothing: equal shares of their keys for all programs.
+
+Rows cut into items of about one size leave multiprocessors idle where lengths differ: a row is cut into whole items, or
+not at all. Here the keys of all rows stand one after the other, and each program has as many of them as any other: the
+end of one row, some whole ones and the begin of another. FlashInfer and FlashAttention 3 schedule decoding so, too.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from .pieces import BLOCK, NO_TAILS, Int32s, Work
+
+UNEVEN = 1.7
+"""Keys of the longest row over those of all on average, from which equal shares take less time."""
+ROWS = 0.73, 2.5
+"""So many rows times key/value heads for each multiprocessor: fewer are cut finely anyway, and of more programs the
+GPU begins one where another has ended. Both by the time of whole steps on an H200
+(benchmarks/results/decode_tiles_h200.md)."""
+
+
+def takes_shares(lengths: npt.NDArray[np.int32], kv_heads: int, processors: int) -> bool:
+    """Whether equal shares take less time than items of about one size."""
+    least, most = ROWS
+    return bool(
+        least * processors < len(lengths) * kv_heads <= most * processors and lengths.max() > UNEVEN * lengths.mean()
+    )
+
+
+def list_shares(pages: Int32s, lengths: npt.NDArray[np.int32], *, programs: int, slots: int) -> Work:
+    """The list, for so many programs of each key/value head; other arguments as of `work.divide_work`."""
+    blocks = -(-lengths.astype(np.int64) // BLOCK)
+    ends = np.cumsum(blocks)
+    begins, total = ends - blocks, int(ends[-1])
+    share = max(-(-total // programs), -(-int(blocks.max()) // (slots - 1)))
+    cuts = np.arange(0, total, share)
+    first = np.union1d(begins, cuts)  # blocks with which items begin
+    row = np.searchsorted(ends, first, side="right")
+    counts = np.bincount(row)
+    items = np.empty((len(first), 4), dtype=np.int32)
+    items[:, 0], items[:, 1] = row * pages.shape[1], (first - begins[row]) * BLOCK
+    items[:, 2] = np.minimum((np.append(first[1:], total) - begins[row]) * BLOCK, lengths[row])
+    items[:, 3] = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
+    shares = np.full(programs + 1, len(first), dtype=np.int32)
+    shares[: len(cuts)] = np.searchsorted(first, cuts)
+    tokens, limits = row.astype(np.int32)[:, None], lengths[row][:, None]
+    return Work(items, tokens, limits, NO_TAILS, counts.astype(np.int32), pages.reshape(-1), slots, shares=shares)
