@@ -14,15 +14,15 @@ LEAST_SHARED = 4 * BLOCK
 LEAST_TILE, SHARERS = 16, 8
 """Rows of the tensor cores' smallest tile, and queries for whose heads tiles are made; see `most_sharers`."""
 
-Int32s = npt.NDArray[np.int32]
-Ints = npt.NDArray[np.int64]
-
 WHOLE = 0.73, 0.975
 """Rows that share nothing are not cut where they make between so many programs for each multiprocessor, and have tiles
 of many keys (`triton_decode`). 32 rows of 28 heads over 4 take 22.1 us instead of 24.9 for 1,083 keys and 125 instead
 of 140 for 8,192; 18 rows, cut in two, 37.7 instead of 26.9 for 2,048 (an H200, decode_tiles_h200.md). With 132
 multiprocessors a graph's rows (`GraphSizes`), by which its tiles are chosen, and those of a step that it runs are both
 within these bounds or neither."""
+
+Int32s = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
 
 NO_SHARES = np.zeros(0, dtype=np.int32)
 """Every program has one item."""

@@ -1,8 +1,8 @@
 """The list of work of many rows of unequal length that share nothing: equal shares of their keys for all programs.
 
-Rows cut into items of about one size leave multiprocessors idle where lengths differ: a row is cut into whole items, or
-not at all. Here the keys of all rows stand one after the other, and each program has as many of them as any other: the
-end of one row, some whole ones and the begin of another. FlashInfer and FlashAttention 3 schedule decoding so, too.
+Where rows are cut into items of about one size, short ones, and what is left of others, are smaller items, and each
+program has only one. Here the keys of all rows stand one after the other, and each program has as many of them as any
+other: the end of one row, some whole ones and the begin of another.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from .pieces import BLOCK, NO_TAILS, Int32s, Work
 UNEVEN = 1.7
 """Keys of the longest row over those of all on average, from which equal shares take less time."""
 ROWS = 0.73, 2.5
-"""So many rows times key/value heads for each multiprocessor: fewer are cut finely anyway, and of more programs the
-GPU begins one where another has ended. Both by the time of whole steps on an H200
-(benchmarks/results/decode_tiles_h200.md)."""
+"""So many rows times key/value heads for each multiprocessor; of fewer and of more rows items of one size take less
+time. All by whole steps on an H200 (benchmarks/results/decode_tiles_h200.md)."""
 
 
 def takes_shares(lengths: npt.NDArray[np.int32], kv_heads: int, processors: int) -> bool:

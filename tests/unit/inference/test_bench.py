@@ -15,8 +15,10 @@ import torch
 from benchmarks import bench_host_blocks, bench_host_step, bench_host_turn, bench_work_list, report_blocks, small_steps
 from benchmarks.engine_soak import Soak, SoakConfig
 from megatron_multiverse.errors import ConfigError, GenerationError
+from megatron_multiverse.inference import bench
 from megatron_multiverse.inference.bench import BenchConfig, measure
 from megatron_multiverse.inference.bench_blocks import excess, fit_law, work_for
+from megatron_multiverse.inference.bench_model import random_prompt
 from megatron_multiverse.inference.bench_script import Script
 from megatron_multiverse.inference.bench_turns import Turn, TurnWatch
 from megatron_multiverse.model.families import preset
@@ -134,6 +136,31 @@ def test_a_measurement_of_too_few_steps_says_what_would_be_enough(options, messa
 def test_nothing_to_measure_is_refused(options):
     with pytest.raises(ConfigError, match=f"{next(iter(options))} must be at least 1, got 0"):
         BenchConfig(**options)
+
+
+def test_prompts_are_as_long_as_asked_for(monkeypatch):
+    given: list[int] = []
+
+    def prompt(length, *rest):
+        given.append(length)
+        return random_prompt(length, *rest)
+
+    monkeypatch.setattr(bench, "random_prompt", prompt)
+    common = {
+        "model_preset": "tiny",
+        "dtype": "float32",
+        "num_layers": 1,
+        "batch": (4,),
+        "new_tokens": 12,
+        "repeats": 1,
+    }
+    for shortest, lengths in ((None, [40] * 4), (10, [10, 20, 30, 40]), (40, [40] * 4)):
+        given.clear()
+        assert len(list(measure(BenchConfig(**common, context=40, shortest_context=shortest)))) == 1
+        assert sorted(given) == lengths
+    for wrong in (0, 41):
+        with pytest.raises(ConfigError, match=f"shortest_context must be from 1 to context, 40, got {wrong}"):
+            BenchConfig(context=40, shortest_context=wrong)
 
 
 def test_what_blocks_cost_and_save_is_counted(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.bench_host_step import HEADS, KV_HEADS, PROCESSORS, WEIGHTS
 from megatron_multiverse.inference.step.graph_sizes import (
@@ -18,7 +19,8 @@ from megatron_multiverse.inference.step.graph_sizes import (
     Kind,
 )
 from megatron_multiverse.inference.step.plan import SamplingArrays, StepPlan
-from megatron_multiverse.kernels.tree_decode import prompt_rows
+from megatron_multiverse.inference.step.plan_buffer import PlanBuffer
+from megatron_multiverse.kernels.tree_decode import most_cut, prompt_rows
 from tests.unit.kernels.listed_keys import check_reads
 
 PAGE = 16
@@ -120,6 +122,20 @@ def test_prompts_that_see_few_keys_are_listed_also_where_flash_attention_does_no
     assert found is not None and found.segments is None and found.kind.keys == 0 and found.kind.size == 384
     assert fit([300], [1000], segments=False) is None
     assert fit([700], [700], segments=False) is None
+
+
+def test_a_graph_of_rows_of_unequal_length_has_their_shares() -> None:
+    lengths = np.random.default_rng(0).permutation(np.linspace(100, 2000, 60).astype(int)).tolist()
+    plan, found = plan_of([1] * 60, lengths), fit([1] * 60, lengths)
+    assert found is not None and found.kind.programs == len(found.work.shares) - 1 == most_cut(PROCESSORS, KV_HEADS)
+    check_reads(found.work, plan.pages, plan.lengths, plan.borders)
+    buffer = PlanBuffer(found.kind, torch.device("cpu"))
+    buffer.fill(plan, found)
+    for name in ("shares", "items", "tokens", "counts"):
+        want = getattr(found.work, name)
+        assert np.array_equal(buffer.device[name][: len(want)].numpy(), want), name
+    even = fit([1] * 60, [1000] * 60)
+    assert even is not None and even.kind.programs == len(even.work.shares) == 0
 
 
 def test_graphs_of_few_tokens_fit_the_projection_that_writes_into_the_cache() -> None:

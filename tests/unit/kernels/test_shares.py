@@ -45,7 +45,7 @@ def test_rows_of_about_one_length_have_an_item_a_program_each():
     assert len(divided(even, shares=True).shares) == 0 < len(divided(uneven, shares=True).shares)
     assert len(divided(uneven).shares) == 0, "where a graph has no place for shares"
     assert len(divided(uneven[::4], shares=True).shares) == 0, "few rows are cut into items of one size"
-    assert len(divided(uneven.repeat(2), shares=True).shares) == 0, "of many rows one begins where another has ended"
+    assert len(divided(uneven.repeat(2), shares=True).shares) == 0, "so many rows take less time in items of one size"
 
 
 def test_a_list_of_shares_is_moved_on_until_it_is_made_anew():
