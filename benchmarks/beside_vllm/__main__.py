@@ -10,7 +10,8 @@ would be all of the GPU.
 
 block: eight paths of 512 tokens after a prefix of 16,384 that both have in their prefix caches, the join and a
 conclusion of 64 tokens. long: the same after 65,536. decode: requests that write text, as in tools/bench_engine.py, of
-Qwen2.5-1.5B, also beside vLLM's earlier runner, since either is faster at times; decode-7b: of Qwen2.5-7B. prompts,
+Qwen2.5-1.5B, also beside vLLM's earlier runner, since either is faster at times; decode-7b: of Qwen2.5-7B. uneven,
+uneven-7b: the same where prompts have from 100 to 2,000 tokens, as a server's requests rather have. prompts,
 prompts-7b: one request after a prompt of each of some lengths, for the time to its first token (`begun_seconds`). What
 vLLM does for a block: `theirs.py`.
 """
@@ -51,11 +52,15 @@ class BesideConfig:
 
     vllm_path: Path
     """Folder with vLLM and its packages."""
-    parts: tuple[Literal["block", "decode", "long", "decode-7b", "prompts", "prompts-7b"], ...] = (
+    parts: tuple[
+        Literal["block", "decode", "long", "decode-7b", "uneven", "uneven-7b", "prompts", "prompts-7b"], ...
+    ] = (
         "block",
         "decode",
         "long",
         "decode-7b",
+        "uneven",
+        "uneven-7b",
         "prompts",
         "prompts-7b",
     )
@@ -63,9 +68,9 @@ class BesideConfig:
     rounds: int = 3
     """Measurements of each case by each engine; the median counts, all are written."""
     block_preset: str = "qwen2.5-7b"
-    """block, long, decode-7b, prompts-7b: published shape; model/families.py lists them."""
+    """block, long, decode-7b, uneven-7b, prompts-7b: published shape; model/families.py lists them."""
     decode_preset: str = "qwen2.5-1.5b"
-    """decode, prompts: published shape."""
+    """decode, uneven, prompts: published shape."""
     dtype: DType = "bf16"
     """Of our weights and cache; vLLM's are bf16."""
     prefix: int = 16384
@@ -73,11 +78,13 @@ class BesideConfig:
     path_tokens: int = 512
     """block, long: tokens of each of eight paths."""
     batch: tuple[int, ...] = (1, 8, 32, 128)
-    """decode: requests at once."""
+    """decode: requests at once; uneven: those of them that are more than 8."""
     context: int = 1024
     """decode: tokens of each prompt."""
+    uneven_context: tuple[int, int] = (100, 2000)
+    """uneven: tokens of the shortest and of the longest prompt; the others lie evenly in between, in mixed order."""
     new_tokens: int = 128
-    """decode: tokens that each request writes."""
+    """decode, uneven: tokens that each request writes."""
     prompt_tokens: tuple[int, ...] = (150, 300, 1000, 2000, 4000)
     """prompts, prompts-7b: tokens of the prompt."""
     vllm_cache_gib: float = 12.0
@@ -97,6 +104,9 @@ class BesideConfig:
         for name in ("rounds", "prefix", "path_tokens", "context", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        shortest, most = self.uneven_context
+        if not 0 < shortest <= most:
+            raise ConfigError(f"uneven_context must be two numbers of tokens, the smaller first, got {shortest} {most}")
         if not (self.vllm_path / "vllm").is_dir():
             raise ConfigError(
                 f"{self.vllm_path} has no vllm: install it there with pip install --target {self.vllm_path} vllm"
@@ -110,6 +120,10 @@ def cases_of(config: BesideConfig, part: str) -> list[dict[str, Any]]:
         return [{"kind": "block", "prefix": prefix, "paths": 8, "tokens": config.path_tokens, "conclusion": 64}]
     if part.startswith("prompts"):
         return [{"kind": "decode", "batch": 1, "context": length, "tokens": 17} for length in config.prompt_tokens]
+    if part.startswith("uneven"):
+        shortest, context = config.uneven_context
+        of_all = {"kind": "decode", "shortest": shortest, "context": context, "tokens": config.new_tokens}
+        return [{**of_all, "batch": batch} for batch in config.batch if batch > 8]
     return [
         {"kind": "decode", "batch": batch, "context": config.context, "tokens": config.new_tokens}
         for batch in config.batch
@@ -118,7 +132,7 @@ def cases_of(config: BesideConfig, part: str) -> list[dict[str, Any]]:
 
 def sides_of(part: str) -> list[str]:
     """The engines that a part compares, ours first."""
-    if part in ("decode", "prompts"):
+    if part in ("decode", "uneven", "prompts"):
         return ["ours small", "vllm small", "vllm small earlier runner"]
     return ["ours", "vllm long" if part == "long" else "vllm"]
 
@@ -193,7 +207,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         case = runs[0]["case"]
         times = ("ms_per_step", "seconds", "begun_seconds") if case["kind"] == "decode" else ("ms_per_step", "seconds")
         listed = {name: [run[name] for run in runs] for name in times}
-        what = f"{case['batch']} x {case['context']}" if case["kind"] == "decode" else f"prefix {case['prefix']}"
+        tokens = f"{case['shortest']}..{case['context']}" if "shortest" in case else case.get("context")
+        what = f"prefix {case['prefix']}" if case["kind"] == "block" else f"{case['batch']} x {tokens}"
         figures = "  ".join(f"{name} {statistics.median(values):.3f} {values}" for name, values in listed.items())
         print(f"{key[0]:10} {what:13} {key[2]:26} {figures}", flush=True)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.beside_vllm.worker import Measure, serve, step_figures
+from benchmarks.beside_vllm.worker import Measure, prompt_lengths, serve, step_figures
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.inference import Engine, Request
@@ -86,8 +86,8 @@ class Client:
         """`batch` requests with prompts of their own write text."""
         engine, graphs, start = self.engine, self._graphs(), time.perf_counter()
         sampling = SamplingParams(max_tokens=case["tokens"], ignore_eos=True, max_depth=0)
-        for _ in range(case["batch"]):
-            prompt = random_prompt(case["context"], self.shape, next(self.seeds))
+        for length in prompt_lengths(case):
+            prompt = random_prompt(length, self.shape, next(self.seeds))
             engine.add_request(Request(prompt_ids=prompt, sampling=sampling))
         begun, steps = 0.0, []
         for step in step_times(engine, batch=case["batch"]):

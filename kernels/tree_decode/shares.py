@@ -10,20 +10,22 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .pieces import BLOCK, NO_TAILS, Int32s, Work
+from .pieces import BLOCK, NO_TAILS, Int32s, Work, most_cut
 
-UNEVEN = 1.7
+UNEVEN = 1.4
 """Keys of the longest row over those of all on average, from which equal shares take less time."""
-ROWS = 0.73, 2.5
-"""So many rows times key/value heads for each multiprocessor; of fewer and of more rows items of one size take less
-time. All by whole steps on an H200 (benchmarks/results/decode_tiles_h200.md)."""
+ROWS = 0.48
+"""From so many rows times key/value heads for each multiprocessor on."""
+KEYS = 450
+"""And from so many keys of a program on. All by whole steps on an H200 (benchmarks/results/decode_tiles_h200.md)."""
 
 
 def takes_shares(lengths: npt.NDArray[np.int32], kv_heads: int, processors: int) -> bool:
     """Whether equal shares take less time than items of about one size."""
-    least, most = ROWS
     return bool(
-        least * processors < len(lengths) * kv_heads <= most * processors and lengths.max() > UNEVEN * lengths.mean()
+        len(lengths) * kv_heads > ROWS * processors
+        and lengths.max() > UNEVEN * lengths.mean()
+        and lengths.sum() > KEYS * most_cut(processors, kv_heads)
     )
 
 

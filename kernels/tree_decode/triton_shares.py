@@ -121,10 +121,10 @@ def attend_shares_triton(
     parts = query.new_empty((rows, slots, heads, dim), dtype=torch.float32)
     logs = query.new_empty((rows, slots, heads), dtype=torch.float32)
     out = query.new_empty(rows, heads, dim) if out is None else out
-    programs = groups * (len(shares) - 1)
+    sizes = tile_sizes(m, 1, programs=1, whole=False)  # with many programs, too, three stages take less time than two
     _shares_kernel[(groups, len(shares) - 1)](
         query, keys, values, pages, items, tokens, counts, shares, parts, logs, out, softmax_scale, query.stride(0),
         query.stride(1), slots, HEADS=heads, GROUPS=groups, M=m, DIM=dim, LANES=lanes, PAGE=page, PDL=pdl,
-        **tile_sizes(m, 1, programs, whole=False), **({"launch_pdl": True} if pdl else {}),
+        **sizes, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return merge_parts(parts, logs, counts, out, pdl)

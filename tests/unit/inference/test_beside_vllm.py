@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from benchmarks.beside_vllm.__main__ import BesideConfig, cases_of, longest, measure, show, sides_of, vllm_config
 from benchmarks.beside_vllm.process import WorkerProcess
 from benchmarks.beside_vllm.theirs import OWN, Client
-from benchmarks.beside_vllm.worker import step_figures
+from benchmarks.beside_vllm.worker import prompt_lengths, step_figures
 from megatron_multiverse.errors import ConfigError
 
 STAND_IN = """
@@ -55,6 +56,14 @@ def vllm_path(tmp_path: Path) -> Path:
     return folder.parent
 
 
+@pytest.fixture
+def client(vllm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    monkeypatch.syspath_prepend(vllm_path)
+    yield Client({"config": {"vocab_size": 512}, "folder": str(tmp_path / "model"), "options": {}})
+    for name in ("vllm", "vllm.sampling_params"):
+        sys.modules.pop(name, None)
+
+
 def test_both_engines_measure_in_turn(
     vllm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,31 +71,34 @@ def test_both_engines_measure_in_turn(
     monkeypatch.setenv("TMPDIR", str(temporary))
     config = BesideConfig(
         vllm_path=vllm_path,
-        parts=("block", "decode-7b"),
+        parts=("block", "decode-7b", "uneven-7b"),
         block_preset="tiny",
         dtype="float32",
         prefix=32,
         path_tokens=20,
-        batch=(2,),
+        batch=(2, 9),
         context=16,
+        uneven_context=(4, 20),
         new_tokens=16,
         rounds=2,
     )
     begun, *rows = measure(config, tmp_path)
     assert begun["vllm"]["vllm"] == "stand-in" and begun["ours"]["gpu"] == "CPU"
-    assert [(row["part"], row["side"], row["round"]) for row in rows] == [
-        (part, side, number) for part in ("block", "decode-7b") for number in (0, 1) for side in ("ours", "vllm")
+    assert [(row["part"], row["case"].get("batch"), row["side"], row["round"]) for row in rows] == [
+        (part, batch, side, number)
+        for part, batch in (("block", None), ("decode-7b", 2), ("decode-7b", 9), ("uneven-7b", 9))
+        for number in (0, 1)
+        for side in ("ours", "vllm")
     ]
     assert all(row["ms_per_step"] > 0 and row["seconds"] > 0 for row in rows)
     assert rows[0]["cached_tokens"] == 16  # the page that holds the last token is read again
     assert list(temporary.glob("*/config.json")) == [], "what killed processes wrote is in the folder of the run"
     show(rows)
-    assert "prefix 32" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert all(what in shown for what in ("prefix 32", "9 x 16 ", "9 x 4..20 "))
 
 
-def test_a_join_reads_what_the_paths_wrote(vllm_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(vllm_path)
-    client = Client({"config": {"vocab_size": 512}, "folder": str(tmp_path / "model"), "options": {}})
+def test_a_join_reads_what_the_paths_wrote(client: Client, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "model" / "config.json").read_text()) == {"vocab_size": 512}
     figures = client.measure({"kind": "block", "prefix": 32, "paths": 3, "tokens": 20, "conclusion": 4})
     prefix, *paths, join = sys.modules["vllm"].PROMPTS
@@ -94,8 +106,14 @@ def test_a_join_reads_what_the_paths_wrote(vllm_path: Path, tmp_path: Path, monk
     assert join == prefix + [token for path in paths for token in [*path[32:], *[7] * 20]]
     assert figures["steps"] == 20 - 1 - 8  # the first one begins the answers, eight settle
     assert figures["join_to_first_token_seconds"] <= figures["seconds"]
-    for name in ("vllm", "vllm.sampling_params"):
-        monkeypatch.delitem(sys.modules, name)
+
+
+def test_prompts_of_unequal_length_are_those_of_all_engines(client: Client) -> None:
+    case = {"kind": "decode", "batch": 20, "shortest": 5, "context": 43, "tokens": 12}
+    client.measure(case)
+    lengths = prompt_lengths(case)
+    assert [len(prompt) for prompt in sys.modules["vllm"].PROMPTS] == lengths != sorted(lengths)
+    assert sorted(lengths) == list(range(5, 44, 2)) and prompt_lengths({**case, "shortest": 43}) == [43] * 20
 
 
 def test_an_engine_that_ends_or_is_late_costs_its_own_figures_alone(tmp_path: Path) -> None:
@@ -119,5 +137,7 @@ def test_what_vllm_is_told(vllm_path: Path, tmp_path: Path) -> None:
         BesideConfig(vllm_path=tmp_path)
     with pytest.raises(ConfigError, match="rounds must be at least 1"):
         BesideConfig(vllm_path=vllm_path, rounds=0)
+    with pytest.raises(ConfigError, match="the smaller first, got 5 4"):
+        BesideConfig(vllm_path=vllm_path, uneven_context=(5, 4))
     with pytest.raises(ValueError, match="ask for more tokens"):
         step_figures([0.1] * 8)

@@ -29,7 +29,8 @@ def divided(lengths: np.ndarray, kv_heads: int = 4, **options: bool) -> Work:
 @pytest.mark.parametrize("seed", range(10))
 def test_every_program_has_as_many_keys_as_any_other(seed, kv_heads):
     rng = np.random.default_rng(seed)
-    lengths = np.exp(rng.uniform(1, 9, int(rng.integers(110, 320)) // kv_heads)).astype(np.int32)
+    rows = min(int(rng.integers(110, 1200)) // kv_heads, SIZES[-1])
+    lengths = np.exp(rng.uniform(1, 9, rows)).astype(np.int32)
     work, programs = divided(lengths, kv_heads, shares=True), most_cut(132, kv_heads)
     assert len(work.shares) == programs + 1 and work.shares[0] == 0 and work.shares[-1] == len(work.items)
     check_reads(work, rows_alone(lengths), lengths, np.arange(len(lengths) + 1))
@@ -44,8 +45,9 @@ def test_rows_of_about_one_length_have_an_item_a_program_each():
     even, uneven = np.full(64, 1083, dtype=np.int32), np.linspace(100, 2000, 64).astype(np.int32)
     assert len(divided(even, shares=True).shares) == 0 < len(divided(uneven, shares=True).shares)
     assert len(divided(uneven).shares) == 0, "where a graph has no place for shares"
-    assert len(divided(uneven[::4], shares=True).shares) == 0, "few rows are cut into items of one size"
-    assert len(divided(uneven.repeat(2), shares=True).shares) == 0, "so many rows take less time in items of one size"
+    assert len(divided(4 * uneven[::4], shares=True).shares) > 0
+    assert len(divided(uneven[::4], shares=True).shares) == 0, "a program has too few keys"
+    assert len(divided(64 * uneven[::8], shares=True).shares) == 0, "few rows are cut into items of one size"
 
 
 def test_a_list_of_shares_is_moved_on_until_it_is_made_anew():
