@@ -41,7 +41,7 @@ class Options:
     """Prompts x tokens of each."""
     rounds: int = 5
     """Measurements of each case and way, in turn."""
-    max_step_tokens: int = 2048
+    max_step_tokens: int = EngineConfig.max_step_tokens
     """Tokens of prompts per step."""
     model_preset: str = "qwen2.5-1.5b"
     """Published shape; model/families.py lists them."""

@@ -22,6 +22,7 @@ def engine() -> Iterator[str]:
     yield from _small_and_short()
     yield from _beside_vllm()
     yield from _parts()
+    yield from _chunks()
     yield from _tiles()
     found = source.results("results/fp8_logits_cpu")
     right = found["right_answers"]["fp8"] * found["problems"]
@@ -253,6 +254,21 @@ def _parts() -> Iterator[str]:
         f"makes a step of Qwen2.5-1.5B {min(small):.0f} to {max(small):.0f} % shorter at batch 1 to 32, one of 7B "
         f"{min(large):.0f} to {max(large):.0f} %, and sixteen layers of 32B {min(larger):.0f} to {max(larger):.0f} %"
     )
+
+
+def _chunks() -> Iterator[str]:
+    """How many tokens of prompts a step takes."""
+    runs = {(run["model"], run["max_step_tokens"]): run for run in source.results("results/engine_chunks_h200")["runs"]}
+    small, large = ([runs[f"qwen2.5-{size}", tokens] for tokens in (2048, 8192)] for size in ("1.5b", "7b"))
+    of_large, of_small = (
+        (*(median(run["seconds"]) for run in found), *(run["longest_step_ms"] for run in found))
+        for found in (large, small)
+    )
+    yield (
+        "take {:.2f} s with 2,048 tokens a step and {:.2f} with 8,192 in Qwen2.5-7B on an H200, where the longest step "
+        "takes {:.0f} and {:.0f} ms".format(*of_large)
+    )
+    yield "1.5B takes {:.2f} and {:.2f} s, {:.0f} and {:.0f} ms".format(*of_small)
 
 
 def _tiles() -> Iterator[str]:

@@ -27,8 +27,9 @@ class EngineConfig:
     GPU no more than fit beside the model."""
     max_rows: int = 64
     """Branches per step."""
-    max_step_tokens: int = 2048
-    """Tokens per step beyond one per row: prompts enter the steps of what decodes in chunks that fit."""
+    max_step_tokens: int = 8192
+    """Tokens per step beyond one per row: prompts enter the steps of what decodes in chunks that fit. Fewer keep what
+    decodes from waiting for them, more read them sooner (docs/engine.md)."""
     token_latency_target_ms: float | None = None
     """How long a step, so each next token, should take at most. Requests bring further branches, and longer chunks of
     prompts, only while the step is predicted to end in time; unset, as many as max_rows and max_step_tokens allow."""

@@ -38,6 +38,8 @@ from megatron_multiverse.model.cpu import device_neutral_cuda
 from megatron_multiverse.training.host_memory import HostMemory
 from megatron_multiverse.training.signals import hold_signals
 
+logger = logging.getLogger(__name__)
+
 Bucket = tuple[str, str, tuple[list[Any], list[tuple[Any, Tensor]]]]
 """What megatron-core calls the content of one file: its path, its name, and (objects, tensors)."""
 
@@ -45,6 +47,8 @@ _FORK = multiprocessing.get_context("fork")
 _FILES, _FILE_BYTES = range(2, 4 + 1), 1 << 29
 """How many files a rank writes, and from how many bytes on it takes one more. Each is written by a process of its own,
 which comes to about 1 GB/s, since torch.save works out a CRC32 of all that it writes."""
+_QUIET_S = 60.0
+"""Seconds that training waits for a file before it says so, and again: the disk may never answer."""
 _END_S = 10.0
 """Seconds for a process to end; one that waits for a disk does not even when it is killed, and the run must."""
 
@@ -198,6 +202,15 @@ class _Writer:
         Raises:
             RuntimeError: the file could not be written.
         """
+        started = time.monotonic()
+        while not self._outcome.poll(_QUIET_S):
+            logger.warning(
+                "training waits since %.0f s for process %d, which writes %s (%.1f MiB are there)",
+                time.monotonic() - started,
+                self._process.pid,
+                self.file,
+                (self.file.stat().st_size if self.file.exists() else 0) / 2**20,
+            )
         try:
             outcome = self._outcome.recv()
         except (EOFError, OSError):  # nothing was sent, or not all of it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,8 +45,9 @@ def halves(key: str, tensor: Tensor) -> ShardedTensorFactory:
     return ShardedTensorFactory(key, tensor, build, torch.cat)
 
 
-def written(folder: Path) -> dict[str, Tensor]:
-    wanted = {name: ShardedTensor.from_rank_offsets(name, torch.zeros(8, 6)) for name in ("whole", "halves")}
+def written(folder: Path, *names: str) -> dict[str, Tensor]:
+    names = names or ("whole", "halves")
+    wanted = {name: ShardedTensor.from_rank_offsets(name, torch.zeros(8, 6)) for name in names}
     with device_neutral_cuda():
         loaded: dict[str, Tensor] = dist_checkpointing.load(wanted, str(folder))
     return {name: loaded[name] for name in wanted}
@@ -91,6 +93,22 @@ def test_views_are_not_copied_before_they_are_written(tmp_path: Path, monkeypatc
     monkeypatch.setattr(state_writing, "_staged", record)
     state_writing.begin_writing({"a": halves("halves", tensor), "x": 1}, tmp_path, HostMemory()).finish()
     assert {part.data_ptr() for part in seen} == {half.data_ptr() for half in tensor.chunk(2)}
+
+
+def test_training_says_that_it_waits_for_a_disk(
+    tmp_path: Path,
+    gate: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(state_writing, "_QUIET_S", 0.05)
+    (tmp_path / "state").mkdir()
+    state = {"a": ShardedTensor.from_rank_offsets("whole", torch.zeros(8, 6))}
+    writing = state_writing.begin_writing(state, tmp_path / "state", HostMemory())
+    threading.Timer(0.5, gate.unlink).start()
+    (name,) = writing.finish()
+    assert caplog.text.count(f"{tmp_path / 'state' / name} (0.0 MiB are there)") > 1
+    assert set(written(tmp_path / "state", "whole")) == {"whole"}
 
 
 def test_a_state_that_is_staged_as_on_a_gpu_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
