@@ -23,7 +23,7 @@ from .runs import LAYOUTS, LIMIT_S, TOKENIZER, config
 
 RUN: dict[str, Any] = {
     "model": None, "init_from": str(TOKENIZER), "train_iters": 1, "optim.lr": 1e-6, "optim.lr_warmup_iters": 0,
-    "eval_prompts": 3, "eval_tokens": 200,
+    "eval_prompts": 3, "eval_tokens": 80,
 }  # fmt: skip
 """One step, hardly a change, of the quickstart's trained model, which forks."""
 NAMES = ["sequence", "pipeline", "data", "context"]

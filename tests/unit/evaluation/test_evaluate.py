@@ -50,6 +50,12 @@ def config(tmp_path: Path) -> EvaluateConfig:
     )
 
 
+@pytest.fixture
+def brief(config: EvaluateConfig) -> EvaluateConfig:
+    """The same, where it does not matter what the answers say."""
+    return dataclasses.replace(config, draw=DrawConfig(temperature=0, max_tokens=40))
+
+
 def measured(folder: Path) -> dict[Any, dict[str, Any]]:
     """All that does not depend on the clock."""
     return {
@@ -87,17 +93,17 @@ def test_engine_and_server_answer_alike(config: EvaluateConfig, tmp_path: Path) 
         evaluate(over_http)  # nobody is there any more
 
 
-def test_a_run_does_not_go_on_with_other_weights_of_a_server(config: EvaluateConfig, tmp_path: Path) -> None:
+def test_a_run_does_not_go_on_with_other_weights_of_a_server(brief: EvaluateConfig, tmp_path: Path) -> None:
     model, shape = load_checkpoint(MODEL)
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.001)
     save_model(model, shape, tmp_path / "weights" / "later")
-    with running(engine=config.engine, weights_root=tmp_path / "weights") as server, running() as other:
-        over_http = dataclasses.replace(config, load=None, url=[server.url], limit=1)
+    with running(engine=brief.engine, weights_root=tmp_path / "weights") as server, running() as other:
+        over_http = dataclasses.replace(brief, load=None, url=[server.url], limit=1)
         evaluate(over_http)
         first, second = (one.http.get("/model_info").json()["weights"] for one in (server, other))
-        assert first == second == json.loads((config.output / "run.json").read_text())["weights"]
+        assert first == second == json.loads((brief.output / "run.json").read_text())["weights"]
         assert server.post("/update_weights_from_disk", {"model_path": "later"}).status_code == 200
         later = server.http.get("/model_info").json()["weights"]
         with pytest.raises(ConfigError, match="the servers have other weights under the same name"):
@@ -105,12 +111,12 @@ def test_a_run_does_not_go_on_with_other_weights_of_a_server(config: EvaluateCon
         more = dataclasses.replace(over_http, limit=None)
         with pytest.raises(ConfigError, match=rf"of other weights \({first}\) than the server has now \({later}\)"):
             evaluate(more)
-        assert len(measured(config.output)) == 1
+        assert len(measured(brief.output)) == 1
         evaluate(dataclasses.replace(more, allow_other_weights=True))
-        assert len(measured(config.output)) == 2
-        assert json.loads((config.output / "report.json").read_text())["weights"] == f"{first}, then {later}"
+        assert len(measured(brief.output)) == 2
+        assert json.loads((brief.output / "report.json").read_text())["weights"] == f"{first}, then {later}"
         evaluate(dataclasses.replace(over_http, url=[other.url]))  # those of the first answers are served there
-        assert json.loads((config.output / "report.json").read_text())["weights"] == f"{first}, then {later}"
+        assert json.loads((brief.output / "report.json").read_text())["weights"] == f"{first}, then {later}"
 
 
 @pytest.mark.parametrize(
@@ -118,27 +124,27 @@ def test_a_run_does_not_go_on_with_other_weights_of_a_server(config: EvaluateCon
     [httpx2.Response(404), httpx2.Response(200, text="OK"), httpx2.Response(200, json=["model"])],
 )
 def test_a_server_that_tells_nothing_of_its_weights_goes_on(
-    config: EvaluateConfig, answer: httpx2.Response, caplog: Any, monkeypatch: Any
+    brief: EvaluateConfig, answer: httpx2.Response, caplog: Any, monkeypatch: Any
 ) -> None:
     request = httpx2.Client.request
 
     def untelling(client: httpx2.Client, method: str, url: str, **options: Any) -> httpx2.Response:
         return answer if url == "/model_info" else request(client, method, url, **options)
 
-    with running(engine=config.engine) as server:
-        over_http = dataclasses.replace(config, load=None, url=[server.url], limit=1)
+    with running(engine=brief.engine) as server:
+        over_http = dataclasses.replace(brief, load=None, url=[server.url], limit=1)
         evaluate(over_http)
-        assert json.loads((config.output / "report.json").read_text())["device"] == "CPU"
+        assert json.loads((brief.output / "report.json").read_text())["device"] == "CPU"
         monkeypatch.setattr(httpx2.Client, "request", untelling)
         evaluate(dataclasses.replace(over_http, limit=None))
         assert "does not tell whether its weights are still those of the answers" in caplog.text
-        untold = dataclasses.replace(over_http, output=config.output.with_name("untold"))
+        untold = dataclasses.replace(over_http, output=brief.output.with_name("untold"))
         evaluate(untold)
         assert "weights" not in json.loads((untold.output / "run.json").read_text())
         assert "\n- device: unknown\n" in (untold.output / "report.md").read_text()
 
 
-def test_a_server_that_loads_its_model_is_waited_for(config: EvaluateConfig, monkeypatch: Any) -> None:
+def test_a_server_that_loads_its_model_is_waited_for(brief: EvaluateConfig, monkeypatch: Any) -> None:
     request = httpx2.Client.request
     asked: list[str] = []
 
@@ -151,9 +157,9 @@ def test_a_server_that_loads_its_model_is_waited_for(config: EvaluateConfig, mon
         return request(client, method, url, **options)
 
     monkeypatch.setattr(httpx2.Client, "request", loading)
-    with running(engine=config.engine) as server:
-        evaluate(dataclasses.replace(config, load=None, url=[server.url], limit=1))
-        report = json.loads((config.output / "report.json").read_text())
+    with running(engine=brief.engine) as server:
+        evaluate(dataclasses.replace(brief, load=None, url=[server.url], limit=1))
+        report = json.loads((brief.output / "report.json").read_text())
         assert (report["weights"], report["device"]) == (server.client.control.weights, "CPU")
 
 
@@ -326,30 +332,30 @@ def test_the_report_says_what_the_seconds_are_of(config: EvaluateConfig) -> None
     assert "\n- device: CPU\n" in (config.output / "report.md").read_text()
 
 
-def test_a_run_remembers_on_what_its_answers_were_made(config: EvaluateConfig, caplog: Any, monkeypatch: Any) -> None:
+def test_a_run_remembers_on_what_its_answers_were_made(brief: EvaluateConfig, caplog: Any, monkeypatch: Any) -> None:
     def device_in(name: str) -> str | None:
-        told: str | None = json.loads((config.output / name).read_text()).get("device")
+        told: str | None = json.loads((brief.output / name).read_text()).get("device")
         return told
 
-    evaluate(dataclasses.replace(config, limit=1))
+    evaluate(dataclasses.replace(brief, limit=1))
     assert device_in("run.json") == "CPU"
     monkeypatch.setattr("megatron_multiverse.model.device.device_name", lambda device: "GPU")
-    evaluate(dataclasses.replace(config, limit=1))  # asks for nothing, so nothing was made on another device
+    evaluate(dataclasses.replace(brief, limit=1))  # asks for nothing, so nothing was made on another device
     assert device_in("run.json") == device_in("report.json") == "CPU" and "seconds" not in caplog.text
     with monkeypatch.context() as broken:
         broken.setattr(backends.EngineBackend, "answers", lambda self, jobs: iter([(jobs[0], GenerationError("no"))]))
-        evaluate(config)
+        evaluate(brief)
     assert device_in("run.json") == "CPU"
-    evaluate(config)
+    evaluate(brief)
     assert "holds answers made on CPU, further ones are made on GPU" in caplog.text
     assert device_in("run.json") == device_in("report.json") == "CPU, then GPU"
-    evaluate(dataclasses.replace(config, thinking=["parallel", "none"]))
+    evaluate(dataclasses.replace(brief, thinking=["parallel", "none"]))
     assert device_in("run.json") == "CPU, then GPU" and caplog.text.count("further ones") == 1
-    file = config.output / "run.json"
+    file = brief.output / "run.json"
     file.write_text(
         json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "device"})
     )
-    evaluate(dataclasses.replace(config, thinking=["parallel", "none", "sequential"]))  # a run of an earlier version
+    evaluate(dataclasses.replace(brief, thinking=["parallel", "none", "sequential"]))  # a run of an earlier version
     assert device_in("run.json") == "unknown, then GPU"
 
 

@@ -22,7 +22,7 @@ from tests.unit.server.running import MODEL, PROMPT, Running, running
 from tests.waiting import PATIENCE_S, wait_until
 
 LONG = {"text": PROMPT, "sampling_params": {"max_new_tokens": 300, "temperature": 0, "ignore_eos": True}}
-SHORT = {"text": PROMPT, "sampling_params": {"max_new_tokens": 300, "temperature": 0}, "return_logprob": True}
+SHORT = {"text": PROMPT, "sampling_params": {"max_new_tokens": 60, "temperature": 0}, "return_logprob": True}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,8 @@ def test_other_weights_change_answers_and_the_version_says_so(root: Path, pool: 
         assert server.http.get("/model_info").json()["weights"] == weights_fingerprint(MODEL)
         before = server.post("/generate", SHORT).json()
         assert before["meta_info"]["weight_version"] == "default"
-        assert before["meta_info"]["finish_reason"]["matched"] in server.app.state.model.end_ids
+        ended = server.post("/generate", SHORT | {"sampling_params": {"max_new_tokens": 300}}).json()
+        assert ended["meta_info"]["finish_reason"]["matched"] in server.app.state.model.end_ids
         with asked(server, pool, LONG) as waiting:
             update = {"model_path": "changed", "weight_version": "step 1"}
             answer = act(server, "/update_weights_from_disk", update).json()

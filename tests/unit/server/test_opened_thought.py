@@ -121,7 +121,7 @@ def test_an_answer_cut_in_the_thought_is_as_long_as_was_asked(opening: Running, 
 
 
 def test_required_calls_come_after_the_thought(opening: Running) -> None:
-    fields = {"tools": [ADD], "tool_choice": "required", "max_tokens": 900, "multiverse": {}}
+    fields = {"tools": [ADD], "tool_choice": "required", "max_tokens": 520, "multiverse": {}}
     choice = chat(opening, fields)
     message = choice["message"]
     assert "<Path>" in message["reasoning_content"] and len(choice["multiverse"]["blocks"]) == 1

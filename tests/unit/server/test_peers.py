@@ -58,8 +58,15 @@ def test_what_ended_an_answer_stands_beside_why(
         assert [one["stop_reason"] for one in told] == [None] * (len(told) - 1) + [reason]
 
 
-@pytest.mark.parametrize("in_paths", [True, False])
-@pytest.mark.parametrize("stop", ["carry 1, l", "in parallel", "50; B", ["124", "nowhere"]], ids=str)
+@pytest.mark.parametrize(
+    ("stop", "in_paths"),
+    [
+        ("in parallel", False),
+        ("50; B", True),
+        *((stop, in_paths) for stop in ("carry 1, l", ["124", "nowhere"]) for in_paths in (True, False)),
+    ],
+    ids=str,
+)
 def test_stop_texts_stay_where_they_are_asked_for(server: Running, stop: str | list[str], in_paths: bool) -> None:
     """Whole and streamed; what follows a stop text in its last token is left out as ever."""
     ours: dict[str, Any] = {"stop_in_branches": in_paths}

@@ -25,7 +25,7 @@ from tests.unit.server.running import MODEL, PROMPT, Running, running
 from tests.unit.server.test_tool import ROOT, Tool
 from tests.waiting import PATIENCE_S
 
-SHORT = {"text": PROMPT, "sampling_params": {"max_new_tokens": 300, "temperature": 0}}
+SHORT = {"text": PROMPT, "sampling_params": {"max_new_tokens": 50, "temperature": 0}}
 UPDATE = "/update_weights_from_distributed"
 NORM = "model.norm.weight"
 SIZE = len(load_file(MODEL / "model.safetensors")[NORM])
@@ -147,7 +147,7 @@ def texts(server: Running, pool: ThreadPoolExecutor) -> tuple[str, str]:
 
 
 def written(tool: Tool | Running) -> str:
-    body = {"prompt": PROMPT, "max_tokens": 200, "temperature": 0}
+    body = {"prompt": PROMPT, "max_tokens": 50, "temperature": 0}
     text: str = tool.post("/v1/completions", body).json()["choices"][0]["text"]
     return text
 
