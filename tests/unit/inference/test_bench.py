@@ -118,7 +118,7 @@ def test_prompts_decode_and_fork_are_timed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch": (16,), "context": 1024, "new_tokens": 16}, r"wrote at once in \d steps, .* try --new-tokens (\d+)"),
+        ({"batch": (16,), "context": 1024, "new_tokens": 9}, r"wrote at once in \d steps, .* try --new-tokens (\d+)"),
         ({"batch": (1,), "context": 16, "new_tokens": 8}, "wrote at once in [78] steps, .* try --new-tokens (17)"),
         ({"parts": ("fork",), "fork_prefix": 30, "fork_branches": 3, "fork_tokens": 4}, "--fork-tokens 4: try (20)"),
     ],
