@@ -11,7 +11,7 @@ would be all of the GPU.
 block: eight paths of 512 tokens after a prefix of 16,384 that both have in their prefix caches, the join and a
 conclusion of 64 tokens. long: the same after 65,536. decode: requests that write text, as in tools/bench_engine.py, of
 Qwen2.5-1.5B, also beside vLLM's earlier runner, since either is faster at times; decode-7b: of Qwen2.5-7B. uneven,
-uneven-7b: the same where prompts have from 100 to 2,000 tokens, as a server's requests rather have. prompts,
+uneven-7b: the same with prompts of 100 to 2,000 tokens, since requests of a server are not of one length. prompts,
 prompts-7b: one request after a prompt of each of some lengths, for the time to its first token (`begun_seconds`). What
 vLLM does for a block: `theirs.py`.
 """

@@ -21,6 +21,7 @@ def engine() -> Iterator[str]:
     yield from _drawing()
     yield from _small_and_short()
     yield from _beside_vllm()
+    yield from _uneven()
     yield from _parts()
     yield from _chunks()
     yield from _tiles()
@@ -241,6 +242,22 @@ def _beside_vllm() -> Iterator[str]:
             mine, *others = (1e3 * of(part, side, "begun_seconds", tokens) for side in names)
             times.append(f"{mine:.0f} ms ({min(others):.0f})")
         yield ", ".join(times[:-1]) + f" and {times[-1]}"
+
+
+def _uneven() -> Iterator[str]:
+    """Prompts of unequal length beside vLLM: medians, its faster runner for the small model."""
+    runs = source.results("results/beside_vllm_uneven_h200")["runs"]
+
+    def of(part: str, batch: int) -> tuple[float, float]:
+        """Milliseconds of a step: ours, vLLM's."""
+        found = [run for run in runs if run["part"] == part and run["case"]["batch"] == batch]
+        sides = dict.fromkeys(run["side"] for run in found)
+        mine, *others = (median(run["ms_per_step"] for run in found if run["side"] == side) for side in sides)
+        return mine, min(others)
+
+    few, many, small, more = (of(part, batch) for part in ("uneven-7b", "uneven") for batch in (32, 128))
+    yield "a step of 7B takes {:.2f} ms with 32 requests ({:.2f}) and {:.2f} with 128 ({:.2f})".format(*few, *many)
+    yield "of 1.5B {:.2f} ({:.2f}) and {:.2f} ({:.2f})".format(*small, *more)
 
 
 def _parts() -> Iterator[str]:

@@ -205,7 +205,7 @@ class _Writer:
         started = time.monotonic()
         while not self._outcome.poll(_QUIET_S):
             logger.warning(
-                "training waits since %.0f s for process %d, which writes %s (%.1f MiB are there)",
+                "training has waited %.0f s for process %d, which writes %s (%.1f MiB are there)",
                 time.monotonic() - started,
                 self._process.pid,
                 self.file,
