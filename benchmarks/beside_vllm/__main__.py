@@ -33,6 +33,7 @@ from megatron_multiverse.checkpoints.names.registry import FAMILIES
 from megatron_multiverse.cli import parse_options, run_tool
 from megatron_multiverse.config.choices import DType
 from megatron_multiverse.errors import ConfigError
+from megatron_multiverse.inference.bench_model import prompt_lengths
 from megatron_multiverse.model.families import preset
 
 LONGEST_CASE = 60.0
@@ -137,6 +138,14 @@ def sides_of(part: str) -> list[str]:
     return ["ours", "vllm long" if part == "long" else "vllm"]
 
 
+def told(case: dict[str, Any]) -> dict[str, Any]:
+    """The case as engines get it: with the tokens of each prompt, which are the same for all of them."""
+    if case["kind"] != "decode":
+        return case
+    lengths = prompt_lengths(case.get("shortest", case["context"]), case["context"], case["batch"])
+    return {**case, "lengths": lengths}
+
+
 def longest(case: dict[str, Any]) -> int:
     """Tokens of the longest request that vLLM gets for a case, and some more."""
     if case["kind"] == "decode":
@@ -159,7 +168,7 @@ def start(config: BesideConfig, side: str, folder: Path) -> WorkerProcess:
     """Start an engine with the cases of all parts that it takes part in."""
     small = "small" in side
     model = config.decode_preset if small else config.block_preset
-    cases = [case for part in config.parts if side in sides_of(part) for case in cases_of(config, part)]
+    cases = [told(case) for part in config.parts if side in sides_of(part) for case in cases_of(config, part)]
     own = folder / side.replace(" ", "_")
     caches = {"VLLM_CACHE_ROOT": str(own), "TRITON_CACHE_DIR": str(own / "triton")}
     if side.startswith("ours"):
@@ -192,7 +201,7 @@ def measure(config: BesideConfig, folder: Path) -> Iterator[dict[str, Any]]:
                 for number in range(config.rounds):
                     for side in sides_of(part):
                         until = min(time.monotonic() + LONGEST_CASE, began + config.seconds)
-                        figures = workers[side].measure(case, until)
+                        figures = workers[side].measure(told(case), until)
                         if figures is not None:
                             yield {"part": part, "case": case, "side": side, "round": number, **figures}
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.beside_vllm.worker import Measure, prompt_lengths, serve, step_figures
+from benchmarks.beside_vllm.worker import Measure, serve, step_figures
 from megatron_multiverse.config import EngineConfig, SamplingParams
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.inference import Engine, Request
@@ -86,7 +86,7 @@ class Client:
         """`batch` requests with prompts of their own write text."""
         engine, graphs, start = self.engine, self._graphs(), time.perf_counter()
         sampling = SamplingParams(max_tokens=case["tokens"], ignore_eos=True, max_depth=0)
-        for length in prompt_lengths(case):
+        for length in case["lengths"]:
             prompt = random_prompt(length, self.shape, next(self.seeds))
             engine.add_request(Request(prompt_ids=prompt, sampling=sampling))
         begun, steps = 0.0, []

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.beside_vllm.worker import Measure, prompt_lengths, serve, step_figures
+from benchmarks.beside_vllm.worker import Measure, serve, step_figures
 
 OWN = 8
 """Tokens of each path's own that its request brings after the prefix: paths are not the same."""
@@ -121,7 +121,7 @@ class Client:
     def decode(self, case: dict[str, Any]) -> dict[str, Any]:
         """`batch` requests with prompts of their own write text."""
         start = time.perf_counter()
-        _, steps, begun = self.drive([self.tokens(length) for length in prompt_lengths(case)], case["tokens"])
+        _, steps, begun = self.drive([self.tokens(length) for length in case["lengths"]], case["tokens"])
         seconds = time.perf_counter() - start
         return {**step_figures(steps), "seconds": round(seconds, 4), "begun_seconds": round(begun, 4)}
 

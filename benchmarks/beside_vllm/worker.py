@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import sys
 import time
 import traceback
@@ -52,12 +51,3 @@ def step_figures(seconds: Sequence[float]) -> dict[str, Any]:
     if not steps:
         raise ValueError(f"{len(seconds)} steps are too few: more than 8 are needed, so ask for more tokens")
     return {"ms_per_step": round(steps[len(steps) // 2], 4), "steps": len(steps)}
-
-
-def prompt_lengths(case: dict[str, Any]) -> list[int]:
-    """Tokens of each prompt of a decode case: all `context`, or from `shortest` to `context` in an order that is the
-    same for all engines."""
-    shortest, batch = case.get("shortest", case["context"]), case["batch"]
-    lengths = [round(shortest + (case["context"] - shortest) * k / max(batch - 1, 1)) for k in range(batch)]
-    random.Random(0).shuffle(lengths)
-    return lengths

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import statistics
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from megatron_multiverse.config.choices import DType, Quantization
 from megatron_multiverse.dtypes import DTYPES
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference.bench_blocks import joint, silence_tags, speedup, work_for
-from megatron_multiverse.inference.bench_model import copy_rate, random_model, random_prompt
+from megatron_multiverse.inference.bench_model import copy_rate, prompt_lengths, random_model, random_prompt
 from megatron_multiverse.inference.bench_report import (
     report_fork,
     report_joint,
@@ -131,7 +130,7 @@ def measure(config: BenchConfig) -> Iterator[dict[str, Any]]:
     if "decode" in config.parts:
         for batch in config.batch:
             runs = [decode_step(model, shape, config, batch) for _ in range(config.repeats)]
-            size = step_bytes(shape, config, sum(prompt_lengths(config, batch)))
+            size = step_bytes(shape, config, sum(context_lengths(config, batch)))
             if first:
                 yield report_steps(f"decode, batch {batch}", runs, size=size, copy=copy, rows=batch)
     if "fork" in config.parts:
@@ -227,7 +226,7 @@ def decode_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig,
         top_k=config.top_k,
         top_p=config.top_p,
     )
-    for number, length in enumerate(prompt_lengths(config, batch)):
+    for number, length in enumerate(context_lengths(config, batch)):
         engine.add_request(Request(prompt_ids=random_prompt(length, shape, number), sampling=sampling))
     times = list(step_times(engine, batch=batch))
     engine.runner.close()
@@ -241,12 +240,10 @@ def decode_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig,
     return statistics.median(times[SETTLE:])
 
 
-def prompt_lengths(config: BenchConfig, batch: int) -> list[int]:
+def context_lengths(config: BenchConfig, batch: int) -> list[int]:
     """Tokens of the prompts of so many requests."""
     shortest = config.context if config.shortest_context is None else config.shortest_context
-    lengths = [round(shortest + (config.context - shortest) * k / max(batch - 1, 1)) for k in range(batch)]
-    random.Random(0).shuffle(lengths)
-    return lengths
+    return prompt_lengths(shortest, config.context, batch)
 
 
 def fork_step(model: torch.nn.Module, shape: ModelConfig, config: BenchConfig, *, at_once: bool) -> tuple[float, float]:

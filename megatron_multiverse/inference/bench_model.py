@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import torch
@@ -27,6 +28,13 @@ def random_prompt(length: int, shape: ModelConfig, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = torch.randint(TEXT, shape.vocab_size, (length,), generator=generator).tolist()
     return ids
+
+
+def prompt_lengths(shortest: int, longest: int, count: int) -> list[int]:
+    """Tokens of so many prompts, evenly from the shortest to the longest, in the same mixed order each time."""
+    lengths = [round(shortest + (longest - shortest) * k / max(count - 1, 1)) for k in range(count)]
+    random.Random(0).shuffle(lengths)
+    return lengths
 
 
 def copy_rate(device: torch.device) -> float:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.beside_vllm.__main__ import BesideConfig, cases_of, longest, measure, show, sides_of, vllm_config
+from benchmarks.beside_vllm.__main__ import BesideConfig, cases_of, longest, measure, show, sides_of, told, vllm_config
 from benchmarks.beside_vllm.process import WorkerProcess
 from benchmarks.beside_vllm.theirs import OWN, Client
-from benchmarks.beside_vllm.worker import prompt_lengths, step_figures
+from benchmarks.beside_vllm.worker import step_figures
 from megatron_multiverse.errors import ConfigError
 
 STAND_IN = """
@@ -109,11 +109,11 @@ def test_a_join_reads_what_the_paths_wrote(client: Client, tmp_path: Path) -> No
 
 
 def test_prompts_of_unequal_length_are_those_of_all_engines(client: Client) -> None:
-    case = {"kind": "decode", "batch": 20, "shortest": 5, "context": 43, "tokens": 12}
+    case = told({"kind": "decode", "batch": 20, "shortest": 5, "context": 43, "tokens": 12})
     client.measure(case)
-    lengths = prompt_lengths(case)
-    assert [len(prompt) for prompt in sys.modules["vllm"].PROMPTS] == lengths != sorted(lengths)
-    assert sorted(lengths) == list(range(5, 44, 2)) and prompt_lengths({**case, "shortest": 43}) == [43] * 20
+    lengths = [len(prompt) for prompt in sys.modules["vllm"].PROMPTS]
+    assert lengths == case["lengths"] != sorted(lengths) == list(range(5, 44, 2))
+    assert told({"kind": "decode", "batch": 3, "context": 43})["lengths"] == [43] * 3
 
 
 def test_an_engine_that_ends_or_is_late_costs_its_own_figures_alone(tmp_path: Path) -> None:

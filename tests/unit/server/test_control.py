@@ -116,7 +116,7 @@ def test_other_weights_change_answers_and_the_version_says_so(root: Path, pool: 
         assert server.http.get("/model_info").json()["weights"] == weights_fingerprint(MODEL)
         before = server.post("/generate", SHORT).json()
         assert before["meta_info"]["weight_version"] == "default"
-        ended = server.post("/generate", SHORT | {"sampling_params": {"max_new_tokens": 300}}).json()
+        ended = server.post("/generate", SHORT | {"sampling_params": {"max_new_tokens": 300, "temperature": 0}}).json()
         assert ended["meta_info"]["finish_reason"]["matched"] in server.app.state.model.end_ids
         with asked(server, pool, LONG) as waiting:
             update = {"model_path": "changed", "weight_version": "step 1"}
