@@ -15,7 +15,7 @@ from megatron_multiverse.checkpoints.load import load_checkpoint, model_from_sou
 from megatron_multiverse.checkpoints.own_tokenizer import differing_id, tokenizer_of
 from megatron_multiverse.checkpoints.protocols import Source
 from megatron_multiverse.checkpoints.sources import check_source, open_checkpoint
-from megatron_multiverse.config.engine import EngineConfig
+from megatron_multiverse.config import EngineConfig, ModelConfig
 from megatron_multiverse.data.tokenizers import HuggingFaceTokenizer, MultiverseTokenizer
 from megatron_multiverse.errors import ConfigError
 from megatron_multiverse.inference.engine import Engine
@@ -30,7 +30,8 @@ from megatron_multiverse.parallel.ranks import Ranks, joined_ranks
 logger = logging.getLogger(__name__)
 
 CACHE_SHARE = 0.85
-"""Of the memory that a model leaves free. The rest is for activations, workspaces and CUDA graphs."""
+"""Of the memory that a model and the activations of the largest step leave free. The rest is for workspaces and CUDA
+graphs."""
 
 
 def build_engine(
@@ -65,8 +66,10 @@ def build_engine(
         quantize_products(model, ModelRanks.current())
     if not config.num_pages:
         longest = longest or model_config.max_sequence_length
-        page_bytes = KVStore.page_bytes(model, config.page_size)
-        num_pages = fitting_pages(config.pages_for(longest), page_bytes, free_bytes(torch.device(device)))
+        page_bytes, free = KVStore.page_bytes(model, config.page_size), free_bytes(torch.device(device))
+        if free is not None:
+            free -= min(step_bytes(model_config, config.max_step_tokens, dtype), free // 2)
+        num_pages = fitting_pages(config.pages_for(longest), page_bytes, free)
         config = dataclasses.replace(config, num_pages=num_pages)
     return Engine(
         model,
@@ -91,6 +94,13 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     torch.cuda.empty_cache()  # what reading the checkpoint has left
     return torch.cuda.mem_get_info(device)[0]
+
+
+def step_bytes(shape: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+    """About what the activations of a step of so many tokens take on one rank; tensor parallel ranks take less. Measured
+    in benchmarks/results/engine_chunks_h200.json."""
+    qkv = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels
+    return tokens * (3 * shape.ffn_hidden_size + 8 * shape.hidden_size + 2 * qkv) * dtype.itemsize
 
 
 def fitting_pages(wanted: int, page_bytes: int, free: int | None) -> int:

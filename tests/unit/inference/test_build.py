@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_multiverse.inference import build
 from megatron_multiverse.inference.build import fitting_pages
 from megatron_multiverse.inference.step.forward import KVStore
 from megatron_multiverse.inference.step.quantize import quantize_products
+from megatron_multiverse.model.families import preset
 
 from .toy import ToyModel, ask, toy_engine
 
@@ -57,9 +59,20 @@ def test_an_engine_of_a_checkpoint_fits_its_cache(monkeypatch: pytest.MonkeyPatc
     store = engine.runner.store
     page = KVStore.page_bytes(engine.runner.model, 16)
     assert (store.keys.nbytes + store.values.nbytes) == page * (engine.book.num_pages + 1), "one page nobody owns"
-    assert 0.85 * (3 << 20) - page < engine.book.num_pages * page <= 0.85 * (3 << 20)
+    left = (3 << 20) / 2  # a step of 8,192 tokens would take more than that
+    assert 0.85 * left - page < engine.book.num_pages * page <= 0.85 * left
+    small = build.build_engine(model, tokenizer, EngineConfig(page_size=16, max_step_tokens=1))
+    assert 0.85 * (3 << 20) - 2 * page < small.book.num_pages * page <= 0.85 * (3 << 20)
     asked = build.build_engine(model, tokenizer, EngineConfig(page_size=16, num_pages=500))
     assert asked.book.num_pages == 500
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-1.5b", "qwen2.5-7b"])
+def test_steps_take_as_much_memory_as_was_measured(name: str) -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / "engine_chunks_h200.json").read_text())["runs"]
+    peaks = {run["max_step_tokens"]: run["peak_GiB"] * 2**30 for run in found if run["model"] == name}
+    told = [build.step_bytes(preset(name), tokens, torch.bfloat16) for tokens in (2048, 16384)]
+    assert told[1] - told[0] == pytest.approx(peaks[16384] - peaks[2048], rel=0.12)
 
 
 def test_an_engine_in_fp8_measures_its_cache_beside_weights_that_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
