@@ -97,8 +97,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def step_bytes(shape: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
-    """About what the activations of a step of so many tokens take on one rank; tensor parallel ranks take less. Measured
-    in benchmarks/results/engine_chunks_h200.json."""
+    """About what the activations of a step of so many tokens take on one rank; tensor parallel ranks take less.
+    Measured in benchmarks/results/engine_chunks_h200.json."""
     qkv = (shape.num_attention_heads + 2 * shape.num_query_groups) * shape.kv_channels
     return tokens * (3 * shape.ffn_hidden_size + 8 * shape.hidden_size + 2 * qkv) * dtype.itemsize
 
